@@ -24,6 +24,8 @@ UNSUPPORTED = {"recipe": False, "unsupported": True}
 _NEWEST_PEFT = (0, 21)
 """The newest version of PEFT whose settings are known."""
 
+TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""The settings that say which modules are adapted."""
 FAMILY_TARGETS: dict[str, list[str] | str] = {}
 """model_type -> the modules that are adapted by default. ``peftcli.methods`` fills it. Families outside the table get
 every linear layer but the head."""

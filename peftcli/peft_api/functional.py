@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import TARGETING, AdapterConfig
 from peftcli.core.inject import set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers, base_paths
 from peftcli.core.prompts.config import SoftPromptConfig
@@ -147,7 +147,7 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     narrowed = copy.deepcopy(config)
     if (inner := getattr(completed, "feedforward_modules", None)) is not None:  # (IA)^3's, some of the targets
         narrowed.feedforward_modules = [name for name in found if any(module_matches(name, each) for each in inner)]  # type: ignore[attr-defined]
-    for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+    for key in TARGETING:
         if hasattr(narrowed, key):
             setattr(narrowed, key, found if key == "target_modules" else None)
     return narrowed

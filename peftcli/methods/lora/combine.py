@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peftcli.core.config import TARGETING
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
@@ -17,7 +18,6 @@ from peftcli.methods.lora.updates import PairNames, pairs, updates
 from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update, distance, weighted_sum
 
-_TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SAME = (
     "alora_invocation_tokens",
     "layer_replication",
@@ -120,8 +120,8 @@ def _config(configs: Sequence[LoraConfig], sizes: Mapping[str, int], biased: boo
     r = max(sizes.values(), key=list(sizes.values()).count)
     pattern = _pattern(sizes, r)
     nothing: Any = {}
-    if any(getattr(config, key) != getattr(configs[0], key) for config in configs for key in _TARGETING):
-        nothing = {**dict.fromkeys(_TARGETING), "target_modules": _named(configs, sizes)}
+    if any(getattr(config, key) != getattr(configs[0], key) for config in configs for key in TARGETING):
+        nothing = {**dict.fromkeys(TARGETING), "target_modules": _named(configs, sizes)}
     return replace(
         configs[0].plain(),
         r=r,
@@ -141,7 +141,7 @@ def _config(configs: Sequence[LoraConfig], sizes: Mapping[str, int], biased: boo
 def _named(configs: Sequence[LoraConfig], paths: Iterable[str]) -> list[str]:
     """Return target_modules that match the modules that any of the adapters adapts, and no others."""
     lists = [config.target_modules for config in configs if not isinstance(config.target_modules, (str, type(None)))]
-    narrowed = any(getattr(config, key) is not None for config in configs for key in _TARGETING[1:])
+    narrowed = any(getattr(config, key) is not None for config in configs for key in TARGETING[1:])
     if len(lists) < len(configs) or narrowed:
         return sorted(paths)
     return sorted({name for each in lists for name in each})

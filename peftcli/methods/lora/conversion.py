@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.core.config import AdapterConfig, TargetedConfig
+from peftcli.core.config import TARGETING, AdapterConfig, TargetedConfig
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
@@ -22,8 +22,6 @@ from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.updates import svd
-
-_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def as_lora(
@@ -139,7 +137,7 @@ def _config(config: AdapterConfig | None, sizes: dict[str, int], r: float) -> Lo
     made = LoraConfig(r=1 if isinstance(r, float) else r, lora_alpha=1 if isinstance(r, float) else r)
     made.target_modules = sorted(sizes)
     if isinstance(config, TargetedConfig):
-        for key in _PLACE:
+        for key in TARGETING:
             if hasattr(config, key):
                 setattr(made, key, getattr(config, key))
     if config is not None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from peftcli.core.config import TARGETING
 from peftcli.core.layer import adapter_layers, base_module, base_name
 from peftcli.core.targets import pattern_value
 from peftcli.core.weights import check_finite, file_tensors, holds_its_file
@@ -30,8 +31,7 @@ _SCALED = ("lora_B.weight", "lora_B.bias", "lora_embedding_B")
 _MAY_DIFFER = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
-    *("peft_type", "peft_version", *SECTIONS.values()),
+    *("peft_type", "peft_version", "init_lora_weights", *TARGETING, *SECTIONS.values()),
 }
 """Settings that do not matter, or that ``swap`` follows. What they say of tensors is checked by the tensors."""
 
