@@ -167,17 +167,10 @@ def load_adapter(
     """Inject the config's layers into ``model`` and fill them from the folder's weights.
 
     ``config.inference_mode`` is on while the layers are made, so that each holds what the file holds. Over a model on
-    the meta device only the adapter's tensors take memory.
+    the meta device only the adapter's tensors take memory. For ``initialised`` see ``inject``.
 
-    Args:
-        model: the base model, maybe with other adapters in it.
-        config: the adapter's.
-        folder: where its weights are.
-        trainable: whether they take gradients.
-        adapter: name of the adapter in the model.
-        initialised: names of the parameters that the base model's checkpoint did not hold: see ``inject``.
-        prepare: receives the header of the weights before it is compared, to give the model rows for new tokens.
-        rename: translates the names of the file's tensors into those of this model.
+    ``prepare`` receives the header of the weights before it is compared, to give the model rows for new tokens.
+    ``rename`` translates the names of the file's tensors into those of this model.
 
     Raises:
         AdapterError: the config or the tensors do not fit the model, or leave a parameter random.

@@ -244,17 +244,10 @@ def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLa
 
 
 def base_weights(model: Any, adapter: str | None = None, prefix: str | None = None) -> dict[str, nn.Parameter]:
-    """Return the weights of the base model's embedding and head that an adapter file may carry.
+    """Return the weights of the base model's embedding and head that an adapter file may carry, by their names in it.
 
-    PEFT writes them when they are adapted, or when the vocabulary was resized.
-
-    Args:
-        model: holds the adapter.
-        adapter: its name in the model.
-        prefix: of the names in its file; None: names with either that there is.
-
-    Returns:
-        Name in the file -> parameter.
+    PEFT writes them when they are adapted, or when the vocabulary was resized. Without the ``prefix`` of the names they
+    are returned under either that there is.
     """
     prefixes = ("base_model.model.", "base_model.") if prefix is None else (prefix,)
     layers = adapter_layers(model, adapter)

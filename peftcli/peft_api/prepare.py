@@ -25,13 +25,10 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze a model, and hold what is not quantised of it in float32.
+    """Freeze a model, quantised or not, and hold what is not quantised of it in float32.
 
-    Args:
-        model: a model of transformers, quantised by bitsandbytes or not.
-        use_gradient_checkpointing: compute the activations of a quantised model again in the backward pass.
-        gradient_checkpointing_kwargs: of ``torch.utils.checkpoint``; ``use_reentrant`` is False where not given.
-        auto_clear_cache: give the GPU the memory back that the weights took in half precision.
+    A quantised one computes its activations again in the backward pass; ``use_reentrant`` is False where not given.
+    ``auto_clear_cache`` gives the GPU the memory back that the weights took in half precision.
     """
     quantised = [module for module in model.modules() if is_quantised(module)]
     kept = {id(value) for module in quantised for value in module.parameters(recurse=False)}

@@ -316,11 +316,9 @@ class _Cut:
         if layer is None:
             return output
         start, layer.prefix.start = layer.prefix.start, None
-        return (
-            _cut(output, start, tokens_of(kwargs).shape[1], layer.count)
-            if start is not None and layer.prefix.cuts
-            else output
-        )
+        if start is None or not layer.prefix.cuts:
+            return output
+        return _cut(output, start, tokens_of(kwargs).shape[1], layer.count)
 
 
 @dataclass(frozen=True)
