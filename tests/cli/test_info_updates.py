@@ -85,7 +85,7 @@ def test_adalora_tells_its_updates_too(updates: Callable[[], dict[str, Any]], tm
     model = write(tmp_path, peftcli.AdaLoraConfig(total_step=10))
     layers = adapter_layers(model)
     for entry in updates()["modules"]:
-        dense = layers[entry["module"]].product().detach()
+        dense = layers[entry["module"]].delta().detach()
         assert entry["norm"] == pytest.approx(float(dense.norm()), rel=1e-5)
         assert entry["r"] == 12
 
