@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 NumberOrAuto = int | Literal["auto"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
+AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"least": 0}, {"least": 1}, {"above": 0}
+"""Ranges of numbers, as metadata of a field."""
+_MILLION = {"most": 1_000_000}
+"""Far above useful values, which take memory in proportion."""
+
+
+def out_of_range(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a dataclass that are outside of their range, and what is wrong with each."""
+    for entry in fields(settings):
+        given, limits = getattr(settings, entry.name), entry.metadata
+        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
+            if isinstance(value, (int, float)):
+                of = f"{key}: " if key else ""
+                if not value >= limits.get("least", value):
+                    least = limits["least"]
+                    problem = f"be at least {least}, not {value}" if least else f"not be negative, found {value}"
+                    yield entry.name, f"{of}must {problem}"
+                if "above" in limits and not value > limits["above"]:
+                    yield entry.name, f"{of}must be above {limits['above']}, not {value}"
+                if "below" in limits and not value < limits["below"]:
+                    yield entry.name, f"{of}must be below {limits['below']}, not {value}"
+                if value > limits.get("most", value):
+                    yield entry.name, f"{of}must be at most {limits['most']:,}, found {value:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +132,7 @@ class Dataset:
     value}]}."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the columns in the file, by the format's names, as in {prompt: question}."""
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=AT_LEAST_1)
     """Maximum length of an example, in tokens."""
     overlong: Literal["truncate", "drop", "error", "split"] = "truncate"
     """What to do with longer examples: truncate them at the end, drop them, stop with an error, or split them into
@@ -152,18 +176,18 @@ class Training:
     """Number of passes over the training data."""
     max_steps: int = -1
     """Number of steps, which overrides num_train_epochs; -1: num_train_epochs decides."""
-    per_device_train_batch_size: NumberOrAuto = 8
+    per_device_train_batch_size: NumberOrAuto = field(default=8, metadata=AT_LEAST_1 | _MILLION)
     """Examples per device and micro-batch. More is faster and takes more memory. auto: as many at once as the memory
     holds, of the gradient_accumulation_steps examples that a step then has on each device."""
-    per_device_eval_batch_size: int = 8
+    per_device_eval_batch_size: int = field(default=8, metadata=AT_LEAST_1 | _MILLION)
     """Examples per device and batch in evaluation."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata=AT_LEAST_1 | _MILLION)
     """Micro-batches per step. The result is the same as with one large batch."""
-    learning_rate: float | Literal["auto"] = "auto"
+    learning_rate: float | Literal["auto"] = field(default="auto", metadata=AT_LEAST_0 | _MILLION)
     """Peak learning rate. auto: as measured for the method, how it starts, and the task; see docs/learning_rates.md."""
-    loraplus_lr_ratio: float | None = None
+    loraplus_lr_ratio: float | None = field(default=None, metadata=ABOVE_0 | _MILLION)
     """LoRA+ (https://arxiv.org/abs/2402.12354): learning-rate multiplier of LoRA's B, usually 2 to 16. Unset: 1."""
-    loraplus_lr_embedding: float = 1e-6
+    loraplus_lr_embedding: float = field(default=1e-6, metadata=AT_LEAST_0 | _MILLION)
     """Learning rate of LoRA on embeddings, if loraplus_lr_ratio is set."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         "linear"
@@ -171,7 +195,7 @@ class Training:
     """Schedule of the learning rate after the warm-up."""
     warmup_ratio: float = 0.0
     """Fraction of the steps during which the learning rate rises from 0, rounded up to whole steps."""
-    warmup_steps: int | float = 0
+    warmup_steps: int | float = field(default=0, metadata=AT_LEAST_0)
     """Number of warm-up steps; below 1: a fraction of the steps, like warmup_ratio, which it overrides if above 0."""
     init_adapter_from: str | None = None
     """Adapter to begin from, instead of a new one: a folder or hub id in PEFT's format, of the same method and base
@@ -193,15 +217,15 @@ class Training:
     extra ``bitsandbytes``, mostly for GPUs. An automatic learning rate is for AdamW."""
     optim_args: dict[str, Any] = field(default_factory=dict)
     """Other arguments of the optimizer's class, as {momentum: 0.9} of sgd."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight decay. Biases and the weights of norms are not decayed, as by Trainer."""
     adam_beta1: float = 0.9
     """Decay rate of the mean of past gradients: AdamW's and Lion's."""
     adam_beta2: float = 0.999
     """Decay rate of the mean of past squared gradients: AdamW's; Lion's second rate."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = field(default=1e-8, metadata=ABOVE_0)
     """AdamW's term that is added to the divisor."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=AT_LEAST_0)
     """Clip the norm of the gradients to this value; 0: no clipping."""
     neftune_noise_alpha: float | None = None
     """NEFTune (https://arxiv.org/abs/2310.05914): noise on the embeddings of tokens in training, usually 5 to 15.
@@ -225,11 +249,11 @@ class Training:
     """When to evaluate, if there is evaluation data. Unless ``no``, evaluation also runs at the end."""
     eval_on_start: bool = False
     """Also evaluate before the first step, which measures the base model."""
-    eval_steps: int = 100
+    eval_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between evaluations, with eval_strategy steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint that training can resume from. Unless ``no``, the last step has one too."""
-    save_steps: int = 100
+    save_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between checkpoints, with save_strategy steps."""
     save_total_limit: int = 2
     """Number of checkpoints to keep, the newest ones; at least 2."""
@@ -245,19 +269,19 @@ class Training:
     """Metric that decides which evaluation is best: a name as evaluation reports it."""
     greater_is_better: bool | None = None
     """Whether a larger metric_for_best_model is better. Unset: no for losses, perplexity and error rates, else yes."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = field(default=None, metadata=AT_LEAST_1)
     """Stop after this many evaluations in a row in which metric_for_best_model was no better than the best before.
     Unset: train to the end."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: float = field(default=0.0, metadata=AT_LEAST_0)
     """How much better an evaluation must be to count, with early_stopping_patience."""
-    logging_steps: int = 10
+    logging_steps: int = field(default=10, metadata=AT_LEAST_1)
     """Steps between lines in metrics.jsonl and in the log."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
     """Trackers that get the lines of metrics.jsonl, too; each needs the extra of its name. One that fails is left out
     with a warning, and training goes on."""
     run_name: str | None = None
     """What trackers call the run. Unset: the name of its folder."""
-    dataloader_num_workers: NumberOrAuto = "auto"
+    dataloader_num_workers: NumberOrAuto = field(default="auto", metadata=AT_LEAST_0 | {"most": 1024})
     """Processes beside each training process that read and decode files ahead of it. The result does not depend on it.
     auto: for images and sounds, one for each core but the first, at most 8; for texts none."""
     verify: bool = True
@@ -279,17 +303,17 @@ DIVIDED = ("fsdp", "zero3")
 class Launch:
     """The devices. By default every visible GPU, or one process on the CPU."""
 
-    num_processes: NumberOrAuto = "auto"
+    num_processes: NumberOrAuto = field(default="auto", metadata=AT_LEAST_1 | {"most": 1024})
     """Processes on this machine, one device each."""
-    num_machines: int = 1
+    num_machines: int = field(default=1, metadata=AT_LEAST_1 | {"most": 100_000})
     """Number of machines that train together; run the same command on each."""
-    machine_rank: int = 0
+    machine_rank: int = field(default=0, metadata=AT_LEAST_0)
     """Number of this machine, from 0."""
     main_process_ip: str = "127.0.0.1"
     """Address of machine 0."""
     main_process_port: NumberOrAuto = "auto"
     """Port of machine 0. auto: a free port; required with several machines."""
-    max_restarts: int = 3
+    max_restarts: int = field(default=3, metadata=AT_LEAST_0)
     """How often the processes of several machines are started again when one of them, or a machine, is lost."""
     strategy: Literal["auto", "replicate", "ddp", "fsdp", "zero2", "zero3"] = "replicate"
     """What each process holds of the base model. replicate: all of it. ddp: the same, and PyTorch's DDP adds up the

@@ -22,11 +22,10 @@ from peftcli.guard.typed_fields import fits, hints_of, mapping_at
 from peftcli.methods import config_from_dict
 from peftcli.models.hub_files import base_hash
 from peftcli.models.quantization import trained_quantization
-from peftcli.schema import BaseModel
+from peftcli.schema import BaseModel, out_of_range
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
-from peftcli.tasks.settings import out_of_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

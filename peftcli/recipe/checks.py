@@ -15,7 +15,7 @@ from peftcli.methods import METHODS
 from peftcli.recipe.data_checks import check_data, exists
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
-from peftcli.schema import DIVIDED, Recipe
+from peftcli.schema import DIVIDED, Recipe, out_of_range
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -30,41 +30,6 @@ _MAX_FLOAT, _MAX_SIZE = 3.4e38, 2**31 - 1
 _POLYNOMIAL_END = 1e-7
 """Learning rate at which transformers' schedule of that name ends."""
 _SEED = re.compile(r"seed|_key$")
-_AT_LEAST_ONE = (
-    "dataset.max_length",
-    "training.per_device_train_batch_size",
-    "training.per_device_eval_batch_size",
-    "training.gradient_accumulation_steps",
-    "training.eval_steps",
-    "training.save_steps",
-    "training.early_stopping_patience",
-    "training.logging_steps",
-    "launch.num_processes",
-    "launch.num_machines",
-)
-_NOT_NEGATIVE = (
-    "training.learning_rate",
-    "training.loraplus_lr_embedding",
-    "training.warmup_steps",
-    "training.weight_decay",
-    "training.max_grad_norm",
-    "training.early_stopping_threshold",
-    "training.dataloader_num_workers",
-    "launch.machine_rank",
-    "launch.max_restarts",
-)
-_AT_MOST = {
-    "training.per_device_train_batch_size": 1_000_000,
-    "training.per_device_eval_batch_size": 1_000_000,
-    "training.gradient_accumulation_steps": 1_000_000,
-    "training.learning_rate": 1_000_000,
-    "training.loraplus_lr_ratio": 1_000_000,
-    "training.loraplus_lr_embedding": 1_000_000,
-    "training.dataloader_num_workers": 1024,
-    "launch.num_processes": 1024,
-    "launch.num_machines": 100_000,
-}
-"""Far above useful values. Most of these settings take memory in proportion."""
 _MAX_BATCH = 10_000_000
 _NOT_EMPTY = ("base_model.name", "training.output_dir", "training.metric_for_best_model")
 
@@ -123,7 +88,7 @@ def check(recipe: Recipe, report: Report) -> None:
 
 def _names(recipe: Recipe, report: Report) -> None:
     for key in _NOT_EMPTY:
-        if not str(_get(recipe, key)).strip():
+        if not str(operator.attrgetter(key)(recipe)).strip():
             report((key,), "is empty")
     if recipe.base_model.trust_remote_code and not recipe.base_model.revision:
         report(
@@ -181,26 +146,13 @@ def _quantization(recipe: Recipe, report: Report) -> None:
 
 
 def _ranges(recipe: Recipe, report: Report) -> None:
-    for key in _AT_LEAST_ONE:
-        value = _get(recipe, key)
-        if isinstance(value, int) and value < 1:
-            report((key,), f"must be at least 1, not {value}")
-    for key in _NOT_NEGATIVE:
-        value = _get(recipe, key)
-        if isinstance(value, (int, float)) and value < 0:
-            report((key,), f"must not be negative, found {value}")
-    for key, most in _AT_MOST.items():
-        value = _get(recipe, key)
-        if isinstance(value, (int, float)) and value > most:
-            report((key,), f"must be at most {most:,}, found {value:g}")
+    for section in ("dataset", "training", "launch"):
+        for name, problem in out_of_range(getattr(recipe, section)):
+            report((f"{section}.{name}",), problem)
     training = recipe.training
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
             report((f"training.{name}",), f"must be in [0, 1), not {getattr(training, name)}")
-    if training.adam_epsilon <= 0:
-        report(("training.adam_epsilon",), f"must be above 0, not {training.adam_epsilon}")
-    if training.loraplus_lr_ratio is not None and training.loraplus_lr_ratio <= 0:
-        report(("training.loraplus_lr_ratio",), f"must be above 0, not {training.loraplus_lr_ratio}")
     if training.learning_rate == "auto" and "adamw" not in training.optim:
         report(("training.learning_rate", "training.optim"), f"give a number: auto is for AdamW, not {training.optim}")
     rate = training.learning_rate
@@ -339,7 +291,3 @@ _EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"
 def _has_eval_data(recipe: Recipe) -> bool:
     dataset = recipe.dataset
     return not (dataset.eval is None and dataset.eval_split is None and dataset.eval_fraction is None)
-
-
-def _get(recipe: Recipe, key: str) -> object:
-    return operator.attrgetter(key)(recipe)

@@ -11,9 +11,9 @@ from peftcli.methods import METHODS
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.settings import choices, settings
 from peftcli.recipe.values import Report
-from peftcli.schema import Dataset, Recipe, Source
+from peftcli.schema import Dataset, Recipe, Source, out_of_range
 from peftcli.tasks import TASKS
-from peftcli.tasks.settings import UNDER_DATASET, out_of_range
+from peftcli.tasks.settings import UNDER_DATASET
 
 _HUB_SETTINGS = {"name": None, "revision": None, "split": "train", "streaming": False}
 _DATASET_SETTINGS = {**_HUB_SETTINGS, "limit": None}

@@ -5,34 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from peftcli.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1
 
 if TYPE_CHECKING:
     from typing import Self
 
 NOT_ENCODED: dict[str, Any] = {"encodes": False}
-AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"least": 0}, {"least": 1}, {"above": 0}
-"""Ranges of numbers."""
-
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
-
-
-def out_of_range(settings: Any) -> Iterator[tuple[str, str]]:
-    """Yield the settings of a task that are outside of their range, and what is wrong with each."""
-    for entry in fields(settings):
-        given, limits = getattr(settings, entry.name), entry.metadata
-        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
-            if isinstance(value, (int, float)):
-                of = f"{key}: " if key else ""
-                if not value >= limits.get("least", value):
-                    yield entry.name, f"{of}must be at least {limits['least']}, not {value}"
-                if "above" in limits and not value > limits["above"]:
-                    yield entry.name, f"{of}must be above {limits['above']}, not {value}"
-                if "below" in limits and not value < limits["below"]:
-                    yield entry.name, f"{of}must be below {limits['below']}, not {value}"
 
 
 class TaskSettings:

@@ -227,4 +227,4 @@ def test_loraplus_settings_are_checked(recipe: Path) -> None:
     from peftcli.recipe import read
 
     problems = read(recipe, ["training.loraplus_lr_ratio=0", "training.loraplus_lr_embedding=-1"]).problems
-    assert [problem.key for problem in problems] == ["training.loraplus_lr_embedding", "training.loraplus_lr_ratio"]
+    assert [problem.key for problem in problems] == ["training.loraplus_lr_ratio", "training.loraplus_lr_embedding"]
