@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peftcli.tasks.text.chat import IGNORED, encode_chat
+from peftcli.tasks.text.chat import IGNORED, chat_template, encode_marked, mark_chat
 from peftcli.tasks.text.formats import ChatExample
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
@@ -94,7 +94,8 @@ def by_us(tokenizer: Any, messages: list[Any], tools: Any) -> tuple[list[int], l
     Raises:
         DataError: the conversation is refused.
     """
-    encoded = encode_chat(ChatExample(messages, tools), tokenizer, "answers")
+    marked = mark_chat(ChatExample(messages, tools), chat_template(tokenizer), "answers")
+    (encoded,) = encode_marked([marked], tokenizer)
     return encoded.input_ids, [label != IGNORED for label in encoded.labels]
 
 

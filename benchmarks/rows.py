@@ -60,7 +60,7 @@ def _encoded(kind: str) -> list[dict[str, Any]]:
     """The rows of a kind, as transformers' tokenizer and peftcli's loss mask make them."""
     from transformers import AutoTokenizer
 
-    from peftcli.tasks.text.chat import encode_chat
+    from peftcli.tasks.text.chat import chat_template, encode_marked, mark_chat
     from peftcli.tasks.text.formats import ChatExample
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -70,7 +70,8 @@ def _encoded(kind: str) -> list[dict[str, Any]]:
             ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
             labels = ids
         else:
-            encoded = encode_chat(ChatExample(row["messages"], None), tokenizer, "answers")
+            marked = mark_chat(ChatExample(row["messages"], None), chat_template(tokenizer), "answers")
+            (encoded,) = encode_marked([marked], tokenizer)
             ids, labels = list(encoded.input_ids), list(encoded.labels)
             if ids != tokenizer.apply_chat_template(row["messages"], return_dict=False):
                 raise SystemExit("the token ids are not those of the chat template")

@@ -51,27 +51,6 @@ class MarkedText:
     """Facts about the row."""
 
 
-def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode a text and EOS, all of it trained."""
-    return encode_marked([mark_text(example)], tokenizer)[0]
-
-
-def encode_pair(example: PairExample, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode prompt, completion and EOS as one text; the completion and EOS are trained."""
-    return encode_marked([mark_pair(example)], tokenizer)[0]
-
-
-def encode_chat(example: ChatExample, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Encoded:
-    """Encode a conversation exactly as ``apply_chat_template`` does; ``train_on`` says which turns are trained.
-
-    Raises:
-        DataError: the template refuses the conversation, or its answers cannot be located with certainty.
-    """
-    encoded = encode_marked([mark_chat(example, chat_template(tokenizer), train_on)], tokenizer)[0]
-    check_ids(example, encoded, tokenizer)
-    return encoded
-
-
 def mark_text(example: TextExample) -> MarkedText:
     """Mark all of a text as trained."""
     return MarkedText(example.text, flags=Flag.DAMAGED if is_damaged(example.text) else NONE)

@@ -7,12 +7,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from examplekit import encode_chat, encode_pair
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.tasks.text.chat import IGNORED, Encoded, encode_chat, encode_pair
+from peftcli.tasks.text.chat import IGNORED, Encoded
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample, PairExample
 
 LETTERS = "ab eE\u00e9\u0301\u00c5\u030aﬁⅧ\n\u00a0.日"

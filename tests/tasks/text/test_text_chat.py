@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from chat_templates import make_tokenizer, trained
+from examplekit import encode_chat, encode_pair, encode_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from peftcli.errors import DataError
-from peftcli.tasks.text.chat import Encoded, chat_template, encode_chat, encode_pair, encode_text, mark_chat
+from peftcli.tasks.text.chat import Encoded, chat_template, mark_chat
 from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 
