@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import mmap
-import operator
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -265,8 +264,8 @@ class _File:
             self._file.close()
 
 
-class Store(Sequence[Example]):
-    """A store that was written, as a sequence of examples.
+class Store:
+    """A store that was written: its examples by their positions.
 
     Raises:
         ValueError: the folder holds no whole store of this layout, or one whose bytes have changed.
@@ -301,16 +300,9 @@ class Store(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = _position(index, len(self))
-        arrays = {name: self.value(name, at) for name in self.columns}
-        return Example(arrays, int(self.sizes[at]), int(self._records["targets"][at]))
+    def __getitem__(self, index: int) -> Example:
+        size, targets = int(self.sizes[index]), int(self._records["targets"][index])
+        return Example({name: self.value(name, index) for name in self.columns}, size, targets)
 
     def lengths(self, column: str) -> np.ndarray:
         """Elements that each example has in one column."""
@@ -321,13 +313,13 @@ class Store(Sequence[Example]):
 
     def value(self, column: str, index: int) -> Any:
         """One column of one example: an array, without a copy, or a str or bytes."""
-        kind, at = self.columns[column], _position(index, len(self))
+        kind = self.columns[column]
         if kind.has_ends:
             ends = self._ends[column]
-            start, end = (ends[at - 1] if at else 0), ends[at]
+            start, end = (ends[index - 1] if index else 0), ends[index]
         else:
             size = math.prod(edge or 0 for edge in kind.shape)
-            start, end = at * size, (at + 1) * size
+            start, end = index * size, (index + 1) * size
         found: np.ndarray = self._ids[column][start:end]
         self._read += found.nbytes + _AROUND
         if self._read > _HELD:
@@ -337,7 +329,7 @@ class Store(Sequence[Example]):
         if kind.is_text:
             return found.tobytes().decode() if kind.dtype == "str" else found.tobytes()
         if kind.varying > 1:
-            return found.reshape(self._edges[column][at])
+            return found.reshape(self._edges[column][index])
         return found.reshape([-1 if edge is None else edge for edge in kind.shape])
 
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
@@ -420,7 +412,7 @@ class Part:
         return ((row, error) for row, error in self.store.bad_rows() if mask[row])
 
 
-class View(Sequence[Example]):
+class View:
     """The examples of some rows of some stores, one after another."""
 
     def __init__(self, parts: Sequence[Part]):
@@ -442,21 +434,14 @@ class View(Sequence[Example]):
         """Examples of each part."""
         return [len(chosen) for chosen in self._chosen]
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Example:
         store, position = self.locate(index)
         return store[position]
 
     def locate(self, index: int) -> tuple[Store, int]:
         """The store of an example, and its position there."""
-        at = _position(index, len(self))
-        part = bisect_right(self._starts, at) - 1
-        return self.parts[part].store, int(self._chosen[part][at - self._starts[part]])
+        part = bisect_right(self._starts, index) - 1
+        return self.parts[part].store, int(self._chosen[part][index - self._starts[part]])
 
     def place(self, index: int) -> Place:
         """Where the row of an example stands."""
@@ -511,14 +496,6 @@ def _arrays_of(column: str) -> tuple[str, str, str]:
     The first two are named as in layout 1, so that the hash over a run's content is still that of the run's beginning.
     """
     return f"{column}.ids", f"{column}.ends", f"{column}.edges"
-
-
-def _position(index: int, count: int) -> int:
-    """An index, which may count from the end, as one from the beginning."""
-    at = operator.index(index)
-    if not -count <= at < count:
-        raise IndexError(index)
-    return at % count
 
 
 def _joined(arrays: Iterator[np.ndarray]) -> np.ndarray:

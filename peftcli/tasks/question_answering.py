@@ -250,10 +250,10 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
 
     def describe(self, view: View) -> Description:
         rows, empty = set[str](), set[str]()
-        for example in view:
-            rows.add(example.arrays["row"])
-            if example.arrays["answers"] == "[]":
-                empty.add(example.arrays["row"])
+        for store, at in map(view.locate, range(len(view))):
+            rows.add(store.value("row", at))
+            if store.value("answers", at) == "[]":
+                empty.add(store.value("row", at))
         if not rows:
             return Description()
         words = f"{len(rows):,}, of which {len(empty):,} have no answer in their context; {len(view):,} windows"
