@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from peftcli.data.findings import Finding, Kind
 from peftcli.data.rows import Place
 from peftcli.data.store import View
 
@@ -88,9 +89,13 @@ class UsedRows:
         """The place of a row."""
         return self.view.parts[self.part[row]].store.place(int(self.number[row]))
 
-    def places(self, mask: np.ndarray) -> Iterator[Place]:
-        """The places of the rows in a mask."""
-        return (self.place(int(row)) for row in np.flatnonzero(mask))
+    def findings(self, masks: Iterable[tuple[Kind, np.ndarray]], *, split: str = "train") -> list[Finding]:
+        """The findings about the rows in the masks; none of a kind whose mask is empty."""
+        return [
+            kind.finding(int(mask.sum()), len(self), map(self.place, np.flatnonzero(mask).tolist()), split=split)
+            for kind, mask in masks
+            if mask.any()
+        ]
 
     def lengths(self, *columns: str) -> np.ndarray:
         """Values that each row has in these columns."""
@@ -132,6 +137,13 @@ def slices(lengths: np.ndarray) -> Iterator[slice]:
         end = max(start + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
         yield slice(start, end)
         start = end
+
+
+def repeats(hashes: np.ndarray) -> np.ndarray:
+    """A mask of the hashes that an earlier one is equal to."""
+    again = np.ones(len(hashes), bool)
+    again[np.unique(hashes, return_index=True)[1]] = False
+    return again
 
 
 def scatter(numbers: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 
 from peftcli.data.findings import FINDINGS, Finding
 from peftcli.data.store import BAD, USED, View
-from peftcli.data.used_rows import UsedRows, slices
-from peftcli.inspection.duplicates import MOST_ROWS, SAMPLE, Pairs, Sketches, common_shingles, repeats, spread
+from peftcli.data.used_rows import UsedRows, repeats, slices
+from peftcli.inspection.duplicates import MOST_ROWS, SAMPLE, Pairs, Sketches, common_shingles, spread
 from peftcli.tasks.base import Audits, Describes, Task
 from peftcli.tasks.shown import Description
 
@@ -58,17 +58,13 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     if task.identity:
         hashes, labelled, pairs = _duplicates(rows, task)
         again = repeats(labelled)
-        first = ~repeats(labelled)  # a row for each label of an input
+        first = hashes[~again]  # a row for each label of an input
         masks = {
             "exact_duplicates": again,
-            "labels_differ": np.isin(hashes, hashes[first][repeats(hashes[first])]),
+            "labels_differ": np.isin(hashes, first[repeats(first)]),
             "near_duplicates": np.isin(np.arange(len(rows)), pairs.later),
         }
-        findings += [
-            FINDINGS[name].finding(int(mask.sum()), len(rows), rows.places(mask))
-            for name, mask in masks.items()
-            if mask.any()
-        ]
+        findings += rows.findings((FINDINGS[name], mask) for name, mask in masks.items())
         facts["duplicates"] = {
             "exact": int(again.sum()),
             "near": len(pairs.later),
@@ -91,12 +87,7 @@ def leaks(train: Audit, evaluation: Audit) -> tuple[dict[str, int] | None, list[
         mask = np.isin(other.hashes, telling) & ~trained
         counts[one.name] = int(mask.sum())
         masks.append((one.kind, mask))
-    findings = [
-        kind.finding(int(mask.sum()), len(mask), evaluation.rows.places(mask), split="eval")
-        for kind, mask in masks
-        if mask.any()
-    ]
-    return counts, findings
+    return counts, evaluation.rows.findings(masks, split="eval")
 
 
 def _duplicates(rows: UsedRows, task: Task[Any]) -> tuple[np.ndarray, np.ndarray, Pairs]:

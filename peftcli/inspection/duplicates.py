@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from peftcli.data.used_rows import Ragged, scatter, slices
+from peftcli.data.used_rows import Ragged, repeats, scatter, slices
 
 ALIKE = 0.7
 """Rows are near duplicates from this Jaccard index on."""
@@ -38,14 +38,6 @@ _PAIRS = 1 << 16
 _TABLE = 22
 """Number of bits of a hash that identify common shingles: one in a thousand others passes for common."""
 _MULTIPLIERS = np.random.default_rng(20240229).integers(0, 1 << 32, _HASHES, dtype=np.uint32) | np.uint32(1)
-
-
-def repeats(hashes: np.ndarray) -> np.ndarray:
-    """A mask of the rows that have the hash of an earlier one."""
-    _, first = np.unique(hashes, return_index=True)
-    again = np.ones(len(hashes), bool)
-    again[first] = False
-    return again
 
 
 @dataclass(frozen=True)

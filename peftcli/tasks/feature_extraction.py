@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from peftcli.data.findings import Finding
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.data.used_rows import Ragged, UsedRows
+from peftcli.data.used_rows import Ragged, UsedRows, repeats
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
@@ -361,17 +361,13 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def findings(self, view: View) -> list[Finding]:
         if self.settings.loss == "cosine":
             return []  # texts may be of several scored pairs, and equal ones have a score too
-        found, rows = _Hashes(view), UsedRows(view)
+        found = _Hashes(view)
         masks = {
             "positive_is_anchor": found.anchors == found.positives,
             "negative_is_positive": found.bad_negatives,
-            "repeated_texts": _again(found.anchors) | _again(found.positives),
+            "repeated_texts": repeats(found.anchors) | repeats(found.positives),
         }
-        return [
-            FINDINGS[name].finding(int(mask.sum()), len(rows), rows.places(mask))
-            for name, mask in masks.items()
-            if mask.any()
-        ]
+        return UsedRows(view).findings((FINDINGS[name], mask) for name, mask in masks.items())
 
     def describe(self, view: View) -> Description:
         found = _Hashes(view)
@@ -433,13 +429,6 @@ class _Hashes:
             self.anchors[some], self.positives[some] = anchors, positives
             self.bad_negatives[some] = np.bincount(owners, same, minlength=len(anchors)) > 0
             self.negatives += len(hashes) - 2 * len(anchors)
-
-
-def _again(hashes: np.ndarray) -> np.ndarray:
-    """A mask of the hashes that an earlier one is equal to."""
-    again = np.ones(len(hashes), bool)
-    again[np.unique(hashes, return_index=True)[1]] = False
-    return again
 
 
 def _right(asking: Any, positive: Any, keys: Any, asked: Any) -> Any:

@@ -63,11 +63,7 @@ class TextAudit:
             "empty_prompts": self._all_trained & (not self._all_trained.all()),
             "low_trained_share": self._targets < _LOW_SHARE * self._sizes,
         }
-        return [
-            FINDINGS[name].finding(int(mask.sum()), len(self.rows), self.rows.places(mask))
-            for name, mask in masks.items()
-            if mask.any()
-        ]
+        return self.rows.findings((FINDINGS[name], mask) for name, mask in masks.items())
 
     def describe(self) -> Description:
         """What ``inspect`` tells besides of the rows."""
