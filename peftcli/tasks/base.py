@@ -591,22 +591,31 @@ def facts_of_processor(processor: Any) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
+def in_batches(
+    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], torch.Tensor]
+) -> list[torch.Tensor]:
+    """What ``compute`` gives for each example, in order. Examples of similar size share a batch."""
+    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
+    found: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)
+    return [found[at] for at in range(len(examples))]
+
+
 def logits_of(
     model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
 ) -> list[torch.Tensor]:
     """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
     import torch
 
-    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
-    found = dict[int, torch.Tensor]()
     device = next(model.parameters()).device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = on_device(collate([examples[at] for at in chosen]), device)
+
+    def compute(some: Sequence[Example]) -> torch.Tensor:
         with torch.inference_mode():
-            logits = scores_of(model(**model_inputs(batch)))
-        found |= zip(chosen, logits.float().cpu(), strict=True)
-    return [found[at] for at in range(len(examples))]
+            return scores_of(model(**model_inputs(on_device(collate(some), device)))).float().cpu()
+
+    return in_batches(examples, batch_size, compute)
 
 
 def require_extra(package: str, extra: str, key: str = "task", kind: type[PeftcliError] = DataError) -> None:

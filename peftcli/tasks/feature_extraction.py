@@ -35,6 +35,7 @@ from peftcli.tasks.base import (
     PredictOptions,
     Task,
     encode_each,
+    in_batches,
     number_in,
     on_device,
     scores_of,
@@ -46,7 +47,7 @@ from peftcli.tasks.gather import gathered, process
 from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
+from peftcli.tasks.text.collate import pad_texts, pad_token_id
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.sentence_transformers import (
     Pooling,
@@ -384,20 +385,14 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         reader = _predicted(rows, options.columns)
         texts = [[each for column in reader.names for each in _texts(row, reader, column)] for row in rows]
         flat = [self._example([text], row)[0] for row, each in zip(rows, texts, strict=True) for text in each]
-        order = sorted(range(len(flat)), key=lambda at: flat[at].size)
-        found = dict[int, torch.Tensor]()
         device = next(model.parameters()).device
-        for start in range(0, len(order), options.batch_size):
-            some = order[start : start + options.batch_size]
-            ids = [np.asarray(flat[at].arrays["input_ids"]) for at in some]
-            inputs = {
-                "input_ids": padded(ids, pad_token_id(self.processor)),
-                "attention_mask": padded([np.ones(len(each), np.int64) for each in ids], 0),
-            }
+
+        def embed(some: Sequence[Example]) -> torch.Tensor:
+            inputs = pad_texts([each.arrays["input_ids"] for each in some], pad_token_id(self.processor))
             with torch.inference_mode():
-                pooled = self._pooled(model, *on_device(inputs, device).values())
-            found |= zip(some, pooled.cpu(), strict=True)
-        every = iter([found[at] for at in range(len(flat))])
+                return self._pooled(model, *on_device(inputs, device).values()).cpu()
+
+        every = iter(in_batches(flat, options.batch_size, embed))
         for each in texts:
             yield self._answer([next(every) for _ in each])
 

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
 from peftcli.errors import DataError
@@ -20,7 +18,7 @@ from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import Batch, encode_each, require_extra, write_task
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
-from peftcli.tasks.pictures import check_image, open_image, processed, shown_image
+from peftcli.tasks.pictures import check_image, noise, open_image, processed, shown_image
 from peftcli.tasks.shown import Label, Shown
 
 
@@ -60,10 +58,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
 
     def probe(self) -> Batch:
         """Two pictures of noise."""
-        from PIL import Image
-
-        noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-        return {"pixel_values": processed(self.processor, list(map(Image.fromarray, noise)))}
+        return {"pixel_values": processed(self.processor, noise())}
 
     def save(self, folder: Path) -> list[str]:
         names = [Path(name).name for name in self.processor.save_pretrained(folder)]

@@ -97,10 +97,22 @@ def shown_image(image: Image, path: str, size: tuple[int, int], mode: str) -> sh
         size: Width and height of the file's picture.
         mode: Of the file's picture, Pillow's name.
     """
-    content = io.BytesIO()
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    image.convert("RGB").save(content, "PNG")
-    return shown.Image(path, *size, mode, content.getvalue())
+    return shown.Image(path, *size, mode, png(image.convert("RGB")))
+
+
+def png(image: Image) -> bytes:
+    """A picture as a PNG file holds it."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def noise() -> list[Image]:
+    """Two pictures of noise, always the same."""
+    from PIL import Image
+
+    return list(map(Image.fromarray, np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)))
 
 
 def processed(processor: Any, pictures: Sequence[Image], **options: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from peftcli.data.rows import Place, Row
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.pictures import noise, png
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 
 Answer = Mapping[str, float] | Sequence[str]
@@ -23,7 +24,6 @@ Answer = Mapping[str, float] | Sequence[str]
 
 _TEXTS = ("Hello", "A longer text of a few words more")
 _GENERATES = "text-generation"
-_SIDE = 64
 _NEW_TOKENS = 8
 
 
@@ -115,15 +115,7 @@ def _words(pipeline: Any) -> Sequence[dict[str, Any]]:
 
 
 def _pictures(pipeline: Any) -> Sequence[dict[str, Any]]:
-    """Pictures of noise, as PNG."""
-    from PIL import Image
-
-    found = []
-    for pixels in np.random.default_rng(0).integers(0, 256, (2, _SIDE, _SIDE, 3), np.uint8):
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
-        found.append({"image": content.getvalue()})
-    return found
+    return [{"image": png(picture)} for picture in noise()]
 
 
 def _sounds(pipeline: Any) -> Sequence[dict[str, Any]]:

@@ -7,7 +7,6 @@ size, in which the value of each pixel is the number of its class.
 from __future__ import annotations
 
 import colorsys
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,7 +43,7 @@ from peftcli.tasks.base import (
 from peftcli.tasks.classification import listed
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import open_image, opened_picture, processed, shown_image
+from peftcli.tasks.pictures import noise, open_image, opened_picture, png, processed, shown_image
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:
@@ -231,21 +230,13 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             middle = np.where(classes == IGNORED, 0, high + 1)
             pictures.append(Image.fromarray(np.stack([low, middle, low], axis=-1).astype(np.uint8)))
         plain = {"do_rescale": False, "do_normalize": False, "resample": Image.Resampling.NEAREST}
-        resized = self._processed(pictures, **plain).long()  # (B, 3, H, W)
+        resized = processed(self.processor, pictures, **plain).long()  # (B, 3, H, W)
         return torch.where(resized[:, 1] > 0, (resized[:, 1] - 1) * _BYTE + resized[:, 0], IGNORED)
-
-    def _processed(self, pictures: Sequence[Image], **options: Any) -> torch.Tensor:
-        """Pictures as the model reads them (B, 3, H, W).
-
-        Raises:
-            DataError: they have no common size.
-        """
-        return processed(self.processor, pictures, **options)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Put the pictures of examples into one batch."""
         images = [open_image(file.read(), file.path).convert("RGB") for file in map(File.of, examples)]
-        return {"pixel_values": self._processed(images)}
+        return {"pixel_values": processed(self.processor, images)}
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         return self.collate_inputs(examples) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
@@ -323,10 +314,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def probe(self) -> Batch:
         """Two pictures of noise."""
-        from PIL import Image
-
-        noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-        return {"pixel_values": self._processed(list(map(Image.fromarray, noise)))}
+        return {"pixel_values": processed(self.processor, noise())}
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order. The mask of each, and the picture with the mask over it, become files.
@@ -372,11 +360,13 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def _answer(self, classes: np.ndarray, image: Image, path: Path) -> dict[str, Any]:
         """What ``predict`` says of one row, from the classes (H, W) of its pixels; writes its files."""
+        from PIL import Image
+
         seen = classes[classes != IGNORED]
         values = np.where(classes == IGNORED, self.settings.ignore_index, classes + int(self.settings.reduce_labels))
         small = len(self.labels) + int(self.settings.reduce_labels) <= _BYTE
-        _write(values.astype(np.uint8 if small else np.uint16), path)
-        _write(np.asarray(_overlay(image, classes)), path.with_suffix(".overlay.png"))
+        write_file(path, png(Image.fromarray(values.astype(np.uint8 if small else np.uint16))))
+        write_file(path.with_suffix(".overlay.png"), png(_overlay(image, classes)))
         pixels = np.bincount(seen, minlength=len(self.labels)) / seen.size
         return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}
 
@@ -447,14 +437,6 @@ def _overlay(image: Image, classes: np.ndarray) -> Image:
     pixels = np.asarray(image.convert("RGB"))
     mixed = np.where((classes != IGNORED)[..., None], (pixels + colours[classes]) / 2, pixels)
     return Image.fromarray(mixed.astype(np.uint8))
-
-
-def _write(values: np.ndarray, path: Path) -> None:
-    from PIL import Image
-
-    content = io.BytesIO()
-    Image.fromarray(values).save(content, "PNG")
-    write_file(path, content.getvalue())
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -8,7 +8,6 @@ DreamBooth: https://arxiv.org/abs/2208.12242.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ from peftcli.tasks.base import (
 from peftcli.tasks.diffusers_files import write_parts
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import open_image, shown_image
+from peftcli.tasks.pictures import open_image, png, shown_image
 from peftcli.tasks.shown import Shown, Text, TokenText
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 
@@ -194,7 +193,7 @@ class TextToImage(Task[settings.TextToImage]):
         mine = [seed for seed in range(rank, len(paths), size) if not paths[seed].exists()]
         with disabled(model):
             for seed in mine:
-                write_file(paths[seed], _png(self._make(model, [prompt], [seed])[0]))
+                write_file(paths[seed], png(self._make(model, [prompt], [seed])[0]))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return paths
@@ -260,7 +259,7 @@ class TextToImage(Task[settings.TextToImage]):
     def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
         for number, prompt in enumerate(self.settings.sample_prompts):
             path = folder / "samples" / f"step-{step:06}-{number}.png"
-            write_file(path, _png(self._make(model, [prompt], [number])[0]))
+            write_file(path, png(self._make(model, [prompt], [number])[0]))
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Make a picture of each row's text, by its seed: that of the row, else its number."""
@@ -278,7 +277,7 @@ class TextToImage(Task[settings.TextToImage]):
             made = self._make(model, prompts, seeds)
             for number, image, prompt, seed in zip(numbers, made, prompts, seeds, strict=True):
                 path = folder / f"{number:05}.png"
-                write_file(path, _png(image))
+                write_file(path, png(image))
                 yield {"image": str(path), "prompt": prompt, "seed": seed}
 
     def probe(self) -> Batch:
@@ -369,12 +368,6 @@ def _given_seed(row: Row, number: int) -> int:
 def _stored(path: Path) -> _Stored:
     content = path.read_bytes()
     return _Stored(File(str(path), b"", digest_of(content)), *open_image(content, str(path)).size)
-
-
-def _png(image: Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
 
 
 def _weights(folder: Path) -> list[tuple[str, int, int]]:
