@@ -79,10 +79,7 @@ class Task(ABC, Generic[Settings]):
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         """``TASKS[name].open`` calls this.
 
-        Args:
-            settings: The task's settings class, from ``tasks.settings``.
-            processor: The base model's, of the kind that the row names; None where it names none.
-            base: The base model.
+        The processor is of the kind that the task's row names; None where it names none.
         """
         self.settings, self.processor, self.base = settings, processor, base
 
@@ -154,9 +151,7 @@ class Task(ABC, Generic[Settings]):
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         """Put examples, or the packed rows that ``join`` made of them, into one batch on the CPU.
 
-        Args:
-            examples: At least one.
-            training: Whether the batch is trained on: augmentation is for these alone.
+        Augmentation is for batches of ``training`` alone.
         """
 
     @property
@@ -340,9 +335,7 @@ class FitsModel(Protocol):
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
         """Change the model before an adapter is put into it.
 
-        Args:
-            model: The base model.
-            config: A new adapter's, which may be changed to train what is new; None where one is loaded or none is.
+        ``config`` is a new adapter's, which may be changed to train what is new; None where one is loaded or none is.
 
         Returns:
             What the user should know.
@@ -367,13 +360,7 @@ class Illustrates(Protocol):
     """Shows what the model does while it trains, in files."""
 
     def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Write files into a folder after an evaluation, in one process.
-
-        Args:
-            model: As it is now.
-            folder: Of the run.
-            step: How many steps are done.
-        """
+        """Write files into the folder of a run, in one process, after an evaluation at this step."""
         ...
 
 
@@ -433,11 +420,7 @@ class Exports(Protocol):
 def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]) -> str:
     """Write task.json, by which an adapter's readers know its task, and return the file's name.
 
-    Args:
-        folder: The adapter's.
-        name: The task's in ``TASKS``.
-        settings: The task's, with what the training rows completed.
-        config: Keys of the base model's config that a reader must set.
+    ``config``: keys of the base model's config that a reader must set.
     """
     values = {"type": name, "settings": asdict(settings), "config": dict(config)}
     write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
@@ -447,10 +430,8 @@ def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]
 def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
     """Check that a head that goes on training keeps the meaning of its outputs.
 
-    Args:
-        options: The task's ``model_options``.
-        recorded: Those of the adapter that holds the head; empty where it does not say them.
-        folder: The adapter's.
+    ``options`` are the task's ``model_options``, and ``recorded`` those of the adapter that holds the head; empty where
+    it does not say them.
 
     Raises:
         DataError: the classes are others, or in another order.
@@ -620,12 +601,6 @@ def logits_of(
 
 def require_extra(package: str, extra: str, key: str = "task", kind: type[PeftcliError] = DataError) -> None:
     """Check that an optional package is installed.
-
-    Args:
-        package: Its name in Python.
-        extra: That of peftcli which brings it.
-        key: The setting that needs it.
-        kind: Of the error.
 
     Raises:
         PeftcliError: it is not installed; of this kind, and names the extra.

@@ -39,9 +39,7 @@ _TENSORS = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}
 def write_parts(empty: Any, folder: Path) -> list[str]:
     """Write, beside a pipeline's adapter, the same one for other readers.
 
-    Args:
-        empty: The parts that may be adapted, on the meta device, as one module.
-        folder: The adapter's.
+    ``empty``: the parts that may be adapted, on the meta device, as one module.
 
     Returns:
         Names of the files: an adapter folder of each adapted part and, of a plain LoRA, the file of diffusers, with

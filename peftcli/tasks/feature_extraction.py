@@ -205,11 +205,8 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def embed(self, model: nn.Module, batch: Batch, size: int, *, again: bool = False) -> torch.Tensor:
         """The embeddings of a batch's texts, float32, of any length: (R, D).
 
-        Args:
-            model: The model.
-            batch: Of ``collate``.
-            size: Texts at once in the model; those of like length share a part.
-            again: Compute each part once more for its gradient, with the same dropout, instead of keeping it.
+        ``size`` texts are in the model at once; those of like length share a part. ``again``: compute each part once
+        more for its gradient, with the same dropout, instead of keeping it.
         """
         lengths = batch["_lengths"]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)

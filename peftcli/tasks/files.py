@@ -58,12 +58,6 @@ class File:
 def file_of(row: Row, reader: Reader, column: str, what: str = "a picture") -> tuple[File, bytes]:
     """The file that a row names, or whose bytes it has, and its content.
 
-    Args:
-        row: The row.
-        reader: Says where its columns are.
-        column: The task's name of the one.
-        what: The file is, for the error.
-
     Raises:
         DataError: the row has none, or it cannot be read.
     """

@@ -16,11 +16,8 @@ def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     """Find the one task that fits the base model and the data.
 
     A task whose columns are part of another fitting task's is left out: rows of text and label are for classification,
-    though text alone would be enough for a language model.
-
-    Args:
-        config: The base model's, of transformers.
-        columns: Those of the training rows, and the names that ``dataset.columns`` gives them.
+    though text alone would be enough for a language model. ``columns`` are those of the training rows, and the names
+    that ``dataset.columns`` gives them.
 
     Returns:
         The task's name and what it was found from.

@@ -91,11 +91,7 @@ def check_image(content: bytes, path: str = "") -> None:
 def shown_image(image: Image, path: str, size: tuple[int, int], mode: str) -> shown.Image:
     """A picture as ``inspect`` shows it.
 
-    Args:
-        image: What is drawn; it is made smaller.
-        path: Of the file.
-        size: Width and height of the file's picture.
-        mode: Of the file's picture, Pillow's name.
+    ``image``, which is drawn, is made smaller; ``size`` (width, height) and ``mode`` are those of the file's picture.
     """
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return shown.Image(path, *size, mode, png(image.convert("RGB")))

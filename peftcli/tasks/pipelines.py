@@ -40,12 +40,7 @@ class _Kind:
 
 
 def has_pipeline(name: str, base: OpenBase) -> bool:
-    """Whether transformers has a pipeline that answers as a task does.
-
-    Args:
-        name: The task's in ``TASKS``.
-        base: The base model.
-    """
+    """Whether transformers has a pipeline that answers as a task does."""
     tag = TASKS[name].pipeline_tag
     return tag in _KINDS or (tag == _GENERATES and not base.config.is_encoder_decoder)
 
@@ -55,13 +50,7 @@ def answers_of_both(
 ) -> tuple[list[Answer], list[Answer]]:
     """Let peftcli and transformers' pipeline answer made-up inputs.
 
-    Args:
-        name: The task's in ``TASKS``.
-        task: Which ``has_pipeline``.
-        model: peftcli's model with the adapter.
-        other: transformers' model with it.
-        folder: The adapter's.
-        record: The content of the run's run.json; empty without one.
+    ``model`` is peftcli's with the adapter, ``other`` transformers'.
 
     Returns:
         The answers of peftcli, and the same of transformers.

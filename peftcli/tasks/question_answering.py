@@ -188,9 +188,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
     def _likeliest(self, example: Example, scores: torch.Tensor) -> list[ScoredSpan]:
         """The likeliest places in a window, the best first, and at the end that the answer is not there.
 
-        Args:
-            example: The window.
-            scores: (T, 2), or longer by padding.
+        ``scores`` are (T, 2), or longer by padding.
         """
         places = np.asarray(example.arrays["places"])
         starts, ends = scores[: len(places), 0].numpy(), scores[: len(places), 1].numpy()

@@ -98,9 +98,7 @@ class Classification(TaskSettings):
     def of_model(cls, config: Any, num_labels: int | None) -> Self:
         """The settings of another tool's model, as far as its config names its outputs.
 
-        Args:
-            config: The base model's.
-            num_labels: Outputs of the head; None: as many as the config says.
+        ``num_labels``: outputs of the head; None: as many as the config says.
         """
         num_labels = int(num_labels or config.num_labels)
         if num_labels == 1:
@@ -150,9 +148,7 @@ class TokenClassification(TaskSettings):
     def of_model(cls, config: Any, num_labels: int | None) -> Self:
         """The settings of another tool's model, whose config names its outputs.
 
-        Args:
-            config: The base model's.
-            num_labels: Outputs of the head; None: as many as the config says.
+        ``num_labels``: outputs of the head; None: as many as the config says.
         """
         labels = _label_names(config, int(num_labels or config.num_labels))
         return cls(labels=labels, scheme="iob2" if all(map(is_iob2, labels)) else "none")

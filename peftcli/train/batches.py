@@ -58,12 +58,7 @@ def collate(
 ) -> Batch:
     """Put examples into one batch.
 
-    Args:
-        task: Collates.
-        examples: All examples.
-        indices: Those of the batch.
-        training: Whether it is trained on.
-        draw: Returns ``Example.draw`` of an index.
+    ``draw`` returns ``Example.draw`` of an index.
 
     Raises:
         DataError: the file of one cannot be read any more; names its row.

@@ -78,13 +78,9 @@ def load_data(
 ) -> Data:
     """Read, check and encode the recipe's data, or take it from the cache.
 
-    Args:
-        recipe: Names the data and how it is encoded.
-        task: What it is encoded for.
-        only_eval: Leave out the training rows.
-        keep_bad_rows: A row that cannot be used is a finding, whatever the recipe says.
-        on_rows: Is told how far it is.
-        on_note: Is told what the user should know meanwhile: that another process is waited for, of a damaged cache.
+    ``only_eval`` leaves out the training rows. With ``keep_bad_rows`` a row that cannot be used is a finding, whatever
+    the recipe says. ``on_rows`` is told how far it is, and ``on_note`` what the user should know meanwhile: that
+    another process is waited for, of a damaged cache.
 
     Raises:
         DataError: a row that cannot be used, or none that can.
@@ -142,9 +138,7 @@ def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool
 def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None) -> Recipe:
     """The recipe with its task, which is found from base model and data where the recipe leaves it out.
 
-    Args:
-        recipe: Names the base model and the data.
-        on_note: Receives which task was found, and from what.
+    ``on_note`` receives which task was found, and from what.
 
     Raises:
         UsageError: not one task fits, or the one that fits lacks a setting that the recipe gives.
@@ -168,10 +162,7 @@ def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None
 def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     """Encode the recipe's data into the cache, before processes are started that would wait for it.
 
-    Args:
-        recipe: Whose data.
-        as_on: The day that chat templates write, as 2026-01-31; None: today.
-        on_event: Is told what happens.
+    ``as_on`` is the day that chat templates write, as 2026-01-31; None: today.
 
     Raises:
         DataError: a row that cannot be used, or data with a finding that stops a run.

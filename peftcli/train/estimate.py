@@ -82,13 +82,8 @@ def estimate(
 ) -> Estimate | None:
     """Return what a process of a run needs; None if that is not known without values.
 
-    Args:
-        model: On the meta device, with its adapter, ready to train. It is changed, and of no use afterwards.
-        config: The adapter's.
-        recipe: Says how it trains, every setting chosen.
-        base: The base model, whose files may be on this machine.
-        data: What it trains on.
-        plan: In which batches.
+    ``model`` is on the meta device, with its adapter, ready to train; it is changed, and of no use afterwards. Every
+    setting of the recipe is chosen.
     """
     if base.is_pipeline or base.is_stored_quantised:
         return None

@@ -67,16 +67,9 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Compute the task's metrics over all examples, each name with the prefix ``eval_``.
 
-    The result does not depend on the batch size or the number of processes, float error aside.
-
-    Args:
-        model: The model to measure.
-        task: Gives batches, losses and metrics.
-        examples: What it is measured on.
-        batch_size: Examples at once in a process.
-        accelerator: Of this process; all processes evaluate together.
-        num_workers: Processes that make batches ahead.
-        stopping: Whether to give up; called before each batch, by all processes equally often.
+    The result does not depend on the batch size or the number of processes, float error aside. All processes evaluate
+    together, ``batch_size`` examples at once in each. ``stopping`` says whether to give up; it is called before each
+    batch, by all processes equally often.
 
     Returns:
         The metrics; None if it gave up.

@@ -38,11 +38,8 @@ def measure(
 ) -> dict[str, Any]:
     """The metrics, in the shape of a finished run's run.json.
 
-    Args:
-        recipe: names base model, task and evaluation data.
-        adapter: folder or hub id; None measures the base model alone.
-        on_warning: is told what is odd with the evaluation data.
-        on_note: is told what the user should know besides: which task and classes were found.
+    ``adapter`` is a folder or hub id; None measures the base model alone. ``on_warning`` is told what is odd with the
+    evaluation data, and ``on_note`` which task and classes were found.
 
     Raises:
         DataError: the recipe has no evaluation data, or it cannot be used.

@@ -128,14 +128,8 @@ def run_processes(
     """Run ``peftcli`` with ``command`` in ``count`` processes that form a group.
 
     INT, TERM and USR1 are passed on, so that they stop with a checkpoint, and ``save_on``, so that they write one.
-
-    Args:
-        command: The words after ``peftcli``.
-        count: How many processes.
-        port: Where they find one another; ``auto``: a free one.
-        lock: The file descriptor that locks the run folder, and the variables that name it to process 0.
-        save_on: Name of the signal that asks for a checkpoint.
-        afterwards: Is called when all have done their work, before their answer is printed.
+    ``lock`` is the file descriptor that locks the run folder, and the variables that name it to process 0.
+    ``afterwards`` is called when all have done their work, before their answer is printed.
 
     Raises:
         PeftcliError: the error of the first process that failed; of a failed gate, once the answer is printed.
@@ -333,11 +327,8 @@ class _Group:
 def first_error(status: Path, codes: Mapping[int, int], count: int, forwarded: Sequence[int]) -> PeftcliError | None:
     """Return why the first process failed that did so by itself; None if none did.
 
-    Args:
-        status: The folder in which each reported how it ended.
-        codes: The exit codes of those that have ended, in that order.
-        count: How many there are, or were.
-        forwarded: The signals that they were sent.
+    ``status`` is the folder in which each of ``count`` processes reported how it ended, and ``codes`` has the exit
+    codes of those that have ended, in that order.
     """
     errors = [
         error for number, code in codes.items() if (error := _error(status, number, code, count, forwarded)) is not None
@@ -393,11 +384,8 @@ class Watch:
     ) -> str | None:
         """What is wrong with the processes (number -> pid); None if nothing is.
 
-        Args:
-            living: Those that run.
-            training: Whether they train.
-            everywhere: Of several machines: takes for how long the processes here have been idle, in seconds, and
-                returns for how long those of all machines have been.
+        ``everywhere`` is for several machines: it takes for how many seconds the processes here have been idle, and
+        returns for how many those of all machines have been.
         """
         now = time.monotonic()
         if sys.platform != "linux" or now - self.seen[0] < 1.0:

@@ -72,16 +72,8 @@ def run_on_machine(
     """Run ``peftcli`` with ``command`` in ``count`` processes here, and as many on each other machine.
 
     INT, TERM and USR1 are passed on, so that all stop with a checkpoint, and ``save_on``, so that they write one.
-
-    Args:
-        command: The words after ``peftcli``.
-        count: How many processes.
-        launch: Which machine this is, and where the others are.
-        save_on: Name of the signal that asks for a checkpoint.
-        before: Is called first, once the others can come.
-        afterwards: Is called when all have done their work, before their answer is printed.
-        resumable: Tells whether there is a checkpoint.
-        tell: Receives a line while this machine waits, and one for each restart.
+    ``before`` is called once the others can come, and ``afterwards`` when all have done their work, before their answer
+    is printed. ``resumable`` tells whether there is a checkpoint.
 
     Raises:
         PeftcliError: the error of the first process that failed; of a failed gate, once the answer is printed.

@@ -22,12 +22,8 @@ def lacks_memory(error: BaseException) -> bool:
 def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any], *, saved: bool) -> OutOfMemory:
     """The error of a step that the memory did not hold.
 
-    Args:
-        step: Its number, from 1.
-        sizes: Of the examples that were in the model at once when most were, in the task's unit.
-        recipe: Its settings are to be changed.
-        task: The task.
-        saved: Whether there is a checkpoint.
+    ``sizes`` are those of the examples that were in the model at once when most were, in the task's unit; ``saved``:
+    there is a checkpoint.
     """
     longest = f" with {sum(sizes):,} {task.unit}, {max(sizes):,} in the longest" if max(sizes) > 1 else ""
     batch = f"{len(sizes):,} example{'s' if len(sizes) > 1 else ''} at once{longest}"

@@ -108,10 +108,6 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that a recipe names, over parameters or over groups of them.
 
-    Args:
-        parameters: What trains.
-        training: The settings.
-
     Raises:
         UsageError: its package is not installed, or it does not take ``training.optim_args``.
     """

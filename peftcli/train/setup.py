@@ -155,12 +155,6 @@ def adapted_model(
 
     The adapter is a new one, or begins as the one that the recipe names.
 
-    Args:
-        recipe: Names the base model.
-        config: The adapter's.
-        task: What the model is for.
-        load: Loads it.
-
     Raises:
         ModelError: the base model cannot be loaded.
         DataError: the adapter to begin from has a head of other classes.

@@ -53,11 +53,8 @@ def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> Loa
 def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, send: bool = False) -> None:
     """Divide the layers of a model among all processes, in place. An adapter in it stays whole.
 
-    Args:
-        model: On the CPU.
-        device: Where it computes.
-        cpu_offload: Whether the parts are in the CPU's memory until they are gathered.
-        send: Whether the first process's model is that of all.
+    The model is on the CPU, and computes on ``device``. With ``cpu_offload`` the parts are in the CPU's memory until
+    they are gathered; with ``send`` the first process's model is that of all.
 
     Raises:
         ModelError: it has no stack of layers, quantised weights that cannot be split, or, if the first process

@@ -30,13 +30,8 @@ def start(
 ) -> dict[str, Any] | None:
     """Train what a recipe describes, in as many processes as it wants.
 
-    Args:
-        recipe: What to train.
-        command: The words after ``peftcli`` that start one more process of this run.
-        on_event: Receives what happens in this process.
-        resume: As in ``peftcli.train.run.train``, like the two below.
-        allow_change: The same.
-        overwrite: The same.
+    ``command`` are the words after ``peftcli`` that start one more process of this run; the options are those of
+    ``peftcli.train.run.train``.
 
     Returns:
         The content of run.json; None when another process has it and prints the answer.

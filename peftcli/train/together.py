@@ -52,14 +52,9 @@ def train_together(
 ) -> dict[str, Outcome]:
     """Train what several recipes describe, as ``peftcli.train.run.train`` does for one.
 
-    If one run cannot start, none does. A run that fails later, as one that diverges, ends alone.
-
-    Args:
-        recipes: By the names that errors give them.
-        resume: ``auto``, ``must`` or ``never``, for each.
-        allow_change: As in ``train``, for each.
-        overwrite: The same.
-        on_event: Returns what receives the events of the run of that name.
+    If one run cannot start, none does. A run that fails later, as one that diverges, ends alone. ``on_event`` returns
+    what receives the events of the run of a name, as errors give it; the other options are those of ``train``, for
+    each.
 
     Returns:
         How each run ended.

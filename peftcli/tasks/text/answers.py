@@ -72,11 +72,8 @@ def answer_reader(
 ) -> AnswerReader:
     """Find the columns of a prompt and its answers.
 
-    Args:
-        table: Its first row says whether answers are texts or messages.
-        answers: The columns of answers.
-        optional: Those of ``more`` that may be missing.
-        more: Other columns, and the names that sources give them.
+    The first row of the table says whether answers are texts or messages. ``more`` are other columns, and the names
+    that sources give them, of which the ``optional`` ones may be missing.
 
     Raises:
         DataError: a column is missing.

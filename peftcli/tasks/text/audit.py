@@ -30,10 +30,7 @@ _LISTED_ENDS = 5
 class TextAudit:
     """All examples of a language task, examined once.
 
-    Args:
-        view: The examples.
-        tokenizer: What made them.
-        aligned: Whether labels belong to the input's tokens, as in a causal model, or are a text of their own.
+    ``aligned``: labels belong to the input's tokens, as in a causal model, and are no text of their own.
     """
 
     def __init__(self, view: View, tokenizer: PreTrainedTokenizerBase, *, aligned: bool):

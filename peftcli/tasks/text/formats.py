@@ -120,10 +120,7 @@ class ExampleReader(Reader):
 def example_reader(columns: Sequence[str], source: Source, described: str) -> ExampleReader:
     """Return the reader of rows with these columns.
 
-    Args:
-        columns: The columns of the first rows.
-        source: Names the format, or ``auto``, and the columns.
-        described: The source as errors name it.
+    ``source`` names the format, or ``auto``, and the columns.
 
     Raises:
         DataError: the columns fit no format, or not the given one.

@@ -69,10 +69,7 @@ class TextGenerator:
     ) -> list[GeneratedText]:
         """Answer prompts, in one batch.
 
-        Args:
-            prompts: what to answer.
-            settings: how tokens are chosen.
-            stream: receives the answer's text as it grows; for a single prompt.
+        ``stream`` receives the answer's text as it grows; for a single prompt.
 
         Raises:
             DataError: the model has too few positions for one.
@@ -184,11 +181,7 @@ def generator_of(
 ) -> TextGenerator:
     """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there.
 
-    Args:
-        model: The model with the adapter.
-        tokenizer: The adapter's.
-        record: The content of the run's run.json; empty without one.
-        loaded_from: What both were loaded from, as JSON.
+    ``record`` is the run's run.json, empty without one; ``loaded_from`` says what both were loaded from, as JSON.
     """
     tokens.settle_pad(tokenizer, model)
     form = prompt_form(record, tokenizer)

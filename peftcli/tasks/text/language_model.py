@@ -247,11 +247,7 @@ def fit_tokens(
 ) -> list[str]:
     """Give a model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows.
 
-    Args:
-        model: the base model.
-        tokenizer: the one that its rows are encoded with.
-        config: that of an adapter that will train the rows; None: none will.
-        base: the recipe's settings.
+    ``config`` is that of an adapter that will train the rows; None: none will.
 
     Returns:
         What the user should know of it.

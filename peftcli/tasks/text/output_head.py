@@ -65,9 +65,7 @@ _found: WeakKeyDictionary[nn.Module, Redo | None] = WeakKeyDictionary()
 def output_head(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> OutputHead | None:
     """Return the model's output head.
 
-    Args:
-        model: A language model.
-        inputs: Arguments of it, of which a few tokens are read the first time.
+    ``inputs`` are arguments of the model, of which a few tokens are read the first time.
 
     Returns:
         The head; None if the model's logits are not what a module makes of each position's hidden state.

@@ -86,12 +86,7 @@ def default_prompt(base: OpenBase) -> str | None:
 def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int, base: OpenBase) -> None:
     """Make a folder of a transformers model one of sentence-transformers, in words that its older releases know too.
 
-    Args:
-        folder: The model's.
-        pooling: How its embeddings are made.
-        size: Numbers of an embedding.
-        max_length: Tokens of a text at most.
-        base: The base model, whose prompts are kept, to be asked for by name.
+    ``size`` counts the numbers of an embedding. The prompts of the base model are kept, to be asked for by name.
     """
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][
         : 3 if pooling.normalize else 2

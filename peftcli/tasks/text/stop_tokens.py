@@ -51,9 +51,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
 def prompt_form(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Form:
     """Return the form of the data that an adapter was trained on, in which it is to be prompted.
 
-    Args:
-        record: the content of the run's run.json; empty without one.
-        tokenizer: the adapter's.
+    ``record`` is the content of the run's run.json; empty without one.
     """
     data = record.get("data")
     trained_on = data.get("format", "messages") if isinstance(data, dict) else "messages"

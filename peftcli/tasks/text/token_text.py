@@ -46,9 +46,7 @@ class TokenRenderer:
     def render(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> list[TokenText]:
         """Render the ids token by token.
 
-        Args:
-            ids: Token ids.
-            labels: The label of each; a token whose label counts is trained. None: every token is.
+        A token whose label counts is trained; without ``labels`` every token is.
         """
         trained = [True] * len(ids) if labels is None else [label != IGNORED for label in labels]
         pieces = self._bytes(ids)

@@ -93,12 +93,7 @@ class State:
 def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, str]) -> Path:
     """Write a checkpoint below ``folder``, then delete all but the ``keep`` newest.
 
-    Args:
-        folder: The folder of the checkpoints.
-        state: What to write.
-        keep: How many checkpoints to keep.
-        accelerator: This process's; all processes save together.
-        made_by: Hashes of recipe, data and base model.
+    All processes save together. ``made_by`` has hashes of recipe, data and base model.
 
     Raises:
         StorageError: it cannot be written; the older checkpoints are untouched.
@@ -288,11 +283,7 @@ def _as_json(value: object) -> bytes:
 def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
     """Fill ``state`` from a checkpoint.
 
-    Args:
-        path: The checkpoint, undamaged.
-        state: The state to fill.
-        accelerator: This process's. Where the checkpoint was written by fewer processes, the additional ones start with
-            random states of their own.
+    Where fewer processes wrote it, the additional ones start with random states of their own.
 
     Raises:
         StorageError: it does not fit the model, or cannot be read.

@@ -90,11 +90,8 @@ def read_records(folder: RunFolder) -> list[RunRecord | None]:
 def record_failure(folder: RunFolder, error: PeftcliError, before: Sequence[RunRecord | None]) -> None:
     """Record how a run ended whose processes could not record it, or knew less about it than their launcher.
 
-    Args:
-        folder: The run's.
-        error: How it ended.
-        before: Its ``read_records`` before the processes were started. A record that is unchanged since then belongs to
-            an earlier attempt.
+    ``before`` are the run's ``read_records`` before the processes were started. A record that is unchanged since then
+    belongs to an earlier attempt.
     """
     for each, record, old in zip((folder, folder.replacement()), read_records(folder), before, strict=True):
         if record is None or record == old or record.status == "complete":

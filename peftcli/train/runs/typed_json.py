@@ -67,10 +67,7 @@ def to_json(value: Any) -> Any:
 def from_json(cls: type[T], value: Any, *, complete: bool = False) -> T:
     """Read a dataclass from a JSON object.
 
-    Args:
-        cls: The dataclass.
-        value: The object.
-        complete: Whether the fields whose default is LATER must be there.
+    ``complete``: the fields whose default is LATER must be there.
 
     Raises:
         WrongValue: a key is missing, unknown, or holds a value of the wrong type.
