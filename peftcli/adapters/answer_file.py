@@ -45,14 +45,8 @@ def write_answers(
 ) -> int:
     """Write one JSON object per row, in the order of the rows. The target appears when all are there.
 
-    Args:
-        rows: What to answer.
-        target: The file, or a stream as /dev/stdout.
-        answer: Answers a batch of rows.
-        key: Everything that the answers follow from, as JSON: an unfinished file is resumed under the same key only.
-        batch_size: Rows answered together.
-        progress: Is told how many of how many rows are done.
-        order: The rows in the order in which they are answered; None: their own.
+    ``key`` is everything that the answers follow from, as JSON: an unfinished file is resumed under the same key only.
+    Rows are answered in ``order``, or else in their own; ``progress`` is told how many of how many are done.
 
     Returns:
         The number of rows.

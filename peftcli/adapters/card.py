@@ -157,13 +157,8 @@ def render_card(
 ) -> str:
     """The card's text.
 
-    Args:
-        info: The content of run.json, of which any part may be missing.
-        adapter: Hub id or folder that the examples load.
-        plot: Whether loss.png stands beside the card.
-        processor: Whether a tokenizer or another processor does.
-        form: Whether the adapter does in the form of the library that ``TaskRow.form`` is for.
-        tags: Tags of the base model, beside those of the adapter.
+    ``info`` is the content of run.json, of which any part may be missing. ``plot`` (loss.png), ``processor`` and
+    ``form`` (that of ``TaskRow.form``) say what stands beside the card; ``tags`` are those of the base model.
     """
     recipe, method = mapping_at(info, "recipe"), mapping_at(info, "recipe", "method")
     method.pop("type", None)

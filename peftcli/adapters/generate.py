@@ -35,14 +35,9 @@ def load_generator(
 ) -> TextGenerator:
     """Load the base model that an adapter names, with the adapter in it.
 
-    Args:
-        adapter: folder or hub id.
-        base: base model to use instead of the one that the adapter names.
-        with_adapter: False gives the base model alone.
-        quantization: type to quantise the base model to, or ``none``; None: as run.json says the adapter was trained.
-        merge_for: prompts for which the adapter is merged in memory, if that changes nothing of what the model says.
-        check: is called with what is loaded, before that answers anything.
-        tell: is told whether it is.
+    ``quantization`` is a type, or ``none``; None: as run.json says the adapter was trained. For the prompts of
+    ``merge_for`` the adapter is merged in memory, if that changes nothing of what the model says; ``tell`` is told
+    whether it is. ``check`` is called with what is loaded, before that answers anything.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit.

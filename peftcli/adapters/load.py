@@ -251,12 +251,9 @@ def find_adapter(
 ) -> AdapterSource:
     """Find an adapter and read its config.
 
-    Args:
-        name: a folder or hub id.
-        base: base model to use in place of the one that the adapter names.
-        revision: branch, tag or commit on the hub.
-        subfolder: where in the folder or repository the adapter is.
-        options: of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, force_download.
+    ``base`` is used in place of the base model that the adapter names. ``subfolder`` is where in the folder or
+    repository the adapter is; ``options`` are those of ``huggingface_hub.snapshot_download``: token, cache_dir,
+    local_files_only, force_download.
 
     Raises:
         AdapterError: there is no such adapter, its config cannot be read, or its weights are a pickle.

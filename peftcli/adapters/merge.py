@@ -87,15 +87,9 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Write base model + adapter to ``output`` as one plain checkpoint with its tokenizer.
 
-    Args:
-        adapter: folder or hub id.
-        output: new or empty folder; it appears whole or not at all.
-        base: base model instead of the one that the adapter names.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the base model's.
-        dequantize: merge into the weights of a quantised base model, made dense: one that is stored so, or the one that
-            the adapter was trained on.
-        verify: compare the merged model's logits with those of base model and adapter.
-        tell: is told what is being done.
+    ``base`` is used in place of the base model that the adapter names; ``dtype`` None keeps the base model's. With
+    ``dequantize`` the weights of a quantised base model are made dense: one that is stored so, or the one that the
+    adapter was trained on. With ``verify`` the merged model's logits are compared with those of base model and adapter.
 
     Returns:
         What was written: folder, shards, bytes, dtype, untied, max_logit_difference.

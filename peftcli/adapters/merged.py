@@ -37,11 +37,8 @@ def load_merged(
 ) -> T:
     """Load a model and merge its adapter, if it can be merged and the first answers stay what they are.
 
-    Args:
-        load: loads the model with the adapter beside its weights; once more if merging has turned out inexact.
-        config: the adapter's.
-        answer: answers the first batch with what ``load`` has returned. It is left after one forward pass.
-        tell: is told whether the adapter is merged, and why not.
+    ``load`` is called once more if merging has turned out inexact. ``answer`` answers the first batch with what it has
+    returned, and is left after one forward pass. ``tell`` is told whether the adapter is merged, and why not.
     """
     loaded = load()
     if problem := _problem(loaded.model, config):

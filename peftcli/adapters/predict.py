@@ -70,14 +70,9 @@ def load_predictor(
 ) -> Predictor:
     """Load the base model that an adapter names, with the adapter in it.
 
-    Args:
-        adapter: folder or hub id.
-        base: base model to use instead of the one that the adapter names.
-        with_adapter: False gives the base model alone.
-        batch_size: rows at once in the model.
-        merge_for: the rows of a file, which are refused if the model has too few positions for one. If they are many,
-            the adapter is merged in memory for them, if that changes nothing of what the model says.
-        tell: is told whether it is.
+    The rows of ``merge_for``, those of a file, are refused if the model has too few positions for one. If they are
+    many, the adapter is merged in memory for them, if that changes nothing of what the model says; ``tell`` is told
+    whether it is.
 
     Raises:
         AdapterError: the adapter cannot be read, does not fit, or its task answers no rows.

@@ -77,13 +77,8 @@ def require_readers(readers: Sequence[str]) -> None:
 def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> float:
     """Load an adapter with another library, and compare what it says with what peftcli says.
 
-    Args:
-        reader: One of ``READERS``.
-        source: The adapter.
-        opened: Its base model.
-        task: Its task.
-        model: peftcli's model with the adapter, in float32: a reader rounds an adapter's weights to the number format
-            of the base model.
+    ``model`` is peftcli's with the adapter, in float32: a reader rounds an adapter's weights to the number format of
+    the base model.
 
     Returns:
         The largest difference, as a share of the outputs' deviation.

@@ -65,10 +65,7 @@ Rows = dict[str, Any]
 def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
     """Choose a few rows of a source, the smallest of the first ones; None where none can be kept.
 
-    Args:
-        task: Reads them.
-        source: Rows that the model was not trained on, if there are such.
-        day: The day that chat templates write.
+    ``source`` has rows that the model was not trained on, if there are such; ``day`` is what chat templates write.
     """
     try:
         opened = open_source(source)
@@ -92,14 +89,7 @@ def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
 
 
 def said_by(model: nn.Module, task: Task[Any], rows: Rows | None, *, bf16: bool) -> dict[str, Any]:
-    """Return what a trained model says of rows, and of what the task asks besides, for ``record_model``.
-
-    Args:
-        model: The model in memory.
-        task: The task, with its processor.
-        rows: Those of ``few_rows``.
-        bf16: Whether the forward pass computes in bfloat16.
-    """
+    """Return what a trained model says of rows, and of what the task asks besides, for ``record_model``."""
     values: dict[str, Any] = {"rows": rows}
     if rows:
         inputs = _batch(task, rows)
@@ -127,18 +117,8 @@ def record_model(
 ) -> None:
     """Write what a trained model is and says, for ``verify_adapter``.
 
-    Args:
-        folder: The adapter's.
-        model: The model in memory.
-        config: The adapter's config.
-        tensors: The adapter's tensors, as the model holds them.
-        task: The task, with its processor.
-        described: The task's ``type`` and settings.
-        said: What ``said_by`` returned; empty where the model cannot be asked.
-        files: Names of the files that the task keeps in the folder.
-        dtype: Number format of the base model.
-        bf16: Whether the forward pass computes in bfloat16.
-        base_sha256: ``base_hash`` of the base model.
+    ``described`` has the task's ``type`` and settings. ``said`` is what ``said_by`` returned; empty where the model
+    cannot be asked. ``files`` are the names of those that the task keeps in the folder.
     """
     values = {
         "schema_version": _VERSION,
@@ -176,11 +156,8 @@ def verify_adapter(
 ) -> dict[str, Any]:
     """Load an adapter folder, and compare it with the model that was trained.
 
-    Args:
-        name: Folder or hub id.
-        base: Base model instead of the one that the adapter names.
-        readers: Those of ``READERS`` that load it too, to be compared with peftcli.
-        tell: Is told what could not be compared.
+    ``readers`` are those of ``READERS`` that load it too, to be compared with peftcli. ``tell`` is told what could not
+    be compared.
 
     Returns:
         What was compared: ``rows``, ``tensors``, ``difference``, ``allowed``, and the difference of each reader.

@@ -42,15 +42,8 @@ def write_junit(
     """Write a report of one test suite, complete or not at all; into a pipe or a device directly.
 
     Each gate is a test case; a failed one contains the measured value. A failed run adds the test case ``run`` with the
-    error. A successful run without gates adds it too, since CI servers reject a report without test cases.
-
-    Args:
-        path: The file; missing folders are created.
-        suite: Name of the suite and class of its cases: the recipe's name.
-        gates: ``metric``, ``gate``, ``value`` and ``passed`` of each gate, as in run.json.
-        metrics: Name -> value: the suite's properties.
-        seconds: Duration of the run; None if unknown.
-        error: The error of a failed run, as in run.json.
+    error. A successful run without gates adds it too, since CI servers reject a report without test cases. ``suite`` is
+    the name of the suite and the class of its cases; gates, metrics, seconds and error are as in run.json.
 
     Raises:
         UsageError: ``path`` is a folder.

@@ -23,13 +23,7 @@ def train_together(
 ) -> None:
     """Train several recipes at once, and print what became of each.
 
-    Args:
-        words: The recipes, and settings to override in all of them.
-        as_json: Whether to print the run.json of each instead of summaries.
-        quiet: Whether to show warnings only.
-        dry_run: Whether to show what would train, and stop.
-        junit: Refused: a report is one run's.
-        options: How to start, as ``start_together`` takes it.
+    ``options`` say how to start, as ``start_together`` takes them.
 
     Raises:
         PeftcliError: the recipes cannot be trained together, or the first that failed.

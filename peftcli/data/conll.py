@@ -22,9 +22,7 @@ _Line = tuple[int, list[str]]
 def read_conll(text: TextFile, *, universal: bool) -> Iterator[Row | DataError]:
     """Yield a row for each sentence: ``tokens``, ``tags`` and the columns between; for a bad one, the error about it.
 
-    Args:
-        text: The file.
-        universal: Whether it is a ``.conllu`` file.
+    ``universal``: it is a ``.conllu`` file.
     """
     sentence, size, fault = list[_Line](), 0, None
     for raw in text.lines():

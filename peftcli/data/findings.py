@@ -65,12 +65,7 @@ class Kind:
     ) -> Finding:
         """Return a finding of this kind about ``count`` of ``total`` rows.
 
-        Args:
-            count: Number of rows of the finding.
-            total: Number of rows examined.
-            places: The places of the finding's rows; at most ten are read.
-            split: ``train`` or ``eval``.
-            more: Added to the message.
+        At most ten of the ``places`` of its rows are read; ``more`` is added to the message.
         """
         listed = list(map(str, islice(places, _MAX_PLACES)))
         return Finding(self, self.level_at(count / total), count, total, listed, more, split)
@@ -161,9 +156,7 @@ class Finding:
 class Records:
     """The records of the rows of several parts: the outcome of each row, without its examples.
 
-    Args:
-        parts: The training rows, or the evaluation rows.
-        split: ``train`` or ``eval``.
+    ``split`` is ``train`` or ``eval``.
     """
 
     def __init__(self, parts: Sequence[Part], split: str = "train"):
@@ -197,11 +190,7 @@ class Records:
     ) -> list[Finding]:
         """Return the finding about the rows in the masks; an empty list if there are none.
 
-        Args:
-            kind: The kind of the finding.
-            masks: The rows, part by part.
-            more: Added to the message.
-            of_used: Whether the share is relative to the used rows, not to all rows.
+        Their share is relative to all rows, or with ``of_used`` to the used ones; ``more`` is added to the message.
         """
         from peftcli.data.store import USED
 
@@ -220,10 +209,7 @@ def find_in_records(
 ) -> list[Finding]:
     """Return the findings that need only the records of the rows, the worst first.
 
-    Args:
-        records: The records of the training rows, or of the evaluation rows.
-        of_task: Returns the task's own findings.
-        skip_bad_rows: Whether the recipe sets ``on_bad_row: skip``: bad rows are then a warning.
+    With ``skip_bad_rows``, as the recipe's ``on_bad_row: skip`` says it, bad rows are a warning.
     """
     from peftcli.data.store import BAD
 

@@ -61,14 +61,9 @@ def prepare(
 ) -> Store:
     """The examples of a source: from the cache where the same content was encoded the same way before.
 
-    Args:
-        source: Where the rows are.
-        task: Encodes them.
-        encoding: All that decides how, as JSON takes it: a part of the cache's key.
-        stop_at_bad: Whether a row that cannot be used is an error. Else it is kept in the store's list of bad rows.
-        num_workers: Processes that encode.
-        on_rows: Is told how far it is.
-        on_note: Is told what the user should know of the cache.
+    ``encoding`` is all that decides how, as JSON takes it: a part of the cache's key. With ``stop_at_bad`` a row that
+    cannot be used is an error; else it is kept in the store's list of bad rows. ``on_rows`` is told how far it is, and
+    ``on_note`` what the user should know of the cache.
 
     Raises:
         DataError: the source cannot be read, holds no rows, or a row that cannot be used.

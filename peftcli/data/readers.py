@@ -78,10 +78,7 @@ def kind_of(name: str) -> tuple[str, str] | None:
 def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataError]:
     """Yield the rows of a file in order; for a bad row, the error about it.
 
-    Args:
-        path: The file.
-        source: The file's name in messages.
-        first: Number of the first row.
+    ``source`` names the file in messages; ``first`` is the number of the first row.
 
     Raises:
         DataError: the file, or the rest of it, cannot be read.

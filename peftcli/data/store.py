@@ -452,9 +452,7 @@ class View:
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     """What ``Writer.finish`` wrote of a store, once its files have the sizes that they should have.
 
-    Args:
-        folder: Holds the store.
-        verify: Whether the files are read too, and compared with their checksums.
+    With ``verify`` the files are read too, and compared with their checksums.
 
     Raises:
         ValueError: the folder holds no whole store of this layout.

@@ -104,11 +104,7 @@ def read_json_object(
 ) -> dict[str, Any]:
     """Read the JSON object in a file of at most ``largest`` bytes; raise ``error`` if there is none.
 
-    Args:
-        path: the file.
-        largest: bytes.
-        error: exception class.
-        strict: refuse what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity.
+    ``strict`` refuses what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity.
     """
     file = str(path)
     try:

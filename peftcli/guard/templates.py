@@ -94,9 +94,7 @@ _budget: ContextVar[_Budget] = ContextVar("budget")
 def limited(text: str, *functions: Callable[..., Any]) -> Any:
     """Return a template that transformers takes in place of its text, and that raises TooMuch beyond the limits.
 
-    Args:
-        text: the template.
-        functions: module-level functions in place of those that the sandbox has under their names.
+    ``functions`` are module-level ones, in place of those that the sandbox has under their names.
 
     Raises:
         TooMuch: the text is too long.

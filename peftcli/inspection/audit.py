@@ -46,10 +46,7 @@ class Audit:
 def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     """Examine every row.
 
-    Args:
-        view: The examples.
-        task: What they were encoded for.
-        split: ``train`` or ``eval``: how findings name the rows.
+    ``split``, ``train`` or ``eval``, is how findings name the rows.
     """
     rows = UsedRows(view)
     description = task.describe(view) if isinstance(task, Describes) else Description()

@@ -83,10 +83,8 @@ class Sketches:
     def pairs(self, read: Callable[[np.ndarray], Ragged], tokens: np.ndarray, among: np.ndarray) -> Pairs:
         """Find the near duplicates among the rows.
 
-        Args:
-            read: Returns rows by their numbers.
-            tokens: The length of each row.
-            among: A mask of the rows to compare.
+        ``read`` returns rows by their numbers, ``tokens`` are their lengths, and ``among`` is a mask of those to
+        compare.
         """
         kept = [among[numbers] for numbers in self._numbers]
         numbers = np.concatenate([np.zeros(0, int), *(a[mask] for a, mask in zip(self._numbers, kept, strict=True))])

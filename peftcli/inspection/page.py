@@ -47,11 +47,7 @@ _LABEL, _LINE, _WIDTH = 96, 18, 360
 def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> None:
     """Write the page, whole or not at all.
 
-    Args:
-        path: The file.
-        inspection: The inspected data.
-        rows: Examples to show.
-        borders: Whether to show where each token ends.
+    ``borders``: show where each token ends.
 
     Raises:
         UsageError: the path does not name a page.

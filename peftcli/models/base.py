@@ -128,9 +128,7 @@ class OpenBase:
     def processor(self, kind: ProcessorKind = "tokenizer", **more: Any) -> Any:
         """Return the tokenizer, with the recipe's chat template and new tokens, or another processor of the model.
 
-        Args:
-            kind: which processor.
-            more: options of its ``from_pretrained``.
+        ``more`` are options of its ``from_pretrained``.
 
         Raises:
             ModelError: the model has none, or it cannot be changed as the recipe says.
@@ -156,11 +154,9 @@ class OpenBase:
     def model(self, auto_class: str, dtype: torch.dtype | Literal["auto"] | None, **options: Any) -> LoadedModel:
         """Load the model, frozen parameters and all: on the CPU, or quantised on the device that computes.
 
-        Args:
-            auto_class: transformers' auto class of the task, as ``AutoModelForCausalLM``.
-            dtype: number format of the weights that are not quantised; auto: that of the files.
-            options: what a task sets in the config, as ``num_labels``. With labels, a head of the checkpoint for
-                other labels is replaced by a new one.
+        ``dtype`` is that of the weights that are not quantised; auto: that of the files. ``options`` are what a task
+        sets in the config, as ``num_labels``. With labels, a head of the checkpoint for other labels is replaced by a
+        new one.
 
         Raises:
             ModelError: the model is not of this class, or its weights are not those of its config.

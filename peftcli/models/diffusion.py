@@ -180,11 +180,7 @@ class DiffusionModel(nn.Module):
     ):
         """``OpenPipeline.model`` and ``empty_model`` call this.
 
-        Args:
-            family: What kind of pipeline it is.
-            trained: The parts that may be adapted.
-            pipeline: All parts, as diffusers holds them; None where the parts are on the meta device.
-            folder: Where the pipeline was read from.
+        ``pipeline`` holds all parts; it is None where they are on the meta device.
         """
         super().__init__()
         self.family, self.pipeline, self.folder = family, pipeline, folder
@@ -268,11 +264,8 @@ class DiffusionModel(nn.Module):
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int], side: int, **options: Any) -> list[Image]:
         """Make a picture of each prompt. What it is depends on its seed, and not on the others.
 
-        Args:
-            prompts: What is to be on them.
-            seeds: What the noise of each is drawn by.
-            side: Width and height in pixels.
-            options: Of the pipeline: num_inference_steps, guidance_scale.
+        ``seeds`` draw the noise of each; ``side`` is in pixels; ``options`` are the pipeline's: num_inference_steps,
+        guidance_scale.
         """
         was_training, mixed = self.training, self.compute_dtype != torch.float32
         self.eval()

@@ -21,9 +21,7 @@ __all__ = ["LoadedModel", "OpenBase", "ProcessorKind", "build_empty", "label_opt
 def open_base(spec: BaseModel, processors: Path | None = None) -> OpenBase:
     """Find a base model and check its files; what is read of it is of one commit.
 
-    Args:
-        spec: which model.
-        processors: folder of an adapter, whose own tokenizer or other processor comes before the base model's.
+    ``processors`` is the folder of an adapter, whose own tokenizer or other processor comes before the base model's.
 
     Raises:
         ModelError: there is no such model, or one of its files is damaged.

@@ -134,11 +134,7 @@ class OpenPipeline(OpenBase):
     ) -> LoadedModel:
         """Load the pipeline as one module, frozen, on the CPU. The autoencoder computes in float32.
 
-        Args:
-            auto_class: not needed: the pipeline says its classes.
-            dtype: number format of the other parts.
-            train_text_encoder: whether the texts' encoders are among what may be adapted.
-            options: none.
+        With ``train_text_encoder`` the texts' encoders are among what may be adapted.
 
         Raises:
             ModelError: a part lacks weights, or is not what its config says.

@@ -118,9 +118,7 @@ def forget(model: PreTrainedModel) -> None:
 def trained_quantization(record: Mapping[str, Any], folder: Path) -> Quantization | None:
     """Return how the base model was quantised when a run trained its adapter; None: not at all.
 
-    Args:
-        record: the content of the run's run.json.
-        folder: the run's.
+    ``record`` is the content of the run's run.json.
 
     Raises:
         AdapterError: run.json is damaged.

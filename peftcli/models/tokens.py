@@ -95,13 +95,8 @@ def apply_recipe(tokenizer: PreTrainedTokenizerBase, base: BaseModel, template: 
 def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig, base: BaseModel) -> None:
     """Let the model hold the recipe's new tokens, and have a new adapter train their rows; to be called before inject.
 
-    Rows that the base model has to spare are used first. A head with a weight of its own gets rows, too.
-
-    Args:
-        model: the base model.
-        tokenizer: with the new tokens.
-        config: the new adapter's. Its setting for single rows, if it has one, will name the new tokens.
-        base: names them.
+    Rows that the base model has to spare are used first. A head with a weight of its own gets rows, too. The config's
+    setting for single rows, if it has one, will name the new tokens, which the tokenizer has already.
 
     Raises:
         ModelError: the model has no embedding of tokens.
@@ -183,10 +178,6 @@ def grown(value: torch.Tensor, rows: int) -> torch.Tensor:
 
 def settle_pad(tokenizer: PreTrainedTokenizerBase, model: Any) -> str | None:
     """Give the tokenizer a pad token that the model can read, where it has none. Padding never counts, whatever it is.
-
-    Args:
-        tokenizer: is changed.
-        model: the base model, or one with an adapter in it.
 
     Returns:
         What was chosen and why, for the log; None where there was nothing to choose.

@@ -221,12 +221,8 @@ def find_initialised(
 ) -> tuple[tuple[str, ...], str | None]:
     """Tell new heads from damage in transformers' loading info of a model.
 
-    Args:
-        model: what was loaded.
-        info: the loading info.
-        name: of the base model.
-        new_labels: whether the labels are the task's, so that a new head replaces one for other labels.
-        complete: whether the names can be compared; those of quantised weights differ.
+    ``new_labels``: the labels are the task's, so that a new head replaces one for other labels. ``complete``: the names
+    can be compared; those of quantised weights differ.
 
     Returns:
         The names of the parameters of new heads, sorted, and a note about heads that were replaced.

@@ -60,9 +60,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, with one tensor in memory at a time.
 
-    Args:
-        path: a new file.
-        tensors: name -> dtype, as safetensors names it, and shape; and a function that returns the tensor.
+    ``tensors``: name -> dtype, as safetensors names it, and shape; and a function that returns the tensor.
 
     Raises:
         StorageError: the file cannot be written.

@@ -17,9 +17,7 @@ _SILENT_SECONDS = 60
 def local_address_towards(kind: int, target: Any) -> str:
     """Return the address from which this machine reaches another one.
 
-    Args:
-        kind: A family of addresses, as ``socket.AF_INET``.
-        target: An address of it, with a port.
+    ``target`` is an address of the family ``kind``, as ``socket.AF_INET``, with a port.
 
     Raises:
         OSError: it cannot be reached.

@@ -22,9 +22,7 @@ TEMPORARY = re.compile(r"\..*\.\d+\.tmp", re.DOTALL)
 def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
     """Write a file atomically: temporary file, fsync, rename. After a crash it is as before, or complete.
 
-    Args:
-        path: The file.
-        content: All of it, or its pieces, each made when the one before is written.
+    ``content`` is all of it, or its pieces, each made when the one before is written.
 
     Raises:
         StorageError: the disk is full, read-only or fails.

@@ -114,15 +114,9 @@ def download_files(
 ) -> Path:
     """Download the files of a model repository into the cache; return their folder.
 
-    If the hub cannot be reached, a complete copy in the cache is used.
-
-    Args:
-        repo_id: Name of the repository on the hub.
-        patterns: Patterns of the file names to download. The folder may contain other files.
-        revision: Branch, tag or commit; by default main.
-        ignored: Patterns of file names to leave out.
-        what: How messages name the repository; by default ``repo_id``.
-        options: Others of ``snapshot_download``: token, cache_dir, local_files_only, force_download, ...
+    If the hub cannot be reached, a complete copy in the cache is used. ``patterns`` and ``ignored`` are patterns of
+    file names; the folder may contain other files. ``what`` is how messages name the repository; ``options`` are others
+    of ``snapshot_download``: token, cache_dir, local_files_only, ...
 
     Raises:
         HubError: the repository does not exist, or the hub refuses access.
@@ -320,10 +314,7 @@ def _retry_after(headers: Any) -> float:
 def hub_session(downloads: bool = False) -> Iterator[HubSession]:
     """Give huggingface_hub's HTTP client time limits in the block, and turn off its own retries and log lines.
 
-    Progress bars are drawn on terminals only.
-
-    Args:
-        downloads: See ``HubSession.downloads``.
+    Progress bars are drawn on terminals only. ``downloads``: see ``HubSession``.
     """
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
