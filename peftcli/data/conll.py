@@ -59,12 +59,8 @@ def _row(text: TextFile, lines: list[_Line], fault: DataError | None, universal:
     if universal:  # 1-2 is a word that two others make up, 1.1 one that was left out
         lines = [line for line in lines if line[1][0].isdigit()] or lines
     values: dict[str, Any] = {}
-    for at in range(width):
-        name = _UNIVERSAL[at] if universal else _name(at, width)
+    names = _UNIVERSAL if universal else ("tokens", *(f"column_{at}" for at in range(2, width)), "tags")
+    for at, name in enumerate(names[:width]):
         if name:
             values[name] = [columns[at] for _, columns in lines]
     return Row(values, place)
-
-
-def _name(at: int, width: int) -> str:
-    return "tokens" if at == 0 else "tags" if at == width - 1 else f"column_{at + 1}"

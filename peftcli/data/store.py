@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,7 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same files; what this one has verified is not read again."""
-        return _reopened, (self.folder,)
+        return partial(Store, verify=False), (self.folder,)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -478,10 +479,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _reopened(folder: Path) -> Store:
-    return Store(folder, verify=False)
 
 
 def _file(name: str) -> str:

@@ -115,16 +115,12 @@ def _explain_type(out: dict[str, Explanation], name: str, table: Mapping[str, An
     out[kind] = Explanation(kind, "setting", told, "a string", "(required)", tuple(table), example)
 
 
-def _explain_own(out: dict[str, Explanation], section: str, name: str, known: Mapping[str, Setting]) -> None:
-    for child, entry in known.items():
-        for key, found in _explain_own_setting(section, name, child, entry).items():
-            out.setdefault(key, found)
-
-
-def _explain_own_setting(section: str, kind: str, name: str, entry: Setting) -> dict[str, Explanation]:
-    """Explain a setting of a method or task, and the settings within it if it is a mapping."""
-    keys = (f"{kind}.{name}", f"{section}.{name}")
-    return {one: found for key in keys for one, found in _explain_nested(key, entry, section).items()}
+def _explain_own(out: dict[str, Explanation], section: str, kind: str, known: Mapping[str, Setting]) -> None:
+    """Explain the settings of a method or task, under its name and under the section's, if no other has these."""
+    for name, entry in known.items():
+        for key in (f"{kind}.{name}", f"{section}.{name}"):
+            for one, found in _explain_nested(key, entry, section).items():
+                out.setdefault(one, found)
 
 
 def _explain_nested(key: str, entry: Setting, section: str) -> dict[str, Explanation]:

@@ -124,17 +124,13 @@ def read_scalar(text: str) -> Scalar:
         return float(text.replace(".", "", 1))
     try:
         if _INT.fullmatch(text):
-            return _integer(text)
+            number = int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
+            return number if -(2**63) <= number < 2**63 else float(number)
         if _FLOAT.fullmatch(text) and not text.replace("_", "").isdigit():
             return float(text)
     except ValueError:  # 1__0
         return text
     return text
-
-
-def _integer(text: str) -> int | float:
-    number = int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
-    return number if -(2**63) <= number < 2**63 else float(number)
 
 
 def resolve(value: Value, key: str, problems: Problems) -> Value:

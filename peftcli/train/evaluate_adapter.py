@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from accelerate import Accelerator
-
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
+from peftcli.adapters.load import apply_adapter, find_adapter, other_base
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
-from peftcli.models.open import LoadedModel, open_base
+from peftcli.models.open import open_base
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import open_task
@@ -65,7 +63,9 @@ def measure(
     if source is not None:
         if isinstance(task, Begins) and (start := find_init_adapter(recipe)) is not None:
             refuse_other_start(source, recipe)
-            _begin(task, loaded, start, accelerator)
+            apply_adapter(loaded, start)
+            task.begin(loaded.model.to(accelerator.device), from_adapter=True)  # as training did
+            unload(loaded.model)
         apply_adapter(loaded, source)
     model = loaded.model.to(accelerator.device)
     unpad(model, None if source is None else source.config)
@@ -88,10 +88,3 @@ def measure(
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def _begin(task: Begins, loaded: LoadedModel, start: AdapterSource, accelerator: Accelerator) -> None:
-    """Show the task the adapter that training began from, as training did."""
-    apply_adapter(loaded, start)
-    task.begin(loaded.model.to(accelerator.device), from_adapter=True)
-    unload(loaded.model)

@@ -282,7 +282,8 @@ class _Group:
             for number, process in enumerate(self.processes):
                 if process.poll() is not None:
                     ended.setdefault(number, time.monotonic())
-            error = self._first_error(ended)
+            codes = {number: self.processes[number].returncode for number in ended}
+            error = first_error(self.status, codes, len(self.processes), self.forwarded)
             late = bool(ended) and time.monotonic() - next(iter(ended.values())) > _GRACE_SECONDS
             if error is None and len(ended) < len(self.processes):
                 living = {
@@ -318,10 +319,6 @@ class _Group:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-
-    def _first_error(self, ended: dict[int, float]) -> PeftcliError | None:
-        codes = {number: self.processes[number].returncode for number in ended}
-        return first_error(self.status, codes, len(self.processes), self.forwarded)
 
 
 def first_error(status: Path, codes: Mapping[int, int], count: int, forwarded: Sequence[int]) -> PeftcliError | None:

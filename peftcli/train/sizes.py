@@ -86,9 +86,6 @@ class Sizes(TorchDispatchMode):
             made = func(*args, **kwargs)
             if not any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in tree_leaves(made)):
                 return made
-        return self._faked(func, args, kwargs)
-
-    def _faked(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self._fake:
             made = func(*args, **kwargs)
         for each in tree_leaves(made):

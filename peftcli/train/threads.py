@@ -17,6 +17,7 @@ from peftcli.train.runs.resume import Run
 
 _MOST = torch.get_num_threads()
 """Torch's own choice: as the user's settings say, else one for each core, of which hyper-threads share one."""
+_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def use_threads(run: Run) -> ThreadsRecord | None:
@@ -28,18 +29,14 @@ def use_threads(run: Run) -> ThreadsRecord | None:
     if run.accelerator.device.type != "cpu":
         return None
     before = run.record.threads.count if run.record.attempts and run.record.threads else None
-    chosen = _choose(before)
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if any(name in os.environ for name in _BY_USER) and "PEFTCLI_THREADS" not in os.environ:
+        chosen = ThreadsRecord(count=_MOST, reason="environment")
+    elif before is not None and before <= cores:
+        chosen = ThreadsRecord(count=before, reason="resumed")
+    else:
+        chosen = ThreadsRecord(count=min(_MOST, cores), reason="cores")
     torch.set_num_threads(chosen.count)
     if before is not None and before != chosen.count:
         run.changes.append(Change("threads", before, chosen.count))
     return chosen
-
-
-def _choose(before: int | None) -> ThreadsRecord:
-    by_user = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-    if by_user and "PEFTCLI_THREADS" not in os.environ:
-        return ThreadsRecord(count=_MOST, reason="environment")
-    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if before is not None and before <= cores:
-        return ThreadsRecord(count=before, reason="resumed")
-    return ThreadsRecord(count=min(_MOST, cores), reason="cores")

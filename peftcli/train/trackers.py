@@ -37,7 +37,10 @@ class Trackers:
             "mlflow": {"run_name": name},
             "trackio": {"name": name, "resume": "allow" if attempts[-1].from_step else "never"},
         }
-        settings = {key: _logged(value) for key, value in flatten(to_dict(run.recipe)).items()}
+        settings = {
+            key: value if isinstance(value, bool | int | float | str | None) else str(value)
+            for key, value in flatten(to_dict(run.recipe)).items()
+        }
         self._warn, self._started = run.warn, dict[str, GeneralTracker]()
         for tracker in run.recipe.training.report_to if run.is_main else ():
             self._try(tracker, partial(self._start, tracker, own[tracker], settings))
@@ -77,8 +80,3 @@ def require_packages(recipe: Recipe) -> None:
     """Raise UsageError unless the trackers' packages are installed."""
     for name in recipe.training.report_to:
         require_extra(name, name, "training.report_to", UsageError)
-
-
-def _logged(value: Any) -> Any:
-    """A setting as trackers take it."""
-    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -230,9 +230,10 @@ class RunFolder:
         new, old = self.path / _NEW, self.path / _OLD
         try:
             if (new / _MOVING_OUT).exists():
-                for entry in self._entries_of_the_run():
-                    old.mkdir(exist_ok=True)
-                    entry.rename(old / entry.name)
+                for entry in sorted(self.path.iterdir()):
+                    if entry.name not in (".lock", _NEW, _OLD) and not re.fullmatch(r"previous-\d+", entry.name):
+                        old.mkdir(exist_ok=True)
+                        entry.rename(old / entry.name)
                 if old.exists():
                     numbers = [int(path.name.rpartition("-")[2]) for path in self.path.glob("previous-*")]
                     old.rename(self.path / f"previous-{max(numbers, default=0) + 1}")
@@ -247,11 +248,6 @@ class RunFolder:
                 shutil.rmtree(new)
         except OSError as error:
             raise StorageError(f"cannot move: {error.strerror}", file=str(error.filename or self.path)) from None
-
-    def _entries_of_the_run(self) -> Iterator[Path]:
-        for entry in sorted(self.path.iterdir()):
-            if entry.name not in (".lock", _NEW, _OLD) and not re.fullmatch(r"previous-\d+", entry.name):
-                yield entry
 
     def clear(self) -> None:
         """Remove the folder with its content.

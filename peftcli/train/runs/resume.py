@@ -122,7 +122,9 @@ def open_run(
                 # a kill may have come before this was recorded
                 record.resumable = bool(checkpoints(chosen.checkpoints))
                 if record.attempts:
-                    changed = [*changed, *_other_versions(record)]
+                    before, installed = record.versions, versions()  # with other packages the result may differ
+                    other = [name for name in installed if before.get(name) != installed[name]]
+                    changed += [Change(f"versions.{name}", before.get(name), installed[name]) for name in other]
                 else:
                     record.versions = versions()
             shared[0] = (chosen.path, record, now, changed)
@@ -212,12 +214,6 @@ def _description(recipe: Recipe, now: IdentityRecord) -> dict[str, Any]:
         "versions": versions(),
         "seeds": SeedsRecord(training=recipe.training.seed),
     }
-
-
-def _other_versions(record: RunRecord) -> list[Change]:
-    """The packages whose version has changed since the run began; with them the result may differ."""
-    before, now = record.versions, versions()
-    return [Change(f"versions.{name}", before.get(name), now[name]) for name in now if before.get(name) != now[name]]
 
 
 def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
