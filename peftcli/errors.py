@@ -187,6 +187,15 @@ class Interrupted(PeftcliError):
         self.exit_code = exit_code
 
 
+def causes(error: BaseException | None) -> list[BaseException]:
+    """Return an exception and those that led to it, the last one first."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
 def to_peftcli_error(error: BaseException) -> PeftcliError | None:
     """Translate an exception into a PeftcliError; return None if it is unexpected."""
     if isinstance(error, PeftcliError):

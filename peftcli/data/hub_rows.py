@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from peftcli.data.readers import class_names, table_rows
 from peftcli.data.text_rows import first_line, quote
-from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
+from peftcli.errors import DataError, HubError, NetworkError, PeftcliError, causes
 from peftcli.schema import Source
 from peftcli.system import hub_requests
 
@@ -210,15 +210,13 @@ def _translate(error: Exception, source: Source) -> DataError | HubError | Netwo
         RevisionNotFoundError,
     )
 
-    causes = [error]
-    while isinstance(cause := causes[-1].__cause__ or causes[-1].__context__, Exception):
-        causes.append(cause)
+    led_to_it = causes(error)
 
     def caused_by(*kinds: type[Exception]) -> bool:
-        return any(isinstance(each, kinds) for each in causes)
+        return any(isinstance(each, kinds) for each in led_to_it)
 
     name, message = source.train, " ".join(str(error).split())
-    status = next((code for each in causes if (code := _status(each))), 0)
+    status = next((code for each in led_to_it if (code := _status(each))), 0)
     if caused_by(GatedRepoError) or "gated dataset" in message:
         hint = "Request access on its page, then log in: hf auth login."
         return HubError(f"the dataset {name} is gated", hint=hint)
@@ -244,6 +242,6 @@ def _translate(error: Exception, source: Source) -> DataError | HubError | Netwo
     return DataError(f"cannot be loaded: {first_line(error.__cause__ or message)}", file=name)
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None

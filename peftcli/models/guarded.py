@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError, to_peftcli_error
+from peftcli.errors import ModelError, NetworkError, OutOfMemory, PeftcliError, causes, to_peftcli_error
 from peftcli.guard.files import one_line, short_name
 
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
@@ -37,7 +37,7 @@ def translated_errors(name: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         name = short_name(name)
-        if any(type(cause).__name__ in _UNREACHABLE for cause in _causes(error)):
+        if any(type(cause).__name__ in _UNREACHABLE for cause in causes(error)):
             raise NetworkError(
                 f"cannot load {name}: the hub cannot be reached", key="base_model", hint="try again with a network"
             ) from error
@@ -89,11 +89,3 @@ def harmless(text: str) -> str:
     lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # transformers' own bold letters
     more = [f"and {len(lines) - _MAX_LOG_LINES} lines more"] if len(lines) > _MAX_LOG_LINES else []
     return "\n".join([*map(one_line, lines[:_MAX_LOG_LINES]), *more])
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found

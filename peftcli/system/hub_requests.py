@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from peftcli.errors import HubError, NetworkError, PeftcliError, StorageError
+from peftcli.errors import HubError, NetworkError, PeftcliError, StorageError, causes
 from peftcli.system import signals
 from peftcli.system.secrets import redact
 
@@ -383,7 +383,7 @@ def _classify(error: BaseException, session: HubSession, what: str) -> _Failure 
     """Translate an exception of huggingface_hub; return None if it is a bug."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             hint = "unset HF_HUB_OFFLINE to reach the hub"
             return _Failure(NetworkError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set", hint=hint))
@@ -407,12 +407,6 @@ def _classify(error: BaseException, session: HubSession, what: str) -> _Failure 
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return _network_failure(what, "the size of a downloaded file differs from the hub's")
     return _not_a_hub(what, error) if raised_by_huggingface_hub(error) else None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _network_failure(what: str, reason: str, wait: float = 0.0) -> _Failure:
