@@ -88,8 +88,8 @@ def _dir(as_json: bool) -> None:
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:
-    times = {name: _format_utc(getattr(entry, name)) for name in ("created", "last_used")}
-    return {**asdict(entry), **times}
+    times = {name: time.gmtime(getattr(entry, name)) for name in ("created", "last_used")}
+    return asdict(entry) | {name: time.strftime("%Y-%m-%dT%H:%M:%SZ", found) for name, found in times.items()}
 
 
 def _row(entry: Entry) -> list[str]:
@@ -97,10 +97,6 @@ def _row(entry: Entry) -> list[str]:
     counts = (f"{count:,}" for count in (entry.rows, entry.features, entry.tokens))
     source = " ".join((entry.source or "-").split())  # on one line
     return [entry.key[:12], source, *counts, _format_size(entry.bytes), used]
-
-
-def _format_utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _format_age(seconds: float) -> str:

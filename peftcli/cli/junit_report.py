@@ -62,7 +62,8 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
         if failed and (started_by_peftcli() or getattr(error, "file", None) == str(path)):
             raise  # the launcher writes the report, or it cannot be written
         try:
-            _write(path, recipe, run, _as_dict(error) if failed else None)
+            ours = to_peftcli_error(error) or PeftcliError(f"{type(error).__name__}: {error}")
+            _write(path, recipe, run, ours.as_dict() if failed else None)
         except PeftcliError as problem:
             console.log(f"warning: {problem}")
         raise
@@ -80,7 +81,3 @@ def _write(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str
     facts = {name: value for name, value in facts.items() if value is not None}
     gates, seconds = run.get("gates", []), run.get("wall_seconds")
     write_junit(path, suite=recipe.stem, gates=gates, metrics={**metrics, **facts}, seconds=seconds, error=error)
-
-
-def _as_dict(error: Exception) -> dict[str, object]:
-    return (to_peftcli_error(error) or PeftcliError(f"{type(error).__name__}: {error}")).as_dict()

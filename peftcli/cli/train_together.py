@@ -53,9 +53,11 @@ def train_together(
     from peftcli.train.together import start_together  # torch loads here
 
     with ExitStack() as stack:
+        stems = [path.stem for path in paths]
+        labels = stems if len(set(stems)) == len(stems) else list(loaded)  # where some are equal, all of the path
         shown = {
             name: stack.enter_context(Progress(quiet=quiet, label=label))
-            for name, label in zip(loaded, _labels(list(loaded)), strict=True)
+            for name, label in zip(loaded, labels, strict=True)
         }
         on_event: dict[str, OnEvent] = {name: progress.show for name, progress in shown.items()}
         outcomes = start_together(recipes, on_event.__getitem__, **options)
@@ -84,9 +86,3 @@ def _print_runs(
         return
     for name, run in complete.items():
         console.out(f"{name}: {summary(run)}")
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """What lines of progress begin with: the names of the recipes' files, or where some are equal, all of the path."""
-    stems = [Path(name).stem for name in names]
-    return stems if len(set(stems)) == len(stems) else list(names)

@@ -85,6 +85,7 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
     shown, ids = _rows(named, borders)
     dataset = inspection.recipe.dataset
     data = ", ".join(source.train for source in dataset.sources())
+    measured = "" if inspection.data.eval is None else f" and {len(inspection.data.eval):,} that are evaluated"
     left_out = len(named) - len(shown)
     more = f" {left_out} more are left out, so that the page stays small." if left_out else ""
     joined = "\n".join(shown)
@@ -109,7 +110,7 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 </section>
 <section id="rows">
 <h2>Rows</h2>
-<p>Examples here: {len(shown)}, of {len(inspection.data.train):,} that are trained{_measured(inspection)}.{more}
+<p>Examples here: {len(shown)}, of {len(inspection.data.train):,} that are trained{measured}.{more}
 {_legend(rows)}</p>
 <div id="controls" hidden>
 <label>Only rows with <input id="filter" type="search"></label>
@@ -132,10 +133,6 @@ def _legend(rows: Sequence[ShownRow]) -> str:
     marks = _LABELLED if has_labels(rows) else _TRAINED
     return f"""In them: {marks},
 <span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline."""
-
-
-def _measured(inspection: Inspection) -> str:
-    return "" if inspection.data.eval is None else f" and {len(inspection.data.eval):,} that are evaluated"
 
 
 def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str, str]]:
