@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,17 +15,6 @@ from peftcli.system.secrets import redact_values
 from peftcli.system.signals import current
 
 T = TypeVar("T")
-
-
-def _write_stream(
-    target: Path, batches: Iterable[list[bytes]], order: Sequence[int], progress: Callable[[int], None]
-) -> int:
-    lines: list[bytes] = []
-    for batch in batches:
-        lines += batch
-        progress(len(lines))
-    write_output(target, _in_order(lines, order))
-    return len(lines)
 
 
 def _in_order(lines: Sequence[bytes], order: Sequence[int]) -> bytes:
@@ -65,7 +54,12 @@ def write_answers(
 
     target = expand_user(target)
     if is_stream(target):
-        return _write_stream(target, batches(), order, lambda done: progress(done, len(rows)))
+        lines: list[bytes] = []
+        for batch in batches():
+            lines += batch
+            progress(len(lines), len(rows))
+        write_output(target, _in_order(lines, order))
+        return len(lines)
     key = [key, batch_size, [] if is_sorted else order]
     with partial_file(target, json.dumps(key, sort_keys=True, default=str)) as file:
         kept = list(takewhile(_is_json, file.lines()))  # a crash of the machine may have damaged the rest

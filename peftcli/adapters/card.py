@@ -113,7 +113,10 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str
     if written is None or written == render_card(info, **beside):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
         return render_card(named, adapter=repo_id, **beside)
-    return redact(_renamed(written, base, base_model_id, path) if base_model_id else written)
+    if base_model_id:
+        text = written.replace(base, base_model_id) if "/" in base or "\\" in base else written
+        written = _with_head(text, lambda head: head.update(base_model=base_model_id), path)
+    return redact(written)
 
 
 def was_local(folder: Path) -> bool:
@@ -140,7 +143,9 @@ def read_info(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     config = read_config(folder) if os.path.lexists(folder / CONFIG_FILE) else {}
     recipe = mapping_at(run, "recipe")
-    recipe["task"] = _task_name(recipe.get("task")) or _task_of(config.get("task_type"))
+    task, kind = recipe.get("task"), config.get("task_type")
+    known = (name for name, row in TASKS.items() if kind and row.task_type == kind)
+    recipe["task"] = (task.get("type") if isinstance(task, Mapping) else task) or next(known, "")
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
     base = {"name": config.get("base_model_name_or_path"), **mapping_at(run, "base_model")}
     return {**run, "recipe": recipe, "base_model": base}
@@ -223,7 +228,7 @@ def _front_matter(head: Mapping[str, Any]) -> str:
 
 
 def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
-    name = _method_name(kind)
+    name = METHODS[kind].title if kind in METHODS else _text(kind).replace("_", " ") or "unknown method"
     base = _last_part(base) if is_local(base) else base
     title = f"{name} adapter" + (f" for {_text(base)}" if base else "")
     text = f"# {title}\n\nThis is not a whole model: it is an adapter made with {name}, and it is loaded on top of "
@@ -396,21 +401,6 @@ def _last_part(path: str) -> str:
     return PureWindowsPath(path).name or path
 
 
-def _method_name(kind: str) -> str:
-    return METHODS[kind].title if kind in METHODS else _text(kind).replace("_", " ") or "unknown method"
-
-
-def _task_of(task_type: object) -> str:
-    return next((name for name, row in TASKS.items() if task_type and row.task_type == task_type), "")
-
-
-def _renamed(card: str, base: str, base_model_id: str, path: Path) -> str:
-    """``card`` with ``base_model_id`` for ``base``, in the front matter and in the text."""
-    if "/" in base or "\\" in base:
-        card = card.replace(base, base_model_id)
-    return _with_head(card, lambda head: head.update(base_model=base_model_id), path)
-
-
 def _with_head(card: str, change: Callable[[dict[str, Any]], None], path: Path) -> str:
     """``card`` with its front matter changed; the same text where that changes nothing."""
     front = re.match(r"---\n(|.*?\n)---(\n|\Z)", card, re.DOTALL)
@@ -454,11 +444,6 @@ def _read_card(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise AdapterError(irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)) from None
     return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-
-
-def _task_name(task: object) -> object:
-    """The name of a recipe's task, which may be given with settings."""
-    return task.get("type") if isinstance(task, Mapping) else task
 
 
 def _beside(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter
 from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from peftcli.methods.combinations import Adapter, Combination, Combined
+from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora.combine import combine
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
@@ -72,12 +72,11 @@ def combine_adapters(
             (partial / name).write_bytes(content)
         write_card(partial)
     given = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
-    return {"output": str(output), "adapters": given, "method": method, **_described(made, output)}
-
-
-def _described(made: Combined, output: Path) -> dict[str, Any]:
     worst = max(made.errors, key=made.errors.__getitem__)
     return {
+        "output": str(output),
+        "adapters": given,
+        "method": method,
         "r": made.config.r,
         "modules": len(made.errors),
         "parameters": sum(value.numel() for value in made.tensors.values()),

@@ -200,7 +200,8 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     model = job.base.empty_model(job.auto_class, **job.options)
     longer = _made_longer(model, job)
     shapes = {name: tuple(value.shape) for name, value in _every_tensor(model)}
-    layers = _layers_without_base(model, job)
+    load_adapter(model, job.source.config, job.source.folder)  # real weights, into a model on the meta device
+    layers = outermost(model)
     if longer is None or is_reshaped(model) or base_weights(model).keys() & job.source.header.keys():
         return None  # its tensors are not the checkpoint's
     parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
@@ -315,12 +316,6 @@ def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
 def _every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _layers_without_base(model: nn.Module, job: _Job) -> dict[str, AdapterLayer]:
-    """Adapter layers with the adapter's real weights, put into a model on the meta device."""
-    load_adapter(model, job.source.config, job.source.folder)
-    return outermost(model)
 
 
 def _base_leaves(layer: AdapterLayer) -> list[str]:

@@ -112,7 +112,9 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
                 hint="push that first, and write its hub id in its place",
             )
     for name in _WRITTEN_FILES & files.keys():
-        _refuse_secret(_text(files[name]), str(folder / name))
+        content = files[name]
+        written = content if isinstance(content, bytes) else content.read_bytes()
+        _refuse_secret(written.decode(errors="replace"), str(folder / name))
     files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id).encode()
     return files
 
@@ -120,10 +122,6 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
 def _refuse_secret(text: str, what: str) -> None:
     if redact(text) != text:
         raise UsageError(f"{what} contains what looks like a token or password; nothing was uploaded")
-
-
-def _text(content: Path | bytes) -> str:
-    return (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
 
 
 def _check_repo_id(repo_id: str, what: str) -> None:
@@ -187,12 +185,9 @@ class _Push:
             api.create_repo(self.repo_id, private=self.private, exist_ok=True)
         except RevisionNotFoundError:
             pass
-        if self.revision and self._may_branch():
+        if self.revision and not self.create_pr and not self.revision.startswith("refs/"):
             api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         return api.model_info(self.repo_id, revision=self.revision)
-
-    def _may_branch(self) -> bool:
-        return not self.create_pr and not str(self.revision).startswith("refs/")
 
     def _found(self, api: HfApi, head: ModelInfo) -> tuple[str, str] | None:
         """Page and id of the commit that an earlier try made, though its answer was lost."""

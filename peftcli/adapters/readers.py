@@ -270,12 +270,9 @@ def _blame_form(source: AdapterSource, task: Task[Any], forms: Sequence[str]) ->
         assert isinstance(task, Saves)
         task.save(Path(scratch))
         for form in forms:
-            now, expected = (_tensors(Path(folder) / form) for folder in (source.folder, scratch))
+            paths = (Path(folder) / form for folder in (source.folder, scratch))
+            now, expected = (load_file(path) if path.is_file() else {} for path in paths)
             for name, value in expected.items():
                 if name not in now or not torch.equal(now[name], value):
                     return str(source.folder / form), f": {name} is not that of {WEIGHTS_FILE}"
     return str(source.folder / forms[0]), ""
-
-
-def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
-    return load_file(path) if path.is_file() else {}

@@ -224,7 +224,8 @@ def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
         if not (folder / name).is_file():
             raise AdapterError("is missing; training wrote it", file=str(folder / name))
         if name == TASK_FILE:
-            _compare_task(source, recorded["task"])
+            values = {"type": source.task_values.get("type"), **source.task_values.get("settings", {})}
+            _refuse_difference(values, recorded["task"], str(folder / TASK_FILE))
         if sha256(folder / name) != digest:
             raise AdapterError("is not the file that training wrote", file=str(folder / name))
     tensors = {name: hash_of(value) for name, value in read_tensors(folder).items()}
@@ -238,12 +239,6 @@ def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise AdapterError(wrong[0] + more, file=str(folder / WEIGHTS_FILE))
-
-
-def _compare_task(source: AdapterSource, then: Mapping[str, Any]) -> None:
-    values = source.task_values
-    now = {"type": values.get("type"), **values.get("settings", {})}
-    _refuse_difference(now, then, str(source.folder / TASK_FILE))
 
 
 def _refuse_difference(

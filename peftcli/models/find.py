@@ -69,17 +69,13 @@ def find_base(spec: BaseModel) -> FoundBase:
     return FoundBase(folder, on_hub=True)
 
 
-def _is_adapter(folder: Path) -> bool:
-    """Whether a folder contains an adapter: transformers would load it, and the base model that it names."""
-    return irregular_kind(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists()
-
-
 def _describes_model(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in ("config.json", PIPELINE_FILE))
 
 
 def _refuse_adapter(folder: Path) -> None:
-    if _is_adapter(folder):
+    # transformers would load it, and the base model that it names
+    if irregular_kind(folder / CONFIG_FILE) is not None or (folder / CONFIG_FILE).exists():
         raise ModelError(
             "contains an adapter, which transformers would also load",
             file=str(folder),

@@ -183,7 +183,7 @@ class OpenPipeline(OpenBase):
             ModelError: it has no safetensors, or they are not those of its config.
         """
         folder, kind = self.folder / name, self._class(name)
-        if not self._has_weights(name):
+        if not (name in ("vae", self.family.denoiser) or name.startswith("text_encoder")):  # it has no weights
             return kind.from_pretrained(folder, local_files_only=True)
         self._shards_of(name)
         key = "torch_dtype" if self.parts[name][0] == "diffusers" else "dtype"
@@ -194,9 +194,6 @@ class OpenPipeline(OpenBase):
             message = f"the weights of {name} are not those of its config.json: {', '.join(damage[:6])}"
             raise ModelError(message, file=self.name, key="base_model")
         return part.requires_grad_(False).eval()
-
-    def _has_weights(self, name: str) -> bool:
-        return name == "vae" or name == self.family.denoiser or name.startswith("text_encoder")
 
     def _class(self, name: str) -> Any:
         library, kind = self.parts[name]

@@ -149,7 +149,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
                 )
             word_of = _owners(found["offset_mapping"], words)
         else:
-            pieces = [self._pieces(words.text[start:end]) for start, end in words.spans]
+            split, ids_of = self.processor.tokenize, self.processor.convert_tokens_to_ids
+            pieces = [list(ids_of(split(words.text[start:end]))) for start, end in words.spans]
             owners = [at for at, each in enumerate(pieces) for _ in each]
             size = len(owners) + self.processor.num_special_tokens_to_add()
             room = self.max_length - self.processor.num_special_tokens_to_add()
@@ -164,9 +165,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             "tags": [],
         }
         return Example(arrays, len(found["input_ids"]), 0), size
-
-    def _pieces(self, word: str) -> list[int]:
-        return list(self.processor.convert_tokens_to_ids(self.processor.tokenize(word)))
 
     def _target(self, tag: str | None, row: Row, reader: LabelReader) -> int:
         """The number of a tag; ``IGNORED`` for a word that has none.
