@@ -32,13 +32,10 @@ def write_answers(
     progress: Callable[[int, int], None],
     order: list[int] | None = None,
 ) -> int:
-    """Write one JSON object per row, in the order of the rows. The target appears when all are there.
+    """Write one JSON object per row, in the order of the rows; return how many. The target appears when all are there.
 
     ``key`` is everything that the answers follow from, as JSON: an unfinished file is resumed under the same key only.
     Rows are answered in ``order``, or else in their own; ``progress`` is told how many of how many are done.
-
-    Returns:
-        The number of rows.
 
     Raises:
         FolderBusy: another process is answering into the same target.

@@ -111,13 +111,10 @@ def answer_file(
     batch_size: int,
     progress: Callable[[int, int], None],
 ) -> int:
-    """Answer prompts into a .jsonl file.
+    """Answer prompts into a .jsonl file; return how many.
 
     The target appears when all are answered. After a stop, the same call resumes after the last whole batch. Prompts of
     similar length share a batch.
-
-    Returns:
-        The number of prompts.
 
     Raises:
         FolderBusy: another process is answering into the same target.

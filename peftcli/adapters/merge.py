@@ -187,11 +187,7 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None:
-    """Merge shard by shard.
-
-    Returns:
-        Whether input and output embeddings were untied; None when this base model cannot be streamed.
-    """
+    """Merge shard by shard; return whether embeddings were untied, None when this base model cannot be streamed."""
     shards = job.base.shards()
     if not shards:
         return None
@@ -300,10 +296,9 @@ class _MergedTensors:
 
 
 def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
-    """Let the empty model hold the adapter's tokens.
+    """Let the empty model hold the adapter's tokens; return the rows of each tensor that got more.
 
-    Returns:
-        The tensors that got more rows: name -> rows; None where a tensor changed in another way.
+    None: a tensor changed in another way.
     """
     before = {name: value.shape for name, value in _every_tensor(model)}
     if not tokens.fit_adapter(model, job.source.config, job.source.header):

@@ -132,10 +132,7 @@ def load_for_task(
 
 
 def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progress: Callable[[int, int], None]) -> int:
-    """Answer rows into a .jsonl file. After a stop, the same call resumes.
-
-    Returns:
-        The number of rows.
+    """Answer rows into a .jsonl file; return how many. After a stop, the same call resumes.
 
     Raises:
         DataError: a row that cannot be answered.

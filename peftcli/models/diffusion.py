@@ -72,7 +72,7 @@ class Family(ABC):
     def predict(
         self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        """Call the denoiser.
+        """What the denoiser predicts (B, C, h, w).
 
         Args:
             model: Has it.
@@ -81,9 +81,6 @@ class Family(ABC):
             told: What ``encode`` gave.
             sizes: Of the pictures (B, 6): height and width before they were cut, top and left of the cut, and height
                 and width.
-
-        Returns:
-            What it predicts (B, C, h, w).
         """
 
 

@@ -193,10 +193,7 @@ def settle_pad(tokenizer: PreTrainedTokenizerBase, model: Any) -> str | None:
 
 
 def save_with_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, base: BaseModel) -> list[str]:
-    """Write the tokenizer into an adapter folder, if the recipe made it another one than the base model's.
-
-    Returns:
-        Names of the files.
+    """Write the files of the tokenizer, if the recipe made it another one than the base model's; return their names.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -205,10 +202,7 @@ def save_with_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, base: Ba
 
 
 def save_processor(folder: Path, processor: Any) -> list[str]:
-    """Write the files of a processor into an adapter folder.
-
-    Returns:
-        Names of the files.
+    """Write the files of a processor into an adapter folder; return their names.
 
     Raises:
         StorageError: the folder cannot be written.

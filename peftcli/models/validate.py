@@ -56,14 +56,10 @@ _CONVERT = "load it once in transformers where you trust it, and save it again: 
 
 
 def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str, Any]]:
-    """Check the small files of a model or tokenizer; weights are checked where they are read.
+    """Check the small files of a model or tokenizer; return the content of each that must hold a JSON object.
 
-    Args:
-        folder: holds the files.
-        trusted: whether the recipe lets the model's repository run code. No file may then name another repository's.
-
-    Returns:
-        The content of each file that must hold a JSON object.
+    Weights are checked where they are read. ``trusted`` says that the recipe lets the model's repository run code: no
+    file may then name another repository's.
 
     Raises:
         ModelError: a file is not regular, is not JSON, or has counts that take memory as soon as they are read.

@@ -336,9 +336,7 @@ class FitsModel(Protocol):
         """Change the model before an adapter is put into it.
 
         ``config`` is a new adapter's, which may be changed to train what is new; None where one is loaded or none is.
-
-        Returns:
-            What the user should know.
+        Returns what the user should know.
         """
         ...
 

@@ -13,14 +13,11 @@ _BARE = "AutoModel"
 
 
 def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
-    """Find the one task that fits the base model and the data.
+    """The name of the one task that fits the base model and the data, and what it was found from.
 
     A task whose columns are part of another fitting task's is left out: rows of text and label are for classification,
     though text alone would be enough for a language model. ``columns`` are those of the training rows, and the names
     that ``dataset.columns`` gives them.
-
-    Returns:
-        The task's name and what it was found from.
 
     Raises:
         UsageError: no task fits, or several do.

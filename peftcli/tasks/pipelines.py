@@ -48,12 +48,9 @@ def has_pipeline(name: str, base: OpenBase) -> bool:
 def answers_of_both(
     name: str, task: Any, model: Any, other: Any, folder: Path, record: Mapping[str, Any]
 ) -> tuple[list[Answer], list[Answer]]:
-    """Let peftcli and transformers' pipeline answer made-up inputs.
+    """The answers of peftcli to made-up inputs, and those of transformers' pipeline.
 
     ``model`` is peftcli's with the adapter, ``other`` transformers'.
-
-    Returns:
-        The answers of peftcli, and the same of transformers.
     """
     tag = TASKS[name].pipeline_tag
     pipeline = _pipeline(tag, other, task.processor)

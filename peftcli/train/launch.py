@@ -168,10 +168,9 @@ def conclude(error: PeftcliError | None, answer: Callable[[], str], afterwards: 
 
 
 def report_outcome(error: PeftcliError | None) -> int | None:
-    """Report to the launcher how this process ended: well, or with an error, which the launcher then shows.
+    """Report to the launcher, which shows the error, how this process ended; return the process's exit code.
 
-    Returns:
-        The exit code of this process; None if there is no launcher that will show the error.
+    None: there is no launcher that will show the error.
 
     Raises:
         StorageError: there is one, and success cannot be reported to it.

@@ -28,13 +28,11 @@ def start(
     allow_change: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
-    """Train what a recipe describes, in as many processes as it wants.
+    """Train what a recipe describes, in as many processes as it wants; return the content of run.json.
 
     ``command`` are the words after ``peftcli`` that start one more process of this run; the options are those of
     ``peftcli.train.run.train``.
-
-    Returns:
-        The content of run.json; None when another process has it and prints the answer.
+    None: another process has it, and prints the answer.
 
     Raises:
         PeftcliError: of the kind that its class says.

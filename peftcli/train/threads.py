@@ -21,10 +21,9 @@ _BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def use_threads(run: Run) -> ThreadsRecord | None:
-    """Let as many threads compute as a run needs, and note if a resumed run cannot have as many as before.
+    """Let as many threads compute as a run needs; return what run.json records, None unless it computes on a CPU.
 
-    Returns:
-        What run.json records; None unless the run computes on a CPU.
+    Notes if a resumed run cannot have as many as before.
     """
     if run.accelerator.device.type != "cpu":
         return None

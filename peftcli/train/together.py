@@ -50,14 +50,11 @@ def train_together(
     overwrite: bool = False,
     on_event: Callable[[str], OnEvent] = lambda name: lambda event: None,
 ) -> dict[str, Outcome]:
-    """Train what several recipes describe, as ``peftcli.train.run.train`` does for one.
+    """Train what several recipes describe, as ``peftcli.train.run.train`` does for one; return how each run ended.
 
     If one run cannot start, none does. A run that fails later, as one that diverges, ends alone. ``on_event`` returns
     what receives the events of the run of a name, as errors give it; the other options are those of ``train``, for
     each.
-
-    Returns:
-        How each run ended.
 
     Raises:
         PeftcliError: they cannot be trained together, or one of them cannot start.

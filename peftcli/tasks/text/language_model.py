@@ -247,10 +247,7 @@ def fit_tokens(
 ) -> list[str]:
     """Give a model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows.
 
-    ``config`` is that of an adapter that will train the rows; None: none will.
-
-    Returns:
-        What the user should know of it.
+    ``config`` is that of an adapter that will train the rows; None: none will. Returns what the user should know.
     """
     if config is None:
         tokens.grow_for(model, tokenizer, base)

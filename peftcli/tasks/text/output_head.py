@@ -63,12 +63,9 @@ _found: WeakKeyDictionary[nn.Module, Redo | None] = WeakKeyDictionary()
 
 
 def output_head(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> OutputHead | None:
-    """Return the model's output head.
+    """Return the model's output head; None if logits are not what a module makes of each position's hidden state.
 
     ``inputs`` are arguments of the model, of which a few tokens are read the first time.
-
-    Returns:
-        The head; None if the model's logits are not what a module makes of each position's hidden state.
     """
     _, module = model_ends(model)
     if module is None or is_quantised(base_module(module)):

@@ -44,15 +44,10 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
 
 
 def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
-    """Run a language model.
+    """Run a language model; return the losses of the targets that count, row after row.
 
-    Args:
-        model: Maybe below a wrapper of accelerate's, and maybe with a soft prompt.
-        inputs: Its arguments.
-        targets: Of its last T positions: (B, T).
-
-    Returns:
-        The losses of the targets that count, row after row.
+    ``model`` may be below a wrapper of accelerate's, and may have a soft prompt; ``targets`` (B, T) are those of its
+    last T positions.
     """
     head = output_head(inner_model(model), inputs)
     if head is None:
