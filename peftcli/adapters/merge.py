@@ -34,7 +34,7 @@ from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.guard.files import read_json_object
-from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
+from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase, open_base
 from peftcli.models.quantization import forget
@@ -188,11 +188,10 @@ def _reading(name: str) -> Iterator[None]:
 
 def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None:
     """Merge shard by shard; return whether embeddings were untied, None when this base model cannot be streamed."""
-    shards = job.base.shards()
+    shards = job.base.shards
     if not shards:
         return None
-    headers = {shard: _header(shard) for shard in shards}
-    places = {key: shard for shard, header in headers.items() for key in header}
+    places = {key: shard for shard, header in shards.items() for key in header}
     model = job.base.empty_model(job.auto_class, **job.options)
     longer = _made_longer(model, job)
     shapes = {name: tuple(value.shape) for name, value in _every_tensor(model)}
@@ -210,7 +209,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         keys[head.name] = head.source
     if any(key not in places for key in keys.values()):
         return None  # the checkpoint names its tensors otherwise
-    stored = {key: entry.shape for header in headers.values() for key, entry in header.items()}
+    stored = {key: entry.shape for header in shards.values() for key, entry in header.items()}
     if any(tuple(stored[key]) != shapes.get(name) for name, key in keys.items() if key not in rows):
         return None  # as the head of a base model for another number of classes
     names = {key: name for name, key in keys.items() if head is None or name != head.name}
@@ -218,7 +217,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     if head is not None and torch.equal(merged.of_key(head.source), merged.of_head(head)):
         head = None  # changed alike: they stay tied
     index: dict[str, str] = {}
-    for number, (shard, header) in enumerate(headers.items(), 1):
+    for number, (shard, header) in enumerate(shards.items(), 1):
         tell(f"shard {number} of {len(shards)}")
         tensors = {key: (merged.entry(key, entry), partial(merged.of_key, key)) for key, entry in header.items()}
         if head is not None and head.source in header:
@@ -459,7 +458,7 @@ def _difference(
 
 def _one_dtype(base: OpenBase) -> torch.dtype | None:
     """The dtype of all of a checkpoint's tensors, if it is one in which weights are usually stored."""
-    names = {entry.dtype for shard in base.shards() for entry in _header(shard).values()}
+    names = {entry.dtype for header in base.shards.values() for entry in header.values()}
     return next((dtype for dtype, name in _DTYPE_NAMES.items() if names == {name}), None)
 
 
@@ -468,11 +467,6 @@ def _random_tokens(model: Any) -> dict[str, torch.Tensor]:
     rows = base_module(model.get_input_embeddings()).weight.shape[0]
     ids = torch.randint(rows, (2, 16), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-
-
-def _header(shard: Path) -> dict[str, TensorEntry]:
-    with open_safetensors(shard, ModelError) as (header, _):
-        return header
 
 
 def _cast(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

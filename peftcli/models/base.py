@@ -14,7 +14,7 @@ from peftcli.core.layer import model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
 from peftcli.guard.files import is_folder
-from peftcli.guard.safetensors_header import open_safetensors
+from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.models.find import FoundBase
 from peftcli.models.guarded import translated_errors
@@ -215,7 +215,7 @@ class OpenBase:
         own, usual = (getattr(each, "base_model_prefix", "") for each in (model, family))
         if own == usual:
             return
-        first = {name.partition(".")[0] for shard in self.shards() for name in _names(shard)}
+        first = {name.partition(".")[0] for header in self.shards.values() for name in header}
         if usual in first and own not in first:
             message = f"has weights of {usual}, and transformers looks for {own} in a {type(model).__name__}"
             raise ModelError(message, key="base_model", hint="name a base model of another architecture")
@@ -231,15 +231,6 @@ class OpenBase:
         path = self.folder / name
         return path if not self._is_gguf and os.path.lexists(path) else None
 
-    def shards(self) -> list[Path]:
-        """Return the safetensors files, whole and on this machine, in order; none if the model is stored otherwise.
-
-        Raises:
-            ModelError: one of them is missing or damaged.
-            NetworkError: the hub cannot be reached.
-        """
-        return list(self._shards)
-
     def stored_bytes(self) -> int:
         """Return the size of the files of weights that are on this machine already."""
         if self._is_gguf:
@@ -254,8 +245,13 @@ class OpenBase:
         return sum(path.stat().st_size for name in names if (path := self.folder / name).exists())
 
     @cached_property
-    def _shards(self) -> dict[Path, int]:
-        """Each safetensors file, and how many numbers it holds."""
+    def shards(self) -> dict[Path, dict[str, TensorEntry]]:
+        """The safetensors files, whole and on this machine, and their tensors; none if the model is stored otherwise.
+
+        Raises:
+            ModelError: one of them is missing or damaged.
+            NetworkError: the hub cannot be reached.
+        """
         config = self.folder / "config.json"
         if config not in self._json:
             return {}
@@ -265,18 +261,18 @@ class OpenBase:
             return {}
         names = [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
         self._fetch(*names)
-        return {self.folder / name: validate.count_stored(self.folder / name) for name in names}
+        return {self.folder / name: validate.read_shard(self.folder / name) for name in names}
 
     def _check_weights(self, auto_class: str) -> None:
         """Raise ModelError unless the weights are whole safetensors files, as large as the config says."""
-        if not self._shards:
+        if not self.shards:
             folder = expand_user(Path(self.name))
             names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
             raise validate.no_weights(self.name, names)
         if self.quantization is None:
-            numbers, model = sum(self._shards.values()), self.empty_model(auto_class)
+            model = self.empty_model(auto_class)
             self.check_prefix(model)
-            validate.check_size(model, numbers, str(self.folder / "config.json"))
+            validate.check_size(model, self.shards.values(), str(self.folder / "config.json"))
 
     @property
     def _where(self) -> dict[str, Any]:
@@ -294,11 +290,6 @@ class OpenBase:
             hub_files.fetch(self.spec, *names)
         path = self.folder / names[0]
         return path if os.path.lexists(path) else None
-
-
-def _names(shard: Path) -> list[str]:
-    with open_safetensors(shard, ModelError) as (header, _):
-        return list(header)
 
 
 def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from peftcli.errors import ModelError
 from peftcli.guard.adapter_folder import DTYPES
 from peftcli.guard.files import read_json_object, short_repr
-from peftcli.guard.safetensors_header import open_safetensors
 from peftcli.models import hub_files, validate
 from peftcli.models.base import LoadedModel, OpenBase
 from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family, quiet_diffusers
@@ -86,8 +85,7 @@ class OpenPipeline(OpenBase):
         shards = sorted((self.folder / self.family.denoiser).glob("*.safetensors"))
         config = PreTrainedConfig(architectures=["DiffusionPipeline"])
         if shards:
-            with open_safetensors(shards[0], ModelError) as (header, _):
-                largest = max(header.values(), key=lambda entry: entry.numel)
+            largest = max(validate.read_shard(shards[0]).values(), key=lambda entry: entry.numel)
             config.dtype = getattr(torch, DTYPES[largest.dtype])
         return config
 
@@ -162,8 +160,8 @@ class OpenPipeline(OpenBase):
     def _check_sizes(self, empty: DiffusionModel) -> None:
         """Raise ModelError unless the parts that are adapted have weights, and are as large as these."""
         for name in empty.trained:
-            stored = sum(map(validate.count_stored, self._shards_of(name)))
-            validate.check_size(empty.get_submodule(name), stored, str(self.folder / name / "config.json"))
+            headers = map(validate.read_shard, self._shards_of(name))
+            validate.check_size(empty.get_submodule(name), headers, str(self.folder / name / "config.json"))
 
     def _shards_of(self, name: str) -> list[Path]:
         """The safetensors files of a part.

@@ -18,7 +18,7 @@ from torch import nn
 from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
 from peftcli.guard.files import irregular_kind, open_regular, os_reason, read_json_object, short_name, short_repr
-from peftcli.guard.safetensors_header import open_safetensors
+from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Where transformers looks for weights, in this order."""
@@ -189,24 +189,22 @@ def listed_shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def count_stored(shard: Path) -> int:
-    """Return how many numbers a safetensors file holds.
+def read_shard(shard: Path) -> dict[str, TensorEntry]:
+    """Return what a file of weights says of its tensors.
 
     Raises:
         ModelError: it is damaged.
     """
     with open_safetensors(shard, ModelError) as (header, _):
-        return sum(entry.numel for entry in header.values())
+        return header
 
 
-def check_size(model: Any, stored: int, file: str) -> None:
+def check_size(model: Any, shards: Iterable[Mapping[str, TensorEntry]], file: str) -> None:
     """Raise ModelError if the model that a config describes is far larger than its weights, and would exhaust memory.
 
-    Args:
-        model: on the meta device.
-        stored: how many numbers its files hold.
-        file: says what the model is.
+    The model is on the meta device, ``shards`` are its files of weights, and ``file`` is the one that describes it.
     """
+    stored = sum(entry.numel for header in shards for entry in header.values())
     numbers = sum(value.numel() for value in {*model.parameters(), *model.buffers()})
     if numbers > 2 * stored + _SPARE:
         raise ModelError(f"describes a model of {numbers:,} numbers, but its weights have {stored:,}", file=file)

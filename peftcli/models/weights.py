@@ -31,10 +31,7 @@ class BaseWeights:
             NetworkError: the hub cannot be reached.
         """
         self.base, self.prefix = base, f"{prefix}."
-        self.places: dict[str, Path] = {}
-        for shard in base.shards():
-            with safe_open(shard, framework="pt") as file:
-                self.places |= dict.fromkeys(file.keys(), shard)
+        self.places = {name: shard for shard, header in base.shards.items() for name in header}
         if not self.places:
             raise ModelError(f"{base.name} has no safetensors files, whose weights are needed", key="base_model")
 

@@ -175,11 +175,11 @@ def test_an_index_lists_files_beside_it_only(name: object, folder: Path) -> None
 
 def test_files_of_several_are_missed(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trainkit.base_folder(shard="20KB"), tmp_path / "base"))
-    files = open_base(BaseModel(name=str(folder))).shards()
+    files = list(open_base(BaseModel(name=str(folder))).shards)
     assert len(files) > 1
     files[1].unlink()
     with pytest.raises(ModelError, match=files[1].name):
-        open_base(BaseModel(name=str(folder))).shards()
+        _ = open_base(BaseModel(name=str(folder))).shards
     os.mkfifo(files[1])
     with pytest.raises(ModelError, match=f"{files[1].name}: is a pipe"):
         load(folder)
