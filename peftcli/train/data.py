@@ -189,7 +189,7 @@ def plan_of(recipe: Recipe, data: Data, num_processes: int) -> Plan:
         counts=data.train.counts,
         weights=weights or None,
         max_length=recipe.dataset.max_length if recipe.dataset.packing else None,
-        compares=not data.task.divides,
+        divides=data.task.divides,
     )
 
 

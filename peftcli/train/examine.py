@@ -80,7 +80,7 @@ def examine(recipe: Recipe) -> DeepCheck:
                 attempt("dataset", partial(data.task.refuse_size, int(data.train.sizes.max())))
             plan = plan_of(smallest(recipe), data, processes)
             if isinstance(data.task, Gathers) and is_fitted(recipe):
-                attempt("training", partial(data.task.refuse_rows, data.train, plan.compared))
+                attempt("training", partial(data.task.refuse_rows, data.train, plan.rows_at_once))
             if config is not None:
                 attempt("method", partial(config.check_steps, plan.total_steps))
             found.would |= {

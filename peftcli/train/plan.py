@@ -39,7 +39,7 @@ class Plan:
         counts: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         max_length: int | None = None,
-        compares: bool = False,
+        divides: bool = True,
     ):
         """``counts`` and ``weights`` mix, ``max_length`` packs.
 
@@ -50,15 +50,15 @@ class Plan:
             counts: examples of each source; the sources' examples stand one after another.
             weights: how many examples of an epoch come from each source, relative to the others. None: all it has.
             max_length: Size of a packed row. None: every example has a row to itself.
-            compares: Whether the loss compares the rows that are in the model at once.
+            divides: As the task says: its loss does not compare the rows that are in the model at once.
         """
         self.sizes = np.asarray(sizes, np.int64)
         self.training, self.num_processes, self.max_length = training, num_processes, max_length
-        self.compares = compares
+        self.divides = divides
         self.counts = list(counts or [len(self.sizes)])
         self.draws = self.counts if weights is None else _shares(weights, len(self.sizes))
         """Examples of an epoch that come from each source."""
-        self._mixed = weights is not None
+        self._is_weighted = weights is not None
         self._epoch_ends: list[int] = []  # with packing: steps until the end of each epoch that was built
         self._built: dict[int, _Epoch] = {}  # the epoch that was asked for last, and the one before
 
@@ -70,10 +70,10 @@ class Plan:
     @property
     def global_batch_size(self) -> int:
         """Rows of one step, over all processes and micro-batches."""
-        return self.compared * self.training.gradient_accumulation_steps
+        return self.rows_at_once * self.training.gradient_accumulation_steps
 
     @property
-    def compared(self) -> int:
+    def rows_at_once(self) -> int:
         """Rows that all processes have in the model at once."""
         return self.training.rows_at_once * self.num_processes
 
@@ -158,7 +158,7 @@ class Plan:
         the global batch, changes nothing else. Rows that are compared keep their order, and are as many as there are.
         """
         rows = self._rows(step)
-        if not self.compares:
+        if self.divides:
             rows = sorted(rows, key=lambda row: int(self.sizes[row].sum()))
         parts, size = self._parts(len(rows))
         chunks = [rows[start : start + size] for start in range(0, size * parts, size)]
@@ -168,8 +168,8 @@ class Plan:
     def _parts(self, num_rows: int) -> tuple[int, int]:
         """Into how many parts a step's rows are divided, over all processes, and rows of a part at most."""
         micro_batches = self.training.gradient_accumulation_steps
-        if self.compares:
-            micro_batches = min(micro_batches, math.ceil(num_rows / self.compared))
+        if not self.divides:
+            micro_batches = min(micro_batches, math.ceil(num_rows / self.rows_at_once))
         parts = micro_batches * self.num_processes
         return parts, min(self.training.rows_at_once, math.ceil(num_rows / parts)) if parts else 0
 
@@ -179,7 +179,7 @@ class Plan:
         starts = list(range(0, num_rows, max(1, self._parts(num_rows)[1])))
         if not starts:
             return 0
-        ordered = steps if self.compares else np.sort(steps, axis=1)
+        ordered = np.sort(steps, axis=1) if self.divides else steps
         longest = np.maximum.reduceat(ordered, starts, axis=1).sum(axis=0)
         return int((longest * np.diff([*starts, num_rows])).sum())
 
@@ -227,7 +227,7 @@ class Plan:
 
     def _drawn(self, number: int) -> np.ndarray:
         """The examples of an epoch: those of the sources one after another, or interleaved where none are shuffled."""
-        if not self._mixed:
+        if not self._is_weighted:
             return np.arange(len(self.sizes))
         starts = np.cumsum([0, *self.counts[:-1]])
         drawn = [start + self._drawn_from(source, number) for source, start in enumerate(starts)]

@@ -221,7 +221,7 @@ def read_data(run: Run) -> RunData:
         examples.task.refuse_size(int(examples.train.sizes.max()))
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
     if isinstance(examples.task, Gathers):
-        examples.task.refuse_rows(examples.train, plan.compared)
+        examples.task.refuse_rows(examples.train, plan.rows_at_once)
     method_config(recipe).check_steps(plan.total_steps)
     for text in (*examples.warnings, *plan.repeated(examples.names)):
         run.warn(text)

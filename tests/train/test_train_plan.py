@@ -21,7 +21,7 @@ LENGTHS = [(7 * n) % 31 + 1 for n in range(57)]
 
 
 def plan(lengths: list[int] = LENGTHS, processes: int = 1, **settings: Any) -> Plan:
-    names = ("counts", "weights", "max_length", "compares")
+    names = ("counts", "weights", "max_length", "divides")
     own = {name: settings.pop(name) for name in names if name in settings}
     training = Training(output_dir="out", **{"per_device_train_batch_size": 4, **settings})
     return Plan(lengths, training, processes, **own)
@@ -78,10 +78,10 @@ def test_order_follows_the_seed_alone() -> None:
     processes=st.integers(1, 4),
     step=st.integers(0, 20),
     max_length=st.sampled_from([None, 80]),
-    compares=st.booleans(),
+    divides=st.booleans(),
 )
 def test_micro_batches_split_the_global_batch(
-    rows: int, size: int, accumulation: int, processes: int, step: int, max_length: int | None, compares: bool
+    rows: int, size: int, accumulation: int, processes: int, step: int, max_length: int | None, divides: bool
 ) -> None:
     made = plan(
         list(range(1, rows + 1)),
@@ -89,7 +89,7 @@ def test_micro_batches_split_the_global_batch(
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         max_length=max_length,
-        compares=compares,
+        divides=divides,
     )
     shares = [made.micro_batches(step, process) for process in range(processes)]
     seen = [index for share in shares for part in share for row in part for index in row]
@@ -100,10 +100,10 @@ def test_micro_batches_split_the_global_batch(
 
 
 def test_rows_that_are_compared_are_as_many_as_there_are() -> None:
-    made = plan(LENGTHS[:20], gradient_accumulation_steps=4, train_sampling_strategy="sequential", compares=True)
+    made = plan(LENGTHS[:20], gradient_accumulation_steps=4, train_sampling_strategy="sequential", divides=False)
     steps = [[[index for row in part for index in row] for part in made.micro_batches(at, 0)] for at in range(2)]
     assert steps == [[[4 * at + place for place in range(4)] for at in range(4)], [[16, 17, 18, 19]]]
-    two = plan(LENGTHS[:20], 2, gradient_accumulation_steps=2, train_sampling_strategy="sequential", compares=True)
+    two = plan(LENGTHS[:20], 2, gradient_accumulation_steps=2, train_sampling_strategy="sequential", divides=False)
     assert [two.micro_batches(1, process) for process in range(2)] == [[[[16], [17]]], [[[18], [19]]]]
 
 
