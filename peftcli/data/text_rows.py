@@ -205,8 +205,7 @@ class JsonStream:
     def member(self, name: str) -> Iterator[tuple[Any, str | None]]:
         """Yield the items of a list in a file that is one object; with each, why it is not an object, or None.
 
-        Args:
-            name: The list's name in the object, which must be the name of a list. Other members are skipped.
+        ``name`` must be the name of a list. Other members are skipped.
         """
         found = False
         self._next_char()

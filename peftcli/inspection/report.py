@@ -130,8 +130,7 @@ class Inspection:
     def find(self, place: str) -> list[ShownRow]:
         """Find the examples of one row.
 
-        Args:
-            place: ``FILE:LINE`` or ``FILE row N``, as findings name it; or the number of a training example, from 0.
+        ``place`` is ``FILE:LINE`` or ``FILE row N``, as findings name it; or the number of a training example, from 0.
 
         Raises:
             UsageError: there is no such row, or it is not used.

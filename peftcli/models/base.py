@@ -308,9 +308,8 @@ def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> Pr
 def label_options(build: Callable[..., nn.Module], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Return ``num_labels`` if a head of these sizes is for other labels than the model's config says.
 
-    Args:
-        build: returns the model on the meta device, with such options in its config.
-        sizes: of parameters, by name; those of the vocabulary may differ from the model's.
+    ``build`` returns the model on the meta device, with such options in its config. ``sizes`` are of parameters, by
+    name; those of the vocabulary may differ from the model's.
     """
 
     def differing(model: nn.Module) -> list[int]:

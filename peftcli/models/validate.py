@@ -89,11 +89,9 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
 
 
 def check_config(read: dict[Path, dict[str, Any]], *, trusted: bool) -> None:
-    """Raise ModelError for a config.json that names code to run; ``check_folder`` has checked the rest of it.
+    """Raise ModelError for a config.json that names code to run, unless the recipe trusts the model's repository.
 
-    Args:
-        read: what ``check_folder`` returned.
-        trusted: whether the recipe lets the model's repository run code.
+    ``read`` is what ``check_folder`` returned: it has checked the rest.
     """
     for path, values in read.items():
         if re.fullmatch(r"config(\..*)?\.json", path.name):

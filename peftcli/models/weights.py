@@ -22,9 +22,7 @@ class BaseWeights:
     def __init__(self, base: OpenBase, prefix: str):
         """Find the files.
 
-        Args:
-            base: the open base model.
-            prefix: the model's ``base_model_prefix``; a checkpoint may lack it, or have it where the model does not.
+        ``prefix`` is the model's ``base_model_prefix``; a checkpoint may lack it, or have it where the model does not.
 
         Raises:
             ModelError: the model is not stored in safetensors, or one of its files is damaged.

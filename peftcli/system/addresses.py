@@ -52,8 +52,7 @@ def on_several_machines() -> bool:
 def notice_lost_machines(*, unanswered: bool) -> None:
     """Let the connections that this process has now fail when the other machine has been silent for a minute (Linux).
 
-    Args:
-        unanswered: Whether also what was sent must be taken there within that time. NCCL may send what waits.
+    With ``unanswered``, what was sent must be taken there within that time, too. NCCL may send what waits.
     """
     if sys.platform != "linux":
         return

@@ -27,8 +27,7 @@ _GONE = (EOFError, ConnectionError)
 def spare_cores(num_processes: int = 1) -> int:
     """Return the cores, at most eight, that this process can keep busy besides; 0 where processes cannot be forked.
 
-    Args:
-        num_processes: Processes on this machine that share its cores.
+    ``num_processes`` on this machine share its cores.
     """
     if sys.platform != "linux":
         return 0

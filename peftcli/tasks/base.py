@@ -167,10 +167,8 @@ class Task(ABC, Generic[Settings]):
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         """Compute what evaluation reports, without the prefix ``eval_``; ``loss`` is among it.
 
-        Args:
-            sums: Those of ``Loss``, over all batches, float64.
-            outputs: Those of ``Loss``, one an example of the data, in its order.
-            num_targets: Over all examples.
+        ``sums`` are those of ``Loss`` over all batches, float64; ``outputs`` too, one an example of the data, in its
+        order; ``num_targets`` over all examples.
         """
 
 

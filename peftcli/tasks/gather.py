@@ -14,10 +14,9 @@ def process() -> tuple[int, int]:
 
 
 def gathered(rows: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of each process, in the processes' order, without gradients.
+    """The rows (R, D) of each process, in the processes' order, without gradients. All processes call this.
 
-    Args:
-        rows: (R, D); R may differ between processes, and D where R is 0. All of them call this.
+    R may differ between processes, and D where R is 0.
     """
     count = process()[1]
     if count == 1:

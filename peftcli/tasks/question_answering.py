@@ -272,9 +272,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
 def score_of(answer: str, right: Sequence[str]) -> tuple[float, float]:
     """Exact match and F1 of words with the closest right answer, as SQuAD's own script computes them.
 
-    Args:
-        answer: What was found; empty: nothing.
-        right: The right answers; empty: the answer is not in the context.
+    An empty ``answer``: nothing was found. No ``right`` ones: the answer is not in the context.
     """
     known = [each for each in right if _words(each)] or [""]
     exact = max(float(_words(answer) == _words(each)) for each in known)

@@ -33,9 +33,8 @@ _KEY = "launch.strategy"
 def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> LoadedModel:
     """Load a model in the first process, and in the others one of zeros, until ``shard`` or DeepSpeed sends the values.
 
-    Args:
-        load: Loads it in a number format. In that of the files, ``auto``, it maps them, and here nobody reads them.
-        dtype: The one to compute in.
+    ``load`` loads it in a number format: the first process in ``dtype``, to compute in; the others in that of the
+    files, ``auto``, which maps them, so that nobody reads them there.
     """
     is_first = torch.distributed.get_rank() == 0
     loaded = load(dtype if is_first else "auto")

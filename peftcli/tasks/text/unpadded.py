@@ -282,8 +282,7 @@ def _set(variable: ContextVar, value: Any) -> Iterator[None]:
 def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
     """Inside, what an unpadded model says of a batch is of the N chosen tokens alone, as one row: logits (1, N, V).
 
-    Args:
-        chosen: (B, T). Virtual tokens stand before them.
+    Virtual tokens stand before those of ``chosen`` (B, T).
     """
     return _set(_only, chosen)
 
