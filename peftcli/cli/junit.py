@@ -21,7 +21,8 @@ def _about(suite: str, cases: Sequence[ElementTree.Element], seconds: float | No
     return {
         "name": suite,
         "hostname": "localhost",  # the schema of Ant's reports requires one; the machine's own name stays private
-        "timestamp": _now(),
+        # in UTC, as XML Schema's dateTime without a zone, the only form that CI servers read
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00"),
         "time": f"{seconds or 0:.3f}",
         "tests": len(cases),
         "failures": sum(case.find("failure") is not None for case in cases),
@@ -100,8 +101,3 @@ def _format(value: Any) -> str:
 def _clean(text: str) -> str:
     r"""Escape everything that XML cannot contain, as ``\x1b``."""
     return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
-
-
-def _now() -> str:
-    """Return the time in UTC as XML Schema's dateTime without a zone, the only form that CI servers read."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00")

@@ -43,6 +43,7 @@ _CHOSEN = {
 }
 _DECISIVE = ("base_model", "task", "method", "dataset")
 """Sections that decide what a run needs."""
+_NUMBERS = "give numbers, true or false, and a strategy"
 Settings = dict[str, Any]
 """Those of ``_CHOSEN`` by name."""
 
@@ -106,10 +107,8 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
         kept = {key: record.recipe[section].get(key) for section, keys in _CHOSEN.items() for key in keys}
         given = settings_of(recipe)
         if given["per_device_train_batch_size"] == "auto":
-            if (
-                kept["per_device_train_batch_size"] * kept["gradient_accumulation_steps"]
-                != (given["gradient_accumulation_steps"])
-            ):
+            examples = kept["per_device_train_batch_size"] * kept["gradient_accumulation_steps"]
+            if examples != given["gradient_accumulation_steps"]:
                 return None
             given["gradient_accumulation_steps"] = kept["gradient_accumulation_steps"]
         settings = {key: kept[key] if value == "auto" else value for key, value in given.items()}
@@ -164,13 +163,9 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
             raise UsageError("what this model needs of memory is not known before", key=key, hint=_NUMBERS)
         return fits, needs
 
-    ways = [
-        (checkpointing, strategy)
-        for strategy in _strategies(recipe, base, data, num_processes)
-        for checkpointing in (
-            (False, True) if given["gradient_checkpointing"] == "auto" else (given["gradient_checkpointing"],)
-        )
-    ]
+    again = given["gradient_checkpointing"]
+    strategies = _strategies(recipe, base, data, num_processes)
+    ways = [(each, strategy) for strategy in strategies for each in ((False, True) if again == "auto" else (again,))]
     if len(ways) == len(sizes) == 1:
         return chosen(sizes[0], *ways[0]), None
     limit, last, refused = _memory(recipe, num_processes), None, None
@@ -195,9 +190,6 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
         assert refused is not None
         raise refused
     return last
-
-
-_NUMBERS = "give numbers, true or false, and a strategy"
 
 
 def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Sequence[str]:
@@ -252,9 +244,8 @@ def _account(asked: Recipe, chosen: Recipe, needs: Estimate | None, there: float
     again = ", activations computed again" if training.gradient_checkpointing else ""
     model = ""
     if chosen.launch.strategy in DIVIDED:
-        model = ", the base model divided" + (
-            ", since it does not fit whole" if asked.launch.strategy == "auto" else ""
-        )
+        why = ", since it does not fit whole" if asked.launch.strategy == "auto" else ""
+        model = f", the base model divided{why}"
     elif asked.launch.strategy == "auto":
         why = "" if needs else ", since there is only one" if num_processes == 1 else ", since it cannot be divided"
         model = f", the base model whole in each process{why}"
