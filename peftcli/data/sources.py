@@ -241,13 +241,9 @@ def _walk(top: str, source: str) -> Iterator[str]:
         read.add(real)
         found += len(entries)
         if len(above) > _MAX_DEPTH or found > _MAX_FILES:
-            what = (
-                f"more than {_MAX_DEPTH} levels of folders"
-                if found <= _MAX_FILES
-                else f"more than {_MAX_FILES:,} files"
-            )
+            many = f"{_MAX_DEPTH} levels of folders" if found <= _MAX_FILES else f"{_MAX_FILES:,} files"
             hint = "Give a subfolder, or put the rows into fewer files."
-            raise DataError(f"the folder contains {what}", file=display_name(source), hint=hint)
+            raise DataError(f"the folder contains more than {many}", file=display_name(source), hint=hint)
         for entry in entries:
             if _is_folder(entry):
                 (links if entry.is_symlink() else plain).append((entry.path, (*above, real)))

@@ -44,12 +44,9 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     path = folder / name
     if not os.path.lexists(path):
         whole = os.path.lexists(folder / "config.json")
-        hint = (
-            "this is a whole model: name it as the base_model of a recipe, or load it with transformers"
-            if whole
-            else None
-        )
-        raise AdapterError(f"no {name} here; this is no adapter folder", file=str(folder), hint=hint)
+        hint = "this is a whole model: name it as the base_model of a recipe, or load it with transformers"
+        message = f"no {name} here; this is no adapter folder"
+        raise AdapterError(message, file=str(folder), hint=hint if whole else None)
     return read_json_object(path, _MAX_CONFIG_BYTES)
 
 

@@ -265,10 +265,8 @@ def _check_growth(name: str, value: Any, args: Iterable[Any], kwargs: dict[str, 
             product *= max(1, abs(each) if isinstance(each, int) else _size(each))
         budget.check(product)
     elif name in _FORMATS:
-        form, values = (
-            str(value),
-            list(chain.from_iterable(each if isinstance(each, tuple) else [each] for each in arguments)),
-        )
+        form = str(value)
+        values = list(chain.from_iterable(each if isinstance(each, tuple) else [each] for each in arguments))
         values += [each for value in values if isinstance(value, dict) for each in value.values()]
         widths = [int(width) for found in _WIDTHS.findall(form) for width in found if width]
         if _GIVEN_WIDTH.search(form):

@@ -58,11 +58,8 @@ def seconds(text: str) -> float:
         UsageError: the text is not a duration.
     """
     match = _TIME.fullmatch(text.replace(" ", "")) if len(text) <= 40 else None
-    total = (
-        sum(int(match[unit] or 0) * size for unit, size in zip("dhms", (86400, 3600, 60, 1), strict=True))
-        if match
-        else 0
-    )
+    sizes = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    total = sum(int(match[unit] or 0) * size for unit, size in sizes.items()) if match else 0
     if not total:
         raise UsageError(f"expected days, hours, minutes and seconds, as in 3h30m or 90s, found {text[:60]!r}")
     return float(total)
