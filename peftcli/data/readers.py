@@ -23,7 +23,17 @@ from typing import Any
 from peftcli.data.conll import read_conll
 from peftcli.data.rows import Place, Row
 from peftcli.data.squad import is_squad, read_squad
-from peftcli.data.text_rows import CHUNK, JsonStream, TextFile, first_duplicate, first_line, quote, read_csv, read_lines
+from peftcli.data.text_rows import (
+    CHUNK,
+    JsonStream,
+    TextFile,
+    first_duplicate,
+    first_line,
+    parse_json,
+    quote,
+    read_csv,
+    read_lines,
+)
 from peftcli.errors import DataError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".conll", ".conllu")
@@ -298,15 +308,56 @@ def table_rows(table: Any) -> Iterator[dict[str, Any] | str]:
     problem = f"unpacks to about {size:,} bytes, more than {_MAX_BATCH:,}" if size > _MAX_BATCH else None
     if problem is None:
         try:
-            yield from table.to_pylist()
+            rows = table.to_pylist(maps_as_pydicts="strict")
+            for field in table.schema:
+                if _is_nested(field.type):
+                    for row in rows:
+                        row[field.name] = _plain(row[field.name], field.type)
+            yield from rows
             return
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, KeyError) as error:  # KeyError: a key is twice in a map
             problem = f"cannot be read: {first_line(error)}"
     if len(table) == 1:
         yield problem
         return
     for at in range(len(table)):
         yield from table_rows(table.slice(at, 1))
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _is_nested(kind: Any) -> bool:
+    return bool(kind.num_fields) or _is_json(kind)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow type as a JSON file would contain it.
+
+    A table gives every object the keys of all, null where there was none: these nulls are left out. Texts of the type
+    JSON, which datasets gives to columns of mixed kinds, are parsed.
+
+    Raises:
+        ValueError: a text is not JSON, or contains what a dataset must not.
+    """
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if _is_json(kind):
+        parsed, fault = parse_json(value)
+        if fault:
+            raise ValueError(fault)
+        return parsed
+    if types.is_struct(kind):
+        pairs = ((field.name, _plain(value[field.name], field.type)) for field in kind)
+        return {key: item for key, item in pairs if item is not None}
+    if types.is_map(kind):
+        return {key: _plain(item, kind.item_type) for key, item in value.items()}
+    if isinstance(value, list) and _is_nested(kind.value_type):
+        return [_plain(item, kind.value_type) for item in value]
+    return value
 
 
 def _memory(array: Any) -> int:

@@ -112,7 +112,7 @@ def _parse_line(raw: bytes | None, parser: _Json, text: TextFile) -> Row | DataE
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         message = f"is not a JSON object: {_json_problem(error)}{place}; the line begins {quote(line)}"
         return text.error(message, hint=_line_hint(text, line))
-    fault = parser.fault(value, line)
+    fault = parser.row_fault(value, line)
     hint = _line_hint(text, line) if isinstance(value, list) else None
     return text.error(fault, hint=hint) if fault else text.row(value)
 
@@ -144,10 +144,14 @@ class _Json:
         self._faults.clear()
         return self._decoder.raw_decode(text, start)
 
-    def fault(self, value: Any, text: str) -> str | None:
+    def row_fault(self, value: Any, text: str) -> str | None:
         """Say why the value parsed last, from ``text``, is not a row; None if it is one."""
         if not isinstance(value, dict):
             return f"expected a JSON object, found {json_kind(value)}: {quote(text)}"
+        return self.fault(value, text)
+
+    def fault(self, value: Any, text: str) -> str | None:
+        """Say what the value parsed last, from ``text``, contains that a dataset must not; None if nothing."""
         if self._faults:
             return self._faults[0]
         if text.count("{") + text.count("[") > _MAX_DEPTH and _is_deep(value, _MAX_DEPTH):
@@ -173,6 +177,22 @@ class _Json:
         if math.isinf(value):
             self._faults.append(f"{quote(digits)} is too large for a number")
         return value
+
+
+def parse_json(text: str) -> tuple[Any, str | None]:
+    """Parse a value of a row that is JSON; return it with what it contains that a dataset must not, or None.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    parser, text = _Json(), text.strip(" \t\r\n")
+    try:
+        value, end = parser.parse(text, 0)
+    except RecursionError as error:
+        raise ValueError(first_line(error)) from error
+    if end < len(text):
+        raise json.JSONDecodeError("Text after the value", text, end)
+    return value, parser.fault(value, text)
 
 
 def _is_deep(value: Any, levels: int) -> bool:
@@ -232,7 +252,7 @@ class JsonStream:
         while self._next_char() != "]":
             value, end = self._parse_value(self._parser)
             taken = self._buffer[self._at : end]
-            yield value, _escaped_byte(taken) or self._parser.fault(value, taken)
+            yield value, _escaped_byte(taken) or self._parser.row_fault(value, taken)
             self._advance(end)
             self._next_item("]")
         self._advance(self._at + 1)

@@ -148,6 +148,27 @@ def test_a_row_of_parquet_that_is_no_text(tmp_path: Path) -> None:
     assert error.message.startswith("row 2: cannot be read: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"), [("{", "Expecting"), ('{"a": NaN}', "NaN"), ('{"a": 1, "a": 2}', "twice")]
+)
+def test_a_text_of_a_table_that_is_not_the_json_that_its_type_says(tmp_path: Path, text: str, problem: str) -> None:
+    import pyarrow
+
+    rows, [error] = read(write(tmp_path, "a.parquet", parquet(a=pyarrow.array(['"x"', text, "1"], pyarrow.json_()))))
+    assert rows == [{"a": "x"}, {"a": 1}]
+    assert error.message.startswith("row 2: cannot be read: ")
+    assert problem in error.message
+
+
+def test_a_map_with_a_key_twice(tmp_path: Path) -> None:
+    import pyarrow
+
+    maps = pyarrow.array([[("k", 1)], [("k", 1), ("k", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    rows, [error] = read(write(tmp_path, "a.parquet", parquet(a=maps)))
+    assert rows == [{"a": {"k": 1}}]
+    assert "duplicate key" in error.message
+
+
 # --- the file as a whole
 
 

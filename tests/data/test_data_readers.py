@@ -231,6 +231,25 @@ def test_parquet_in_row_groups_and_of_several_types(tmp_path: Path) -> None:
     assert values(write(tmp_path, "a.parquet", parquet(rows, row_group_size=7, write_page_checksum=True))) == rows
 
 
+def test_a_table_gives_the_rows_that_its_json_would(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    texts = pa.array(['"hi"', "5", '{"a": null}', None], pa.json_())
+    inside = [texts, pa.nulls(4, pa.string()), pa.array([[1, None]] * 4)]
+    objects = pa.StructArray.from_arrays(inside, ["json", "absent", "flat"])
+    maps = [[("a", {"b": 1, "c": None})], [("a", None)], [], None]
+    kind = pa.map_(pa.string(), pa.struct({"b": pa.int64(), "c": pa.int64()}))
+    columns = {"json": texts, "list": pa.ListArray.from_arrays([0, 1, 2, 3, 4], objects), "map": pa.array(maps, kind)}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == [
+        {"json": "hi", "list": [{"json": "hi", "flat": [1, None]}], "map": {"a": {"b": 1}}},
+        {"json": 5, "list": [{"json": 5, "flat": [1, None]}], "map": {"a": None}},
+        {"json": {"a": None}, "list": [{"json": {"a": None}, "flat": [1, None]}], "map": {}},
+        {"json": None, "list": [{"flat": [1, None]}], "map": None},
+    ]
+
+
 def test_a_row_of_64_mib_is_the_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text_rows.MAX_ROW == 64 << 20
     monkeypatch.setattr(text_rows, "MAX_ROW", 1000)

@@ -342,6 +342,14 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_mixed_kinds_are_those_of_the_file(hub: DatasetHub, streaming: bool) -> None:
+    rows = [{"a": "x", "b": [{"c": 1}]}, {"a": {"n": None}, "b": [{"c": "z"}]}]
+    hub.commit(NAME, {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    found = open_source(Source(train=NAME, streaming=streaming)).rows()
+    assert [row.values for row in found if isinstance(row, Row)] == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves metadata open
 def test_images_and_sounds_of_the_hub_are_the_bytes_of_their_files(hub: DatasetHub, streaming: bool) -> None:
     """Also without torchcodec, and not decoded and encoded again."""
@@ -355,7 +363,7 @@ def test_images_and_sounds_of_the_hub_are_the_bytes_of_their_files(hub: DatasetH
         assert isinstance(row, Row)
         for column, content in columns.items():
             held = row.values[column]
-            assert (held["bytes"] or Path(held["path"]).read_bytes()) == content
+            assert (held.get("bytes") or Path(held["path"]).read_bytes()) == content
 
 
 def test_an_opened_hub_dataset_stays_at_its_commit(hub: DatasetHub) -> None:

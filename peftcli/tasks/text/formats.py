@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcli.data.rows import Reader, Row
-from peftcli.data.text_rows import json_kind
+from peftcli.data.text_rows import first_line, json_kind, parse_json
 from peftcli.errors import DataError
 from peftcli.schema import Source
 
@@ -105,8 +105,6 @@ class ExampleReader(Reader):
             DataError: the row does not contain what its format needs.
         """
         chosen, values = FORMATS[self.name], row.values
-        if row.place.line is None:  # a table gives every object the keys of all, null where there was none
-            values = {name: _without_nulls(value) for name, value in values.items()}
         try:
             for key in chosen.needs:
                 if self.names[key] not in values:
@@ -292,8 +290,8 @@ def _sharegpt(row: dict[str, Any]) -> ParsedRow:
     for index, turn in enumerate(given):
         where = f"conversations[{index}]."
         role = _role(turn, "from", _SHAREGPT_ROLES, where)
-        train = {"train": turn["train"]} if "train" in turn else {}
-        turns.append({"role": _SHAREGPT_ROLES[role], "content": turn.get("value"), **train})
+        others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turns.append({**others, "role": _SHAREGPT_ROLES[role], "content": turn.get("value")})
     return _conversation("conversations", turns, _tools(row), _optional(row, "system"), content="value")
 
 
@@ -339,7 +337,8 @@ def _conversation(
             untrained.add(index + shift)
         kept = {key: value for key, value in turn.items() if key not in ("train", "weight") and value is not None}
         if "tool_calls" in kept:
-            kept["tool_calls"] = list(map(_parsed_call, kept["tool_calls"]))
+            kept["tool_calls"] = [_parsed_call(call, f"{where}tool_calls") for call in kept["tool_calls"]]
+            _check_json(kept["tool_calls"], f"{where}tool_calls")
         messages.append(kept)
     if not any(message["role"] == "assistant" for message in messages):
         raise _Fault(column, "contains no assistant turn; there is nothing to train on")
@@ -357,25 +356,21 @@ def _joined_parts(content: Any) -> Any:
     return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
-def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+def _parsed_call(call: dict[str, Any], key: str) -> dict[str, Any]:
     """Parse a tool call's arguments where they are JSON in a string: templates expect an object."""
     function = call.get("function", call)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            found = json.loads(arguments)
-        except (ValueError, RecursionError):
+            found, fault = parse_json(arguments)
+        except ValueError:
             return call
         if isinstance(found, dict):
+            if fault:
+                raise _Fault(key, f"arguments: {fault}")
             written = function | {"arguments": found}
             return call | {"function": written} if "function" in call else written
     return call
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _check_content(turn: Message, role: str, key: str, where: str) -> None:
@@ -399,12 +394,23 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str) and tools:
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
+            tools, fault = parse_json(tools)
+        except ValueError:
             raise _Fault("tools", "is not JSON") from None
+        if fault:
+            raise _Fault("tools", fault)
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _Fault("tools", f"expected a list of objects, found {json_kind(tools)}")
+    _check_json(tools, "tools")
     return tools or None
+
+
+def _check_json(value: Any, key: str) -> None:
+    """Refuse what a table may contain and a template cannot write, such as dates."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _Fault(key, f"is not JSON: {first_line(error)}") from None
 
 
 FORMATS = {

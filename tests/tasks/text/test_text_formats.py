@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -254,13 +255,23 @@ def test_rows_without_lines_are_counted() -> None:
         examples({"text": "a"}, {"text": ""}, lines=False)
 
 
-def test_nulls_that_a_table_adds_are_no_arguments() -> None:
-    call = {"function": {"name": "add", "arguments": {"a": 1, "b": None}}}
-    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    [table] = examples(row, lines=False)
-    [lines] = examples(row)
-    assert table.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert lines.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ('{"a": 1, "a": 2}', "arguments: the key 'a' occurs twice"),
+        ('{"a": NaN}', "arguments: NaN is not JSON"),
+        (r'{"a": "\ud800"}', "arguments: contains half of a surrogate pair"),
+        ({"a": date(2026, 1, 2)}, "is not JSON: Object of type date"),
+        ({"a": b"x"}, "is not JSON: Object of type bytes"),
+    ],
+)
+def test_arguments_and_tools_are_json_as_strict_as_rows(arguments: Any, message: str) -> None:
+    call = {"function": {"name": "add", "arguments": arguments}}
+    error = refused({"messages": [GOOD_CHAT[0], {"role": "assistant", "tool_calls": [call]}]})
+    assert (error.key, message in error.message) == ("messages[1].tool_calls", True)
+    tools = f"[{arguments}]" if isinstance(arguments, str) else [arguments]
+    error = refused({"messages": GOOD_CHAT, "tools": tools})
+    assert (error.key, message.removeprefix("arguments: ") in error.message) == ("tools", True)
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
@@ -278,6 +289,9 @@ def test_openai_weights_say_what_is_trained() -> None:
     [example] = examples({"messages": turns})
     assert example.untrained == {1}
     assert all("weight" not in message for message in example.messages)
+    other_names = {"role": "from", "content": "value"}
+    sharegpt = [{other_names.get(key, key): value for key, value in turn.items()} for turn in turns]
+    assert examples({"conversations": sharegpt}) == [example]
 
 
 @pytest.mark.parametrize(
@@ -288,3 +302,10 @@ def test_keys_that_would_be_ignored_in_silence(more: dict[str, Any], key: str, m
     error = refused({"messages": [GOOD_CHAT[0], {**GOOD_CHAT[1], **more}]})
     assert error.key == f"messages[1].{key}"
     assert message in error.message
+    error = refused({"conversations": [{"from": "gpt", "value": "b", **more}]})
+    assert (error.key, message in error.message) == (f"conversations[0].{key}", True)
+
+
+def test_tool_calls_of_sharegpt_are_read() -> None:
+    [example] = examples({"conversations": [{"from": "gpt", "value": None, "tool_calls": [CALL]}]})
+    assert example.messages == [{"role": "assistant", "tool_calls": [CALL]}]

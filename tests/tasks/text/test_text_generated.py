@@ -164,6 +164,8 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     assert prompt(instruction="Add", input="1 2", output="3") == AlpacaExample("Add", "", "1 2")
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
+    called = [user, {"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "3"}]
+    assert prompt(messages=called) == called
     assert prompt(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]) == [user]
     every: dict[str, Any] = {
         "messages": [{"role": "user", "content": "m"}],
