@@ -65,7 +65,7 @@ FINDINGS = by_name(
     Kind(
         "turns_left_out",
         "warning",
-        "contain a text or a tool call that the chat template leaves out",
+        "contain a text, a tool call or tools that the chat template leaves out",
         "Check the rows: the model does not see all of their content.",
     ),
     # As with templates whose prompt opens a thinking that answers do not hold.

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,7 +151,7 @@ class Rendered:
     text: str
     answers: list[AnswerSpan]
     unseen: bool
-    """Whether the template omits the text of a turn, or a tool call."""
+    """Whether the template omits the text of a turn, a tool call, or the tools."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,9 @@ class Template:
             pattern = self._pattern(tuple(message["role"] for message in messages))
             if pattern and (found := pattern.fit(messages, text)) is not None:
                 return Rendered(text, [each for each in found if each.message in turns], unseen=False)
-        return self._search(_Conversation(messages, tools, text, self._turn_format(tools)), turns)[0]
+        whole = _Conversation(messages, tools, text, self._turn_format(tools))
+        rendered = self._search(whole, turns)[0]
+        return replace(rendered, unseen=True) if self._omits_tools(whole) else rendered
 
     def _search(self, whole: _Conversation, turns: list[int]) -> tuple[Rendered, list[_Mark] | None]:
         """Locate the turns of any conversation; also return the marks of all its messages."""
@@ -287,6 +290,24 @@ class Template:
                 answer = self._by_prefix(whole, index, after, unclear)
             found.append(answer)
         return Rendered(whole.text, found, marks is not None and _unseen(whole.messages, marks)), marks
+
+    def _omits_tools(self, whole: _Conversation) -> bool:
+        """Whether a conversation with tools is rendered as it would be without them."""
+        if not whole.tools or self._writes_tools:
+            return False
+        with suppress(DataError):
+            return self.render(whole.messages) == whole.text
+        return False
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        """Whether the template writes the tools of a question and its answer, and so those of every conversation."""
+        turns = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
+        parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "A."}}, "required": []}
+        function = {"name": "f", "description": "F.", "parameters": parameters}
+        with suppress(DataError):
+            return self.render(turns, [{"type": "function", "function": function}]) != self.render(turns)
+        return False
 
     def _pattern(self, roles: tuple[str, ...]) -> _Pattern | None:
         """The pattern of turns with these roles, if the template has one."""

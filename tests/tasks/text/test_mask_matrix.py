@@ -176,6 +176,12 @@ def test_dropped_tool_calls_are_told_where_they_are_not_refused() -> None:
     assert last.flags == Flag.UNSEEN
 
 
+@pytest.mark.parametrize(("template", "flags"), [("chatml", Flag.UNSEEN), ("qwen3", 0), ("mistral_v3", 0)])
+def test_tools_that_a_template_leaves_out_are_told(template: str, flags: int) -> None:
+    example = ChatExample([user("q"), answer("A")], [{"type": "function", "function": {"name": "add"}}])
+    assert mark_chat(example, Template(mask_matrix.tokenizer(template)), "answers").flags == flags
+
+
 def test_a_turn_that_is_not_trained_may_be_unclear() -> None:
     messages = [user("q"), answer("<think>\nhm\n</think>"), user("r"), answer("A")]
     using = Template(mask_matrix.tokenizer("qwen3"))
