@@ -105,8 +105,8 @@ class Dataset:
     """The training and evaluation data."""
 
     train: str | None = None
-    """File (.jsonl, .json, .csv, .parquet, .conll, .conllu, each also as .gz or .zst), folder of such files, or hub
-    dataset id."""
+    """File (.jsonl, .ndjson, .json, .csv, .parquet, .conll, .conllu, each also as .gz or .zst), folder of such files,
+    or hub dataset id."""
     mix: list[Source] = field(default_factory=list)
     """Several datasets instead of ``train``, with weights, as in [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight:
     1}], or without, as in [a.jsonl, b.jsonl]."""

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -36,7 +37,7 @@ from peftcli.data.text_rows import (
 )
 from peftcli.errors import DataError
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".conll", ".conllu")
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".conll", ".conllu")
 """Extensions of the files that can be read."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 """Extensions of compressed files, as in ``a.jsonl.gz``."""
@@ -111,6 +112,9 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
             yield from JsonStream(text).rows()
         elif kind == ".json" and is_squad(start):
             yield from read_squad(text)
+        elif kind == ".json" and re.match(rb"\{\s*?\n", start):
+            hint = "Write the rows as a list of objects, [{...}, {...}], or one object per line."
+            raise DataError("contains one object over several lines, and no rows", file=source, line=1, hint=hint)
         else:
             yield from read_lines(text)
 

@@ -6,7 +6,7 @@ import re
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FILE_ENDINGS = (
-    *(".jsonl", ".json", ".csv", ".parquet", ".conll", ".conllu", ".txt", ".tsv", ".md"),
+    *(".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".conll", ".conllu", ".txt", ".tsv", ".md"),
     *(".gz", ".zip", ".zst", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
 )
 """A name with one of these endings is a file, though it could be a hub id."""

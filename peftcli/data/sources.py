@@ -8,6 +8,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from peftcli.data.source_names import is_path
 from peftcli.data.text_rows import CHUNK, first_line, quote
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
+from peftcli.system.outputs import expand_user
 
 _SAVED = {"dataset_info.json", "dataset_dict.json"}
-"""Files that ``Dataset.save_to_disk`` writes beside the data."""
-_SPLIT = re.compile(r"(?:^|/)(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
-"""The name of a split in a path."""
+"""Files that describe a dataset and contain no rows. ``Dataset.save_to_disk`` writes them beside Arrow files."""
+_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
+"""The name of a split in a path, as datasets finds it: a word of its own."""
 _MAX_DEPTH, _MAX_FILES = 100, 1_000_000
 """Levels of folders, and entries of all folders of a source together."""
 
@@ -150,6 +152,9 @@ def open_source(source: Source) -> ResolvedSource:
     if "://" in name:
         hint = "Download the file and give its path, or give a hub dataset id."
         raise DataError(f"{quote(name)} is a URL", key="dataset", hint=hint)
+    if name.startswith("~"):
+        name = str(expand_user(Path(name)))
+        source = replace(source, train=name)
     path = Path(name)
     if exists_locally(name):
         if _is_folder(path):
@@ -168,7 +173,7 @@ def exists_locally(name: str) -> bool:
         DataError: the system refuses access.
     """
     try:
-        Path(name).lstat()
+        expand_user(Path(name)).lstat()
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
@@ -186,18 +191,21 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
     top, shown = source.train, display_name(source.train)
     listed = {path[len(str(folder)) + 1 :]: path for path in _walk(str(folder), top)}
     names = sorted(listed, key=lambda name: name.split("/"))
-    if _SAVED & {name.rpartition("/")[2] for name in names}:
+    descriptions = {name for name in names if name.rpartition("/")[2] in _SAVED}
+    if descriptions and any(name.endswith(".arrow") for name in names):
         hint = "Write the dataset with Dataset.to_parquet, and give that file."
         raise DataError("was written by Dataset.save_to_disk, whose format cannot be read", file=shown, hint=hint)
     media = [name for name in names if is_media(name)]
-    files = [name for name in names if kind_of(name)]
-    found = files or media
+    files = [name for name in names if kind_of(name) and name not in descriptions]
+    found, read = files or media, set(files)
     if not found:
         there = display_name(", ".join(names[:5])[:200]) or "nothing"
         message = f"the folder contains no file that can be read; it contains: {there}"
         raise DataError(message, file=shown, hint=ACCEPTED)
     splits = {
-        "train" if part[1].lower() == "train" else "other": name for name in found if (part := _SPLIT.search(name))
+        "train" if part[1].lower().startswith("train") else "other": name
+        for name in found
+        if (part := _SPLIT.search(name))
     }
     if len(splits) > 1:
         message = (
@@ -214,7 +222,7 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
         source,
         {called(name): Path(listed[name]) for name in files},
         media={called(name): listed[name] for name in media},
-        left_out=[display_name(name) for name in names if not is_media(name) and not kind_of(name)],
+        left_out=[display_name(name) for name in names if not is_media(name) and name not in read],
     )
 
 

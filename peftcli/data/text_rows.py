@@ -120,6 +120,8 @@ def _parse_line(raw: bytes | None, parser: _Json, text: TextFile) -> Row | DataE
 def _line_hint(text: TextFile, line: str) -> str | None:
     if "\r" in line:
         return "This line contains a lone carriage return (\\r): lines end in \\n or \\r\\n."
+    if line.startswith("\ufeff"):
+        return "This line begins with a byte order mark, as where files were joined: remove it."
     if text.number == 1 and line.startswith(("[", "{")):
         return "A .jsonl file contains one object per line; a .json file contains that, or one list of objects."
     return None

@@ -12,6 +12,7 @@ from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.settings import choices, settings
 from peftcli.recipe.values import Report
 from peftcli.schema import Dataset, Recipe, Source, out_of_range
+from peftcli.system.outputs import expand_user
 from peftcli.tasks import TASKS
 from peftcli.tasks.settings import UNDER_DATASET
 
@@ -54,7 +55,7 @@ def check_task(recipe: Recipe, report: Report) -> None:
 def exists(path: str) -> bool:
     """Return whether a file or folder has this name."""
     try:
-        return bool(path) and Path(path).exists()
+        return bool(path) and expand_user(Path(path)).exists()
     except (OSError, ValueError):
         return False
 
@@ -93,6 +94,8 @@ def _paths(dataset: Dataset, report: Report) -> None:
             report((key,), "is empty")
         elif "://" in path:
             report((key,), "must be a path or a hub id, not a URL")
+        elif {*"*?["} & {*path} and not exists(path):
+            report((key,), "patterns are not expanded; name a folder or a file (dataset.mix takes several)")
         elif is_path(path) and not exists(path):
             report((key,), f"no such file: {path[:200]}", closest_file(path) if missing < _MAX_SUGGESTIONS else None)
             missing += 1

@@ -253,6 +253,8 @@ class _Reader:
             found = item.value.describe() + (" in quotes; remove the quotes" if item.is_quoted else "")
             one, is_list = item.value.scalar, kinds(item.hint) <= {list, type(None)}
             listed = f"[{one}]" if is_list and one is not None and re.fullmatch(r"[\w.-]+", str(one)) else None
+            if item.key == "dataset.train" and isinstance(item.value.data, list):
+                listed = "dataset.mix"
             self.problem(
                 f"expected {describe_type(item.hint)}, found {found}",
                 item.value.place,

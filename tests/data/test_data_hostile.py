@@ -101,6 +101,17 @@ def test_a_list_named_jsonl_is_explained(tmp_path: Path, first: str) -> None:
     assert "a .json file contains that, or one list of objects" in (errors[0].hint or "")
 
 
+def test_an_object_over_several_lines_named_json_is_explained(tmp_path: Path) -> None:
+    _, [error] = read(write(tmp_path, "a.json", '{\n  "a": 1\n}\n'))
+    assert "one object over several lines" in error.message
+
+
+def test_a_byte_order_mark_between_joined_files_is_explained(tmp_path: Path) -> None:
+    rows, [error] = read(write(tmp_path, "a.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 2}\n{"a": 3}\n'))
+    assert (rows, error.line) == ([{"a": 1}, {"a": 3}], 2)
+    assert "byte order mark" in str(error.hint)
+
+
 @pytest.mark.parametrize("case", IN_LISTS)
 def test_a_bad_row_in_a_list(tmp_path: Path, case: str) -> None:
     bad, message = BAD_ROWS[case]

@@ -52,6 +52,7 @@ def zstd(data: bytes) -> bytes:
 
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".jsonl": jsonl,
+    ".ndjson": jsonl,
     ".json": lambda rows: json.dumps(rows, indent=1).encode(),
     ".csv": as_csv,
     ".parquet": parquet,

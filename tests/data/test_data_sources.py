@@ -130,7 +130,7 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     error = refused(tmp_path)
     assert "it contains: notes.txt" in error.message
-    assert ".jsonl, .json, .csv, .parquet, .conll, .conllu" in (error.hint or "")
+    assert ".jsonl, .ndjson, .json, .csv, .parquet, .conll, .conllu" in (error.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,9 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
         (["data/train-00000-of-00002.jsonl", "data/validation-00000.jsonl"], "several splits"),
         (["train/0.jsonl", "dev/0.jsonl"], "several splits"),
         (["Train.jsonl", "sub/EVAL_1.jsonl"], "several splits"),
+        (["my-train/0.jsonl", "my-test/0.jsonl"], "several splits"),
+        (["training.jsonl", "testing.jsonl"], "several splits"),
+        (["a_training_1.jsonl", "a.evaluation.jsonl"], "several splits"),
         (["train-1.jsonl", "train-2.jsonl", "training.jsonl", "tested.jsonl", "latest.jsonl"], None),
         (["test.jsonl", "eval.jsonl"], None),
         (["train.jsonl", "test.txt"], None),
@@ -163,6 +166,22 @@ def test_a_dataset_saved_by_the_library_datasets_is_named(tmp_path: Path) -> Non
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])}).save_to_disk(tmp_path / "several")
     for folder in ("one", "several"):
         assert "written by Dataset.save_to_disk" in refused(tmp_path / folder).message
+
+
+def test_a_file_that_only_describes_datasets_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "x")
+    (tmp_path / "dataset_info.json").write_text('{\n  "a": {"file_name": "a.jsonl"}\n}')
+    opened = open_source(Source(train=str(tmp_path)))
+    assert (opened.files, opened.left_out) == ([tmp_path / "a.jsonl"], ["dataset_info.json"])
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "d" / "a.jsonl", "x")
+    assert open_source(Source(train="~/d/a.jsonl")).files == open_source(Source(train="~/d")).files == [path]
+    found = eval_source(Dataset(train="a", eval="~/d"))
+    assert found is not None
+    assert [row.place.source for row in open_source(found).rows() if isinstance(row, Row)] == [str(path)]
 
 
 def test_a_folder_with_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_missing_data_files_have_a_near_name(problem, load, tmp_path: Path, monk
     found = problem("", "dataset.train=data/trian.jsonl")
     assert (found.message, found.suggestion) == ("no such file: data/trian.jsonl", "data/train.jsonl")
     assert load("", "dataset.train=data/train.jsonl").dataset.train == "data/train.jsonl"
+    assert problem("", "dataset.train=[data/train.jsonl]").suggestion == "dataset.mix"
     assert problem("", "dataset.train=" + "x" * 5000 + ".json").message.startswith("no such file")
 
 

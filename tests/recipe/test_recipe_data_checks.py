@@ -62,6 +62,7 @@ def recipe(**parts: str) -> str:
         ("train: more/data/train", 18, "train", "no such file: more/data/train"),
         ("train: dat/", 18, "train", "no such file: dat/"),
         ("train: ~/data", 18, "train", "no such file: ~/data"),
+        ("train: data/*.jsonl", 18, "train", "patterns are not expanded; name a folder"),
         ("train: org/a, eval: data/eval.JSON", 31, "eval", "no such file: data/eval.JSON"),
         # settings of hub datasets
         ("train: data/train.jsonl, name: x", 42, "name", "applies to hub datasets, but dataset.train is local"),

@@ -109,7 +109,7 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     """sha256 of the recipe's local data files, of its chat template's, and of the adapter that training begins from."""
     dataset, template = recipe.dataset, recipe.base_model.chat_template
     sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
-    local = [open_source(source) for source in sources if Path(source.train).exists()]
+    local = [open_source(source) for source in sources if expand_user(Path(source.train)).exists()]
     hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
     if template and Path(template).is_file():
         hashes[template] = sha256(Path(template))
