@@ -321,17 +321,33 @@ class Store:
         else:
             size = math.prod(edge or 0 for edge in kind.shape)
             start, end = index * size, (index + 1) * size
+        found = self._elements(column, start, end)
+        if kind.is_text:
+            return found.tobytes().decode() if kind.dtype == "str" else found.tobytes()
+        if kind.varying > 1:
+            return found.reshape(self._edges[column][index])
+        return found.reshape([-1 if edge is None else edge for edge in kind.shape])
+
+    def values(self, column: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """One column of adjacent examples: its elements without a copy, and how many each example has."""
+        kind = self.columns[column]
+        if kind.has_ends:
+            ends = self._ends[column][start:stop]
+            first = self._ends[column][start - 1] if start else 0
+        else:
+            size = math.prod(edge or 0 for edge in kind.shape)
+            first, ends = start * size, np.arange(start + 1, stop + 1) * size
+        return self._elements(column, int(first), int(ends[-1])), np.diff(ends, prepend=first)
+
+    def _elements(self, column: str, start: int, end: int) -> np.ndarray:
+        """Part of a column's file. After many of them, the memory that they took is given back."""
         found: np.ndarray = self._ids[column][start:end]
         self._read += found.nbytes + _AROUND
         if self._read > _HELD:
             self._read = 0
             for each in self._maps:
                 each.madvise(mmap.MADV_DONTNEED)
-        if kind.is_text:
-            return found.tobytes().decode() if kind.dtype == "str" else found.tobytes()
-        if kind.varying > 1:
-            return found.reshape(self._edges[column][index])
-        return found.reshape([-1 if edge is None else edge for edge in kind.shape])
+        return found
 
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
         """An array's file; an empty one cannot be mapped."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 
@@ -111,15 +111,18 @@ class UsedRows:
         counts = self.first[rows + 1] - self.first[rows]
         starts = np.cumsum(counts) - counts
         inside = np.arange(counts.sum()) - np.repeat(starts, counts)
-        positions = self._position[np.repeat(self.first[rows], counts) + inside].tolist()
-        stores = [self.view.parts[at].store for at in np.repeat(self.part[rows], counts).tolist()]
-        arrays = [
-            _integers(store.value(name, position))
-            for store, position in zip(stores, positions, strict=True)
-            for name in columns
-        ]
-        lengths = np.array([0, *map(len, arrays)])
-        return Ragged(np.concatenate(arrays), np.cumsum(lengths)[starts * len(columns)])
+        positions = self._position[np.repeat(self.first[rows], counts) + inside]
+        parts = np.repeat(self.part[rows], counts)
+        # Adjacent examples are read together where no column comes between them.
+        apart = (np.diff(positions) != 1) | (np.diff(parts) != 0) | (len(columns) > 1)
+        arrays, lengths = list[np.ndarray](), [np.zeros(1, np.int64)]
+        for start, stop in pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(positions)]):
+            store, position = self.view.parts[parts[start]].store, int(positions[start])
+            for name in columns:
+                values, own = store.values(name, position, position + stop - start)
+                arrays.append(_integers(values))
+                lengths.append(own * (len(arrays[-1]) // max(len(values), 1)))
+        return Ragged(np.concatenate(arrays), np.cumsum(np.concatenate(lengths))[starts * len(columns)])
 
     def chunks(self, *columns: str) -> Iterator[tuple[slice, list[Ragged]]]:
         """All rows, a few at a time, and their values in each of the columns."""
@@ -154,9 +157,6 @@ def scatter(numbers: np.ndarray) -> np.ndarray:
     return numbers ^ (numbers >> np.uint64(31))
 
 
-def _integers(value: Any) -> np.ndarray:
-    """A value of a column as a flat array of integers: NaN and texts by their bytes."""
-    if isinstance(value, (str, bytes)):
-        return np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
-    flat = np.asarray(value).ravel()
-    return flat if flat.dtype.kind in "biu" else np.frombuffer(flat.tobytes(), np.uint8)
+def _integers(values: np.ndarray) -> np.ndarray:
+    """Elements of a column as integers; other numbers, such as NaN, by their bytes."""
+    return values if values.dtype.kind in "biu" else np.frombuffer(values.tobytes(), np.uint8)

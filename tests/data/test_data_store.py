@@ -303,6 +303,11 @@ def test_columns_of_every_kind_are_read_as_they_were_written(tmp_path: Path) -> 
                 assert value.dtype == np.dtype(COLUMNS_OF_KINDS[name].dtype)
                 assert value.shape == np.shape(wanted)
                 assert np.array_equal(value, np.asarray(wanted).astype(value.dtype))
+    for name, column in COLUMNS_OF_KINDS.items():
+        each = [np.asarray(column.fit(arrays(size)[name])).ravel() for size in sizes[1:3]]
+        values, lengths = store.values(name, 1, 3)
+        assert np.array_equal(values, np.concatenate(each), equal_nan=values.dtype.kind == "f")
+        assert lengths.tolist() == list(map(len, each))
 
 
 @pytest.mark.parametrize(
