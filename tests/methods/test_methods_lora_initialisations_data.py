@@ -310,6 +310,15 @@ def test_loftq_says_what_it_needs() -> None:
         start_loftq(model, model.state_dict().__getitem__)
 
 
+def test_a_file_that_changes_the_base_weights_is_not_read_over_quantised_ones() -> None:
+    config = LoraConfig(init_lora_weights="olora", target_modules=["v_proj"], inference_mode=True)
+    inject(_quantised(), config)
+    config.target_modules = ["q_proj"]
+    with pytest.raises(AdapterError, match="q_proj is quantised") as caught:
+        inject(_quantised(), config)
+    assert caught.value.key == "init_lora_weights"
+
+
 def test_full_weights_are_found_with_and_without_the_models_prefix(tmp_path: Path) -> None:
     full, name = tiny("llama"), "model.layers.0.self_attn.q_proj.weight"
     full.save_pretrained(tmp_path / "whole", max_shard_size="20KB")

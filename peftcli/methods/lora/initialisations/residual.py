@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight, linear_view
+from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import stored_weight
 from peftcli.methods.lora.config import LoraConfig
@@ -112,7 +113,7 @@ def check_initialisation(module: nn.Module, name: str, config: LoraConfig) -> No
 
     Raises:
         AdapterError: the module is no linear layer, nor an embedding for mica; or the config is of a file that means
-            nothing without what its writer started from.
+            nothing without what its writer started from, or over a quantised layer.
     """
     init, view, layer = config.init_lora_weights, linear_view(module), base_module(module)
     never_called = isinstance(layer, NonDynamicallyQuantizableLinear)  # its attention reads the weight
@@ -129,6 +130,12 @@ def check_initialisation(module: nn.Module, name: str, config: LoraConfig) -> No
             f"the file does not hold what {init} started from",
             key=_KEY,
             hint="PEFT's save_pretrained with path_initial_model_for_weight_conversion writes it as plain LoRA",
+        )
+    if is_quantised(layer):
+        raise AdapterError(
+            f"PEFT's {init} changes the base weight, and that of {name} is quantised; such a file is not read",
+            key=_KEY,
+            hint="load the base model in full precision, if the adapter was trained on that",
         )
     if init == "olora" and view is not None and view.transposed:
         raise AdapterError(f"PEFT starts {name}, a Conv1D, from its transpose; such a file is not read", key=_KEY)
