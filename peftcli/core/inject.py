@@ -24,6 +24,7 @@ from peftcli.core.layer import (
     base_name,
     base_paths,
     check_not_offloaded,
+    plain_dtype,
 )
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import Attaches, Reshapes, layers_of, wrap
@@ -72,7 +73,7 @@ def inject(
         raise AdapterError("the model already holds an adapter of this name; merge or unload that first")
     keep_layout(model)
     if not config.inference_mode:
-        check_gradients(model)
+        check_gradients(model, plain_dtype(model))
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     changes_before = len(model.__dict__.get("_adapter_undo", ()))
     try:

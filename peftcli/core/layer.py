@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.peft_names.layer import PeftCopyMixin, PeftLayerMixin, name_of_size
 from peftcli.core.peft_names.layer import layers_at as layers_at
-from peftcli.core.quantised import is_quantised
+from peftcli.core.quantised import FLOATS, is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -466,6 +466,12 @@ def base_paths(model: nn.Module) -> dict[str, str]:
 def base_modules(model: nn.Module) -> dict[str, Any]:
     """Return the base model's modules by name, as if it had no adapter."""
     return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the base model's weights that are not quantised; float32 if there are none."""
+    weights = (value for module in base_modules(model).values() for value in module.parameters(recurse=False))
+    return next((value.dtype for value in weights if value.dtype in FLOATS), torch.float32)
 
 
 def name_in(model: nn.Module, module: nn.Module) -> str:

@@ -17,9 +17,10 @@ from peftcli.core.layer import (
     adapter_layers,
     base_module,
     model_ends,
+    plain_dtype,
 )
 from peftcli.core.protocols import Reshapes, layers_of
-from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised, plain_dtype
+from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised
 from peftcli.errors import AdapterError
 
 
@@ -46,7 +47,8 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
             raise AdapterError(reason)
     tied = _tied(model)
     quantised = [module for module in model.modules() if is_quantised(module)] if dequantise else []
-    dense = {module: dense_layer(module, plain_dtype(model)) for module in quantised}
+    dtype = plain_dtype(model)
+    dense = {module: dense_layer(module, dtype) for module in quantised}
     replace_modules(model, dense)
     try:
         folded = fold(model)

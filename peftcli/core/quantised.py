@@ -106,8 +106,12 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def check_gradients(model: nn.Module) -> None:
+def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:
     """Refuse a model with quantised layers that pass no gradients: adapters below them would not train.
+
+    Args:
+        model: the model.
+        dtype: of the weights that are not quantised.
 
     Raises:
         AdapterError: with the kind of layer.
@@ -118,7 +122,7 @@ def check_gradients(model: nn.Module) -> None:
             kinds.setdefault((type(module), type(module._parameters.get("weight"))), module)
     for (kind, storage), module in kinds.items():
         device = next(iter([*module.parameters(), *module.buffers()])).device
-        x = torch.ones(1, module.in_features, device=device, dtype=plain_dtype(model), requires_grad=True)
+        x = torch.ones(1, module.in_features, device=device, dtype=dtype, requires_grad=True)
         with torch.enable_grad():
             passes = module(x).requires_grad
         if not passes:
@@ -126,11 +130,6 @@ def check_gradients(model: nn.Module) -> None:
             raise AdapterError(
                 f"the base model's {kind.__name__}{stored} passes no gradients, so it cannot be trained on"
             )
-
-
-def plain_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the weights that are not quantised."""
-    return next(parameter.dtype for parameter in model.parameters() if parameter.dtype in FLOATS)
 
 
 def _dequantises(weight: torch.Tensor) -> bool:

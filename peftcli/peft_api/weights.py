@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, adapter_layers, base_module
-from peftcli.core.quantised import FLOATS, plain_dtype
+from peftcli.core.layer import adapter_dtype, adapter_layers, base_module, plain_dtype
+from peftcli.core.quantised import FLOATS
 from peftcli.core.weights import file_tensors
 
 

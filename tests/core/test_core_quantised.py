@@ -62,7 +62,7 @@ class Int8(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight * (self.state.SCB / 127).unsqueeze(1), self.bias)
+        return F.linear(x, (self.weight * (self.state.SCB / 127).unsqueeze(1)).to(x.dtype), self.bias)
 
 
 class _Halved(torch.Tensor):
@@ -202,6 +202,13 @@ def test_dequantising_keeps_dtype_and_bias() -> None:
     merge(model, config, dequantise=True)
     assert (logits(model, inputs) - expected).abs().max() < 1e-5
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_dequantised_weights_have_the_dtype_of_the_base_model_and_not_of_the_adapter() -> None:
+    model, config = quantised(Int8), LoraConfig(target_modules=["embed_tokens", "q_proj"])
+    model.to(torch.bfloat16)
+    merge(_adapted(model, config), config, dequantise=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_base_model_that_passes_no_gradients_is_refused_for_training_only() -> None:
