@@ -189,8 +189,9 @@ class OpenBase:
             )
         if auto_class == "AutoModel":  # its answer is the hidden states, which no pooler has a part in
             initialised = ()
-        if how and not any(map(is_quantised, model.modules())):
-            raise ModelError(f"{how['type']} finds no linear layer in {self.name}", key="base_model.quantization")
+        wanted = self.spec.quantization
+        if wanted and not any(map(is_quantised, model.modules())):  # what is stored so may have been dequantised
+            raise ModelError(f"{wanted.type} finds no linear layer in {self.name}", key="base_model.quantization")
         return LoadedModel(model, initialised, note)
 
     def empty_model(self, auto_class: str, **options: Any) -> PreTrainedModel:
