@@ -20,24 +20,38 @@ if TYPE_CHECKING:
 
 _BITSANDBYTES = "pip install 'peftcli[bitsandbytes]'"
 _TORCHAO = "pip install 'peftcli[torchao]'"
-_NEEDS = {
-    "nf4": ("bitsandbytes", _BITSANDBYTES),
-    "fp4": ("bitsandbytes", _BITSANDBYTES),
-    "int8": ("bitsandbytes", _BITSANDBYTES),
-    "int8_weight_only": ("torchao", _TORCHAO),
-    "int4_weight_only": ("torchao", _TORCHAO),
-    "torchao": ("torchao", _TORCHAO),
-    "gptq": ("gptqmodel", "pip install gptqmodel optimum"),
-    "awq": ("gptqmodel", "pip install gptqmodel"),
+_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "nf4": (("bitsandbytes",), _BITSANDBYTES),
+    "fp4": (("bitsandbytes",), _BITSANDBYTES),
+    "int8": (("bitsandbytes",), _BITSANDBYTES),
+    "int8_weight_only": (("torchao",), _TORCHAO),
+    "int4_weight_only": (("torchao",), _TORCHAO),
+    "torchao": (("torchao",), _TORCHAO),
+    "gptq": (("gptqmodel", "optimum"), "pip install gptqmodel optimum"),
+    "awq": (("gptqmodel",), "pip install gptqmodel"),
+    "aqlm": (("aqlm",), "pip install 'aqlm[gpu,cpu]'"),
+    "auto-round": (("auto_round",), "pip install auto-round"),
+    "compressed-tensors": (("compressed_tensors",), "pip install compressed-tensors"),
+    "eetq": (("kernels",), "pip install kernels"),
+    "fouroversix": (("fouroversix",), "pip install fouroversix --no-build-isolation"),
+    "fp_quant": (("fp_quant",), "pip install fp_quant"),
+    "higgs": (("flute", "fast_hadamard_transform"), "pip install flute-kernel fast_hadamard_transform"),
+    "hqq": (("hqq",), "pip install hqq"),
+    "quanto": (("optimum", "optimum.quanto"), "pip install optimum-quanto"),
+    "quark": (("quark",), "pip install amd-quark"),
+    "sinq": (("sinq",), "pip install sinq"),
+    "spqr": (("spqr_quant",), "pip install 'spqr_quant[gpu]'"),
+    "vptq": (("vptq",), "pip install vptq"),
 }
-"""Of the recipe's words, and of transformers' names for what a model folder holds: package and how to get it."""
+"""Of the recipe's words, and of transformers' names for what a model folder holds: packages and how to get them."""
 
 
 def need_package(kind: str) -> None:
-    """Raise ModelError if the package that reads or makes such weights is not installed."""
-    package, command = _NEEDS.get(kind, ("", ""))
-    if package and importlib.util.find_spec(package) is None:
-        raise ModelError(f"{kind} weights need the package {package}: {command}", key="base_model.quantization")
+    """Raise ModelError if a package that reads or makes such weights is not installed."""
+    packages, command = _NEEDS.get(kind, ((), ""))
+    missing = next((name for name in packages if importlib.util.find_spec(name) is None), None)
+    if missing:
+        raise ModelError(f"{kind} weights need the package {missing}: {command}", key="base_model.quantization")
 
 
 def bytes_of_weight(quantization: Quantization) -> float:

@@ -14,6 +14,7 @@ import torch
 import trainkit
 from models_tiny import batch, labelled, logits, tiny
 from opened import load_model
+from safetensors.torch import load_file, save_file
 
 from peftcli.core.inject import inject
 from peftcli.core.quantised import is_quantised
@@ -31,7 +32,7 @@ from peftcli.train.report import Event, Phase
 def bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the packages for quantised weights is installed."""
     find: Callable[..., Any] = importlib.util.find_spec
-    missing = ("bitsandbytes", "torchao", "gptqmodel")
+    missing = ("bitsandbytes", "torchao", "gptqmodel", "hqq", "optimum")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
 
 
@@ -78,6 +79,8 @@ def test_check_deep_names_it_at_its_place(recipe: Path) -> None:
         ({"quant_method": "gptq", "bits": 4}, "gptq weights need the package gptqmodel: pip install gptqmodel optimum"),
         ({"quant_method": "awq", "bits": 4}, "awq weights need the package gptqmodel: pip install gptqmodel"),
         ({"load_in_4bit": True}, "fp4 weights need the package bitsandbytes"),
+        ({"quant_method": "hqq"}, "hqq weights need the package hqq: pip install hqq"),
+        ({"quant_method": "quanto"}, "quanto weights need the package optimum: pip install optimum-quanto"),
     ],
 )
 @pytest.mark.usefixtures("bare_machine")
@@ -86,6 +89,19 @@ def test_a_model_that_is_stored_quantised_names_its_package(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         assert open_base(BaseModel(name=str(stored(tmp_path / "base", **quantization)))).quantization
+
+
+def test_what_transformers_dequantises_is_trained_on_as_it_is(tmp_path: Path) -> None:
+    base = stored(tmp_path / "base", quant_method="fp8", weight_block_size=[16, 16], dequantize=True)
+    path, name = base / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(path)
+    tensors[f"{name}_scale_inv"] = torch.full([size // 16 for size in tensors[name].shape], 0.5)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path, {"format": "pt"})
+    assert open_base(BaseModel(name=str(base))).quantization == {"type": "fp8", "stored": True}
+    model: Any = load_model(BaseModel(name=str(base)), "AutoModelForCausalLM", torch.float32)
+    assert torch.equal(model.get_parameter(name), tensors[name].float() / 2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_a_model_is_not_quantised_twice(tmp_path: Path) -> None:
