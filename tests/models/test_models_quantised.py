@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from peftcli import peft_api
 from peftcli.adapters import merge as merging
 from peftcli.adapters.generate import load_generator
+from peftcli.adapters.verify import verify_adapter
 from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers, base_module
@@ -265,6 +266,14 @@ def test_peft_computes_the_same(kind: str, trained: Callable[[str], trainkit.Tra
         oracle = peft.PeftModel.from_pretrained(quantised(kind), folder)
     assert close(answers(oracle), expected)
     assert not close(answers(quantised(kind)), expected, 0.1)
+
+
+@pytest.mark.parametrize("kind", OF_PEFT)
+def test_verify_compares_readers_over_the_same_weights(kind: str, trained: Callable[[str], trainkit.Trained]) -> None:
+    folder = str(trained(with_package(kind)).folder)
+    readers = verify_adapter(folder, readers=["peft", "transformers"])["readers"]
+    assert readers["peft"] < 1e-4
+    assert readers["transformers"] < 0.1  # which quantises the adapter too, with torchao
 
 
 def test_peft_counts_the_same() -> None:
