@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ def combine_adapters(
     except AdapterError as error:
         raise UsageError(error.message, key=f"--{error.key}") from None
     sources = [find_adapter(adapter) for adapter in adapters]
+    for adapter, source in zip(adapters, sources, strict=True):
+        if source.record.get("makes_up_for_quantization"):
+            raise AdapterError(
+                "corrects the error of the quantised weights of its base model, and times a weight it would not",
+                file=adapter,
+                hint=f"merge it alone: {shlex.join(['peftcli', 'merge', adapter])} --output OUTPUT --dequantize",
+            )
     files = _companions(adapters, sources)
     read = (Adapter(name, each.config, read_tensors(each.folder)) for name, each in zip(adapters, sources, strict=True))
     made = combine(list(read), weights, how)

@@ -15,10 +15,11 @@ from models_tiny import batch, logits, tiny
 from safetensors.torch import load_file, save_file
 
 import peftcli
-from peftcli.adapters.load import find_adapter
+from peftcli.adapters.load import find_adapter, other_base
 from peftcli.adapters.merge import merge_adapter
 from peftcli.errors import AdapterError
 from peftcli.models.open import open_base
+from peftcli.schema import BaseModel
 
 
 @pytest.fixture
@@ -163,3 +164,13 @@ def test_another_base_model_has_no_revision(base: Path, tmp_path: Path) -> None:
         str(base),
         None,
     )
+
+
+def test_other_weights_than_those_whose_error_an_adapter_corrects_are_said(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    run = {"makes_up_for_quantization": True, "recipe": {"base_model": {"quantization": {"type": "nf4"}}}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    source = find_adapter(str(tmp_path))
+    assert other_base(source, source.base) is None
+    told = other_base(source, BaseModel(name="x"))
+    assert told == f"{tmp_path} corrects the error of the nf4 weights of x, and fits no others"

@@ -168,3 +168,13 @@ def test_broken_and_foreign_adapters_are_refused(cli: Callable[..., Any], pair: 
     assert ran.code == 4
     assert f"not finite: {name}" in ran.err
     assert not (tmp_path / "new").exists()
+
+
+def test_what_corrects_the_error_of_quantised_weights_is_refused(
+    cli: Callable[..., Any], pair: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "b/run.json").write_text('{"makes_up_for_quantization": true}')
+    ran = cli("combine", *pair, "--output", tmp_path / "new")
+    assert ran.code == 4
+    assert f"{tmp_path}/b: corrects the error of the quantised weights" in ran.err
+    assert f"peftcli merge {tmp_path}/b --output OUTPUT --dequantize" in ran.err
