@@ -166,7 +166,9 @@ class OpenBase:
         import transformers
 
         torch.backends.cuda.enable_cudnn_sdp(False)  # some GPUs prefer it, and it takes long at each new length of text
-        arguments: dict[str, Any] = {"dtype": dtype, **options}
+        arguments: dict[str, Any] = {"dtype": dtype}
+        # a .gguf file is slow to parse, and transformers would do it once more for the config
+        arguments |= {"config": self._config_with(options)} if self._is_gguf else options
         if self.spec.attn_implementation:
             arguments["attn_implementation"] = self.spec.attn_implementation
         how = self.quantization
@@ -200,11 +202,15 @@ class OpenBase:
         Raises:
             ModelError: the model is not of this class.
         """
+        config = self._config_with(options)
+        with translated_errors(self.name):
+            return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
+
+    def _config_with(self, options: Mapping[str, Any]) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)
         for key, value in options.items():
             setattr(config, key, value)
-        with translated_errors(self.name):
-            return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
+        return config
 
     def check_prefix(self, model: PreTrainedModel) -> None:
         """Check that transformers looks for the body's weights under the names that the files have.

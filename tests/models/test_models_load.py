@@ -163,3 +163,18 @@ def test_a_gguf_file_is_unpacked_and_trained_on(gguf_file: Path) -> None:
     inject(model, LoraConfig(target_modules="all-linear"))
     model(**labelled("llama")).loss.backward()
     assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_gguf_file_is_parsed_once_for_the_config_and_once_for_the_weights(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, parsed = pytest.importorskip("gguf").GGUFReader, list[Path]()
+    parse = reader.__init__
+    monkeypatch.setattr(
+        reader, "__init__", lambda self, path, *rest: (parsed.append(path), parse(self, path, *rest))[1]
+    )
+    opened = open_base(BaseModel(name=str(gguf_file)))
+    assert opened.config.num_labels == 2
+    loaded = opened.model("AutoModelForSequenceClassification", torch.float32, num_labels=5)
+    assert loaded.model.score.out_features == 5
+    assert len(parsed) <= 2
