@@ -26,7 +26,6 @@ from peftcli.models import tokens
 from peftcli.models.diffusion import quiet_diffusers
 from peftcli.models.guarded import quiet
 from peftcli.models.open import OpenBase
-from peftcli.models.quantization import to_transformers
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE
 from peftcli.tasks.base import (
     Batch,
@@ -165,8 +164,8 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
         raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
     if reader == "transformers":
         options: dict[str, Any] = {"dtype": torch.float32, **source.recorded_options}
-        if wanted := opened.spec.quantization:
-            options["quantization_config"] = to_transformers(wanted, torch.float32)
+        if opened.spec.quantization:
+            options["quantization_config"] = opened.quantization_config(auto, torch.float32, **source.recorded_options)
         model = getattr(transformers, auto).from_pretrained(source.folder, **options)
         keep_layout(model)
         return model

@@ -176,7 +176,7 @@ class OpenBase:
             arguments["quantization_config"] = quantization.unpacked_gguf()
         elif self.spec.quantization:
             assert dtype != "auto"
-            arguments["quantization_config"] = quantization.to_transformers(self.spec.quantization, dtype)
+            arguments["quantization_config"] = self.quantization_config(auto_class, dtype, **options)
         if how:
             quantization.hush()
         if not self._is_gguf:
@@ -205,6 +205,12 @@ class OpenBase:
         config = self._config_with(options)
         with translated_errors(self.name):
             return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
+
+    def quantization_config(self, auto_class: str, dtype: torch.dtype | None, **options: Any) -> Any:
+        """Return transformers' config for the recipe's quantization, which leaves the model's heads out."""
+        assert self.spec.quantization
+        _, heads = validate.find_heads(self.empty_model(auto_class, **options))
+        return quantization.to_transformers(self.spec.quantization, dtype, heads)
 
     def _config_with(self, options: Mapping[str, Any]) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -84,13 +84,17 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
     return str(getattr(kind, "value", kind))
 
 
-def to_transformers(quantization: Quantization, dtype: torch.dtype | None) -> Any:
-    """Return transformers' config for a recipe's ``base_model.quantization``, to compute in ``dtype``."""
+def to_transformers(quantization: Quantization, dtype: torch.dtype | None, heads: Sequence[str] = ()) -> Any:
+    """Return transformers' config for a recipe's ``base_model.quantization``, to compute in ``dtype``.
+
+    Heads are not quantised. Without any, transformers leaves out the output head.
+    """
     import torch
     import transformers
 
+    left_out = [*heads] or None
     if quantization.type == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     if quantization.type in ("nf4", "fp4"):
         compute = dtype if quantization.compute_dtype == "auto" else getattr(torch, quantization.compute_dtype)
         return transformers.BitsAndBytesConfig(
@@ -98,13 +102,15 @@ def to_transformers(quantization: Quantization, dtype: torch.dtype | None) -> An
             bnb_4bit_quant_type=quantization.type,
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=left_out,
         )
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
     if quantization.type == "int8_weight_only":
-        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left_out)
     groups = PerGroup(quantization.group_size or 32)
-    return transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups))  # type: ignore[attr-defined]
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
+    return transformers.TorchAoConfig(config, modules_to_not_convert=left_out)
 
 
 def unpacked_gguf() -> Any:

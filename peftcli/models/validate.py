@@ -223,7 +223,7 @@ def find_initialised(
         ModelError: the checkpoint lacks weights of the body, of a part of a head or of a language model, or has them in
             other sizes.
     """
-    body, heads = _heads(model)
+    body, heads = find_heads(model)
     names = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     missing, loaded = set(info["missing_keys"]), names - set(info["missing_keys"])
     new = [head for head in heads if not any(_is_in(key, head) for key in loaded)]
@@ -245,7 +245,7 @@ def find_initialised(
     return tuple(sorted((initialised | replaced) & names)), note if replaced else None
 
 
-def _heads(model: nn.Module) -> tuple[str | None, list[str]]:
+def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:
     """The body's name, and the names of what may stand on it untrained: heads and poolers. None in a language model."""
     ends = [end for end in model_ends(model) if end is not None]
     if model_ends(model)[1] is not None:

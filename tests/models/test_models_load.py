@@ -15,6 +15,7 @@ import trainkit
 from models_tiny import batch, labelled, logits, tiny
 from opened import load_model
 from safetensors.torch import load_file, save_file
+from transformers import DistilBertConfig, DistilBertModel
 
 from peftcli.core.inject import inject
 from peftcli.core.quantised import is_quantised
@@ -89,6 +90,15 @@ def test_a_model_that_is_stored_quantised_names_its_package(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         assert open_base(BaseModel(name=str(stored(tmp_path / "base", **quantization)))).quantization
+
+
+def test_heads_are_not_quantised(tmp_path: Path) -> None:
+    config = DistilBertConfig(vocab_size=8, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
+    DistilBertModel(config).save_pretrained(tmp_path)
+    classifier = ("AutoModelForSequenceClassification", torch.float32)
+    opened = open_base(BaseModel(name=str(tmp_path), quantization=Quantization(type="int8")))
+    left_out = opened.quantization_config(*classifier, num_labels=3).llm_int8_skip_modules
+    assert {"pre_classifier", "classifier"} <= {*left_out} <= {"pre_classifier", "classifier", "dropout"}
 
 
 def test_what_transformers_dequantises_is_trained_on_as_it_is(tmp_path: Path) -> None:
