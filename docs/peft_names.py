@@ -171,6 +171,10 @@ DIFFERS: dict[str, str] = {
     "pass has another order than its merging",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
     "selects the approximations",
+    "autocast_adapter_dtype": "True, as usual, also keeps copies of `modules_to_save` and LN tuning's weights in "
+    "float32; PEFT's stay in the base model's half precision",
+    "PeftModel.disable_adapter": "adapters that were merged are merged again afterwards; PEFT leaves them unmerged",
+    "PeftModel.merge_and_unload": "a name in `adapter_names` that no adapter has is an error",
     "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
     "an error",
     "PeftMixedModel": "can be saved and has a status: each model here takes adapters of several methods",

@@ -169,7 +169,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
     def twin(module: nn.Module) -> nn.Module:
         if id(module) not in done:
-            done[id(module)] = new = type(module).__new__(type(module))  # parametrised ones refuse to be copied
+            done[id(module)] = new = object.__new__(type(module))  # parametrised and divided ones refuse to be copied
             new.__dict__.update(vars(module))
             for name, value in vars(new).items():
                 if isinstance(value, (dict, list, set)):

@@ -43,7 +43,7 @@ def get_peft_model(
     """
     if any(layer.adapter != adapter_name for layer in adapter_layers(model).values()):
         told = (
-            "You are trying to modify a model that has an adapter already. It keeps that one too; unload() takes it out"
+            "You are trying to modify a model that has an adapter already. It stays, switched off; unload() removes it"
         )
         warnings.warn(told, PeftWarning, stacklevel=2)
     if revision is not None:

@@ -19,9 +19,9 @@ from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
 from peftcli.core.inject import meta_copy, set_trainable
-from peftcli.core.layer import adapter_layers
+from peftcli.core.layer import adapter_layers, plain_dtype
 from peftcli.core.quantised import num_weights
-from peftcli.core.weights import adapter_state
+from peftcli.core.weights import adapter_state, load_training_state, training_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
 from peftcli.peft_api.embedding_layers import embedding_layers
@@ -78,12 +78,13 @@ class PeftModel(SavedByTrainer):
     ):
         """Put a new adapter into ``model``, in place, and wrap it. ``get_peft_model`` does the same.
 
-        An adapter of this name that the model holds already is replaced, with a warning.
+        An adapter of this name that the model holds already is replaced, with a warning; others are switched off.
 
         Raises:
             AdapterError: the config does not fit the model.
         """
         check_name(adapter_name)
+        has_others = any(layer.adapter != adapter_name for layer in adapter_layers(model).values())
         with replacing(model, adapter_name):
             start_adapter(
                 model,
@@ -94,6 +95,8 @@ class PeftModel(SavedByTrainer):
             )
         set_trainable(model, not peft_config.inference_mode)
         self._hold(model, peft_config, adapter_name)
+        if has_others:
+            self.set_adapter(adapter_name, peft_config.inference_mode)
 
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
         """Wrap ``model``, which holds the adapter already."""
@@ -164,9 +167,14 @@ class PeftModel(SavedByTrainer):
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype. The base model itself states that of its first weight, which may be an adapter's."""
+        return plain_dtype(self.get_base_model())
+
+    @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
-        """The dtype that the base model states."""
-        return getattr(self.get_base_model(), "dtype", None)
+        """The base model's dtype, if it states one."""
+        return self.dtype if hasattr(self.get_base_model(), "dtype") else None
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -210,13 +218,16 @@ class PeftModel(SavedByTrainer):
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
         self.base_model.check_new(adapter_name)
+        model, is_reference = self.get_base_model(), _is_reference(self, adapter_name, peft_config)
         start_adapter(
-            self.get_base_model(),
+            model,
             peft_config,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
+        if is_reference:
+            load_training_state(model, training_state(model, "default"), adapter_name)
         self.base_model.added(adapter_name, peft_config, trainable=False)
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
@@ -520,6 +531,11 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
     wrapped = found.__new__(found)
     wrapped._hold(model, config, adapter_name)
     return wrapped
+
+
+def _is_reference(model: PeftModel, name: str, config: AdapterConfig) -> bool:
+    """Whether TRL adds its reference: a copy of ``default``, whose weights it copies by names that only PEFT has."""
+    return name == "ref" and model.peft_config.get("default") is config
 
 
 def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:

@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 
+from peftcli.core.layer import TrainedCopy
 from peftcli.peft_api.model import PeftModel
 
 
 class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
     """A causal language model with an adapter. Names its arguments, which Trainer reads."""
+
+    def get_output_embeddings(self) -> Any:
+        """The base model's head; of one in ``modules_to_save``, whichever copy computes. TRL refuses adapter layers."""
+        model: Any = self.get_base_model()
+        head = model.get_output_embeddings()
+        while isinstance(head, TrainedCopy):
+            head = head.copy if head.enabled else head.base_layer
+        return head
 
     def forward(
         self,

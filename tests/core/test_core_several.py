@@ -362,6 +362,22 @@ def test_a_skeleton_takes_no_memory_and_leaves_the_model_alone(kind: str) -> Non
     assert [(name, id(module), len(module._forward_pre_hooks)) for name, module in model.named_modules()] == modules
 
 
+def test_a_skeleton_of_a_divided_layer() -> None:
+    class Divided(nn.Linear):
+        """As FSDP2 leaves a layer: ``__new__`` makes one of the layer's own class."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            made = object.__new__(nn.Linear)
+            made.__init__(*args, **kwargs)  # type: ignore[misc]
+            return made
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].__class__ = Divided
+    copied = meta_copy(model)
+    assert type(copied[0]) is Divided  # type: ignore[index]
+    assert copied[0].weight.is_meta  # type: ignore[index]
+
+
 def test_set_active_works_without_a_peft_model() -> None:
     model = tiny("llama")
     for name in "ab":

@@ -9,7 +9,8 @@ from typing import Any
 
 import peft
 import pytest
-from models_tiny import tiny
+import torch
+from models_tiny import batch, logits, randomise, tiny
 from oracle import PEFTS_METHODS
 from peft.utils import constants
 from transformers import CONFIG_MAPPING
@@ -135,7 +136,11 @@ def test_what_changes_nothing_or_more_than_it_says_is_told() -> None:
         model = peftcli.get_peft_model(model, config)
     assert config.base_model_name_or_path == "a name"
     with pytest.warns(peftcli.PeftWarning, match="has an adapter already"):
-        peftcli.get_peft_model(model.get_base_model(), peftcli.LoraConfig(), "second")
+        second = peftcli.get_peft_model(model.get_base_model(), peftcli.LoraConfig(), "second")
+    randomise(second)  # of both adapters
+    alone = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(), "second")
+    peftcli.set_peft_model_state_dict(alone, peftcli.get_peft_model_state_dict(second), "second")
+    torch.testing.assert_close(logits(second, batch("llama")), logits(alone, batch("llama")))
 
 
 def test_options_of_the_tokenizer_of_a_prompts_text() -> None:

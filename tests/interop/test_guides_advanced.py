@@ -417,6 +417,15 @@ def test_a_compiled_model_trains_and_computes_as_one_that_is_not(lib: ModuleType
     assert torch.equal(found[1][1], found[0][1])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_it_is_traced_and_the_trace_checked(lib: ModuleType) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model = lib.get_peft_model(model, lib.LoraConfig(target_modules=["0"], init_lora_weights=False)).eval()
+    traced = torch.jit.trace(model, torch.ones(2, 8), strict=False)
+    close(traced(torch.full((3, 8), 2.0)), model(torch.full((3, 8), 2.0)))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -8,6 +8,8 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from models_tiny import tiny
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -108,4 +110,8 @@ def test_what_peft_asks_of_a_model() -> None:
         assert model.modules_to_save == {"last"}
         assert model.peft_type == "LORA"
         assert model.base_model_torch_dtype is None
+        narrow = tiny("llama").to(torch.bfloat16)
+        config = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5])
+        narrow = lib.get_peft_model(narrow, config)
+        assert narrow.dtype == narrow.base_model_torch_dtype == torch.bfloat16
         assert model.has_active_enabled_adapter

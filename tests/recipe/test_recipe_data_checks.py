@@ -292,7 +292,7 @@ def test_templates_and_tokens_that_are_right(load: Callable[..., Recipe]) -> Non
         ("cutoff_len", "dataset.max_length"),
         ("sequence_len", "dataset.max_length"),
         ("excess_length_strategy", "dataset.overlong"),
-        ("special_tokens", "base_model.new_tokens"),
+        ("optimizer", "training.optim"),
         ("add_tokens", "base_model.new_tokens"),
         ("template", "base_model.chat_template"),
         # ours, in another place

@@ -114,7 +114,8 @@ class LoraLinear(LoraLayer):
 
     def fused_pair(self) -> Pair | None:
         own = type(self).update is not LoraLayer.update or self.lora_magnitude_vector is not None
-        if own or not FUSED.enabled or not self.casts_input or torch.compiler.is_compiling():
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        if own or recorded or not FUSED.enabled or not self.casts_input:
             return None
         parts: Any = self._modules
         a, b = plain_weight(parts["lora_A"]), plain_weight(parts["lora_B"])

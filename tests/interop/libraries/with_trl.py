@@ -34,9 +34,16 @@ def base() -> AutoModelForCausalLM:
 for number, (kind, settings, data) in enumerate([(SFTTrainer, SFTConfig, texts), (DPOTrainer, DPOConfig, pairs)] * 2):
     out = str(folder / str(number))
     args = settings(out, max_steps=3, report_to=[], use_cpu=True, bf16=False, learning_rate=1e-2)
-    config = LoraConfig(task_type="CAUSAL_LM", r=2)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["lm_head"] if number == 0 else None)
     given = {"model": base(), "peft_config": config} if number < 2 else {"model": get_peft_model(base(), config)}
+    if number >= 2:
+        torch.nn.init.normal_(given["model"].base_model.model.model.layers[0].self_attn.q_proj.lora_B.weight)
     trainer = kind(args=args, train_dataset=data, processing_class=tokenizer, **given)
+    if number == 3:  # its reference is the adapter that it was given
+        reference = trainer.model.eval()(ids).logits
+        trainer.model.set_adapter("ref")
+        torch.testing.assert_close(trainer.model(ids).logits, reference)
+        trainer.model.set_adapter("default")
     before = trainer.model.eval()(ids).logits
     trainer.train()
     trainer.save_model(f"{out}/final")
