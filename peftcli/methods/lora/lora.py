@@ -114,7 +114,7 @@ class LoraLinear(LoraLayer):
 
     def fused_pair(self) -> Pair | None:
         own = type(self).update is not LoraLayer.update or self.lora_magnitude_vector is not None
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         if own or recorded or not FUSED.enabled or not self.casts_input:
             return None
         parts: Any = self._modules
