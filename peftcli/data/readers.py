@@ -48,6 +48,8 @@ _PARQUET_BATCH = 64
 """Rows in memory at once. A row may be large."""
 _MAX_BATCH = 256 << 20
 """Bytes of the texts of one column in a batch, and of all values of one row."""
+_NO_KEYS = {"struct", "list", "large_list", "fixed_size_list", "map"}
+"""Types of a map's keys that no object has: such a map stays a list of pairs."""
 _VALUE_BYTES = 25
 """Approximate bytes of a value in Python, without its text."""
 _MAX_ITEMS = max(1 << 28, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 24)
@@ -113,8 +115,9 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
         elif kind == ".json" and is_squad(start):
             yield from read_squad(text)
         elif kind == ".json" and re.match(rb"\{\s*?\n", start):
+            line = head[: head.index(b"{")].count(b"\n") + 1
             hint = "Write the rows as a list of objects, [{...}, {...}], or one object per line."
-            raise DataError("contains one object over several lines, and no rows", file=source, line=1, hint=hint)
+            raise DataError("an object goes over several lines", file=source, line=line, hint=hint)
         else:
             yield from read_lines(text)
 
@@ -312,7 +315,9 @@ def table_rows(table: Any) -> Iterator[dict[str, Any] | str]:
     problem = f"unpacks to about {size:,} bytes, more than {_MAX_BATCH:,}" if size > _MAX_BATCH else None
     if problem is None:
         try:
-            rows = table.to_pylist(maps_as_pydicts="strict")
+            maps = set(re.findall(r"map<(\w+)", str(table.schema.types)))
+            as_objects = bool(maps) and maps.isdisjoint(_NO_KEYS)
+            rows = table.to_pylist(maps_as_pydicts="strict") if as_objects else table.to_pylist()
             for field in table.schema:
                 if _is_nested(field.type):
                     for row in rows:
@@ -357,9 +362,9 @@ def _plain(value: Any, kind: Any) -> Any:
     if types.is_struct(kind):
         pairs = ((field.name, _plain(value[field.name], field.type)) for field in kind)
         return {key: item for key, item in pairs if item is not None}
-    if types.is_map(kind):
+    if isinstance(value, dict):
         return {key: _plain(item, kind.item_type) for key, item in value.items()}
-    if isinstance(value, list) and _is_nested(kind.value_type):
+    if isinstance(value, list) and _is_nested(getattr(kind, "value_type", kind)):
         return [_plain(item, kind.value_type) for item in value]
     return value
 

@@ -22,7 +22,7 @@ from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
 from peftcli.system.outputs import expand_user
 
-_SAVED = {"dataset_info.json", "dataset_dict.json"}
+_SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 """Files that describe a dataset and contain no rows. ``Dataset.save_to_disk`` writes them beside Arrow files."""
 _SPLIT = re.compile(r"(?<![a-z])(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
 """The name of a split in a path, as datasets finds it: a word of its own."""
@@ -205,13 +205,13 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
     splits = {
         "train" if part[1].lower().startswith("train") else "other": name
         for name in found
-        if (part := _SPLIT.search(name))
+        if (part := _SPLIT.search(name) if files else _split_folder(name))
     }
     if len(splits) > 1:
         message = (
             f"the folder contains several splits: {display_name(splits['train'])} and {display_name(splits['other'])}"
         )
-        raise DataError(message, file=shown, hint="Give the file or the subfolder of one split.")
+        raise DataError(message, file=shown, hint="Give the file or subfolder of one split; dataset.mix takes several.")
 
     def called(name: str) -> str:
         return display_name(f"{top.rstrip('/')}/{name}")
@@ -224,6 +224,11 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
         media={called(name): listed[name] for name in media},
         left_out=[display_name(name) for name in names if not is_media(name) and name not in read],
     )
+
+
+def _split_folder(name: str) -> re.Match[str] | None:
+    """The folder of a medium that is called like a split; others, such as test_tube, give its class."""
+    return next(filter(None, map(_SPLIT.fullmatch, name.split("/")[:-1])), None)
 
 
 def _walk(top: str, source: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ from peftcli.guard.files import read_small
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.schema import BaseModel
 from peftcli.system.disk import write_file
+from peftcli.system.outputs import expand_user
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +57,7 @@ def template_text(base: BaseModel) -> str | None:
     name = base.chat_template
     if name is None or name == "chatml":
         return CHATML if name else None
-    path = Path(name)
+    path = expand_user(Path(name))
     if not path.is_file():
         raise ModelError("no such file", file=name, key=_TEMPLATE)
     try:

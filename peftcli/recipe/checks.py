@@ -16,6 +16,7 @@ from peftcli.recipe.data_checks import check_data, exists
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
 from peftcli.schema import DIVIDED, Recipe, out_of_range
+from peftcli.system.outputs import expand_user
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -107,7 +108,7 @@ def _tokenizer(recipe: Recipe, report: Report) -> None:
             report((key,), message, closest(template, ["chatml"]))
         elif not exists(template):
             report((key,), f"no such file: {template[:200]}", closest_file(template))
-        elif not Path(template).is_file():
+        elif not expand_user(Path(template)).is_file():
             report((key,), f"not a regular file: {template[:200]}")
     seen: set[str] = set()
     for index, token in enumerate(recipe.base_model.new_tokens):

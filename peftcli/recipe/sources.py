@@ -14,6 +14,8 @@ COMMAND_LINE = Position("command line")
 MAX_EXTENDS = 16
 _SHORT_FORMS = {"base_model": "name", "task": "type"}
 """Sections that may be given as one setting: section -> setting."""
+_OF_ONE_MODEL = ("revision", "trust_remote_code")
+"""Settings that another base model does not inherit."""
 
 
 def _is_file(word: str) -> bool:
@@ -72,15 +74,26 @@ def _merge(base: Value, top: Value) -> Value:
     merged = dict(base.data)
     for name, value in top.data.items():
         below = merged.get(name)
-        if below is not None and (isinstance(below.data, dict) or isinstance(value.data, dict)):
-            value = _merge(_in_full(below, name), _in_full(value, name))
-        merged[name] = value
+        merged[name] = value if below is None else _merge_section(below, value, name)
     return replace(top, data=merged)
+
+
+def _merge_section(below: Value, value: Value, section: str) -> Value:
+    """Merge the values of one name; of a section that one of them gives in short, as mappings."""
+    if not (isinstance(below.data, dict) or isinstance(value.data, dict)):
+        return value
+    below, value = _in_full(below, section), _in_full(value, section)
+    if section == "base_model" and isinstance(below.data, dict) and isinstance(value.data, dict):
+        name, other = below.data.get("name"), value.data.get("name")
+        if name and other and name.data != other.data:
+            kept = {name: each for name, each in below.data.items() if name not in _OF_ONE_MODEL}
+            below = replace(below, data=kept)
+    return _merge(below, value)
 
 
 def _in_full(value: Value, section: str) -> Value:
     """Expand a section that is given as one setting to a mapping."""
-    is_short = section in _SHORT_FORMS and isinstance(value.data, str)
+    is_short = section in _SHORT_FORMS and isinstance(value.data, str) and value.scalar is not None
     return replace(value, data={_SHORT_FORMS[section]: value}) if is_short else value
 
 
@@ -135,7 +148,7 @@ def _set(tree: Value, path: list[str], value: Value) -> Value:
     if rest:
         new = _set(_in_full(old, name) if old else Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value)
     elif old and isinstance(old.data, dict) and isinstance(value.data, str):
-        new = _merge(old, _in_full(value, name))
+        new = _merge_section(old, value, name)
     else:
         new = value
     return replace(tree, data={**children, name: new})

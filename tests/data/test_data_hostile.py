@@ -103,7 +103,7 @@ def test_a_list_named_jsonl_is_explained(tmp_path: Path, first: str) -> None:
 
 def test_an_object_over_several_lines_named_json_is_explained(tmp_path: Path) -> None:
     _, [error] = read(write(tmp_path, "a.json", '{\n  "a": 1\n}\n'))
-    assert "one object over several lines" in error.message
+    assert "an object goes over several lines" in error.message
 
 
 def test_a_byte_order_mark_between_joined_files_is_explained(tmp_path: Path) -> None:
@@ -169,6 +169,16 @@ def test_a_text_of_a_table_that_is_not_the_json_that_its_type_says(tmp_path: Pat
     assert rows == [{"a": "x"}, {"a": 1}]
     assert error.message.startswith("row 2: cannot be read: ")
     assert problem in error.message
+
+
+def test_a_map_whose_keys_are_objects_stays_a_list_of_pairs(tmp_path: Path) -> None:
+    import pyarrow
+
+    kind = pyarrow.map_(pyarrow.struct([("a", pyarrow.int64())]), pyarrow.int64())
+    maps = pyarrow.array([[({"a": 1}, 2)]], kind)
+    rows, errors = read(write(tmp_path, "a.parquet", parquet(a=maps)))
+    assert not errors
+    assert rows == [{"a": [({"a": 1}, 2)]}]
 
 
 def test_a_map_with_a_key_twice(tmp_path: Path) -> None:

@@ -143,8 +143,10 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
         (["my-train/0.jsonl", "my-test/0.jsonl"], "several splits"),
         (["training.jsonl", "testing.jsonl"], "several splits"),
         (["a_training_1.jsonl", "a.evaluation.jsonl"], "several splits"),
+        (["train/cat/0.png", "test/cat/0.png"], "several splits"),
         (["train-1.jsonl", "train-2.jsonl", "training.jsonl", "tested.jsonl", "latest.jsonl"], None),
         (["test.jsonl", "eval.jsonl"], None),
+        (["bullet_train/0.jsonl", "x.jsonl"], None),
         (["train.jsonl", "test.txt"], None),
     ],
 )

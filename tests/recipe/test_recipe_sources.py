@@ -82,6 +82,17 @@ def test_a_name_alone_leaves_the_settings_beside_it(write, inherited: str, own: 
     assert "r" not in recipe.method
 
 
+def test_another_base_model_inherits_no_trust_and_nothing_is_nothing(write) -> None:
+    spec = "{name: a/b, revision: main, trust_remote_code: true, dtype: float32}"
+    write(text=f"base_model: {spec}\ntask: {{type: causal_lm, overlong: drop}}\n", name="base.yaml")
+    rest = "method: {type: lora}\ndataset: {train: org/data}\ntraining: {output_dir: x}\n"
+    for own, overrides in (("base_model: c/d\ntask: null\n", []), ("", ["base_model=c/d", "task=null"])):
+        recipe = load_recipe(write(text=f"extends: base.yaml\n{own}{rest}"), overrides)
+        base = recipe.base_model
+        assert (base.name, base.revision, base.trust_remote_code, base.dtype) == ("c/d", None, False, "float32")
+        assert recipe.task is None
+
+
 def test_a_problem_is_shown_in_the_file_that_holds_it(write) -> None:
     base = write("  sede: 1\n", name="base.yaml")
     path = write(text="extends: base.yaml\ntraining: {seed: x}\n")

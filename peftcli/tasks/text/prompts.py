@@ -127,9 +127,7 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
         assert isinstance(read, ChatExample)
         prompt, tools = read.messages[:-1], read.tools
     messages = prompt if isinstance(prompt, list) else values.get("messages")
-    if isinstance(messages, list) and all(
-        isinstance(turn, dict) and ("content" in turn or "tool_calls" in turn) for turn in messages
-    ):
+    if isinstance(messages, list) and all(isinstance(turn, dict) and "role" in turn for turn in messages):
         while messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]  # the answer that a dataset's row holds
         if not messages:

@@ -13,7 +13,6 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -293,20 +292,10 @@ class Template:
 
     def _omits_tools(self, whole: _Conversation) -> bool:
         """Whether a conversation with tools is rendered as it would be without them."""
-        if not whole.tools or self._writes_tools:
+        if not whole.tools:
             return False
         with suppress(DataError):
             return self.render(whole.messages) == whole.text
-        return False
-
-    @cached_property
-    def _writes_tools(self) -> bool:
-        """Whether the template writes the tools of a question and its answer, and so those of every conversation."""
-        turns = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
-        parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "A."}}, "required": []}
-        function = {"name": "f", "description": "F.", "parameters": parameters}
-        with suppress(DataError):
-            return self.render(turns, [{"type": "function", "function": function}]) != self.render(turns)
         return False
 
     def _pattern(self, roles: tuple[str, ...]) -> _Pattern | None:

@@ -111,6 +111,6 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
     local = [open_source(source) for source in sources if expand_user(Path(source.train)).exists()]
     hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
-    if template and Path(template).is_file():
-        hashes[template] = sha256(Path(template))
+    if template and (path := expand_user(Path(template))).is_file():
+        hashes[template] = sha256(path)
     return hashes | init_hashes(recipe)

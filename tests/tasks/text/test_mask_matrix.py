@@ -182,6 +182,15 @@ def test_tools_that_a_template_leaves_out_are_told(template: str, flags: int) ->
     assert mark_chat(example, Template(mask_matrix.tokenizer(template)), "answers").flags == flags
 
 
+def test_tools_that_a_template_writes_in_other_conversations_are_told_too() -> None:
+    tokenizer = mask_matrix.tokenizer("chatml")
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}{{ tools }}{% endif %}" + tokenizer.chat_template
+    tools, using = [{"type": "function", "function": {"name": "add"}}], Template(tokenizer)
+    for first, flags in (([], 0), ([{"role": "system", "content": "s"}], Flag.UNSEEN)):
+        example = ChatExample([*first, user("q"), answer("A")], tools)
+        assert mark_chat(example, using, "answers").flags == flags
+
+
 def test_a_turn_that_is_not_trained_may_be_unclear() -> None:
     messages = [user("q"), answer("<think>\nhm\n</think>"), user("r"), answer("A")]
     using = Template(mask_matrix.tokenizer("qwen3"))
