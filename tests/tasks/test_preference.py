@@ -192,8 +192,16 @@ def test_what_counts_are_the_turns_after_the_prompt() -> None:
     chosen, rejected = ({"role": "assistant", "content": text} for text in ("the old mill", "tea"))
     task = open_task("preference", "chat")
     [pair] = encoded(task, [{"chosen": [user, said, user, chosen], "rejected": [user, said, user, rejected]}])
+    [asked] = encoded(task, [{"prompt": "sun", "chosen": [said, user, chosen], "rejected": [said, user, rejected]}])
     [text] = encoded(task, [{"prompt": "sun", "chosen": " tea", "rejected": " moon"}])
-    for example, expected in ((pair, ["the old mill<|im_end|>", "tea<|im_end|>"]), (text, [" tea<|im_end|>"] * 1)):
+    [unspaced] = encoded(task, [{"chosen": "法国在哪里,在欧洲", "rejected": "法国在哪里,很远"}])
+    answers = ["the old mill<|im_end|>", "tea<|im_end|>"]
+    for example, expected in (
+        (pair, answers),
+        (asked, answers),
+        (text, [" tea<|im_end|>"] * 1),
+        (unspaced, ["在欧洲<|im_end|>", "很远<|im_end|>"]),
+    ):
         counted = [[number for number in each.tolist() if number >= 0] for each in split(example, "labels")]
         assert [task.processor.decode(each) for each in counted][: len(expected)] == expected
 
@@ -270,6 +278,14 @@ def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], key: st
     with pytest.raises(DataError) as caught:
         open_task("preference", "chat", **settings)
     assert caught.value.key == f"task.{key}"
+
+
+def test_a_single_answer_may_repeat_its_prompt() -> None:
+    task, turn = open_task("preference", "chat", loss="kto"), {"role": "user", "content": "sun"}
+    said = [{"role": "assistant", "content": "tea"}]
+    rows = [{"prompt": "sun", "completion": each, "label": True} for each in (said, [turn, *said])]
+    one, other = encoded(task, rows)
+    assert one.arrays == other.arrays
 
 
 def test_rows_of_another_loss_are_refused() -> None:

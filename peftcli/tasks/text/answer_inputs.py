@@ -114,7 +114,8 @@ def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | Data
             whole.reason = CUT_OFF
             return whole
         return row.place.error(
-            "chosen and rejected are the same to the model: nothing but white space tells them apart"
+            "chosen and rejected are the same to the model: what tells them apart, such as white space or a key that "
+            "the chat template leaves out, is in no token"
         )
     joined = {
         "input_ids": [number for each in ids for number in each],

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftcli.data.rows import Row, Table
-from peftcli.tasks.text.formats import ChatExample, ExampleReader, ParsedRow
+from peftcli.data.text_rows import json_kind
+from peftcli.tasks.text.formats import ChatExample, ExampleReader, ParsedRow, joined_parts
 from peftcli.tasks.text.spans import common_length
 
 PAIR = ("chosen", "rejected")
 """The columns of a row of two answers."""
+_BLANKS = " \n\t"
 
 
 @dataclass(frozen=True)
@@ -39,32 +41,50 @@ class AnswerReader(ExampleReader):
         texts = list(values.values())
         if len(texts) > 1 and texts[0] == texts[1]:
             raise row.place.error("chosen and rejected are the same", key=self.names[self.answer])
+        if self.name == "messages":
+            return self._conversation(prompt, values, tools, row)
         shared = 0
-        is_messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
-        if self.name == "messages" and not (prompt is None or isinstance(prompt, str) or is_messages):
-            raise row.place.error("expected messages, or a text", key=self.names["prompt"])
-        if self.name == "messages" and all(isinstance(each, list) for each in texts):
-            prompt, shared = _messages_before(prompt, texts)
-        elif prompt is None and len(texts) > 1:
+        if prompt is None and len(texts) > 1:
             shared = _shared(*texts) if all(isinstance(each, str) for each in texts) else 0
             prompt = texts[0][:shared] if shared else ""
-        own = values[self.answer][shared:] if shared else values[self.answer]
-        return self._parsed(prompt, own, tools, row)
+        key, own = self.names[self.answer], values[self.answer]
+        names = {"prompt": self.names.get("prompt", "prompt"), "completion": key}
+        found = {names["prompt"]: prompt, key: own[shared:] if shared else own}
+        return ExampleReader("prompt_completion", names)(replace(row, values=found))
 
-    def _parsed(self, prompt: Any, answer: Any, tools: Any, row: Row) -> ParsedRow:
+    def _conversation(self, prompt: Any, answers: dict[str, Any], tools: Any, row: Row) -> ChatExample:
+        is_messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
+        if not (prompt is None or isinstance(prompt, str) or is_messages):
+            raise row.place.error("expected messages, or a text", key=self.names["prompt"])
+        wholes = {name: self._with_prompt(prompt, answer, name, row) for name, answer in answers.items()}
+        before = len(prompt) if is_messages else common_length(*wholes.values()) if len(wholes) > 1 else 0
         key = self.names[self.answer]
-        if self.name != "messages":
-            names = {"prompt": self.names.get("prompt", "prompt"), "completion": key}
-            values = {names["prompt"]: prompt, key: answer}
-            return ExampleReader("prompt_completion", names)(replace(row, values=values))
-        whole = [*(prompt or ()), *answer] if isinstance(answer, list) else answer
-        names = {"messages": key, "tools": "tools"}
-        found = ExampleReader("messages", names)(replace(row, values={key: whole, "tools": tools}))
+        values, names = {key: wholes[self.answer], "tools": tools}, {"messages": key, "tools": "tools"}
+        found = ExampleReader("messages", names)(replace(row, values=values))
         assert isinstance(found, ChatExample)
-        before = frozenset(range(len(prompt or ())))
-        if not any(turn["role"] == "assistant" for turn in found.messages[len(before) :]):
+        if not any(turn["role"] == "assistant" for turn in found.messages[before:]):
             raise row.place.error("has no assistant turn of its own after the prompt", key=key)
-        return replace(found, untrained=frozenset() if self.whole else found.untrained | before)
+        return replace(found, untrained=frozenset() if self.whole else found.untrained | frozenset(range(before)))
+
+    def _with_prompt(self, prompt: Any, answer: Any, name: str, row: Row) -> list[Any]:
+        """The turns of the prompt and of the answer, which may repeat it.
+
+        Raises:
+            DataError: the answer is no list of turns, or begins otherwise than with a prompt that is a text.
+        """
+        if not isinstance(answer, list):
+            raise row.place.error(f"expected a list of turns, found {json_kind(answer)}", key=self.names[name])
+        if not prompt or isinstance(prompt, list):
+            turns = prompt or []
+            return answer if answer[: len(turns)] == turns else [*turns, *answer]
+        if not answer or not isinstance(answer[0], dict) or answer[0].get("role") == "assistant":
+            return [{"role": "user", "content": prompt}, *answer]
+        if not any(_asks(turn, prompt) for turn in answer):
+            message = (
+                f"is in no user turn of {self.names[name]}, which begins with a turn of its own: leave the prompt "
+            )
+            raise row.place.error(f"{message}out, or write it as messages", key=self.names["prompt"])
+        return answer
 
 
 def answer_reader(
@@ -85,18 +105,20 @@ def answer_reader(
     return AnswerReader("messages" if messages else "prompt_completion", found.names, tuple(answers), answers[0])
 
 
-def _messages_before(prompt: Any, answers: Sequence[list[Any]]) -> tuple[list[Any], int]:
-    """The turns before the answers, and how many turns of each answer repeat them."""
-    if isinstance(prompt, list):
-        again = all(each[: len(prompt)] == prompt for each in answers)
-        return prompt, len(prompt) if again else 0
-    shared = common_length(*answers) if len(answers) > 1 else 0
-    if not shared and isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}], 0
-    return answers[0][:shared], shared
+def _asks(turn: Any, prompt: str) -> bool:
+    """Whether a user's turn says the prompt."""
+    if not isinstance(turn, dict) or turn.get("role") != "user":
+        return False
+    content = joined_parts(turn.get("content"))
+    return isinstance(content, str) and content.strip() == prompt.strip()
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with, up to white space: a word stays whole."""
+    """How many characters two texts begin with, up to white space: a word stays whole.
+
+    A language that writes none between words has no such place: there they are all of them, but for an answer's last.
+    """
     common = one[: common_length(one, other)]
-    return max(0, *(common.rfind(blank) for blank in " \n\t"))
+    if not common.isascii() and not any(blank in common for blank in _BLANKS):
+        return min(len(common), len(one) - 1, len(other) - 1)
+    return max(0, *(common.rfind(blank) for blank in _BLANKS))

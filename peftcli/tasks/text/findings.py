@@ -17,23 +17,23 @@ FINDINGS = by_name(
         "no_trained_tokens",
         "warning",
         "have no trained token and are left out",
-        "Check dataset.train_on, dataset.format and dataset.max_length.",
+        "Check dataset.train_on, dataset.format and max_length.",
         error_above=_HALF,
     ),
     # The model learns the beginning of an answer and never its end.
     Kind(
         "answers_cut",
         "warning",
-        "lose trained tokens at dataset.max_length",
-        "Raise dataset.max_length, or set dataset.overlong: drop or split.",
+        "lose trained tokens at max_length",
+        "Raise max_length, or set overlong: drop (in causal_lm also split).",
         error_above=_HALF,
     ),
     # Never an error: it happens only if the recipe asks for it.
     Kind(
         "rows_dropped_overlong",
         "warning",
-        "are longer than dataset.max_length and are left out",
-        "Raise dataset.max_length, or set dataset.overlong: truncate or split.",
+        "are longer than max_length and are left out",
+        "Raise max_length, or set overlong: truncate (in causal_lm also split).",
     ),
     # A model that is trained on them does not stop. In a few rows it can be intended.
     Kind(
@@ -85,13 +85,13 @@ FINDINGS = by_name(
     Kind(
         "rows_truncated",
         "info",
-        "are truncated at dataset.max_length without losing a trained token",
+        "are truncated at max_length without losing a trained token",
         "Nothing needs to be done.",
     ),
     Kind(
         "rows_split",
         "info",
-        "are split into examples of dataset.max_length",
+        "are split into examples of max_length",
         "Nothing needs to be done.",
     ),
     Kind(
@@ -147,7 +147,7 @@ _OF_FLAGS = {
 def record_findings(records: Records) -> list[Finding]:
     """Return the findings from the outcomes and flags of the rows."""
     cut_off = records.count(records.with_outcome(CUT_OFF))
-    more = f" ({cut_off} because all of their trained tokens are beyond dataset.max_length)" if cut_off else ""
+    more = f" ({cut_off} because all of their trained tokens are beyond max_length)" if cut_off else ""
     truncated = records.with_flag(Flag.TRUNCATED, without=Flag.ANSWER_CUT)
     findings = [
         *records.findings(FINDINGS["no_trained_tokens"], records.with_outcome(NO_TARGET, CUT_OFF), more=more),

@@ -322,7 +322,7 @@ def _conversation(
     for index, turn in enumerate(turns):
         where = f"{column}[{index}]."
         role = _role(turn, "role", _ROLES, where)
-        turn = turn | {"content": _joined_parts(turn.get("content"))}
+        turn = turn | {"content": joined_parts(turn.get("content"))}
         _check_content(turn, role, content, where)
         if not isinstance(turn.get("train", True), bool | None):
             raise _Fault(where + "train", f"expected true or false, found {json_kind(turn['train'])}")
@@ -348,7 +348,7 @@ def _conversation(
 _KEYS = ("role", "content", "train", "weight", "tool_calls", "name", "reasoning_content", "thinking", "reasoning")
 
 
-def _joined_parts(content: Any) -> Any:
+def joined_parts(content: Any) -> Any:
     """The text of a content that is a list of parts, as OpenAI writes them, if all of them are text."""
     parts = content if isinstance(content, list) else []
     known = (part for part in parts if isinstance(part, dict) and part.get("type", "text") == "text")

@@ -11,6 +11,7 @@ from peftcli.errors import DataError
 from peftcli.tasks.text.answer_inputs import split
 
 ASK = {"role": "user", "content": "What follows seven?"}
+SYSTEM, MORE = {"role": "system", "content": "Count."}, {"role": "user", "content": "And then?"}
 YES, NO = {"role": "assistant", "content": "tea"}, {"role": "assistant", "content": "the moon"}
 CHATS = [[ASK, YES], [ASK, NO]]
 FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
@@ -18,6 +19,19 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "whole conversations": ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
     "the prompt twice": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
     "the prompt as text, too": ({"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
+    "the prompt as text and messages around it": (
+        {"prompt": ASK["content"], "chosen": [SYSTEM, ASK, YES], "rejected": [SYSTEM, ASK, NO]},
+        [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "the prompt as text before shared turns": (
+        {"prompt": ASK["content"], "chosen": [NO, MORE, YES], "rejected": [NO, MORE, NO]},
+        [[ASK, NO, MORE, YES], [ASK, NO, MORE, NO]],
+    ),
+    "the prompt as text and in one answer": (
+        {"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [NO]},
+        CHATS,
+    ),
+    "the prompt in one answer": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]}, CHATS),
     "the prompt as text": ({"prompt": ASK["content"], "chosen": [YES], "rejected": [NO]}, CHATS),
     "texts": ({"prompt": "sun", "chosen": " tea", "rejected": " moon"}, ["sun tea", "sun moon"]),
     "whole texts": ({"chosen": "sun mill tea", "rejected": "sun mill moon"}, ["sun mill tea", "sun mill moon"]),
@@ -48,6 +62,8 @@ def test_every_form_gives_the_tokens_of_both_answers(form: str) -> None:
         ({"chosen": [ASK, YES], "rejected": [ASK, YES]}, "are the same"),
         ({"prompt": "sun", "chosen": " tea", "rejected": " tea"}, "are the same"),
         ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "train": True}]}, "the same to the model"),
+        ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "name": "Ada"}]}, "a key that the chat template leaves out"),
+        ({"prompt": "Count.", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "in no user turn of chosen"),
         ({"prompt": "sun", "chosen": "", "rejected": " tea"}, "is empty"),
         ({"chosen": [ASK, {**YES, "content": ""}], "rejected": [ASK, NO]}, "is empty"),
         ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK]}, "no assistant turn of its own"),

@@ -139,7 +139,7 @@ def test_the_message_says_how_many_of_how_many(part) -> None:
     assert only(from_records([part([used(Flag.ODD_TURNS), used(), BAD, BAD])])[1:]).message.startswith("1 of 2 rows ")
     cut = only(from_records([part([left_out(CUT_OFF), left_out(NO_TARGET), *[used()] * 9])]))
     assert cut.message.startswith("2 of 11 rows have no trained token")
-    assert "(1 because all of their trained tokens are beyond dataset.max_length)" in cut.message
+    assert "(1 because all of their trained tokens are beyond max_length)" in cut.message
 
 
 @pytest.mark.parametrize(
