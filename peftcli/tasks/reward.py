@@ -91,7 +91,13 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         """Score texts, prompts with completions, or conversations, in their order; a longer one is cut."""
         rows = list(rows)
         table = table_of(rows, options.columns)
-        reader = example_reader(table.columns, table.source, table.described)
+        try:
+            reader = example_reader(table.columns, table.source, table.described)
+        except DataError:
+            if not {*PAIR} <= {*table.columns, *table.source.columns}:
+                raise
+            hint = "Give rows of prompt and completion, or of messages: one for each answer."
+            raise DataError("hold pairs; predict scores single answers", file=table.described, hint=hint) from None
         examples = list[Example]()
         for row, outcome in zip(rows, self.encoder(reader, "all", "truncate")(rows), strict=True):
             if isinstance(outcome, DataError):

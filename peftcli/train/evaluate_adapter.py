@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from accelerate.utils import set_seed
+
 from peftcli.adapters.load import apply_adapter, find_adapter, other_base
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
@@ -57,7 +59,11 @@ def measure(
     for text in data.warnings:
         on_warning(text)
     assert data.eval is not None
+    set_seed(recipe.training.seed)  # a new head is the one that training starts from
     loaded = load_base(recipe, task)
+    if source is None and loaded.initialised:
+        new = ", ".join(sorted({name.rpartition(".")[0] for name in loaded.initialised}))
+        on_warning(f"{new} of {recipe.base_model.name} is new and untrained: this measures what training starts from")
     if isinstance(task, FitsModel):
         task.fit_model(loaded.model, None)
     if source is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trainkit
+from taskkit import CASES
 from trainkit import read_run, run_recipe, write_recipe
 
 EVALUATES = "training.eval_strategy=epoch"
@@ -31,6 +32,15 @@ def test_an_adapter_measures_as_in_training(cli: Callable, recipe: Path, method:
         base = json.loads(cli("evaluate", recipe, EVALUATES, "--json").out)
         assert base["eval"]["last"] == pytest.approx(done.run["eval"]["first"], rel=1e-6)
         assert base["adapter"] is None
+
+
+def test_a_new_head_is_the_one_that_training_starts_from(cli: Callable, tmp_path: Path) -> None:
+    recipe = CASES["a decoder"].write(tmp_path)
+    done = run_recipe(recipe, EVALUATES, "training.eval_on_start=true", "training.max_steps=1")
+    ran = cli("evaluate", recipe, "--json")
+    assert json.loads(ran.out)["eval"]["last"] == pytest.approx(done.run["eval"]["first"], rel=1e-6)
+    assert ran.err.count("warning: score of ") == ran.err.count(" is new and untrained: ") == 1
+    assert "untrained" not in cli("evaluate", recipe, "--adapter", done.folder).err
 
 
 def test_another_base_model_and_one_that_is_elsewhere_are_said(

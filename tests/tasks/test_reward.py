@@ -97,6 +97,10 @@ def test_predict_scores_texts_prompts_and_conversations(kind: str) -> None:
     named = [{"question": row["prompt"], "answer": row["completion"]} for row in forms[1] or ()]
     options = PredictOptions(columns={"prompt": "question", "completion": "answer"})
     assert list(task.predict(model, table_of(named)[1], options)) == answers[1]
+    for pair in ({**PREFERRED[0]}, {"prompt": "sun", "good": " tea", "bad": " moon"}):
+        renamed = {"chosen": "good", "rejected": "bad"} if "good" in pair else {}
+        with pytest.raises(DataError, match="predict scores single answers"):
+            list(task.predict(model, table_of([pair])[1], PredictOptions(columns=renamed)))
 
 
 def test_a_margin_is_a_number_of_a_column_that_is_there() -> None:
