@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora.combine import combine
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
+from peftcli.tasks import TASK_FILE
 
 _MAY_DIFFER = ("_config.json", ".jinja", "special_tokens_map.json")
 """Ends of files that say how texts and pictures are prepared, and who wrote them. The first adapter's are taken."""
@@ -107,10 +109,21 @@ def _companions(adapters: Sequence[str], sources: Sequence[AdapterSource]) -> di
             continue
         first, found[name] = there[0]
         for at, content in there:
-            if content != found[name] and not name.endswith(_MAY_DIFFER):
+            if content == found[name] or name.endswith(_MAY_DIFFER):
+                continue
+            if name != TASK_FILE or _meaning(sources[first]) != _meaning(sources[at]):
                 message = f"{adapters[first]} and {adapters[at]} have different files {name}"
                 hint = (
                     "only adapters that read and answer alike can be combined: one task, the same classes in one order"
                 )
                 raise AdapterError(message, hint=hint)
     return found
+
+
+def _meaning(source: AdapterSource) -> Any:
+    """The task, and those of its settings that decide what an input or an output means."""
+    settings = source.recorded_settings
+    if settings is None:
+        return source.task_values
+    given = {each.name: getattr(settings, each.name) for each in fields(settings) if "may_differ" not in each.metadata}
+    return source.task, given, source.recorded_options

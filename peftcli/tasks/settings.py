@@ -1,6 +1,8 @@
 """The settings of each task, which recipes give under ``task``. Imported without torch.
 
-``NOT_ENCODED`` marks a setting that does not change how rows are encoded: the cache's key leaves it out.
+``NOT_ENCODED`` marks a setting that does not change how rows are encoded: the cache's key leaves it out. ``MAY_DIFFER``
+marks one in which adapters that are combined may differ: it decides what is learnt, or how long a row may be, and not
+what an input or an output means.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 NOT_ENCODED: dict[str, Any] = {"encodes": False}
+MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
 
@@ -90,7 +93,7 @@ class Classification(TaskSettings):
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
-    class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_0)
+    class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes. They are not normalised:
     factors above 1 enlarge the loss and the gradients."""
 
@@ -117,7 +120,7 @@ class Classification(TaskSettings):
 class SequenceClassification(Classification):
     """Settings of sequence_classification."""
 
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest row, in tokens, within what the base model can read; the end of a longer one is cut. May stand under
     ``dataset`` as well."""
 
@@ -140,7 +143,7 @@ class TokenClassification(TaskSettings):
     label_all_pieces: bool = False
     """Count every piece of a word in the loss, not the first alone; the pieces after the first of a word with a B- tag
     get the I- tag."""
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest row, in tokens, within what the base model can read; the end of a longer one is cut, and its words count
     as not found. May stand under ``dataset`` as well."""
 
@@ -162,7 +165,7 @@ class TokenClassification(TaskSettings):
 class QuestionAnswering(TaskSettings):
     """Settings of question_answering."""
 
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest example, in tokens, within what the base model can read: the question, and what of the context fits. A
     longer context becomes several windows. May stand under ``dataset`` as well."""
     stride: int = field(default=128, metadata=AT_LEAST_0)
@@ -181,12 +184,12 @@ class QuestionAnswering(TaskSettings):
 class Reward(TaskSettings):
     """Settings of reward. Recipes may also give max_length and overlong under ``dataset``."""
 
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest answer with its prompt, in tokens, within what the base model can read."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    overlong: Literal["truncate", "drop", "error"] = field(default="truncate", metadata=MAY_DIFFER)
     """What to do with pairs of which one is longer: truncate it at the end, drop the pair, or stop with an error. They
     are counted in any case."""
-    margin: str | None = None
+    margin: str | None = field(default=None, metadata=MAY_DIFFER)
     """Column of numbers by which the chosen answer's reward should be the higher one at least. Unset: ``margin``, where
     the rows have it."""
 
@@ -216,27 +219,27 @@ class SemanticSegmentation(TaskSettings):
 class Preference(TaskSettings):
     """Settings of preference. Recipes may also give max_length and overlong under ``dataset``."""
 
-    loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = field(default="dpo", metadata=NOT_ENCODED)
+    loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = field(default="dpo", metadata=NOT_ENCODED | MAY_DIFFER)
     """What is learnt from a row. dpo and ipo compare the answers' log-probabilities with those of a reference; orpo and
     simpo need none; kto is of single answers, good or not, and compares too."""
-    beta: float = field(default=0.1, metadata=NOT_ENCODED | ABOVE_0)
+    beta: float = field(default=0.1, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
     """dpo, kto: how little the model may move away from the reference; ipo: the same, its margin is 1 / (2 beta);
     orpo: the weight of the comparison beside that of the chosen answer's own loss; simpo: the scale of the rewards."""
-    label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED | AT_LEAST_0 | {"below": 0.5})
+    label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0 | {"below": 0.5})
     """dpo, simpo: the share of pairs whose two answers are taken to be the wrong way round, below 0.5."""
-    simpo_gamma: float = field(default=0.5, metadata=NOT_ENCODED)
+    simpo_gamma: float = field(default=0.5, metadata=NOT_ENCODED | MAY_DIFFER)
     """simpo: by how much the rewards should differ at least."""
-    desirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | AT_LEAST_0)
+    desirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """kto: factor of the loss of good answers, to make up for their number."""
-    undesirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | AT_LEAST_0)
+    undesirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """kto: the same of the other answers."""
-    reference: Literal["base", "start"] | None = field(default=None, metadata=NOT_ENCODED)
+    reference: Literal["base", "start"] | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER)
     """What dpo, ipo and kto compare with. base: the base model, without the adapter; start: the adapter as it began,
     of which evaluate finds only what training.init_adapter_from names. Unset: base where the adapter begins without an
     effect."""
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest answer with its prompt, in tokens, within what the base model can read."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    overlong: Literal["truncate", "drop", "error"] = field(default="truncate", metadata=MAY_DIFFER)
     """What to do with rows of which an answer is longer: truncate it at the end, drop the row, or stop with an error.
     They are counted in any case."""
 
@@ -245,13 +248,13 @@ class Preference(TaskSettings):
 class FeatureExtraction(TaskSettings):
     """Settings of feature_extraction."""
 
-    loss: Literal["contrastive", "cosine", "triplet"] | None = None
+    loss: Literal["contrastive", "cosine", "triplet"] | None = field(default=None, metadata=MAY_DIFFER)
     """What is learnt from a row. contrastive: its positive is closer to its anchor than the positives and negatives of
     the other rows of the batch; cosine: the cosine of two texts is their score; triplet: the positive is closer than
     the row's own negatives. Unset: cosine where rows have scores, else contrastive."""
-    temperature: float = field(default=0.05, metadata=NOT_ENCODED | ABOVE_0)
+    temperature: float = field(default=0.05, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
     """contrastive: what cosines are divided by; the smaller, the more the hardest negatives count."""
-    triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED | ABOVE_0)
+    triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
     """triplet: by how much the cosine of the positive should be the higher one at least."""
     pooling: Literal["mean", "cls", "last", "max"] | None = field(default=None, metadata=NOT_ENCODED)
     """What makes one embedding of a text's hidden states: their mean, the first, the last, or the largest value of each
@@ -260,10 +263,10 @@ class FeatureExtraction(TaskSettings):
     normalize: bool | None = field(default=None, metadata=NOT_ENCODED)
     """Whether embeddings that are given have length 1; losses and metrics compare cosines in any case. Unset: what the
     base model's folder says to sentence-transformers, else true."""
-    mini_batch_size: int | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_1)
+    mini_batch_size: int | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_1)
     """Texts at once in the model while it trains, for batches that are too large for memory: each part is computed
     twice, and the result is the same. Unset: the rows of the batch."""
-    max_length: int = 1024
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest text, in tokens, within what the base model can read; the end of a longer one is cut. May stand under
     ``dataset`` as well."""
 
@@ -286,7 +289,7 @@ class SpeechRecognition(TaskSettings):
     spell as it does. It is no part of an answer. For Whisper models."""
     num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
     """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time."""
-    normalize_text: bool = field(default=False, metadata=NOT_ENCODED)
+    normalize_text: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
     """Compare texts as Whisper's authors do, in evaluation: in lower case, without punctuation, English numbers and
     spellings in one form. Texts are trained as they are."""
 
@@ -295,28 +298,28 @@ class SpeechRecognition(TaskSettings):
 class TextToImage(TaskSettings):
     """Settings of text_to_image."""
 
-    instance_prompt: str | None = None
+    instance_prompt: str | None = field(default=None, metadata=MAY_DIFFER)
     """What is on the pictures whose rows do not say it, as in ``a photo of sks dog``: in DreamBooth on all."""
-    class_prompt: str | None = field(default=None, metadata=NOT_ENCODED)
+    class_prompt: str | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER)
     """What kind of thing it is, as in ``a photo of a dog``. Each picture is trained beside one of this kind, which the
     base model has made, so that the model does not forget the others (prior preservation,
     https://arxiv.org/abs/2208.12242)."""
-    class_data_dir: str | None = field(default=None, metadata=NOT_ENCODED)
+    class_data_dir: str | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER)
     """Folder of pictures for class_prompt. Unset: the base model makes them, once for a prompt and seed; they are kept
     in the cache."""
-    num_class_images: int = field(default=100, metadata=NOT_ENCODED | AT_LEAST_1)
+    num_class_images: int = field(default=100, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_1)
     """How many pictures of class_prompt the base model makes."""
-    prior_loss_weight: float = field(default=1.0, metadata=NOT_ENCODED | AT_LEAST_0)
+    prior_loss_weight: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """How much these count beside the pictures of the rows."""
     train_text_encoder: bool = field(default=False, metadata=NOT_ENCODED)
     """Adapt the encoders of texts too, those that are CLIP's: truer pictures of one thing, and more memory."""
     resolution: int | None = field(default=None, metadata=AT_LEAST_1)
     """Side of the pictures in training and in answers, in pixels. Unset: that of the base model."""
-    center_crop: bool = field(default=True, metadata=NOT_ENCODED)
+    center_crop: bool = field(default=True, metadata=NOT_ENCODED | MAY_DIFFER)
     """Cut squares out of the middle; false: from another place at each step."""
-    random_flip: bool = field(default=False, metadata=NOT_ENCODED)
+    random_flip: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
     """Mirror half of the pictures, another half at each step."""
-    sample_prompts: list[str] = field(default_factory=list, metadata=NOT_ENCODED)
+    sample_prompts: list[str] = field(default_factory=list, metadata=NOT_ENCODED | MAY_DIFFER)
     """Prompts whose pictures each evaluation makes, always from the same noise: ``samples/`` in the run folder."""
     num_inference_steps: int | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_1)
     """Steps in which a picture is made. Unset: the pipeline's own number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def test_classifiers_are_combined_with_their_classes_and_others_not(cli: Callabl
     assert (tmp_path / "same/task.json").read_bytes() == (folders[0] / "task.json").read_bytes()
     answers = [cli("predict", folder, "sun tea", "--json").out for folder in (folders[0], tmp_path / "same")]
     assert answers[0] == answers[1]
+    shutil.copytree(folders[0], tmp_path / "longer")
+    task = json.loads((folders[0] / "task.json").read_text())
+    task["settings"] |= {"max_length": 77, "class_weights": {"bad": 2.0}}
+    (tmp_path / "longer/task.json").write_text(json.dumps(task))
+    ran = cli("combine", f"{folders[0]}=0.5", f"{tmp_path}/longer=0.5", "--output", tmp_path / "first")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "first/task.json").read_bytes() == (folders[0] / "task.json").read_bytes()
 
 
 def test_broken_and_foreign_adapters_are_refused(cli: Callable[..., Any], pair: list[str], tmp_path: Path) -> None:
