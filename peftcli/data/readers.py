@@ -362,9 +362,9 @@ def _plain(value: Any, kind: Any) -> Any:
     if types.is_struct(kind):
         pairs = ((field.name, _plain(value[field.name], field.type)) for field in kind)
         return {key: item for key, item in pairs if item is not None}
-    if isinstance(value, dict):
-        return {key: _plain(item, kind.item_type) for key, item in value.items()}
-    if isinstance(value, list) and _is_nested(getattr(kind, "value_type", kind)):
+    if types.is_map(kind):
+        return {key: _plain(item, kind.item_type) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, list) and hasattr(kind, "value_type") and _is_nested(kind.value_type):
         return [_plain(item, kind.value_type) for item in value]
     return value
 
