@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.layer import TrainedCopy, adapter_layers
 from peftcli.core.protocols import after_step, penalty
 from peftcli.data.store import View
 from peftcli.errors import Diverged
@@ -122,6 +123,9 @@ class Gradients:
         self.in_step = prepared.in_step
         self.model: nn.Module = accelerator.unwrap_model(prepared.model)
         """The model without DDP around it."""
+        copies = [layer for layer in adapter_layers(self.model).values() if isinstance(layer, TrainedCopy)]
+        self.buffers = [buffer for each in copies for buffer in each.fixed_tensors().values()]
+        """What a forward pass in training changes and the adapter file holds: the running statistics of batch norms."""
         self.form = BatchForm.of(self.model, task, prepared.config, plan, in_step=self.in_step)
         steps = range(start, plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
@@ -159,7 +163,18 @@ class Gradients:
                     parts.append(added / self.accelerator.num_processes)
                 if parts:
                     self.prepared.backward(sum(parts), self.accelerator)
+        if self.buffers and self.accelerator.num_processes > 1:
+            self._average_buffers(sum(map(bool, micro_batches)))
         return total
+
+    def _average_buffers(self, weight: int) -> None:
+        """Take the mean over the processes. ``weight`` is how many micro-batches this one has computed; it may be 0."""
+        parts = [buffer.flatten().double() for buffer in self.buffers]  # in float64 the mean of equals is exact
+        flat = torch.cat([*parts, parts[0].new_ones(1)]) * weight
+        torch.distributed.all_reduce(flat)
+        *summed, weights = flat.split([*map(len, parts), 1])
+        for buffer, total in zip(self.buffers, summed, strict=True):
+            buffer.copy_((total / weights).view_as(buffer))
 
     def zero(self) -> torch.Tensor:
         """Return what the losses of a step are added to."""

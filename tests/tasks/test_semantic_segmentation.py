@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from taskkit import CASES
 from torch import nn
-from trainkit import run_recipe
+from trainkit import Child, ranks, read_run, run_recipe
 
 from peftcli import AutoPeftModel, LoraConfig, get_peft_model
 from peftcli.cli import console
@@ -354,6 +354,16 @@ def test_the_whole_decode_head_is_saved(reduced: Path) -> None:
     assert json.loads((reduced / "preprocessor_config.json").read_text())["do_reduce_labels"] is True
     described = json.loads((reduced / "task.json").read_text())
     assert described["settings"] == {"labels": ["red", "blue"], "ignore_index": 255, "reduce_labels": True}
+
+
+def test_processes_evaluate_with_the_statistics_that_are_saved(cli: Callable, tmp_path: Path) -> None:
+    recipe = CASES[NAME].write(tmp_path)
+    settings = ("training.per_device_train_batch_size=1", "training.max_steps=4", "training.eval_strategy=epoch")
+    words = ("train", recipe, *settings, "dataset.limit=3")  # in every other step, process 1 has no row
+    children = [Child(tmp_path, *words, env=each) for each in ranks()]
+    assert [child.wait() for child in children] == [0, 0], children[0].err
+    measured = json.loads(cli("evaluate", recipe, "--adapter", tmp_path / "out", "--json"))
+    assert read_run(tmp_path / "out")["eval"]["last"] == pytest.approx(measured["eval"]["last"], rel=1e-5)
 
 
 def test_the_adapter_loads_without_its_task(reduced: Path, tmp_path: Path) -> None:
