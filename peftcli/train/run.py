@@ -295,7 +295,7 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
         run.tell(Phase(f"training in full: {', '.join(config.modules_to_save)}"))
     if needs_batches(config):
         run.tell(Phase("calibrating the adapter on the training data"))
-        injection = calibrate(model, injection, config, recipe, data.examples, run.accelerator)
+        injection = calibrate(model, injection, config, data.examples, run.accelerator)
     if recipe.launch.strategy == "fsdp" and is_dividing(recipe):
         run.tell(Phase(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
         send = recipe.launch.cpu_ram_efficient_loading

@@ -207,26 +207,33 @@ def checkpoint_activations(model: Any) -> None:
 
 _NEAR = 64
 """Rows that are grouped by length together to calibrate."""
+_AT_ONCE = 8
+"""The most rows of a batch to calibrate."""
 
 
 @dataclass(frozen=True)
 class CalibrationBatches:
-    """The training rows as the model takes them, one micro-batch at a time; for ``calibrate``.
+    """The training rows as the model takes them, in batches; for ``calibrate``.
 
-    Every process sees the same ones, so that every process starts the same adapter. Rows near one another are grouped
-    by length to save padding, and the groups shuffled.
+    They depend on the rows alone, so that every process starts the same adapter, and any division of a global batch
+    does. Rows near one another are grouped by length to save padding, and the groups shuffled. With its padding a batch
+    is no larger than the largest row, for which there must be memory anyway.
     """
 
     examples: View
     task: Task[Any]
-    size: int
     device: torch.device
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for first in range(0, len(self.examples), _NEAR):
-            near = range(first, min(first + _NEAR, len(self.examples)))
-            order = sorted(near, key=lambda at: int(self.examples.sizes[at]))
-            batches = [order[start : start + self.size] for start in range(0, len(order), self.size)]
+        sizes = self.examples.sizes.tolist()
+        largest = max(sizes)
+        for first in range(0, len(sizes), _NEAR):
+            batches: list[list[int]] = [[]]
+            for at in sorted(range(first, min(first + _NEAR, len(sizes))), key=sizes.__getitem__):
+                count = len(batches[-1])
+                if count == _AT_ONCE or (count + 1) * sizes[at] > largest:
+                    batches.append([])
+                batches[-1].append(at)
             random.Random(first).shuffle(batches)
             for rows in batches:
                 batch = self.task.collate([self.examples[at] for at in rows], training=False)
@@ -237,15 +244,13 @@ def calibrate(
     model: nn.Module,
     injection: Injection,
     config: AdapterConfig,
-    recipe: Recipe,
     data: Data,
     accelerator: Accelerator,
 ) -> Injection:
     """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
-    size = recipe.training.rows_at_once
     model.to(accelerator.device)
     if isinstance(method := layers_of(config), Calibrates):
-        method.calibrate(model, config, CalibrationBatches(data.train, data.task, size, accelerator.device))
+        method.calibrate(model, config, CalibrationBatches(data.train, data.task, accelerator.device))
     trainable = sum(parameter.numel() for _, _, parameter in named_tensors(model).values())
     return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 

@@ -126,8 +126,12 @@ def test_series_equals_a_plain_loop(recipe: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.grid
-@pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+@pytest.mark.grid(keep=2)
+@pytest.mark.parametrize(
+    "method",
+    [None, PROMPT_TUNING, "method.init_lora_weights=lora_ga", "method.init_lora_weights=eva"],
+    ids=["lora", "prompt_tuning", "lora_ga", "eva"],
+)
 def test_any_split_gives_the_series_of_the_big_batch(tmp_path: Path, method: str | None) -> None:
     runs = [
         run_recipe(

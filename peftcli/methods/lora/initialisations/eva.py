@@ -120,7 +120,7 @@ def eva_directions(
         raise AdapterError(
             f"the directions of {next(iter(open_ones))} did not converge",
             key=_KEY,
-            hint="a lower eva_config.tau accepts them sooner; larger batches or a lower r make them steadier",
+            hint="a lower eva_config.tau accepts them sooner; a lower r makes them steadier",
         )
     found = {}
     for name, leader in leaders.items():

@@ -14,7 +14,7 @@ from peftcli.methods.lora.initialisations.corda import covariances
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import ResidualLinear
-from peftcli.methods.lora.initialisations.statistics import Batches
+from peftcli.methods.lora.initialisations.statistics import PADDED, Batches
 from peftcli.methods.lora.lora import lora_layers
 
 _CORDA_EXAMPLES = 256
@@ -44,7 +44,10 @@ def calibrate(model: nn.Module, config: LoraConfig, batches: Batches) -> None:
             if loss is None:
                 message = "lora_ga starts from gradients of the model's own loss, and the task has another"
                 raise AdapterError(message, key="init_lora_weights")
-            loss.backward()
+            # the mean of a batch's targets counts as often as it has targets, as in training
+            labels = batch.get("labels")
+            targets = len(next(iter(batch.values()))) if labels is None else int((labels != PADDED).sum())
+            (loss * targets).backward()
 
     started = {name: layer for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
     with disabled(model):

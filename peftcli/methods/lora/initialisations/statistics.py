@@ -13,7 +13,7 @@ from peftcli.core.inject import evaluating
 from peftcli.errors import AdapterError
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
-_PADDED = -100
+PADDED = -100
 """The label of a position that a decoder does not read."""
 
 
@@ -57,7 +57,7 @@ def _masks(model: Any, inputs: Mapping[str, Any], label: int | None) -> list[tor
     labels = labels if labels is not None and labels.ndim == 2 else None
     found = [padding.bool()] if padding is not None and padding.ndim == 2 else []
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return found if labels is None else [*found, labels != (_PADDED if label is None else label)]
+        return found if labels is None else [*found, labels != (PADDED if label is None else label)]
     if label is None or labels is None:
         return found
     return [mask & (labels != label) if mask.shape == labels.shape else mask for mask in found] or [labels != label]
