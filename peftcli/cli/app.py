@@ -38,13 +38,29 @@ from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_err
 from peftcli.system import signals
 from peftcli.system.cores import set_variables
 from peftcli.system.garbage import postponed_collection
-from peftcli.train.launch import report_outcome, started_by_peftcli
+from peftcli.train.launch import is_main_process, launched_processes, report_outcome, started_by_peftcli
 
 _BROKEN_PIPE = 141
+_SHARE_WORK = ("train", "evaluate")
+"""The commands whose work the processes of a launcher share."""
 
 
 class _Group(TyperGroup):
-    """Lists the commands under the headings that they were registered with."""
+    """Lists the commands under the headings that they were registered with, and runs most of them in one process."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return a command line's command.
+
+        Raises:
+            UsageError: it runs in one process, and a launcher started several.
+        """
+        resolved, count = super().resolve_command(ctx, args), launched_processes()
+        if count == 1 or (name := resolved[0]) in _SHARE_WORK:
+            return resolved
+        if not is_main_process():
+            raise typer.Exit(UsageError.exit_code)
+        hint = "start it without torchrun or accelerate launch"
+        raise UsageError(f"{name} runs in one process, and {count} were started", hint=hint)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         headings: dict[str, list[tuple[str, str]]] = {}

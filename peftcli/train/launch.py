@@ -54,6 +54,11 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
+def launched_processes() -> int:
+    """Number of processes that the launcher of this one started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
+
+
 @contextmanager
 def leave_group_on_exit() -> Iterator[None]:
     """Leave the process group on exit.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import trainkit
 
 from peftcli import errors
 from peftcli.adapters.readers import READERS
@@ -54,6 +55,18 @@ def test_help(cli) -> None:
         assert cli(name, "--help").code == 0
     assert "\nRecipes:\n" in ran.out
     assert "\x1b" not in ran.out
+
+
+def test_commands_that_run_in_one_process(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in trainkit.ranks()[0].items():
+        monkeypatch.setenv(name, value)
+    ran = cli("schema")
+    hint = "start it without torchrun or accelerate launch"
+    assert (ran.code, ran.out, ran.err) == (2, "", f"error: schema runs in one process, and 2 were started\n{hint}\n")
+    assert cli("train").err.startswith("error: Missing argument")
+    monkeypatch.setenv("RANK", "1")
+    ran = cli("schema")
+    assert (ran.code, ran.out, ran.err) == (2, "", "")
 
 
 def test_version(cli) -> None:
