@@ -74,6 +74,11 @@ def train(
         if dry_run:
             from peftcli.train.preview import preview
 
+            if not is_main:
+                raise typer.Exit
+            if launch.is_launched():
+                started = replace(settings.launch, num_processes=launch.launched_processes(), num_machines=1)
+                settings = replace(settings, launch=started)
             console.print_json(preview(settings))
             raise typer.Exit
         if junit is not None and is_main and settings.launch.machine_rank == 0:

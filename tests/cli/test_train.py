@@ -134,6 +134,16 @@ def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:
     assert not (recipe.parent / "out").exists()
 
 
+def test_dry_run_under_a_launcher(cli: Callable, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in trainkit.ranks()[1].items():
+        monkeypatch.setenv(name, value)
+    ran = cli("train", recipe, "--dry-run")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    shown = json.loads(cli("train", recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2").out)
+    assert (shown["steps"], shown["memory"]["processes"]) == (4, 2)
+
+
 def test_dry_run_of_a_recipe_that_would_fail(cli: Callable, recipe: Path) -> None:
     ran = cli("train", recipe, "--dry-run", "method.target_modules=[q_porj]")
     assert ran.code == 4
