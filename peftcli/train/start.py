@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ def start(
     folder = RunFolder(Path(recipe.training.output_dir))
     note_resumable(folder)
     launch.follow_parent()
+    if recipe.launch.strategy == "ddp":  # or torch warns in each process if a step uses all that trains
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not launch.is_launched():
         count = launch.process_count(recipe.launch)
         if count > 1 or recipe.launch.num_machines > 1:
