@@ -269,9 +269,12 @@ def other_base(source: AdapterSource, spec: BaseModel) -> str | None:
 
     Other weights than the run's, quantised or not, count only where the adapter corrects the error of those.
     """
-    recorded, trained = mapping_at(source.record, "base_model"), trained_quantization(source.record, source.folder)
-    if source.record.get("makes_up_for_quantization") and trained and spec.quantization != trained:
-        return f"{source.folder} corrects the error of the {trained.type} weights of {spec.name}, and fits no others"
+    recorded = mapping_at(source.record, "base_model")
+    if source.record.get("makes_up_for_quantization"):
+        trained = trained_quantization(source.record, source.folder)
+        if trained and spec.quantization != trained:
+            own = f"the {trained.type} weights of {recorded.get('name', spec.name)}"
+            return f"{source.folder} corrects the error of {own}, and fits no others"
     if recorded.get("sha256") is None or recorded.get("name") == spec.name:
         return None
     if base_hash(expand_user(Path(spec.name))) in (None, recorded["sha256"]):

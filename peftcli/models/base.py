@@ -209,8 +209,10 @@ class OpenBase:
     def quantization_config(self, auto_class: str, dtype: torch.dtype | None, **options: Any) -> Any:
         """Return transformers' config for the recipe's quantization, which leaves the model's heads out."""
         assert self.spec.quantization
-        _, heads = validate.find_heads(self.empty_model(auto_class, **options))
-        return quantization.to_transformers(self.spec.quantization, dtype, heads)
+        model = self.empty_model(auto_class, **options)
+        _, heads = validate.find_heads(model)
+        whole = [name for name in heads if not validate.has_stack(model.get_submodule(name))]
+        return quantization.to_transformers(self.spec.quantization, dtype, model, whole)
 
     def _config_with(self, options: Mapping[str, Any]) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)

@@ -84,15 +84,17 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
     return str(getattr(kind, "value", kind))
 
 
-def to_transformers(quantization: Quantization, dtype: torch.dtype | None, heads: Sequence[str] = ()) -> Any:
+def to_transformers(
+    quantization: Quantization, dtype: torch.dtype | None, model: PreTrainedModel, heads: Sequence[str] = ()
+) -> Any:
     """Return transformers' config for a recipe's ``base_model.quantization``, to compute in ``dtype``.
 
-    Heads are not quantised. Without any, transformers leaves out the output head.
+    What stays as it is: the heads, and what transformers leaves out of the model by itself, where none is named.
     """
     import torch
     import transformers
 
-    left_out = [*heads] or None
+    left_out = [*heads, *transformers.quantizers.base.get_keys_to_not_convert(model)] if heads else None
     if quantization.type == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     if quantization.type in ("nf4", "fp4"):

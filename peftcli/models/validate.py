@@ -259,11 +259,15 @@ def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:
     last = next(((n, c) for n, c in reversed(list(body.named_children())) if any(True for _ in c.parameters())), None)
     if last is not None and not isinstance(last[1], nn.ModuleList):
         parts = list(last[1].modules())
-        if any(isinstance(part, nn.Linear) for part in parts) and not any(
-            isinstance(part, nn.ModuleList) or part in ends for part in parts
-        ):
+        is_head = any(isinstance(part, nn.Linear) for part in parts) and not any(part in ends for part in parts)
+        if is_head and not has_stack(last[1]):
             heads.append(prefix + last[0])
     return prefix.rstrip("."), heads
+
+
+def has_stack(module: nn.Module) -> bool:
+    """Whether the module is or holds a list of layers, as encoders do and heads do not."""
+    return any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
 def _is_in(key: str, module: str) -> bool:

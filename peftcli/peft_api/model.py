@@ -84,7 +84,6 @@ class PeftModel(SavedByTrainer):
             AdapterError: the config does not fit the model.
         """
         check_name(adapter_name)
-        has_others = any(layer.adapter != adapter_name for layer in adapter_layers(model).values())
         with replacing(model, adapter_name):
             start_adapter(
                 model,
@@ -93,10 +92,8 @@ class PeftModel(SavedByTrainer):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-        set_trainable(model, not peft_config.inference_mode)
+        set_trainable(model, not peft_config.inference_mode, adapter_name)
         self._hold(model, peft_config, adapter_name)
-        if has_others:
-            self.set_adapter(adapter_name, peft_config.inference_mode)
 
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
         """Wrap ``model``, which holds the adapter already."""
@@ -464,7 +461,9 @@ class PeftModel(SavedByTrainer):
         tuner, model = self.base_model, self.get_base_model()
         tuner.check_unmerged()
         name = tuner.only_active() if adapter_name is None else adapter_name
-        source = find(place_in_checkpoint(model_id, name) if name in self.peft_config else model_id, options)
+        if name in self.peft_config and not options.get("subfolder"):
+            model_id = place_in_checkpoint(model_id, name)
+        source = find(model_id, options)
         rename = renaming(key_mapping_for(model, source.config, key_mapping))
         if name in self.peft_config:
             old = self.peft_config[name]

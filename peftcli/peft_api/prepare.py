@@ -27,7 +27,8 @@ def prepare_model_for_kbit_training(
 ) -> Any:
     """Freeze a model, quantised or not, and hold what is not quantised of it in float32.
 
-    A quantised one computes its activations again in the backward pass; ``use_reentrant`` is False where not given.
+    With ``use_gradient_checkpointing`` a quantised one computes its activations again in the backward pass;
+    ``use_reentrant`` is False where not given.
     ``auto_clear_cache`` gives the GPU the memory back that the weights took in half precision.
     """
     quantised = [module for module in model.modules() if is_quantised(module)]

@@ -12,7 +12,7 @@ from torch import nn
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_tensors
-from peftcli.core.inject import inject, set_trainable, unload
+from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import holds_its_file, load_state, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError, PeftWarning
@@ -63,10 +63,21 @@ def replace_adapter(
 
 @contextmanager
 def replacing(model: nn.Module, name: str) -> Iterator[None]:
-    """Remove the adapter called ``name`` once another one of that name is in the model; keep it if that fails.
+    """Once a new adapter is in the model: remove an old one of its name, and switch others off. Nothing if that fails.
 
     An adapter of a ``PeftModel`` stays: only the ``PeftModel`` itself can replace it.
     """
+    others = {layer.adapter for layer in adapter_layers(model).values()} - {name, ""}
+    with _without_old(model, name):
+        yield
+    if others:
+        set_active(model, [name])
+        for other in others:
+            set_trainable(model, False, other)
+
+
+@contextmanager
+def _without_old(model: nn.Module, name: str) -> Iterator[None]:
     old = list(adapter_layers(model, name).values())
     if not old or any(isinstance(module, Tuner) for module in model.modules()):
         yield

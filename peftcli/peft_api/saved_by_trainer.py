@@ -15,6 +15,7 @@ from torch import nn
 from peftcli.core.files import write_tensor_file
 from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.peft_api.shown_arguments import forward_inside
+from peftcli.system.outputs import expand_user
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -66,7 +67,7 @@ def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None
 
 def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
     """Where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
-    own = Path(folder, name)
+    own = expand_user(Path(folder, name))
     return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
 
 

@@ -5,21 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from peftcli.core.layer import TrainedCopy
 from peftcli.peft_api.model import PeftModel
+
+
+class _Head(nn.Module):
+    """A module of ``modules_to_save`` that is no adapter layer to who looks at its class."""
+
+    def __init__(self, layer: TrainedCopy):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
 
 
 class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
     """A causal language model with an adapter. Names its arguments, which Trainer reads."""
 
     def get_output_embeddings(self) -> Any:
-        """The base model's head; of one in ``modules_to_save``, whichever copy computes. TRL refuses adapter layers."""
+        """The base model's head. TRL refuses those that are adapter layers, and takes one in ``modules_to_save``."""
         model: Any = self.get_base_model()
         head = model.get_output_embeddings()
-        while isinstance(head, TrainedCopy):
-            head = head.copy if head.enabled else head.base_layer
-        return head
+        return _Head(head) if isinstance(head, TrainedCopy) else head
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from peftcli.core.inject import set_trainable
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, TUNER_MODELS
 from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.replace_adapter import replacing
 from peftcli.peft_api.tuner import Tuner
 
 __all__ = list(TUNER_MODELS)
@@ -41,7 +42,8 @@ class TunerKind(type):
         if chosen.peft_type != cls.peft_type:
             raise AdapterError(f"{cls.__name__} takes a config of {cls.peft_type}, not {chosen.peft_type}")
         check_name(adapter_name)
-        start_adapter(model, chosen, adapter_name)
+        with replacing(model, adapter_name):
+            start_adapter(model, chosen, adapter_name)
         set_trainable(model, not chosen.inference_mode, adapter_name)
         return Tuner(model, {adapter_name: chosen})
 

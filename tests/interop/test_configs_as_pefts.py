@@ -10,12 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import batch, logits, randomise, tiny
+from models_tiny import batch, logits, tiny
 from oracle import PEFTS_METHODS
 from peft.utils import constants
 from transformers import CONFIG_MAPPING
 
 import peftcli
+from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.peft_api import PeftConfig, PeftType, TaskType
@@ -136,11 +137,26 @@ def test_what_changes_nothing_or_more_than_it_says_is_told() -> None:
         model = peftcli.get_peft_model(model, config)
     assert config.base_model_name_or_path == "a name"
     with pytest.warns(peftcli.PeftWarning, match="has an adapter already"):
-        second = peftcli.get_peft_model(model.get_base_model(), peftcli.LoraConfig(), "second")
-    randomise(second)  # of both adapters
-    alone = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(), "second")
-    peftcli.set_peft_model_state_dict(alone, peftcli.get_peft_model_state_dict(second), "second")
-    torch.testing.assert_close(logits(second, batch("llama")), logits(alone, batch("llama")))
+        peftcli.get_peft_model(model.get_base_model(), peftcli.LoraConfig(), "second")
+
+
+def test_an_adapter_on_a_model_with_another_one_computes_alone(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target_modules": ["v_proj"], "init_lora_weights": False}
+    alone = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(**settings), "second").eval()
+    alone.save_pretrained(tmp_path)
+    wanted = logits(alone, batch("llama"))
+    for kind in ("get_peft_model", "PeftModel", "LoraModel"):
+        base, config = tiny("llama"), peftcli.LoraConfig(**settings)
+        peftcli.get_peft_model(base, peftcli.LoraConfig(init_lora_weights=False))
+        if kind == "PeftModel":
+            second = peftcli.PeftModel.from_pretrained(base, tmp_path / "second", "second")
+        elif kind == "LoraModel":
+            second = peftcli.LoraModel(base, config, "second")
+        else:
+            with pytest.warns(peftcli.PeftWarning, match="has an adapter already"):
+                second = peftcli.get_peft_model(base, config, "second")
+        load_training_state(base, training_state(alone.get_base_model()), "second")
+        torch.testing.assert_close(logits(second.eval(), batch("llama")), wanted)
 
 
 def test_options_of_the_tokenizer_of_a_prompts_text() -> None:

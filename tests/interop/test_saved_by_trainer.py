@@ -115,6 +115,7 @@ def test_the_best_of_another_adapter_than_default_is_loaded(tmp_path: Path) -> N
     trainer.train()
     trainer.model.load_adapter(str(tmp_path / "checkpoint-2"), "other")
     saved = load_file(tmp_path / "checkpoint-2" / "other" / "adapter_model.safetensors")
+    model.load_adapter(str(tmp_path / "checkpoint-2"), "other", subfolder="other")  # as one may say oneself
     found = peftcli.get_peft_model_state_dict(model, adapter_name="other")
     assert all(torch.equal(found[name], value) for name, value in saved.items())
 

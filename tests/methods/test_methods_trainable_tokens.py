@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
+from torch import nn
+from torch.nn.utils import parametrize
 
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers
@@ -75,6 +77,15 @@ def test_random_rows_differ_from_the_base_models() -> None:
 def test_what_names_no_rows_is_an_error(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(AdapterError, match=words):
         _adapted("llama", **settings)
+
+
+def test_weights_that_are_computed_at_each_read_are_different_ones() -> None:
+    model = nn.ModuleDict({name: nn.Embedding(8, 4) for name in "abc"})
+    for module in model.values():
+        parametrize.register_parametrization(module, "weight", nn.Tanh())
+    config = TrainableTokensConfig(target_modules=["a", "b", "c"], token_indices=[1])
+    inject(model, config)
+    assert set(adapter_layers(model)) == {"a", "b", "c"}
 
 
 def test_a_model_without_an_embedding_needs_a_name() -> None:

@@ -111,7 +111,13 @@ def test_what_peft_asks_of_a_model() -> None:
         assert model.peft_type == "LORA"
         assert model.base_model_torch_dtype is None
         narrow = tiny("llama").to(torch.bfloat16)
-        config = lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5])
+        config = lib.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5], modules_to_save=["lm_head"]
+        )
         narrow = lib.get_peft_model(narrow, config)
         assert narrow.dtype == narrow.base_model_torch_dtype == torch.bfloat16
+        head = narrow.get_output_embeddings()
+        hidden = torch.ones(1, head.in_features, dtype=torch.bfloat16)
+        assert not isinstance(head, (AdapterLayer, BaseTunerLayer))  # which TRL refuses
+        assert head.weight.dtype == head(hidden).dtype == torch.bfloat16
         assert model.has_active_enabled_adapter

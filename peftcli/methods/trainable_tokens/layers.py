@@ -28,8 +28,9 @@ def targets(model: nn.Module, config: TrainableTokensConfig) -> list[str]:
             raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key="target_modules")
         config.target_modules = [name_in(model, embedding)]
     names, modules, first = find_targets(model, config), base_modules(model), dict[int, str]()
-    for name in names:
-        first.setdefault(id(getattr(modules[name], "weight", None)), name)
+    weights = {name: getattr(modules[name], "weight", None) for name in names}  # some are computed at each read
+    for name, weight in weights.items():
+        first.setdefault(id(weight), name)
     kept = list(first.values())
     if len(kept) < len(names):  # PEFT, too, ties what shares a weight, and goes wrong where it is named
         config.target_modules = shortest_names(model, kept)
