@@ -49,18 +49,13 @@ class _Group(TyperGroup):
     """Lists the commands under the headings that they were registered with, and runs most of them in one process."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return a command line's command.
-
-        Raises:
-            UsageError: it runs in one process, and a launcher started several.
-        """
+        """Return a command line's command. Where a launcher started several processes, most run in the first alone."""
         resolved, count = super().resolve_command(ctx, args), launched_processes()
-        if count == 1 or (name := resolved[0]) in _SHARE_WORK:
-            return resolved
-        if not is_main_process():
-            raise typer.Exit(UsageError.exit_code)
-        hint = "start it without torchrun or accelerate launch"
-        raise UsageError(f"{name} runs in one process, and {count} were started", hint=hint)
+        if count > 1 and (name := resolved[0]) not in _SHARE_WORK:
+            if not is_main_process():
+                raise typer.Exit
+            console.log(f"{name} runs in one of the {count} processes that were started")
+        return resolved
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         headings: dict[str, list[tuple[str, str]]] = {}
