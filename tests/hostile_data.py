@@ -251,7 +251,7 @@ BAD_CONTENT: dict[str, dict[str, Any]] = {
     "null prompt": {"prompt": None, "completion": "a"},
     "empty completion": {"prompt": "q", "completion": ""},
     "a number for a completion": {"prompt": "q", "completion": 1.5},
-    "turns as a prompt": {"prompt": [USER], "completion": [ANSWER]},
+    "turns as the prompt of a text": {"prompt": [USER], "completion": "a"},
     "null messages": {"messages": None},
     "text for messages": {"messages": json.dumps([USER, ANSWER])},
     "an object for messages": {"messages": {"0": USER}},
