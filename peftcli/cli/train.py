@@ -76,7 +76,7 @@ def train(
 
             if not is_main:
                 raise typer.Exit
-            if launch.is_launched():
+            if launch.is_launched() and settings.launch.num_processes == "auto":
                 started = replace(settings.launch, num_processes=launch.launched_processes(), num_machines=1)
                 settings = replace(settings, launch=started)
             console.print_json(preview(settings))

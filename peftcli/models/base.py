@@ -211,8 +211,9 @@ class OpenBase:
         assert self.spec.quantization
         model = self.empty_model(auto_class, **options)
         _, heads = validate.find_heads(model)
-        whole = [name for name in heads if not validate.has_stack(model.get_submodule(name))]
-        return quantization.to_transformers(self.spec.quantization, dtype, model, whole)
+        if auto_class == "AutoModel":  # a body may consist of several encoders
+            heads = [name for name in heads if not validate.has_stack(model.get_submodule(name))]
+        return quantization.to_transformers(self.spec.quantization, dtype, model, heads)
 
     def _config_with(self, options: Mapping[str, Any]) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)

@@ -86,7 +86,9 @@ def _merge_section(below: Value, value: Value, section: str) -> Value:
     if section == "base_model" and isinstance(below.data, dict) and isinstance(value.data, dict):
         name, other = below.data.get("name"), value.data.get("name")
         if name and other and name.data != other.data:
-            kept = {name: each for name, each in below.data.items() if name not in _OF_ONE_MODEL}
+            kept = {
+                key: each for key, each in below.data.items() if key not in _OF_ONE_MODEL or each.place == COMMAND_LINE
+            }
             below = replace(below, data=kept)
     return _merge(below, value)
 
@@ -111,6 +113,8 @@ def _override(tree: Value, text: str, problems: Problems) -> Value:
         problems.add("cannot be overridden", COMMAND_LINE, "extends")
         return tree
     value = _parse_value(written.strip(), key, problems)
+    if path == ["base_model", "name"]:
+        path = path[:1]
     return tree if value is None else _set(tree, path, value)
 
 

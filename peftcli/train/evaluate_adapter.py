@@ -62,8 +62,8 @@ def measure(
     set_seed(recipe.training.seed)  # a new head is the one that training starts from
     loaded = load_base(recipe, task)
     if source is None and loaded.initialised:
-        new = ", ".join(sorted({name.rpartition(".")[0] for name in loaded.initialised}))
-        on_warning(f"{new} of {recipe.base_model.name} is new and untrained: this measures what training starts from")
+        new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
+        on_warning(f"{recipe.base_model.name} has a new and untrained {new}: this measures what training starts from")
     if isinstance(task, FitsModel):
         task.fit_model(loaded.model, None)
     if source is not None:

@@ -56,7 +56,8 @@ def is_launched() -> bool:
 
 def launched_processes() -> int:
     """Number of processes that the launcher of this one started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
+    count = os.environ.get("WORLD_SIZE", "")
+    return int(count) if count.isdigit() else 1
 
 
 @contextmanager

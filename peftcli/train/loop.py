@@ -170,7 +170,8 @@ class Gradients:
     def _average_buffers(self, weight: int) -> None:
         """Take the mean over the processes. ``weight`` is how many micro-batches this one has computed; it may be 0."""
         parts = [buffer.flatten().double() for buffer in self.buffers]  # in float64 the mean of equals is exact
-        flat = torch.cat([*parts, parts[0].new_ones(1)]) * weight
+        flat = torch.cat([*parts, parts[0].new_ones(1)])
+        flat = flat * weight if weight else torch.zeros_like(flat)  # which may not be finite there
         torch.distributed.all_reduce(flat)
         *summed, weights = flat.split([*map(len, parts), 1])
         for buffer, total in zip(self.buffers, summed, strict=True):

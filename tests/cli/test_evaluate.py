@@ -39,7 +39,7 @@ def test_a_new_head_is_the_one_that_training_starts_from(cli: Callable, tmp_path
     done = run_recipe(recipe, EVALUATES, "training.eval_on_start=true", "training.max_steps=1")
     ran = cli("evaluate", recipe, "--json")
     assert json.loads(ran.out)["eval"]["last"] == pytest.approx(done.run["eval"]["first"], rel=1e-6)
-    assert ran.err.count("warning: score of ") == ran.err.count(" is new and untrained: ") == 1
+    assert ran.err.count("warning: ") == ran.err.count(" has a new and untrained score: ") == 1
     assert "untrained" not in cli("evaluate", recipe, "--adapter", done.folder).err
 
 

@@ -15,7 +15,7 @@ import trainkit
 from models_tiny import batch, labelled, logits, tiny
 from opened import load_model
 from safetensors.torch import load_file, save_file
-from transformers import DistilBertConfig, DistilBertModel
+from transformers import DistilBertConfig, DistilBertModel, SegformerConfig, SegformerModel
 
 from peftcli.core.inject import inject
 from peftcli.core.quantised import is_quantised
@@ -100,6 +100,10 @@ def test_heads_are_not_quantised(tmp_path: Path) -> None:
     left_out = opened.quantization_config(*classifier, num_labels=3).llm_int8_skip_modules
     assert {"pre_classifier", "classifier"} <= {*left_out}
     assert not any("transformer" in name for name in left_out)
+    pictures = SegformerConfig(depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8)
+    SegformerModel(pictures).save_pretrained(tmp_path)
+    opened = open_base(BaseModel(name=str(tmp_path), quantization=Quantization(type="int8")))
+    assert "decode_head" in opened.quantization_config("AutoModelForSemanticSegmentation", None).llm_int8_skip_modules
 
 
 def test_what_transformers_dequantises_is_trained_on_as_it_is(tmp_path: Path) -> None:

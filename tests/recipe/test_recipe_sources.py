@@ -86,11 +86,14 @@ def test_another_base_model_inherits_no_trust_and_nothing_is_nothing(write) -> N
     spec = "{name: a/b, revision: main, trust_remote_code: true, dtype: float32}"
     write(text=f"base_model: {spec}\ntask: {{type: causal_lm, overlong: drop}}\n", name="base.yaml")
     rest = "method: {type: lora}\ndataset: {train: org/data}\ntraining: {output_dir: x}\n"
-    for own, overrides in (("base_model: c/d\ntask: null\n", []), ("", ["base_model=c/d", "task=null"])):
+    by_name = ["base_model.name=c/d", "task=null"]
+    for own, overrides in (("base_model: c/d\ntask: null\n", []), ("", ["base_model=c/d", "task=null"]), ("", by_name)):
         recipe = load_recipe(write(text=f"extends: base.yaml\n{own}{rest}"), overrides)
         base = recipe.base_model
         assert (base.name, base.revision, base.trust_remote_code, base.dtype) == ("c/d", None, False, "float32")
         assert recipe.task is None
+    recipe = load_recipe(write(text=f"extends: base.yaml\n{rest}"), ["base_model.revision=v2", "base_model=c/d"])
+    assert recipe.base_model.revision == "v2"
 
 
 def test_a_problem_is_shown_in_the_file_that_holds_it(write) -> None:

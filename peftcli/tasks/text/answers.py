@@ -5,6 +5,7 @@ A prompt and its answers are texts, or messages. Where no column holds the promp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from peftcli.tasks.text.spans import common_length
 PAIR = ("chosen", "rejected")
 """The columns of a row of two answers."""
 _BLANKS = " \n\t"
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+"""A letter of a script without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,12 @@ class AnswerReader(ExampleReader):
         is_messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
         if not (prompt is None or isinstance(prompt, str) or is_messages):
             raise row.place.error("expected messages, or a text", key=self.names["prompt"])
-        wholes = {name: self._with_prompt(prompt, answer, name, row) for name, answer in answers.items()}
-        before = len(prompt) if is_messages else common_length(*wholes.values()) if len(wholes) > 1 else 0
+        parts = {name: self._parts(prompt, answer, name, row) for name, answer in answers.items()}
+        opening = max((opening for opening, _ in parts.values()), key=len)  # one answer may lack its system turn
+        wholes = {name: [*opening, *rest] for name, (_, rest) in parts.items()}
+        before = len(opening)
+        if len(wholes) > 1 and not (is_messages and prompt):
+            before = max(before, common_length(*wholes.values()))
         key = self.names[self.answer]
         values, names = {key: wholes[self.answer], "tools": tools}, {"messages": key, "tools": "tools"}
         found = ExampleReader("messages", names)(replace(row, values=values))
@@ -66,25 +73,31 @@ class AnswerReader(ExampleReader):
             raise row.place.error("has no assistant turn of its own after the prompt", key=key)
         return replace(found, untrained=frozenset() if self.whole else found.untrained | frozenset(range(before)))
 
-    def _with_prompt(self, prompt: Any, answer: Any, name: str, row: Row) -> list[Any]:
-        """The turns of the prompt and of the answer, which may repeat it.
+    def _parts(self, prompt: Any, answer: Any, name: str, row: Row) -> tuple[list[Any], list[Any]]:
+        """The turns of the prompt, which the answer may repeat, and those after it.
 
         Raises:
-            DataError: the answer is no list of turns, or begins otherwise than with a prompt that is a text.
+            DataError: the answer is no list of turns, or asks something else than a prompt that is a text.
         """
         if not isinstance(answer, list):
             raise row.place.error(f"expected a list of turns, found {json_kind(answer)}", key=self.names[name])
-        if not prompt or isinstance(prompt, list):
-            turns = prompt or []
-            return answer if answer[: len(turns)] == turns else [*turns, *answer]
-        if not answer or not isinstance(answer[0], dict) or answer[0].get("role") == "assistant":
-            return [{"role": "user", "content": prompt}, *answer]
-        if not any(_asks(turn, prompt) for turn in answer):
+        if not prompt:
+            return [], answer
+        if isinstance(prompt, list):
+            for turns in (prompt, prompt[_system_turns(prompt) :]):
+                if turns and answer[: len(turns)] == turns:
+                    return prompt, answer[len(turns) :]
+            return prompt, answer
+        first = _system_turns(answer)
+        if first == len(answer) or not isinstance(answer[first], dict) or answer[first].get("role") == "assistant":
+            return [*answer[:first], {"role": "user", "content": prompt}], answer[first:]
+        asked = next((at for at, turn in enumerate(answer, start=1) if _asks(turn, prompt)), None)
+        if asked is None:
             message = (
                 f"is in no user turn of {self.names[name]}, which begins with a turn of its own: leave the prompt "
             )
             raise row.place.error(f"{message}out, or write it as messages", key=self.names["prompt"])
-        return answer
+        return answer[:asked], answer[asked:]
 
 
 def answer_reader(
@@ -113,12 +126,18 @@ def _asks(turn: Any, prompt: str) -> bool:
     return isinstance(content, str) and content.strip() == prompt.strip()
 
 
+def _system_turns(turns: list[Any]) -> int:
+    """How many system turns a conversation begins with."""
+    others = (at for at, turn in enumerate(turns) if not isinstance(turn, dict) or turn.get("role") != "system")
+    return next(others, len(turns))
+
+
 def _shared(one: str, other: str) -> int:
     """How many characters two texts begin with, up to white space: a word stays whole.
 
-    A language that writes none between words has no such place: there they are all of them, but for an answer's last.
+    A script without blanks between words has no such place: there they are all of them, but for an answer's last.
     """
     common = one[: common_length(one, other)]
-    if not common.isascii() and not any(blank in common for blank in _BLANKS):
+    if _UNSPACED.search(common) and not any(blank in common for blank in _BLANKS):
         return min(len(common), len(one) - 1, len(other) - 1)
     return max(0, *(common.rfind(blank) for blank in _BLANKS))

@@ -132,6 +132,8 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
             messages = messages[:-1]  # the answer that a dataset's row holds
         if not messages:
             raise row.place.error("the conversation has no turn to answer")
+        if messages[-1].get("content") is None:
+            raise row.place.error("the last turn to answer has no content")
         return ChatExample(messages, tools) if isinstance(tools, list) else messages
     if isinstance(prompt, str) and prompt:
         return prompt

@@ -9,6 +9,7 @@ from classifierkit import encoded, open_task
 
 from peftcli.errors import DataError
 from peftcli.tasks.text.answer_inputs import split
+from peftcli.tasks.text.answers import _shared
 
 ASK = {"role": "user", "content": "What follows seven?"}
 SYSTEM, MORE = {"role": "system", "content": "Count."}, {"role": "user", "content": "And then?"}
@@ -30,6 +31,18 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "the prompt as text and in one answer": (
         {"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [NO]},
         CHATS,
+    ),
+    "the prompt as text and a system turn in one answer": (
+        {"prompt": ASK["content"], "chosen": [SYSTEM, ASK, YES], "rejected": [NO]},
+        [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "the prompt as text and system turns": (
+        {"prompt": ASK["content"], "chosen": [SYSTEM, YES], "rejected": [SYSTEM, NO]},
+        [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "the prompt without its system turn in the answers": (
+        {"prompt": [SYSTEM, ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        [[SYSTEM, *chat] for chat in CHATS],
     ),
     "the prompt in one answer": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]}, CHATS),
     "the prompt as text": ({"prompt": ASK["content"], "chosen": [YES], "rejected": [NO]}, CHATS),
@@ -79,6 +92,19 @@ def test_what_cannot_be_compared_is_refused_with_its_row(row: dict[str, Any], sa
     assert isinstance(bad, DataError)
     assert said in bad.message
     assert bad.line == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ("sun mill tea", "sun mill team", "sun mill"),
+        ("caf\u00e9", "caf\u00e9t\u00e9ria", ""),  # a word stays whole, in letters of any script with blanks
+        ("\u041f\u0440\u0438\u0432\u0435\u0442", "\u041f\u0440\u0438\u044f\u0442\u043d\u043e", ""),
+        ("\u5929\u84dd\uff1f\u6563\u5c04", "\u5929\u84dd\uff1f\u4e0d", "\u5929\u84dd\uff1f"),
+    ],
+)
+def test_what_two_texts_begin_with(one: str, other: str, shared: str) -> None:
+    assert one[: _shared(one, other)] == shared
 
 
 def test_pairs_that_differ_beyond_the_cut_are_left_out() -> None:

@@ -181,6 +181,8 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     }.items():
         assert prompt_of(Row(every, Place("a", 1)), {}, trained_on) == wanted
     assert prompt_of(Row({"prompt": "p"}, Place("a", 1)), {}, "alpaca") == "p"
+    with pytest.raises(DataError, match="the last turn to answer has no content"):
+        prompt(messages=[{"role": "user"}])
     for bad in ({"conversations": 5}, {"instruction": "Add", "input": [1]}, {"instruction": "Add", "system": 5}):
         with pytest.raises(DataError, match="expected") as caught:
             prompt(**bad)
