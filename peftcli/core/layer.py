@@ -469,7 +469,7 @@ def base_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the base model's weights that are not quantised; float32 if there are none."""
+    """Return the dtype of the base model's first weight that is not quantised; float32 if all are."""
     weights = (value for module in base_modules(model).values() for value in module.parameters(recurse=False))
     return next((value.dtype for value in weights if value.dtype in FLOATS), torch.float32)
 

@@ -87,7 +87,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the state of each adapted module of a model, or of the one in a ``PeftModel``, in the model's order.
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: the model has no adapter.
     """
     tuner, place = _places(model)
     layers: dict[nn.Module, dict[str, AdapterLayer]] = {}
