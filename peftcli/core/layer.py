@@ -228,9 +228,13 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         self.file_prefix = file_prefix
         self.copy = copy.deepcopy(base)
         self.optional = tuple(self._shared())
-        for parameter in self.copy.parameters():
-            parameter.data = parameter.data.to(adapter_dtype(parameter))
-            parameter.requires_grad_(True)
+        for value in (
+            *self.copy.parameters(),
+            *self.copy.buffers(),
+        ):  # a batch norm wants its statistics in float32, too
+            if value.is_floating_point():
+                value.data = value.data.to(adapter_dtype(value))
+        self.copy.requires_grad_(True)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the model reads of the module, the weight for one: the copy's, in the base model's dtype."""

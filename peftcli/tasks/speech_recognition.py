@@ -65,6 +65,9 @@ _FRAMES = 100
 """Frames of a second."""
 _BLOCK = 1 << 16
 _TIME = re.compile(r"<\|\d+\.\d+\|>")
+_NO_BLANKS = ("zh", "yue", "ja", "th", "lo", "my")
+"""Languages written without blanks between words, in which Whisper's authors compare letters (appendix C of
+https://arxiv.org/abs/2212.04356)."""
 _ALL_LANGUAGES = 51865
 """Tokens of the smallest Whisper model that knows several languages."""
 
@@ -342,21 +345,32 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         pairs = [(self._compared(wanted), self._compared(found)) for wanted, found in outputs]
-        return {"loss": float(sums["loss"]) / num_targets, **text_metrics(("wer", "cer"), pairs)}
+        rates = text_metrics(("wer", "cer"), pairs)
+        if self.settings.normalize_text and self._letters_are_words:
+            rates["cer"] = rates["wer"]
+        return {"loss": float(sums["loss"]) / num_targets, **rates}
 
     def _compared(self, text: str) -> str:
         """A text as error rates compare it, without times."""
         text = _TIME.sub(" ", text)
         return " ".join((self._normaliser(text) if self.settings.normalize_text else text).split())
 
+    @property
+    def _letters_are_words(self) -> bool:
+        """Whether a normalised text has a blank after each letter."""
+        return self.settings.mode == "transcribe" and getattr(self.generation, "language", None) in _NO_BLANKS
+
     @cached_property
     def _normaliser(self) -> Callable[[str], str]:
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-        english = self.is_whisper and (self.generation.language in (None, "en") or self.settings.mode == "translate")
-        spellings = getattr(self.tokenizer, "english_spelling_normalizer", None) or {}
-        normaliser: Callable[[str], str] = EnglishTextNormalizer(spellings) if english else BasicTextNormalizer()
-        return normaliser
+        if self.is_whisper and (self.generation.language in (None, "en") or self.settings.mode == "translate"):
+            english: Callable[[str], str] = EnglishTextNormalizer(
+                getattr(self.tokenizer, "english_spelling_normalizer", None) or {}
+            )
+            return english
+        basic: Callable[[str], str] = BasicTextNormalizer(split_letters=self._letters_are_words)
+        return basic
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""

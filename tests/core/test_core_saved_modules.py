@@ -301,6 +301,17 @@ def test_the_statistics_of_a_head_that_trains_are_those_of_its_data() -> None:
     assert body.running_mean.any()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_statistics_of_a_head_are_float32_over_a_bfloat16_base(autocast: bool) -> None:
+    model = _net().bfloat16()
+    inject(model, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.train()(torch.randn(8, 4).bfloat16()).sum().backward()
+    assert model.head.copy[0].running_mean.dtype == torch.float32
+    merge(model, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    assert model.head[0].running_mean.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("lib", [peft, peftcli], ids=["peft", "peftcli"])
 def test_modules_that_peft_finds_by_an_ending_are_read(lib: Any, tmp_path: Path) -> None:
     """PEFT looks at no dots: "norm" is also the end of "post_attention_layernorm"."""

@@ -349,6 +349,7 @@ def test_error_rates() -> None:
     assert rates([("one two", "one two"), ("Three.", "Three.")]) == [0, 0]
     assert rates([("one two", "one"), ("Three.", "three")]) == pytest.approx([2 / 3, 6 / 13])
     assert rates([("Colour, 2!", "color two")], normalize_text=True)[0] == pytest.approx(0.5)  # without the spellings
+    assert rates([("今天天气很好。", "今天天气不好")], normalize_text=True, language="zh") == pytest.approx([1 / 6] * 2)
     assert rates([("<|0.00|> one<|0.50|>", "one")]) == [0, 0]
     assert rates([("one", "a b c")])[0] == 3
     assert task.lower_is_better == ("loss", "wer", "cer")
