@@ -333,7 +333,13 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
         if checkpoint is None:
             return state
         prepared.make_whole()
-        load_checkpoint(checkpoint, state, run.accelerator)
+        try:
+            load_checkpoint(checkpoint, state, run.accelerator)
+        except StorageError as error:
+            if not run.changes:
+                raise
+            hint = "undo the changes that were allowed; or choose another training.output_dir"
+            raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None
     progress = state.progress
     if progress.step > total:
         raise UsageError(

@@ -33,7 +33,7 @@ from peftcli.train.loop import Gradients
 from peftcli.train.report import OnEvent
 from peftcli.train.run import RunHost, completed, steps_of
 from peftcli.train.runs.checkpoint import State
-from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.folder import RESUME_MODES, RunFolder
 from peftcli.train.runs.resume import Run, StartOptions
 from peftcli.train.setup import load_base, start_accelerator, uses_bf16
 from peftcli.train.training_loop import RunData
@@ -87,7 +87,7 @@ def start_together(
     Raises:
         UsageError: that is not for one process, or not for several recipes.
     """
-    if resume not in ("auto", "must", "never"):
+    if resume not in RESUME_MODES:
         raise UsageError("names a checkpoint of one run; --together takes auto, must or never", key="--resume")
     for name, recipe in recipes.items():
         if launch.is_launched() or recipe.launch.num_machines > 1 or launch.process_count(recipe.launch) > 1:

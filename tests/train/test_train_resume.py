@@ -141,10 +141,36 @@ def test_a_checkpoint_whose_optimizer_lacks_an_average_is_refused(
 
 def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(recipe: Path) -> None:
     out = stopped(recipe)
-    with pytest.raises(StorageError, match="does not fit this run"):
+    with pytest.raises(UsageError, match="does not fit this run"):
         run_recipe(recipe, "method.r=2", allow_change=["method"])
     assert read_run(out)["identity"]["recipe"]["method"]["r"] == 4
     assert run_recipe(recipe).run["status"] == "complete", "the run itself goes on"
+
+
+def test_a_refusal_names_all_that_must_be_allowed(recipe: Path) -> None:
+    stopped(recipe)
+    other = recipe.parent / "other.jsonl"
+    other.write_bytes((recipe.parent / "train.jsonl").read_bytes())
+    settings = (f"dataset.train={other}", "training.learning_rate=1e-3")
+    with pytest.raises(UsageError) as caught:
+        run_recipe(recipe, *settings)
+    words = str(caught.value.hint).split("anyway: ")[1].split()
+    assert words[::2] == ["--allow-change"] * 3
+    assert run_recipe(recipe, *settings, allow_change=words[1::2]).run["status"] == "complete"
+
+
+def test_another_method_cannot_go_on(recipe: Path) -> None:
+    stopped(recipe)
+    with pytest.raises(UsageError, match=r"data; nothing was changed\n  method.type: 'lora' -> 'ia3'\n") as caught:
+        run_recipe(recipe, "method={type: ia3}", "training.learning_rate=5e-3", allow_change=["method"])
+    assert "--allow-change" not in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("short")
+def test_resume_is_looked_at_of_a_complete_run_too(recipe: Path) -> None:
+    run_recipe(recipe)
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        run_recipe(recipe, resume="atuo")
 
 
 @pytest.mark.usefixtures("short")

@@ -34,6 +34,11 @@ class Change:
     before: Any
     now: Any
 
+    @property
+    def is_final(self) -> bool:
+        """Whether no checkpoint from before it can be resumed: its tensors are those of another method."""
+        return self.key == "method.type"
+
     def __str__(self) -> str:
         """``training.learning_rate: 0.0002 -> 0.0001``."""
         return f"{self.key}: {self.before!r} -> {self.now!r}"
@@ -64,15 +69,18 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
 
 
 def changes(before: IdentityRecord, now: IdentityRecord) -> list[Change]:
-    """The differences between two identities."""
+    """The differences between two identities; of another method its type alone."""
     old, new = flatten(to_json(before)), flatten(to_json(now))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [Change(key.removeprefix("recipe."), old.get(key), new.get(key)) for key in differing]
+    found = [Change(key.removeprefix("recipe."), old.get(key), new.get(key)) for key in differing]
+    if any(change.is_final for change in found):
+        found = [change for change in found if change.is_final or not change.key.startswith("method.")]
+    return found
 
 
 def is_allowed(change: Change, allowed: Collection[str]) -> bool:
     """Whether one of ``allowed`` is the change's key, or a section of it."""
-    return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
+    return not change.is_final and any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
 
 
 def check_keys(allowed: Sequence[str], recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from peftcli.system import date
 from peftcli.system.signals import Stop
 from peftcli.train.report import OnEvent, Warned, versions
 from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
-from peftcli.train.runs.folder import RunFolder, refuse_without_product
+from peftcli.train.runs.folder import RESUME_MODES, RunFolder, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.runs.record import BaseModelRecord, ChangeRecord, IdentityRecord, RunRecord, SeedsRecord
 
@@ -103,6 +103,9 @@ def open_run(
     try:
         if accelerator.is_main_process:
             check_keys(options.allow_change, recipe)
+            if options.resume not in RESUME_MODES and not Path(options.resume).is_dir():
+                hint = f"{', '.join(RESUME_MODES)}, or the folder of a checkpoint"
+                raise UsageError("no such checkpoint", file=options.resume, key="--resume", hint=hint)
             now = identity(recipe, accelerator.num_processes)
             if not folder.is_replacing():
                 _choose(folder, now, options)  # refuses before anything is written
@@ -170,15 +173,25 @@ def _choose(
             hint="leave --resume out to resume it; or add --overwrite: the old run is moved aside once the new one is "
             "complete",
         )
+    differing = refused or changed
+    shown = [f"  {change}" for change in differing[:_SHOWN]]
+    if len(differing) > _SHOWN:
+        shown.append(f"  and {len(differing) - _SHOWN} more")
+    hint = _WAYS_OUT
+    if not complete and not any(change.is_final for change in refused):
+        keys = dict.fromkeys("data" if change.key.startswith("data.") else change.key for change in refused)
+        hint += f"; to resume it anyway: {' '.join(f'--allow-change {key}' for key in keys)}"
     raise UsageError(
         f"holds {'a complete run' if complete else 'a run'} of another recipe or other data; nothing was changed\n"
-        + "\n".join(f"  {change}" for change in (refused or changed)[:8]),
+        + "\n".join(shown),
         file=str(folder.path),
         key="training.output_dir",
-        hint=_WAYS_OUT if complete else f"{_WAYS_OUT}; to resume it anyway: --allow-change {refused[0].key}",
+        hint=hint,
     )
 
 
+_SHOWN = 8
+"""Differences that a refusal shows."""
 _WAYS_OUT = "choose another training.output_dir; or --overwrite: the old run is moved aside once the new is complete"
 
 
@@ -246,7 +259,7 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
     found: list[Any] = [None]
     if run.is_main:
         resume, folder = run.options.resume, run.folder.checkpoints
-        if resume in ("auto", "must", "never"):
+        if resume in RESUME_MODES:
             found[0] = newest_whole(folder, run.warn)
             prune(folder, run.recipe.training.save_total_limit)  # a kill may have left one more
             if resume == "must" and found[0] is None:
@@ -279,9 +292,6 @@ def _seal(checkpoint: Path) -> str | None:
 
 
 def _chosen(path: Path, run: Run) -> Path:
-    if not path.is_dir():
-        hint = "auto, must, never, or the folder of a checkpoint"
-        raise UsageError("no such checkpoint", file=str(path), key="--resume", hint=hint)
     if reason := find_damage(path):
         raise StorageError(f"damaged checkpoint: {reason}", file=str(path))
     recorded = run.record.identity
