@@ -439,7 +439,8 @@ class Template:
             raise _Unclear("the template changes the order of the turns")
         start = self._start(whole, index, kinds, before, sure)
         if calls:
-            return AnswerSpan(index, start, self._end_of_calls(whole, index, kinds, limit), closed=True)
+            end = self._end_of_calls(whole, index, kinds, limit)
+            return AnswerSpan(index, start, end, closed=not self._ends_a_call(whole, index, whole.text[start:end]))
         if not whole.text[start:last].strip():
             raise _Unclear("the template shows nothing of its content")
         closing = whole.format.closing.match(whole.text, last, limit)
@@ -493,6 +494,18 @@ class Template:
         if run or common.endswith(whole.format.closings):
             return last + len(common)
         raise _Unclear("where its tool calls end is not clear")
+
+    def _ends_a_call(self, whole: _Conversation, index: int, answer: str) -> bool:
+        """Whether the end of a turn with tool calls is that of its last call, and one more call could follow."""
+        if answer.endswith(whole.format.closings):
+            return False
+        upto, turn = whole.messages[:index], whole.messages[index]
+        longer = turn | {"tool_calls": [*turn["tool_calls"], turn["tool_calls"][-1]]}
+        end = self._special.findall(answer)[-1]
+        with suppress(DataError):
+            one, more = (self.render([*upto, each], whole.tools).count(end) for each in (turn, longer))
+            return more > one
+        return False
 
     def _render_mark(self, whole: _Conversation, messages: list[Message], index: int, kind: str) -> tuple[str, int]:
         """Render other messages; also return the position of this kind of mark of message ``index``."""

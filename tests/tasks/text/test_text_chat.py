@@ -114,6 +114,19 @@ def test_answers(
     assert trained(encode(messages, tokenizer), tokenizer) == expected
 
 
+def test_the_end_of_a_call_is_not_that_of_its_turn() -> None:
+    """GLM's answers end where the next turn begins, with or without calls."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}{% for call in m.tool_calls or [] %}"
+        "{{ '<call>' + call.function.name + '</call>' }}{% endfor %}{% endfor %}"
+    )
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|tool|>", "<call>", "</call>"])
+    turns = [user("q"), answer(None, tool_calls=[CALL]), {"role": "tool", "content": "3"}]
+    encoded = encode(turns, tokenizer)
+    assert trained(encoded, tokenizer) == ["<call>add</call>"]
+    assert encoded.flags & Flag.OPEN
+
+
 def test_a_header_that_merges_with_the_answer_is_one_token_of_it(tokenizers: Callable[..., Any]) -> None:
     tokenizer = tokenizers("smollm")
     assert tokenizer.tokenize("\n\n") == ["ĊĊ"]
