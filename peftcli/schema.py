@@ -10,7 +10,7 @@ NumberOrAuto = int | Literal["auto"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"least": 0}, {"least": 1}, {"above": 0}
 """Ranges of numbers, as metadata of a field."""
-_MILLION = {"most": 1_000_000}
+_BELOW_1, _MILLION = {"below": 1}, {"most": 1_000_000}
 """Far above useful values, which take memory in proportion."""
 
 
@@ -30,7 +30,7 @@ def out_of_range(settings: Any) -> Iterator[tuple[str, str]]:
                 if "below" in limits and not value < limits["below"]:
                     yield entry.name, f"{of}must be below {limits['below']}, not {value}"
                 if value > limits.get("most", value):
-                    yield entry.name, f"{of}must be at most {limits['most']:,}, found {value:g}"
+                    yield entry.name, f"{of}must be at most {limits['most']:,}, found {value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Source:
     """Format of the rows. auto: the value of dataset.format."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column names, as in dataset.columns. Empty: the value of dataset.columns."""
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata=AT_LEAST_1)
     """Use only the first N rows."""
 
 
@@ -112,7 +112,7 @@ class Dataset:
     1}], or without, as in [a.jsonl, b.jsonl]."""
     eval: str | None = None
     """File, folder or hub dataset for evaluation."""
-    eval_fraction: float | None = None
+    eval_fraction: float | None = field(default=None, metadata=ABOVE_0 | _BELOW_1)
     """Hold out this fraction of the training rows for evaluation, instead of ``eval``. training.seed chooses the
     rows."""
     name: str | None = None
@@ -148,7 +148,7 @@ class Dataset:
     listed."""
     allow: list[str] = field(default_factory=list)
     """Names of findings of ``peftcli inspect`` that must not stop the run."""
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata=AT_LEAST_1)
     """Use only the first N training rows."""
 
     def sources(self) -> list[Source]:
@@ -193,7 +193,7 @@ class Training:
         "linear"
     )
     """Schedule of the learning rate after the warm-up."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = field(default=0.0, metadata=AT_LEAST_0 | {"most": 1})
     """Fraction of the steps during which the learning rate rises from 0, rounded up to whole steps."""
     warmup_steps: int | float = field(default=0, metadata=AT_LEAST_0)
     """Number of warm-up steps; below 1: a fraction of the steps, like warmup_ratio, which it overrides if above 0."""
@@ -219,15 +219,15 @@ class Training:
     """Other arguments of the optimizer's class, as {momentum: 0.9} of sgd."""
     weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight decay. Biases and the weights of norms are not decayed, as by Trainer."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = field(default=0.9, metadata=AT_LEAST_0 | _BELOW_1)
     """Decay rate of the mean of past gradients: AdamW's and Lion's."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = field(default=0.999, metadata=AT_LEAST_0 | _BELOW_1)
     """Decay rate of the mean of past squared gradients: AdamW's; Lion's second rate."""
     adam_epsilon: float = field(default=1e-8, metadata=ABOVE_0)
     """AdamW's term that is added to the divisor."""
     max_grad_norm: float = field(default=1.0, metadata=AT_LEAST_0)
     """Clip the norm of the gradients to this value; 0: no clipping."""
-    neftune_noise_alpha: float | None = None
+    neftune_noise_alpha: float | None = field(default=None, metadata=ABOVE_0)
     """NEFTune (https://arxiv.org/abs/2310.05914): noise on the embeddings of tokens in training, usually 5 to 15.
     Unset: none."""
     bf16: bool | Literal["auto"] = "auto"
@@ -243,7 +243,7 @@ class Training:
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
     """Order of the examples. group_by_length puts examples of similar length together, which saves
     time where padding is computed."""
-    seed: int = 42
+    seed: int = field(default=42, metadata=AT_LEAST_0 | {"most": 2**32 - 1})
     """Seed of initialisation, example order and dropout. The same seed gives the same adapter."""
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to evaluate, if there is evaluation data. Unless ``no``, evaluation also runs at the end."""
@@ -255,8 +255,8 @@ class Training:
     """When to write a checkpoint that training can resume from. Unless ``no``, the last step has one too."""
     save_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between checkpoints, with save_strategy steps."""
-    save_total_limit: int = 2
-    """Number of checkpoints to keep, the newest ones; at least 2."""
+    save_total_limit: int = field(default=2, metadata={"least": 2})
+    """Number of checkpoints to keep, the newest ones; at least 2, since an older one replaces a damaged one."""
     max_time: str | None = None
     """Stop with a checkpoint this long after the start of the command, as in 3h30m or 90s; the same command then
     resumes. The time for the current step and the checkpoint is added."""
@@ -311,7 +311,7 @@ class Launch:
     """Number of this machine, from 0."""
     main_process_ip: str = "127.0.0.1"
     """Address of machine 0."""
-    main_process_port: NumberOrAuto = "auto"
+    main_process_port: NumberOrAuto = field(default="auto", metadata=AT_LEAST_1 | {"most": 65535})
     """Port of machine 0. auto: a free port; required with several machines."""
     max_restarts: int = field(default=3, metadata=AT_LEAST_0)
     """How often the processes of several machines are started again when one of them, or a machine, is lost."""

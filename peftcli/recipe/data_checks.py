@@ -24,7 +24,7 @@ _MAX_SUGGESTIONS = 20
 
 def check_data(recipe: Recipe, report: Report) -> None:
     """Report the problems of the section ``dataset``, alone and with task and method."""
-    for part in (_train_or_mix, _paths, _hub_settings, _limits, _weights, _repeats, _evaluation_rows, _allowed):
+    for part in (_train_or_mix, _paths, _hub_settings, _mix, _repeats, _evaluation_rows, _allowed):
         part(recipe.dataset, report)
     _rows(recipe, report)
 
@@ -115,20 +115,16 @@ def _hub_settings(dataset: Dataset, report: Report) -> None:
         report(keys, f"applies to hub datasets, but dataset.{evaluated} is local")
 
 
-def _limits(dataset: Dataset, report: Report) -> None:
-    for key, source in _sources_by_key(dataset):
-        if source.limit is not None and source.limit < 1:
-            report((f"{key}.limit",), f"must be at least 1, not {source.limit}")
-
-
-def _weights(dataset: Dataset, report: Report) -> None:
+def _mix(dataset: Dataset, report: Report) -> None:
     some = any(source.weight is not None for source in dataset.mix)
     for index, source in enumerate(dataset.mix):
-        key = f"dataset.mix[{index}].weight"
+        key = f"dataset.mix[{index}]"
+        for name, problem in out_of_range(source):
+            report((f"{key}.{name}",), problem)
         if source.weight is None and some:
-            report((key,), "is missing; give weights to all datasets of dataset.mix, or to none")
+            report((f"{key}.weight",), "is missing; give weights to all datasets of dataset.mix, or to none")
         elif source.weight is not None and source.weight <= 0:
-            report((key,), f"must be above 0, not {source.weight}; leave out a dataset instead")
+            report((f"{key}.weight",), f"must be above 0, not {source.weight}; leave out a dataset instead")
 
 
 def _repeats(dataset: Dataset, report: Report) -> None:
@@ -152,8 +148,6 @@ def _evaluation_rows(dataset: Dataset, report: Report) -> None:
     if dataset.eval_fraction is not None and len(ways) > 1:
         keys = [f"dataset.{name}" for name in reversed(ways)]
         report(keys, f"cannot be given together with {' and '.join(reversed(keys[1:]))}")
-    if dataset.eval_fraction is not None and not 0 < dataset.eval_fraction < 1:
-        report(("dataset.eval_fraction",), f"must be between 0 and 1, not {dataset.eval_fraction}")
 
 
 def _allowed(dataset: Dataset, report: Report) -> None:

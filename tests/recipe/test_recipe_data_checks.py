@@ -100,7 +100,7 @@ def recipe(**parts: str) -> str:
         # rows to evaluate on
         ("train: org/a, eval: data, eval_split: x", 49, "eval_split", "hub datasets, but dataset.eval is local"),
         ("train: org/a, eval_split: x, eval_fraction: 0.5", 55, "eval_fraction", "together with dataset.eval_split"),
-        ("mix: [org/a], eval_fraction: 0", 40, "eval_fraction", "must be between 0 and 1, not 0.0"),
+        ("mix: [org/a], eval_fraction: 0", 40, "eval_fraction", "must be above 0, not 0.0"),
         # findings
         ("train: org/a, allow: [double_boss]", 33, "allow[0]", "unknown finding: 'double_boss'; those that stop"),
         ("train: org/a, allow: [double_bos, bad_rows]", 45, "allow[1]", "dataset.on_bad_row decides about bad rows"),
