@@ -50,6 +50,7 @@ from peftcli.errors import Interrupted
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
 from peftcli.train import finish
+from peftcli.train.options import StartOptions
 from peftcli.train.report import Event, Stepped, loss_curve
 from peftcli.train.run import train
 
@@ -311,7 +312,7 @@ def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
         events.append(event)
         listen(event)
 
-    return Trained(recipe, train(recipe, on_event=on_event, **options), events)
+    return Trained(recipe, train(recipe, StartOptions(**options), on_event), events)
 
 
 def stopped_copy(recipe: Path, settings: Sequence[str] = (), step: int = 4) -> Path:

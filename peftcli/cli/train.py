@@ -15,6 +15,7 @@ from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
 from peftcli.system.outputs import require_writable
+from peftcli.train.options import StartOptions
 from peftcli.train.schedulers import take_slurms_rank, with_schedulers_place
 
 
@@ -55,17 +56,10 @@ def train(
 
     progress_log(quiet)
     take_slurms_rank()
+    options = StartOptions(resume, allow_change or (), overwrite)
     if together:
-        train_together(
-            [str(recipe), *(overrides or [])],
-            as_json=as_json,
-            quiet=quiet,
-            dry_run=dry_run,
-            junit=junit,
-            resume=resume,
-            allow_change=allow_change or (),
-            overwrite=overwrite,
-        )
+        words = [str(recipe), *(overrides or [])]
+        train_together(words, options, as_json=as_json, quiet=quiet, dry_run=dry_run, junit=junit)
         return
     is_main = launch.is_main_process()
     with junit_report(junit if is_main else None, recipe) as report:
@@ -87,14 +81,7 @@ def train(
         from peftcli.train.start import start
 
         with Progress(quiet=quiet or not is_main) as progress:
-            run = start(
-                settings,
-                sys.argv[1:],
-                progress.show,
-                resume=resume,
-                allow_change=allow_change or (),
-                overwrite=overwrite,
-            )
+            run = start(settings, sys.argv[1:], options, progress.show)
         if run is None:
             raise typer.Exit  # the main process prints the answer, and writes the report
         report |= run

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console
 from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
+from peftcli.train.options import StartOptions
 from peftcli.train.schedulers import with_schedulers_place
 
 if TYPE_CHECKING:
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 
 
 def train_together(
-    words: Sequence[str], *, as_json: bool, quiet: bool, dry_run: bool, junit: Path | None, **options: Any
+    words: Sequence[str], options: StartOptions, *, as_json: bool, quiet: bool, dry_run: bool, junit: Path | None
 ) -> None:
     """Train several recipes at once, and print what became of each.
-
-    ``options`` say how to start, as ``start_together`` takes them.
 
     Raises:
         PeftcliError: the recipes cannot be trained together, or the first that failed.
@@ -60,7 +59,7 @@ def train_together(
             for name, label in zip(loaded, labels, strict=True)
         }
         on_event: dict[str, OnEvent] = {name: progress.show for name, progress in shown.items()}
-        outcomes = start_together(recipes, on_event.__getitem__, **options)
+        outcomes = start_together(recipes, options, on_event.__getitem__)
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PeftcliError)]
     runs = [outcome for outcome in outcomes.values() if not isinstance(outcome, PeftcliError)]
     _print_runs(recipes, shown, outcomes, as_json=as_json and not errors)

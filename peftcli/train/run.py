@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -47,6 +47,7 @@ from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.micro_batches import BatchForm
 from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer
+from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
@@ -60,7 +61,7 @@ from peftcli.train.runs.record import (
     StepsRecord,
     ThreadsRecord,
 )
-from peftcli.train.runs.resume import Run, StartOptions, checkpoint_to_resume, commit_of, open_run
+from peftcli.train.runs.resume import Run, checkpoint_to_resume, commit_of, open_run
 from peftcli.train.runs.typed_json import ABSENT, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.sharded import shard
@@ -70,23 +71,12 @@ from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import RunData, TrainingLoop
 
 
-def train(
-    recipe: Recipe,
-    *,
-    resume: str = "auto",
-    allow_change: Sequence[str] = (),
-    overwrite: bool = False,
-    on_event: OnEvent = lambda event: None,
-) -> dict[str, Any]:
+def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """Train what a recipe describes and write its run folder; resume where an earlier run of it stopped.
 
     Args:
         recipe: What to train.
-        resume: ``auto``: from the newest whole checkpoint of the folder, if there is one; ``must``: the same, and there
-            must be one; ``never``: from the beginning, and there must be no run to resume; or the path of a checkpoint.
-        allow_change: Keys in which a resumed run may differ from this recipe, as the refusal names them. run.json then
-            records what changed, and that the result is not that of one recipe.
-        overwrite: Whether this run may replace another one, which is moved aside once this one is complete.
+        options: What to do about a run that is in the folder already.
         on_event: Receives what happens; see ``peftcli.train.report``.
 
     Returns:
@@ -95,7 +85,7 @@ def train(
     Raises:
         PeftcliError: of the kind that its class says. run.json then records it too.
     """
-    options, training = StartOptions(resume, tuple(allow_change), overwrite), recipe.training
+    training = recipe.training
     save_on = signal.Signals[training.save_on_signal] if training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
         if training.max_time is not None:
@@ -104,7 +94,7 @@ def train(
         accelerator = start_accelerator(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = completed(recipe, tell)
-        recipe = with_chosen_settings(recipe, accelerator, overwrite, tell)
+        recipe = with_chosen_settings(recipe, accelerator, options.overwrite, tell)
         training_run = steps_of(recipe, options, accelerator, stop, tell, RunHost())
         while True:
             try:

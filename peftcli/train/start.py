@@ -13,6 +13,7 @@ from peftcli.schema import Recipe
 from peftcli.system import signals
 from peftcli.system.outputs import expand_user
 from peftcli.train import launch
+from peftcli.train.options import StartOptions
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
 
@@ -20,19 +21,10 @@ if TYPE_CHECKING:
     from peftcli.train.report import OnEvent
 
 
-def start(
-    recipe: Recipe,
-    command: Sequence[str],
-    on_event: OnEvent,
-    *,
-    resume: str = "auto",
-    allow_change: Sequence[str] = (),
-    overwrite: bool = False,
-) -> dict[str, Any] | None:
+def start(recipe: Recipe, command: Sequence[str], options: StartOptions, on_event: OnEvent) -> dict[str, Any] | None:
     """Train what a recipe describes, in as many processes as it wants; return the content of run.json.
 
-    ``command`` are the words after ``peftcli`` that start one more process of this run; the options are those of
-    ``peftcli.train.run.train``.
+    ``command`` are the words after ``peftcli`` that start one more process of this run.
     None: another process has it, and prints the answer.
 
     Raises:
@@ -46,7 +38,7 @@ def start(
     if not launch.is_launched():
         count = launch.process_count(recipe.launch)
         if count > 1 or recipe.launch.num_machines > 1:
-            _launch(recipe, folder, command, count, on_event, overwrite)
+            _launch(recipe, folder, command, count, options.overwrite, on_event)
             return None
 
     hash_ahead(expand_user(Path(recipe.base_model.name)))
@@ -54,7 +46,7 @@ def start(
     from peftcli.train import fresh_process, run
 
     with launch.leave_group_on_exit():
-        finished = run.train(recipe, resume=resume, allow_change=allow_change, overwrite=overwrite, on_event=on_event)
+        finished = run.train(recipe, options, on_event)
     if not launch.is_main_process():
         return None
     if recipe.training.verify and not launch.started_by_peftcli():  # which verifies, when these processes have ended
@@ -73,7 +65,7 @@ def note_resumable(folder: RunFolder) -> None:
 
 
 def _launch(
-    recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, on_event: OnEvent, overwrite: bool
+    recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, overwrite: bool, on_event: OnEvent
 ) -> None:
     """Lock the run folder, encode the data once, and start ``count`` processes."""
     from peftcli.train import data, fresh_process, machines

@@ -30,11 +30,12 @@ from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
 from peftcli.train.fit_memory import is_fitted
 from peftcli.train.loop import Gradients
+from peftcli.train.options import DEFAULTS, RESUME_MODES, StartOptions
 from peftcli.train.report import OnEvent
 from peftcli.train.run import RunHost, completed, steps_of
 from peftcli.train.runs.checkpoint import State
-from peftcli.train.runs.folder import RESUME_MODES, RunFolder
-from peftcli.train.runs.resume import Run, StartOptions
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.resume import Run
 from peftcli.train.setup import load_base, start_accelerator, uses_bf16
 from peftcli.train.training_loop import RunData
 
@@ -44,17 +45,13 @@ Outcome = dict[str, Any] | PeftcliError
 
 def train_together(
     recipes: Mapping[str, Recipe],
-    *,
-    resume: str = "auto",
-    allow_change: Sequence[str] = (),
-    overwrite: bool = False,
+    options: StartOptions = DEFAULTS,
     on_event: Callable[[str], OnEvent] = lambda name: lambda event: None,
 ) -> dict[str, Outcome]:
     """Train what several recipes describe, as ``peftcli.train.run.train`` does for one; return how each run ended.
 
     If one run cannot start, none does. A run that fails later, as one that diverges, ends alone. ``on_event`` returns
-    what receives the events of the run of a name, as errors give it; the other options are those of ``train``, for
-    each.
+    what receives the events of the run of a name, as errors give it; the options are for each.
 
     Raises:
         PeftcliError: they cannot be trained together, or one of them cannot start.
@@ -62,7 +59,7 @@ def train_together(
     tells = {name: on_event(name) for name in recipes}
     found = {name: completed(recipe, tells[name]) for name, recipe in recipes.items()}
     refuse_unlike(found)
-    first, options = next(iter(found.values())), StartOptions(resume, tuple(allow_change), overwrite)
+    first = next(iter(found.values()))
     save_on = signal.Signals[first.training.save_on_signal] if first.training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
         accelerator = start_accelerator(first)
@@ -80,20 +77,20 @@ def train_together(
 
 
 def start_together(
-    recipes: Mapping[str, Recipe], on_event: Callable[[str], OnEvent], *, resume: str = "auto", **options: Any
+    recipes: Mapping[str, Recipe], options: StartOptions, on_event: Callable[[str], OnEvent]
 ) -> dict[str, Outcome]:
     """Train what several recipes describe, as ``train_together`` does, and verify what came of each.
 
     Raises:
         UsageError: that is not for one process, or not for several recipes.
     """
-    if resume not in RESUME_MODES:
+    if options.resume not in RESUME_MODES:
         raise UsageError("names a checkpoint of one run; --together takes auto, must or never", key="--resume")
     for name, recipe in recipes.items():
         if launch.is_launched() or recipe.launch.num_machines > 1 or launch.process_count(recipe.launch) > 1:
             hint = "launch: {num_processes: 1}"
             raise UsageError("--together trains in one process", file=name, key="launch.num_processes", hint=hint)
-    outcomes = train_together(recipes, resume=resume, on_event=on_event, **options)
+    outcomes = train_together(recipes, options, on_event)
     fresh_process.release_gpu_memory()
     for name, outcome in outcomes.items():
         if recipes[name].training.verify and not isinstance(outcome, PeftcliError):

@@ -27,6 +27,7 @@ from peftcli.errors import PeftcliError
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
 from peftcli.recipe.reference import _explainable
+from peftcli.train.options import StartOptions
 from peftcli.train.report import Ready, Stepped
 from peftcli.train.run import train
 
@@ -386,7 +387,7 @@ def test_run_json_in_every_state(recipe: Path) -> None:
     allowed = ["training.learning_rate"]
     other = f"{allowed[0]}=1e-3"
     trainkit.reset_accelerate()
-    train(load_recipe(recipe, [*EVALUATES, *saves, other]), allow_change=allowed, on_event=look)
+    train(load_recipe(recipe, [*EVALUATES, *saves, other]), StartOptions(allow_change=allowed), look)
     look()
     assert seen.keys() == {"running", "failed", "interrupted", "complete"}
     run = trainkit.read_run(out)

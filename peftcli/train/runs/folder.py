@@ -20,8 +20,6 @@ from peftcli.system.secrets import redact, redact_values
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.typed_json import WrongValue
 
-RESUME_MODES = ("auto", "must", "never")
-"""What ``--resume`` takes beside the folder of a checkpoint."""
 _LARGEST_RUN = 1 << 26
 _NEW, _OLD = ".overwrite", ".previous.moving"
 _MOVING_OUT, _MOVING_IN = "MOVING-OUT", "MOVING-IN"

@@ -19,24 +19,12 @@ from peftcli.recipe import to_dict, to_yaml
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system import date
 from peftcli.system.signals import Stop
+from peftcli.train.options import RESUME_MODES, StartOptions
 from peftcli.train.report import OnEvent, Warned, versions
 from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
-from peftcli.train.runs.folder import RESUME_MODES, RunFolder, refuse_without_product
+from peftcli.train.runs.folder import RunFolder, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.runs.record import BaseModelRecord, ChangeRecord, IdentityRecord, RunRecord, SeedsRecord
-
-
-@dataclass(frozen=True)
-class StartOptions:
-    """How the command wants to start."""
-
-    resume: str = "auto"
-    """``auto``: resume if there is a run to resume; ``never``: start from the beginning; ``must``: resume or fail; or
-    the path of a checkpoint."""
-    allow_change: tuple[str, ...] = ()
-    """Keys in which the run may differ from the one in the folder."""
-    overwrite: bool = False
-    """Whether a complete run of this recipe may replace another run."""
 
 
 @dataclass(frozen=True)
