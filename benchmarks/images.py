@@ -89,7 +89,7 @@ def start(folder: Path) -> None:
     import accelerate  # noqa: F401  # before the clock
     import transformers  # noqa: F401
 
-    from peftcli.train.report import Phase, Stepped
+    from peftcli.train.events import Message, Stepped
 
     images, base = write_images(folder / "images", IMAGES, SIDE), write_base(folder / "base", 32, 32)
     with tempfile.TemporaryDirectory() as cache:
@@ -98,7 +98,7 @@ def start(folder: Path) -> None:
             marks = [(time.perf_counter(), cpu_seconds())]
 
             def note(event: Any, marks: list[tuple[float, float]] = marks) -> None:
-                loads = isinstance(event, Phase) and event.text.startswith("loading")
+                loads = isinstance(event, Message) and event.text.startswith("loading")
                 if loads or (isinstance(event, Stepped) and event.result.step == 1):
                     marks.append((time.perf_counter(), cpu_seconds()))
 
@@ -113,7 +113,7 @@ def start(folder: Path) -> None:
 
 def memory(folder: Path) -> None:
     """Resident memory of this process and its workers over 400 steps."""
-    from peftcli.train.report import Stepped
+    from peftcli.train.events import Stepped
 
     images, base = write_images(folder / "images", IMAGES, SIDE), write_base(folder / "base", 32, 32)
     found = list[int]()
@@ -144,7 +144,7 @@ def workers(folder: Path, rounds: int = 2) -> None:
 
 def step(folder: Path, number: int) -> None:
     """Print the median wall time of a step."""
-    from peftcli.train.report import Stepped
+    from peftcli.train.events import Stepped
 
     photos = write_images(folder / "photos", PHOTOS, PHOTO_SIDE)
     base, times = write_base(folder / "larger", MODEL_SIDE, 256), list[float]()

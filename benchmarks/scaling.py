@@ -175,7 +175,7 @@ def _spent(cache: Path, *command: str) -> tuple[float, float]:
 def start(path: str) -> None:
     """Start a run, and end this process when its first step would begin."""
     from peftcli.recipe import load_recipe
-    from peftcli.train.report import Ready
+    from peftcli.train.events import Ready
     from peftcli.train.run import train
 
     def note(event: object) -> None:

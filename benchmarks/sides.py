@@ -185,7 +185,7 @@ def peftcli(
 
 def _train(path: Path, notes: Notes) -> None:
     from peftcli.recipe import load_recipe
-    from peftcli.train.report import Ready, Stepped
+    from peftcli.train.events import Ready, Stepped
     from peftcli.train.run import train
 
     steps: list[int] = []

@@ -38,7 +38,7 @@ def measure(side: str, precision: str) -> None:
 
         set_variables()
     from peftcli.recipe import load_recipe
-    from peftcli.train.report import Event, Stepped
+    from peftcli.train.events import Event, Stepped
     from peftcli.train.run import train
 
     answers, sys.stdout = sys.stdout, sys.stderr

@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from peftcli.system.cores import set_variables
 
     set_variables()
-    from peftcli.train.report import Stepped
+    from peftcli.train.events import Stepped
     from peftcli.train.run import train
     from peftcli.train.together import train_together
 

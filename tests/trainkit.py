@@ -50,8 +50,9 @@ from peftcli.errors import Interrupted
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
 from peftcli.train import finish
+from peftcli.train.events import Event, Message, Stepped
 from peftcli.train.options import StartOptions
-from peftcli.train.report import Event, Stepped, loss_curve
+from peftcli.train.report import loss_curve
 from peftcli.train.run import train
 
 CHATML = (
@@ -281,6 +282,11 @@ class Trained:
     def weights(self) -> bytes:
         """adapter_model.safetensors."""
         return (self.folder / "adapter_model.safetensors").read_bytes()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user was warned of."""
+        return [event.text for event in self.events if isinstance(event, Message) and event.is_warning]
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

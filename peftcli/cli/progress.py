@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
 from peftcli.tasks import TASKS
+from peftcli.train.events import Evaluated, Event, Message, Ready, RowsRead, Stepped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.status import Status
-
-    from peftcli.train.report import Event
 
 _ROWS_INTERVAL = 5.0
 """Seconds between two lines about rows read."""
@@ -54,15 +53,24 @@ class Progress:
 
     def show(self, event: Event) -> None:
         """Show an event; of a quiet run, only warnings."""
-        name = type(event).__name__.lower()
-        self.trained |= name == "ready"
-        if not self.quiet or name == "warned":
-            getattr(self, f"_show_{name}")(event)
+        self.trained |= isinstance(event, Ready)
+        if self.quiet and not (isinstance(event, Message) and event.is_warning):
+            return
+        match event:
+            case Message():
+                self._log(f"warning: {event.text}" if event.is_warning else event.text)
+            case RowsRead():
+                self._show_rows(event)
+            case Ready():
+                self._show_ready(event)
+            case Stepped():
+                self._show_step(event)
+            case Evaluated():
+                metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
+                best = "  (best)" if event.best and event.step else ""
+                self._log(f"evaluation after step {event.step}: {metrics}{best}")
 
-    def _show_phase(self, event: Any) -> None:
-        self._log(event.text)
-
-    def _show_rowsread(self, event: Any) -> None:
+    def _show_rows(self, event: RowsRead) -> None:
         text = f"{event.source}: {event.count:,} rows read"
         if self.redraws:
             if self.status is None:
@@ -78,10 +86,7 @@ class Progress:
             self._log(text)
             self.last_rows_line, self.last_rows = time.perf_counter(), text
 
-    def _show_warned(self, event: Any) -> None:
-        self._log(f"warning: {event.text}")
-
-    def _show_ready(self, event: Any) -> None:
+    def _show_ready(self, event: Ready) -> None:
         run = event.run
         parameters, data = run["parameters"], run["data"]
         share = 100 * parameters["trainable"] / parameters["all"]
@@ -122,7 +127,7 @@ class Progress:
         self.bar.add_task("training", total=self.total, completed=self.first_step, state="")
         self.bar.start()
 
-    def _show_stepped(self, event: Any) -> None:
+    def _show_step(self, event: Stepped) -> None:
         result = event.result
         self.size += result.num_tokens
         elapsed = time.perf_counter() - self.started
@@ -133,19 +138,6 @@ class Progress:
         elif event.logged:
             left = elapsed / (result.step - self.first_step) * (self.total - result.step)
             self._log(f"step {result.step}/{self.total}  epoch {event.epoch:.2f}  {state}  {_clock(left)} left")
-
-    def _show_evaluated(self, event: Any) -> None:
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
-        self._line(f"evaluation after step {event.step}: {metrics}{'  (best)' if event.best and event.step else ''}")
-
-    def _show_saved(self, event: Any) -> None:
-        self._line(f"checkpoint: {event.path}")
-
-    def _line(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.console.print(console.clean(text))
-        else:
-            self._log(text)
 
     def _log(self, text: str) -> None:
         console.log(f"[{self.label}] {text}" if self.label else text)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console
 from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
+from peftcli.train.events import OnEvent
 from peftcli.train.options import StartOptions
 from peftcli.train.schedulers import with_schedulers_place
 
 if TYPE_CHECKING:
     from peftcli.schema import Recipe
-    from peftcli.train.report import OnEvent
 
 
 def train_together(

@@ -27,10 +27,10 @@ from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
 from peftcli.tasks.shown import Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of, with_task
+from peftcli.train.events import Message, OnEvent, RowsRead, warning
 from peftcli.train.fit_memory import smallest
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
-from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
 _PLACE = re.compile(r"(.+?)(?::| row )([0-9]{1,18})")
 _NUMBER = re.compile(r"\d{1,18}")
@@ -197,20 +197,20 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
         ModelError: the base model's processor cannot be loaded.
         NetworkError: the hub cannot be reached.
     """
-    on_event(Phase("reading the data"))
-    recipe = with_task(recipe, lambda text: on_event(Warned(text)))
+    on_event(Message("reading the data"))
+    recipe = with_task(recipe, lambda text: on_event(warning(text)))
     task = open_task(recipe, open_base(recipe.base_model))
     data = load_data(
         recipe,
         task,
         keep_bad_rows=True,
         on_rows=lambda *read: on_event(RowsRead(*read)),
-        on_note=lambda text: on_event(Warned(text)),
+        on_note=lambda text: on_event(warning(text)),
     )
-    on_event(Phase(f"looking at {len(data.train):,} examples"))
+    on_event(Message(f"looking at {len(data.train):,} examples"))
     inspection = Inspection(recipe, data, total_processes(recipe.launch))
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
-        on_event(Warned(text))
+        on_event(warning(text))
     return inspection
 
 

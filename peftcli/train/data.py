@@ -24,8 +24,8 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Scans, Task, encoding, require_extra
 from peftcli.tasks.found import find_task
 from peftcli.train.batches import num_workers
+from peftcli.train.events import Message, OnEvent, RowsRead, warning
 from peftcli.train.plan import Plan
-from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
 
 _COUNTED = ("truncated", "split", "pieces_left_out")
 """Facts of rows that run.json counts for every task."""
@@ -167,14 +167,14 @@ def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     Raises:
         DataError: a row that cannot be used, or data with a finding that stops a run.
     """
-    recipe = with_task(recipe, lambda text: on_event(Warned(text)))
-    on_event(Phase("reading the data"))
+    recipe = with_task(recipe, lambda text: on_event(warning(text)))
+    on_event(Message("reading the data"))
     with date.fixed_date(as_on):
         data = load_data(
             recipe,
             open_task(recipe, open_base(recipe.base_model)),
             on_rows=lambda *read: on_event(RowsRead(*read)),
-            on_note=lambda text: on_event(Warned(text)),
+            on_note=lambda text: on_event(warning(text)),
         )
     refuse(data.findings, recipe.dataset.allow)
 

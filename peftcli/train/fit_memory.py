@@ -28,7 +28,7 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.estimate import Estimate, estimate
-from peftcli.train.report import OnEvent, Phase, RowsRead, Warned
+from peftcli.train.events import Message, OnEvent, RowsRead, warning
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
@@ -117,22 +117,22 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
 
 
 def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
-    tell(Phase("finding what fits into the memory"))
+    tell(Message("finding what fits into the memory"))
     base = open_base(recipe.base_model)
     data = load_data(
         recipe,
         open_task(recipe, base),
         on_rows=lambda *read: tell(RowsRead(*read)),
-        on_note=lambda note: tell(Phase(note)),
+        on_note=lambda note: tell(Message(note)),
     )
     fits, needs = choose_settings(recipe, base, data, num_processes)
     there = _memory(recipe, num_processes)
-    tell(Phase(_account(recipe, fits, needs, there, num_processes)))
+    tell(Message(_account(recipe, fits, needs, there, num_processes)))
     if needs is not None and _in_step(needs) > there:
-        tell(Warned("the smallest of what can be chosen needs more memory than is free"))
+        tell(warning("the smallest of what can be chosen needs more memory than is free"))
     elif needs is not None and needs.evaluation > needs.step and needs.peak > there:
         least = f"an evaluation needs about {needs.peak / 2**30:.1f} GiB, more than is free"
-        tell(Warned(f"{least}: lower training.per_device_eval_batch_size"))
+        tell(warning(f"{least}: lower training.per_device_eval_batch_size"))
     return settings_of(fits)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from peftcli.adapters.verify import mark_verified, needs_verification
 from peftcli.errors import AdapterError, PeftcliError
+from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.launch import peftcli_command
-from peftcli.train.report import OnEvent, Phase, Warned
 
 _LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PEFTCLI_L")
 """Beginnings of the variables by which launchers say that a process is one of several."""
@@ -29,17 +29,17 @@ def verify_run(folder: Path, on_event: OnEvent) -> None:
     """
     if not needs_verification(folder):
         return
-    on_event(Phase("loading the adapter folder in a fresh process, to verify it"))
+    on_event(Message("loading the adapter folder in a fresh process, to verify it"))
     answer = _answer_of(folder)
     error = answer.get("error", {})
     if error.get("exit_code") == AdapterError.exit_code:
         fields = {name: error[name] for name in ("file", "line", "key", "hint")}
         raise AdapterError(f"the saved adapter is not the trained model: {error['message']}", **fields)
     if error:  # no fault of the folder's: too little memory, a picture that is gone
-        on_event(Warned(f"not verified: {error['message']}; run peftcli verify {folder} later"))
+        on_event(warning(f"not verified: {error['message']}; run peftcli verify {folder} later"))
     else:
         mark_verified(folder)
-        on_event(Phase("verified: the folder is the trained model"))
+        on_event(Message("verified: the folder is the trained model"))
 
 
 def release_gpu_memory() -> None:

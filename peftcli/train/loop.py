@@ -20,29 +20,13 @@ from peftcli.data.store import View
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Batch, Gathers, Task, on_device
 from peftcli.train.batches import batches, num_workers
+from peftcli.train.events import StepResult
 from peftcli.train.micro_batches import BatchForm
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.sharded import is_sharded
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    step: int
-    """Number of the step, from 1."""
-    loss: float
-    """Mean loss over the targets of the global batch, before the update, without the method's penalty."""
-    grad_norm: float
-    """Norm of the gradients before clipping."""
-    learning_rate: float
-    num_targets: int
-    """Targets in the global batch."""
-    num_tokens: int
-    """Size of the global batch in the task's unit, padding aside."""
 
 
 @dataclass(frozen=True)

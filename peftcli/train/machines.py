@@ -32,6 +32,7 @@ from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
 from peftcli.system.addresses import local_address_towards, notice_lost_machines, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
+from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.launch import (
     GO_ON,
     STATUS,
@@ -45,7 +46,6 @@ from peftcli.train.launch import (
     peftcli_command,
     shared_variables,
 )
-from peftcli.train.report import OnEvent, Phase, Warned
 
 _NAME = "peftcli"
 _JOIN_SECONDS = 1800
@@ -99,7 +99,7 @@ def run_on_machine(
         )
         save = signal.Signals[save_on] if save_on else None
         agent = Agent(spec, meeting, Path(folder), save, resumable, tell)
-        tell(Phase(f"waiting for {launch.num_machines} machines at {launch.main_process_ip}"))
+        tell(Message(f"waiting for {launch.num_machines} machines at {launch.main_process_ip}"))
         with _environment(count, folder, address), agent.signals_passed_on():
             error = agent.train()
         conclude(error, agent.answer, afterwards)
@@ -365,10 +365,10 @@ class Agent(LocalElasticAgent):
             raise self.error
         self._stop_if_asked()
         if self.error is None:
-            self.tell(Warned("another machine is new here, or has lost a process; all go on at the newest checkpoint"))
+            self.tell(warning("another machine is new here, or has lost a process; all go on at the newest checkpoint"))
         elif (other := self.meeting.hear(_HEAR_SECONDS)) is not None:
             raise other
         else:
             again = f"restart {self.spec.max_restarts - self._remaining_restarts} of {self.spec.max_restarts}"
-            self.tell(Warned(f"{self.error.message}; {again}; all go on at the newest checkpoint"))
+            self.tell(warning(f"{self.error.message}; {again}; all go on at the newest checkpoint"))
         super()._restart_workers(worker_group)

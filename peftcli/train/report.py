@@ -1,4 +1,4 @@
-"""What a run reports: its events, the versions and memory that run.json records, and the loss curve."""
+"""What run.json records of versions and memory, and the loss curve."""
 
 from __future__ import annotations
 
@@ -6,82 +6,12 @@ import functools
 import io
 import logging
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftcli.system.memory import peak_resident_memory
-from peftcli.train.loop import StepResult
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A phase of the run that takes a while begins."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class RowsRead:
-    """Rows of a dataset were encoded."""
-
-    source: str
-    count: int
-    """Rows so far."""
-    done: bool
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Training begins."""
-
-    run: dict[str, Any]
-    """The content of run.json so far."""
-    start_step: int
-    total_steps: int
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """One optimizer step is done."""
-
-    result: StepResult
-    epoch: float
-    logged: bool
-    """Whether metrics.jsonl contains this step."""
-    mean_loss: float
-    """Mean loss since the last logged step."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """An evaluation is done."""
-
-    step: int
-    metrics: dict[str, float]
-    best: bool
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint is written."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
-class Warned:
-    """A warning: something that the user should know and that does not stop the run."""
-
-    text: str
-
-
-Event = Phase | RowsRead | Ready | Stepped | Evaluated | Saved | Warned
-OnEvent = Callable[[Event], None]
 
 PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers")
 

@@ -38,6 +38,7 @@ from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.evaluate import refuse_metrics
+from peftcli.train.events import Message, OnEvent, Ready, RowsRead, warning
 from peftcli.train.finish import finish
 from peftcli.train.fit_memory import with_chosen_settings
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
@@ -49,7 +50,7 @@ from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer
 from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
-from peftcli.train.report import OnEvent, Phase, Ready, RowsRead, Warned, peak_memory_bytes
+from peftcli.train.report import peak_memory_bytes
 from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
 from peftcli.train.runs.identity import Change
 from peftcli.train.runs.record import (
@@ -77,7 +78,7 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
     Args:
         recipe: What to train.
         options: What to do about a run that is in the folder already.
-        on_event: Receives what happens; see ``peftcli.train.report``.
+        on_event: Receives what happens; see ``peftcli.train.events``.
 
     Returns:
         The content of run.json.
@@ -105,7 +106,7 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
 
 def completed(recipe: Recipe, tell: OnEvent) -> Recipe:
     """The recipe with its task, its learning rate and the settings of an adapter that it begins from."""
-    return with_rate(with_init_settings(with_task(recipe, lambda text: tell(Warned(text)))))
+    return with_rate(with_init_settings(with_task(recipe, lambda text: tell(warning(text)))))
 
 
 class RunHost:
@@ -196,12 +197,12 @@ def read_data(run: Run) -> RunData:
     recipe = run.pinned
     base = open_base(recipe.base_model)
     quantization = base.quantization
-    run.tell(Phase("reading the data"))
+    run.tell(Message("reading the data"))
     with date.fixed_date(run.record.day):
         task = open_task(recipe, base)
         examples = load_data(recipe, task, on_rows=lambda *read: run.tell(RowsRead(*read)), on_note=run.warn)
     if unread := examples.report.get("columns_not_read"):
-        run.tell(Phase(f"columns that are not read: {', '.join(unread)}"))
+        run.tell(Message(f"columns that are not read: {', '.join(unread)}"))
     if run.is_main:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)
@@ -273,7 +274,7 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
     if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
         run.warn("each process reads the base model, to start the adapter from data")
         recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
-    run.tell(Phase(f"loading {recipe.base_model.name}"))
+    run.tell(Message(f"loading {recipe.base_model.name}"))
     model, injection, notes = adapted_model(recipe, config, data.task, host.load)
     config.revision = run.recipe.base_model.revision
     if (source := find_init_adapter(recipe)) is not None:
@@ -282,12 +283,12 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
     for note in notes:
         run.warn(note)
     if config.modules_to_save:
-        run.tell(Phase(f"training in full: {', '.join(config.modules_to_save)}"))
+        run.tell(Message(f"training in full: {', '.join(config.modules_to_save)}"))
     if needs_batches(config):
-        run.tell(Phase("calibrating the adapter on the training data"))
+        run.tell(Message("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, data.examples, run.accelerator)
     if recipe.launch.strategy == "fsdp" and is_dividing(recipe):
-        run.tell(Phase(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
+        run.tell(Message(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
         send = recipe.launch.cpu_ram_efficient_loading
         shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload, send=send)
     prepared = prepare(model, config, recipe, plan, run.accelerator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftcli.errors import FolderBusy, PeftcliError
 from peftcli.models.hub_files import hash_ahead
@@ -13,12 +13,10 @@ from peftcli.schema import Recipe
 from peftcli.system import signals
 from peftcli.system.outputs import expand_user
 from peftcli.train import launch
+from peftcli.train.events import OnEvent
 from peftcli.train.options import StartOptions
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
-
-if TYPE_CHECKING:
-    from peftcli.train.report import OnEvent
 
 
 def start(recipe: Recipe, command: Sequence[str], options: StartOptions, on_event: OnEvent) -> dict[str, Any] | None:

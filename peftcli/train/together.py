@@ -28,10 +28,10 @@ from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
+from peftcli.train.events import OnEvent
 from peftcli.train.fit_memory import is_fitted
 from peftcli.train.loop import Gradients
 from peftcli.train.options import DEFAULTS, RESUME_MODES, StartOptions
-from peftcli.train.report import OnEvent
 from peftcli.train.run import RunHost, completed, steps_of
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.folder import RunFolder

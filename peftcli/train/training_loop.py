@@ -18,10 +18,10 @@ from peftcli.tasks.base import Illustrates, Task
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data
 from peftcli.train.evaluate import evaluate
-from peftcli.train.loop import LESS_LEARNING, Gradients, StepResult, fit
+from peftcli.train.events import Evaluated, Message, Stepped, StepResult
+from peftcli.train.loop import LESS_LEARNING, Gradients, fit
 from peftcli.train.memory import lacks_memory, too_large_a_step, too_large_an_evaluation
 from peftcli.train.plan import Plan
-from peftcli.train.report import Evaluated, Phase, Saved, Stepped
 from peftcli.train.runs.checkpoint import Progress, State, random_state, restore_random, save_checkpoint
 from peftcli.train.runs.identity import digests
 from peftcli.train.runs.record import RunRecord
@@ -70,7 +70,7 @@ class TrainingLoop:
                 yield from self._steps()
             if self._is_over():
                 name, count = self.training.metric_for_best_model, self.progress.no_better
-                self.active.tell(Phase(f"stopped early: {name} was no better in {count} evaluations"))
+                self.active.tell(Message(f"stopped early: {name} was no better in {count} evaluations"))
         except Exception as error:
             if lacks_memory(error):
                 raise self._too_large() from error
@@ -227,7 +227,7 @@ class TrainingLoop:
         record.steps.done, record.resumable = self.progress.step, True
         self.clock.record_speed()
         run.write_record()
-        run.tell(Saved(path))
+        run.tell(Message(f"checkpoint: {path}"))
 
     def request(self) -> int:
         """The request that any process has received, agreed by all; 0: none."""

@@ -27,8 +27,8 @@ from peftcli.errors import PeftcliError
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
 from peftcli.recipe.reference import _explainable
+from peftcli.train.events import Ready, Stepped
 from peftcli.train.options import StartOptions
-from peftcli.train.report import Ready, Stepped
 from peftcli.train.run import train
 
 FOLDER = Path(output_schemas.__file__).parent

@@ -16,7 +16,7 @@ import trainkit
 from trainkit import Child, read_run, write_recipe
 
 from peftcli.cli.progress import Progress
-from peftcli.train.report import RowsRead
+from peftcli.train.events import RowsRead
 
 ESCAPE = "\x1b"
 

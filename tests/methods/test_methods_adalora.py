@@ -29,7 +29,7 @@ from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
 from peftcli.methods.adalora.config import AdaLoraConfig
 from peftcli.methods.adalora.layers import AdaLoraLayer, penalty, wrap
-from peftcli.train.report import Event, Stepped
+from peftcli.train.events import Event, Stepped
 
 SCHEDULE: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
 RECIPE = "method={type: adalora, init_r: 4, target_r: 2, tinit: 1, tfinal: 2, target_modules: all-linear}"

@@ -29,7 +29,7 @@ from peftcli.methods.adamss import subspaces
 from peftcli.methods.adamss.config import AdamssConfig
 from peftcli.methods.adamss.layers import AdamssLinear, after_resume
 from peftcli.peft_api import get_peft_model
-from peftcli.train.report import Event, Stepped
+from peftcli.train.events import Event, Stepped
 
 SETTINGS: dict[str, Any] = {"r": 8, "num_subspaces": 3, "subspace_rank": 2}
 ASA: dict[str, Any] = {

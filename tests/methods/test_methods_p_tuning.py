@@ -20,7 +20,7 @@ from peftcli.core.weights import adapter_state, load_training_state, named_tenso
 from peftcli.errors import Interrupted
 from peftcli.methods import config_from_dict
 from peftcli.methods.p_tuning.config import PromptEncoderConfig
-from peftcli.train.report import Event, Stepped
+from peftcli.train.events import Event, Stepped
 
 N = 4
 LSTM: dict[str, Any] = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8}

@@ -25,8 +25,8 @@ from peftcli.models.open import open_base
 from peftcli.models.quantization import trained_quantization
 from peftcli.recipe import load_recipe
 from peftcli.schema import BaseModel, Quantization
+from peftcli.train.events import Event, Message
 from peftcli.train.preview import deep_check
-from peftcli.train.report import Event, Phase
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_missing_package_is_named_before_data_is_read(recipe: Path, kind: str,
     events: list[Event] = []
     with pytest.raises(ModelError, match=f"{kind} weights need the package {message}"):
         trainkit.run_recipe(recipe, f"base_model.quantization={kind}", on_event=events.append)
-    assert not any(isinstance(event, Phase) for event in events)
+    assert not any(isinstance(event, Message) for event in events)
 
 
 @pytest.mark.usefixtures("bare_machine")

@@ -35,7 +35,7 @@ from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.fused import FUSED
 from peftcli.schema import BaseModel, Quantization
-from peftcli.train.report import Event, Stepped
+from peftcli.train.events import Event, Stepped
 
 pytestmark = pytest.mark.slow
 

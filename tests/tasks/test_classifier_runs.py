@@ -21,7 +21,6 @@ from peftcli.errors import DataError
 from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe
 from peftcli.train.evaluate_adapter import measure
-from peftcli.train.report import Warned
 
 EVALUATES = ("training.max_steps=2", "training.eval_strategy=steps", "training.eval_steps=2")
 
@@ -75,7 +74,7 @@ def test_a_head_for_as_many_other_labels_is_trained_and_said(tmp_path: Path, kin
         auto.from_pretrained(classifier_base(kind), id2label=names, label2id={}).save_pretrained(base)
         out = f"training.output_dir={tmp_path}/{labels[0]}"
         run = run_recipe(path, f"base_model={base}", "training.max_steps=1", out)
-        said = [each.text for each in run.events if isinstance(each, Warned)]
+        said = run.warnings
         other = labels != own
         assert any("was made for other labels (healthy, rust), and is trained too" in text for text in said) is other
         saved = json.loads((run.folder / "adapter_config.json").read_text()).get("modules_to_save")

@@ -21,7 +21,6 @@ from trainkit import FULL, Child, read_run, run_recipe, write_recipe
 
 from peftcli.errors import StorageError
 from peftcli.system.disk import sha256
-from peftcli.train.report import Warned
 
 FILES = (
     "MANIFEST.json",
@@ -128,7 +127,7 @@ def _damaged(name: str, damage: Damage, folder: Path) -> None:
     checkpoints = folder / "out/checkpoints"
     damage(checkpoints / "step-000007" / name if name else checkpoints / "step-000007")
     done = run_recipe(recipe, *FULL)
-    told = [event.text for event in done.events if isinstance(event, Warned) and "damaged" in event.text]
+    told = [text for text in done.warnings if "damaged" in text]
     assert len(told) == 1, f"told {len(told)} times of the damage"
     assert "step-000007 is damaged" in told[0], told[0]
     assert len(told[0]) < 500, "a message without end"

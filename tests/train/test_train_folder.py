@@ -23,7 +23,7 @@ from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_reci
 from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
-from peftcli.train.report import Event, Phase, Saved, Stepped, Warned
+from peftcli.train.events import Event, Message, Stepped
 from peftcli.train.runs.checkpoint import find_damage
 
 
@@ -112,8 +112,8 @@ def test_old_checkpoints_go(recipe: Path) -> None:
     saved: list[set[str]] = []
 
     def look(event: Event) -> None:
-        if isinstance(event, Saved):
-            saved.append({path.name for path in event.path.parent.iterdir()})
+        if isinstance(event, Message) and event.text.startswith("checkpoint: "):
+            saved.append({path.name for path in (recipe.parent / "out/checkpoints").iterdir()})
 
     run_recipe(
         recipe, "training.save_strategy=steps", "training.save_steps=1", "training.save_total_limit=3", on_event=look
@@ -323,7 +323,7 @@ def test_a_signal_at_the_last_step_lets_the_run_end(recipe: Path) -> None:
 
 
 def while_loading(event: Event) -> None:
-    if isinstance(event, Phase):
+    if isinstance(event, Message):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -481,7 +481,7 @@ def stopped(recipe: Path) -> Path:
 
 
 def damages(done: trainkit.Trained) -> list[str]:
-    return [event.text for event in done.events if isinstance(event, Warned) and "damaged" in event.text]
+    return [text for text in done.warnings if "damaged" in text]
 
 
 def flip(path: Path) -> None:
@@ -624,7 +624,7 @@ def test_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
     rows.write_text(rows.read_text() + '{"messages": 5}\n{broken\n')
     done = run_recipe(recipe, "dataset.on_bad_row=skip")
     assert (done.run["data"]["rows"], done.run["data"]["used"], done.run["data"]["skipped"]) == (12, 10, 2)
-    assert any("bad_rows" in event.text for event in done.events if isinstance(event, Warned))
+    assert any("bad_rows" in text for text in done.warnings)
     listed = [json.loads(line) for line in (done.folder / "skipped.jsonl").read_text().splitlines()]
     assert [(entry["rows"], entry["file"], entry["line"]) for entry in listed] == [
         ("train", str(rows), 11),
@@ -642,7 +642,7 @@ def test_data_that_would_be_trained_wrongly_stops_the_run_unless_it_is_allowed(r
     assert done.run["status"] == "complete"
     found = {(each["name"], each["split"]): each["level"] for each in done.run["data"]["findings"]}
     assert found["answers_cut", "train"] == "error"
-    assert any("answers_cut" in event.text for event in done.events if isinstance(event, Warned))
+    assert any("answers_cut" in text for text in done.warnings)
 
 
 @pytest.mark.usefixtures("short")
@@ -658,7 +658,7 @@ def test_a_mix_gives_each_dataset_its_share(recipe: Path) -> None:
     mix = f"[{{train: {folder}/train.jsonl, weight: 1}}, {{train: {folder}/eval.jsonl, weight: 3}}]"
     done = run_recipe(recipe, "dataset.train=null", f"dataset.mix={mix}")
     assert [part["used"] for part in done.run["data"]["sources"]] == [10, 3]
-    assert any(f"{folder}/eval.jsonl is seen" in each.text for each in done.events if isinstance(each, Warned))
+    assert any(f"{folder}/eval.jsonl is seen" in text for text in done.warnings)
 
 
 def test_a_dataset_of_a_mix_that_gives_nothing_is_refused(recipe: Path) -> None:
@@ -688,7 +688,7 @@ def test_evaluation_rows_that_are_skipped_are_warned_of(recipe: Path) -> None:
     rows = recipe.parent / "eval.jsonl"
     rows.write_text(rows.read_text() + "{broken\n")
     done = run_recipe(recipe, "dataset.on_bad_row=skip")
-    texts = [event.text for event in done.events if isinstance(event, Warned)]
+    texts = done.warnings
     assert any("bad_rows" in text and "evaluation rows" in text for text in texts)
 
 

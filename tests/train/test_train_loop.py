@@ -25,7 +25,6 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import loop, micro_batches
-from peftcli.train.report import Warned
 
 
 def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
@@ -505,5 +504,5 @@ def test_an_adapter_that_has_learnt_nothing_is_said(recipe: Path) -> None:
             f"training.learning_rate={rate}",
             f"training.output_dir={recipe.parent}/{rate}",
         )
-        texts = [event.text for event in run.events if isinstance(event, Warned)]
+        texts = run.warnings
         assert ("training has left the updates of all adapted modules at zero" in texts) is said

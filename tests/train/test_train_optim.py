@@ -20,9 +20,9 @@ from peftcli.errors import Interrupted, RecipeError, UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe
 from peftcli.schema import Training
+from peftcli.train.events import Event, Stepped
 from peftcli.train.optim import _OPTIMIZERS, build_optimizer, build_schedule, parameter_groups
 from peftcli.train.preview import preview
-from peftcli.train.report import Event, Stepped
 
 STARTS = {
     "pissa": "init_lora_weights: pissa",

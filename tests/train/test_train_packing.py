@@ -43,10 +43,10 @@ from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.segments import ATTENTION
 from peftcli.tasks.text.unpadded import unpad
-from peftcli.train.loop import Gradients, PreparedModel, StepResult, fit
+from peftcli.train.events import Stepped, StepResult
+from peftcli.train.loop import Gradients, PreparedModel, fit
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import MicroBatch, Plan
-from peftcli.train.report import Stepped
 
 WINDOW = 16
 """Of the models with sliding windows; some examples below are longer."""

@@ -24,7 +24,7 @@ from peftcli.cli.app import main
 from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.system import date
-from peftcli.train.report import Event, Stepped, Warned
+from peftcli.train.events import Event, Stepped
 from peftcli.train.runs import checkpoint
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure, status
@@ -94,7 +94,7 @@ def test_an_allowed_change_is_noted_and_goes_on(recipe: Path) -> None:
     assert done.run["exact"] is False
     assert done.run["changes"] == [{"key": "training.learning_rate", "before": 5e-3, "now": 1e-3, "step": 4}]
     assert done.run["recipe"]["training"]["learning_rate"] == 1e-3
-    assert any("not exactly that of one recipe" in event.text for event in done.events if isinstance(event, Warned))
+    assert any("not exactly that of one recipe" in text for text in done.warnings)
     rates = {entry["step"]: entry["learning_rate"] for entry in done.metrics}
     assert rates[4] == pytest.approx(5e-3 * 5 / 8)
     assert rates[5] == pytest.approx(1e-3 * 4 / 8), "the schedule follows the new rate"
@@ -230,7 +230,7 @@ def test_a_run_that_was_to_replace_another_is_begun_anew_for_a_third_recipe(reci
         run_recipe(recipe, "method.r=2", overwrite=True, on_event=stop_after(3))
     done = run_recipe(recipe, "method.r=3", overwrite=True)
     assert [attempt["from_step"] for attempt in done.run["attempts"]] == [0]
-    said = [each.text for each in done.events if isinstance(each, Warned)]
+    said = done.warnings
     assert "another run that was to replace it, stopped after step 3, is gone" in said
 
 

@@ -17,8 +17,8 @@ from peftcli.errors import UsageError
 from peftcli.inspection.report import inspect
 from peftcli.recipe import load_recipe
 from peftcli.train.evaluate_adapter import measure
+from peftcli.train.events import Message
 from peftcli.train.preview import deep_check
-from peftcli.train.report import Warned
 
 SAID = "task: causal_lm, found from LlamaForCausalLM and the columns messages"
 
@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_it_is_found_said_recorded_and_trained_as_if_it_had_been_named(recipe: Path, tmp_path: Path) -> None:
     named = run_recipe(write_recipe(tmp_path / "named"))
     found = run_recipe(recipe)
-    assert SAID in [event.text for event in found.events if isinstance(event, Warned)]
+    assert SAID in found.warnings
     assert found.run["task"] == named.run["task"]
     assert found.run["task"]["type"] == found.run["recipe"]["task"] == "causal_lm"
     assert load_recipe(found.folder / "recipe.yaml").task == {"type": "causal_lm"}
@@ -52,7 +52,7 @@ def test_other_commands_find_it_too(recipe: Path, capsys: pytest.CaptureFixture[
     settings = load_recipe(recipe)
     events: list[Any] = []
     assert len(inspect(settings, events.append).data.train) == 10
-    assert SAID in [event.text for event in events if isinstance(event, Warned)]
+    assert SAID in [event.text for event in events if isinstance(event, Message) and event.is_warning]
     trainkit.reset_accelerate()
     notes: list[str] = []
     assert measure(settings, None, on_note=notes.append)["recipe"]["task"] == "causal_lm"

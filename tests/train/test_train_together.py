@@ -17,7 +17,7 @@ from trainkit import MESSAGES, PAIRS, read_metrics, read_run, reset_accelerate
 from peftcli.cli.app import main
 from peftcli.errors import AdapterError, Diverged, UsageError
 from peftcli.recipe import load_recipe, to_yaml
-from peftcli.train.report import Event, Stepped
+from peftcli.train.events import Event, Stepped
 from peftcli.train.together import Outcome, refuse_unlike, train_together
 
 EVALUATES = (

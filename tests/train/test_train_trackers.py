@@ -13,7 +13,6 @@ from accelerate import tracking
 from trainkit import at_step, run_recipe
 
 from peftcli.errors import Interrupted, UsageError
-from peftcli.train.report import Warned
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 Told = dict[str, list[Any]]
@@ -70,7 +69,7 @@ def test_trackers_get_the_lines_of_metrics_and_their_failures_are_warnings(recip
     assert [what[0] for what in told["tensorboard"]].count("finish") == 2
     shown = dict(next(what[1] for what in told["wandb"] if what[0] == "settings"))
     assert shown["training.learning_rate"] == 5e-3
-    warned = [event.text for event in done.events if isinstance(event, Warned)]
+    warned = done.warnings
     assert "mlflow gets nothing more of this run: ConnectionError: no server" in warned
     assert "trackio gets nothing more of this run: OSError: disk full" in warned
     assert done.weights == run_recipe(recipe, f"training.output_dir={recipe.parent}/alone").weights
@@ -97,7 +96,7 @@ def test_the_trackers_themselves_without_a_network(
     with pytest.raises(Interrupted):
         run_recipe(recipe, *settings, on_event=at_step(4, lambda: signal.raise_signal(signal.SIGTERM)))
     done = run_recipe(recipe, *settings)
-    assert not [event for event in done.events if isinstance(event, Warned)]
+    assert not done.warnings
     losses = {line["step"]: line["loss"] for line in done.metrics}
     if name == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

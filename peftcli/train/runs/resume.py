@@ -19,8 +19,9 @@ from peftcli.recipe import to_dict, to_yaml
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system import date
 from peftcli.system.signals import Stop
+from peftcli.train.events import OnEvent, warning
 from peftcli.train.options import RESUME_MODES, StartOptions
-from peftcli.train.report import OnEvent, Warned, versions
+from peftcli.train.report import versions
 from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
 from peftcli.train.runs.folder import RunFolder, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
@@ -61,7 +62,7 @@ class Run:
 
     def warn(self, text: str) -> None:
         """Tell the user something that stops nothing."""
-        self.tell(Warned(text))
+        self.tell(warning(text))
 
     def apply_changes(self, step: int) -> None:
         """Record the allowed changes, which hold from after ``step``."""
@@ -102,7 +103,7 @@ def open_run(
             chosen, record, changed = _choose(folder, now, options)
             if record is None and chosen.path != folder.path and chosen.path.exists():
                 if (begun := chosen.read()) is not None and begun.steps and begun.steps.done:
-                    tell(Warned(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
+                    tell(warning(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
                 chosen.clear()
             for each in (folder, chosen):
                 each.tidy()

@@ -1,0 +1,82 @@
+"""What happens in a run, for whoever shows it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """A text for the user: what takes a while now, or what became of it."""
+
+    text: str
+    is_warning: bool = False
+
+
+def warning(text: str) -> Message:
+    """Something that the user should know and that does not stop the run."""
+    return Message(text, is_warning=True)
+
+
+@dataclass(frozen=True)
+class RowsRead:
+    """Rows of a dataset were encoded."""
+
+    source: str
+    count: int
+    """Rows so far."""
+    done: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Training begins."""
+
+    run: dict[str, Any]
+    """The content of run.json so far."""
+    start_step: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    step: int
+    """Number of the step, from 1."""
+    loss: float
+    """Mean loss over the targets of the global batch, before the update, without the method's penalty."""
+    grad_norm: float
+    """Norm of the gradients before clipping."""
+    learning_rate: float
+    num_targets: int
+    """Targets in the global batch."""
+    num_tokens: int
+    """Size of the global batch in the task's unit, padding aside."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimizer step is done."""
+
+    result: StepResult
+    epoch: float
+    logged: bool
+    """Whether metrics.jsonl contains this step."""
+    mean_loss: float
+    """Mean loss since the last logged step."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation is done."""
+
+    step: int
+    metrics: dict[str, float]
+    best: bool
+
+
+Event = Message | RowsRead | Ready | Stepped | Evaluated
+OnEvent = Callable[[Event], None]
