@@ -9,6 +9,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
+from peftcli.cli.progress import Progress
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.system.outputs import require_writable
 from peftcli.train.launch import is_main_process
@@ -30,7 +31,7 @@ def evaluate(
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()
-    tell = progress_log(quiet or not is_main)
+    progress_log(quiet or not is_main)
     with junit_report(junit if is_main else None, recipe) as result:
         settings = load_recipe(recipe, overrides or [])
         if junit is not None and is_main:
@@ -39,8 +40,8 @@ def evaluate(
         from peftcli.train.evaluate_adapter import measure
         from peftcli.train.finish import raise_failed_gates
 
-        warn = console.log if is_main else lambda text: None
-        result |= measure(settings, adapter, lambda text: warn(f"warning: {text}"), tell)
+        with Progress(quiet=quiet) as progress:
+            result |= measure(settings, adapter, progress.show if is_main else lambda event: None)
         if not is_main:
             raise typer.Exit  # the main process prints the answer, and writes the report
         if as_json:

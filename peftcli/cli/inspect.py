@@ -72,7 +72,7 @@ def inspect(
     for place in row or ():
         refuse_place(place)
     with Progress(quiet=quiet) as progress:
-        inspection = look(settings, on_event=progress.show)
+        inspection = look(settings, progress.show)
     asked = [found for place in row or () for found in inspection.find(place)]
     shown = asked or inspection.sample(_ROWS if rows is None else rows)
     if html is not None:

@@ -27,7 +27,7 @@ from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
 from peftcli.tasks.shown import Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of, with_task
-from peftcli.train.events import Message, OnEvent, RowsRead, warning
+from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.fit_memory import smallest
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
@@ -189,7 +189,7 @@ def refuse_place(place: str) -> None:
         raise UsageError(f"{place[:200]!r} is neither the number of an example nor FILE:LINE", key="--row")
 
 
-def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspection:
+def inspect(recipe: Recipe, tell: OnEvent = lambda event: None) -> Inspection:
     """Read and encode a recipe's data as training does, and audit all of it.
 
     Raises:
@@ -197,20 +197,14 @@ def inspect(recipe: Recipe, on_event: OnEvent = lambda event: None) -> Inspectio
         ModelError: the base model's processor cannot be loaded.
         NetworkError: the hub cannot be reached.
     """
-    on_event(Message("reading the data"))
-    recipe = with_task(recipe, lambda text: on_event(warning(text)))
+    tell(Message("reading the data"))
+    recipe = with_task(recipe, tell)
     task = open_task(recipe, open_base(recipe.base_model))
-    data = load_data(
-        recipe,
-        task,
-        keep_bad_rows=True,
-        on_rows=lambda *read: on_event(RowsRead(*read)),
-        on_note=lambda text: on_event(warning(text)),
-    )
-    on_event(Message(f"looking at {len(data.train):,} examples"))
+    data = load_data(recipe, task, keep_bad_rows=True, tell=tell)
+    tell(Message(f"looking at {len(data.train):,} examples"))
     inspection = Inspection(recipe, data, total_processes(recipe.launch))
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
-        on_event(warning(text))
+        tell(warning(text))
     return inspection
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
-from peftcli.data.prepare import OnRows, prepare
+from peftcli.data.prepare import prepare
 from peftcli.data.rows import Row, Table
 from peftcli.data.sources import eval_source, held_out, open_source
 from peftcli.data.store import BAD, USED, Part, Store, View
@@ -73,14 +73,13 @@ def load_data(
     *,
     only_eval: bool = False,
     keep_bad_rows: bool = False,
-    on_rows: OnRows = lambda name, count, done: None,
-    on_note: Callable[[str], None] = lambda text: None,
+    tell: OnEvent = lambda event: None,
 ) -> Data:
     """Read, check and encode the recipe's data, or take it from the cache.
 
     ``only_eval`` leaves out the training rows. With ``keep_bad_rows`` a row that cannot be used is a finding, whatever
-    the recipe says. ``on_rows`` is told how far it is, and ``on_note`` what the user should know meanwhile: that
-    another process is waited for, of a damaged cache.
+    the recipe says. ``tell`` receives how far it is, and what the user should know meanwhile: that another process is
+    waited for, of a damaged cache.
 
     Raises:
         DataError: a row that cannot be used, or none that can.
@@ -96,7 +95,15 @@ def load_data(
     stop = not keep_bad_rows and dataset.on_bad_row == "error"
 
     def store_of(source: Source) -> Store:
-        return prepare(source, task, key, stop_at_bad=stop, num_workers=workers, on_rows=on_rows, on_note=on_note)
+        return prepare(
+            source,
+            task,
+            key,
+            stop_at_bad=stop,
+            num_workers=workers,
+            on_rows=lambda *read: tell(RowsRead(*read)),
+            on_note=lambda text: tell(warning(text)),
+        )
 
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
@@ -135,10 +142,10 @@ def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool
     return report
 
 
-def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None) -> Recipe:
+def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:
     """The recipe with its task, which is found from base model and data where the recipe leaves it out.
 
-    ``on_note`` receives which task was found, and from what.
+    ``tell`` receives which task was found, and from what.
 
     Raises:
         UsageError: not one task fits, or the one that fits lacks a setting that the recipe gives.
@@ -149,7 +156,7 @@ def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None
         return recipe
     table, _ = _table(recipe.dataset.sources()[0])
     name, reason = find_task(open_base(recipe.base_model).config, {*table.columns, *table.source.columns})
-    on_note(f"task: {name}, found from {reason}")
+    tell(warning(f"task: {name}, found from {reason}"))
     found = replace(recipe, task={"type": name})
 
     def refuse_setting(keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
@@ -159,7 +166,7 @@ def with_task(recipe: Recipe, on_note: Callable[[str], None] = lambda text: None
     return found
 
 
-def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
+def prepare_data(recipe: Recipe, as_on: str | None, tell: OnEvent) -> None:
     """Encode the recipe's data into the cache, before processes are started that would wait for it.
 
     ``as_on`` is the day that chat templates write, as 2026-01-31; None: today.
@@ -167,15 +174,10 @@ def prepare_data(recipe: Recipe, as_on: str | None, on_event: OnEvent) -> None:
     Raises:
         DataError: a row that cannot be used, or data with a finding that stops a run.
     """
-    recipe = with_task(recipe, lambda text: on_event(warning(text)))
-    on_event(Message("reading the data"))
+    recipe = with_task(recipe, tell)
+    tell(Message("reading the data"))
     with date.fixed_date(as_on):
-        data = load_data(
-            recipe,
-            open_task(recipe, open_base(recipe.base_model)),
-            on_rows=lambda *read: on_event(RowsRead(*read)),
-            on_note=lambda text: on_event(warning(text)),
-        )
+        data = load_data(recipe, open_task(recipe, open_base(recipe.base_model)), tell=tell)
     refuse(data.findings, recipe.dataset.allow)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import load_data, with_task
 from peftcli.train.evaluate import evaluate
+from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.report import peak_memory_bytes, versions
@@ -30,40 +30,36 @@ from peftcli.train.runs.typed_json import to_json
 from peftcli.train.setup import load_base, start_accelerator
 
 
-def measure(
-    recipe: Recipe,
-    adapter: str | None,
-    on_warning: Callable[[str], None] = lambda text: None,
-    on_note: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: None) -> dict[str, Any]:
     """The metrics, in the shape of a finished run's run.json.
 
-    ``adapter`` is a folder or hub id; None measures the base model alone. ``on_warning`` is told what is odd with the
-    evaluation data, and ``on_note`` which task and classes were found.
+    ``adapter`` is a folder or hub id; None measures the base model alone. ``tell`` receives what is odd with the
+    evaluation data, and which task was found.
 
     Raises:
         DataError: the recipe has no evaluation data, or it cannot be used.
         AdapterError: the adapter does not fit the recipe's base model.
     """
     started = time.perf_counter()
-    recipe = with_task(recipe, on_note)
+    recipe = with_task(recipe, tell)
     accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
     source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
     if source is not None and (odd := other_base(source, recipe.base_model)):
-        on_warning(odd)
+        tell(warning(odd))
     trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")
     opened = source.open_task(base) if source is not None and trained else None
-    data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, on_note=on_note)
+    data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
     task = data.task
     refuse(data.findings, recipe.dataset.allow)
     for text in data.warnings:
-        on_warning(text)
+        tell(warning(text))
     assert data.eval is not None
     set_seed(recipe.training.seed)  # a new head is the one that training starts from
     loaded = load_base(recipe, task)
     if source is None and loaded.initialised:
         new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
-        on_warning(f"{recipe.base_model.name} has a new and untrained {new}: this measures what training starts from")
+        untrained = f"{recipe.base_model.name} has a new and untrained {new}"
+        tell(warning(f"{untrained}: this measures what training starts from"))
     if isinstance(task, FitsModel):
         task.fit_model(loaded.model, None)
     if source is not None:

@@ -24,6 +24,7 @@ from peftcli.train.checked import DeepCheck
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
+from peftcli.train.events import Event, Message
 from peftcli.train.fit_memory import choose_settings, is_fitted, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
@@ -61,11 +62,11 @@ def examine(recipe: Recipe) -> DeepCheck:
     base = attempt("base_model", lambda: open_base(recipe.base_model))
     if base is None:
         return found
-    notes: list[str] = []
-    named = attempt("task", lambda: with_task(recipe, notes.append))
+    said: list[Event] = []
+    named = attempt("task", lambda: with_task(recipe, said.append))
     if named is None:
         return found
-    recipe = named
+    recipe, notes = named, [event.text for event in said if isinstance(event, Message)]
     begun = attempt("method", lambda: with_init_settings(named))
     config = None if begun is None else method_config(begun)
     task = attempt("base_model", lambda: open_task(recipe, base))

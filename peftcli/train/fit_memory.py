@@ -28,7 +28,7 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of
 from peftcli.train.estimate import Estimate, estimate
-from peftcli.train.events import Message, OnEvent, RowsRead, warning
+from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
@@ -119,12 +119,7 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
 def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
     tell(Message("finding what fits into the memory"))
     base = open_base(recipe.base_model)
-    data = load_data(
-        recipe,
-        open_task(recipe, base),
-        on_rows=lambda *read: tell(RowsRead(*read)),
-        on_note=lambda note: tell(Message(note)),
-    )
+    data = load_data(recipe, open_task(recipe, base), tell=tell)
     fits, needs = choose_settings(recipe, base, data, num_processes)
     there = _memory(recipe, num_processes)
     tell(Message(_account(recipe, fits, needs, there, num_processes)))

@@ -21,7 +21,7 @@ _LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TOR
 """Beginnings of the variables by which launchers say that a process is one of several."""
 
 
-def verify_run(folder: Path, on_event: OnEvent) -> None:
+def verify_run(folder: Path, tell: OnEvent) -> None:
     """Run ``peftcli verify`` on a complete run, unless that was done before, and note in the folder that it passed.
 
     Raises:
@@ -29,17 +29,17 @@ def verify_run(folder: Path, on_event: OnEvent) -> None:
     """
     if not needs_verification(folder):
         return
-    on_event(Message("loading the adapter folder in a fresh process, to verify it"))
+    tell(Message("loading the adapter folder in a fresh process, to verify it"))
     answer = _answer_of(folder)
     error = answer.get("error", {})
     if error.get("exit_code") == AdapterError.exit_code:
         fields = {name: error[name] for name in ("file", "line", "key", "hint")}
         raise AdapterError(f"the saved adapter is not the trained model: {error['message']}", **fields)
     if error:  # no fault of the folder's: too little memory, a picture that is gone
-        on_event(warning(f"not verified: {error['message']}; run peftcli verify {folder} later"))
+        tell(warning(f"not verified: {error['message']}; run peftcli verify {folder} later"))
     else:
         mark_verified(folder)
-        on_event(Message("verified: the folder is the trained model"))
+        tell(Message("verified: the folder is the trained model"))
 
 
 def release_gpu_memory() -> None:

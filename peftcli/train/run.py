@@ -38,7 +38,7 @@ from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.evaluate import refuse_metrics
-from peftcli.train.events import Message, OnEvent, Ready, RowsRead, warning
+from peftcli.train.events import Message, OnEvent, Ready
 from peftcli.train.finish import finish
 from peftcli.train.fit_memory import with_chosen_settings
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
@@ -106,7 +106,7 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
 
 def completed(recipe: Recipe, tell: OnEvent) -> Recipe:
     """The recipe with its task, its learning rate and the settings of an adapter that it begins from."""
-    return with_rate(with_init_settings(with_task(recipe, lambda text: tell(warning(text)))))
+    return with_rate(with_init_settings(with_task(recipe, tell)))
 
 
 class RunHost:
@@ -200,7 +200,7 @@ def read_data(run: Run) -> RunData:
     run.tell(Message("reading the data"))
     with date.fixed_date(run.record.day):
         task = open_task(recipe, base)
-        examples = load_data(recipe, task, on_rows=lambda *read: run.tell(RowsRead(*read)), on_note=run.warn)
+        examples = load_data(recipe, task, tell=run.tell)
     if unread := examples.report.get("columns_not_read"):
         run.tell(Message(f"columns that are not read: {', '.join(unread)}"))
     if run.is_main:

@@ -19,7 +19,7 @@ from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import read_records, record_failure
 
 
-def start(recipe: Recipe, command: Sequence[str], options: StartOptions, on_event: OnEvent) -> dict[str, Any] | None:
+def start(recipe: Recipe, command: Sequence[str], options: StartOptions, tell: OnEvent) -> dict[str, Any] | None:
     """Train what a recipe describes, in as many processes as it wants; return the content of run.json.
 
     ``command`` are the words after ``peftcli`` that start one more process of this run.
@@ -36,7 +36,7 @@ def start(recipe: Recipe, command: Sequence[str], options: StartOptions, on_even
     if not launch.is_launched():
         count = launch.process_count(recipe.launch)
         if count > 1 or recipe.launch.num_machines > 1:
-            _launch(recipe, folder, command, count, options.overwrite, on_event)
+            _launch(recipe, folder, command, count, options.overwrite, tell)
             return None
 
     hash_ahead(expand_user(Path(recipe.base_model.name)))
@@ -44,12 +44,12 @@ def start(recipe: Recipe, command: Sequence[str], options: StartOptions, on_even
     from peftcli.train import fresh_process, run
 
     with launch.leave_group_on_exit():
-        finished = run.train(recipe, options, on_event)
+        finished = run.train(recipe, options, tell)
     if not launch.is_main_process():
         return None
     if recipe.training.verify and not launch.started_by_peftcli():  # which verifies, when these processes have ended
         fresh_process.release_gpu_memory()
-        fresh_process.verify_run(folder.path, on_event)
+        fresh_process.verify_run(folder.path, tell)
     return finished
 
 
@@ -63,7 +63,7 @@ def note_resumable(folder: RunFolder) -> None:
 
 
 def _launch(
-    recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, overwrite: bool, on_event: OnEvent
+    recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, overwrite: bool, tell: OnEvent
 ) -> None:
     """Lock the run folder, encode the data once, and start ``count`` processes."""
     from peftcli.train import data, fresh_process, machines
@@ -76,7 +76,7 @@ def _launch(
 
     def prepare() -> None:
         if overwrite or record is None or record.status != "complete":
-            data.prepare_data(recipe, record.day if record else None, on_event)
+            data.prepare_data(recipe, record.day if record else None, tell)
         if several:
             folder.close()  # process 0 locks it, as often as it is started
 
@@ -84,7 +84,7 @@ def _launch(
         if several and is_first:
             folder.lock()
         if recipe.training.verify and is_first:
-            fresh_process.verify_run(folder.path, on_event)
+            fresh_process.verify_run(folder.path, tell)
 
     def resumable() -> bool:
         now = folder.read()
@@ -100,7 +100,7 @@ def _launch(
                 before=prepare,
                 afterwards=verify,
                 resumable=resumable,
-                tell=on_event,
+                tell=tell,
             )
         else:
             prepare()

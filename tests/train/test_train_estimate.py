@@ -80,7 +80,7 @@ def step_of(recipe: Recipe) -> int:
 def test_a_step_without_values_takes_what_one_with_them_does(task: str, dtype: str, tmp_path: Path) -> None:
     recipe = load_recipe(CASES[task].write(tmp_path), [f"training.bf16={dtype}", "training.max_steps=4"])
     known = preview(recipe)["memory"]
-    measured = step_of(with_task(recipe, print))
+    measured = step_of(with_task(recipe))
     assert known["step"] == pytest.approx(_HELD_BACK * measured, rel=0.05)
     parts = known["adapter"] + max(known["step"], known["evaluation"]) + known["saving"]
     assert known["peak"] == known["packages"] + known["weights"] + max(known["file"], parts)

@@ -54,9 +54,9 @@ def test_other_commands_find_it_too(recipe: Path, capsys: pytest.CaptureFixture[
     assert len(inspect(settings, events.append).data.train) == 10
     assert SAID in [event.text for event in events if isinstance(event, Message) and event.is_warning]
     trainkit.reset_accelerate()
-    notes: list[str] = []
-    assert measure(settings, None, on_note=notes.append)["recipe"]["task"] == "causal_lm"
-    assert notes[0] == SAID
+    events.clear()
+    assert measure(settings, None, events.append)["recipe"]["task"] == "causal_lm"
+    assert events[0].text == SAID
 
 
 def test_where_no_one_task_fits_the_recipe_is_refused_at_its_place(recipe: Path) -> None:
