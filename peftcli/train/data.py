@@ -67,6 +67,20 @@ class Data:
                 yield from ({"rows": name, **error.as_dict()} for _, error in part.bad_rows())
 
 
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on."""
+
+    examples: Data
+    plan: Plan
+    """Which examples each step sees."""
+
+    @property
+    def task(self) -> Task[Any]:
+        """What the examples are for."""
+        return self.examples.task
+
+
 def load_data(
     recipe: Recipe,
     task: Task[Any],

@@ -16,13 +16,13 @@ from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
 from peftcli.tasks import task_record
 from peftcli.tasks.base import EndsAnswers, Saves
+from peftcli.train.data import RunData
 from peftcli.train.report import loss_curve, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
 from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sharded import is_sharded
-from peftcli.train.training_loop import RunData
 
 
 def finish(run: Run, data: RunData, state: State) -> None:

@@ -16,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import TrainedCopy, adapter_layers
 from peftcli.core.protocols import after_step, penalty
-from peftcli.data.store import View
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Batch, Gathers, Task, on_device
+from peftcli.tasks.base import Batch, Gathers, on_device
 from peftcli.train.batches import batches, num_workers
+from peftcli.train.data import RunData
 from peftcli.train.events import StepResult
 from peftcli.train.micro_batches import BatchForm
-from peftcli.train.plan import MicroBatch, Plan
+from peftcli.train.plan import MicroBatch
 from peftcli.train.sharded import is_sharded
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
@@ -92,29 +92,21 @@ class PreparedModel:
 class Gradients:
     """The gradients of one step after another, in this process."""
 
-    def __init__(
-        self,
-        prepared: PreparedModel,
-        task: Task[Any],
-        examples: View,
-        plan: Plan,
-        accelerator: Accelerator,
-        start: int = 0,
-    ):
+    def __init__(self, data: RunData, prepared: PreparedModel, accelerator: Accelerator, start: int = 0):
         """Begin before step ``start``, counted from 0."""
-        self.prepared, self.task, self.examples, self.plan = prepared, task, examples, plan
-        self.accelerator, self.start = accelerator, start
+        self.task, self.examples, self.plan = data.task, data.examples.train, data.plan
+        self.prepared, self.accelerator, self.start = prepared, accelerator, start
         self.in_step = prepared.in_step
         self.model: nn.Module = accelerator.unwrap_model(prepared.model)
         """The model without DDP around it."""
         copies = [layer for layer in adapter_layers(self.model).values() if isinstance(layer, TrainedCopy)]
         self.buffers = [buffer for each in copies for buffer in each.fixed_tensors().values()]
         """What a forward pass in training changes and the adapter file holds: the running statistics of batch norms."""
-        self.form = BatchForm.of(self.model, task, prepared.config, plan, in_step=self.in_step)
-        steps = range(start, plan.total_steps)
+        self.form = BatchForm.of(self.model, self.task, prepared.config, self.plan, in_step=self.in_step)
+        steps = range(start, self.plan.total_steps)
         work = ((step, rows or self._stand_in(step)) for step in steps for rows in self.micro_batches(step))
         mine = ((step, rows) for step, rows in work if rows)
-        self.ahead = batches(self._make, mine, num_workers(plan.training, task))
+        self.ahead = batches(self._make, mine, num_workers(self.plan.training, self.task))
         """The batches of the micro-batches to come."""
 
     def _make(self, item: tuple[int, MicroBatch]) -> Batch:

@@ -36,7 +36,7 @@ from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import open_task, task_record
 from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
-from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.data import RunData, load_data, plan_of, with_task
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Message, OnEvent, Ready
 from peftcli.train.finish import finish
@@ -69,7 +69,7 @@ from peftcli.train.sharded import shard
 from peftcli.train.strategies import STAGES, is_dividing, refuse_strategy
 from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
-from peftcli.train.training_loop import RunData, TrainingLoop
+from peftcli.train.training_loop import TrainingLoop
 
 
 def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
@@ -121,8 +121,7 @@ class RunHost:
 
     def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
         """Return what computes the gradients of the steps to come."""
-        view, start = data.examples.train, state.progress.step
-        return Gradients(state.prepared, data.task, view, data.plan, run.accelerator, start)
+        return Gradients(data, state.prepared, run.accelerator, state.progress.step)
 
 
 def steps_of(
@@ -196,7 +195,7 @@ def read_data(run: Run) -> RunData:
     """
     recipe = run.pinned
     base = open_base(recipe.base_model)
-    quantization = base.quantization
+    _ = base.quantization  # a missing package is named before the data is read
     run.tell(Message("reading the data"))
     with date.fixed_date(run.record.day):
         task = open_task(recipe, base)
@@ -216,7 +215,7 @@ def read_data(run: Run) -> RunData:
     method_config(recipe).check_steps(plan.total_steps)
     for text in (*examples.warnings, *plan.repeated(examples.names)):
         run.warn(text)
-    return RunData(examples, plan, quantization)
+    return RunData(examples, plan)
 
 
 def _refuse_other_content(run: Run, content: list[str]) -> None:
@@ -347,7 +346,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     """Record in run.json that training starts, and bring the folder to the step that it starts from."""
     record, progress, config, total = run.record, state.progress, state.config, data.plan.total_steps
     run.apply_changes(progress.step)
-    record.base_model.quantization = data.quantization
+    record.base_model.quantization = data.task.base.quantization
     for name, value in commit_of(run.pinned.base_model).items():
         setattr(record.base_model, name, value)
     measured = {"efficiency": built.efficiency, "passes_per_epoch": data.plan.passes}

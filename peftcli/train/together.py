@@ -28,6 +28,7 @@ from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
+from peftcli.train.data import RunData
 from peftcli.train.events import OnEvent
 from peftcli.train.fit_memory import is_fitted
 from peftcli.train.loop import Gradients
@@ -37,7 +38,6 @@ from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import Run
 from peftcli.train.setup import load_base, start_accelerator, uses_bf16
-from peftcli.train.training_loop import RunData
 
 Outcome = dict[str, Any] | PeftcliError
 """The content of a complete run's run.json, or why the run ended earlier."""
@@ -253,8 +253,7 @@ class Member(RunHost):
 
     def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
         assert self._joined is not None
-        view, start = data.examples.train, state.progress.step
-        own = state.prepared, data.task, view, data.plan, run.accelerator, start
+        own = data, state.prepared, run.accelerator, state.progress.step
         self.gradients = JoinedGradients(self.group, self._joined, *own)
         return self.gradients
 

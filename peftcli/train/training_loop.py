@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
@@ -14,9 +14,9 @@ import torch
 from peftcli.core.weights import adapter_state
 from peftcli.errors import Diverged, OutOfMemory, UsageError
 from peftcli.system.signals import TIME_LIMIT, wants_save
-from peftcli.tasks.base import Illustrates, Task
+from peftcli.tasks.base import Illustrates
 from peftcli.train.batches import num_workers
-from peftcli.train.data import Data
+from peftcli.train.data import RunData
 from peftcli.train.evaluate import evaluate
 from peftcli.train.events import Evaluated, Message, Stepped, StepResult
 from peftcli.train.loop import LESS_LEARNING, Gradients, fit
@@ -27,22 +27,6 @@ from peftcli.train.runs.identity import digests
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.resume import Run
 from peftcli.train.trackers import Trackers
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run trains on."""
-
-    examples: Data
-    plan: Plan
-    """Which examples each step sees."""
-    quantization: dict[str, Any] | None
-    """How the base model's weights are stored in fewer bits."""
-
-    @property
-    def task(self) -> Task[Any]:
-        """What the examples are for."""
-        return self.examples.task
 
 
 class TrainingLoop:

@@ -43,6 +43,7 @@ from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.segments import ATTENTION
 from peftcli.tasks.text.unpadded import unpad
+from peftcli.train.data import Data, RunData
 from peftcli.train.events import Stepped, StepResult
 from peftcli.train.loop import Gradients, PreparedModel, fit
 from peftcli.train.packing_check import refuse_contamination
@@ -290,7 +291,7 @@ def test_packed_training_has_the_losses_of_unpacked_training(
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         prepared = PreparedModel(model, parameters, optimizer, schedule, LoraConfig(r=4))
-        return list(fit(Gradients(prepared, TASK, view, plan, accelerator)))
+        return list(fit(Gradients(RunData(Data(TASK, view, None, {}, []), plan), prepared, accelerator)))
 
     packed, unpacked = run(plan), run(Unpacked(plan))
     assert [step.loss for step in packed] == pytest.approx([step.loss for step in unpacked], rel=1e-5)
