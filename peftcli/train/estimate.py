@@ -29,9 +29,8 @@ from peftcli.system.memory import resident_memory
 from peftcli.tasks.base import on_device
 from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
-from peftcli.train.batches import collate
+from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
-from peftcli.train.micro_batches import BatchForm
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.setup import base_dtype, uses_bf16

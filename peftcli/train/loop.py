@@ -18,10 +18,9 @@ from peftcli.core.layer import TrainedCopy, adapter_layers
 from peftcli.core.protocols import after_step, penalty
 from peftcli.errors import Diverged
 from peftcli.tasks.base import Batch, Gathers, on_device
-from peftcli.train.batches import batches, num_workers
+from peftcli.train.batches import BatchForm, batches, num_workers
 from peftcli.train.data import RunData
 from peftcli.train.events import StepResult
-from peftcli.train.micro_batches import BatchForm
 from peftcli.train.plan import MicroBatch
 from peftcli.train.sharded import is_sharded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from peftcli.schema import Training
-from peftcli.train.best_fit import best_fit
 
 _SORTED, _WINDOWS = 50, 4
 """With group_by_length: how many global batches at most are sorted by length together, and how often at least an epoch
 is cut for it, or all epochs would have the same batches."""
 _PACKED = 4096
 """With packing: how many examples, next to each other in the epoch's order, are packed together."""
+_CLASSES = 32
+"""With packing: length classes. More of them fill rows better; fewer make the packing of epochs differ more."""
 _OFTEN = 4
 """A source of a mix that is seen more often than this over a run is worth a warning."""
 
@@ -303,6 +304,38 @@ def _packed(order: np.ndarray, lengths: np.ndarray, max_length: int) -> _Epoch:
         members.append(window[np.argsort(place, kind="stable")])
         sizes.append(np.bincount(place))
     return _Epoch(np.concatenate(members), np.cumsum(np.concatenate(sizes)))
+
+
+def best_fit(lengths: np.ndarray, max_length: int) -> np.ndarray:
+    """Assign each example to a row of at most ``max_length`` tokens; return the row's number, from 0.
+
+    Best fit, longest first: each example goes into the fullest row that has room for it. Examples of about the same
+    length keep the given order, so another order packs other examples together. An example longer than ``max_length``
+    gets its own row.
+    """
+    order = np.argsort(-(lengths // max(1, max_length // _CLASSES)), kind="stable")
+    rows: list[int] = []
+    free: dict[int, list[int]] = {}  # room -> the rows that have so much left
+    rooms: list[int] = []  # the keys of free, sorted
+    num_rows = 0
+    for length in lengths[order].tolist():
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            rows.append(free[room].pop())
+            if not free[room]:
+                del free[room], rooms[at]
+        else:
+            room = max(max_length, length)
+            rows.append(num_rows)
+            num_rows += 1
+        left = room - length
+        if left in free:
+            free[left].append(rows[-1])
+        elif left:
+            free[left] = [rows[-1]]
+            insort(rooms, left)
+    return np.array(rows)[np.argsort(order)]
 
 
 def _shares(weights: Sequence[float], total: int) -> list[int]:

@@ -36,6 +36,7 @@ from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import open_task, task_record
 from peftcli.tasks.base import Begins, Gathers, Limits, Task
 from peftcli.tasks.text.unpadded import unpad
+from peftcli.train.batches import BatchForm
 from peftcli.train.data import RunData, load_data, plan_of, with_task
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Message, OnEvent, Ready
@@ -45,7 +46,6 @@ from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, wit
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
-from peftcli.train.micro_batches import BatchForm
 from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer
 from peftcli.train.options import DEFAULTS, StartOptions

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftcli.train.best_fit import best_fit
+from peftcli.train.plan import best_fit
 
 
 def textbook(lengths: list[int], max_length: int) -> list[int]:

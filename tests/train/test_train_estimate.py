@@ -20,9 +20,9 @@ from peftcli.schema import Recipe
 from peftcli.tasks import open_task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train import setup
+from peftcli.train.batches import BatchForm
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import _HELD_BACK
-from peftcli.train.micro_batches import BatchForm
 from peftcli.train.plan import MicroBatch
 from peftcli.train.preview import preview
 

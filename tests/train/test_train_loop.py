@@ -24,7 +24,7 @@ from peftcli.errors import Diverged, Interrupted, OutOfMemory, UsageError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
-from peftcli.train import loop, micro_batches
+from peftcli.train import batches, loop
 
 
 def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
@@ -162,7 +162,7 @@ def test_a_cpu_computes_a_large_micro_batch_in_parts(
     whole = run_recipe(recipe, "training.max_steps=4")
     together = list(sizes)
     monkeypatch.setattr("peftcli.tasks.text.parts._COST", 10)  # rows this short share most of their tokens
-    monkeypatch.setattr(micro_batches, "PART", max(together) // 2)
+    monkeypatch.setattr(batches, "PART", max(together) // 2)
     sizes.clear()
     parts = run_recipe(recipe, "training.max_steps=4", f"training.output_dir={tmp_path}/parts")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)

@@ -19,7 +19,7 @@ from trainkit import run_recipe
 from peftcli.data.store import Example
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.parts import _PART_COST, of_like_length, parts_of
-from peftcli.train import loop, micro_batches
+from peftcli.train import batches, loop
 
 DPO = CASES["preference"]
 KTO = replace(DPO, task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
@@ -101,6 +101,6 @@ def test_what_compares_rows_stays_whole(
 
     monkeypatch.setattr(loop.Gradients, "loss", noted)
     monkeypatch.setattr("peftcli.tasks.text.parts._COST", 100)
-    monkeypatch.setattr(micro_batches, "PART", 1)
+    monkeypatch.setattr(batches, "PART", 1)
     run_recipe(case.write(tmp_path), "training.max_steps=1", "training.per_device_train_batch_size=4", *settings)
     assert len(calls) == parts
