@@ -27,7 +27,7 @@ from torch import nn
 
 from peftcli.adapters.float32 import computing_in_float32
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
-from peftcli.core.files import load_adapter
+from peftcli.core.files import content_of, load_adapter
 from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, base_module, model_ends
 from peftcli.core.merge import merge, outermost
@@ -38,8 +38,8 @@ from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase, open_base
 from peftcli.models.quantization import forget
-from peftcli.models.weights import write_tensors
 from peftcli.schema import BaseModel
+from peftcli.system.disk import write_file
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
 from peftcli.tasks.base import Exports, Probes, Task, on_device, scores_of
@@ -213,7 +213,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     if any(tuple(stored[key]) != shapes.get(name) for name, key in keys.items() if key not in rows):
         return None  # as the head of a base model for another number of classes
     names = {key: name for name, key in keys.items() if head is None or name != head.name}
-    merged = _MergedTensors(layers, parents, keys, names, places, rows, job.dtype)
+    merged = _MergedTensors(job.base.spec.name, layers, parents, keys, names, places, rows, job.dtype)
     if head is not None and torch.equal(merged.of_key(head.source), merged.of_head(head)):
         head = None  # changed alike: they stay tied
     index: dict[str, str] = {}
@@ -223,7 +223,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         if head is not None and head.source in header:
             tensors[head.name] = (tensors[head.source][0], partial(merged.of_head, head))
         index |= dict.fromkeys(tensors, shard.name)
-        write_tensors(output / shard.name, tensors)
+        write_file(output / shard.name, content_of(tensors))
     if len(shards) > 1:
         described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
         _write_json(output / "model.safetensors.index.json", described)
@@ -245,6 +245,8 @@ class _Head:
 class _MergedTensors:
     """The tensors of the merged checkpoint, each read and merged when it is asked for."""
 
+    base: str
+    """The base model's name."""
     layers: dict[str, AdapterLayer]
     parents: dict[str, str]
     keys: dict[str, str]
@@ -272,7 +274,7 @@ class _MergedTensors:
 
     def _base(self, key: str) -> torch.Tensor:
         """A tensor of the base checkpoint. Its file is opened for it alone: what is mapped of it takes memory."""
-        with safe_open(self.places[key], framework="pt") as file:
+        with _reading(self.base), safe_open(self.places[key], framework="pt") as file:
             value: torch.Tensor = file.get_tensor(key)
         return tokens.grown(value, self.rows[key]) if key in self.rows else value
 

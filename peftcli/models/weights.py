@@ -1,19 +1,12 @@
-"""The tensors of a base model's checkpoint, before any quantisation, and those of a new one, written one at a time."""
+"""The tensors of a base model's checkpoint, before any quantisation."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from io import FileIO
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from peftcli.core.files import content_of
 from peftcli.errors import ModelError
 from peftcli.models.open import OpenBase
-from peftcli.system.outputs import storage_errors
 
 
 class BaseWeights:
@@ -48,31 +41,3 @@ class BaseWeights:
         if not value.is_floating_point():
             raise ModelError(f"{self.base.name} stores {name} quantised; its full weight is needed", key="base_model")
         return value
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, tuple[tuple[str, tuple[int, ...]], Callable[[], torch.Tensor]]]
-) -> None:
-    """Write a safetensors file, with one tensor in memory at a time.
-
-    ``tensors``: name -> dtype, as safetensors names it, and shape; and a function that returns the tensor.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
-    with storage_errors(path):
-        file = path.open("wb", buffering=0)
-    try:
-        for piece in content_of(tensors):
-            _write(file, path, piece)
-            del piece  # before the next one is made
-    finally:
-        with storage_errors(path):
-            file.close()
-
-
-def _write(file: FileIO, path: Path, data: Any) -> None:
-    left = memoryview(data)
-    with storage_errors(path):
-        while left:
-            left = left[file.write(left) :]

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from peftcli.adapters import float32, merge
 from peftcli.adapters.float32 import computing_in_float32
-from peftcli.core.files import save_adapter
+from peftcli.core.files import content_of, save_adapter
 from peftcli.core.inject import inject
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.models.weights import write_tensors
+from peftcli.system.disk import write_file
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +73,7 @@ def test_tensors_of_every_dtype_and_shape_are_written(tmp_path: Path) -> None:
         name: ((names[value.dtype], tuple(value.shape)), lambda value=value: value.contiguous())
         for name, value in tensors.items()
     }
-    write_tensors(tmp_path / "model.safetensors", described)
+    write_file(tmp_path / "model.safetensors", content_of(described))
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():

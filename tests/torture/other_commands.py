@@ -211,10 +211,10 @@ NAMES = {signal.SIGINT: "INT", signal.SIGTERM: "TERM", signal.SIGUSR1: "USR1"}
 STOPPED = [
     (MERGE, Moment("peftcli.adapters.merge:find_adapter")),
     (MERGE, Moment("peftcli.models.open:OpenBase.empty_model")),
-    (MERGE, Moment("peftcli.adapters.merge:write_tensors")),
+    (MERGE, Moment("peftcli.adapters.merge:write_file")),
     (MERGE, Moment("peftcli.models.open:OpenBase.processor")),
     (MERGE, Moment("peftcli.system.outputs:_publish")),
-    (MERGE_INTO, Moment("peftcli.adapters.merge:write_tensors")),
+    (MERGE_INTO, Moment("peftcli.adapters.merge:write_file")),
     (MERGE_INTO, Moment("peftcli.system.outputs:_move_into")),
     (COMBINE, Moment("peftcli.adapters.combine:read_tensors", 2)),
     (COMBINE, Moment("peftcli.adapters.combine:write_adapter")),

@@ -328,7 +328,7 @@ def raised_by_a_library(where: str, words: list[str], folder: Path) -> None:
 _RAISED = {
     "train, its model": ("peftcli.models.open.OpenBase.processor", COMMANDS["train"]),
     "train, a step": ("peftcli.train.training_loop.fit", COMMANDS["train"]),
-    "merge": ("peftcli.adapters.merge.write_tensors", COMMANDS["merge"]),
+    "merge": ("peftcli.adapters.merge.write_file", COMMANDS["merge"]),
     "generate": ("peftcli.tasks.text.generation.TextGenerator.generate", COMMANDS["generate a file"]),
     "inspect": ("peftcli.inspection.report.audit", COMMANDS["inspect"]),
     "combine": ("peftcli.adapters.combine.combine", COMMANDS["combine"]),
