@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from peftcli.errors import DataError
@@ -60,32 +61,8 @@ def _as_data_error() -> Iterator[None]:
         raise DataError(f"{type(error).__name__}: {error}", key=_KEY) from error
 
 
-def _wer(wanted: list[str], found: list[str]) -> float:
-    import jiwer
-
-    return float(jiwer.wer(wanted, found))
-
-
-def _cer(wanted: list[str], found: list[str]) -> float:
-    import jiwer
-
-    return float(jiwer.cer(wanted, found))
-
-
 def _exact_match(wanted: list[str], found: list[str]) -> float:
     return sum(one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)) / len(wanted)
-
-
-def _bleu(wanted: list[str], found: list[str]) -> float:
-    import sacrebleu
-
-    return float(sacrebleu.corpus_bleu(found, [wanted]).score)
-
-
-def _chrf(wanted: list[str], found: list[str]) -> float:
-    import sacrebleu
-
-    return float(sacrebleu.corpus_chrf(found, [wanted]).score)
 
 
 def _rouge_l(wanted: list[str], found: list[str]) -> float:
@@ -97,11 +74,11 @@ def _rouge_l(wanted: list[str], found: list[str]) -> float:
 
 
 METRICS: dict[str, Callable[[list[str], list[str]], float]] = {
-    "wer": _wer,
-    "cer": _cer,
+    "wer": lambda wanted, found: import_module("jiwer").wer(wanted, found),
+    "cer": lambda wanted, found: import_module("jiwer").cer(wanted, found),
     "exact_match": _exact_match,
-    "bleu": _bleu,
-    "chrf": _chrf,
+    "bleu": lambda wanted, found: import_module("sacrebleu").corpus_bleu(found, [wanted]).score,
+    "chrf": lambda wanted, found: import_module("sacrebleu").corpus_chrf(found, [wanted]).score,
     "rouge_l": _rouge_l,
 }
 """Each compares the wanted texts of a corpus with the generated ones. Word error rates, BLEU (0 to 100,
