@@ -13,6 +13,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,20 +55,35 @@ class _Unclear(Exception):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[Any] | None = None,
+    prompt: bool = False,
+    variables: dict[str, Any] | None = None,
 ) -> str:
     """Render a conversation as text, with ``prompt`` followed by the generation prompt.
+
+    ``variables`` are the tokenizer's special tokens, which take a while to be looked up.
 
     Raises:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
-    if not _renders_plainly(tokenizer):
-        with _translated_errors(tokenizer, messages):
-            return str(
-                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-            )
-    return _render_quickly(tokenizer, dict(tokenizer.special_tokens_map), messages, tools, prompt)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _translated_errors(tokenizer, messages):
+        if not _renders_plainly(tokenizer):
+            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            return str(text)
+        given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
+        texts: Any = render_jinja_template(  # as ``apply_chat_template``, in less time
+            given,
+            tools=tools,
+            chat_template=limited(tokenizer.get_chat_template(tools=tools), strftime_now),
+            add_generation_prompt=prompt,
+            **(dict(tokenizer.special_tokens_map) if variables is None else variables),
+        )
+        return str(texts[0][0])
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
@@ -89,28 +105,6 @@ def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
     from transformers import PreTrainedTokenizerBase as Base
 
     return getattr(tokenizer.apply_chat_template, "__func__", None) is Base.apply_chat_template
-
-
-def _render_quickly(
-    tokenizer: PreTrainedTokenizerBase,
-    variables: dict[str, Any],
-    messages: list[Message],
-    tools: list[Any] | None,
-    prompt: bool,
-) -> str:
-    """Render like ``apply_chat_template``, in less time."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
-    with _translated_errors(tokenizer, messages):
-        texts: Any = render_jinja_template(
-            given,
-            tools=tools,
-            chat_template=limited(tokenizer.get_chat_template(tools=tools), strftime_now),
-            add_generation_prompt=prompt,
-            **variables,
-        )
-    return str(texts[0][0])
 
 
 @contextmanager
@@ -225,7 +219,8 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._plain = _renders_plainly(tokenizer)
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self.render = partial(render, tokenizer, variables=dict(tokenizer.special_tokens_map))
+        """The function of this name, with the tokenizer's special tokens looked up once."""
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Gemma's tokenizer has added tokens of line breaks, which end no turn.
         self._special = _any_of(token for token in tokens if token.strip())
@@ -244,17 +239,6 @@ class Template:
         """Whether the last answer of a conversation begins where the template's generation prompt ends."""
         opening, start = self._turn_format(tools).prompt, rendered.answers[-1].start
         return rendered.text.endswith((opening, opening.rstrip()), 0, start) or not opening.strip()
-
-    def render(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
-        """Render like the function ``render``, in less time.
-
-        Raises:
-            DataError: the template refuses the conversation.
-            ModelError: the template does not come to an end.
-        """
-        if not self._plain:
-            return render(self.tokenizer, messages, tools, prompt)
-        return _render_quickly(self.tokenizer, self._variables, messages, tools, prompt)
 
     def answers(
         self, messages: list[Message], tools: list[Any] | None = None, which: Container[int] | None = None
