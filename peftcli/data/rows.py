@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from peftcli.errors import DataError
 from peftcli.schema import Source
 
 _LISTED = 12
-"""Columns that an error lists."""
+"""Names that a message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Reader:
         """
         name = self.names[column]
         if name not in row.values:
-            raise row.place.error(f"missing; the row has: {_listed(row.values)}", key=name)
+            raise row.place.error(f"missing; the row has: {listed(row.values)}", key=name)
         return row.values[name]
 
 
@@ -90,13 +91,7 @@ class Table:
         Raises:
             DataError: a column is missing, or ``dataset.columns`` names one that the source or the task lacks.
         """
-        for column, given in self.source.columns.items():
-            if column not in columns:
-                message = f"the task reads no column {column!r}; it reads: {', '.join(columns)}"
-                raise DataError(message, file=self.described, key="dataset.columns")
-            if given not in self.columns:
-                message = f"no column {given!r}; the rows have: {_listed(self.columns)}"
-                raise DataError(message, file=self.described, key="dataset.columns")
+        self.refuse_columns(columns)
         names: dict[str, str] = {}
         for column, usual in columns.items():
             found = self.source.columns.get(column) or next((each for each in usual if each in self.columns), None)
@@ -104,17 +99,34 @@ class Table:
                 names[column] = found
             elif column not in optional:
                 raise DataError(
-                    f"no column {' or '.join(map(repr, usual))}; the rows have: {_listed(self.columns)}",
+                    f"no column {' or '.join(map(repr, usual))}; the rows have: {listed(self.columns)}",
                     file=self.described,
                     key="dataset.columns",
                     hint=f"Name the column in the recipe: dataset: {{columns: {{{column}: ...}}}}.",
                 )
         return Reader(name, names)
 
+    def refuse_columns(self, known: Collection[str]) -> None:
+        """Raise DataError where ``dataset.columns`` names a column that the source lacks, or none of ``known``."""
+        for column, given in self.source.columns.items():
+            for name, names, problem in (
+                (column, known, "the task reads no column {!r}; it reads: {}"),
+                (given, self.columns, "no column {!r}; the rows have: {}"),
+            ):
+                if name not in names:
+                    near = get_close_matches(name, names, n=1)
+                    raise DataError(
+                        problem.format(name, listed(names)),
+                        file=self.described,
+                        key=f"dataset.columns.{column}",
+                        hint=f"Closest: {near[0]}" if near else None,
+                    )
 
-def _listed(columns: Sequence[str] | Mapping[str, Any]) -> str:
-    names = [name if name.isprintable() else repr(name) for name in columns]
-    return ", ".join([*names[:_LISTED], *(["..."] if len(names) > _LISTED else [])])[:300] or "nothing"
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as messages list them; of many, the first."""
+    shown = [name if name.isprintable() else repr(name) for name in names]
+    return ", ".join([*shown[:_LISTED], *(["..."] if len(shown) > _LISTED else [])])[:300] or "none"
 
 
 def shortened(value: Any) -> str:

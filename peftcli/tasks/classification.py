@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding
-from peftcli.data.rows import Reader, Row, Table, shortened
+from peftcli.data.rows import Reader, Row, Table, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -34,7 +34,6 @@ LABEL = Column("float32", (None,))
 _UNBALANCED = 0.95
 _HALF = 0.5
 _TOP = 5
-_MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -364,8 +363,3 @@ def correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:
         return {"pearson": 0.0, "spearman": 0.0}
     pearson, spearman = stats.pearsonr(wanted, found), stats.spearmanr(wanted, found)
     return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic)}
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in one line; of many, the first."""
-    return ", ".join([*names[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from peftcli.data.rows import listed
 from peftcli.errors import UsageError
 from peftcli.tasks import TASKS, TaskRow
 
@@ -33,7 +34,8 @@ def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     if len(fitting) == 1:
         return fitting[0], f"{architecture} and the columns {', '.join(sorted(matches[fitting[0]]))}"
     candidates = fitting or list(dict.fromkeys([*by_model, *by_columns]))
-    facts = f"{architecture} ({_listed(by_model)}) and the columns {_listed(columns)} ({_listed(by_columns)})"
+    models, given, tasks = (listed(sorted(names)) for names in (by_model, columns, by_columns))
+    facts = f"{architecture} ({models}) and the columns {given} ({tasks})"
     raise UsageError(
         f"{'is left out, and ' if fitting else 'is left out, and no one task fits '}"
         + (f"several tasks fit {facts}" if fitting else facts),
@@ -59,7 +61,3 @@ def _classes(row: TaskRow, config: Any) -> Collection[str]:
 def _match(row: TaskRow, columns: Collection[str]) -> frozenset[str]:
     """The largest set of the task's columns that is there."""
     return max((frozenset(each) for each in row.reads if set(each) <= set(columns)), key=len, default=frozenset())
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:12]) or "none"

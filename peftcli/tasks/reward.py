@@ -92,7 +92,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         rows = list(rows)
         table = table_of(rows, options.columns)
         try:
-            reader = example_reader(table.columns, table.source, table.described)
+            reader = example_reader(table)
         except DataError:
             if not {*PAIR} <= {*table.columns, *table.source.columns}:
                 raise

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.rows import Reader, Row, Table, listed
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -40,7 +40,6 @@ from peftcli.tasks.base import (
     table_of,
     write_task,
 )
-from peftcli.tasks.classification import listed
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import noise, open_image, opened_picture, png, processed, shown_image

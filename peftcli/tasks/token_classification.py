@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding
-from peftcli.data.rows import Row, Table, shortened
+from peftcli.data.rows import Row, Table, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -33,7 +33,7 @@ from peftcli.tasks.base import (
     model_inputs,
     table_of,
 )
-from peftcli.tasks.classification import LabelReader, listed
+from peftcli.tasks.classification import LabelReader
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED

@@ -32,7 +32,7 @@ from hostile_data import (
 )
 
 from peftcli.data import readers, text_rows
-from peftcli.data.rows import Row
+from peftcli.data.rows import Row, Table
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import Source
@@ -508,7 +508,7 @@ def first_example(path: Path) -> ParsedRow:
     row = next(open_source(source).rows())
     if isinstance(row, DataError):
         raise row
-    return example_reader(tuple(row.values), source, str(path))(row)
+    return example_reader(Table(source, str(path), tuple(row.values)))(row)
 
 
 @pytest.mark.parametrize("case", BAD_CONTENT)

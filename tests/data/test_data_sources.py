@@ -515,10 +515,10 @@ def test_no_network_is_a_network_error(tmp_path: Path, monkeypatch: pytest.Monke
 def test_local_files_need_neither_torch_nor_datasets(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "x")
     code = (
-        "import sys; from peftcli.data.sources import open_source;"
+        "import sys; from peftcli.data.rows import Table; from peftcli.data.sources import open_source;"
         "from peftcli.tasks.text.formats import example_reader;"
         f"from peftcli.schema import Source; source = Source(train={str(path)!r});"
-        "[row] = open_source(source).rows(); example_reader(tuple(row.values), source, 'a')(row);"
+        "[row] = open_source(source).rows(); example_reader(Table(source, 'a', tuple(row.values)))(row);"
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

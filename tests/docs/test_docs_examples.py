@@ -24,7 +24,7 @@ from docs_pages import PAGES, ROOT, Block, blocks, page_id
 from typer.main import get_command
 
 from peftcli.cli import app, console
-from peftcli.data.rows import Row
+from peftcli.data.rows import Row, Table
 from peftcli.data.sources import open_source
 from peftcli.recipe import read
 from peftcli.schema import Source
@@ -90,7 +90,7 @@ def check_json(block: Block) -> None:
         source = Source(train=str(path))
         [row] = open_source(source).rows()
         assert isinstance(row, Row), block.place
-        example_reader(tuple(row.values), source, str(path))(row)
+        example_reader(Table(source, str(path), tuple(row.values)))(row)
 
 
 def check_console(block: Block, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from chat_templates import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from peftcli.data.rows import Place, Row
+from peftcli.data.rows import Place, Row, Table
 from peftcli.errors import DataError, ModelError
 from peftcli.guard import templates
 from peftcli.schema import Dataset, Source
@@ -377,7 +377,7 @@ def test_what_well_known_templates_write_stays_the_same(name: str) -> None:
 def test_a_row_that_the_template_does_not_end_with_is_named(encoder: Any) -> None:
     tokenizer = speaking("{% if messages | length > 3 %}" + ENDLESS["loops in loops"] + "{% endif %}" + GOOD)
     source = Source(train="a.jsonl")
-    encode = encoder(example_reader(["messages"], source, "a.jsonl"), tokenizer, Dataset())
+    encode = encoder(example_reader(Table(source, "a.jsonl", ("messages",))), tokenizer, Dataset())
     rows = [
         Row({"messages": CHAT * times}, Place("a.jsonl", number, number + 10)) for number, times in ((1, 1), (2, 3))
     ]

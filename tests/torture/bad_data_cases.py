@@ -180,7 +180,7 @@ COLUMNS = {
         "train: data.jsonl, columns: {prompt: qestion}", "no column 'qestion'", key="dataset.columns.prompt"
     ),
     "a column that no format has": settings(
-        "train: data.jsonl, columns: {promt: prompt}", "no format has a column 'promt'", key="dataset.columns.promt"
+        "train: data.jsonl, columns: {promt: prompt}", "the task reads no column 'promt'", key="dataset.columns.promt"
     ),
     "a column of another format": settings(
         "train: data.jsonl, format: text, columns: {completion: prompt}", "", key="dataset."

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peftcli.data.rows import Reader, Row
+from peftcli.data.rows import Reader, Row, Table, listed
 from peftcli.data.text_rows import first_line, json_kind, parse_json
 from peftcli.errors import DataError
-from peftcli.schema import Source
 
 Message = dict[str, Any]
 """One turn: ``role``, ``content``, and what else the chat template reads (``tool_calls``, ``reasoning_content``)."""
@@ -108,43 +107,38 @@ class ExampleReader(Reader):
         try:
             for key in chosen.needs:
                 if self.names[key] not in values:
-                    raise _Fault(key, f"missing; the row has: {_listed(values)}")
+                    raise _Fault(key, f"missing; the row has: {listed(values)}")
             return chosen.build({key: values[name] for key, name in self.names.items() if name in values})
         except _Fault as fault:
             top = re.split(r"[.\[]", fault.key, maxsplit=1)[0]
             raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
 
 
-def example_reader(columns: Sequence[str], source: Source, described: str) -> ExampleReader:
-    """Return the reader of rows with these columns.
-
-    ``source`` names the format, or ``auto``, and the columns.
+def example_reader(table: Table) -> ExampleReader:
+    """Return the reader of the rows of a source, whose settings name the format, or ``auto``, and the columns.
 
     Raises:
         DataError: the columns fit no format, or not the given one.
     """
-    known_as = _rename(columns, source.columns, described)
-    name: str = source.format
+    renamed, name = table.source.columns, str(table.source.format)
+    table.refuse_columns(list(dict.fromkeys(key for each in FORMATS.values() for key in (*each.needs, *each.reads))))
+    known_as = (*renamed, *(each for each in table.columns if each not in {*renamed, *renamed.values()}))
     if name == "auto":
         try:
             name = detect_format(known_as)
         except DataError as error:
-            raise DataError(error.message, file=described, key=error.key, hint=error.hint) from None
+            raise DataError(error.message, file=table.described, key=error.key, hint=error.hint) from None
     chosen = FORMATS[name]
     known = (*chosen.needs, *chosen.reads)
-    for key in source.columns:
-        if key not in known:
-            hint = f"Format {name} reads: {', '.join(known)}"
-            raise DataError(f"format {name} has no column {key!r}", key=f"dataset.columns.{key}", hint=hint)
-    missing = [key for key in chosen.needs if key not in known_as]
-    if missing:
+    table.refuse_columns(known)
+    if missing := [key for key in chosen.needs if key not in known_as]:
         raise DataError(
-            f"format {name} needs {' and '.join(missing)}; the columns are: {_listed(known_as)}",
-            file=described,
+            f"format {name} needs {' and '.join(missing)}; the columns are: {listed(known_as)}",
+            file=table.described,
             key="dataset.format",
             hint=_columns_hint({name: missing}, known_as),
         )
-    return ExampleReader(name, {key: source.columns.get(key, key) for key in known})
+    return ExampleReader(name, {key: renamed.get(key, key) for key in known})
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -159,37 +153,17 @@ def detect_format(columns: Iterable[str]) -> str:
         return fitting[0]
     if fitting:
         raise DataError(
-            f"the columns {_listed(columns)} fit the formats {' and '.join(fitting)}",
+            f"the columns {listed(columns)} fit the formats {' and '.join(fitting)}",
             key="dataset.format",
             hint=f"Choose one in the recipe: dataset: {{format: {fitting[0]}}}",
         )
     needed = "; ".join(f"{name}: {', '.join(each.needs)}" for name, each in FORMATS.items())
     missing = {name: [key for key in each.needs if key not in columns] for name, each in FORMATS.items()}
     raise DataError(
-        f"no format fits the columns: {_listed(columns)}",
+        f"no format fits the columns: {listed(columns)}",
         key="dataset.format",
         hint=f"What a format needs: {needed}\n{_columns_hint(missing, columns)}",
     )
-
-
-def _rename(columns: Sequence[str], mapping: dict[str, str], described: str) -> tuple[str, ...]:
-    """Rename columns to the names that the formats use."""
-    known = sorted({key for each in FORMATS.values() for key in (*each.needs, *each.reads)})
-    for key, column in mapping.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Closest: {near[0]}" if near else f"Formats read: {', '.join(known)}"
-            raise DataError(f"no format has a column {key!r}", key=f"dataset.columns.{key}", hint=hint)
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            raise DataError(
-                f"no column {column!r}; the columns are: {_listed(columns)}",
-                file=described,
-                key=f"dataset.columns.{key}",
-                hint=f"Closest: {near[0]}" if near else None,
-            )
-    taken = set(mapping.values())
-    return (*mapping, *(column for column in columns if column not in taken and column not in mapping))
 
 
 _OTHER_NAMES = {
@@ -225,12 +199,6 @@ def _near(key: str, columns: tuple[str, ...]) -> str | None:
     near = difflib.get_close_matches(key, lowered, n=1, cutoff=0.75)
     found = near[0] if near else next((name for name in _OTHER_NAMES[key] if name in lowered), None)
     return lowered[found] if found else None
-
-
-def _listed(columns: Iterable[str]) -> str:
-    columns = list(columns)
-    shown = ", ".join(repr(name[:40])[1:-1] for name in columns[:12])
-    return f"{shown}, ... ({len(columns)})" if len(columns) > 12 else shown or "none"
 
 
 def _string(row: dict[str, Any], key: str, *, where: str = "") -> str:

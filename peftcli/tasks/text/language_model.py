@@ -116,7 +116,7 @@ class LanguageModel(Task[Settings]):
         return record_findings(records)
 
     def read(self, table: Table) -> ExampleReader:
-        found = example_reader(table.columns, table.source, table.described)
+        found = example_reader(table)
         if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
             return replace(answer_reader(table, ("completion",)), whole=self.settings.train_on == "all")
         return found

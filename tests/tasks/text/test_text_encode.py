@@ -9,7 +9,7 @@ from examplekit import COLUMNS
 from examplekit import outcome as outcome_of
 from transformers import ByT5Tokenizer
 
-from peftcli.data.rows import Place, Row
+from peftcli.data.rows import Place, Row, Table
 from peftcli.data.store import USED, Outcome
 from peftcli.errors import DataError
 from peftcli.schema import Source
@@ -34,7 +34,7 @@ def results(
     rows: list[dict[str, Any]], tokenizer: Any, encoder: type = CausalEncoder, **settings: Any
 ) -> list[Outcome | DataError]:
     """What became of each row; a row's error is among them."""
-    read = example_reader(tuple(rows[0]), Source(train="train.jsonl"), "train.jsonl")
+    read = example_reader(Table(Source(train="train.jsonl"), "train.jsonl", tuple(rows[0])))
     known = task_settings.CausalLM if encoder is CausalEncoder else task_settings.Seq2SeqLM
     encode = encoder(read, tokenizer, known(**settings))
     found: list[Outcome | DataError] = encode(
