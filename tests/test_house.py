@@ -23,7 +23,7 @@ ALLOWED = {
     "peftcli.cli.diff": 1,
     "peftcli.cli.evaluate": 3,
     "peftcli.cli.explain": 1,
-    "peftcli.cli.generate": 2,
+    "peftcli.cli.generate": 4,
     "peftcli.cli.info": 3,
     "peftcli.cli.inspect": 11,
     "peftcli.cli.junit_report": 1,

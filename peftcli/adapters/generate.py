@@ -1,4 +1,4 @@
-"""Generate text from a base model and an adapter: into one answer, or from file to file with resume."""
+"""Generate text from a base model and an adapter."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
-from peftcli.data.rows import Place
-from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
-from peftcli.tasks.text.prompts import Prompt, prompt_of
+from peftcli.tasks.text.prompts import Prompt
 
 _WORTH_MERGING = 64
 """Tokens after which a merged model has made up for the time that merging takes: SmolLM2-135M on a CPU needs 50."""
@@ -101,42 +97,6 @@ def describe(source: AdapterSource, spec: BaseModel, model: Any, with_adapter: b
         "device": str(model.device),
         "versions": [version(name) for name in ("peftcli", "torch", "transformers")],
     }
-
-
-def answer_file(
-    generator: TextGenerator,
-    prompts: Sequence[Prompt],
-    target: Path,
-    settings: GenerationSettings,
-    batch_size: int,
-    progress: Callable[[int, int], None],
-) -> int:
-    """Answer prompts into a .jsonl file; return how many.
-
-    The target appears when all are answered. After a stop, the same call resumes after the last whole batch. Prompts of
-    similar length share a batch.
-
-    Raises:
-        FolderBusy: another process is answering into the same target.
-        StorageError: the target cannot be written.
-    """
-
-    def answer(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        return [asdict(each) for each in generator.generate(prompts, settings)]
-
-    key = [*content_key(generator.loaded_from), prompts, asdict(settings)]
-    order = longest_first(prompts)
-    return write_answers(prompts, target, answer, key=key, batch_size=batch_size, progress=progress, order=order)
-
-
-def read_prompts(source: Path) -> tuple[list[Prompt], list[Place]]:
-    """Read the prompts of a .jsonl file of ``{"prompt": ...}`` or ``{"messages": [...]}``, and their places.
-
-    Raises:
-        DataError: the file cannot be read, or a row has no prompt.
-    """
-    rows = read_rows(source)
-    return [prompt_of(row, {}) for row in rows], [row.place for row in rows]
 
 
 def longest_first(rows: Sequence[object]) -> list[int]:

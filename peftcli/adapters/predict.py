@@ -20,8 +20,8 @@ from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
-from peftcli.tasks.text.generation import GenerationSettings
-from peftcli.tasks.text.prompts import prompt_of
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+from peftcli.tasks.text.prompts import Prompt, prompt_of
 from peftcli.tasks.text.unpadded import unpad
 
 _BATCHES = 8
@@ -180,8 +180,16 @@ def _text_predictor(
         check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in merge_for], settings),
         tell=tell,
     )
+    return text_predictor(generator, ask, settings, batch_size)
+
+
+def text_predictor(
+    generator: TextGenerator, ask: Callable[[Row], Prompt], settings: GenerationSettings, batch_size: int
+) -> Predictor:
+    """Return a predictor whose answers are the texts that a model says; ``ask`` returns the prompt of a row."""
 
     def answer(rows: Sequence[Row], **_: Any) -> list[dict[str, Any]]:
         return [asdict(each) for each in generator.generate(list(map(ask, rows)), settings)]
 
-    return Predictor(answer, ("prompt",), batch_size, generator.loaded_from, generator.model, longest_first=True)
+    loaded_from = {**generator.loaded_from, "settings": asdict(settings)}
+    return Predictor(answer, ("prompt",), batch_size, loaded_from, generator.model, longest_first=True)

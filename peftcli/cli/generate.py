@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.system.outputs import is_stream, refuse_input, require_writable
 from peftcli.system.secrets import safe_length
@@ -67,24 +69,27 @@ def generate(
     if target is not None:
         refuse_input(target, source)
         require_writable(target)
-    from peftcli.adapters.generate import answer_file, first_batch, load_generator, read_prompts
+    from peftcli.adapters.generate import first_batch, load_generator
+    from peftcli.adapters.predict import predict_file, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
+    from peftcli.tasks.text.prompts import prompt_of
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    prompts, places = ([_FIRST_OF_A_CHAT if prompt is None else prompt], []) if source is None else read_prompts(source)
+    rows = read_rows(source) if source is not None else []
+    ask = partial(prompt_of, columns={})
+    prompts = list(map(ask, rows)) if source is not None else [_FIRST_OF_A_CHAT if prompt is None else prompt]
     generator = load_generator(
         adapter,
         base,
         with_adapter=not no_adapter,
         quantization=quantization,
         merge_for=first_batch(prompts, settings, batch_size),
-        check=lambda loaded: loaded.refuse_long(prompts, places, settings) if places else None,
+        check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in rows], settings) if rows else None,
         tell=tell,
     )
     if source is not None and target is not None:
-        count = answer_file(
-            generator, prompts, target, settings, batch_size, lambda done, total: tell(f"{done}/{total}")
-        )
+        predictor = text_predictor(generator, ask, settings, batch_size)
+        count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
         return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
