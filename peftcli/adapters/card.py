@@ -16,7 +16,7 @@ import yaml
 
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config, read_run
-from peftcli.guard.files import irregular_kind, one_line, os_reason, read_small
+from peftcli.guard.files import one_line, read_errors, read_small
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
 from peftcli.system.disk import write_file
@@ -439,10 +439,8 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupErr
 
 
 def _read_card(path: Path) -> str:
-    try:
+    with read_errors(path):
         content = read_small(path, _MAX_CARD_BYTES)
-    except (OSError, ValueError) as error:
-        raise AdapterError(irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)) from None
     return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
 
 

@@ -7,6 +7,8 @@ import os
 import reprlib
 import stat
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -94,9 +96,18 @@ def irregular_kind(path: Path) -> str | None:
     return None if kind == stat.S_IFREG else f"is {_KINDS.get(kind, 'something')}, not a regular file"
 
 
-def os_reason(error: OSError | ValueError) -> str:
+def os_reason(error: Exception) -> str:
     """Return the system's reason why a file cannot be read."""
     return getattr(error, "strerror", None) or str(error)
+
+
+@contextmanager
+def read_errors(path: Path, error: type[PeftcliError] = AdapterError) -> Iterator[None]:
+    """Inside, a file that cannot be opened, read or parsed raises ``error``."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(irregular_kind(path) or f"cannot be read: {os_reason(failure)}", file=str(path)) from None
 
 
 def read_json_object(
@@ -107,10 +118,8 @@ def read_json_object(
     ``strict`` refuses what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity.
     """
     file = str(path)
-    try:
+    with read_errors(path, error):
         text = read_small(path, largest)
-    except (OSError, ValueError) as failure:
-        raise error(irregular_kind(path) or f"cannot be read: {os_reason(failure)}", file=file) from None
     try:
         values = parse_json_object(text.decode("utf-8-sig"), strict=strict)
     except json.JSONDecodeError as failure:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import AdapterError, PeftcliError
-from peftcli.guard.files import irregular_kind, open_regular, os_reason, parse_json_object, short_name, short_repr
+from peftcli.guard.files import open_regular, os_reason, parse_json_object, read_errors, short_name, short_repr
 
 _MAX_BYTES = 1 << 24
 """Room for 100,000 tensors."""
@@ -55,10 +55,8 @@ def open_safetensors(
 
     Raises ``error`` if the file cannot be read, or its header does not describe all its bytes exactly.
     """
-    try:
+    with read_errors(path, error):
         file = open_regular(path)
-    except (OSError, ValueError) as failure:
-        raise error(irregular_kind(path) or f"cannot be read: {os_reason(failure)}", file=str(path)) from None
     with file:
         try:
             header = _parse_header(file)

@@ -17,7 +17,7 @@ from torch import nn
 
 from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
-from peftcli.guard.files import irregular_kind, open_regular, os_reason, read_json_object, short_name, short_repr
+from peftcli.guard.files import irregular_kind, open_regular, read_errors, read_json_object, short_name, short_repr
 from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -72,13 +72,8 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
             if path not in read:
                 read[path] = read_json_object(path, _MAX_JSON_BYTES, ModelError, strict=False)
         elif path.name in _FILES:
-            try:
-                with open_regular(path) as file:
-                    size = os.fstat(file.fileno()).st_size
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    irregular_kind(path) or f"cannot be read: {os_reason(error)}", file=str(path)
-                ) from None
+            with read_errors(path, ModelError), open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
             if size > _MAX_VOCABULARY_BYTES:
                 raise ModelError(f"has {size:,} bytes, too many for a vocabulary", file=str(path))
         elif not path.name.startswith(".") and _would_block(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import ModelError
-from peftcli.guard.files import irregular_kind, read_json_object, read_small, short_name
+from peftcli.guard.files import read_errors, read_json_object, read_small, short_name
 from peftcli.models.open import OpenBase
 
 _MODULES, _POOLING, _TEXTS, _ABOUT = (
@@ -124,16 +124,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects that a file lists.
-
-    Raises:
-        ModelError: it lists something else.
-    """
-    try:
+    """The JSON objects that a file lists."""
+    with read_errors(path, ModelError):
         found = json.loads(read_small(path, _LARGEST))
-    except (OSError, ValueError, RecursionError) as error:
-        message = irregular_kind(path) or f"cannot be read: {error}"
-        raise ModelError(message, file=str(path), key="base_model") from None
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ModelError("holds no list of JSON objects", file=str(path), key="base_model")
     return found
