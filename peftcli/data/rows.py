@@ -64,6 +64,17 @@ class Reader:
             raise row.place.error(f"missing; the row has: {listed(row.values)}", key=name)
         return row.values[name]
 
+    def text(self, row: Row, column: str, *, blank: bool = True) -> str:
+        """The text in one of the task's columns; ``blank`` says whether it may have no words.
+
+        Raises:
+            DataError: the row has none.
+        """
+        value = self.value(row, column)
+        if not isinstance(value, str) or not (blank or value.strip()):
+            raise row.place.error(f"expected a text, found {shortened(value)}", key=self.names[column])
+        return value
+
 
 @dataclass(frozen=True)
 class Table:

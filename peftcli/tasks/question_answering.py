@@ -120,7 +120,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         Raises:
             DataError: a text is missing, or the question leaves no room.
         """
-        question, context = (_text(row, reader, name) for name in ("question", "context"))
+        question, context = (reader.text(row, name, blank=False) for name in ("question", "context"))
         asked = self.processor(question.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - len(asked) - self.processor.num_special_tokens_to_add(pair=True)
         found: Any = {"input_ids": []}
@@ -310,7 +310,8 @@ def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
     Raises:
         DataError: an answer is not where it is said to be.
     """
-    value, key, context = reader.value(row, "answers"), reader.names["answers"], _text(row, reader, "context")
+    value, key = reader.value(row, "answers"), reader.names["answers"]
+    context = reader.text(row, "context", blank=False)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         starts = value.get("answer_start")
         if not isinstance(starts, list) or len(starts) != len(value["text"]):
@@ -329,13 +330,6 @@ def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
             raise row.place.error(message, key=key)
         found.append((start, text))
     return found
-
-
-def _text(row: Row, reader: Reader, column: str) -> str:
-    value = reader.value(row, column)
-    if not isinstance(value, str) or not value.strip():
-        raise row.place.error(f"expected a text, found {shortened(value)}", key=reader.names[column])
-    return value
 
 
 TASK = QuestionAnswering

@@ -53,7 +53,7 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
         outcomes: list[Outcome | DataError] = []
         for row in rows:
             try:
-                texts = [_text(row, reader, column) for column in ("text", "text_pair") if column in reader.names]
+                texts = [reader.text(row, column) for column in ("text", "text_pair") if column in reader.names]
             except DataError as error:
                 outcomes.append(error)
                 continue
@@ -74,13 +74,6 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
         renderer = TokenRenderer(self.processor)
         text = Text(renderer.render(ids, [IGNORED] * len(ids)), "text")
         return Shown([text, Label(self.label_text(example))], {"input_ids": ids, "text": renderer.text(ids)})
-
-
-def _text(row: Row, reader: Reader, column: str) -> str:
-    value = reader.value(row, column)
-    if not isinstance(value, str):
-        raise row.place.error(f"expected a text, found {value!r:.60}", key=reader.names[column])
-    return value
 
 
 TASK = SequenceClassification

@@ -24,7 +24,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Reader, Row, Table, shortened
+from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models import tokens
@@ -246,9 +246,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return self._heard(row, reader, text, self._labels(text, row, reader))
 
     def _spoken(self, row: Row, reader: Reader) -> str:
-        text = reader.value(row, "text")
-        if not isinstance(text, str) or not text.strip():
-            raise row.place.error(f"expected what is said, found {shortened(text)}", key=reader.names["text"])
+        text = reader.text(row, "text", blank=False)
         if bool(_TIME.search(text)) != self.settings.timestamps and self.is_whisper:
             message = "has no times such as <|0.00|>" if self.settings.timestamps else "has times such as <|0.00|>"
             hint = f"task.timestamps is {str(self.settings.timestamps).lower()}."

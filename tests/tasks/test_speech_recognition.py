@@ -129,7 +129,7 @@ def test_what_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path) -> None:
         assert words in each.message
     assert [each.line for each in found] == [1, 2, 3, 4, 5, 6]
     (blank,) = outcomes(speech_task(), [{"audio": tone_rows()[0]["audio"], "text": " "}])
-    assert "expected what is said" in str(blank)
+    assert "expected a text" in str(blank)
 
 
 def test_a_clip_that_changes_is_noticed(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Words:
 
 def words_of(row: Row, reader: Reader, spans: list[tuple[int, int]]) -> Words:
     """The text of a row, with the places of its words."""
-    return Words(_text(row, reader) if "text" in reader.names else " ".join(_tokens(row, reader)), spans)
+    return Words(reader.text(row, "text") if "text" in reader.names else " ".join(_tokens(row, reader)), spans)
 
 
 def word_spans(row: Row, reader: Reader, edges: Iterable[int] = ()) -> list[tuple[int, int]]:
@@ -42,7 +42,7 @@ def word_spans(row: Row, reader: Reader, edges: Iterable[int] = ()) -> list[tupl
             start += len(token) + 1
         return spans
     cuts, spans = sorted(set(edges)), []
-    for match in _WORD.finditer(_text(row, reader)):
+    for match in _WORD.finditer(reader.text(row, "text")):
         inside = [edge for edge in cuts if match.start() < edge < match.end()]
         spans += zip([match.start(), *inside], [*inside, match.end()], strict=True)
     return spans
@@ -80,7 +80,7 @@ def _found_entities(row: Row, reader: Reader) -> list[tuple[int, int, str]]:
     Raises:
         DataError: they are not there, lie outside of the text, hold no word, or share characters.
     """
-    text, value, key = _text(row, reader), reader.value(row, "entities"), reader.names["entities"]
+    text, value, key = reader.text(row, "text"), reader.value(row, "entities"), reader.names["entities"]
     found = list[tuple[int, int, str]]()
     for each in value if isinstance(value, list) else [value]:
         name = each.get("label", each.get("type")) if isinstance(each, dict) else None
@@ -100,13 +100,6 @@ def _found_entities(row: Row, reader: Reader) -> list[tuple[int, int, str]]:
         if start < end:
             raise row.place.error(f"two entities share the character {start}", key=key)
     return found
-
-
-def _text(row: Row, reader: Reader) -> str:
-    value = reader.value(row, "text")
-    if not isinstance(value, str):
-        raise row.place.error(f"expected a text, found {shortened(value)}", key=reader.names["text"])
-    return value
 
 
 def _tokens(row: Row, reader: Reader) -> list[str]:
