@@ -92,14 +92,6 @@ def _continued(pipeline: Any, generator: TextGenerator) -> tuple[list[Answer], l
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _texts(pipeline: Any) -> Sequence[dict[str, Any]]:
-    return [{"text": text} for text in _TEXTS]
-
-
-def _words(pipeline: Any) -> Sequence[dict[str, Any]]:
-    return [{"tokens": text.split()} for text in _TEXTS]
-
-
 def _pictures(pipeline: Any) -> Sequence[dict[str, Any]]:
     return [{"image": png(picture)} for picture in noise()]
 
@@ -168,8 +160,10 @@ def _ask_for_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Ans
 
 
 _KINDS = {
-    "text-classification": _Kind(_texts, _read_scores, _ask_of_text),
-    "token-classification": _Kind(_words, lambda answer: answer["tags"], _ask_for_tags),
+    "text-classification": _Kind(lambda _: [{"text": text} for text in _TEXTS], _read_scores, _ask_of_text),
+    "token-classification": _Kind(
+        lambda _: [{"tokens": text.split()} for text in _TEXTS], lambda answer: answer["tags"], _ask_for_tags
+    ),
     "image-classification": _Kind(_pictures, _read_scores, _ask_of_picture),
     "image-segmentation": _Kind(_pictures, lambda answer: answer["shares"], _ask_for_shares),
     "automatic-speech-recognition": _Kind(_sounds, lambda answer: [answer["text"]], _ask_for_text),
