@@ -16,7 +16,6 @@ from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import is_media, media_rows
 from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, parquet_class_names, read_file
 from peftcli.data.rows import Place, Row
-from peftcli.data.source_names import is_path
 from peftcli.data.text_rows import CHUNK, first_line, quote
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
@@ -26,6 +25,12 @@ _SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 """Files that describe a dataset and contain no rows. ``Dataset.save_to_disk`` writes them beside Arrow files."""
 _SPLIT = re.compile(r"(?<![a-z])(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
 """The name of a split in a path, as datasets finds it: a word of its own."""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_FILE_ENDINGS = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".conll", ".conllu", ".txt", ".tsv", ".md"),
+    *(".gz", ".zip", ".zst", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
+)
+"""A name with one of these endings is a file, though it could be a hub id."""
 _MAX_DEPTH, _MAX_FILES = 100, 1_000_000
 """Levels of folders, and entries of all folders of a source together."""
 
@@ -138,6 +143,11 @@ class ResolvedSource:
         for number, values in enumerate(hub.rows(), start=1):
             place = Place(self.name, number)
             yield place.error(values) if isinstance(values, str) else Row(values, place)
+
+
+def is_path(name: str) -> bool:
+    """Return whether the name is a path and not a hub id, even if no such file exists."""
+    return name.lower().endswith(_FILE_ENDINGS) or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name)
 
 
 def open_source(source: Source) -> ResolvedSource:

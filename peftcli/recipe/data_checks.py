@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from peftcli.data.source_names import is_path
+from peftcli.data.sources import is_path
 from peftcli.methods import METHODS
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.settings import choices, settings
