@@ -226,19 +226,13 @@ def worst_first(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
-def blocking(findings: Sequence[Finding], allow: Sequence[str]) -> list[Finding]:
-    """Return the errors that the recipe does not allow. Bad rows cannot be allowed by name."""
-    errors = [finding for finding in findings if finding.level == "error"]
-    return [finding for finding in errors if finding.name == _BAD_ROWS or finding.name not in allow]
-
-
 def refuse(findings: Sequence[Finding], allow: Sequence[str]) -> None:
-    """Refuse data with findings that the recipe does not allow.
+    """Refuse data with findings that the recipe does not allow. Bad rows cannot be allowed by name.
 
     Raises:
         DataError: a finding is an error, and the recipe does not allow it.
     """
-    errors = blocking(findings, allow)
+    errors = [each for each in findings if each.level == "error" and (each.name == _BAD_ROWS or each.name not in allow)]
     if not errors:
         return
     lines = [f"{each.name}: {each.message} ({each.rows[0]})" for each in errors[:_MAX_REFUSED]]

@@ -16,9 +16,10 @@ from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import is_media, media_rows
 from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, parquet_class_names, read_file
 from peftcli.data.rows import Place, Row
-from peftcli.data.text_rows import CHUNK, first_line, quote
+from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
+from peftcli.system.disk import sha256
 from peftcli.system.outputs import expand_user
 
 _SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
@@ -36,7 +37,11 @@ _MAX_DEPTH, _MAX_FILES = 100, 1_000_000
 
 
 class ResolvedSource:
-    """A source of a recipe, resolved to its files or to a dataset on the hub."""
+    """A source of a recipe, resolved to its files or to a dataset on the hub.
+
+    Its methods raise DataError where a file, or a split or configuration of a dataset, is missing or cannot be read,
+    and NetworkError or HubError where the hub cannot be reached or refuses access.
+    """
 
     def __init__(
         self,
@@ -46,29 +51,20 @@ class ResolvedSource:
         media: Mapping[str, str] | None = None,
         left_out: Sequence[str] = (),
     ):
-        self._source, self._files, self._hub, self._media = source, files, hub, media or {}
+        self._source, self._hub, self._media = source, hub, media or {}
         self._top = len(str(Path(source.train))) + 1
+        self.files = files
+        """The files of rows by name, in order; none for a folder of media or a dataset on the hub."""
         self.left_out = list(left_out)
         """Files of the folder that cannot be read."""
         self.name = display_name(source.train)
         """The name in the recipe, for messages."""
 
-    @property
-    def files(self) -> list[Path]:
-        """The files of rows in order; none for a folder of media or a dataset on the hub."""
-        return list(self._files.values())
-
     def class_names(self) -> dict[str, tuple[str, ...]]:
-        """The names of classes that the source declares for the numbers of a column, as datasets' ``ClassLabel``.
-
-        Raises:
-            DataError: no such split or configuration.
-            NetworkError: the hub cannot be reached.
-            HubError: the hub refuses access.
-        """
+        """The names of classes that the source declares for the numbers of a column, as datasets' ``ClassLabel``."""
         if self._hub is not None:
             return self._hub.class_names()
-        paths = [path for path in self._files.values() if path.suffix == ".parquet"]
+        paths = [path for path in self.files.values() if path.suffix == ".parquet"]
         return parquet_class_names(paths[0]) if paths else {}
 
     def fingerprint(self) -> dict[str, str]:
@@ -76,11 +72,6 @@ class ResolvedSource:
 
         Media of a folder have one SHA-256 over their names and sizes, which a copy of the folder has too. Their bytes
         are known by the digests that a task keeps of them.
-
-        Raises:
-            DataError: a file cannot be read.
-            NetworkError: the hub cannot be reached.
-            HubError: the hub refuses access.
         """
         return self.state()[0]
 
@@ -88,7 +79,7 @@ class ResolvedSource:
         """Return the fingerprint, and a hash of when each media file and its inode last changed on this disk."""
         if self._hub is not None:
             return {f"{self.name}@{self._hub.commit}": self._hub.commit}, ""
-        hashes = {name: _sha256(path, name) for name, path in self._files.items()}
+        hashes = {name: _sha256(path, name) for name, path in self.files.items()}
         if not self._media:
             return hashes, ""
         sizes, times = hashlib.sha256(), hashlib.sha256()
@@ -102,11 +93,7 @@ class ResolvedSource:
         return {**hashes, self.name: sizes.hexdigest()}, times.hexdigest()
 
     def check_unchanged(self, state: tuple[dict[str, str], str]) -> None:
-        """Check that the content has the ``state`` taken before ``rows()`` was called.
-
-        Raises:
-            DataError: the content has changed.
-        """
+        """Raise DataError unless the content has the ``state`` taken before ``rows()`` was called."""
         (fingerprint, times), (now, times_now) = state, self.state()
         changed = [name for name, known in fingerprint.items() if now.get(name) != known]
         if changed or times_now != times:
@@ -118,8 +105,6 @@ class ResolvedSource:
 
         Raises:
             DataError: a file, or the rest of it, cannot be read, or there are no rows.
-            NetworkError: the hub cannot be reached.
-            HubError: the hub refuses access.
         """
         found = self._file_rows() if self._hub is None else self._hub_rows(self._hub)
         empty = True
@@ -130,11 +115,11 @@ class ResolvedSource:
             raise DataError("contains no rows", file=self.name)
 
     def _file_rows(self) -> Iterator[Row | DataError]:
-        if not self._files:
+        if not self.files:
             yield from media_rows(self._media, str(Path(self._source.train)))
             return
         number = 0
-        for name, path in self._files.items():
+        for name, path in self.files.items():
             for row in read_file(path, name, number + 1):
                 number += 1
                 yield row
@@ -298,15 +283,11 @@ def _near_files(path: Path) -> str:
 
 
 def _sha256(path: Path, name: str) -> str:
-    digest = hashlib.sha256()
     check_regular(path, name)
     try:
-        with path.open("rb") as file:
-            while block := file.read(CHUNK):
-                digest.update(block)
+        return sha256(path)
     except OSError as error:
         raise DataError(f"cannot be read: {first_line(error)}", file=name) from error
-    return digest.hexdigest()
 
 
 def eval_source(dataset: Dataset) -> Source | None:

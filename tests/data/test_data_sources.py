@@ -46,7 +46,7 @@ def test_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "x", "y")
     opened = open_source(Source(train=str(path)))
     assert opened.name == str(path)
-    assert opened.files == [path]
+    assert [*opened.files.values()] == [path]
     assert list(opened.rows()) == [Row({"text": t}, Place(str(path), n, n)) for n, t in enumerate("xy", start=1)]
     assert list(opened.rows()) == list(opened.rows())
 
@@ -68,7 +68,7 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     write(tmp_path / "README.md").write_text("no")
     opened = open_source(Source(train=f"{tmp_path}/"))
     assert texts(Source(train=str(tmp_path))) == ["z", "b1", "b2", "c"]
-    assert [str(path.relative_to(tmp_path)) for path in opened.files] == ["a/z.json", "b.jsonl", "c.csv"]
+    assert [str(path.relative_to(tmp_path)) for path in opened.files.values()] == ["a/z.json", "b.jsonl", "c.csv"]
     places = [row.place for row in opened.rows() if isinstance(row, Row)]
     assert [place.number for place in places] == [1, 2, 3, 4]  # over the whole folder
     assert [place.line for place in places] == [1, 1, 2, 2]  # in the file
@@ -94,7 +94,7 @@ def test_a_folder_with_several_names_is_read_once(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / "data" / name).symlink_to("z")
     opened = open_source(Source(train=str(tmp_path / "data")))
-    assert [str(path.relative_to(tmp_path)) for path in opened.files] == ["data/z/a.jsonl"]
+    assert [str(path.relative_to(tmp_path)) for path in opened.files.values()] == ["data/z/a.jsonl"]
     assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
 
 
@@ -174,13 +174,14 @@ def test_a_file_that_only_describes_datasets_is_left_out(tmp_path: Path) -> None
     write(tmp_path / "a.jsonl", "x")
     (tmp_path / "dataset_info.json").write_text('{\n  "a": {"file_name": "a.jsonl"}\n}')
     opened = open_source(Source(train=str(tmp_path)))
-    assert (opened.files, opened.left_out) == ([tmp_path / "a.jsonl"], ["dataset_info.json"])
+    assert ([*opened.files.values()], opened.left_out) == ([tmp_path / "a.jsonl"], ["dataset_info.json"])
 
 
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = write(tmp_path / "d" / "a.jsonl", "x")
-    assert open_source(Source(train="~/d/a.jsonl")).files == open_source(Source(train="~/d")).files == [path]
+    assert [*open_source(Source(train="~/d/a.jsonl")).files.values()] == [path]
+    assert [*open_source(Source(train="~/d")).files.values()] == [path]
     found = eval_source(Dataset(train="a", eval="~/d"))
     assert found is not None
     assert [row.place.source for row in open_source(found).rows() if isinstance(row, Row)] == [str(path)]
@@ -353,7 +354,7 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
     second = hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
     source = Source(train=NAME, streaming=streaming)
     opened = open_source(source)
-    assert (opened.name, opened.files) == (NAME, [])
+    assert (opened.name, opened.files) == (NAME, {})
     assert opened.fingerprint() == {f"{NAME}@{second}": second}
     assert list(opened.rows()) == [Row({"text": "new"}, Place(NAME, 1))]
     opened.check_unchanged(opened.state())

@@ -45,8 +45,6 @@ class MarkedText:
     """Trained characters; None: every token."""
     rendered: bool = False
     """Whether a chat template wrote the special tokens into ``text``. Otherwise the tokenizer adds its own, and EOS."""
-    closed: bool = True
-    """Whether every trained answer has an end-of-turn token."""
     flags: Flag = NONE
     """Facts about the row."""
 
@@ -91,8 +89,9 @@ def mark_chat(example: ChatExample, template: Template, train_on: str) -> Marked
         return MarkedText(rendered.text, rest if spans else None, rendered=True, flags=flags)
     if rendered.answers and not template.asks_so(rendered, example.tools):
         flags |= Flag.PROMPT_DIFFERS
-    closed = all(each.closed for each in rendered.answers)
-    return MarkedText(rendered.text, spans, rendered=True, closed=closed, flags=flags if closed else flags | Flag.OPEN)
+    if not all(each.closed for each in rendered.answers):
+        flags |= Flag.OPEN
+    return MarkedText(rendered.text, spans, rendered=True, flags=flags)
 
 
 def _flags(example: ChatExample, template: Template) -> Flag:
