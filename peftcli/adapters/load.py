@@ -76,7 +76,10 @@ _PICKLED = (
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter that was found. Each of its files is read once, when it is first needed."""
+    """An adapter that was found. Each of its files is read once, when it is first needed.
+
+    Whatever reads one raises AdapterError where the file is missing or damaged, or names what is not supported.
+    """
 
     folder: Path
     values: dict[str, Any]
@@ -86,11 +89,7 @@ class AdapterSource:
 
     @cached_property
     def config(self) -> AdapterConfig:
-        """The adapter's config.
-
-        Raises:
-            AdapterError: it names a method or setting that is not supported.
-        """
+        """The adapter's config."""
         config = config_from_dict(self.values, file=str(self.folder / CONFIG_FILE))
         if isinstance(config, NamesAdapters):
             config.find_folder = adapter_folder
@@ -98,20 +97,12 @@ class AdapterSource:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """The content of the run.json of the run that trained the adapter; empty without one.
-
-        Raises:
-            AdapterError: the file is damaged.
-        """
+        """The content of the run.json of the run that trained the adapter; empty without one."""
         return read_run(self.folder)
 
     @cached_property
     def header(self) -> Mapping[str, TensorEntry]:
-        """The tensors of the adapter's file, by name.
-
-        Raises:
-            AdapterError: the file is missing or damaged.
-        """
+        """The tensors of the adapter's file, by name."""
         return read_header(find_weights(self.folder))
 
     @property
@@ -124,7 +115,7 @@ class AdapterSource:
         """The base model: the adapter's own, quantised as it was trained, or the one given instead.
 
         Raises:
-            AdapterError: the adapter names none, or its run.json is damaged.
+            AdapterError: the adapter names none.
         """
         if self.base_name:
             return BaseModel(name=self.base_name)
@@ -144,11 +135,7 @@ class AdapterSource:
 
     @cached_property
     def task_values(self) -> dict[str, Any]:
-        """The content of task.json: type, settings, config (what the base model's needs); empty without the file.
-
-        Raises:
-            AdapterError: the file is damaged.
-        """
+        """The content of task.json: type, settings, config (what the base model's needs); empty without the file."""
         path = self.folder / TASK_FILE
         found = read_json_object(path, _MAX_TASK_FILE) if path.is_file() else {}
         if not isinstance(found.get("type", ""), str):
@@ -157,11 +144,7 @@ class AdapterSource:
 
     @cached_property
     def task(self) -> str | None:
-        """The task in ``TASKS``: the one that task.json or run.json records, else the first one of the task_type.
-
-        Raises:
-            AdapterError: one of the two is damaged.
-        """
+        """The task in ``TASKS``: the one that task.json or run.json records, else the first one of the task_type."""
         recorded = self.task_values or mapping_at(self.record, "recipe").get("task")
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
@@ -178,11 +161,7 @@ class AdapterSource:
 
     @cached_property
     def recorded_settings(self) -> Any:
-        """The settings of the task that task.json holds; None without the file.
-
-        Raises:
-            AdapterError: it holds something else.
-        """
+        """The settings of the task that task.json holds; None without the file."""
         if not self.task_values or self.task is None:
             return None
         kind, given, file = TASKS[self.task].settings, self.task_values.get("settings"), str(self.folder / TASK_FILE)
@@ -309,12 +288,7 @@ def adapter_folder(
 ) -> Path:
     """Return the folder that holds ``adapter``: itself, or a copy of the hub's in the cache.
 
-    A copy that is already in the cache is used offline. For the arguments see ``find_adapter``.
-
-    Raises:
-        AdapterError: it is neither a folder nor a hub id, or its weights are a pickle.
-        HubError: the hub has no such repository, or refuses it.
-        NetworkError: the hub cannot be reached, and the cache has no copy.
+    A copy that is already in the cache is used offline. For the arguments and errors see ``find_adapter``.
     """
     folder = expand_user(Path(adapter))
     if adapter and folder.is_dir():
