@@ -97,11 +97,7 @@ def combine_adapters(
 
 
 def _companions(adapters: Sequence[str], sources: Sequence[AdapterSource]) -> dict[str, bytes]:
-    """The files that say how the adapters' model reads and answers: name -> content, the first adapter's.
-
-    Raises:
-        AdapterError: the adapters differ in their task or in their tokens.
-    """
+    """The files that say how the adapters' model reads and answers: name -> content, the first adapter's."""
     found: dict[str, bytes] = {}
     for name in SHARED_FILES:
         there = [(at, path.read_bytes()) for at, each in enumerate(sources) if (path := each.folder / name).is_file()]

@@ -417,9 +417,6 @@ def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     """The largest difference of logits between the merged model and base model + adapter, both in float32.
 
     Weights stay as they are stored while that works; otherwise they are loaded in float32.
-
-    Raises:
-        AdapterError: it is more than rounding the merged weights explains.
     """
     written = open_base(BaseModel(name=str(output)))
     # a quantised model computes in a dtype of its own

@@ -211,11 +211,7 @@ def verify_adapter(
 
 
 def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
-    """Compare config, tensors and the task's files with those of the trained model.
-
-    Raises:
-        AdapterError: one differs.
-    """
+    """Raise AdapterError where config, tensors or the task's files differ from those of the trained model."""
     folder = source.folder
     now, then = redact_values(source.values), recorded["config"]
     replaced = {"base_model_name_or_path", "revision"} if source.base_name else set[str]()
@@ -276,10 +272,6 @@ def _compare_model(
 
     Returns:
         The largest difference of the outputs, as a share of their deviation; None where none were recorded.
-
-    Raises:
-        AdapterError: they differ.
-        ModelError: they differ, and so does the base model.
     """
     own = sorted(name for name in recorded["files"] if name != TASK_FILE)
     made_by = f"{source.folder}: {', '.join(own)}" if own else opened.name

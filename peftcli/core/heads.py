@@ -78,11 +78,7 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
 
 
 def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str]) -> list[str]:
-    """Return the fewest modules that hold the parameters ``initialised``, apart from those below the modules ``saved``.
-
-    Raises:
-        AdapterError: a module holds such a parameter, and in its submodules others that are not new.
-    """
+    """Return the fewest modules that hold the parameters ``initialised``, apart from those below ``saved`` ones."""
     modules = base_modules(model)
     own = {
         name: [f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]

@@ -235,8 +235,7 @@ def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:
 def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str]) -> int:
     """Freeze the base model and put the config's layers in place; return the parameters that there were before.
 
-    Raises:
-        AdapterError: the model may be half changed then.
+    An error may leave the model half changed.
     """
     method, is_first = layers_of(config), not adapter_layers(model)
     if isinstance(method, Reshapes):

@@ -380,11 +380,7 @@ def _removed(folder: Path) -> int:
 
 
 def _temporary_root() -> Path:
-    """A cache that lives as long as this process. Removes those of processes that were killed.
-
-    Raises:
-        StorageError: there is no place for temporary files.
-    """
+    """A cache that lives as long as this process. Removes those of processes that were killed."""
     with storage_errors(Path(os.environ.get("TMPDIR", "/tmp"))):
         for old in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
             _remove_if_dead(old)

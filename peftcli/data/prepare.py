@@ -102,11 +102,7 @@ def _write(
     num_workers: int,
     on_rows: OnRows,
 ) -> dict[str, Any]:
-    """Encodes every row. Gives the rows' format, None where no row is good, and the columns that it does not read.
-
-    Raises:
-        DataError: with the source's name, where it is about no row.
-    """
+    """Encodes every row. Gives the rows' format, None where no row is good, and the columns that it does not read."""
     batches, taken = _batches(opened.rows()), deque[list[Row | DataError]]()
     reader: Reader | None = None
     columns = list[str]()

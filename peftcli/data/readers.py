@@ -257,11 +257,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _batch_size(metadata: Any, file: Any, source: str) -> tuple[int, list[str]]:
-    """Return how many rows fit into memory together, and the columns to read as dictionaries, each text once.
-
-    Raises:
-        DataError: one row does not fit.
-    """
+    """Return how many rows fit into memory together, and the columns to read as dictionaries, each text once."""
     most, as_dictionary = _PARQUET_BATCH, set[str]()
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group)
@@ -346,9 +342,6 @@ def _plain(value: Any, kind: Any) -> Any:
 
     A table gives every object the keys of all, null where there was none: these nulls are left out. Texts of the type
     JSON, which datasets gives to columns of mixed kinds, are parsed.
-
-    Raises:
-        ValueError: a text is not JSON, or contains what a dataset must not.
     """
     from pyarrow import types
 

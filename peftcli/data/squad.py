@@ -88,11 +88,7 @@ def _values(
 
 
 def _answers(question: dict[str, Any], key: str, source: str) -> dict[str, list[Any]] | None:
-    """The answers of a question; None if the file does not give them.
-
-    Raises:
-        DataError: they are malformed, or contradict ``is_impossible``.
-    """
+    """The answers of a question; None if the file does not give them."""
     impossible = question.get("is_impossible") is True
     if "answers" not in question and not impossible:
         return None

@@ -137,12 +137,7 @@ class _Json:
         )
 
     def parse(self, text: str, start: int) -> tuple[Any, int]:
-        """Parse the value that starts at a position; return it with its end.
-
-        Raises:
-            ValueError: the text is not JSON.
-            RecursionError: the value is nested too deeply to be parsed.
-        """
+        """Parse the value that starts at a position; return it with its end."""
         self._faults.clear()
         return self._decoder.raw_decode(text, start)
 

@@ -164,22 +164,13 @@ class OpenPipeline(OpenBase):
             validate.check_size(empty.get_submodule(name), headers, str(self.folder / name / "config.json"))
 
     def _shards_of(self, name: str) -> list[Path]:
-        """The safetensors files of a part.
-
-        Raises:
-            ModelError: the part has no safetensors files.
-        """
+        """The safetensors files of a part."""
         folder = self.folder / name
         if not (found := sorted(folder.glob("*.safetensors"))):
             raise validate.no_weights(str(folder), [path.name for path in folder.iterdir()])
         return found
 
     def _load(self, name: str, dtype: torch.dtype | None) -> Any:
-        """Load one part.
-
-        Raises:
-            ModelError: it has no safetensors, or they are not those of its config.
-        """
         folder, kind = self.folder / name, self._class(name)
         if not (name in ("vae", self.family.denoiser) or name.startswith("text_encoder")):  # it has no weights
             return kind.from_pretrained(folder, local_files_only=True)

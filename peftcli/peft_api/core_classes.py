@@ -30,10 +30,6 @@ class AuxiliaryTrainingWrapper(metaclass=_Renaming):
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Return the parent of the module called ``key``, the module, and its name in the parent.
-
-    Raises:
-        AttributeError: no such name.
-    """
+    """Return the parent of the module called ``key``, the module, and its name in the parent."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name

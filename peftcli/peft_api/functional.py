@@ -126,9 +126,6 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     """Return a copy of the config that adapts the modules that the tensors of these names belong to.
 
     Warns where the config says otherwise.
-
-    Raises:
-        AdapterError: the names are those of no module, or the config adapts parameters, which names do not show.
     """
     if getattr(config, "target_parameters", None):
         raise AdapterError("cannot be found from a state_dict; leave one of them out", key="target_parameters")

@@ -86,11 +86,7 @@ def clean_line(text: str) -> str:
 
 @contextlib.contextmanager
 def _checked(blobs: Path, before: set[Path]) -> Iterator[None]:
-    """Remove the files whose hash is wrong among those downloaded inside: a later attempt or command would use them.
-
-    Raises:
-        RetryableError: there are such files.
-    """
+    """Remove the files downloaded inside whose hash is wrong, and raise RetryableError: a later try would use them."""
     damaged: list[Path] = []
     try:
         yield

@@ -130,11 +130,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return the file descriptor that a path like ``/dev/stdout`` names; None for other paths.
-
-    Raises:
-        UsageError: the descriptor is not open for writing.
-    """
+    """Return the file descriptor that a path like ``/dev/stdout`` names; None for other paths."""
     if (found := _DESCRIPTOR.fullmatch(str(path))) is None:
         return None
     number = int(found["number"]) if found["number"] else ("stdout", "stderr").index(found["name"]) + 1

@@ -280,11 +280,7 @@ class Classification(Task[Settings]):
         return {"label": best, "score": scores[best], "scores": scores}
 
     def _label(self, row: Row, reader: LabelReader) -> str | float | list[str]:
-        """Return the row's label: a class or several by their names, or a number with a decimal point.
-
-        Raises:
-            DataError: the row has no such value.
-        """
+        """Return the row's label: a class or several by their names, or a number with a decimal point."""
         value, key = reader.value(row, "label"), reader.names["label"]
         try:
             if isinstance(value, float) and math.isfinite(value):
@@ -298,11 +294,7 @@ class Classification(Task[Settings]):
             raise row.place.error(str(error), key=key) from None
 
     def _target(self, row: Row, reader: LabelReader) -> list[float]:
-        """Return the row's label as the column ``label`` holds it.
-
-        Raises:
-            DataError: the row has no label, or one that is not among the classes.
-        """
+        """Return the row's label as the column ``label`` holds it."""
         label, kind, key = self._label(row, reader), self.settings.problem_type, reader.names["label"]
         if kind == "regression":
             number = None if isinstance(label, list) else _number(label)

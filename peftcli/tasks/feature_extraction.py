@@ -479,11 +479,7 @@ def _numbered(table: Table) -> dict[str, Sequence[str]]:
 
 
 def _texts(row: Row, reader: Reader, column: str) -> list[str]:
-    """The texts of a column: one, or of negatives as many as there are.
-
-    Raises:
-        DataError: there is something else.
-    """
+    """The texts of a column: one, or of negatives as many as there are."""
     if column.startswith("negative") and row.values.get(reader.names[column]) in (None, "", []):
         return []
     value = reader.value(row, column)
@@ -495,11 +491,6 @@ def _texts(row: Row, reader: Reader, column: str) -> list[str]:
 
 
 def _score(row: Row, reader: Reader) -> float:
-    """The score of a pair.
-
-    Raises:
-        DataError: it is no number that a cosine can be.
-    """
     value = number_in(reader.value(row, "score"))
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
         message = f"expected a number from -1 to 1, as cosines are, found {value!r:.60}"

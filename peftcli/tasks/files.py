@@ -93,11 +93,6 @@ def _is_file(path: Path) -> bool:
 
 
 def _read(path: str) -> bytes:
-    """Read a file.
-
-    Raises:
-        DataError: no such file, or it cannot be read.
-    """
     file = Path(path)
     if not _is_file(file):
         raise DataError("no such file", file=path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}...")

@@ -62,11 +62,7 @@ def open_image(content: bytes, path: str = "") -> Image:
 
 
 def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
-    """Grey of numbers as 8 bits, where Pillow's ``convert`` keeps the lower ones of 16, and makes 0 to 1 black.
-
-    Raises:
-        ValueError: the numbers are no grey.
-    """
+    """Grey of numbers as 8 bits, where Pillow's ``convert`` keeps the lower ones of 16, and makes 0 to 1 black."""
     most = values.max()
     if not (values.min() >= 0 and most < 2**16):
         raise ValueError(f"its grey is from {values.min()} to {most}, not within 0 to 1, 255 or 65535")

@@ -248,11 +248,7 @@ def _at_answer(example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _is_good(row: Row, reader: AnswerReader) -> bool:
-    """Whether a single answer is a good one; true of pairs.
-
-    Raises:
-        DataError: the row does not say it.
-    """
+    """Whether a single answer is a good one; true of pairs."""
     if "label" not in reader.names:
         return True
     value = reader.value(row, "label")

@@ -115,11 +115,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         return Outcome(examples, size=sum(example.size for example in examples))
 
     def _windows(self, row: Row, reader: Reader) -> list[Example]:
-        """The examples of a row without its answer: the question, and as much of the context as there is room for.
-
-        Raises:
-            DataError: a text is missing, or the question leaves no room.
-        """
+        """The examples of a row without its answer: the question, and as much of the context as there is room for."""
         question, context = (reader.text(row, name, blank=False) for name in ("question", "context"))
         asked = self.processor(question.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - len(asked) - self.processor.num_special_tokens_to_add(pair=True)
@@ -305,11 +301,7 @@ def _target(example: Example, answer: tuple[int, str] | None, none: int) -> tupl
 
 
 def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
-    """The place and the text of each right answer of a row; none: it is not in the context.
-
-    Raises:
-        DataError: an answer is not where it is said to be.
-    """
+    """The place and the text of each right answer of a row; none: it is not in the context."""
     value, key = reader.value(row, "answers"), reader.names["answers"]
     context = reader.text(row, "context", blank=False)
     if isinstance(value, dict) and isinstance(value.get("text"), list):

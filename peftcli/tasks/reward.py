@@ -111,11 +111,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
 
 
 def _margin(row: Row, reader: AnswerReader) -> float:
-    """The number by which the rewards should differ at least; 0 where the rows have none.
-
-    Raises:
-        DataError: the row has no such number.
-    """
+    """The number by which the rewards should differ at least; 0 where the rows have none."""
     if "margin" not in reader.names:
         return 0.0
     value = number_in(reader.value(row, "margin"))

@@ -196,11 +196,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return Outcome([example], size=example.size, flags=_BINARY * bool(binary))
 
     def _classes(self, values: np.ndarray, path: str) -> np.ndarray:
-        """The class of each pixel, ``IGNORED`` where it does not count.
-
-        Raises:
-            DataError: a value is of no class.
-        """
+        """The class of each pixel, ``IGNORED`` where it does not count."""
         first = int(self.settings.reduce_labels)
         counts = (values >= first) & (values != self.settings.ignore_index)
         classes = np.where(counts, values.astype(np.int64) - first, IGNORED)

@@ -153,11 +153,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return found
 
     def _set_whisper(self, found: Any) -> None:
-        """Complete Whisper's generation config, in which old models name no tokens and force some.
-
-        Raises:
-            DataError: the model does not know the language, or knows several and the settings name none.
-        """
+        """Complete Whisper's generation config, in which old models name no tokens and force some."""
         from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 
         known, given = self.tokenizer.get_vocab(), (self.settings.language or "").lower()
@@ -269,11 +265,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return found
 
     def _heard(self, row: Row, reader: Reader, text: str = "", labels: Sequence[int] = ()) -> Outcome:
-        """The example of a row, whose sound is read to the end if the model can hear it.
-
-        Raises:
-            DataError: it cannot be read, or holds nothing.
-        """
+        """The example of a row, whose sound is read to the end if the model can hear it."""
         with errors_of_row(row, reader.names["audio"]):
             value = reader.value(row, "audio")
             if isinstance(value, dict) and value.get("array") is not None:
@@ -465,11 +457,7 @@ def _end_of_samples(content: bytes) -> int:
 
 
 def _as_file(value: Mapping[str, Any]) -> bytes:
-    """Samples as datasets decode them, ``{"array": ..., "sampling_rate": ...}``, as a file.
-
-    Raises:
-        DataError: they are something else.
-    """
+    """Samples as datasets decode them, ``{"array": ..., "sampling_rate": ...}``, as a file."""
     import soundfile
 
     file, rate = io.BytesIO(), value.get("sampling_rate")

@@ -167,11 +167,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return Example(arrays, len(found["input_ids"]), 0), size
 
     def _target(self, tag: str | None, row: Row, reader: LabelReader) -> int:
-        """The number of a tag; ``IGNORED`` for a word that has none.
-
-        Raises:
-            DataError: it is not among the tags.
-        """
+        """The number of a tag; ``IGNORED`` for a word that has none."""
         if tag is None:
             return IGNORED
         if tag not in self._index:

@@ -154,11 +154,7 @@ def _names_file(key: str, text: str) -> bool:
 
 
 def _contents(folder: Path) -> Iterator[tuple[str, str, bool]]:
-    """Yield each file of the base model: name, hash, and whether it may be a template that writes the date.
-
-    Raises:
-        ValueError: there are too many, or one is not a regular file.
-    """
+    """Yield each file of the base model: name, hash, and whether it may be a template that writes the date."""
     count = 0
     for top, folders, names in os.walk(folder, followlinks=True):
         folders.sort()

@@ -214,11 +214,7 @@ def _memory(recipe: Recipe, num_processes: int) -> float:
 
 
 def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Estimate | None:
-    """Estimate the memory of a recipe whose data is loaded.
-
-    Raises:
-        ModelError: the model cannot compute its activations again.
-    """
+    """Estimate the memory of a recipe whose data is loaded."""
     config, task = method_config(recipe), data.task
     prepare_config(config, base)
     options = task.model_options()

@@ -128,11 +128,7 @@ def _rendezvous(launch: Launch, address: str) -> Any:
 
 
 def _own_address(launch: Launch) -> str:
-    """The address at which the others reach this machine. A machine's own name often leads to itself alone.
-
-    Raises:
-        UsageError: it cannot be found.
-    """
+    """The address at which the others reach this machine. A machine's own name often leads to itself alone."""
     meets, end = (launch.main_process_ip, int(launch.main_process_port)), time.monotonic() + _JOIN_SECONDS
     while True:
         try:

@@ -219,12 +219,7 @@ def read_data(run: Run) -> RunData:
 
 
 def _refuse_other_content(run: Run, content: list[str]) -> None:
-    """Refuse rows whose encoding differs from the one that the run began with, or between processes.
-
-    Raises:
-        UsageError: another processor or another version of transformers gave other examples.
-        DataError: the data changed while the processes read it.
-    """
+    """Refuse rows whose encoding differs from the one that the run began with, or between processes."""
     before = run.record.data.content if run.record.attempts else content
     expected = any(change.key.partition(".")[0] in ("data", "dataset", "base_model", "task") for change in run.changes)
     if before != content and not expected:

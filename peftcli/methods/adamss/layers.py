@@ -115,11 +115,7 @@ class AdamssLinear(DeltaLinear):
             self._resize(sizes, ranks)
 
     def _find_again(self, weight: torch.Tensor, directions: torch.Tensor) -> list[int]:
-        """Find the rows for a file that lacks them, and return the subspaces' sizes.
-
-        Raises:
-            AdapterError: they cannot be found reliably.
-        """
+        """Find the rows for a file that lacks them, and return the subspaces' sizes."""
         if len(self.adamss_newB) == len(weight):
             raise AdapterError(
                 "r is not below the layer's outputs, so that rounding decides which of them form a subspace, and the "

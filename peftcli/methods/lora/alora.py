@@ -131,11 +131,7 @@ def _layers(model: nn.Module) -> list[ALoraLinear]:
 
 
 def _places(ids: Any, tokens: tuple[int, ...], offsets: Sequence[int | None] | None) -> torch.Tensor:
-    """Return where the adapter is on: (B, T), from the last place of ``tokens`` in each row of ``ids``.
-
-    Raises:
-        AdapterError: there are no ids.
-    """
+    """Return where the adapter is on: (B, T), from the last place of ``tokens`` in each row of ``ids``."""
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2:
         raise AdapterError("needs input_ids (batch, tokens); the place is not seen in embeddings", key=_KEY)
     length = ids.shape[1]

@@ -104,11 +104,7 @@ def _update(layer: AdapterLayer, name: str) -> torch.Tensor:
 
 
 def _weight_update(layer: AdapterLayer) -> torch.Tensor:
-    """Return what this adapter alone adds to the weight of its module, as the weight is stored, in float32 or wider.
-
-    Raises:
-        AdapterError: the layer cannot be merged, or changes something else than the weight.
-    """
+    """Return what this adapter alone adds to the weight of its module, as the weight is stored, in float32 or wider."""
     base = base_module(layer)
     tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
     if is_quantised(base):

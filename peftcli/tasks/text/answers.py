@@ -74,11 +74,7 @@ class AnswerReader(ExampleReader):
         return replace(found, untrained=frozenset() if self.whole else found.untrained | frozenset(range(before)))
 
     def _parts(self, prompt: Any, answer: Any, name: str, row: Row) -> tuple[list[Any], list[Any]]:
-        """The turns of the prompt, which the answer may repeat, and those after it.
-
-        Raises:
-            DataError: the answer is no list of turns, or asks something else than a prompt that is a text.
-        """
+        """The turns of the prompt, which the answer may repeat, and those after it."""
         if not isinstance(answer, list):
             raise row.place.error(f"expected a list of turns, found {json_kind(answer)}", key=self.names[name])
         if not prompt:

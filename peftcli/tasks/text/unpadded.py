@@ -134,11 +134,7 @@ class _Unpadded:
         return self.spread(output, output.last_hidden_state[0], part)
 
     def part(self, inputs: Mapping[str, Any]) -> Part:
-        """Return a batch as part of a row of several. It computes the same tokens as alone, padding included.
-
-        Raises:
-            ModelError: more is asked of the model than hidden states.
-        """
+        """Return a batch as part of a row of several. It computes the same tokens as alone, padding included."""
         kept = _kept(inputs)
         if kept is None:
             raise ModelError("the model is asked for more than its hidden states, or its padding is unknown")

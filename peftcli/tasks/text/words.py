@@ -75,11 +75,7 @@ def tagged_words(row: Row, reader: LabelReader) -> list[tuple[tuple[int, int], s
 
 
 def _found_entities(row: Row, reader: Reader) -> list[tuple[int, int, str]]:
-    """First character, the one past the last, and type of each entity of a row's text, in order.
-
-    Raises:
-        DataError: they are not there, lie outside of the text, hold no word, or share characters.
-    """
+    """First character, the one past the last, and type of each entity of a row's text, in order."""
     text, value, key = reader.text(row, "text"), reader.value(row, "entities"), reader.names["entities"]
     found = list[tuple[int, int, str]]()
     for each in value if isinstance(value, list) else [value]:

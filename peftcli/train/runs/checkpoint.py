@@ -317,13 +317,7 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
 
 
 def _progress(path: Path) -> Progress:
-    """Read how far a checkpoint's run was.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not valid.
-        TypeError: the same.
-    """
+    """Read how far a checkpoint's run was."""
     values = json.loads(read_small(path / _PROGRESS, _LARGEST_JSON))
     fresh = asdict(Progress())
     if not isinstance(values, dict) or values.keys() != fresh.keys():
