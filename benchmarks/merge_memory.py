@@ -27,11 +27,11 @@ def write_model(folder: Path, shard: str, **sizes: int) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from peftcli.core.files import write_adapter
+    from peftcli.core.files import content_of, write_adapter
     from peftcli.core.inject import inject
     from peftcli.core.weights import adapter_state
     from peftcli.methods.lora.config import LoraConfig
-    from peftcli.models.weights import write_tensors
+    from peftcli.system.disk import write_file
 
     base = folder / "base"
     base.mkdir(parents=True)
@@ -45,7 +45,7 @@ def write_model(folder: Path, shard: str, **sizes: int) -> None:
     for name, keys in split.filename_to_tensors.items():
         shapes = {key: tuple(model.get_parameter(key).shape) for key in keys}
         values = {key: partial(torch.normal, 0.0, 0.02, shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
-        write_tensors(base / name, {key: (("BF16", shapes[key]), values[key]) for key in keys})
+        write_file(base / name, content_of({key: (("BF16", shapes[key]), values[key]) for key in keys}))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
