@@ -39,7 +39,9 @@ def train_together(
     recipes = {name: replace(each, launch=with_schedulers_place(each.launch)) for name, each in loaded.items()}
     if dry_run:
         from peftcli.train.preview import preview
+        from peftcli.train.together import alike
 
+        alike(recipes, dict.fromkeys(recipes, lambda event: None))
         console.print_json({"runs": [preview(recipe) for recipe in recipes.values()]})
         return
 
@@ -62,11 +64,14 @@ def train_together(
         outcomes = start_together(recipes, options, on_event.__getitem__)
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PeftcliError)]
     runs = [outcome for outcome in outcomes.values() if not isinstance(outcome, PeftcliError)]
-    _print_runs(recipes, shown, outcomes, as_json=as_json and not errors)
-    for error in errors[1:]:
-        console.log(f"error: {error}")
+    if not (as_json and errors):  # stdout is the error's object
+        _print_runs(recipes, shown, outcomes, as_json=as_json)
     if errors:
-        raise min(errors, key=lambda error: isinstance(error, Interrupted))
+        told = min(errors, key=lambda error: isinstance(error, Interrupted))
+        for error in errors:
+            if error is not told:
+                console.log(f"error: {error}")
+        raise told
 
     from peftcli.train.finish import raise_failed_gates
 

@@ -57,8 +57,7 @@ def train_together(
         PeftcliError: they cannot be trained together, or one of them cannot start.
     """
     tells = {name: on_event(name) for name in recipes}
-    found = {name: completed(recipe, tells[name]) for name, recipe in recipes.items()}
-    refuse_unlike(found)
+    found = alike(recipes, tells)
     first = next(iter(found.values()))
     save_on = signal.Signals[first.training.save_on_signal] if first.training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
@@ -109,17 +108,17 @@ _SHARED: dict[str, Callable[[Recipe], Any]] = {
 }
 
 
-def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
-    """Check what recipes that are trained together must share, and must not.
+def alike(recipes: Mapping[str, Recipe], tells: Mapping[str, OnEvent]) -> dict[str, Recipe]:
+    """Complete recipes that are trained together, and check what they must share, and must not.
 
     Raises:
         UsageError: names the recipe and the setting.
     """
-    names = list(recipes)
+    names, found = list(recipes), {name: completed(recipe, tells[name]) for name, recipe in recipes.items()}
     folders = dict[Path, str]()
-    for name, recipe in recipes.items():
+    for name, recipe in found.items():
         for key, value in _SHARED.items():
-            if value(recipe) != value(recipes[names[0]]):
+            if value(recipe) != value(found[names[0]]):
                 raise UsageError(f"is not that of {names[0]}, so they cannot be trained together", file=name, key=key)
         for key in ("gradient_checkpointing", "torch_compile", "use_liger_kernel", "neftune_noise_alpha", "report_to"):
             if getattr(recipe.training, key):
@@ -130,7 +129,11 @@ def refuse_unlike(recipes: Mapping[str, Recipe]) -> None:
         folder = expand_user(Path(recipe.training.output_dir)).resolve()
         if folder in folders:
             raise UsageError(f"is also that of {folders[folder]}", file=name, key="training.output_dir")
+        for other, owner in folders.items():
+            if folder in other.parents or other in folder.parents:
+                raise UsageError(f"and that of {owner} are inside each other", file=name, key="training.output_dir")
         folders[folder] = name
+    return found
 
 
 class Group:

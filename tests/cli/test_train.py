@@ -10,12 +10,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trainkit
 from trainkit import Child, read_run, write_recipe
 
 from peftcli.cli.progress import Progress
+from peftcli.errors import Diverged, Interrupted
 from peftcli.train.events import RowsRead
 
 ESCAPE = "\x1b"
@@ -114,6 +116,28 @@ def test_a_recipe_that_is_named_twice_trains_no_two_runs_together(
     for again in ("recipe.yaml", "./recipe.yaml"):
         ran = cli("train", "recipe.yaml", again, "--together")
         assert (ran.code, ran.err.splitlines()[0]) == (2, "error: recipe.yaml: is named twice")
+
+
+@pytest.mark.parametrize("diverges", [0, 1])
+def test_each_error_of_runs_together_is_told_once(
+    cli: Callable, recipe: Path, monkeypatch: pytest.MonkeyPatch, diverges: int
+) -> None:
+    def ended(recipes: dict[str, Any], *_: Any) -> dict[str, Any]:
+        found: list[Any] = [Interrupted("stopped", exit_code=75), {"gates": []}]
+        found.insert(diverges, Diverged("the loss is not finite"))
+        return dict(zip(recipes, found, strict=True))
+
+    monkeypatch.setattr("peftcli.train.together.start_together", ended)
+    paths = [recipe.rename(recipe.parent / "a.yaml")]
+    for name in ("b", "c"):
+        paths.append(recipe.parent / f"{name}.yaml")
+        paths[-1].write_text(paths[0].read_text().replace("out\n", f"{name}\n"))
+    ran = cli("train", *paths, "--together", "--json")
+    assert ran.code == 9
+    assert json.loads(ran.out)["error"]["message"] == "the loss is not finite"
+    assert [ran.err.count(text) for text in ("stopped", "the loss is not finite")] == [1, 1]
+    dry = cli("train", *paths[:2], "--together", "--dry-run", "training.output_dir=same")
+    assert (dry.code, "training.output_dir: is also that of" in dry.err) == (2, True)
 
 
 @pytest.mark.slow  # imports torch and matplotlib anew

@@ -18,7 +18,7 @@ from peftcli.cli.app import main
 from peftcli.errors import AdapterError, Diverged, UsageError
 from peftcli.recipe import load_recipe, to_yaml
 from peftcli.train.events import Event, Stepped
-from peftcli.train.together import Outcome, refuse_unlike, train_together
+from peftcli.train.together import Outcome, alike, train_together
 
 EVALUATES = (
     "training.eval_strategy=steps",
@@ -144,10 +144,12 @@ def test_recipes_that_cannot_be_trained_together_are_named(tmp_path: Path) -> No
         "training.gradient_checkpointing=true": "training.gradient_checkpointing: does not work",
         "training.torch_compile=true": "training.torch_compile: does not work",
         f"training.output_dir={tmp_path}/a/out": "training.output_dir: is also that of a",
+        f"training.output_dir={tmp_path}/a/out/b": "training.output_dir: and that of a are inside each other",
     }.items():
         paths = write_recipes(tmp_path, {"a": (), "b": (overrides,)})
+        recipes = {path.stem: load_recipe(path) for path in paths}
         with pytest.raises(UsageError, match=f"^b: {message}"):
-            refuse_unlike({path.stem: load_recipe(path) for path in paths})
+            alike(recipes, dict.fromkeys(recipes, lambda event: None))
     paths = write_recipes(tmp_path, {"a": (), "b": (trainkit.PROMPT_TUNING,)})
     with pytest.raises(
         AdapterError, match=r"b\.yaml: method: cannot be trained beside others: the adapter changes more"
