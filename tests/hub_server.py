@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"
 USER = "alice"
 
 _REPO = r"(?P<repo>(?:models|datasets)/[^/]+/[^/]+)"
 _FILE = r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)"
+_SMALL_FILE = rf"/api/resolve-cache/{_REPO}/(?P<rev>[^/]+)/(?P<path>.+)"
 _ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create_repo"),
@@ -35,6 +36,8 @@ _ROUTES = [
     ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/verify", "lfs_verify"),
     ("HEAD", _FILE, "resolve"),
     ("GET", _FILE, "resolve"),
+    ("HEAD", _SMALL_FILE, "resolve_cache"),
+    ("GET", _SMALL_FILE, "resolve_cache"),
 ]
 
 
@@ -441,11 +444,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if lfs:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+        elif request.endpoint == "resolve":
+            kind = "" if repo.startswith("datasets/") else "models/"
+            return 307, b"", {**headers, "Location": f"/api/resolve-cache/{kind}{repo}/{commit.oid}/{quote(path)}"}
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             return 206, content[start : end + 1], headers
         return 200, content, headers
+
+    _resolve_cache = _resolve
 
 
 def _is_lfs(path: str) -> bool:

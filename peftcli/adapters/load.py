@@ -122,9 +122,9 @@ class AdapterSource:
         name = self.config.base_model_name_or_path
         if not name:
             raise AdapterError("names no base model", file=str(self.folder), hint="give one with --base")
-        recorded = mapping_at(self.record, "base_model")
-        was_folder = recorded.get("sha256") is not None and recorded.get("name") == name
-        if was_folder and not Path(name).is_absolute() and not os.path.lexists(expand_user(Path(name))):
+        was_folder = mapping_at(self.record, "identity").get("base_model") is not None
+        same = mapping_at(self.record, "base_model").get("name") == name
+        if was_folder and same and not Path(name).is_absolute() and not os.path.lexists(expand_user(Path(name))):
             message = f"was trained on the folder {name}, which is not in the current folder"
             raise AdapterError(message, file=str(self.folder), hint="give it with --base")
         return BaseModel(

@@ -285,7 +285,7 @@ def _is_incomplete(response: Any) -> bool:
 def _check_hashes(response: Any) -> None:
     """Raise ``_NotAHubResponse`` for malformed hashes: huggingface_hub makes paths of them, even of ``../``."""
     path = response.request.url.path
-    if "/resolve/" in path:
+    if "/resolve/" in path or "/api/resolve-cache/" in path:  # where the hub sends on who asks for a small file
         headers = ("X-Repo-Commit", "X-Linked-Etag", "ETag")
         hashes = [response.headers.get(header, "x").removeprefix("W/").strip('"') for header in headers]
         if not all(map(_HASH.fullmatch, hashes)):

@@ -18,6 +18,7 @@ from taskkit import CASES
 from trainkit import at_step, read_run, run_recipe, write_recipe
 
 from peftcli.adapters.merge import merge_adapter
+from peftcli.cli.app import main
 from peftcli.errors import Interrupted
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
@@ -53,6 +54,20 @@ def test_it_goes_on_with_the_commit_that_it_began_with(hub: Hub, tmp_path: Path)
     assert first not in (tmp_path / "out/adapter_config.json").read_text()
     hub_files._folders.clear()
     assert run_recipe(recipe, base, f"training.output_dir={tmp_path}/new").weights != whole.weights
+
+
+def test_the_commands_of_a_run_find_its_base_model(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose vocabulary has a word that is also a key of the hub's own answers."""
+    files = {path.name: path.read_bytes() for path in trainkit.base_folder().iterdir()}
+    _commit(hub, {**files, "vocab.json": b'{"sha": 24818}'})
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
+    settings = (f"base_model={NAME}", "training.max_steps=1", "training.verify=true")
+    assert main(["train", str(recipe), *settings]) == 0, capsys.readouterr().err
+    assert "verified" in capsys.readouterr().err
+    assert main(["generate", str(out), "--prompt", "x", "--max-new-tokens", "1"]) == 0
+    assert main(["merge", str(out), "--output", str(tmp_path / "merged")]) == 0
 
 
 @pytest.mark.slow
