@@ -29,7 +29,7 @@ from peftcli.adapters.float32 import computing_in_float32
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.core.files import content_of, load_adapter
 from peftcli.core.inject import is_reshaped
-from peftcli.core.layer import AdapterLayer, base_module, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, model_ends, modules_sharing
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError, ModelError, UsageError
@@ -203,42 +203,43 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     rows = {key: longer[name] for name, key in _checkpoint_keys(list(longer), set(places), prefix).items()}
     keys = _checkpoint_keys(list(parents), set(places), prefix)
-    head = _tied_head(model, layers, places, prefix)
-    if head is not None:
-        parents[head.name] = head.path
-        keys[head.name] = head.source
+    sharers = _to_untie(model, layers, places, prefix)
+    parents |= {each.name: each.path for each in sharers}
+    keys |= {each.name: each.source for each in sharers}
     if any(key not in places for key in keys.values()):
         return None  # the checkpoint names its tensors otherwise
     stored = {key: entry.shape for header in shards.values() for key, entry in header.items()}
     if any(tuple(stored[key]) != shapes.get(name) for name, key in keys.items() if key not in rows):
         return None  # as the head of a base model for another number of classes
-    names = {key: name for name, key in keys.items() if head is None or name != head.name}
+    own = {each.name for each in sharers}
+    names = {key: name for name, key in keys.items() if name not in own}
     merged = _MergedTensors(job.base.spec.name, layers, parents, keys, names, places, rows, job.dtype)
-    if head is not None and torch.equal(merged.of_key(head.source), merged.of_head(head)):
-        head = None  # changed alike: they stay tied
+    if all(torch.equal(merged.of_key(each.source), merged.of_sharer(each)) for each in sharers):
+        sharers = []  # changed alike: they stay tied
     index: dict[str, str] = {}
     for number, (shard, header) in enumerate(shards.items(), 1):
         tell(f"shard {number} of {len(shards)}")
         tensors = {key: (merged.entry(key, entry), partial(merged.of_key, key)) for key, entry in header.items()}
-        if head is not None and head.source in header:
-            tensors[head.name] = (tensors[head.source][0], partial(merged.of_head, head))
+        for each in sharers:
+            if each.source in header:
+                tensors[each.name] = (tensors[each.source][0], partial(merged.of_sharer, each))
         index |= dict.fromkeys(tensors, shard.name)
         write_file(output / shard.name, content_of(tensors))
     if len(shards) > 1:
         described = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
         _write_json(output / "model.safetensors.index.json", described)
-    return head is not None
+    return bool(sharers)
 
 
 @dataclass(frozen=True)
-class _Head:
-    """An output head that shares its weight with the input embedding, and must not any more."""
+class _Sharer:
+    """A module, the output head for one, that shares its weight with the input embedding, and must not any more."""
 
     path: str
     name: str
     """Its weight's name in the model and in the merged checkpoint."""
     source: str
-    """The embedding's key in the base checkpoint, which holds the weight of both."""
+    """The embedding's key in the base checkpoint, which holds the weight of all."""
 
 
 @dataclass(frozen=True)
@@ -267,10 +268,10 @@ class _MergedTensors:
         value = self._base(key)
         return _cast(self._merged(self.names[key], value) if key in self.names else value, value, self.dtype)
 
-    def of_head(self, head: _Head) -> torch.Tensor:
-        """The merged weight of the head to untie."""
-        value = self._base(head.source)
-        return _cast(self._merged(head.name, value), value, self.dtype)
+    def of_sharer(self, sharer: _Sharer) -> torch.Tensor:
+        """The merged weight of a module to untie."""
+        value = self._base(sharer.source)
+        return _cast(self._merged(sharer.name, value), value, self.dtype)
 
     def _base(self, key: str) -> torch.Tensor:
         """A tensor of the base checkpoint. Its file is opened for it alone: what is mapped of it takes memory."""
@@ -326,16 +327,17 @@ def _checkpoint_keys(names: list[str], keys: set[str], prefix: str) -> dict[str,
     }
 
 
-def _tied_head(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[str, Path], prefix: str) -> _Head | None:
-    """The head to untie: it shares its weight with the embedding, and the adapter changes one of them."""
+def _to_untie(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[str, Path], prefix: str) -> list[_Sharer]:
+    """The modules to untie: they share their weight with the embedding, and the adapter changes it or the head."""
     if not getattr(model.config, "tie_word_embeddings", False):
-        return None
+        return []
     paths = {id(module): name for name, module in model.named_modules()}
-    embedding, head = (paths.get(id(module)) for module in model_ends(model))
+    ends = model_ends(model)
+    embedding, head = (paths.get(id(module)) for module in ends)
     if embedding is None or head is None or not {embedding, head} & set(layers):
-        return None
+        return []
     source = _checkpoint_keys([f"{embedding}.weight"], set(places), prefix)[f"{embedding}.weight"]
-    return _Head(head, f"{head}.weight", source)
+    return [_Sharer(name, f"{name}.weight", source) for name in modules_sharing(model, base_module(ends[0]))]
 
 
 def _merge_whole(job: _Job, output: Path) -> bool:

@@ -472,6 +472,17 @@ def base_modules(model: nn.Module) -> dict[str, Any]:
     return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
 
 
+def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
+    """Return the other modules that share ``module``'s weight: name in the base model -> module."""
+    found = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
+    weight = module.weight
+    return {
+        name: other
+        for name, other in found.items()
+        if base_module(other) is not module and getattr(base_module(other), "weight", None) is weight
+    }
+
+
 def plain_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of the base model's first weight that is not quantised; float32 if all are."""
     weights = (value for module in base_modules(model).values() for value in module.parameters(recurse=False))

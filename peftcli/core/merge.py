@@ -17,6 +17,7 @@ from peftcli.core.layer import (
     adapter_layers,
     base_module,
     model_ends,
+    modules_sharing,
     plain_dtype,
 )
 from peftcli.core.protocols import Reshapes, layers_of
@@ -28,7 +29,7 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     """Fold the model's enabled adapters into its weights, in place. No adapter layer is left.
 
     Sums are computed in float32 or wider. An adapted embedding or head that shares its weight with the
-    other one gets a weight of its own.
+    other one gets a weight of its own, as do all other modules that share it then.
 
     Args:
         model: the model, with adapters in it.
@@ -64,7 +65,10 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
         method = layers_of(config)
         if isinstance(method, Reshapes):
             method.after_merge(model, config)
-    return tied and not _tied(model)
+    untied = tied and not _tied(model)
+    if untied:
+        _separate(model)
+    return untied
 
 
 def merge_layer_by_layer(model: nn.Module) -> None:
@@ -156,6 +160,13 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
     layers = adapter_layers(model)
     inside = tuple(f"{path}." for path in layers)
     return {path: layer for path, layer in layers.items() if not path.startswith(inside)}
+
+
+def _separate(model: nn.Module) -> None:
+    """Let no module share the weight of embedding or head: of those that do, a checkpoint would hold one alone."""
+    for end in model_ends(model):
+        for module in modules_sharing(model, end).values():
+            module.weight = nn.Parameter(end.weight.detach().clone(), end.weight.requires_grad)
 
 
 def _tied(model: nn.Module) -> bool:

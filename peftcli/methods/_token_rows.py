@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, base_paths
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, modules_sharing
 from peftcli.errors import AdapterError
 
 
@@ -103,17 +103,6 @@ def share_rows(model: nn.Module, layer: TrainedRows) -> dict[str, TrainedRows]:
     new = {name: wrap_rows(module, layer.tokens, rows=layer.trainable_tokens_delta) for name, module in shared.items()}
     replace_modules(model, {shared[name]: other.train(layer.training) for name, other in new.items()})
     return new
-
-
-def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
-    """Return the other modules that share ``module``'s weight: name in the base model -> module."""
-    found = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
-    weight = module.weight
-    return {
-        name: other
-        for name, other in found.items()
-        if base_module(other) is not module and getattr(base_module(other), "weight", None) is weight
-    }
 
 
 def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) -> None:

@@ -90,6 +90,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("streamed", "settings"),
+    [(True, {"target_modules": ["lm_head", "q_proj"]}), (False, {"modules_to_save": ["lm_head"]})],
+)
+def test_all_that_shared_the_weight_of_a_head_are_written(
+    merged: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool, settings: dict[str, Any]
+) -> None:
+    base, auto = base_folder("bart"), AutoModelForSeq2SeqLM  # four modules with one weight
+    adapter = make_adapter(tmp_path / "adapter", base, task_type="SEQ_2_SEQ_LM", **settings)
+    if not streamed:
+        monkeypatch.setattr("peftcli.adapters.merge._stream", lambda *args: None)
+    assert merged(adapter)["untied"]
+    model, report = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    torch.testing.assert_close(logits(model), adapted_logits(base, adapter, auto), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_computes_what_base_and_adapter_compute(merged: Callable, tmp_path: Path, case: str) -> None:

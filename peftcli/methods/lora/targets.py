@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from peftcli.core.layer import base_module, base_modules, base_paths, model_ends, name_in
+from peftcli.core.layer import base_module, base_modules, base_paths, model_ends, modules_sharing, name_in
 from peftcli.core.targets import check_pattern_keys, find_modules, find_targets, matching, shortest_names
 from peftcli.errors import AdapterError
-from peftcli.methods._token_rows import check_tokens, modules_sharing
+from peftcli.methods._token_rows import check_tokens
 from peftcli.methods.lora.config import LoraConfig
 
 _TOKENS = "trainable_token_indices"
