@@ -17,7 +17,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
 from peftcli.core.layer import base_modules, base_paths
-from peftcli.core.protocols import describe
+from peftcli.core.protocols import ReadsFiles, describe, layers_of
 from peftcli.core.targets import module_matches
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError, OutOfMemory
@@ -179,7 +179,7 @@ def load_adapter(
     path = find_weights(folder)
     with open_weights(path) as (stored, file):  # no memory is taken before the header has shown that the tensors fit
         header = _renamed(stored, rename)
-        _add_saved_by_ending(model, config, header)
+        _read_names(model, config, header)
         if prepare is not None:
             prepare(header)
         check_header(model, config, header, path, adapter, initialised)
@@ -234,7 +234,7 @@ def check_begin(
     Raises:
         AdapterError: the tensors do not fit the config and the model, or are not what the method trains.
     """
-    _add_saved_by_ending(model, config, header)
+    _read_names(model, config, header)
     as_read = copy.deepcopy(config)
     as_read.inference_mode = True
     config.modules_to_save = check_header(model, as_read, header, path, initialised=initialised).modules_to_save
@@ -261,6 +261,14 @@ def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
     entries, paths = getattr(config, "target_modules", None), base_paths(model)
     listed = () if isinstance(entries, str) else entries or ()
     return [entry for entry in sorted(listed) if not any(module_matches(path, entry) for path in paths)]
+
+
+def _read_names(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
+    """Change the config to what the names of the file's tensors say of the modules that PEFT finds by other rules."""
+    _add_saved_by_ending(model, config, header)
+    method = layers_of(config)
+    if isinstance(method, ReadsFiles):
+        method.read_names(model, config, header.keys())
 
 
 def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:

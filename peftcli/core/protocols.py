@@ -7,7 +7,7 @@ it. Of those that are called in several places, the functions below give the def
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -69,6 +69,13 @@ class Attaches(Protocol):
     """
 
     def attach(self, model: nn.Module, config: Any, layers: Mapping[str, AdapterLayer]) -> None: ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """Changes a file's config to what the names of its tensors say, where PEFT finds modules by other rules."""
+
+    def read_names(self, model: nn.Module, config: Any, names: Collection[str]) -> None: ...
 
 
 @runtime_checkable

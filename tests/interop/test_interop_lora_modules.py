@@ -258,6 +258,20 @@ def test_the_adapter_that_a_tied_head_shares_starts_as_that_of_a_head() -> None:
     assert all(0.9 / 32**0.5 < value.abs().max() < 1 / 32**0.5 for value in starts)  # uniform, by the hidden size
 
 
+@pytest.mark.filterwarnings("ignore:Model has|You have requested")
+@pytest.mark.parametrize("settings", [{"target_modules": ["wte"]}, {"modules_to_save": ["wte"]}])
+def test_tied_modules_under_other_names_are_exchanged(settings: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT ties modules that are called embed_tokens and lm_head."""
+    settings = {"target_modules": ["c_attn"], **settings, "ensure_weight_tying": True}
+    for writer, reader in [(peft, peftcli), (peftcli, peft), (peftcli, peftcli)]:
+        model = writer.get_peft_model(tiny("gpt2"), writer.LoraConfig(fan_in_fan_out=True, **settings)).eval()
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        loaded = reader.PeftModel.from_pretrained(tiny("gpt2"), tmp_path).eval()
+        expected = logits(model, batch("gpt2"))
+        torch.testing.assert_close(logits(loaded, batch("gpt2")), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_pefts_tied_adapters_have_gradients_of_their_own() -> None:
     model = theirs("llama_tied", "lora", target_modules=["embed_tokens"], ensure_weight_tying=True)
     [a, *_] = [value for name, value in model.named_parameters() if "lora_embedding_A" in name]

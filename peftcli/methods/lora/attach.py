@@ -19,7 +19,7 @@ from peftcli.methods.lora.alora import watch_input_ids
 from peftcli.methods.lora.arrow import find_experts
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
-from peftcli.methods.lora.targets import tied_group, token_modules
+from peftcli.methods.lora.targets import name_group, tied_group, token_modules
 
 
 def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
@@ -86,8 +86,10 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         kept = at[saved[0]].copy.weight
         for layer in [*new.values(), *(at[name] for name in saved)]:
             layer.copy.weight = kept
+        name_group(config, group, "modules_to_save")
     elif group and group[0] in layers:
         source = at[group[0]]
+        name_group(config, group, "target_modules")
         for name in group[1:]:
             if isinstance(base_module(at[name]), nn.Embedding):
                 new[at[name]] = twin = LoraEmbedding(at[name], name, config)

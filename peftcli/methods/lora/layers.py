@@ -31,6 +31,7 @@ from peftcli.methods.lora.parameters import (
     wrap_parameters,
 )
 from peftcli.methods.lora.replicate import replicate, separate
+from peftcli.methods.lora.targets import read_names as read_names
 from peftcli.methods.lora.targets import targets as targets
 from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates

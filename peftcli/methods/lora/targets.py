@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
+from typing import Literal
 
 from torch import nn
 
 from peftcli.core.layer import base_module, base_modules, base_paths, model_ends, modules_sharing, name_in
-from peftcli.core.targets import check_pattern_keys, find_modules, find_targets, matching, shortest_names
+from peftcli.core.targets import (
+    check_pattern_keys,
+    find_modules,
+    find_targets,
+    matching,
+    module_matches,
+    shortest_names,
+)
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import check_tokens
 from peftcli.methods.lora.config import LoraConfig
@@ -60,6 +69,33 @@ def tied_group(model: nn.Module) -> list[str]:
     embedding = base_module(model_ends(model)[0])
     shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
     return [name_in(model, embedding), *shared] if shared else []
+
+
+def read_names(model: nn.Module, config: LoraConfig, names: Collection[str]) -> None:
+    """Switch ``ensure_weight_tying`` off for a file with tensors of one module of those that share the weight.
+
+    PEFT ties modules that are called ``embed_tokens`` and ``lm_head`` alone, whatever the file's config says.
+    """
+    if config.ensure_weight_tying:
+        held = [
+            name
+            for name in tied_group(model)
+            if any(each.startswith(f"{config.file_prefix}{name}.") and "base_layer" not in each for each in names)
+        ]
+        config.ensure_weight_tying = len(held) > 1
+
+
+def name_group(config: LoraConfig, group: Iterable[str], key: Literal["target_modules", "modules_to_save"]) -> None:
+    """Add to a setting the modules that share a weight, by their full names.
+
+    PEFT ties those that are called ``embed_tokens`` or ``lm_head``, if one of them is named, and adapts others alone.
+    """
+    wanted = getattr(config, key)
+    if isinstance(wanted, str):
+        setattr(config, key, "|".join([f"(?:{wanted})", *(re.escape(name) for name in group)]))
+    else:
+        more = [name for name in group if not any(module_matches(name, entry) for entry in wanted)]
+        setattr(config, key, type(wanted)([*wanted, *more]))
 
 
 def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
