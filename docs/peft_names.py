@@ -152,8 +152,8 @@ DIFFERS: dict[str, str] = {
     "modules_to_save": "a name or the end of one after a dot; PEFT takes any ending, so that its `norm` is "
     "`post_attention_layernorm` too. In files of PEFT such modules are found",
     "ensure_weight_tying": "ties all modules that share the embedding's weight; PEFT ties none unless one that is "
-    "named is called `embed_tokens` or `lm_head`. A file names all that are tied, and one of PEFT that has tensors of one "
-    "module changes that alone",
+    "named is called `embed_tokens` or `lm_head`. A file names all that are tied; one of PEFT that has tensors of one "
+    "of them changes that alone",
     "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too; where a "
     "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
     "by itself in Mixtral and Qwen-MoE",

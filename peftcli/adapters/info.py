@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peftcli.adapters.load import find_adapter
@@ -11,11 +11,18 @@ from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.methods import METHODS
 from peftcli.methods.lora.config import LoraConfig
 
+_BOTH = (
+    *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),
+    *("kasa_config", "alpha_pattern"),
+)
 _UNREAD = {
-    "vllm": ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"),
-    "llama.cpp": ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "alpha_pattern", "use_rslora"),
+    "vllm": (*_BOTH, "rank_pattern", "alora_invocation_tokens"),
+    "llama.cpp": (*_BOTH, "use_rslora"),
 }
 """Servers -> settings of LoRA that they refuse or pass over, by their code."""
+_PAIR = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+_TENSORS = {"vllm": _PAIR, "llama.cpp": (*_PAIR, "base_layer.weight")}
+"""Servers -> endings of the names of tensors that they read, or pass over rightly. At any other name they stop."""
 
 
 def describe(adapter: str) -> dict[str, Any]:
@@ -42,17 +49,20 @@ def describe(adapter: str) -> dict[str, Any]:
         "tensors": len(shapes),
         "dtypes": sorted({entry.dtype for entry in shapes.values()}),
         "bytes": max((entry.start + entry.size for entry in shapes.values()), default=0),
-        "servers": _servers(source.config),
+        "servers": _servers(source.config, shapes),
     }
 
 
-def _servers(config: AdapterConfig) -> list[str]:
+def _servers(config: AdapterConfig, tensors: Iterable[str]) -> list[str]:
     """Return what servers are known not to read of a language model's adapter, unless it is merged."""
     if config.task_type != "CAUSAL_LM":
         return []
     if not isinstance(config, LoraConfig):
         return [f"{server} reads no {config.peft_type}" for server in _UNREAD]
     unread = {server: [name for name in names if getattr(config, name)] for server, names in _UNREAD.items()}
+    for server, names in unread.items():
+        other = [".".join(name.split(".")[-3:]) for name in tensors if not name.endswith(_TENSORS[server])]
+        unread[server] = names or other[:1]
     return [f"{server} reads no {' or '.join(names)}" for server, names in unread.items() if names]
 
 

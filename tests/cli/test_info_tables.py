@@ -35,17 +35,19 @@ CONFIG = {
 }
 
 
-def adapter(folder: Path, config: object = CONFIG) -> Path:
-    """An adapter folder: LoRA on two modules, one trained bias, one module saved whole."""
+def adapter(folder: Path, config: object = CONFIG, *, more: bool = True, other: str | None = None) -> Path:
+    """An adapter folder: LoRA on two modules, and with ``more`` one trained bias and one module saved whole."""
     at = "base_model.model.layers.0"
     shapes = {
         f"{at}.q_proj.lora_A.weight": [2, 8],
         f"{at}.q_proj.lora_B.weight": [8, 2],
         f"{at}.v_proj.lora_A.weight": [2, 8],
         f"{at}.v_proj.lora_B.weight": [4, 2],
-        f"{at}.norm.bias": [8],
-        "base_model.model.score.weight": [3, 8],
     }
+    if more:
+        shapes |= {f"{at}.norm.bias": [8], "base_model.model.score.weight": [3, 8]}
+    if other is not None:
+        shapes[f"{at}.{other}"] = [8]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -90,6 +92,9 @@ def test_an_adapter(cli, tmp_path: Path) -> None:
         ({"use_dora": True}, "vllm reads no use_dora, llama.cpp reads no use_dora"),
         ({"rank_pattern": {"q_proj": 4}}, "vllm reads no rank_pattern"),
         ({"use_rslora": True}, "llama.cpp reads no use_rslora"),
+        ({"lora_bias": True}, "vllm reads no lora_bias, llama.cpp reads no lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "vllm reads no layer_replication, llama.cpp reads no layer_replication"),
+        ({"alora_invocation_tokens": [3]}, "vllm reads no alora_invocation_tokens"),
         ({"peft_type": "IA3", "feedforward_modules": []}, "vllm reads no IA3, llama.cpp reads no IA3"),
     ],
 )
@@ -97,8 +102,16 @@ def test_what_servers_do_not_read_is_said(cli, tmp_path: Path, changed: dict[str
     config = {name: value for name, value in CONFIG.items() if name != "modules_to_save"} | {"task_type": "CAUSAL_LM"}
     if "peft_type" in changed:
         config = {name: value for name, value in config.items() if name not in ("r", "lora_alpha")}
-    out = cli("info", adapter(tmp_path, config | changed), "--no-updates").out
+    out = cli("info", adapter(tmp_path, config | changed, more=False), "--no-updates").out
     assert f"servers: {said}\n" in out
+
+
+@pytest.mark.parametrize(("tensor", "servers"), [("q_proj.base_layer.bias", 2), ("embed_tokens.base_layer.weight", 1)])
+def test_a_tensor_that_servers_do_not_read_is_named(cli, tmp_path: Path, tensor: str, servers: int) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != "modules_to_save"} | {"task_type": "CAUSAL_LM"}
+    out = cli("info", adapter(tmp_path, config, more=False, other=tensor), "--no-updates").out
+    said = [f"{server} reads no {tensor}" for server in ("vllm", "llama.cpp")]
+    assert f"servers: {', '.join(said[:servers])}\n" in out
 
 
 def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:
