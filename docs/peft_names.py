@@ -327,6 +327,11 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "a typo would train less than was asked for; PEFT warns",
     ),
     (
+        "new adapters on `shared` of T5, BART and their kin, without `ensure_weight_tying`",
+        "encoder and decoder have embeddings of their own, `embed_tokens`, which share the weight: `shared` is never "
+        "called, and an adapter there would change nothing. One in a file is loaded, with a warning",
+    ),
+    (
         "new adapters on `conv1d`, `out_proj` or `dt_proj` of Mamba's kin",
         "the models read these weights without calling the layer, so most methods would change nothing",
     ),

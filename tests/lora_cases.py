@@ -13,7 +13,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding-scaled": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding-gpt2": ("gpt2", {"target_modules": ["wte", "c_attn"]}),
-    "embedding-t5": ("t5", {"target_modules": ["shared", "q"]}),
+    "embedding-t5": ("t5", {"target_modules": ["embed_tokens", "q"]}),
     "head": ("llama", {"target_modules": ["lm_head", "v_proj"]}),
     "head-tied": ("llama_tied", {"target_modules": ["lm_head", "v_proj"]}),
     "embedding-tied": ("llama_tied", {"target_modules": ["embed_tokens"]}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ from peftcli.core.layer import (
     base_name,
     base_paths,
     check_not_offloaded,
+    modules_sharing,
     plain_dtype,
 )
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import Attaches, Reshapes, layers_of, wrap
 from peftcli.core.quantised import check_gradients, keep_layout, num_weights
 from peftcli.core.targets import find_modules, shortest_names, targets
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def inject(
     changes_before = len(model.__dict__.get("_adapter_undo", ()))
     try:
         total_before = _insert(model, config, initialised)
+        _check_called(model, config, {path: one for path, one in adapter_layers(model).items() if one not in before})
     except AdapterError:
         _remove(model, lambda layer: layer not in before)
         _take_back(model, changes_before)
@@ -285,6 +288,31 @@ def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, Adapter
     if isinstance(config, BiasConfig) and config.bias == "all":
         train_other_biases(model, config, layers)
     config.normalise()
+
+
+def _check_called(model: nn.Module, config: AdapterConfig, added: Mapping[str, AdapterLayer]) -> None:
+    """Raise AdapterError for a new adapter on an embedding that the model never calls, or warn of it in a file.
+
+    Encoder and decoder of T5, BART and their kin have embeddings of their own, which share the weight of ``shared``.
+    """
+    for path, layer in added.items():
+        if (name := base_name(model, path)).rpartition(".")[2] != "shared":
+            continue
+        others = modules_sharing(model, base_module(layer)).items()
+        called = [other for other, module in others if isinstance(base_module(module), nn.Embedding)]
+        trained = {value for each in added.values() if each is not layer for value in each.own_tensors().values()}
+        if not called or trained.intersection(layer.own_tensors().values()):
+            continue
+        text = f"{type(model).__name__} never calls {name}, so that an adapter there does nothing"
+        if config.inference_mode:
+            warnings.warn(f"{text} until it is merged", PeftWarning, stacklevel=4)
+            continue
+        hint = f"name {' and '.join(called)}, which share its weight"
+        if config.peft_type == "LORA":
+            hint = f"{hint}, or set ensure_weight_tying"
+        raise AdapterError(
+            text, key="modules_to_save" if isinstance(layer, TrainedCopy) else "target_modules", hint=hint
+        )
 
 
 def _call_layers(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from peftcli.peft_api import PeftModel, get_peft_model
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"target_modules": "all-linear"}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "wte"], "bias": "all"}),
-    "t5": ("t5", {"target_modules": ["shared", "q", "wo"]}),
+    "t5": ("t5", {"target_modules": ["embed_tokens", "q", "wo"]}),
     "heads": ("bert", {"modules_to_save": ["classifier", "pooler"]}),
     "tied, embedding": ("llama_tied", {"target_modules": ["embed_tokens"]}),
     "tied, both": ("llama_tied", {"target_modules": ["embed_tokens", "lm_head"]}),

@@ -24,7 +24,7 @@ CONV = {"target_modules": ["convolution"]}
 SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "llama": ("llama", [{}, DENSE, {"target_modules": ["k_proj"]}]),
     "gpt2": ("gpt2", [{}, {"target_modules": ["c_attn", "c_fc", "wte"]}, {"bias": "all"}]),
-    "t5": ("t5", [{}, DENSE, {"target_modules": ["shared", "v"]}]),
+    "t5": ("t5", [{}, DENSE, {"target_modules": ["embed_tokens", "v"]}]),
     "heads": (
         "bert",
         [

@@ -95,6 +95,16 @@ def test_which_number_is_the_layers(name: str, lists: list[str], expected: int |
     assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}, expressions) == expected
 
 
+@pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
+def test_an_embedding_that_the_model_never_calls_is_refused(key: str) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q"], key: ["shared"]}
+    with pytest.raises(AdapterError, match=r"never calls shared, .*\n.*encoder\.embed_tokens .* ensure_weight_tying"):
+        inject(tiny("t5"), LoraConfig(**settings))
+    inject(tiny("t5"), LoraConfig(ensure_weight_tying=True, **settings))
+    with pytest.warns(PeftWarning, match="never calls shared, so that an adapter there does nothing until it is"):
+        inject(tiny("t5"), LoraConfig(inference_mode=True, **settings))
+
+
 def test_what_mamba_reads_without_calling_it_is_left_out_or_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2))
     found = find_targets(model, LoraConfig(target_modules="all-linear"))
