@@ -150,7 +150,9 @@ DIFFERS: dict[str, str] = {
     "checkpoints of Trainer": "`Trainer` goes on from those that it made with the same library: here it reads the "
     "adapter from `model.safetensors`, with PEFT from `adapter_model.safetensors`",
     "modules_to_save": "a name or the end of one after a dot; PEFT takes any ending, so that its `norm` is "
-    "`post_attention_layernorm` too. In files of PEFT such modules are found",
+    "`post_attention_layernorm` too. In files of PEFT such modules are found, and names that PEFT would take for more "
+    "are written in full. PEFT cannot read a part of the head that it adds by itself, as `classifier.dense`, nor "
+    "can it read its own file of one",
     "ensure_weight_tying": "ties all modules that share the embedding's weight; PEFT ties none unless one that is "
     "named is called `embed_tokens` or `lm_head`. A file names all that are tied; one of PEFT that has tensors of one "
     "of them changes that alone",

@@ -31,7 +31,7 @@ from peftcli.core.layer import (
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import Attaches, Reshapes, layers_of, wrap
 from peftcli.core.quantised import check_gradients, keep_layout, num_weights
-from peftcli.core.targets import find_modules, shortest_names, targets
+from peftcli.core.targets import find_modules, module_matches, shortest_names, targets
 from peftcli.errors import AdapterError, PeftWarning
 
 
@@ -264,6 +264,7 @@ def _wrapped(
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     saved = [name for name in saved if not name.startswith(inside)]
+    config.modules_to_save = _clear_names(model, config.modules_to_save, saved)
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names and not saved:
         raise AdapterError("names no module to adapt", key="target_modules")
@@ -276,6 +277,18 @@ def _wrapped(
         if any(value.is_meta for value in layer.own_tensors().values()):
             check_not_offloaded(layer, name)
     return layers, copies
+
+
+def _clear_names(model: nn.Module, entries: list[str] | None, saved: list[str]) -> list[str] | None:
+    """Return ``modules_to_save`` with the full names of modules in place of an entry that PEFT finds others by.
+
+    PEFT takes each name that ends in an entry, without regard to dots, and modules in saved modules too.
+    """
+    clear: list[str] = []
+    for entry in entries or ():
+        unclear = any(name.endswith(entry) and name not in saved for name in base_paths(model))
+        clear += [name for name in saved if module_matches(name, entry)] if unclear else [entry]
+    return list(dict.fromkeys(clear)) if entries else entries
 
 
 def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLayer]) -> None:

@@ -11,7 +11,7 @@ import peft
 import peft.functional
 import pytest
 import torch
-from models_tiny import VOCABULARY, ids
+from models_tiny import VOCABULARY, ids, tiny
 from torch import nn
 from transformers import (
     BertConfig,
@@ -48,6 +48,7 @@ BASES: dict[str, Any] = {
     "bert": lambda: BertForMaskedLM(BertConfig(**_SIZES)),
     "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**_SIZES)),
     "classifier": roberta_classifier,
+    "llama": lambda: tiny("llama"),
 }
 CASES = [
     ("bert", {"modules_to_save": ["cls"]}),
@@ -60,6 +61,10 @@ CASES = [
     ("bert", {"bias": "lora_only", "target_modules": ["query", "decoder"]}),
     ("bert", {"modules_to_save": ["decoder"]}),
     ("classifier", {"bias": "all", "modules_to_save": ["classifier"]}),
+]
+UNCLEAR = [
+    ("classifier", {"target_modules": ["key"], "modules_to_save": ["dense", "classifier"]}),  # a dense is in classifier
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),  # and layernorms end in norm
 ]
 
 
@@ -100,6 +105,14 @@ def test_each_reads_what_the_other_saves(
         model.save_pretrained(tmp_path)
         loaded = reader.PeftModel.from_pretrained(base(kind), str(tmp_path)).eval()
     torch.testing.assert_close(said(loaded), said(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "settings"), UNCLEAR)
+@pytest.mark.parametrize("reader", [peftcli, peft])
+def test_names_that_peft_takes_for_more_are_written_in_full(
+    kind: str, settings: dict[str, Any], reader: Any, tmp_path: Path
+) -> None:
+    test_each_reads_what_the_other_saves(kind, settings, peftcli, reader, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES)
