@@ -109,6 +109,19 @@ def test_mica_on_an_embedding_is_pefts() -> None:
     assert list(layer.own_tensors()) == ["lora_embedding_A"]
 
 
+@pytest.mark.parametrize("writer", [peft, peftcli])
+def test_mica_stays_mica_when_it_is_trained_on(writer: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"init_lora_weights": "mica", "r": 4, "target_modules": ["embed_tokens", "q_proj"]}
+    with unheard():
+        writer.get_peft_model(tiny("llama"), writer.LoraConfig(**settings)).save_pretrained(tmp_path)
+    for reader in (peft, peftcli):
+        model = reader.PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert not any("_B" in name for name in trained)
+        assert reader is peft or model.peft_config["default"].file_dict()["init_lora_weights"] == "mica"
+
+
 @pytest.mark.grid(each="init")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("init", [*STARTED, "eva", "mica", "orthogonal"])
@@ -118,7 +131,7 @@ def test_what_we_train_peft_loads_as_plain_lora(init: str, kind: str, tmp_path: 
     randomise(model)
     save_adapter(model, config, tmp_path)
     close(logits(loaded_by_peft(kind, tmp_path), batch(kind)), logits(model, batch(kind)))
-    assert file_of(tmp_path)[0]["init_lora_weights"] is True
+    assert file_of(tmp_path)[0]["init_lora_weights"] == ("mica" if init == "mica" else True)
 
 
 @pytest.mark.parametrize("init", STARTED)

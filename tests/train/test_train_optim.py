@@ -213,7 +213,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(name: str, recipe: Path
     done = trainkit.run_recipe(recipe, *settings)
     assert done.weights == whole.weights
     written = json.loads((whole.folder / "adapter_config.json").read_text())
-    assert written["init_lora_weights"] == ("loftq" if name == "loftq" else True)
+    assert written["init_lora_weights"] == (name if name in ("loftq", "mica") else True)
     assert written["r"] == (4 if name in ("mica", "orthogonal", "eva", "loftq") else 8)
     assert whole.losses[-1] < whole.losses[0]
     if name not in ("mica", "eva"):  # whose file holds what trains, or whose layers change their size

@@ -106,7 +106,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     pissa_niter_16: an approximation that takes seconds. mica: B the weakest directions of the base weight, which stays,
     A zero. eva, corda, lora_ga: from the training data, before the first step. loftq: what makes up for the error of a
     quantised base. false: both random, for tests. The base model itself is never changed, and the file is that of a
-    plain LoRA, of 2r for pissa, olora, corda and lora_ga; but not with a loftq_config."""
+    plain LoRA, of 2r for pissa, olora, corda and lora_ga; but not with a loftq_config, and mica keeps its name."""
     eva_config: EvaConfig | None = None
     """Settings of init_lora_weights: eva (https://arxiv.org/abs/2410.07170)."""
     corda_config: CordaConfig | None = None
@@ -188,7 +188,10 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     def file_dict(self) -> dict[str, Any]:
         plain = self.plain()
-        return {**super(LoraConfig, plain).file_dict(), "init_lora_weights": plain.init_lora_weights}
+        init = (
+            "mica" if self.init_lora_weights == "mica" else plain.init_lora_weights
+        )  # who trains it on leaves B alone
+        return {**super(LoraConfig, plain).file_dict(), "init_lora_weights": init}
 
     def plain(self) -> LoraConfig:
         """Return the plain LoRA that computes the same: with a residual initialisation, one of twice the r.

@@ -186,9 +186,10 @@ class LoraEmbedding(LoraLayer):
         first = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))
         self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r, **like))
-        if config.init_lora_weights == "mica" and not config.inference_mode:
-            weight = widened(self.base_layer.weight.detach()).T
-            initialise(self.lora_embedding_A, self.lora_embedding_B, "mica", self.scaling, lambda: weight)
+        if config.init_lora_weights == "mica":
+            if not config.inference_mode:
+                weight = widened(self.base_layer.weight.detach()).T
+                initialise(self.lora_embedding_A, self.lora_embedding_B, "mica", self.scaling, lambda: weight)
             self.fixed = ("lora_embedding_B",)
             self.lora_embedding_B.requires_grad_(False)
         # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing

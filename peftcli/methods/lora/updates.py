@@ -60,7 +60,7 @@ def describe(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[st
         len(tensors[pair.a]) == 2 * pattern_value(plain.rank_pattern, path.partition(".base_layer")[0], plain.r)
         for path, pair in pairs(tensors).items()
     )
-    return (plain.doubled() if twice else plain).file_dict()
+    return (plain.doubled() if twice else config).file_dict()
 
 
 def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:

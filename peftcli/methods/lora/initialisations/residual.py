@@ -149,9 +149,7 @@ def linear_layer(base_layer: nn.Module, name: str, config: LoraConfig) -> LoraLi
         if config.inference_mode:
             kind = ResidualMerge if stored_weight(base_layer).is_meta else ResidualFromFile
         return kind(base_layer, name, config)
-    if config.inference_mode:
-        return LoraLinear(base_layer, name, config.plain())
-    layer = LoraLinear(base_layer, name, config)
+    layer = LoraLinear(base_layer, name, config.plain() if config.inference_mode else config)
     if init == "mica":  # B stays as it starts
         layer.fixed = ("lora_B.weight",)
         layer.lora_B.weight.requires_grad_(False)
