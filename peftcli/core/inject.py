@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftcli.core.config import AdapterConfig, BiasConfig, FanInConfig, TargetedConfig
+from peftcli.core.config import AdapterConfig, BiasConfig, FanInConfig, LayeredConfig, TargetedConfig
 from peftcli.core.heads import resolve_heads
 from peftcli.core.layer import (
     AdapterLayer,
@@ -295,6 +296,10 @@ def _complete(model: nn.Module, config: AdapterConfig, layers: dict[str, Adapter
     """Write into the config what readers of the file need to know of the model, and train the biases it asks for."""
     if isinstance(config, TargetedConfig) and config.target_modules in (None, "all-linear"):
         config.target_modules = shortest_names(model, list(layers))
+    if isinstance(config, LayeredConfig) and config.layers_to_transform is not None and not config.layers_pattern:
+        lists = [found for name in layers if (found := re.match(r"(.+?\.)??([^.]+)\.\d+\.", name))]
+        if not all(found[1] for found in lists):  # PEFT finds no list by itself that stands first in a name
+            config.layers_pattern = sorted({found[2] for found in lists})
     if isinstance(config, FanInConfig):
         views = [linear_view(layer) for layer in layers.values()]
         config.fan_in_fan_out = any(view.transposed for view in views if view)

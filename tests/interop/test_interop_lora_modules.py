@@ -272,6 +272,19 @@ def test_tied_modules_under_other_names_are_exchanged(settings: dict[str, Any], 
         torch.testing.assert_close(logits(loaded, batch("gpt2")), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_peft_finds_layers_whose_list_stands_first_in_their_names(tmp_path: Path) -> None:
+    def body() -> Any:
+        return tiny("llama").model  # layers.1.self_attn.q_proj
+
+    inputs = batch("llama")
+    model = peftcli.get_peft_model(body(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(body(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
 def test_pefts_tied_adapters_have_gradients_of_their_own() -> None:
     model = theirs("llama_tied", "lora", target_modules=["embed_tokens"], ensure_weight_tying=True)
     [a, *_] = [value for name, value in model.named_parameters() if "lora_embedding_A" in name]
