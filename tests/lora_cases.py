@@ -37,6 +37,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "one-layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
     "layer-list": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0]}),
     "layer-pattern": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"}),
+    "layer-named": ("llama", {"target_modules": ["model.layers.0.mlp.up_proj", "v_proj"], "layers_to_transform": [1]}),
     "exclude": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
     "exclude-regex": ("llama", {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"}),
     "regex": ("llama", {"target_modules": r".*\.(q|o)_proj"}),

@@ -273,7 +273,8 @@ class LayeredConfig(TargetedConfig):
     """A TargetedConfig of a method for which PEFT knows ``layers_to_transform``."""
 
     layers_to_transform: list[int] | int | None = None
-    """Indices of the transformer layers to adapt, from 0. Unset: all."""
+    """Indices of the transformer layers to adapt, from 0. Unset: all. Beside these, modules whose full names
+    target_modules gives."""
     layers_pattern: list[str] | str | None = None
     """Name of the model's list of layers ("layers", "h"), or a regular expression for its end, where
     layers_to_transform cannot find it by itself."""

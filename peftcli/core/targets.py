@@ -229,6 +229,7 @@ def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list
 
 
 def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
+    """Return the names in ``layers_to_transform``, and as PEFT does those that ``target_modules`` gives in full."""
     wanted, lists = set(as_list(config.layers_to_transform)), as_list(config.layers_pattern)
     ranks = {entry: rank for rank, entry in reversed(list(enumerate(lists)))}
     expressions = [entry for entry in ranks if not PLAIN_NAME.fullmatch(entry)]
@@ -241,7 +242,7 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
         there = sorted(index for index in set(indices.values()) if index is not None)
         span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
         raise AdapterError(f"no target module in layer {min(missing)}; there are {span}", key="layers_to_transform")
-    return [name for name in names if indices[name] in wanted]
+    return [name for name in names if indices[name] in wanted or name in (config.target_modules or ())]
 
 
 def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterable[str]) -> int | None:

@@ -73,6 +73,11 @@ def test_layers_and_exclusions(settings: dict[str, object], expected: list[str])
     assert [name.split(".")[2] for name in _found("llama", target_modules=["q_proj"], **settings)] == expected
 
 
+def test_a_module_that_is_named_in_full_is_adapted_in_any_layer() -> None:
+    first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+    assert _found("llama", target_modules=[first, "v_proj"], layers_to_transform=[1]) == [first, second]
+
+
 @pytest.mark.parametrize(
     ("name", "lists", "expected"),
     [
