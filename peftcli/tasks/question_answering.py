@@ -112,6 +112,10 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         for example in examples:
             example.arrays["answers"] = json.dumps([text for _, text in answers])
             example.arrays["answer"] = _target(example, answers[0] if answers else None, self._none(example))
+        if answers and all(example.arrays["answer"] == (self._none(example),) * 2 for example in examples):
+            message = f"no window of {self.max_length} tokens holds all of the answer {shortened(answers[0][1])}"
+            hint = "Raise max_length or task.stride, or shorten the answer."
+            raise row.place.error(message, key=reader.names["answers"], hint=hint)
         return Outcome(examples, size=sum(example.size for example in examples))
 
     def _windows(self, row: Row, reader: Reader) -> list[Example]:
@@ -301,7 +305,7 @@ def _target(example: Example, answer: tuple[int, str] | None, none: int) -> tupl
 
 
 def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
-    """The place and the text of each right answer of a row; none: it is not in the context."""
+    """The place and the text of each right answer of a row, without blanks around it; none: it is not in the context."""
     value, key = reader.value(row, "answers"), reader.names["answers"]
     context = reader.text(row, "context", blank=False)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
@@ -314,13 +318,12 @@ def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
         text, start = (each.get(name) for name in ("text", "answer_start")) if isinstance(each, dict) else (None, None)
         if not isinstance(text, str) or not isinstance(start, int):
             raise row.place.error(f"expected text and answer_start, found {shortened(each)}", key=key)
-        if not text:
-            continue
         there = context[start : start + len(text)] if start >= 0 else ""
         if there != text:
             message = f"the answer {shortened(text)} is not at character {start} of the context: {shortened(there)} is"
             raise row.place.error(message, key=key)
-        found.append((start, text))
+        if text.strip():
+            found.append((start + len(text) - len(text.lstrip()), text.strip()))
     return found
 
 

@@ -74,6 +74,17 @@ def test_a_long_context_becomes_windows_that_overlap(kind: str) -> None:
     assert set(texts) == {"Oslo"}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("text", "start"), [(" Turin", 12), ("Turin ", 13), (" ", 12)])
+def test_blanks_around_an_answer_are_no_part_of_it(text: str, start: int, kind: str) -> None:
+    """They belong to no token, so that no window would hold the answer."""
+    task = open_task(NAME, kind, unanswerable=True)
+    [example] = encoded(task, [{**ROW, "answers": {"text": [text], "answer_start": [start]}}])
+    wanted = encoded(task, [ROW if text.strip() else NONE])[0]
+    assert list(example.arrays["answer"]) == list(wanted.arrays["answer"])
+    assert json.loads(example.arrays["answers"]) == [text.strip()] * bool(text.strip())
+
+
 def test_an_answer_that_is_missing_is_the_class_token() -> None:
     task = open_task(NAME, unanswerable=True)
     [example] = encoded(task, [NONE])
@@ -94,6 +105,10 @@ def test_an_answer_that_is_missing_is_the_class_token() -> None:
         ({"answers": []}, "has no answer; task.unanswerable is false"),
         ({"question": " "}, "expected a text"),
         ({"question": "Where? " * 30}, "the question leaves 0 of 64 tokens for the context"),
+        (
+            {"context": "sun tea " * 60, "answers": {"text": ["sun tea " * 60], "answer_start": [0]}},
+            "no window of 64 tokens holds all of the answer 'sun tea",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used(change: dict[str, Any], message: str) -> None:
