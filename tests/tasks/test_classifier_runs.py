@@ -14,7 +14,8 @@ import torch
 from classifierkit import ROWS, classifier_base, write_classifier_recipe
 from promises import settings_of, why_not
 from safetensors.torch import load_file, save_file
-from trainkit import Trained, run_recipe, write_rows
+from tokenizers.processors import TemplateProcessing
+from trainkit import Trained, base_folder, run_recipe, tokenizer, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from peftcli.errors import DataError
@@ -126,6 +127,19 @@ def test_other_labels_and_pairs_train(tmp_path: Path, rows: Any, settings: dict[
         write_rows(tmp_path / f"{name}.jsonl", rows)
     run = run_recipe(recipe, *EVALUATES)
     assert metric in run.run["eval"]["last"]
+
+
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_an_encoder_decoder_trains_and_merges(cli: Callable, tmp_path: Path, kind: str) -> None:
+    """Its head finds a row by its one token of the end, in what checks of the adapter feed too."""
+    base, recipe = tmp_path / "base", write_classifier_recipe(tmp_path)
+    shutil.copytree(base_folder(kind), base)
+    reads = tokenizer()
+    end = [(reads.eos_token, reads.eos_token_id)]
+    reads.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0][0]}", special_tokens=end)
+    reads.save_pretrained(base)
+    cli("train", recipe, f"base_model={base}", "training.max_steps=1")
+    cli("merge", tmp_path / "out", "--output", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -64,9 +64,13 @@ class TextInputs:
         return batch
 
     def probe(self) -> Batch:
-        """Two rows of random tokens."""
+        """Two rows of random tokens; those of encoder-decoders end with the one by which a head finds the end."""
         config = self.base.config.get_text_config()
         ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        if self.base.config.is_encoder_decoder:
+            end = self.processor.eos_token_id
+            ids[ids == end] = end - 1 if end else 1
+            ids[:, -1] = end
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
