@@ -237,10 +237,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if self.settings.scheme == "none":
             from sklearn.metrics import f1_score
 
-            return loss | {
-                "accuracy": accuracy,
-                "macro_f1": float(f1_score(*zip(*pairs, strict=True), average="macro", zero_division=0)),
-            }
+            tags = sorted({tag for pair in pairs for tag in pair if tag >= 0})  # words that were cut are no class
+            f1 = f1_score(*zip(*pairs, strict=True), labels=tags, average="macro", zero_division=0)
+            return loss | {"accuracy": accuracy, "macro_f1": float(f1)}
         from seqeval.metrics import classification_report
 
         names = [

@@ -272,6 +272,8 @@ def test_parts_of_speech_have_an_f1_of_their_own() -> None:
     metrics = task.metrics({"loss": torch.tensor(0.0).numpy()}, [([0, 1, 1], [0, 1, 0])], 3)
     assert set(metrics) == {"loss", "accuracy", "macro_f1"}
     assert metrics["accuracy"] == pytest.approx(2 / 3)
+    cut = task.metrics({"loss": torch.tensor(0.0).numpy()}, [([0, 1, 1, 0], [0, 1, -1, -1])], 4)
+    assert cut["macro_f1"] == pytest.approx(2 / 3)  # of two classes: words that were cut are not found
 
 
 def test_answers_name_entities_by_their_characters() -> None:
