@@ -254,6 +254,12 @@ def test_a_perfect_and_a_wrong_predictor(perfect: bool, f1: float) -> None:
     assert metrics["accuracy"] == f1
 
 
+@pytest.mark.parametrize("found", [[0, 0], [0, 1]])
+def test_rows_without_entities_have_no_f1(found: list[int]) -> None:
+    metrics = open_task(NAME, **IOB).metrics({"loss": torch.tensor(0.0).numpy()}, [([0, 0], found)], 2)
+    assert metrics == {"loss": 0, "accuracy": found.count(0) / 2}
+
+
 @pytest.mark.parametrize("scheme", ["iob2", "none"])
 def test_a_random_predictor(scheme: str) -> None:
     """Of three tags, each of which a word has as often as the others. Every name is a word long."""
