@@ -22,6 +22,12 @@ CLASSES = by_name(
         "are of other classes than",
         "Add rows of these classes, or leave their names out of task.labels.",
     ),
+    Kind(
+        "converted_tags",
+        "warning",
+        "have tags of BILOU, IOBES or BMES, which are turned into those of IOB2",
+        "Where each tag should be a class of its own, set task.scheme to none.",
+    ),
 )
 """Those of the classification tasks."""
 

@@ -138,8 +138,9 @@ class TokenClassification(TaskSettings):
     """Names of the tags, in the order of the model's outputs; or types of entities, as in [PER, ORG], which stand for O
     and B- and I- of each. Unset: those of the training rows, in the order of their ClassLabel, else of first sight."""
     scheme: Literal["iob2", "none"] | None = None
-    """What the tags mean. iob2: B-PER begins an entity, I-PER continues it, O is outside; whole entities are measured.
-    none: each word has a class of its own, as a part of speech. Unset: found in the training rows."""
+    """What the tags mean. iob2: B-PER begins an entity, I-PER continues it, O is outside; whole entities are measured,
+    and tags of BILOU, IOBES and BMES are turned into these. none: each word has a class of its own, as a part of
+    speech. Unset: found in the training rows."""
     label_all_pieces: bool = False
     """Count every piece of a word in the loss, not the first alone; the pieces after the first of a word with a B- tag
     get the I- tag."""

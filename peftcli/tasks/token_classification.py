@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.data.findings import Finding
+from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
@@ -40,9 +40,9 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.token_text import TokenRenderer
-from peftcli.tasks.text.words import OUTSIDE, Words, tagged_words, word_spans, words_of
+from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, tagged_words, word_spans, words_of
 
-_TRUNCATED = 1
+_TRUNCATED, _CONVERTED = 1, 2
 _SPANS = ("entities", "spans")
 _UNBALANCED = 0.95
 
@@ -97,14 +97,21 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
                     seen |= dict.fromkeys(tag for _, tag in tagged_words(row, reader) if tag is not None)
         given = list(self.labels)
         found = list(declared or seen)
-        is_iob2 = all(map(settings.is_iob2, found)) and any(tag != OUTSIDE for tag in found)
+        converted = list(dict.fromkeys(map(as_iob2, found)))
+        is_iob2 = all(map(settings.is_iob2, converted)) and any(tag != OUTSIDE for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
+        found = converted if scheme == "iob2" else found
         if spans and scheme == "none":
             raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
         if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):
             if len(types) < len(given):
-                raise DataError(f"{types[0]!r} is no tag of the scheme iob2, as the others are", key="task.labels")
+                message = f"{types[0]!r} is no tag of the scheme iob2, as the others are"
+                raise DataError(message, key="task.labels", hint="Name the types of entities alone, as in [PER, ORG].")
             given = _with_prefixes(given)
+        if scheme == "iob2" and not given and (others := [tag for tag in found if not settings.is_iob2(tag)]):
+            raise DataError(
+                f"the training rows have the tag {shortened(others[0])}, which is none of iob2", key="task.scheme"
+            )
         labels = given or (_with_prefixes(_types(found)) if spans else found)
         if len(labels) < 2:
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
@@ -126,7 +133,10 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def _outcome(self, row: Row, reader: LabelReader) -> Outcome:
         pairs = tagged_words(row, reader)
         words = words_of(row, reader, [span for span, _ in pairs])
-        tags = [self._target(tag, row, reader) for _, tag in pairs]
+        named = [tag for _, tag in pairs]
+        if self.settings.scheme == "iob2":
+            named = [tag and as_iob2(tag) for tag in named]
+        tags = [self._target(tag, row, reader) for tag in named]
         example, size = self._example(words)
         if not words.spans or not example.size:
             raise row.place.error("holds no words")
@@ -136,7 +146,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         lost = sum(tag != IGNORED and at not in read for at, tag in enumerate(tags)) if size > example.size else 0
         if not example.num_targets:
             return Outcome([], "no word has a tag", size)
-        return Outcome([example], size=size, lost=lost, flags=_TRUNCATED * (size > example.size))
+        flags = _TRUNCATED * (size > example.size) | _CONVERTED * (named != [tag for _, tag in pairs])
+        return Outcome([example], size=size, lost=lost, flags=flags)
 
     def _example(self, words: Words) -> tuple[Example, int]:
         """The example of a row without its tags, and how many tokens the row has before any cut."""
@@ -286,6 +297,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         total = max(1, sum(counts.values()))
         shares = [f"{name} {counts[name] / total:.1%}" for name in self.labels]
         return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        return records.findings(FINDINGS["converted_tags"], records.with_flag(_CONVERTED), of_used=True)
 
     def findings(self, view: View) -> list[Finding]:
         """Look for tags that no word has, and for one that nearly all words have."""

@@ -128,6 +128,14 @@ FOUND = {
         "3 of 3 evaluation rows are of other classes than B-PER, in no word",
         (),
     ),
+    "tags of BILOU": Odd(
+        "token_classification",
+        lambda: (_tagged("sun", "B-PER L-PER", "U-LOC O", "B-LOC O"), _tagged("tea", "B-PER I-PER B-LOC O")),
+        "converted_tags",
+        "warning",
+        "2 of 3 rows have tags of BILOU, IOBES or BMES, which are turned into those of IOB2",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
     "a tag that training lacks": Odd(
         "token_classification",
         lambda: (_tagged("sun", "B-PER O"), _tagged("tea", "B-PER O", "B-ORG O")),

@@ -140,6 +140,24 @@ def test_tags_are_found_in_the_rows() -> None:
     assert scanned(parts, NAME).settings.scheme == "none"
 
 
+@pytest.mark.parametrize("tags", ["B I L U O U", "B I E S O S", "B M E S O S"])
+def test_tags_of_other_schemes_are_turned_into_iob2(tags: str) -> None:
+    words = [tag if tag == "O" else f"{tag}-{'LOC' if tag in 'US' else 'PER'}" for tag in tags.split()]
+    rows = [{"tokens": list("abcdef"), "ner_tags": words}]
+    task = scanned(rows, NAME)
+    assert (task.labels, task.settings.scheme) == (("B-PER", "I-PER", "B-LOC", "O"), "iob2")
+    [example] = encoded(task, rows)
+    assert names(task, example.arrays["tags"]) == ["B-PER", "I-PER", "I-PER", "B-LOC", "O", "B-LOC"]
+    assert scanned(rows, NAME, scheme="none").labels == tuple(dict.fromkeys(words))
+    for settings in ({"labels": ["PER", "LOC"]}, {"scheme": "iob2"}):
+        assert set(scanned(rows, NAME, **settings).labels) <= set(LABELS)
+    with pytest.raises(DataError, match="is no tag of the scheme iob2") as caught:
+        scanned(rows, NAME, labels=words[:4])
+    assert "[PER, ORG]" in (caught.value.hint or "")
+    with pytest.raises(DataError, match="have the tag 'NOUN', which is none of iob2"):
+        scanned([*rows, {"tokens": ["a"], "ner_tags": ["NOUN"]}], NAME, scheme="iob2")
+
+
 def test_types_of_entities_stand_for_their_tags() -> None:
     assert scanned(ROWS, NAME, labels=["PER", "LOC"]).labels == tuple(LABELS)
     assert scanned([TEXT], NAME, labels=["PER", "LOC"], scheme="iob2").labels == tuple(LABELS)

@@ -13,6 +13,8 @@ from peftcli.tasks.text.chat import IGNORED
 
 OUTSIDE = "O"
 """The tag of a word that is in no entity."""
+_IOB2 = {"L-": "I-", "E-": "I-", "M-": "I-", "U-": "B-", "S-": "B-"}
+"""What the last, inner and only words of entities have in IOB2: from BILOU, IOBES and BMES."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -72,6 +74,11 @@ def tagged_words(row: Row, reader: LabelReader) -> list[tuple[tuple[int, int], s
         return [(at, None if tag == IGNORED else class_name(tag, reader)) for at, tag in zip(spans, value, strict=True)]
     except ValueError as error:
         raise row.place.error(str(error), key=key) from None
+
+
+def as_iob2(tag: str) -> str:
+    """The tag of IOB2 for one of BILOU, IOBES or BMES; other tags stay as they are."""
+    return _IOB2.get(tag[:2], tag[:2]) + tag[2:]
 
 
 def _found_entities(row: Row, reader: Reader) -> list[tuple[int, int, str]]:
