@@ -112,7 +112,7 @@ class Classification(Task[Settings]):
                         lengths.add(len(label))
                         repeats = repeats or len(set(label)) < len(label)
                     seen |= {str(name): _number(name) for name in (label if isinstance(label, list) else [label])}
-        if repeats and len(lengths) == 1 and seen.keys() <= {"0", "1"}:
+        if len(lengths) == 1 and (repeats or lengths == {2}) and seen.keys() <= {"0", "1", "True", "False"}:
             message = "of the training rows have a 0 or 1 for each class; give the names of a row's classes"
             raise DataError(f"the labels {message}", key="dataset.train")
         kind = self.settings.problem_type or ("multi_label" if lists else None)

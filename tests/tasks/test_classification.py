@@ -103,10 +103,11 @@ def test_a_row_without_a_label_is_an_error_with_its_place(missing: Any) -> None:
     assert (bad.file, bad.line, bad.key) == ("a.jsonl", 2, "label")
 
 
-def test_lists_of_a_number_for_each_class_are_refused() -> None:
+@pytest.mark.parametrize("labels", [([0, 0, 1], [1, 0, 0]), ([1, 0], [0, 1]), ([True, False], [False, True])])
+def test_lists_of_a_number_for_each_class_are_refused(labels: Any) -> None:
     """Or else each row would have all classes, and be answered without a mistake."""
     with pytest.raises(DataError, match="a 0 or 1 for each class"):
-        scanned([{"text": "x", "label": [0, 0, 1]}, {"text": "y", "label": [1, 0, 0]}])
+        scanned(rows(*labels))
     task = open_task(labels=["a", "b"], problem_type="multi_label")
     [bad] = encoded(task, [{"text": "x", "label": ["a", "a"]}])
     assert "names a class twice" in bad.message
