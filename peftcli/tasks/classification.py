@@ -69,6 +69,8 @@ class Classification(Task[Settings]):
         if self.labels and (unknown := [name for name in weights if name not in self._index]):
             raise DataError(f"{unknown[0]!r} is not one of the classes: {self._listed}", key="task.class_weights")
         self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
+        if self.labels and not self._weights.any():
+            raise DataError("no class has a weight above 0: nothing would be learnt", key="task.class_weights")
 
     @abstractmethod
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:

@@ -144,6 +144,7 @@ def test_one_class_alone_is_refused() -> None:
         ({"problem_type": "regression", "labels": ["a", "b"]}, "task.labels"),
         ({"problem_type": "regression", "class_weights": {"a": 2.0}}, "task.class_weights"),
         ({"labels": ["a", "b"], "class_weights": {"c": 2.0}}, "task.class_weights"),
+        ({"labels": ["a", "b"], "class_weights": {"a": 0.0, "b": 0.0}}, "task.class_weights"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], key: str) -> None:
