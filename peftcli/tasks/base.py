@@ -68,7 +68,7 @@ class Task(ABC, Generic[Settings]):
     flags: ClassVar[Mapping[str, int]] = {}
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
-    """How the names of metrics end of which a smaller value is better."""
+    """Names of metrics of which a smaller value is better, or patterns of them."""
     reads_files: ClassVar[bool] = False
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     identity: ClassVar[Sequence[str]] = ()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 import torch
@@ -184,8 +185,8 @@ class TrainingLoop:
                 f"evaluation reports {', '.join(metrics)}, not {training.metric_for_best_model}",
                 key="training.metric_for_best_model",
             )
-        greater = training.greater_is_better
-        greater = not name.endswith(tuple(self.data.task.lower_is_better)) if greater is None else greater
+        lower = any(fnmatchcase(name.removeprefix("eval_"), known) for known in self.data.task.lower_is_better)
+        greater = not lower if training.greater_is_better is None else training.greater_is_better
         before = progress.best_eval.get(name)
         gain = 0.0 if before is None else metrics[name] - before if greater else before - metrics[name]
         best = before is None or gain > 0

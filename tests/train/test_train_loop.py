@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,9 +24,13 @@ from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, OutOfMemory, UsageError
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.schema import Training
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import batches, loop
+from peftcli.train.events import Message
+from peftcli.train.runs.checkpoint import Progress
+from peftcli.train.training_loop import TrainingLoop
 
 
 def same_weights(one: Trained, other: Trained, atol: float = 2e-5) -> None:
@@ -386,6 +392,28 @@ def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
     assert best.run["eval"]["last"]["eval_loss"] == losses[8]
     assert best.weights == there.weights
     assert best.weights != last.weights
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "less_is_better"),
+    [
+        ("causal_lm", "loss", True),
+        ("causal_lm", "eval_own_loss", True),
+        ("token_classification", "eval_loss", True),
+        ("token_classification", "eval_f1_loss", False),
+        ("semantic_segmentation", "eval_iou_loss", False),
+        ("preference", "eval_kl", True),
+        ("preference", "eval_reward_rejected", True),
+        ("preference", "eval_reward_chosen", False),
+    ],
+)
+def test_which_metrics_are_better_when_they_are_smaller(task: str, metric: str, less_is_better: bool) -> None:
+    """An entity or a class may be called loss."""
+    loop = object.__new__(TrainingLoop)
+    loop.training, loop.progress = Training(output_dir="out", metric_for_best_model=metric), Progress()
+    loop.data = Mock(task=importlib.import_module(f"peftcli.tasks.{task}").TASK)
+    name = f"eval_{metric.removeprefix('eval_')}"
+    assert [loop._record_metrics({name: value}) for value in (1.0, 0.5)] == [True, less_is_better]
 
 
 def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) -> None:
