@@ -287,6 +287,9 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             ]
         )
         right = _right(asking[:, None], keys[own, :1], keys[:, 0], keys[:, 1])
+        distinct, text = keys[:, 0].unique(return_inverse=True)
+        answers = torch.zeros(len(own), len(distinct), device=keys.device).index_add_(1, text, right.float())
+        right = answers[:, text] > 0  # a right text is right where it is another row's negative, too
         right[torch.arange(len(own), device=own.device), own] = False
         cosines = (anchors @ candidates.T).masked_fill(right, -math.inf)
         return F.cross_entropy(cosines / self.settings.temperature, own, reduction="none")

@@ -101,7 +101,10 @@ def test_parts_of_a_batch_change_nothing_without_dropout() -> None:
 
 
 def test_equal_texts_are_no_negatives() -> None:
-    """The positive of another row, the anchor's own text, and what another row pairs with the same anchor."""
+    """The positive of another row, the anchor's own text, and what another row pairs with the same anchor.
+
+    The last is no negative where it is a third row's negative either.
+    """
     task, (one, other) = task_of(), ({"anchor": row["anchor"], "positive": row["positive"]} for row in ROWS[:2])
     model = model_of(task)
 
@@ -116,6 +119,9 @@ def test_equal_texts_are_no_negatives() -> None:
         again = [one, other, dict(zip(one, extra, strict=True))]
         assert of_the_first(again) == pytest.approx(alone, abs=1e-5)
     assert of_the_first([one, other, {"anchor": "moon", "positive": "mill"}]) > alone + 0.001
+    hard = {**other, "negative": "mill"}
+    assert of_the_first([one, hard]) > alone + 0.001
+    assert of_the_first([one, hard, {**one, "positive": "mill"}]) == pytest.approx(alone, abs=1e-5)
 
 
 def test_metrics_of_a_perfect_and_of_a_random_model() -> None:
