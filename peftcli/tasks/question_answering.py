@@ -305,7 +305,7 @@ def _target(example: Example, answer: tuple[int, str] | None, none: int) -> tupl
 
 
 def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
-    """The place and the text of each right answer of a row, without blanks around it; none: it is not in the context."""
+    """The place and text of each right answer of a row, without blanks around it; none: it is not in the context."""
     value, key = reader.value(row, "answers"), reader.names["answers"]
     context = reader.text(row, "context", blank=False)
     if isinstance(value, dict) and isinstance(value.get("text"), list):

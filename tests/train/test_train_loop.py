@@ -28,7 +28,6 @@ from peftcli.schema import Training
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import batches, loop
-from peftcli.train.events import Message
 from peftcli.train.runs.checkpoint import Progress
 from peftcli.train.training_loop import TrainingLoop
 
