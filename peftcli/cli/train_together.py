@@ -37,21 +37,20 @@ def train_together(
             raise UsageError("is named twice", file=str(path), hint="each recipe has a training.output_dir of its own")
     loaded = {str(path): load_recipe(path, overrides) for path in paths}
     recipes = {name: replace(each, launch=with_schedulers_place(each.launch)) for name, each in loaded.items()}
-    if dry_run:
-        from peftcli.train.preview import preview
-        from peftcli.train.together import alike
-
-        alike(recipes, dict.fromkeys(recipes, lambda event: None))
-        console.print_json({"runs": [preview(recipe) for recipe in recipes.values()]})
-        return
-
     from peftcli.train.runs.folder import RunFolder
     from peftcli.train.start import note_resumable
 
     for recipe in recipes.values():
         note_resumable(RunFolder(Path(recipe.training.output_dir)))
 
-    from peftcli.train.together import start_together  # torch loads here
+    from peftcli.train.together import alike, start_together  # torch loads here
+
+    if dry_run:
+        from peftcli.train.preview import preview
+
+        alike(recipes, dict.fromkeys(recipes, lambda event: None))
+        console.print_json({"runs": [preview(recipe) for recipe in recipes.values()]})
+        return
 
     with ExitStack() as stack:
         stems = [path.stem for path in paths]

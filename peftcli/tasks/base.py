@@ -191,6 +191,11 @@ class Scans(Protocol):
         """Whether the settings lack what only the data says, as the names of labels."""
         ...
 
+    @property
+    def found(self) -> str:
+        """What ``scan`` has found, for the user."""
+        ...
+
 
 def refuse_virtual_tokens(config: AdapterConfig | None, does: str) -> None:
     """Raise AdapterError for a method that puts virtual tokens before a text, which a model that ``does`` so lacks."""

@@ -85,10 +85,11 @@ class Classification(Task[Settings]):
         """Put the inputs of examples into one batch."""
 
     @property
-    def notes(self) -> Sequence[str]:
+    def found(self) -> str:
         if self.settings.problem_type == "regression":
-            return ("the labels are numbers, which the model learns to predict (regression)",)
-        return (f"{len(self.labels)} classes: {self._listed}",) if self.labels else ()
+            return "the labels are numbers, which the model learns to predict (regression)"
+        several = ", of which a row may have several" if self.settings.problem_type == "multi_label" else ""
+        return f"{len(self.labels)} classes{several}: {self._listed}"
 
     @property
     def needs_scan(self) -> bool:

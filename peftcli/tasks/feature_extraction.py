@@ -141,6 +141,10 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def needs_scan(self) -> bool:
         return self.settings.loss is None
 
+    @property
+    def found(self) -> str:
+        return f"{'scored pairs' if self.settings.loss == 'cosine' else 'pairs'}: the loss is {self.settings.loss}"
+
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.FeatureExtraction:
         """Find whether rows are scored pairs, by their columns."""
         kinds = dict[str, str]()

@@ -18,7 +18,7 @@ from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import Batch, encode_each, require_extra, write_task
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
-from peftcli.tasks.pictures import check_image, noise, open_image, processed, shown_image
+from peftcli.tasks.pictures import check_image, noise, open_image, pixels, shown_image
 from peftcli.tasks.shown import Label, Shown
 
 
@@ -47,8 +47,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         files = [File.of(each) for each in examples]
-        images = [open_image(each.read(), each.path).convert("RGB") for each in files]
-        return {"pixel_values": processed(self.processor, images)}
+        return pixels(self, [open_image(each.read(), each.path) for each in files])
 
     def show(self, example: Example) -> Shown:
         file = File.of(example)
@@ -58,7 +57,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
 
     def probe(self) -> Batch:
         """Two pictures of noise."""
-        return {"pixel_values": processed(self.processor, noise())}
+        return pixels(self, noise())
 
     def save(self, folder: Path) -> list[str]:
         names = [Path(name).name for name in self.processor.save_pretrained(folder)]

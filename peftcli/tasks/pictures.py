@@ -13,6 +13,7 @@ import torch
 
 from peftcli.errors import DataError, ModelError
 from peftcli.tasks import shown
+from peftcli.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,8 +108,19 @@ def noise() -> list[Image]:
     return list(map(Image.fromarray, np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)))
 
 
+def pixels(task: Task[Any], pictures: Sequence[Image]) -> Batch:
+    """What a model reads of pictures, in colours or, where it reads one channel, in grey.
+
+    Raises:
+        ModelError: the model takes something else than pictures of one size.
+        DataError: they have no common size.
+    """
+    mode = "L" if getattr(task.base.config, "num_channels", None) == 1 else "RGB"
+    return {_PIXELS: processed(task.processor, [each.convert(mode) for each in pictures])}
+
+
 def processed(processor: Any, pictures: Sequence[Image], **options: Any) -> torch.Tensor:
-    """Pictures as an image processor prepares them for its model: (B, 3, H, W).
+    """Pictures as an image processor prepares them for its model: (B, C, H, W).
 
     Raises:
         ModelError: the model takes something else than pictures of one size.

@@ -82,6 +82,11 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
     def needs_scan(self) -> bool:
         return self.settings.unanswerable is None
 
+    @property
+    def found(self) -> str:
+        without = "some questions have no answer in their context"
+        return without if self.settings.unanswerable else "each question has an answer in its context"
+
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.QuestionAnswering:
         """Find whether some answers are not in their context."""
         for table, rows in tables:

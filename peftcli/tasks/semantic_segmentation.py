@@ -42,7 +42,7 @@ from peftcli.tasks.base import (
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import noise, open_image, opened_picture, png, processed, shown_image
+from peftcli.tasks.pictures import noise, open_image, opened_picture, pixels, png, processed, shown_image
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ _USUAL = 255
 """The value of pixels that do not count, unless the recipe names another."""
 _BINARY = 1
 """The flag of a row whose mask has no values but 0 and 255, which does not count."""
+_SHADES = {b"\2\0": 85, b"\4\0": 17}
+"""Bits and kind of a grey PNG, as its header has them -> the number by which Pillow multiplies its values."""
 _BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."
 _UNBALANCED = 0.95
 _BYTE = 256
@@ -98,10 +100,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             raise DataError("names a class twice", key="task.labels")
 
     @property
-    def notes(self) -> Sequence[str]:
-        return (f"{len(self.labels)} classes: {listed(self.labels)}",) if self.labels else ()
-
-    @property
     def advice(self) -> Mapping[str, str]:
         return {
             "no pixel counts": "Set task.ignore_index to a value that no class has, or task.reduce_labels to false."
@@ -139,6 +137,10 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     @property
     def needs_scan(self) -> bool:
         return not self.labels
+
+    @property
+    def found(self) -> str:
+        return f"{len(self.labels)} classes: {listed(self.labels)}"
 
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.SemanticSegmentation:
         """Find how many classes the masks have. Their names are their numbers."""
@@ -230,8 +232,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Put the pictures of examples into one batch."""
-        images = [open_image(file.read(), file.path).convert("RGB") for file in map(File.of, examples)]
-        return {"pixel_values": processed(self.processor, images)}
+        return pixels(self, [open_image(file.read(), file.path) for file in map(File.of, examples)])
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         return self.collate_inputs(examples) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
@@ -309,7 +310,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def probe(self) -> Batch:
         """Two pictures of noise."""
-        return {"pixel_values": processed(self.processor, noise())}
+        return pixels(self, noise())
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order. The mask of each, and the picture with the mask over it, become files.
@@ -385,6 +386,8 @@ def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:
             values = shades[..., 0]
         if values.dtype.kind == "f" and (values % 1).any():
             raise DataError("the mask has values with fractions", file=path)
+        if mask.format == "PNG":
+            values = values // _SHADES.get(content[24:26], 1)
         return values.astype(np.int64), mask.getexif().get(_ORIENTATION, 1)
 
 

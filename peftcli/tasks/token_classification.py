@@ -73,11 +73,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return _types(self.labels) if self.settings.scheme == "iob2" else self.labels
 
     @property
-    def notes(self) -> Sequence[str]:
-        if not self.labels:
-            return ()
+    def found(self) -> str:
         kind = "entities of {} types" if self.settings.scheme == "iob2" else "{} tags"
-        return (f"{kind.format(len(self.names))}: {listed(self.names)}",)
+        return f"{kind.format(len(self.names))}: {listed(self.names)}"
 
     @property
     def needs_scan(self) -> bool:

@@ -101,6 +101,8 @@ def load_data(
     dataset, notes = recipe.dataset, list(task.notes)
     if isinstance(task, Scans) and task.needs_scan:
         task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)
+        if isinstance(task, Scans):
+            tell(Message(task.found))
     for package, extra in task.packages.items():
         require_extra(package, extra)
     assert recipe.task is not None

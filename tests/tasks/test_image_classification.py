@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifierkit import SIDE, encoded, open_task, scanned, table_of, write_pictures
+import transformers
+from classifierkit import SIDE, classifier_base, encoded, image_processor, open_task, scanned, table_of, write_pictures
 from PIL import Image
 
 from peftcli.data.sources import open_source
@@ -57,6 +58,18 @@ def test_grey_palette_and_transparency_become_rgb(tmp_path: Path) -> None:
     assert np.abs(palette[6, 2] - RED).max() < 5
     assert pixels(saved(picture("1"), tmp_path / "bits.png")).max() == 255
     assert pixels(saved(picture("CMYK"), tmp_path / "cmyk.jpg")).shape == (12, 16, 3)
+
+
+def test_a_model_of_one_channel_reads_grey(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(classifier_base("vit"), num_channels=1)
+    config.save_pretrained(tmp_path)
+    image_processor("ViT")(size={"height": SIDE, "width": SIDE}, image_mean=[0.5], image_std=[0.5]).save_pretrained(
+        tmp_path
+    )
+    one = open_task("image_classification", tmp_path, **LABELS)
+    examples = encoded(one, [{"image": saved(picture(), tmp_path / "a.png"), "label": "red"}])
+    for batch in (one.collate(examples, training=False), one.probe()):
+        assert batch["pixel_values"].shape[1:] == (1, SIDE, SIDE)
 
 
 def test_16_bits_of_grey_keep_their_shades(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +193,21 @@ def test_a_mask_goes_where_its_picture_goes(tmp_path: Path, family: str, options
     assert ((labels == 299) == bright)[counts].float().mean() > 0.95  # but for the edge, which is blurred
 
 
+def grey_png(values: np.ndarray, bits: int) -> bytes:
+    """A PNG of the numbers (8, 8), of fewer bits than Pillow writes."""
+    rows = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(8, -1), axis=-1)
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(b"".join(b"\0" + each.tobytes() for each in rows)),
+        b"IEND": b"",
+    }
+    chunks = (
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+        for kind, part in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def test_grey_palette_bits_and_deep_masks_hold_numbers(tmp_path: Path) -> None:
     values = np.array([[0, 1], [1, 0]], np.uint8).repeat(4, 0).repeat(4, 1)
     palette = Image.fromarray(values).convert("P")
@@ -204,6 +221,10 @@ def test_grey_palette_bits_and_deep_masks_hold_numbers(tmp_path: Path) -> None:
         Image.merge("RGB", [Image.fromarray(values)] * 3),
     ]
     rows = [row(tmp_path, mask, dtype=None) for mask in masks]
+    for bits in (2, 4):
+        file = tmp_path / f"{bits}.png"
+        file.write_bytes(grey_png(values, bits))
+        rows.append({**rows[0], "annotation": str(file)})
     rows.append({**rows[0], "annotation": Path(rows[0]["annotation"]).read_bytes()})
     rows.append({**rows[0], "annotation": {"bytes": None, "path": rows[0]["annotation"]}})
     found = encoded(task(), rows)
