@@ -162,14 +162,26 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
     It cannot compute. Weights of kinds that are not PyTorch's own stay those of the model.
     """
-    done: dict[int, Any] = {}
+    done: dict[nn.Parameter, nn.Parameter] = {}
 
     def empty(parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             return parameter
-        if id(parameter) not in done:
-            done[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        return cast("nn.Parameter", done[id(parameter)])
+        if parameter not in done:
+            done[parameter] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        return done[parameter]
+
+    return shallow_copy(model, empty)
+
+
+def shallow_copy(
+    model: nn.Module, replace: Callable[[nn.Parameter | None], nn.Parameter | None] = lambda parameter: parameter
+) -> nn.Module:
+    """Return a copy of the model's modules that holds the model's tensors, its parameters as ``replace`` returns them.
+
+    The model is not changed by what is put into the copy.
+    """
+    done: dict[int, Any] = {}
 
     def twin(module: nn.Module) -> nn.Module:
         if id(module) not in done:
@@ -179,7 +191,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 if isinstance(value, (dict, list, set)):
                     new.__dict__[name] = copy.copy(value)
             new.__dict__.pop("_adapter_undo", None)
-            new._parameters.update({name: empty(value) for name, value in module._parameters.items()})
+            new._parameters.update({name: replace(value) for name, value in module._parameters.items()})
             new._modules.update({name: child and twin(child) for name, child in module._modules.items()})
         return cast("nn.Module", done[id(module)])
 

@@ -18,7 +18,7 @@ from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
-from peftcli.core.inject import meta_copy, set_trainable
+from peftcli.core.inject import set_trainable, shallow_copy
 from peftcli.core.layer import adapter_layers, plain_dtype
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state, load_training_state, training_state
@@ -32,7 +32,7 @@ from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
 from peftcli.peft_api.shown_arguments import ShowsArguments
 from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders
-from peftcli.peft_api.state_dicts import take
+from peftcli.peft_api.state_dicts import holding
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
 from peftcli.peft_api.without_start import without_start
@@ -510,13 +510,10 @@ class PeftModel(SavedByTrainer):
         return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
 
     def _holding(self, state: Mapping[str, torch.Tensor]) -> PeftModel:
-        """A copy without a base model that holds the adapters' weights of ``state``."""
-        model = meta_copy(self)
+        """A copy that holds the tensors of ``state``: ``holding``."""
+        model = shallow_copy(self)
         assert isinstance(model, PeftModel)
-        take(model.get_base_model(), state)
-        tensors = dict(model.named_parameters())
-        if missing := [name for name in _adapter_names(model) if tensors[name].is_meta]:
-            raise AdapterError(f"lacks {missing[0]}", key="state_dict")
+        model.base_model.model = holding(self.get_base_model(), state)
         return model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.core.files import read_tensors
-from peftcli.core.inject import meta_copy
+from peftcli.core.inject import shallow_copy
 from peftcli.core.layer import AdapterLayer, adapter_layers, without_wrappers
 from peftcli.core.weights import adapter_state, file_tensors, load_state
 from peftcli.errors import AdapterError
@@ -42,11 +42,8 @@ def get_peft_model_state_dict(
     """
     tuner, place, name = _place(model, adapter_name)
     if state_dict is not None:
-        place = meta_copy(place)
-        take(place, state_dict)
+        place = holding(place, state_dict, name)
     tensors = adapter_state(place, name)
-    if state_dict is not None and (missing := [key for key, value in tensors.items() if value.is_meta]):
-        raise AdapterError(f"lacks {missing[0]}", key="state_dict")
     configs = getattr(model, "peft_config", {}) if tuner is None else tuner.peft_config
     name = name or next(iter(configs), "")
     if name in configs:
@@ -130,11 +127,28 @@ def set_base_model_state_dict(
     return result
 
 
-def take(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Put the tensors of a state into a ``meta_copy`` of a model, or of the one in a ``PeftModel``, as they are."""
-    keys = {without_wrappers(key): key for key in model.state_dict()}
-    given = {without_wrappers(key).removeprefix(_PREFIX): value for key, value in state.items()}
-    model.load_state_dict({keys[key]: value for key, value in given.items() if key in keys}, strict=False, assign=True)
+def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
+    """Return a copy of a model with adapters that holds the tensors of ``state``, and where it lacks them the model's.
+
+    Of a tensor that modules share, the state needs one name.
+
+    Raises:
+        AdapterError: the state lacks a tensor that the adapter trains; without a name, that any does.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    own = {without_wrappers(name): value for name, value in tensors.items()}
+    given = {without_wrappers(name).removeprefix(_PREFIX): value for name, value in state.items()}
+    found: dict[int, torch.Tensor] = {}
+    for name, value in given.items():
+        if name in own:  # one parameter for all places of a shared tensor, as in the model
+            mine = own[name]
+            found[id(mine)] = nn.Parameter(value, mine.requires_grad) if type(mine) is nn.Parameter else value
+    trained = {id(each) for layer in adapter_layers(model, adapter).values() for each in layer.own_tensors().values()}
+    if missing := [name for name, value in own.items() if id(value) in trained - found.keys()]:
+        raise AdapterError(f"lacks {_PREFIX}{missing[0]}", key="state_dict")
+    copied, new = shallow_copy(model), {name: found[id(value)] for name, value in tensors.items() if id(value) in found}
+    copied.load_state_dict(new, strict=False, assign=True)
+    return copied
 
 
 def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None, nn.Module, str | None]:

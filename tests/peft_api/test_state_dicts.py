@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
+from promises import config_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +20,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
+from peftcli.methods import METHODS
 from peftcli.peft_api import (
     PeftModel,
     get_base_model_state_dict,
@@ -130,6 +132,58 @@ def test_from_a_state_that_is_given(model: PeftModel) -> None:
     del gathered[next(name for name in gathered if name.endswith("q_proj.lora_B.weight"))]
     with pytest.raises(AdapterError, match=r"state_dict: lacks .*lora_B"):
         get_peft_model_state_dict(model, gathered, "other")
+
+
+def _with_batch_norm() -> PeftModel:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = peftcli.get_peft_model(base, _config(target_modules=["0"], modules_to_save=["1"]))
+    model.train()(torch.randn(8, 4))
+    return model
+
+
+_BESIDE: dict[str, Any] = {
+    "rows of tokens": lambda: _config(modules_to_save=None, trainable_token_indices=[5, 6]),
+    "embedding": lambda: _config(modules_to_save=None, target_modules=["q_proj", "embed_tokens"]),
+    "tied in full": lambda: _config(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "bias": lambda: _config(bias="all"),
+    "pissa": lambda: _config(init_lora_weights="pissa"),
+    "projection": lambda: peftcli.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True
+    ),
+}
+"""Settings whose file holds more than what trains in each layer."""
+_SHARING = ("adalora", "vblora", "vera", "xlora")
+"""Methods of which the same is true."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *_BESIDE,
+        "batch norm",
+        *_SHARING,
+        *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS if method not in _SHARING),
+    ],
+)
+def test_a_given_state_is_written_as_the_model_that_holds_it(kind: str, tmp_path: Path) -> None:
+    if kind == "batch norm":
+        model = _with_batch_norm()
+    else:
+        config = _BESIDE[kind]() if kind in _BESIDE else config_of(kind, "llama")
+        model = peftcli.get_peft_model(tiny("llama_tied" if kind in _BESIDE else "llama"), config)
+    randomise(model)
+    holder = copy.deepcopy(model)
+    state = {name: value * 1.5 for name, value in model.state_dict().items()}
+    holder.load_state_dict(state)
+    before = copy.deepcopy(model.state_dict())
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    holder.save_pretrained(tmp_path / "held")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "given" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
+    found, expected = get_peft_model_state_dict(model, state), get_peft_model_state_dict(holder)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def _all(model: PeftModel) -> list[tuple[str, torch.Tensor]]:
