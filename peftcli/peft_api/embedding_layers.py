@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch.distributed.tensor import DTensor
 
 from peftcli.adapters.load import is_hub_id
 from peftcli.core.config import AdapterConfig
@@ -25,7 +26,7 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
     checkpoint that the config names, else those that are targets.
 
     Raises:
-        AdapterError: ``save`` is something else, or a weight is not here.
+        AdapterError: ``save`` is something else, or this process does not hold a whole weight: offloaded, or divided.
     """
     if save not in (True, False, "auto"):
         raise AdapterError(f'is {save!r}; known: "auto", True, False', key="save_embedding_layers")
@@ -40,8 +41,9 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
     if save == "auto" and not _is_resized(model, config):
         rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
         found = {value: name for value, name in found.items() if not rows and any(part in name for part in _TARGETS)}
-    if missing := [name for value, name in found.items() if value.is_meta]:
-        raise AdapterError(f"lacks {missing[0]}", key="state_dict")
+    if missing := [name for value, name in found.items() if value.is_meta or isinstance(value, DTensor)]:
+        hint = "give a state that holds it, or pass save_embedding_layers=False"
+        raise AdapterError(f"lacks {missing[0]}, which is not whole in this process", key="state_dict", hint=hint)
     return {name: value.detach() for value, name in found.items()}
 
 

@@ -14,6 +14,8 @@ from models_tiny import batch, logits, randomise, tiny
 from promises import config_of
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 import peftcli
 from peftcli.core.inject import inject
@@ -184,6 +186,26 @@ def test_a_given_state_is_written_as_the_model_that_holds_it(kind: str, tmp_path
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["meta", "divided"])
+def test_a_base_embedding_that_is_not_whole_here_is_an_error(place: str) -> None:
+    """Reading a divided one would wait for the other processes, which do not write."""
+    model = peftcli.get_peft_model(tiny("llama"), _BESIDE["embedding"]())
+    state, embedding = model.state_dict(), model.get_base_model().model.embed_tokens.base_layer
+    if place == "meta":
+        embedding.to("meta")
+    else:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        if place == "divided":
+            embedding.weight = nn.Parameter(distribute_tensor(embedding.weight.data, init_device_mesh("cpu", (1,))))
+        with pytest.raises(AdapterError, match=r"lacks .*embed_tokens.base_layer.weight, which is not whole"):
+            get_peft_model_state_dict(model, state)
+        assert get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    finally:
+        if place == "divided":
+            torch.distributed.destroy_process_group()
 
 
 def _all(model: PeftModel) -> list[tuple[str, torch.Tensor]]:
