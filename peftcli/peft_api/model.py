@@ -18,7 +18,7 @@ from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
-from peftcli.core.inject import set_trainable, shallow_copy
+from peftcli.core.inject import shallow_copy
 from peftcli.core.layer import adapter_layers, plain_dtype
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state, load_training_state, training_state
@@ -26,7 +26,7 @@ from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
-from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.new_adapter import check_name, set_trainable_as_new, start_adapter
 from peftcli.peft_api.prepare import prepare_model_for_gradient_checkpointing
 from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
@@ -92,7 +92,7 @@ class PeftModel(SavedByTrainer):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-        set_trainable(model, not peft_config.inference_mode, adapter_name)
+        set_trainable_as_new(model, peft_config, adapter_name)
         self._hold(model, peft_config, adapter_name)
 
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 
 from peftcli.adapters.load import adapter_folder
 from peftcli.core.config import AdapterConfig, TargetedConfig
-from peftcli.core.inject import inject
-from peftcli.core.layer import TrainedBias, adapter_layers, base_name
+from peftcli.core.inject import inject, set_trainable
+from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.protocols import NamesAdapters, needs_batches
 from peftcli.core.weights import holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
@@ -68,6 +68,16 @@ def start_adapter(
         cast_weights(model, name, as_base=True)
     if low_cpu_mem_usage and holds_its_file(model, name) and not needs_batches(config):
         empty_state(model, name)
+
+
+def set_trainable_as_new(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    """Give a new adapter's weights gradients. ``inference_mode`` freezes them, of soft prompts only modules_to_save."""
+    set_trainable(model, not config.inference_mode, name)
+    if config.inference_mode and config.trains_in_inference_mode:
+        for layer in adapter_layers(model, name).values():
+            if not isinstance(layer, TrainedCopy):
+                for parameter in layer.own_tensors().values():
+                    parameter.requires_grad_(True)
 
 
 def _warn_of_untied(model: nn.Module, config: AdapterConfig, adapter: str) -> None:

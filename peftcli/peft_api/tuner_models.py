@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import set_trainable
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, TUNER_MODELS
-from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.new_adapter import check_name, set_trainable_as_new, start_adapter
 from peftcli.peft_api.replace_adapter import replacing
 from peftcli.peft_api.tuner import Tuner
 
@@ -44,7 +43,7 @@ class TunerKind(type):
         check_name(adapter_name)
         with replacing(model, adapter_name):
             start_adapter(model, chosen, adapter_name)
-        set_trainable(model, not chosen.inference_mode, adapter_name)
+        set_trainable_as_new(model, chosen, adapter_name)
         return Tuner(model, {adapter_name: chosen})
 
 

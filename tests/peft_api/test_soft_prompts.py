@@ -48,3 +48,28 @@ def test_other_adapters_have_no_prompt() -> None:
         _ = model.prompt_encoder
     with pytest.raises(AdapterError, match="'default' has no virtual tokens"):
         model.get_prompt_embedding_to_save("default")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "settings"),
+    [
+        (
+            "bert",
+            "PromptTuningConfig",
+            {"task_type": "SEQ_CLS", "num_virtual_tokens": 3, "modules_to_save": ["classifier"]},
+        ),
+        ("llama", "PrefixTuningConfig", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}),
+        ("llama", "CartridgeConfig", {"num_virtual_tokens": 3, "num_frozen_tokens": 1}),
+        ("llama", "AdaptionPromptConfig", {"adapter_len": 2, "adapter_layers": 1}),
+        ("llama", "LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_a_new_adapter_for_inference_trains_what_it_trains_in_peft(
+    kind: str, name: str, settings: dict[str, Any]
+) -> None:
+    """As after ``get_peft_model(base, PeftConfig.from_pretrained(folder))``."""
+    counts = []
+    for lib in (peft, peftcli):
+        config = getattr(lib, name)(**{"task_type": "CAUSAL_LM", "inference_mode": True, **settings})
+        counts.append(lib.get_peft_model(tiny(kind), config).get_nb_trainable_parameters())
+    assert counts[0] == counts[1]

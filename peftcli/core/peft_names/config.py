@@ -22,6 +22,8 @@ class PeftConfigMixin:
     """Whether the method trains virtual tokens."""
     is_adaption_prompt: ClassVar[bool] = False
     """PEFT's: whether the method is the first form of its adaption prompt."""
+    trains_in_inference_mode: ClassVar[bool] = False
+    """Whether PEFT gives a new adapter gradients though its config says ``inference_mode``, as that of a file does."""
     unknown_to_peft: ClassVar[tuple[str, ...]] = ()
     """Keys that PEFT does not know for the method, and warns of: written where they are set."""
 

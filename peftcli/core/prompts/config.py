@@ -14,6 +14,7 @@ class SoftPromptConfig(AdapterConfig):
     """A config of a method that trains virtual tokens."""
 
     is_prompt_learning: ClassVar[bool] = True
+    trains_in_inference_mode: ClassVar[bool] = True
     file_prefix: ClassVar[str] = "base_model."
     sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
     always_written: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_transformer_submodules")

@@ -18,6 +18,7 @@ class CartridgeConfig(PrefixConfig):
 
     peft_type = "CARTRIDGE"
     learning_rate = 5e-3
+    trains_in_inference_mode = False
 
     num_frozen_tokens: int = 1
     """How many of the first virtual tokens do not train. Models attend much to the first token, whatever it says, and
