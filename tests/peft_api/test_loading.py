@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from models_tiny import batch, logits, randomise, tiny
 from promises import base_settings
 from torch import nn
@@ -239,6 +239,15 @@ def test_an_offloaded_base_model(saved: Path) -> None:
         with pytest.raises(AdapterError, match="is offloaded, and its weights are needed"):
             model.add_adapter("other", _config(peftcli, **needs))
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_model_with_an_adapter_is_offloaded_by_what_is_in_it(saved: Path) -> None:
+    """Accelerate reads ``state_dict()``, which of the ``PeftModel`` lacks the base model."""
+    model = PeftModel.from_pretrained(tiny("llama"), saved)
+    expected = logits(model, batch("llama"))
+    cpu_offload(model.base_model, torch.device("cpu"))
+    assert model.get_base_model().model.norm.weight.is_meta
+    torch.testing.assert_close(logits(model, batch("llama")), expected)
 
 
 @pytest.mark.parametrize(
