@@ -547,6 +547,13 @@ def _adapter_names(model: PeftModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
 
 
+def _fixed_names(model: PeftModel) -> set[str]:
+    """The names in ``model`` of what the adapters' files hold and does not train: statistics of a norm, for one."""
+    layers = [layer for layer in adapter_layers(model).values() if layer.saves_fixed]
+    fixed = {id(value) for layer in layers for value in layer.fixed_tensors().values()}
+    return {name for name, value in (*model.named_parameters(), *model.named_buffers()) if id(value) in fixed}
+
+
 def _trained_outside(model: PeftModel) -> set[str]:
     """The names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
     seen = {id(value) for layer in adapter_layers(model).values() for value in layer.own_tensors().values()}
@@ -561,7 +568,7 @@ def _trained_outside(model: PeftModel) -> set[str]:
 
 def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = {prefix + name for name in _adapter_names(model) | _trained_outside(model)}
+    names = {prefix + name for name in _adapter_names(model) | _fixed_names(model) | _trained_outside(model)}
     for name in [name for name in state if name.startswith(prefix) and name not in names]:
         del state[name]
 

@@ -175,7 +175,8 @@ def test_a_given_state_is_written_as_the_model_that_holds_it(kind: str, tmp_path
         model = peftcli.get_peft_model(tiny("llama_tied" if kind in _BESIDE else "llama"), config)
     randomise(model)
     holder = copy.deepcopy(model)
-    state = {name: value * 1.5 for name, value in model.state_dict().items()}
+    held = model.state_dict()
+    state = {name: value * 1.5 if value.is_floating_point() else value for name, value in held.items()}
     holder.load_state_dict(state)
     before = copy.deepcopy(model.state_dict())
     model.save_pretrained(tmp_path / "given", state_dict=state)
@@ -186,6 +187,19 @@ def test_a_given_state_is_written_as_the_model_that_holds_it(kind: str, tmp_path
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_state_holds_what_the_file_holds_and_does_not_train() -> None:
+    """As Trainer loads its best checkpoint, into a model that went on, or one of another start."""
+    model = _with_batch_norm()
+    state = copy.deepcopy(model.state_dict())
+    expected = model.eval()(torch.ones(1, 4))
+    model.train()(5 * torch.randn(8, 4))
+    assert not model.load_state_dict(state).missing_keys
+    assert torch.equal(model.eval()(torch.ones(1, 4)), expected)
+    first, second = (peftcli.get_peft_model(tiny("llama"), config_of("cartridge", "llama")).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(logits(first, batch("llama")), logits(second, batch("llama")))
 
 
 @pytest.mark.parametrize("place", ["meta", "divided"])
