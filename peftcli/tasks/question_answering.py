@@ -222,9 +222,9 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
             best = none
         shares = np.exp(np.array([each.score for each in candidates]) - max(each.score for each in candidates))
         share = float(shares[candidates.index(best)] / shares.sum())
-        text = context[best.start : best.end]
-        start = best.start + len(text) - len(text.lstrip())  # some tokenizers count the blank before a word
-        return {"answer": text.strip(), "start": start, "end": best.end, "score": share}
+        text = context[best.start : best.end]  # some tokenizers count the blank before a word, or have tokens of blanks
+        start = best.start + len(text) - len(text.lstrip()) if text.strip() else 0
+        return {"answer": text.strip(), "start": start, "end": start + len(text.strip()), "score": share}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         windows, known = dict[str, list[Any]](), dict[str, tuple[Any, str]]()

@@ -66,7 +66,8 @@ class TextInputs:
     def probe(self) -> Batch:
         """Two rows of random tokens; those of encoder-decoders end with the one by which a head finds the end."""
         config = self.base.config.get_text_config()
-        ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        size = getattr(config, "vocab_size", len(self.processor))  # CANINE reads letters, and has no table of tokens
+        ids = torch.randint(size, (2, 16), generator=torch.Generator().manual_seed(0))
         if self.base.config.is_encoder_decoder:
             end = self.processor.eos_token_id
             ids[ids == end] = end - 1 if end else 1
