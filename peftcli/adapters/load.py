@@ -69,9 +69,8 @@ matters of them."""
 _MAX_TASK_FILE = 10_000_000
 """Bytes. The names of 100,000 classes take less."""
 _SUBFOLDER = re.compile(r"[\w.-]+(/[\w.-]+)*")
-_PICKLED = (
-    "adapter_model.bin is a pickle and is not read: load it once in PEFT, save it again with safe_serialization=True"
-)
+_PICKLE = "adapter_model.bin"
+_PICKLED = f"{_PICKLE} is a pickle and is not read: load it once in PEFT, save it again with safe_serialization=True"
 
 
 @dataclass(frozen=True)
@@ -293,7 +292,7 @@ def adapter_folder(
     folder = expand_user(Path(adapter))
     if adapter and folder.is_dir():
         folder = folder / (subfolder or "")
-        if (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS_FILE).is_file():
+        if (folder / _PICKLE).is_file() and not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(folder), hint=_PICKLED)
         return folder
     if not is_hub_id(adapter):
@@ -302,10 +301,14 @@ def adapter_folder(
         raise AdapterError(f"{subfolder!r} is not a folder of a repository", key="subfolder")
     what = f"no folder {adapter} here; on the hub: {adapter}"
     files = [f"{subfolder}/{name}" if subfolder else name for name in SHARED_FILES]
-    folder = hub_requests.download_files(adapter, files, revision, what=what, **options) / (subfolder or "")
+    snapshot = hub_requests.download_files(adapter, files, revision, what=what, **options)
+    folder = snapshot / (subfolder or "")
     if not (folder / WEIGHTS_FILE).is_file():
+        hub_requests.refuse_partial_copy(snapshot, what)
         place = f"{subfolder} of {adapter}" if subfolder else adapter
-        raise AdapterError(f"no {WEIGHTS_FILE} in {place} on the hub", hint=_PICKLED)
+        pickle = f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
+        hint = _PICKLED if pickle in (hub_requests.listed_files(snapshot) or ()) else None
+        raise AdapterError(f"no {WEIGHTS_FILE} in {place} on the hub", hint=hint)
     return folder
 
 

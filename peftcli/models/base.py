@@ -19,6 +19,7 @@ from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.models.find import FoundBase
 from peftcli.models.guarded import translated_errors
 from peftcli.schema import BaseModel
+from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 
 if TYPE_CHECKING:
@@ -282,6 +283,8 @@ class OpenBase:
     def _check_weights(self, auto_class: str) -> None:
         """Raise ModelError unless the weights are whole safetensors files, as large as the config says."""
         if not self.shards:
+            if self._on_hub:
+                hub_requests.refuse_partial_copy(self.folder, self.name, "base_model")
             folder = expand_user(Path(self.name))
             names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
             raise validate.no_weights(self.name, names)

@@ -14,6 +14,7 @@ from peftcli.guard.files import irregular_kind, is_folder, short_name
 from peftcli.models import hub_files
 from peftcli.models.hub_files import PIPELINE_FILE
 from peftcli.schema import BaseModel
+from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -64,6 +65,7 @@ def find_base(spec: BaseModel) -> FoundBase:
         )
     folder = hub_files.fetch(spec)
     if not _describes_model(folder):
+        hub_requests.refuse_partial_copy(folder, spec.name, "base_model")
         raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
     _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
     return FoundBase(folder, on_hub=True)

@@ -28,6 +28,8 @@ _SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.ti
 _LEFT = [CONFIG_FILE, *(f"*/{pattern}" for pattern in _SMALL)]
 """An adapter's config, with which transformers would load more than the base model; and files of other formats of the
 same model, and of checkpoints."""
+_NEEDED = ("config.json", "generation_config.json", "token*.json", "*_tokens*.json", "*.jinja")
+"""Those without which a model answers differently, and which transformers caches too."""
 _OTHER_FORMS = [CONFIG_FILE, "*/*.fp16.*", "*/*.non_ema.*"]
 """What a pipeline's parts may be there as, too."""
 
@@ -49,7 +51,9 @@ def fetch(base: BaseModel, *names: str) -> Path:
     """
     code = ["*.py"] if base.trust_remote_code else []
     inside, named = any("/" in name for name in names), list(map(glob.escape, names))
-    return _fetch(base, named if inside else [*_SMALL, "*.jinja", *code, *named], () if inside else _LEFT)
+    if inside:
+        return _fetch(base, named)
+    return _fetch(base, [*_SMALL, "*.jinja", *code, *named], _LEFT, [*_NEEDED, *code, *named])
 
 
 def fetch_parts(base: BaseModel, parts: Iterable[str], *, weights: bool = False) -> Path:
@@ -63,7 +67,7 @@ def fetch_parts(base: BaseModel, parts: Iterable[str], *, weights: bool = False)
     return _fetch(base, [f"{part}/{kind}" for part in parts for kind in kinds], _OTHER_FORMS)
 
 
-def _fetch(base: BaseModel, patterns: Sequence[str], ignored: Sequence[str]) -> Path:
+def _fetch(base: BaseModel, patterns: Sequence[str], ignored: Sequence[str] = (), needed: Sequence[str] = ()) -> Path:
     if not hub_requests.is_repo_id(base.name):
         raise ModelError(f"{short_repr(base.name)} is neither a folder nor a hub id", key="base_model")
     model = _key(base)
@@ -72,7 +76,7 @@ def _fetch(base: BaseModel, patterns: Sequence[str], ignored: Sequence[str]) -> 
     revision = _folders[model].name if model in _folders else base.revision
     what = f"no folder {base.name} here; on the hub: {base.name}"
     try:
-        folder = hub_requests.download_files(base.name, patterns, revision, ignored=ignored, what=what)
+        folder = hub_requests.download_files(base.name, patterns, revision, ignored=ignored, needed=needed, what=what)
     except (HubError, NetworkError) as error:
         error.key = "base_model"
         raise

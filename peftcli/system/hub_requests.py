@@ -22,15 +22,17 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from logging import ERROR
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from peftcli.errors import HubError, NetworkError, PeftcliError, StorageError, causes
+from peftcli.errors import HubError, NetworkError, PeftcliError, PeftWarning, StorageError, causes
 from peftcli.system import signals
 from peftcli.system.secrets import redact
 
@@ -105,18 +107,20 @@ def download_files(
     revision: str | None = None,
     *,
     ignored: Sequence[str] = (),
+    needed: Sequence[str] = (),
     what: str = "",
     **options: Any,
 ) -> Path:
     """Download the files of a model repository into the cache; return their folder.
 
-    If the hub cannot be reached, a complete copy in the cache is used. ``patterns`` and ``ignored`` are patterns of
-    file names; the folder may contain other files. ``what`` is how messages name the repository; ``options`` are others
-    of ``snapshot_download``: token, cache_dir, local_files_only, ...
+    If the hub cannot be reached, the copy in the cache is used, unless it is known to lack a file of ``needed``, by
+    default of ``patterns``; if that is not known, with a warning. ``patterns``, ``ignored`` and ``needed`` are patterns
+    of file names; the folder may contain other files. ``what`` is how messages name the repository; ``options`` are
+    others of ``snapshot_download``: token, cache_dir, local_files_only, ...
 
     Raises:
         HubError: the repository does not exist, or the hub refuses access.
-        NetworkError: the hub cannot be reached, and the cache has no complete copy.
+        NetworkError: the hub cannot be reached, and the cache has no copy, or a part of one.
         StorageError: the cache cannot be written.
     """
     from huggingface_hub import constants, snapshot_download
@@ -125,7 +129,7 @@ def download_files(
     blobs = Path(options.get("cache_dir") or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
     before = _complete_blobs(blobs)
 
-    def download(**more: Any) -> Path:
+    def download(patterns: Sequence[str] = patterns, **more: Any) -> Path:
         return Path(
             snapshot_download(
                 repo_id,
@@ -138,21 +142,51 @@ def download_files(
             )
         )
 
+    def cached() -> Path:
+        return download(needed or patterns, local_files_only=True, force_download=False)
+
     def fetch() -> Path:
         with _checked(blobs, before):
             return download()
 
-    if options.get("local_files_only"):
-        try:
-            return download()
-        except LocalEntryNotFoundError:
-            raise NetworkError(f"{what or repo_id}: not in the cache, and local_files_only is set") from None
     try:
-        return retry(fetch, what or repo_id, downloads=True)
-    except NetworkError:
-        with contextlib.suppress(OSError):
-            return download(local_files_only=True, force_download=False)
-        raise
+        found = cached() if options.get("local_files_only") else retry(fetch, what or repo_id, downloads=True)
+    except LocalEntryNotFoundError:
+        message = f"{what or repo_id}: not in the cache, or not all of it, and local_files_only is set"
+        raise NetworkError(message) from None
+    except NetworkError as error:
+        try:
+            found = cached()
+        except OSError:
+            raise error from None
+    if listed_files(found) is None and not all((found / name).is_file() for name in needed or patterns):
+        _warn_of_partial_copy(repo_id, found)
+    return found
+
+
+@cache
+def _warn_of_partial_copy(repo_id: str, folder: Path) -> None:
+    """Warn once of each folder in the cache that may be incomplete."""
+    message = f"{repo_id}: the copy in the cache was downloaded file by file, and may lack files that the hub has"
+    warnings.warn(message, PeftWarning, stacklevel=3)
+
+
+def listed_files(folder: Path) -> set[str] | None:
+    """Return the files that the hub has at the commit whose files are in ``folder`` of the cache.
+
+    huggingface_hub notes them, and then finds out itself what the cache lacks. None: they are not known, because each
+    of the folder's files was downloaded alone, as by PEFT.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return {*json.loads((folder.parents[1] / "trees" / f"{folder.name}.json").read_bytes())["files"]}
+    return None
+
+
+def refuse_partial_copy(folder: Path, what: str, key: str | None = None) -> None:
+    """Raise NetworkError if it is not known whether the hub has a file that ``folder`` of the cache lacks."""
+    if listed_files(folder) is None:
+        message = f"{what}: the cache has a part of it only, and the hub cannot be reached"
+        raise NetworkError(message, key=key, hint="run the same command again where the hub can be reached")
 
 
 def _complete_blobs(folder: Path) -> set[Path]:
@@ -381,8 +415,8 @@ def _classify(error: BaseException, session: HubSession, what: str) -> _Failure 
 
     for cause in causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
-            hint = "unset HF_HUB_OFFLINE to reach the hub"
-            return _Failure(NetworkError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set", hint=hint))
+            message = f"{what}: not in the cache, or not all of it, and HF_HUB_OFFLINE is set"
+            return _Failure(NetworkError(message, hint="unset HF_HUB_OFFLINE to reach the hub"))
         if isinstance(cause, RetryableError):
             return _network_failure(what, cause.reason, cause.wait)
         if isinstance(cause, HfHubHTTPError):

@@ -14,7 +14,8 @@ from opened import load_config, load_model
 
 from peftcli.adapters.load import SHARED_FILES, adapter_folder
 from peftcli.adapters.push import push
-from peftcli.errors import AdapterError, HubError, ModelError, NetworkError
+from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, PeftWarning
+from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.peft_api.config import PeftConfig
 from peftcli.schema import BaseModel
@@ -59,7 +60,7 @@ def test_a_config_alone_is_pulled(pushed: Hub, folder: Path, tmp_path: Path) -> 
     cache = tmp_path / "another cache"
     assert PeftConfig.from_pretrained(REPO, cache_dir=cache).r == 8
     assert PeftConfig.from_pretrained(REPO, revision="second").r == 4
-    assert PeftConfig.from_pretrained(REPO, subfolder="sub").r == 4
+    assert PeftConfig.from_pretrained(REPO, subfolder="sub", token=None).r == 4
     assert {path.name for path in cache.rglob("snapshots/*/*")} == {"adapter_config.json"}
     with pytest.raises(ValueError, match=r"alice/other"):  # as PEFT's, by which code for it asks
         PeftConfig.from_pretrained("alice/other")
@@ -88,6 +89,51 @@ def test_a_cached_adapter_needs_no_hub(pushed: Hub, monkeypatch: pytest.MonkeyPa
     else:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert adapter_folder(REPO) == first
+
+
+def test_a_part_in_the_cache_is_no_whole(pushed: Hub, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT and transformers fetch what they need file by file."""
+    import torch
+    from huggingface_hub import constants, hf_hub_download
+
+    def cache(repo: str, *names: str) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in names:
+            hf_hub_download(repo, name, endpoint=pushed.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    cache(REPO, "adapter_config.json")
+    with pytest.warns(PeftWarning, match="may lack files"), pytest.raises(NetworkError, match="a part of it only"):
+        adapter_folder(REPO)
+    cache(REPO, "adapter_model.safetensors")
+    assert (adapter_folder(REPO) / "adapter_model.safetensors").is_file()
+    assert PeftConfig.from_pretrained(REPO).r == 8
+    cache(base, "tokenizer.json")
+    with pytest.warns(PeftWarning, match="may lack files"), pytest.raises(NetworkError, match=r"base_model: .* a part"):
+        open_base(BaseModel(name=base))
+    cache(base, "config.json")
+    with pytest.raises(NetworkError, match=r"base_model: .* a part of it only"):
+        load_model(BaseModel(name=base), "AutoModelForCausalLM", torch.float32)
+    cache(base, "model.safetensors")
+    hub_files._folders.clear()
+    load_model(BaseModel(name=base), "AutoModelForCausalLM", torch.float32)
+
+
+def test_the_list_of_files_says_what_the_cache_lacks(pushed: Hub, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, snapshot_download
+
+    pushed.repos[base].refs["main"][-1].files["LICENSE.txt"] = b"free"
+    pushed.repos[base].refs["main"][-1].files.pop("adapter_config.json")
+    for repo, left in ((REPO, "tokenizer.json"), (base, "generation_config.json"), (base, "LICENSE.txt")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        folder = Path(snapshot_download(repo, endpoint=pushed.url))
+        (folder / left).unlink()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        if left == "LICENSE.txt":  # transformers does not read it, and so does not cache it
+            assert open_base(BaseModel(name=repo)).folder == folder
+            continue
+        with pytest.raises(NetworkError, match="not all of it"):
+            adapter_folder(repo) if repo == REPO else open_base(BaseModel(name=repo))
 
 
 @pytest.mark.parametrize("endpoint", ["info", "tree", "resolve"])
@@ -174,6 +220,10 @@ def test_a_pickled_adapter_is_refused(hub: Hub, folder: Path) -> None:
     with pytest.raises(AdapterError, match="safe_serialization"):
         adapter_folder(REPO)
     assert not any(request.path.endswith(".bin") for request in hub.requests)
+    hub.repos[REPO].refs["main"].append(Commit("none", {"adapter_config.json": b"{}"}))
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors") as caught:
+        adapter_folder(REPO)
+    assert caught.value.hint is None
 
 
 # What came is not believed.
