@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from peftcli.data.readers import class_names, table_rows
 from peftcli.data.text_rows import first_line, quote
-from peftcli.errors import DataError, HubError, NetworkError, PeftcliError, causes
+from peftcli.errors import DataError, HubError, NetworkError, PeftcliError, StorageError, causes
 from peftcli.schema import Source
 from peftcli.system import hub_requests
+from peftcli.system.disk import write_file
 
 _BATCH = 64
 """Rows held at once. A row may be large."""
@@ -42,9 +43,21 @@ class HubRows:
         source, api = self._source, HfApi(endpoint=hub_requests.endpoint(), library_name="peftcli")
         try:
             with hub_requests.hub_session() as session:
-                return self._retry(session, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
+                found = self._retry(session, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
         except NetworkError as error:
             return self._cached_commit(error)
+        if source.revision != found:
+            with suppress(StorageError):  # of a cache that is read-only
+                write_file(self._ref, found.encode())
+        return found
+
+    @property
+    def _ref(self) -> Path:
+        """Where huggingface_hub notes the commit of a branch or tag."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        repository = f"datasets--{self._source.train.replace('/', '--')}"
+        return Path(HF_HUB_CACHE) / repository / "refs" / (self._source.revision or "main")
 
     def class_names(self) -> dict[str, tuple[str, ...]]:
         """The names of classes that the dataset declares, by column.
@@ -120,40 +133,51 @@ class HubRows:
         return session.retry(attempt, f"dataset {source.train}: no file of that name here; on the hub")
 
     def _builder(self, commit: str | None = None) -> Any:
-        """Return the builder of datasets. If the hub fails, it uses the newest commit in its cache."""
+        """Return the builder of datasets. If the hub fails, its cache is used, without ``commit`` the newest in it."""
         import datasets
 
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # that request goes to another host than the hub
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        return datasets.load_dataset_builder(self._source.train, self._source.name, revision=commit)
+        found = datasets.load_dataset_builder(self._source.train, self._source.name, revision=commit)
+        if commit in _cached_commits(found) - {found.hash}:  # datasets takes the newest, whatever the revision
+            version = str(found.config.version)
+            own = {"dataset_name": found.dataset_name, "config_name": found.config.name, "version": version}
+            found = type(found)(repo_id=self._source.train, hash=commit, **own)
+        return found
 
     def _cached_commit(self, unreachable: NetworkError) -> str:
-        """Return the commit in the cache if it is the revision of the source; else raise ``unreachable``."""
-        from huggingface_hub.constants import HF_HUB_CACHE
-
+        """Return the commit in the cache that is the revision of the source; without one, raise ``unreachable``."""
         source, revision = self._source, self._source.revision
         if "/" not in source.train:  # for the name of a builder, such as json, datasets would look for local files
             raise unreachable
         try:
             with _offline():
-                commit = str(self._builder().hash)
+                builder = self._builder()
         except PeftcliError:  # a signal
             raise
         except Exception as error:
             if isinstance(ours := _translate(error, source), NetworkError):
                 raise unreachable from None
             raise ours from error
-        if revision is None or (len(revision) >= 7 and commit.startswith(revision)):
+        cached, commit = _cached_commits(builder), str(builder.hash)
+        noted = self._ref.read_text(encoding="utf-8").strip() if self._ref.is_file() else None
+        if noted in cached:
+            return noted
+        if revision is None:
             return commit
-        ref = Path(HF_HUB_CACHE) / f"datasets--{source.train.replace('/', '--')}" / "refs" / revision
-        if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
-            return commit
+        if len(revision) >= 7 and (found := next((each for each in cached if each.startswith(revision)), None)):
+            return found
         raise NetworkError(
             f"dataset {source.train}: the hub cannot be reached, and the cache contains commit {commit[:12]}, "
             f"which may differ from {quote(revision)}",
             hint=f"To use the cached commit: dataset: {{revision: {commit}}}",
         )
+
+
+def _cached_commits(builder: Any) -> set[str]:
+    """The commits in the cache of datasets that have the configuration of ``builder``."""
+    return {path.name for path in Path(builder.cache_dir).parent.glob("*") if path.is_dir()}
 
 
 def _with_bytes(row: dict[str, Any] | str) -> dict[str, Any] | str:

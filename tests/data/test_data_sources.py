@@ -420,14 +420,16 @@ def test_without_the_hub_the_cache_is_used(hub: DatasetHub, offline: Any) -> Non
         assert texts(Source(train=NAME, revision=revision)) == ["a", "b"]
 
 
-def test_a_branch_that_the_cache_knows(hub: DatasetHub, offline: Any) -> None:
-    commit = hub.commit(NAME, {**FILES, "README.md": b"# A dataset\n"})
-    from huggingface_hub import hf_hub_download
-
+def test_the_cache_knows_branches_and_older_commits(hub: DatasetHub, offline: Any) -> None:
+    old = hub.commit(NAME, FILES)
     assert texts(Source(train=NAME, revision="main")) == ["a", "b"]
-    hf_hub_download(NAME, "README.md", repo_type="dataset", revision="main")  # what notes the commit of a branch
+    new = hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
+    assert texts(Source(train=NAME, revision=new)) == ["new"]
     offline()
-    assert open_source(Source(train=NAME, revision="main")).fingerprint() == {f"{NAME}@{commit}": commit}
+    for revision in ("main", old, None):  # the newest commit in the cache is not the one that main was
+        assert open_source(Source(train=NAME, revision=revision)).fingerprint() == {f"{NAME}@{old}": old}
+        assert texts(Source(train=NAME, revision=revision)) == ["a", "b"]
+    assert texts(Source(train=NAME, revision=new)) == ["new"]
 
 
 def test_another_commit_in_the_cache_is_not_taken(hub: DatasetHub, offline: Any) -> None:
