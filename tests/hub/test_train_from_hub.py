@@ -8,12 +8,14 @@ import signal
 from pathlib import Path
 
 import classifierkit
+import datasets
 import pytest
 import safetensors.torch
 import torch
 import trainkit
 from diffusionkit import pipeline_base
 from hub_server import Commit, Hub, Repo
+from huggingface_hub import constants
 from taskkit import CASES
 from trainkit import at_step, read_run, run_recipe, write_recipe
 
@@ -68,6 +70,34 @@ def test_the_commands_of_a_run_find_its_base_model(
     assert "verified" in capsys.readouterr().err
     assert main(["generate", str(out), "--prompt", "x", "--max-new-tokens", "1"]) == 0
     assert main(["merge", str(out), "--output", str(tmp_path / "merged")]) == 0
+
+
+def test_it_goes_on_with_the_dataset_that_it_began_with(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in (
+        (constants, "ENDPOINT", hub.url),
+        (constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        (datasets.config, "HF_ENDPOINT", hub.url),
+        (datasets.config, "HF_HUB_OFFLINE", False),
+        (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
+    ):
+        monkeypatch.setattr(module, name, value)
+    recipe = write_recipe(tmp_path)
+    rows, eval_rows = ((tmp_path / name).read_bytes() for name in ("train.jsonl", "eval.jsonl"))
+    repo = hub.repos["datasets/acme/rows"] = Repo(private=False)
+    repo.refs["main"].append(Commit("rows", {"train.jsonl": rows}))
+    first = repo.refs["main"][-1].oid
+    mix = "dataset={mix: [{train: acme/rows}], max_length: 128}"
+    for each in ("dataset.train=acme/rows", mix):
+        out = f"training.output_dir={tmp_path}/{len(each)}"
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, each, out, on_event=at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        repo.refs["main"].append(Commit(each, {"train.jsonl": eval_rows}))
+        done = run_recipe(recipe, each, out)
+        assert (done.run["exact"], done.run["changes"], done.run["data"]["rows"]) == (True, [], 10)
+        assert first not in (done.folder / "recipe.yaml").read_text()
+        del repo.refs["main"][-1]
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ class Run:
 
     recipe: Recipe
     pinned: Recipe
-    """The recipe with a base model of the hub at the commit that the run began with."""
+    """The recipe with a base model and datasets of the hub at the commits that the run began with."""
     options: StartOptions
     folder: RunFolder
     record: RunRecord
@@ -219,12 +219,18 @@ def _description(recipe: Recipe, now: IdentityRecord) -> dict[str, Any]:
 
 
 def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
-    """The recipe with a base model of the hub at the commit that the run began with, whatever is the newest now."""
-    base, began = recipe.base_model, record.base_model.revision
-    other = any(change.key.startswith("base_model") for change in changed)
-    if not record.attempts or other or began in (None, base.revision):
+    """The recipe with what is on the hub at the commits that the run began with, whatever is the newest now."""
+    if not record.attempts:
         return recipe
-    return replace(recipe, base_model=replace(base, revision=began))
+    keys = {change.key for change in changed}
+    base, data, began = recipe.base_model, recipe.dataset, record.base_model.revision
+    if began is not None and not any(key.startswith("base_model") for key in keys):
+        base = replace(base, revision=began)
+    if not any(key.startswith(("dataset.train", "dataset.mix", "dataset.revision")) for key in keys):
+        commits = dict(name.rsplit("@", 1) for name, value in record.data.sha256.items() if name.endswith(f"@{value}"))
+        mix = [replace(each, revision=commits.get(each.train, each.revision)) for each in data.mix]
+        data = replace(data, mix=mix, revision=commits.get(data.train or "", data.revision))
+    return replace(recipe, base_model=base, dataset=data)
 
 
 def commit_of(base: BaseModel) -> dict[str, str | None]:
