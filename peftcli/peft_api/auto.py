@@ -17,9 +17,10 @@ from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.loading import DOWNLOAD, find, key_mapping_for, renaming
+from peftcli.peft_api.loading import find, key_mapping_for, renaming
 from peftcli.peft_api.model import PeftModel, wrap
 from peftcli.peft_api.weights import cast_weights
+from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
 
 _LABELS = {"config", "num_labels", "id2label", "label2id"}
 _HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}
@@ -66,7 +67,7 @@ class AutoPeftModel:
         """
         if "use_auth_token" in base_options:
             base_options.setdefault("token", base_options.pop("use_auth_token"))
-        download = {key: base_options[key] for key in DOWNLOAD if key in base_options}
+        download = {key: base_options[key] for key in DOWNLOAD_OPTIONS if key in base_options}
         source = find(pretrained_model_name_or_path, {"revision": revision, "subfolder": subfolder, **download})
         if isinstance(config, AdapterConfig):
             own = config

@@ -20,9 +20,8 @@ from peftcli.core.weights import file_tensors, load_state
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import WEIGHTS_FILE
 from peftcli.peft_api.weights import cast_weights
+from peftcli.system.hub_requests import DOWNLOAD_OPTIONS, UNUSED_OPTIONS, download_options
 
-DOWNLOAD = ("token", "cache_dir", "local_files_only", "force_download")
-"""Options of huggingface_hub, for a base model too."""
 _PLACE = ("revision", "subfolder")
 _NO_EFFECT = (
     "device_map",
@@ -58,12 +57,14 @@ def find(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
     Raises:
         AdapterError: an option is unknown, or the adapter cannot be read.
     """
-    known = (*_PLACE, *DOWNLOAD, "use_auth_token", *_NO_EFFECT)
+    known = (*_PLACE, *DOWNLOAD_OPTIONS, *UNUSED_OPTIONS, "repo_type", "use_auth_token", *_NO_EFFECT)
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, (*known, "autocast_adapter_dtype", "key_mapping"), 1)
             raise AdapterError("unknown option" + (f"; did you mean {near[0]}?" if near else ""), key=key)
-    given = {key: options[key] for key in DOWNLOAD if options.get(key) is not None}
+    if options.get("repo_type") not in (None, "model"):
+        raise AdapterError("adapters are read from repositories of type model", key="repo_type")
+    given = download_options(options)
     if options.get("use_auth_token") is not None:
         given.setdefault("token", options["use_auth_token"])
     place = {key: options.get(key) for key in _PLACE}

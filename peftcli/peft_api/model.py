@@ -409,8 +409,9 @@ class PeftModel(SavedByTrainer):
                 what to put in their place.
             ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
             options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``,
-                as in huggingface_hub. What PEFT takes for a base model that is offloaded (``device_map``,
-                ``max_memory`` and others), or that is loaded with the adapter (``dtype`` and others), changes nothing.
+                as in huggingface_hub; of its other options, those that change nothing here warn. What PEFT takes for a
+                base model that is offloaded (``device_map``, ``max_memory`` and others), or that is loaded with the
+                adapter (``dtype`` and others), changes nothing.
 
         Raises:
             AdapterError: the adapter cannot be read or does not fit the model, or an option is unknown.

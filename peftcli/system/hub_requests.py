@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from logging import ERROR
@@ -52,6 +52,18 @@ _PROGRESS = 1 << 20
 """A dropped download that received at least this many bytes continues without counting as a retry."""
 _HASH = re.compile(r"\w[\w.+=-]{0,127}")
 """A commit or an ETag. huggingface_hub uses them as file names in its cache."""
+
+DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "headers", "user_agent")
+"""Options of huggingface_hub's downloads that callers may give."""
+UNUSED_OPTIONS = {
+    "etag_timeout": "each request has a time limit",
+    "library_name": "the hub sees peftcli",
+    "library_version": "the hub sees peftcli",
+    "local_dir": "files are kept in the cache; see cache_dir",
+    "proxies": "HTTP_PROXY and HTTPS_PROXY name them",
+    "resume_download": "every download is resumed",
+}
+"""Options of older or other downloads of huggingface_hub that change nothing -> why."""
 
 T = TypeVar("T")
 
@@ -101,6 +113,16 @@ def _checked(blobs: Path, before: set[Path]) -> Iterator[None]:
         raise RetryableError("the hash of a downloaded file differs from the hub's")
 
 
+def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``download_files`` among ``given``, whose others may mean something else.
+
+    Warns of those that change nothing.
+    """
+    for name in UNUSED_OPTIONS.keys() & given.keys():
+        warnings.warn(f"{name} changes nothing: {UNUSED_OPTIONS[name]}", PeftWarning, stacklevel=4)
+    return {name: given[name] for name in DOWNLOAD_OPTIONS if given.get(name) is not None}
+
+
 def download_files(
     repo_id: str,
     patterns: Sequence[str],
@@ -133,7 +155,7 @@ def download_files(
         return Path(
             snapshot_download(
                 repo_id,
-                revision=revision,
+                revision=revision or None,
                 allow_patterns=list(patterns),
                 ignore_patterns=list(ignored) or None,
                 endpoint=endpoint(),

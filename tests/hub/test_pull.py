@@ -18,6 +18,7 @@ from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, Pef
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.peft_api.config import PeftConfig
+from peftcli.peft_api.loading import find
 from peftcli.schema import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -62,6 +63,8 @@ def test_a_config_alone_is_pulled(pushed: Hub, folder: Path, tmp_path: Path) -> 
     assert PeftConfig.from_pretrained(REPO, revision="second").r == 4
     assert PeftConfig.from_pretrained(REPO, subfolder="sub", token=None).r == 4
     assert {path.name for path in cache.rglob("snapshots/*/*")} == {"adapter_config.json"}
+    with pytest.warns(PeftWarning, match="ignored: r, trust_remote_code;"):  # PEFT ignores them in silence
+        assert PeftConfig.from_pretrained(REPO, r=99, trust_remote_code=True, inference_mode=False).r == 8
     with pytest.raises(ValueError, match=r"alice/other"):  # as PEFT's, by which code for it asks
         PeftConfig.from_pretrained("alice/other")
 
@@ -338,7 +341,7 @@ def test_a_file_of_a_base_model_is_fetched_or_missing_or_refused(hub: Hub, base:
 def test_options_of_huggingface_hub(pushed: Hub, tmp_path: Path) -> None:
     files = dict(pushed.repos[REPO].refs["main"][-1].files)
     inside = {f"best/one/{name}": content for name, content in files.items()}
-    pushed.repos[REPO].refs["main"].append(Commit("more", {"README.md": b"", **inside}))
+    pushed.repos[REPO].refs["main"].append(Commit("more", {**files, **inside}))
     with pytest.raises(NetworkError, match="local_files_only is set"):
         adapter_folder(REPO, None, "best/one", local_files_only=True, cache_dir=tmp_path)
     pulled = adapter_folder(REPO, None, "best/one", cache_dir=tmp_path)
@@ -352,3 +355,8 @@ def test_options_of_huggingface_hub(pushed: Hub, tmp_path: Path) -> None:
             adapter_folder(REPO, None, wrong)
     with pytest.raises(HubError, match="the hub does not accept the token"):
         adapter_folder(REPO, None, None, token="hf_other", cache_dir=tmp_path / "empty")
+    with pytest.warns(PeftWarning, match="changes nothing") as warned:
+        find(REPO, {"revision": "", "repo_type": "model", "user_agent": "x", "local_dir": tmp_path, "proxies": {}})
+    assert len(warned) == 2
+    with pytest.raises(AdapterError, match="repo_type: adapters are read from repositories of type model"):
+        find(REPO, {"repo_type": "dataset"})

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peftcli.core.config_classes import config_class, plain
-from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError
+from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
 from peftcli.system.disk import write_file
-from peftcli.system.hub_requests import download_files, endpoint, is_repo_id, retry
+from peftcli.system.hub_requests import (
+    DOWNLOAD_OPTIONS,
+    UNUSED_OPTIONS,
+    download_files,
+    download_options,
+    endpoint,
+    is_repo_id,
+    retry,
+)
 
 
 class PeftConfigMixin:
@@ -81,7 +89,7 @@ class PeftConfigMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: Any,
         pretrained_model_name_or_path: str | Path,
         subfolder: str | None = None,
         *,
@@ -90,20 +98,27 @@ class PeftConfigMixin:
     ) -> Any:
         """Return the config in a folder or hub repository, of the method that it names.
 
-        ``options`` are those of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, ...
+        ``options`` are those of ``huggingface_hub.snapshot_download``: token, cache_dir, local_files_only, ... Settings
+        of the config count where its file has none, as in PEFT. Warns of other options, and of settings in the file.
 
         Raises:
             AdapterError: it is not there, cannot be read, or names a method or setting that is not supported.
         """
         folder, inside = Path(pretrained_model_name_or_path).expanduser(), subfolder or "."
+        download = download_options(options)
         if not folder.is_dir():
-            folder = _from_hub(str(pretrained_model_name_or_path), inside, revision, options)
+            folder = _from_hub(str(pretrained_model_name_or_path), inside, revision, download)
         path = folder / inside / CONFIG_FILE
         values = cls.from_json_file(path)
         if "peft_type" not in values:
             lacks = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             raise AdapterTypeError(lacks, file=str(path))
-        return cls.from_peft_type(**values)
+        known = {each.name for each in dataclasses.fields(cls)}
+        settings = {key: value for key, value in options.items() if key in known}
+        used = {*DOWNLOAD_OPTIONS, *UNUSED_OPTIONS, *(settings.keys() - values.keys())}
+        if ignored := sorted(options.keys() - used):
+            warnings.warn(f"ignored: {', '.join(ignored)}; {path} says the settings", PeftWarning, stacklevel=2)
+        return cls.from_peft_type(**settings | values)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
