@@ -313,6 +313,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     # One method an endpoint: (status, answer, headers).
 
+    def _whoami(self, request: Request):
+        return 200, {"name": USER, "type": "user"}, {}
+
     def _create_repo(self, request: Request):
         name = f"{request.body['organization'] or USER}/{request.body['name']}"
         if request.body["organization"] not in (None, USER):

@@ -99,10 +99,10 @@ def complete_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> None:
         write_file(path, card.encode())
 
 
-def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str:
+def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None, tags: Collection[str] = ()) -> str:
     """The card to upload: one that names ``repo_id``, unless somebody wrote or edited the folder's own.
 
-    ``base_model_id`` takes the place of the base model's name in either.
+    ``base_model_id`` takes the place of the base model's name in either, and ``tags`` come to its own.
 
     Raises:
         AdapterError: a file of the folder cannot be read, or the card's front matter cannot be changed.
@@ -112,10 +112,12 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None) -> str
     written = _read_card(path) if os.path.lexists(path) else None
     if written is None or written == render_card(info, **beside):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
-        return render_card(named, adapter=repo_id, **beside)
-    if base_model_id:
+        written = render_card(named, adapter=repo_id, **beside)
+    elif base_model_id:
         text = written.replace(base, base_model_id) if "/" in base or "\\" in base else written
         written = _with_head(text, lambda head: head.update(base_model=base_model_id), path)
+    if tags:
+        written = _with_head(written, lambda head: head.update(tags=[*(head.get("tags") or []), *tags]), path)
     return redact(written)
 
 

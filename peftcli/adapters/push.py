@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha1, sha256
 from pathlib import Path
@@ -53,9 +54,12 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    description: str | None = None,
     dry_run: bool = False,
     base_model_id: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
+    tags: Sequence[str] = (),
+    subfolders: Sequence[str] = (),
 ) -> Pushed:
     """Upload an adapter folder to the hub as one commit; the repository and the branch are made if missing.
 
@@ -66,10 +70,13 @@ def push(
         revision: Branch to push to; by default main.
         create_pr: Open a pull request instead of committing to the branch.
         message: The commit's first line.
+        description: The rest of its message.
         dry_run: Only say what would be uploaded; nothing is sent.
         base_model_id: Hub id of the base model, for an adapter that names a folder of this machine. It is written
             into the uploaded copies of the config and the card.
         token: Of the hub. None: the one that this machine is logged in with.
+        tags: Added to those of the card.
+        subfolders: Folders in ``folder`` that hold other adapters, which are uploaded too, without their cards.
 
     Raises:
         AdapterError: the folder holds no adapter that others could load.
@@ -78,14 +85,19 @@ def push(
         NetworkError: the hub cannot be reached.
     """
     _check_repo_id(repo_id, "REPO_ID")
-    for what, text in (("--revision", revision), ("--message", message)):
+    for what, text in (("--revision", revision), ("--message", message), ("the description", description)):
         _refuse_secret(text or "", what)
-    contents = _contents(folder, repo_id, base_model_id)
-    job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter", token)
+    contents = _contents(folder, repo_id, base_model_id, tags)
+    for inside in subfolders:
+        others = _contents(folder / inside, repo_id, base_model_id)
+        contents |= {f"{inside}/{name}": content for name, content in others.items() if name != CARD_FILE}
+    job = _Push(repo_id, contents, private, revision, create_pr, message or "Upload adapter", description, token)
     return job.result(f"{endpoint()}/{repo_id}", None, private) if dry_run else hub_requests.retry(job.run, repo_id)
 
 
-def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str, Path | bytes]:
+def _contents(
+    folder: Path, repo_id: str, base_model_id: str | None, tags: Sequence[str] = ()
+) -> dict[str, Path | bytes]:
     """What is uploaded: name in the repository -> local file, or changed content."""
     config = read_method_config(folder)
     read_header(find_weights(folder))
@@ -115,7 +127,7 @@ def _contents(folder: Path, repo_id: str, base_model_id: str | None) -> dict[str
         content = files[name]
         written = content if isinstance(content, bytes) else content.read_bytes()
         _refuse_secret(written.decode(errors="replace"), str(folder / name))
-    files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id).encode()
+    files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id, tags).encode()
     return files
 
 
@@ -139,7 +151,8 @@ class _Push:
     revision: str | None
     create_pr: bool
     message: str
-    token: str | None
+    description: str | None
+    token: str | bool | None
     sent: bool = False
     """Whether a commit may have reached the hub."""
 
@@ -158,6 +171,7 @@ class _Push:
                     self.repo_id,
                     [_addition(name, content, files) for name, content in self.contents.items()],
                     commit_message=self.message,
+                    commit_description=self.description,
                     revision=self.revision,
                     create_pr=self.create_pr,
                     parent_commit=head.sha,

@@ -36,6 +36,7 @@ from peftcli.peft_api.state_dicts import holding
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
 from peftcli.peft_api.without_start import without_start
+from peftcli.system.hub_requests import full_repo_id
 
 
 class PeftModel(SavedByTrainer):
@@ -357,25 +358,35 @@ class PeftModel(SavedByTrainer):
         repo_id: str,
         *,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool = True,
-        token: str | None = None,
+        token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
-        """Save the active adapter and push it to the hub, private by default.
+        """Save the adapters and push them to the hub, private by default.
 
-        See ``peftcli.adapters.push.push`` for the arguments, of which ``options`` are others.
+        The adapter called ``default``, or without one the active adapter, goes to the top of the repository; each other
+        one to a folder of its name. ``max_shard_size`` is PEFT's; each adapter is one file. A ``repo_id`` without a
+        namespace is one of the token's user. See ``peftcli.adapters.push.push`` for the other arguments, of which
+        ``options`` are more.
 
         Raises:
-            AdapterError: not exactly one adapter is active.
+            AdapterError: no adapter is called ``default``, and not exactly one is active.
             HubError: the hub refused.
             NetworkError: the hub cannot be reached.
         """
         options = {"message": commit_message, "private": private, "token": token, "revision": revision, **options}
+        options |= {"description": commit_description, "create_pr": create_pr, "tags": tags or ()}
+        first = "default" if "default" in self.peft_config else self.base_model.only_active()
+        others = [name for name in self.peft_config if name != first]
         with tempfile.TemporaryDirectory() as folder:
-            self._save(self.base_model.only_active(), Path(folder))
-            return push(Path(folder), repo_id, create_pr=create_pr, **options)
+            for name in (first, *others):
+                self._save(name, Path(folder) / ("" if name == first else name))
+            return push(Path(folder), full_repo_id(repo_id, token), subfolders=others, **options)
 
     @classmethod
     def from_pretrained(

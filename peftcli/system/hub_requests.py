@@ -86,6 +86,21 @@ def is_repo_id(text: str) -> bool:
     return False
 
 
+def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
+    """Return the repository's name, with that of the token's user before one without a namespace.
+
+    Raises:
+        HubError: the hub does not accept the token.
+        NetworkError: the hub cannot be reached.
+    """
+    if "/" in repo_id or not is_repo_id(repo_id):
+        return repo_id
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint(), token=token, library_name="peftcli")
+    return f"{retry(api.whoami, repo_id)['name']}/{repo_id}"
+
+
 def raised_by_huggingface_hub(error: BaseException) -> bool:
     """Return whether huggingface_hub raised the error. On an unexpected response it may raise any exception."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -12,6 +12,7 @@ from models_tiny import tiny
 
 import peftcli
 from peftcli.adapters import push as hub_module
+from peftcli.adapters.load import adapter_folder
 from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
 from peftcli.system import hub_requests
@@ -560,6 +561,15 @@ def test_a_model_is_pushed_with_the_message_branch_and_token_that_python_gives(
     assert repo.refs["epoch-3"][-1].message == "Third epoch"
     assert not repo.private
     assert "adapter_model.safetensors" in repo.refs["epoch-3"][-1].files
+    model.add_adapter("second", peftcli.LoraConfig(base_model_name_or_path="acme/tiny-base"))
+    more = {"commit_description": "It answers.", "tags": ["mine"], "max_shard_size": "1GB"}
+    model.push_to_hub(REPO.partition("/")[2], token=TOKEN, **more)  # of the token's user
+    assert hub.asked("commit")[-1].body[0]["value"]["description"] == "It answers."
+    files = repo.refs["main"][-1].files
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(files) == {"README.md", *names, *(f"second/{name}" for name in names)}
+    assert b"\n- mine\n" in files["README.md"]
+    assert adapter_folder(REPO, subfolder="second", token=TOKEN).name == "second"
     with pytest.raises(TypeError, match="unexpected keyword argument 'commit_mesage'"):
         model.push_to_hub(REPO, commit_mesage="Third epoch")
 

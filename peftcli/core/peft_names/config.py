@@ -18,6 +18,7 @@ from peftcli.system.hub_requests import (
     download_files,
     download_options,
     endpoint,
+    full_repo_id,
     is_repo_id,
     retry,
 )
@@ -68,7 +69,7 @@ class PeftConfigMixin:
             HubError: the hub refused.
             NetworkError: the hub cannot be reached.
         """
-        content = _as_file(self.to_dict())
+        content, repo_id = _as_file(self.to_dict()), full_repo_id(repo_id, token)
 
         def upload() -> str:
             from huggingface_hub import HfApi
