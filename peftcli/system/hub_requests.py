@@ -31,8 +31,9 @@ from logging import ERROR
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from peftcli.errors import HubError, NetworkError, PeftcliError, PeftWarning, StorageError, causes
+from peftcli.errors import HubError, NetworkError, PeftcliError, PeftWarning, StorageError, UsageError, causes
 from peftcli.system import signals
 from peftcli.system.secrets import redact
 
@@ -460,12 +461,17 @@ def _classify(error: BaseException, session: HubSession, what: str) -> _Failure 
             return _refusal(cause, what, reading=session.downloads)
         if isinstance(cause, _NotAHubResponse) or type(cause).__name__ == "TooManyRedirects":
             return _not_a_hub(what, cause)
+        if isinstance(cause, UnicodeEncodeError) and str(cause.object).startswith("Bearer "):
+            message = f"{what}: the token contains characters that are not ASCII, as no token of the hub does"
+            return _Failure(HubError(message, hint="copy it again: into HF_TOKEN if that is set, or `hf auth login`"))
         if isinstance(cause, HTTPError):  # httpx's or httpx2's, whichever this huggingface_hub uses
+            if _origin(endpoint())[0] not in ("http", "https"):
+                message = clean_line(f"{endpoint()!r} is not the URL of a hub")
+                return _Failure(UsageError(message, key="HF_ENDPOINT", hint="begin it with https:// or http://"))
             if not session.answered and type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
-                message = f"{what}: cannot reach {endpoint()} ({cause})"
-                return _Failure(
-                    NetworkError(clean_line(message), hint="check the network, and HF_ENDPOINT if it is set")
-                )
+                message = clean_line(f"{what}: cannot reach {endpoint()} ({cause})")
+                hint = f"check the network, {_proxy_variable()}and HF_ENDPOINT if it is set"
+                return _Failure(NetworkError(message, hint=hint))
             return _network_failure(what, f"{type(cause).__name__} {cause}")
         if isinstance(cause, (ConnectionError, TimeoutError)):  # hf_xet's
             return _network_failure(what, str(cause))
@@ -474,6 +480,13 @@ def _classify(error: BaseException, session: HubSession, what: str) -> _Failure 
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return _network_failure(what, "the size of a downloaded file differs from the hub's")
     return _not_a_hub(what, error) if raised_by_huggingface_hub(error) else None
+
+
+def _proxy_variable() -> str:
+    """Return the variable whose proxy requests to the hub go through, for a list in a sentence; empty without one."""
+    scheme, host, _ = _origin(endpoint())
+    proxies = {} if proxy_bypass(host or "") else getproxies()
+    return next((f"the proxy of {name.upper()}_PROXY, " for name in (scheme, "all") if name in proxies), "")
 
 
 def _network_failure(what: str, reason: str, wait: float = 0.0) -> _Failure:

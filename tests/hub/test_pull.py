@@ -14,7 +14,15 @@ from opened import load_config, load_model
 
 from peftcli.adapters.load import SHARED_FILES, adapter_folder
 from peftcli.adapters.push import push
-from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, PeftWarning
+from peftcli.errors import (
+    AdapterError,
+    HubError,
+    ModelError,
+    NetworkError,
+    PeftcliError,
+    PeftWarning,
+    UsageError,
+)
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.peft_api.config import PeftConfig
@@ -181,6 +189,32 @@ def test_no_network_and_no_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch, slept
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(NetworkError, match="cannot reach"):
         adapter_folder(REPO)
+    assert slept == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "kind", "says"),
+    [
+        ("HF_ENDPOINT", "hub.example", UsageError, "HF_ENDPOINT: 'hub.example' is not the URL of a hub"),
+        ("HF_TOKEN", "hf_\u00e9" + "aB3dE6gH9jK2mN5pQ8s", HubError, "the token contains characters that are not ASCII"),
+        ("http_proxy", "http://127.0.0.1:9", NetworkError, "check the network, the proxy of HTTP_PROXY, and"),
+    ],
+)
+def test_a_wrong_variable_is_named_at_once(
+    pushed: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    slept: list[float],
+    variable: str,
+    value: str,
+    kind: type[PeftcliError],
+    says: str,
+) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(kind) as caught:
+        adapter_folder(REPO)
+    assert says in str(caught.value)
+    assert "aB3dE6gH9jK2mN5pQ8s" not in str(caught.value)
     assert slept == []
 
 
