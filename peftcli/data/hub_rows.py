@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -108,7 +110,10 @@ class HubRows:
         if builder.hash != commit:
             raise ConnectionError("the connection was lost, and datasets used its cache")
         if source.streaming:
-            return builder.as_streaming_dataset(source.split).decode(False)
+            stream = builder.as_streaming_dataset(source.split)
+            if stream.features is None:  # the first rows cannot be read; reading one says why
+                next(iter(stream), None)
+            return stream.decode(False)
         builder.download_and_prepare()
         return builder.as_dataset(source.split)
 
@@ -118,12 +123,14 @@ class HubRows:
 
         def attempt() -> T:
             try:
-                with _no_torchcodec():
+                with _no_torchcodec(), _captured_log() as log:
                     return action()
             except PeftcliError:
                 raise
             except Exception as error:  # every builder of datasets raises its own kinds
                 ours = _translate(error, source)
+                if named := re.search(r"(?:file|from) '[^']*[0-9a-f]{40}/([^']+)' with error", "".join(log)):
+                    ours.file = f"{source.train}/{named[1]}"
                 if isinstance(ours, NetworkError) or (
                     isinstance(ours, DataError) and hub_requests.raised_by_huggingface_hub(error)
                 ):
@@ -152,7 +159,7 @@ class HubRows:
         if "/" not in source.train:  # for the name of a builder, such as json, datasets would look for local files
             raise unreachable
         try:
-            with _offline():
+            with _offline(), _captured_log():
                 builder = self._builder()
         except PeftcliError:  # a signal
             raise
@@ -204,6 +211,21 @@ def _no_torchcodec() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+@contextmanager
+def _captured_log() -> Iterator[list[str]]:
+    """Keep what datasets logs from stderr in the block, and yield it: only its log names a file that is damaged."""
+    import datasets
+
+    logger, held = datasets.logging.get_logger(), BufferingHandler(1000)
+    logger.handlers, before = [held], logger.handlers
+    lines = list[str]()
+    try:
+        yield lines
+    finally:
+        logger.handlers = before
+        lines += [record.getMessage() for record in held.buffer]
 
 
 @contextmanager
@@ -263,7 +285,12 @@ def _translate(error: Exception, source: Source) -> DataError | HubError | Netwo
     if no_response or status >= 429 or caused_by(ConnectionError, TimeoutError, hub_requests.RetryableError):
         hint = "A local file needs no network; HF_HUB_OFFLINE=1 uses the cache."
         return NetworkError(f"dataset {name}: no file of that name, and the hub cannot be reached", hint=hint)
-    return DataError(f"cannot be loaded: {first_line(error.__cause__ or message)}", file=name)
+    cause = error.__cause__ or error
+    reason = first_line(
+        cause if isinstance(cause, RecursionError) else " ".join(str(cause).split()) or repr(cause), 300
+    )
+    hint = "The files of a split need the same columns: download those to train on, and name them."
+    return DataError(f"cannot be loaded: {reason}", file=name, hint=hint if "column names" in reason else None)
 
 
 def _status(error: BaseException) -> int | None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -465,8 +467,14 @@ def test_the_hub_goes_away_between_commit_and_rows(hub: DatasetHub, offline: Any
         ({"split": "tset"}, DataError, "dataset.split", "no split 'tset'"),
         ({"split": "tset", "streaming": True}, DataError, "dataset.split", "no split 'tset'"),
         ({"name": "part"}, DataError, "dataset.name", "part"),
-        ({"train": "owner/broken"}, DataError, None, "cannot be loaded: "),
-        ({"train": "owner/broken", "streaming": True}, DataError, None, "cannot be loaded: "),
+        ({"train": "owner/broken"}, DataError, None, "owner/broken/train.jsonl: cannot be loaded: JSON parse error"),
+        (
+            {"train": "owner/broken", "streaming": True},
+            DataError,
+            None,
+            "owner/broken/train.jsonl: cannot be loaded: JSON",
+        ),
+        ({"train": "owner/mixed"}, DataError, None, "because column names don't match\nThe files of a split need"),
         ({"train": "owner/code"}, DataError, None, "has a loading script; datasets with one cannot be loaded"),
         ({"train": "owner/nothing"}, DataError, None, "cannot be loaded"),
     ],
@@ -476,14 +484,19 @@ def test_what_a_hub_dataset_has_not(
 ) -> None:
     hub.commit(NAME, FILES)
     hub.commit("owner/broken", {"train.jsonl": b'{"text": "a"}\n{"text": \n'})
+    hub.commit("owner/mixed", {"a.jsonl": b'{"text": "a"}\n', "b.jsonl": b'{"text": "a", "n": 1}\n'})
     hub.commit("owner/code", {"code.py": b"import os\n"})
     hub.commit("owner/nothing", {"notes.md": b"\n"})
     train = settings.pop("train", NAME)
+    logged = BufferingHandler(100)
+    logging.getLogger("datasets").addHandler(logged)
     error = refused(train, **settings)
+    logging.getLogger("datasets").removeHandler(logged)
+    assert logged.buffer == []
     assert type(error) is kind
     assert error.key == key
     assert ("revision: refs/convert/parquet" in (error.hint or "")) == (train == "owner/code")
-    assert message in error.message
+    assert message in str(error)
 
 
 @pytest.mark.parametrize(
