@@ -287,7 +287,8 @@ def adapter_folder(
 ) -> Path:
     """Return the folder that holds ``adapter``: itself, or a copy of the hub's in the cache.
 
-    A copy that is already in the cache is used offline. For the arguments and errors see ``find_adapter``.
+    ``user/name@revision`` names a branch, tag or commit, as ``revision`` does for ``user/name``. A copy that is
+    already in the cache is used offline. For the arguments and errors see ``find_adapter``.
     """
     folder = expand_user(Path(adapter))
     if adapter and folder.is_dir():
@@ -295,8 +296,11 @@ def adapter_folder(
         if (folder / _PICKLE).is_file() and not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(folder), hint=_PICKLED)
         return folder
+    name, _, at = adapter.partition("@")
+    if at and not revision:
+        adapter, revision = name, at
     if not is_hub_id(adapter):
-        raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name")
+        raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name or user/name@revision")
     if subfolder and (not _SUBFOLDER.fullmatch(subfolder) or ".." in subfolder.split("/")):
         raise AdapterError(f"{subfolder!r} is not a folder of a repository", key="subfolder")
     what = f"no folder {adapter} here; on the hub: {adapter}"

@@ -16,7 +16,9 @@ def push(
     private: Annotated[
         bool, typer.Option("--private/--public", help="Visibility of a repository that this push creates.")
     ] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to push to; created if missing. Commands read it as USER/NAME@BRANCH.")
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str | None, typer.Option(help="First line of the commit message.")] = None,
     base_model_id: Annotated[

@@ -82,6 +82,7 @@ def test_a_revision(pushed: Hub, folder: Path) -> None:
     push(folder, REPO, revision="second")
     assert (adapter_folder(REPO, "second") / "loss.png").read_bytes() == b"other"
     assert (adapter_folder(REPO) / "loss.png").read_bytes() != b"other"
+    assert adapter_folder(f"{REPO}@second") == adapter_folder(REPO, "second")
     with pytest.raises(HubError, match="no such revision"):
         adapter_folder(REPO, "third")
 
