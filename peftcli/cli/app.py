@@ -125,9 +125,10 @@ def main(args: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars, which redraw
     debug, as_json = "--debug" in options, "--json" in options
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
+    is_own = args is None or started_by_peftcli()  # and nothing is left to stop while this process ends
     try:
         set_variables()
-        with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=started_by_peftcli()):
+        with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=is_own):
             code = _run(rest or ["--help"])
             sys.stdout.flush()
         report_outcome(None)

@@ -101,7 +101,7 @@ def _in_full(value: Value, section: str) -> Value:
 
 def _override(tree: Value, text: str, problems: Problems) -> Value:
     key, equals, written = text.partition("=")
-    path = key.strip().split(".", 2)
+    path = [part.strip("\"'") for part in key.strip().split(".", 2)]
     if not is_text(key):
         problems.add(NO_TEXT, COMMAND_LINE, key[:60])
         return tree
@@ -113,9 +113,14 @@ def _override(tree: Value, text: str, problems: Problems) -> Value:
         problems.add("cannot be overridden", COMMAND_LINE, "extends")
         return tree
     value = _parse_value(written.strip(), key, problems)
+    if value is None:
+        return tree
     if path == ["base_model", "name"]:
         path = path[:1]
-    return tree if value is None else _set(tree, path, value)
+    section = tree.data.get(path[0]) if isinstance(tree.data, dict) and len(path) == 1 else None
+    if section and value.data and isinstance(value.data, dict):
+        value = _merge_section(section, value, path[0])
+    return _set(tree, path, value)
 
 
 def _parse_value(written: str, key: str, problems: Problems) -> Value | None:

@@ -14,11 +14,13 @@ from peftcli.tasks.base import Batch, Packs, Task, model_inputs, on_device
 
 _EXACT, _ROUNDED = 1e-3, 0.3
 """How far a token's logits may be off by rounding, in float32 and in less, relative to the logits' spread. Seen over 30
-layers were 1e-5 and 0.1; where examples of a trained model saw each other, 1.2 and more."""
+layers were 1e-5 and 0.1; where examples of a trained model saw each other, 0.15 and more."""
+_LEAKED = 0.02
+"""How far they may be off in less than float32 beside another example, in a row of the same shape: seen was 0."""
 
 
 def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) -> None:
-    """Compare the logits of two examples in packed rows, in both orders, with those of each alone.
+    """Compare the logits of two examples in packed rows, in both orders, with those of each alone, and beside another.
 
     Raises:
         ModelError: they differ.
@@ -29,13 +31,17 @@ def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) 
         raise _refusal(model)
     assert isinstance(task, Packs)
     one, other = task.samples()
-    examples = [one, other, other, one]
-    rows = [task.join(examples[:2]), task.join(examples[2:])]
-    packed = _logits(model, task.collate(rows, training=True), accelerator)
+    examples = [one, other, other, one, other, other]
+    rows = [task.join(examples[at : at + 2]) for at in (0, 2, 4)]
     alone = _logits(model, task.collate(examples, training=True), accelerator)
-    off = (packed.view_as(alone) - alone).square().mean(dim=-1).sqrt().max() / alone.std()
+    packed = _logits(model, task.collate(rows, training=True), accelerator).view_as(alone)
     exact = packed.dtype == torch.float32 and accelerator.mixed_precision == "no"
-    if not off <= (_EXACT if exact else _ROUNDED):
+    after_one, after_other = packed[1], packed[5]
+    off, leaked = (
+        (found - wanted).square().mean(dim=-1).sqrt().max() / alone.std()
+        for found, wanted in ((packed, alone), (after_one, after_other))
+    )
+    if not (off <= (_EXACT if exact else _ROUNDED) and leaked <= (_EXACT if exact else _LEAKED)):
         raise _refusal(model)
 
 

@@ -28,6 +28,14 @@ def test_overrides(load) -> None:
     assert recipe.base_model.name == "other/model"
 
 
+def test_a_section_that_is_given_keeps_its_other_settings(load) -> None:
+    recipe = load("", "training.seed=7", "training={output_dir: other}", 'method.rank_pattern."layers.0.q_proj"=2')
+    assert (recipe.training.seed, recipe.training.output_dir) == (7, "other")
+    assert recipe.method["rank_pattern"] == {"layers.0.q_proj": 2}
+    other = load("", "method={type: ia3}", "gates.eval_loss=<= 2", "gates={}")
+    assert (other.method["type"], other.gates) == ("ia3", {})
+
+
 def test_base_model_overrides(load, good: str) -> None:
     mapping = good.replace("org/model", "{name: org/model, dtype: float32}")
     recipe = load("", "base_model=x/y", text=mapping)

@@ -47,11 +47,18 @@ def test_what_fails_after_a_signal_is_still_what_failed() -> None:
         failed_after_a_signal()
 
 
-@pytest.mark.parametrize(("last", "code"), [(True, 0), (False, -signal.SIGTERM)])
-def test_a_process_that_only_says_how_it_ended(last: bool, code: int) -> None:
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ("with handle_signals(last=True): pass", 0),
+        ("with handle_signals(): pass", -signal.SIGTERM),
+        ("sys.argv[1:] = ['--version']; main()", 0),
+    ],
+)
+def test_a_process_that_only_says_how_it_ended(ends: str, code: int) -> None:
     program = (
-        "import os, signal; from peftcli.system.signals import handle_signals\n"
-        f"with handle_signals(last={last}): pass\n"
+        "import os, signal, sys; from peftcli.system.signals import handle_signals; from peftcli.cli.app import main\n"
+        f"{ends}\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == code

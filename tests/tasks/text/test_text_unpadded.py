@@ -23,6 +23,8 @@ from transformers import (
     AttentionMaskInterface,
     DistilBertConfig,
     DistilBertForTokenClassification,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     ModernBertConfig,
@@ -293,6 +295,20 @@ def test_a_model_that_mixes_tokens_of_a_row_is_found_out(monkeypatch: pytest.Mon
     monkeypatch.setattr(layer, "forward", lambda x: forward(x + 0.1 * x.roll(1, dims=1)))
     assert unpad(model)
     assert not unpad(mixing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_little_that_a_row_sees_of_others_is_no_rounding(dtype: torch.dtype) -> None:
+    """Falcon-H1's states of Mamba go on from one example to the next, by less than bfloat16 rounds in deep models."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+    config = FalconH1Config(**sizes, **heads, **mamba, mamba_chunk_size=16, initializer_range=0.15)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = FalconH1ForCausalLM(config).to(dtype)
+    assert not unpad(model)
+    assert not is_unpadded(model)
 
 
 def test_a_pooler_that_the_model_calls_otherwise_is_found_out() -> None:
