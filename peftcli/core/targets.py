@@ -18,12 +18,25 @@ from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
 
 _MAMBA = {
+    "bamba": ["conv1d", "out_proj"],
     "falcon_h1": ["conv1d", "out_proj"],
     "falcon_mamba": ["conv1d", "dt_proj", "out_proj"],
+    "granitemoehybrid": ["conv1d", "out_proj"],
     "jamba": ["conv1d", "dt_proj"],
+    "kimi_linear": ["conv1d"],
+    "lfm2": ["conv"],
+    "lfm2_moe": ["conv"],
     "mamba": ["conv1d", "dt_proj", "out_proj"],
     "mamba2": ["conv1d", "out_proj"],
     "nemotron_h": ["conv1d", "out_proj"],
+    "olmo_hybrid": ["conv1d"],
+    "qwen3_5": ["conv1d"],
+    "qwen3_5_moe": ["conv1d"],
+    "qwen3_5_moe_text": ["conv1d"],
+    "qwen3_5_text": ["conv1d"],
+    "qwen3_next": ["conv1d"],
+    "zamba": ["conv1d"],
+    "zamba2": ["conv1d", "out_proj"],
 }
 """model_type -> modules whose weights the model reads itself, in its kernels or always: what an adapter adds to the
 output of such a module would be lost."""
@@ -220,11 +233,10 @@ def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list
     kind = getattr(getattr(model, "config", None), "model_type", "")
     lost = [name for name in names if name.rpartition(".")[2] in _MAMBA.get(kind, ())]
     if lost and config.target_modules not in (None, "all-linear"):
-        told = (
-            f"{lost[0]} is incompatible with Mamba-based models: {kind} reads its weight without calling it, so that "
-        )
+        told = f"{lost[0]} is incompatible with Mamba-based models and their kin: {kind} reads its weight without "
         hint = f"leave out {', '.join(_MAMBA[kind])}"
-        raise AdapterError(f"{told}an adapter there would do nothing", key="target_modules", hint=hint)
+        message = f"{told}calling it, so that an adapter there would do nothing"
+        raise AdapterError(message, key="target_modules", hint=hint)
     return [name for name in names if name not in lost]
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from models_tiny import KINDS, tiny
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
-from peftcli.core.targets import _layer_index, find_targets, module_matches, shortest_names, targets
+from peftcli.core.targets import _MAMBA, _layer_index, find_targets, module_matches, shortest_names, targets
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
@@ -118,6 +121,18 @@ def test_what_mamba_reads_without_calling_it_is_left_out_or_refused() -> None:
         find_targets(model, LoraConfig(target_modules=["in_proj", "out_proj"]))
     loaded = LoraConfig(target_modules=["in_proj", "out_proj"], inference_mode=True)  # of a run that did call it
     assert len(find_targets(model, loaded)) == 2
+
+
+_KIN = "bamba granitemoehybrid kimi_linear lfm2 lfm2_moe olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next zamba zamba2"
+
+
+@pytest.mark.parametrize("kind", _KIN.split())
+def test_what_transformers_reads_without_calling_it_is_left_out(kind: str) -> None:
+    code = Path(transformers.__file__).parent / "models" / kind / f"modeling_{kind}.py"
+    if not code.exists():
+        pytest.skip(f"this version of transformers has no {kind}")
+    read = re.findall(r"self\.(conv|conv1d|dt_proj|out_proj)\.weight\b", code.read_text(encoding="utf-8"))
+    assert set(read) <= set(_MAMBA.get(kind, ()))
 
 
 def test_a_file_may_exclude_or_set_what_the_model_lacks() -> None:
