@@ -32,12 +32,34 @@ class Linear:
 def linear_view(module: Any) -> Linear | None:
     """Return the view of ``module``, or of the module below its adapter layers; None if that is not a linear layer."""
     module = base_module(module)
-    if isinstance(module, nn.Linear) or is_packed(module):
+    if is_packed(module) or (isinstance(module, nn.Linear) and _gives_outputs(module)):
         return Linear(module.in_features, module.out_features, transposed=False)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which core does not import
         rows, columns = module.weight.shape
         return Linear(rows, columns, transposed=True)
     return None
+
+
+def _gives_outputs(layer: nn.Linear) -> bool:
+    """Return whether a layer of a class of its own gives one output (..., out) for an input (..., in).
+
+    A router of experts may give scores and indices, and a grouped layer takes another input. It is tried out on
+    tensors without values; layers of quantisers are not, whose kernels need values.
+    """
+    kind: Any = type(layer)
+    if kind.forward is nn.Linear.forward or kind.__module__.startswith("transformers.integrations."):
+        return True
+    if is_quantised(layer) or type(layer.weight) not in PLAIN_WEIGHTS:
+        return True
+    dtype, empty = layer.weight.dtype, kind.__new__(kind)
+    weights = {name: value if value is None else value.to("meta") for name, value in layer._parameters.items()}
+    weights["weight"] = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
+    vars(empty).update(vars(layer), _parameters=weights)
+    try:
+        made = kind.forward(empty, torch.empty(3, 1, layer.in_features, dtype=dtype, device="meta"))
+    except Exception:  # whatever code the class has
+        return False
+    return isinstance(made, torch.Tensor) and made.shape == (3, 1, layer.out_features)
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from models_tiny import KINDS, tiny
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
@@ -19,6 +21,7 @@ from peftcli.core.targets import _MAMBA, _layer_index, find_targets, module_matc
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
+from peftcli.methods.loha.config import LoHaConfig
 from peftcli.methods.lora.config import LoraConfig
 
 
@@ -133,6 +136,23 @@ def test_what_transformers_reads_without_calling_it_is_left_out(kind: str) -> No
         pytest.skip(f"this version of transformers has no {kind}")
     read = re.findall(r"self\.(conv|conv1d|dt_proj|out_proj)\.weight\b", code.read_text(encoding="utf-8"))
     assert set(read) <= set(_MAMBA.get(kind, ()))
+
+
+def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_output() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            return super().forward(x).topk(1)
+
+    class Grouped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-2, (-1, 2)) @ self.weight.view(2, -1, x.shape[-1]).mT
+
+    model = nn.ModuleDict({"router": Router(4, 4), "grouped": Grouped(4, 4), "plain": FalconLinear(4, 4)})
+    assert find_targets(model, LoraConfig(target_modules="all-linear")) == ["plain"]
+    for name, kind in (("router", "Router"), ("grouped", "Grouped")):
+        for config in (LoraConfig(target_modules=[name]), LoHaConfig(target_modules=[name])):
+            with pytest.raises(AdapterError, match=f"{name} is a {kind}; "):
+                inject(model, config)
 
 
 def test_a_file_may_exclude_or_set_what_the_model_lacks() -> None:
