@@ -159,6 +159,9 @@ DIFFERS: dict[str, str] = {
     "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too; where a "
     "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
     "by itself in Mixtral and Qwen-MoE",
+    "LoRA on dense layers or shared experts of a model with experts": "is read as it was trained; in Qwen3-Next, "
+    "DeepSeek-V3, GLM-4-MoE and others PEFT takes the names `gate_proj`, `up_proj` and `down_proj` for those of the "
+    "experts and loads nothing there. `check --deep` and `train` warn, and `exclude_modules` leaves these layers out",
     "a new adapter": "is in the mode of its base model: call `model.train()`. PEFT's is in training mode, whatever the "
     "base model's is",
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",

@@ -30,7 +30,7 @@ from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_setting
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.optim import check_optimizer
-from peftcli.train.setup import base_dtype, checkpoint_activations, prepare_config, uses_bf16
+from peftcli.train.setup import base_dtype, checkpoint_activations, prepare_config, uses_bf16, warn_of_peft
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
@@ -116,7 +116,9 @@ def examine(recipe: Recipe) -> DeepCheck:
             if source is not None:
                 refuse_other_classes(options, source.recorded_options, source.folder)
                 check_begin(model, config, source.header, find_weights(source.folder), new)
-            return inject(model, config, initialised=new)
+            injection = inject(model, config, initialised=new)
+            warn_of_peft(model, config, injection)
+            return injection
 
         injection = attempt("method" if source is None else KEY, adapted)
         if injection is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import transformers
 from classifierkit import classifier_base
 from taskkit import CASES
 
-from peftcli.errors import PeftcliError
+from peftcli.errors import PeftcliError, PeftWarning
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.tasks import open_task
@@ -120,3 +121,22 @@ def test_a_row_is_named_with_its_column_and_what_to_do(recipe: Path) -> None:
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"other": "a"}])
     (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
     assert "In the recipe: dataset: {format: " in found.message
+
+
+def test_layers_that_peft_takes_for_experts_are_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "vocab_size": 300, "head_dim": 8}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2}
+    config = transformers.Glm4MoeConfig(**sizes, **counts, num_experts_per_tok=1, first_k_dense_replace=1)
+    transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    trainkit.tokenizer().save_pretrained(tmp_path / "base")
+    recipe = trainkit.write_recipe(tmp_path, tmp_path / "base")
+    told = r"PEFT, .* 6 .* glm4_moe, .* model\.layers\.0\.mlp\.gate_proj; .*\[down_proj, gate_proj, up_proj\]"
+    with pytest.warns(PeftWarning, match=told):
+        assert not examine(load_recipe(recipe)).errors
+    with pytest.warns(PeftWarning, match=told):
+        trainkit.run_recipe(recipe, "training.max_steps=1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        names = "exclude_modules: [down_proj, gate_proj, up_proj], target_parameters: [experts.down_proj]"
+        method = f"method={{type: lora, target_modules: all-linear, {names}}}"
+        assert not examine(load_recipe(recipe, [method])).errors
