@@ -208,13 +208,24 @@ class OpenBase:
             return build_empty(auto_class, config, trust_remote_code=self.spec.trust_remote_code)
 
     def quantization_config(self, auto_class: str, dtype: torch.dtype | None, **options: Any) -> Any:
-        """Return transformers' config for the recipe's quantization, which leaves the model's heads out."""
+        """Return transformers' config for the recipe's quantization, which leaves the model's heads out.
+
+        Raises:
+            ModelError: the model has layers that cannot be quantised so.
+        """
         assert self.spec.quantization
         model = self.empty_model(auto_class, **options)
-        _, heads = validate.find_heads(model)
-        if auto_class == "AutoModel":  # a body may consist of several encoders
-            heads = [name for name in heads if not validate.has_stack(model.get_submodule(name))]
-        return quantization.to_transformers(self.spec.quantization, dtype, model, heads)
+        self.check_groups(auto_class, model)
+        return quantization.to_transformers(self.spec.quantization, dtype, model, _heads(auto_class, model))
+
+    def check_groups(self, auto_class: str, model: PreTrainedModel) -> None:
+        """Check that the recipe's quantization divides the layers of the model, which may be empty, into groups.
+
+        Raises:
+            ModelError: it does not.
+        """
+        if self.spec.quantization and self.spec.quantization.type == "int4_weight_only":
+            quantization.check_groups(self.spec.quantization, model, _heads(auto_class, model))
 
     def _config_with(self, options: Mapping[str, Any]) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)
@@ -309,6 +320,14 @@ class OpenBase:
             hub_files.fetch(self.spec, *names)
         path = self.folder / names[0]
         return path if os.path.lexists(path) else None
+
+
+def _heads(auto_class: str, model: PreTrainedModel) -> list[str]:
+    """Return the names of the heads, which are not quantised."""
+    _, heads = validate.find_heads(model)
+    if auto_class != "AutoModel":
+        return heads
+    return [name for name in heads if not validate.has_stack(model.get_submodule(name))]  # not one encoder of several
 
 
 def build_empty(auto_class: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -58,7 +59,7 @@ def bytes_of_weight(quantization: Quantization) -> float:
     """Return how many bytes a quantised weight takes, with its share of the scales."""
     if quantization.type in ("nf4", "fp4"):
         return 0.5 + ((1 + 4 / 256) / 64 if quantization.double_quant else 4 / 64)
-    return 1.0 + (4 / (quantization.group_size or 32) if quantization.type == "int4_weight_only" else 0)
+    return 1.0 + (4 / _group_size(quantization) if quantization.type == "int4_weight_only" else 0)
 
 
 def stored_kind(config: PreTrainedConfig) -> str | None:
@@ -94,7 +95,7 @@ def to_transformers(
     import torch
     import transformers
 
-    left_out = [*heads, *transformers.quantizers.base.get_keys_to_not_convert(model)] if heads else None
+    left_out = [*heads, *_left_out(model)] if heads else None
     if quantization.type == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     if quantization.type in ("nf4", "fp4"):
@@ -110,9 +111,40 @@ def to_transformers(
 
     if quantization.type == "int8_weight_only":
         return transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left_out)
-    groups = PerGroup(quantization.group_size or 32)
+    groups = PerGroup(_group_size(quantization))
     config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
     return transformers.TorchAoConfig(config, modules_to_not_convert=left_out)
+
+
+def check_groups(quantization: Quantization, model: PreTrainedModel, heads: Sequence[str] = ()) -> None:
+    """Raise ModelError if the groups that share a scale do not divide the inputs of a layer that is to be quantised."""
+    from torch import nn
+
+    kept, size = (*heads, *_left_out(model), *(model._keep_in_fp32_modules or ())), _group_size(quantization)
+    inputs = {
+        name: layer.in_features
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and not any(name.endswith(each) or f"{name}.".startswith(f"{each}.") for each in kept)
+    }
+    if odd := next((name for name, count in inputs.items() if count % size), None):
+        raise ModelError(
+            f"{size} weights are to share a scale, which does not divide the {inputs[odd]} inputs of {odd}",
+            key="base_model.quantization.group_size",
+            hint=f"set it to {math.gcd(size, *inputs.values())}, which divides those of every layer",
+        )
+
+
+def _group_size(quantization: Quantization) -> int:
+    return quantization.group_size or 32
+
+
+def _left_out(model: PreTrainedModel) -> list[str]:
+    """Return the names of what transformers does not quantise."""
+    import transformers
+
+    names: list[str] = transformers.quantizers.base.get_keys_to_not_convert(model)
+    return names
 
 
 def unpacked_gguf() -> Any:

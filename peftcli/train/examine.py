@@ -104,6 +104,7 @@ def examine(recipe: Recipe) -> DeepCheck:
     if model is not None and config is not None:
         if base.commit is None:  # or it would be fetched
             attempt("base_model", lambda: base.check_prefix(model))
+        attempt("base_model", lambda: base.check_groups(row_of(recipe).auto_class, model))
         if recipe.launch.strategy in DIVIDED and processes > 1:
             attempt("launch.strategy", partial(check_divisible, model, recipe.launch.strategy))
         if isinstance(task, FitsModel):

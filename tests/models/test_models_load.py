@@ -26,6 +26,7 @@ from peftcli.models.quantization import trained_quantization
 from peftcli.recipe import load_recipe
 from peftcli.schema import BaseModel, Quantization
 from peftcli.train.events import Event, Message
+from peftcli.train.examine import examine
 from peftcli.train.preview import deep_check
 
 
@@ -104,6 +105,23 @@ def test_heads_are_not_quantised(tmp_path: Path) -> None:
     SegformerModel(pictures).save_pretrained(tmp_path)
     opened = open_base(BaseModel(name=str(tmp_path), quantization=Quantization(type="int8")))
     assert "decode_head" in opened.quantization_config("AutoModelForSemanticSegmentation", None).llm_int8_skip_modules
+
+
+def test_groups_that_do_not_divide_a_layer_are_refused(recipe: Path) -> None:
+    def said(size: int) -> list[str]:
+        wanted = f"base_model.quantization={{type: int4_weight_only, group_size: {size}}}"
+        return [
+            str(each)
+            for each in examine(load_recipe(recipe, [wanted])).errors
+            if each.key == "base_model.quantization.group_size"
+        ]
+
+    (problem,) = said(24)
+    assert (
+        "24 weights are to share a scale, which does not divide the 32 inputs of model.layers.0.self_attn." in problem
+    )
+    assert "(set it to 8, which divides those of every layer)" in problem
+    assert not said(16)
 
 
 def test_what_transformers_dequantises_is_trained_on_as_it_is(tmp_path: Path) -> None:
