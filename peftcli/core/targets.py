@@ -82,11 +82,11 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
             wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
     if wanted == "all-linear":
         names = _all_linear(model, modules, config.modules_to_save or ())
-        if getattr(config, "target_parameters", ()) is None and (experts := _experts(modules)):
+        if getattr(config, "target_parameters", ()) is None and (experts := expert_parameters(modules)):
             text = f"all-linear adapts no experts, whose weights are no layers; add target_parameters: {experts}"
             warnings.warn(text, PeftWarning, stacklevel=2)
     else:
-        experts = _experts(modules) if hasattr(config, "target_parameters") else []
+        experts = expert_parameters(modules) if hasattr(config, "target_parameters") else []
         hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else None
         names = matching(model, modules, wanted, "target_modules", hint=hint, allow_unmatched=config.inference_mode)
     if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
@@ -163,7 +163,7 @@ def _pattern_matches(pattern: str, name: str) -> bool:
         raise AdapterError(str(error), key="rank_pattern") from None
 
 
-def _experts(modules: Mapping[str, nn.Module]) -> list[str]:
+def expert_parameters(modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the endings of the parameters that hold the weights of several experts: (E, out, in)."""
     found = (
         f"{path.rpartition('.')[2]}.{name}"

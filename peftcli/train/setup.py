@@ -29,6 +29,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError, PeftWarning, UsageError
 from peftcli.models.open import LoadedModel, OpenBase, open_base
+from peftcli.models.quantization import unquantised_experts
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
@@ -167,6 +168,8 @@ def adapted_model(
     if source is None:
         loaded = with_trained_head(loaded, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
+    if base.quantization and (told := unquantised_experts(model, base.quantization.type)):
+        notes.append(told)
     if recipe.training.use_liger_kernel:
         use_liger_kernel(model)
     if isinstance(task, FitsModel):

@@ -25,6 +25,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.methods._linear import stored_weight
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.models.quantization import unquantised_experts
 
 
 class Packed(nn.Module):
@@ -104,6 +105,15 @@ def quantised(form: type[nn.Module], kind: str = "llama") -> nn.Module:
 @pytest.fixture(params=FORMS, ids=lambda form: form.__name__)
 def form(request: pytest.FixtureRequest) -> type[nn.Module]:
     return request.param
+
+
+def test_experts_that_are_not_quantised_are_told() -> None:
+    model = quantised(Int8, "mixtral")
+    whole = sum(each.numel() for each in model.parameters())
+    layers = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8))
+    told = f"{1 - layers / whole:.0%} of the weights are not quantised: int8 takes linear layers, not "
+    assert unquantised_experts(model, "int8") == f"{told}experts.gate_up_proj and experts.down_proj"
+    assert unquantised_experts(quantised(Int8), "int8") is None
 
 
 def test_a_layer_is_seen_in_its_true_shape(form: type[nn.Module]) -> None:

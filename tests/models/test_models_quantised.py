@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from opened import load_model
 from oracle import silence
 from safetensors import safe_open
 from trainkit import run_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peftcli import peft_api
 from peftcli.adapters import merge as merging
@@ -135,6 +136,17 @@ def test_a_model_without_such_layers_is_refused() -> None:
     base = BaseModel(name=str(trainkit.base_folder("gpt2")), quantization=Quantization(type="int8_weight_only"))
     with pytest.raises(ModelError, match="int8_weight_only finds no linear layer"):
         load_model(base, "AutoModelForCausalLM", torch.float32)
+
+
+def test_experts_stay_as_they_are_and_a_run_says_so(tmp_path: Path) -> None:
+    kind = with_package("nf4")
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    trainkit.tokenizer().save_pretrained(tmp_path / "base")
+    recipe = trainkit.write_recipe(tmp_path, tmp_path / "base")
+    warnings = run_recipe(recipe, "training.max_steps=1", override(kind)).warnings
+    assert any(re.search(r"9\d% of the weights .*: \w+ takes linear layers, not experts", each) for each in warnings)
 
 
 def test_a_base_model_in_bfloat16_has_a_float32_adapter(kind: str) -> None:
