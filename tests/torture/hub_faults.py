@@ -446,13 +446,23 @@ PULLS = [
     Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not respond like a hub", {}, ()),
     Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not respond like a hub", {}, ()),
     Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not respond like a hub", {}, ()),
-    Case("no ETag", lambda hub: hub.alter("resolve", _headed(ETag=None), **SMALL), 6, "like a hub", {}, ()),
+    Case("no ETag", lambda hub: hub.alter("resolve_cache", _headed(ETag=None), **SMALL), 6, "like a hub", {}, ()),
     Case(
-        "no commit of a file", lambda hub: hub.alter("resolve", _headed(**NO_COMMIT), **SMALL), 6, "like a hub", {}, ()
+        "no commit of a file",
+        lambda hub: hub.alter("resolve_cache", _headed(**NO_COMMIT), **SMALL),
+        6,
+        "like a hub",
+        {},
+        (),
     ),
     Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "like a hub", {}, ()),
     Case(
-        "an ETag that climbs", lambda hub: hub.alter("resolve", _headed(ETag=CLIMBS), **SMALL), 6, "like a hub", {}, ()
+        "an ETag that climbs",
+        lambda hub: hub.alter("resolve_cache", _headed(ETag=CLIMBS), **SMALL),
+        6,
+        "like a hub",
+        {},
+        (),
     ),
     Case("names that climb", lambda hub: hub.alter("tree", _listing("../../../../escaped", "/escaped")), 0, ""),
     # redirections
@@ -608,7 +618,13 @@ READS = [
                 "size",
                 BACKING_OFF,
             ),
-            ("another tokenizer", lambda hub: hub.alter("resolve", _flipped, **_on(TOKENIZER, "GET")), 0, "", (1,)),
+            (
+                "another tokenizer",
+                lambda hub: hub.alter("resolve_cache", _flipped, **_on(TOKENIZER, "GET")),
+                0,
+                "",
+                (1,),
+            ),
         )
     ),
     # datasets
@@ -640,10 +656,18 @@ READS = [
                 (1,),
                 None,
             ),
-            ("the rows are cut", lambda hub: hub.cut("resolve", **_on("train.jsonl", "GET")), 0, "", {}, None, None),
+            (
+                "the rows are cut",
+                lambda hub: hub.cut("resolve_cache", **_on("train.jsonl", "GET")),
+                0,
+                "",
+                {},
+                None,
+                None,
+            ),
             (
                 "short rows",
-                lambda hub: hub.alter("resolve", _short, **_on("train.jsonl", "GET")),
+                lambda hub: hub.alter("resolve_cache", _short, **_on("train.jsonl", "GET")),
                 0,
                 "",
                 {},
@@ -664,7 +688,7 @@ READS = [
                 "503",
                 BACKING_OFF,
             ),
-            ("the rows are cut", lambda hub: hub.cut("resolve", **_on("train.jsonl", "GET")), 0, "", None),
+            ("the rows are cut", lambda hub: hub.cut("resolve_cache", **_on("train.jsonl", "GET")), 0, "", None),
         )
     ),
     # adapters in other commands
