@@ -297,7 +297,9 @@ def adapter_folder(
             raise AdapterError(f"no {WEIGHTS_FILE} here", file=str(folder), hint=_PICKLED)
         return folder
     name, _, at = adapter.partition("@")
-    if at and not revision:
+    if at and revision:
+        raise AdapterError(f"{adapter!r} names a revision, and another is given")
+    if at:
         adapter, revision = name, at
     if not is_hub_id(adapter):
         raise AdapterError(f"{adapter!r} is neither a folder nor a hub id of the form user/name or user/name@revision")

@@ -42,8 +42,8 @@ class Predictor:
     loaded_from: dict[str, Any]
     model: Any
     """The model with the adapter."""
-    longest_first: bool = False
-    """Whether a file's rows are answered in the order of their length: ``answer`` does not sort them itself."""
+    ask: Callable[[Row], Prompt] | None = None
+    """Returns the prompt of a row, by whose length a file's rows are answered: ``answer`` does not sort them itself."""
 
     def rows(self, given: Sequence[str]) -> list[Row]:
         """Make rows of texts or files of the command line.
@@ -140,14 +140,15 @@ def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progre
         StorageError: the target cannot be written.
     """
     files = {} if is_stream(target) else {"beside": expand_user(target)}
+    asked = [row.values if predictor.ask is None else predictor.ask(row) for row in rows]
     return write_answers(
         list(enumerate(rows, start=1)),
         target,
         lambda part: predictor.answer([row for _, row in part], first=part[0][0], **files),
-        key=[*content_key(predictor.loaded_from), [row.values for row in rows]],
+        key=[*content_key(predictor.loaded_from), asked],
         batch_size=predictor.rows_at_once,
         progress=progress,
-        order=longest_first([row.values for row in rows]) if predictor.longest_first else None,
+        order=longest_first(asked) if predictor.ask else None,
     )
 
 
@@ -192,4 +193,4 @@ def text_predictor(
         return [asdict(each) for each in generator.generate(list(map(ask, rows)), settings)]
 
     loaded_from = {**generator.loaded_from, "settings": asdict(settings)}
-    return Predictor(answer, ("prompt",), batch_size, loaded_from, generator.model, longest_first=True)
+    return Predictor(answer, ("prompt",), batch_size, loaded_from, generator.model, ask)

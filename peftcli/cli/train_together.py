@@ -48,7 +48,7 @@ def train_together(
     if dry_run:
         from peftcli.train.preview import preview
 
-        alike(recipes, dict.fromkeys(recipes, lambda event: None))
+        alike(recipes, options)
         console.print_json({"runs": [preview(recipe) for recipe in recipes.values()]})
         return
 

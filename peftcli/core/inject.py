@@ -326,16 +326,17 @@ def _check_called(model: nn.Module, config: AdapterConfig, added: Mapping[str, A
     Encoder and decoder of T5, BART and their kin have embeddings of their own, which share the weight of ``shared``.
     """
     for path, layer in added.items():
-        if (name := base_name(model, path)).rpartition(".")[2] != "shared":
+        name, below = base_name(model, path), base_module(layer)
+        if name.rpartition(".")[2] != "shared" or not isinstance(below, nn.Embedding):
             continue
-        others = modules_sharing(model, base_module(layer)).items()
+        others = modules_sharing(model, below).items()
         called = [other for other, module in others if isinstance(base_module(module), nn.Embedding)]
         trained = {value for each in added.values() if each is not layer for value in each.own_tensors().values()}
         if not called or trained.intersection(layer.own_tensors().values()):
             continue
         text = f"{type(model).__name__} never calls {name}, so that an adapter there does nothing"
         if config.inference_mode:
-            warnings.warn(f"{text} until it is merged", PeftWarning, stacklevel=4)
+            warnings.warn(text, PeftWarning, stacklevel=4)
             continue
         hint = f"name {' and '.join(called)}, which share its weight"
         if config.peft_type == "LORA":

@@ -14,10 +14,20 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import load_adapter, read_tensors
 from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
-from peftcli.core.weights import holds_its_file, load_state, load_training_state, named_tensors, training_state
+from peftcli.core.weights import (
+    adapter_state,
+    holds_its_file,
+    load_state,
+    load_training_state,
+    named_tensors,
+    training_state,
+)
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.guard.adapter_folder import WEIGHTS_FILE
 from peftcli.peft_api.tuner import Tuner
+
+_NAMED = ("target_modules", "modules_to_save", "layers_pattern", "ensure_weight_tying")
+"""Settings that name modules, which two configs of the same modules may do otherwise."""
 
 
 def replace_adapter(
@@ -40,7 +50,11 @@ def replace_adapter(
         AdapterError: it does not fit. The model is as it was then.
     """
     config, folder = source.config, source.folder
-    if _content(config) == _content(old) and holds_its_file(model, name):
+    content, was = _content(config), _content(old)
+    names = {rename(each) if rename else each for each in source.header}
+    if names == adapter_state(model, name).keys():  # so its modules are the same, whatever names them
+        content, was = ({**each, **dict.fromkeys(_NAMED)} for each in (content, was))
+    if content == was and holds_its_file(model, name):
         # an optimizer may hold the weights: they stay the same objects
         load_state(model, read_tensors(folder, rename), str(folder / WEIGHTS_FILE), name)
         set_trainable(model, trainable, name)

@@ -140,7 +140,7 @@ def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | 
     given = {without_wrappers(name).removeprefix(_PREFIX): value for name, value in state.items()}
     found: dict[int, torch.Tensor] = {}
     for name, value in given.items():
-        if name in own:  # one parameter for all places of a shared tensor, as in the model
+        if name in own and not value.is_meta:  # one parameter for all places of a shared tensor, as in the model
             mine = own[name]
             found[id(mine)] = nn.Parameter(value, mine.requires_grad) if type(mine) is nn.Parameter else value
     trained = {id(each) for layer in adapter_layers(model, adapter).values() for each in layer.own_tensors().values()}

@@ -134,7 +134,7 @@ def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Warns of those that change nothing.
     """
-    for name in UNUSED_OPTIONS.keys() & given.keys():
+    for name in [name for name in UNUSED_OPTIONS if given.get(name) is not None]:
         warnings.warn(f"{name} changes nothing: {UNUSED_OPTIONS[name]}", PeftWarning, stacklevel=4)
     return {name: given[name] for name in DOWNLOAD_OPTIONS if given.get(name) is not None}
 

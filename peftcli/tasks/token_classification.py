@@ -96,7 +96,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         given = list(self.labels)
         found = list(declared or seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
-        is_iob2 = all(map(settings.is_iob2, converted)) and any(tag != OUTSIDE for tag in found)
+        is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
         found = converted if scheme == "iob2" else found
         if spans and scheme == "none":
@@ -254,8 +254,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         names = [
             [[self.labels[tag] if tag >= 0 else OUTSIDE for tag in row] for row in rows] for rows in (wanted, found)
         ]
-        if all(tag == OUTSIDE for row in names[0] for tag in row):
-            return loss | {"accuracy": accuracy}  # the others are not defined
+        if all(tag == OUTSIDE for row in names[0] for tag in row):  # seqeval defines none of these then
+            right = float(all(tag == OUTSIDE for row in names[1] for tag in row))
+            return loss | dict.fromkeys(("precision", "recall", "f1"), right) | {"accuracy": accuracy}
         report = classification_report(*names, output_dict=True, zero_division=0)
         overall = report["micro avg"]
         return (

@@ -10,6 +10,7 @@ from typing import Any
 from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.core.config import AdapterConfig
 from peftcli.core.config_classes import plain
+from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights
 from peftcli.guard.typed_fields import mapping_at
@@ -19,6 +20,8 @@ from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
 
 KEY = "training.init_adapter_from"
+_NAMES = ("target_modules", "modules_to_save")
+"""Settings that name modules; the adapter's file may name them in full, and what is tied to them."""
 
 
 def find_init_adapter(recipe: Recipe) -> AdapterSource | None:
@@ -64,11 +67,23 @@ def with_init_settings(recipe: Recipe) -> Recipe:
         raise AdapterError(message, key=KEY, file=str(source.folder / CONFIG_FILE))
     free = {name for name in given if "dropout" in name}
     free |= {name for name in given if name == "target_modules" and isinstance(given[name], str)}
+    free |= {name for name in _NAMES if name in given and _name_the_same(given[name], own[name], own)}
     if other := [name for name in given if name not in free and _as_given(wanted, name) != own[name]]:
         differences = [f"{name} is {given[name]!r}, and {own[name]!r} in {source.folder}" for name in other]
         hint = f"leave out what the adapter's own {CONFIG_FILE} says"
         raise AdapterError("; ".join(differences), key=f"method.{other[0]}", hint=hint)
-    return replace(recipe, method={"type": method, **own, **{name: given[name] for name in free}})
+    kept = {name: given[name] for name in free if not isinstance(given[name], list)}
+    return replace(recipe, method={"type": method, **own, **kept})
+
+
+def _name_the_same(given: Any, own: Any, settings: dict[str, Any]) -> bool:
+    """Whether the adapter's names of modules are those of a recipe, some in full, and some added as they are tied."""
+    if not (isinstance(given, list) and isinstance(own, list)):
+        return False
+    tied = settings.get("ensure_weight_tying", False)
+    return all(any(module_matches(full, entry) for full in own) for entry in given) and (
+        tied or all(any(module_matches(full, entry) for entry in given) for full in own)
+    )
 
 
 def _as_given(config: AdapterConfig, name: str) -> Any:

@@ -51,7 +51,7 @@ from peftcli.train.optim import check_optimizer
 from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import peak_memory_bytes
-from peftcli.train.runs.checkpoint import Progress, State, load_checkpoint, set_newer_aside
+from peftcli.train.runs.checkpoint import Misfit, Progress, State, load_checkpoint, set_newer_aside
 from peftcli.train.runs.identity import Change
 from peftcli.train.runs.record import (
     AttemptRecord,
@@ -320,8 +320,8 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
         prepared.make_whole()
         try:
             load_checkpoint(checkpoint, state, run.accelerator)
-        except StorageError as error:
-            if not run.changes:
+        except Misfit as error:
+            if all(change.key.startswith("versions.") for change in run.changes):
                 raise
             hint = "undo the changes that were allowed; or choose another training.output_dir"
             raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None

@@ -57,7 +57,7 @@ def train_together(
         PeftcliError: they cannot be trained together, or one of them cannot start.
     """
     tells = {name: on_event(name) for name in recipes}
-    found = alike(recipes, tells)
+    found = alike(recipes, options, tells)
     first = next(iter(found.values()))
     save_on = signal.Signals[first.training.save_on_signal] if first.training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
@@ -78,17 +78,7 @@ def train_together(
 def start_together(
     recipes: Mapping[str, Recipe], options: StartOptions, on_event: Callable[[str], OnEvent]
 ) -> dict[str, Outcome]:
-    """Train what several recipes describe, as ``train_together`` does, and verify what came of each.
-
-    Raises:
-        UsageError: that is not for one process, or not for several recipes.
-    """
-    if options.resume not in RESUME_MODES:
-        raise UsageError("names a checkpoint of one run; --together takes auto, must or never", key="--resume")
-    for name, recipe in recipes.items():
-        if launch.is_launched() or recipe.launch.num_machines > 1 or launch.process_count(recipe.launch) > 1:
-            hint = "launch: {num_processes: 1}"
-            raise UsageError("--together trains in one process", file=name, key="launch.num_processes", hint=hint)
+    """Train what several recipes describe, as ``train_together`` does, and verify what came of each."""
     outcomes = train_together(recipes, options, on_event)
     fresh_process.release_gpu_memory()
     for name, outcome in outcomes.items():
@@ -108,12 +98,21 @@ _SHARED: dict[str, Callable[[Recipe], Any]] = {
 }
 
 
-def alike(recipes: Mapping[str, Recipe], tells: Mapping[str, OnEvent]) -> dict[str, Recipe]:
+def alike(
+    recipes: Mapping[str, Recipe], options: StartOptions = DEFAULTS, tells: Mapping[str, OnEvent] | None = None
+) -> dict[str, Recipe]:
     """Complete recipes that are trained together, and check what they must share, and must not.
 
     Raises:
         UsageError: names the recipe and the setting.
     """
+    if options.resume not in RESUME_MODES:
+        raise UsageError("names a checkpoint of one run; --together takes auto, must or never", key="--resume")
+    for name, recipe in recipes.items():
+        if launch.is_launched() or recipe.launch.num_machines > 1 or launch.process_count(recipe.launch) > 1:
+            hint = "launch: {num_processes: 1}"
+            raise UsageError("--together trains in one process", file=name, key="launch.num_processes", hint=hint)
+    tells = tells or dict.fromkeys(recipes, lambda event: None)
     names, found = list(recipes), {name: completed(recipe, tells[name]) for name, recipe in recipes.items()}
     folders = dict[Path, str]()
     for name, recipe in found.items():

@@ -138,6 +138,8 @@ def test_each_error_of_runs_together_is_told_once(
     assert [ran.err.count(text) for text in ("stopped", "the loss is not finite")] == [1, 1]
     dry = cli("train", *paths[:2], "--together", "--dry-run", "training.output_dir=same")
     assert (dry.code, "training.output_dir: is also that of" in dry.err) == (2, True)
+    dry = cli("train", *paths[:2], "--together", "--dry-run", "launch.num_processes=2")
+    assert (dry.code, "--together trains in one process" in dry.err) == (2, True)
 
 
 @pytest.mark.slow  # imports torch and matplotlib anew

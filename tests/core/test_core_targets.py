@@ -112,7 +112,7 @@ def test_an_embedding_that_the_model_never_calls_is_refused(key: str) -> None:
     with pytest.raises(AdapterError, match=r"never calls shared, .*\n.*encoder\.embed_tokens .* ensure_weight_tying"):
         inject(tiny("t5"), LoraConfig(**settings))
     inject(tiny("t5"), LoraConfig(ensure_weight_tying=True, **settings))
-    with pytest.warns(PeftWarning, match="never calls shared, so that an adapter there does nothing until it is"):
+    with pytest.warns(PeftWarning, match="never calls shared, so that an adapter there does nothing"):
         inject(tiny("t5"), LoraConfig(inference_mode=True, **settings))
 
 

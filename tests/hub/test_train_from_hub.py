@@ -88,7 +88,7 @@ def test_it_goes_on_with_the_dataset_that_it_began_with(
     repo = hub.repos["datasets/acme/rows"] = Repo(private=False)
     repo.refs["main"].append(Commit("rows", {"train.jsonl": rows}))
     first = repo.refs["main"][-1].oid
-    mix = "dataset={mix: [{train: acme/rows}], max_length: 128}"
+    mix = "dataset={mix: [{train: acme/rows}], train: null, max_length: 128}"
     for each in ("dataset.train=acme/rows", mix):
         out = f"training.output_dir={tmp_path}/{len(each)}"
         with pytest.raises(Interrupted):

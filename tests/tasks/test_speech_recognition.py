@@ -525,7 +525,7 @@ def test_an_adapter_without_a_task_type_trains_under_trainer_and_loads(tmp_path:
 
 def test_a_model_of_another_kind(tmp_path: Path) -> None:
     recipe = CASES["speech_recognition"].write(tmp_path)
-    base = (f"base_model={moonshine_base()}", "task={type: speech_recognition}")
+    base = (f"base_model={moonshine_base()}", "task={type: speech_recognition, language: null}")
     done = run_recipe(recipe, *base, "training.eval_strategy=steps", "training.eval_steps=4")
     assert done.losses[-1] < done.losses[0]
     assert {"eval_wer", "eval_cer"} <= set(done.run["eval"]["last"])
@@ -536,5 +536,5 @@ def test_a_model_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="setting of Whisper models"):
         run_recipe(recipe, *base[:1], refused)
     with pytest.raises(DataError, match="setting of Whisper models") as error:
-        run_recipe(recipe, base[0], "task={type: speech_recognition, prompt: low}", refused)
+        run_recipe(recipe, base[0], "task={type: speech_recognition, language: null, prompt: low}", refused)
     assert error.value.key == "task.prompt"

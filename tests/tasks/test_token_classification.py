@@ -273,9 +273,10 @@ def test_a_perfect_and_a_wrong_predictor(perfect: bool, f1: float) -> None:
 
 
 @pytest.mark.parametrize("found", [[0, 0], [0, 1]])
-def test_rows_without_entities_have_no_f1(found: list[int]) -> None:
+def test_where_rows_have_no_entities_it_is_right_to_find_none(found: list[int]) -> None:
     metrics = open_task(NAME, **IOB).metrics({"loss": torch.tensor(0.0).numpy()}, [([0, 0], found)], 2)
-    assert metrics == {"loss": 0, "accuracy": found.count(0) / 2}
+    right = float(found == [0, 0])
+    assert metrics == {"loss": 0, "accuracy": found.count(0) / 2, "precision": right, "recall": right, "f1": right}
 
 
 @pytest.mark.parametrize("scheme", ["iob2", "none"])

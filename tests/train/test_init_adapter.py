@@ -60,6 +60,18 @@ def test_after_sft_the_reference_is_the_sft_adapter(sft: Trained, tmp_path: Path
     assert configs[0] == configs[1], "it is a usual adapter of the base model"
 
 
+def test_names_that_the_file_has_in_full_are_those_of_the_recipe(tmp_path: Path) -> None:
+    recipe, short = write_recipe(tmp_path), "training.max_steps=1"
+    method = "method={type: lora, r: 4, target_modules: [q_proj], modules_to_save: [norm]}"
+    first = run_recipe(recipe, method, short)
+    names = json.loads((first.folder / "adapter_config.json").read_text())["modules_to_save"]
+    assert names == ["model.norm"], "PEFT would take norm for more"
+    begins = (f"training.init_adapter_from={first.folder}", f"training.output_dir={tmp_path}/second", short)
+    assert run_recipe(recipe, method, *begins).run["status"] == "complete"
+    with pytest.raises(AdapterError, match="target_modules"):
+        run_recipe(recipe, method.replace("q_proj", "v_proj"), *begins)
+
+
 @pytest.mark.slow
 def test_the_reference_is_the_merged_base_after_sft_is_merged(sft: Trained, tmp_path: Path) -> None:
     merge_adapter(str(sft.folder), tmp_path / "merged")

@@ -280,6 +280,10 @@ def _as_json(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
+class Misfit(StorageError):
+    """A checkpoint holds something else than what the run trains."""
+
+
 def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
     """Fill ``state`` from a checkpoint.
 
@@ -311,9 +315,10 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
         elif known:
             raise ValueError(f"there is no {random.name}")
     except PeftcliError as error:
-        raise StorageError(f"does not fit this run: {error.message}", file=str(path)) from None
+        raise Misfit(f"does not fit this run: {error.message}", file=str(path)) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise StorageError(f"does not fit this run: {str(error)[:300]}", file=str(path)) from None
+        kind = StorageError if isinstance(error, OSError) else Misfit
+        raise kind(f"does not fit this run: {str(error)[:300]}", file=str(path)) from None
 
 
 def _progress(path: Path) -> Progress:
