@@ -86,16 +86,17 @@ def test_it_goes_on_with_the_dataset_that_it_began_with(
     recipe = write_recipe(tmp_path)
     rows, eval_rows = ((tmp_path / name).read_bytes() for name in ("train.jsonl", "eval.jsonl"))
     repo = hub.repos["datasets/acme/rows"] = Repo(private=False)
-    repo.refs["main"].append(Commit("rows", {"train.jsonl": rows}))
-    first = repo.refs["main"][-1].oid
-    mix = "dataset={mix: [{train: acme/rows}], train: null, max_length: 128}"
-    for each in ("dataset.train=acme/rows", mix):
+    repo.refs["main"] += [Commit("old", {"train.jsonl": eval_rows}), Commit("rows", {"train.jsonl": rows})]
+    _, old, first = (commit.oid for commit in repo.refs["main"])
+    mix = "dataset={train: null, mix: [{train: acme/rows}], max_length: 128}"
+    both = mix.replace("[", f"[{{train: acme/rows, revision: {old}}}, ")
+    for each, count in (("dataset.train=acme/rows", 10), (mix, 10), (both, 13)):
         out = f"training.output_dir={tmp_path}/{len(each)}"
         with pytest.raises(Interrupted):
             run_recipe(recipe, each, out, on_event=at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         repo.refs["main"].append(Commit(each, {"train.jsonl": eval_rows}))
         done = run_recipe(recipe, each, out)
-        assert (done.run["exact"], done.run["changes"], done.run["data"]["rows"]) == (True, [], 10)
+        assert (done.run["exact"], done.run["changes"], done.run["data"]["rows"]) == (True, [], count)
         assert first not in (done.folder / "recipe.yaml").read_text()
         del repo.refs["main"][-1]
 

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peftcli.errors import StorageError, UsageError
 from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
-from peftcli.schema import BaseModel, Recipe
+from peftcli.schema import BaseModel, Dataset, Recipe, Source
 from peftcli.system import date
 from peftcli.system.signals import Stop
 from peftcli.train.events import OnEvent, warning
@@ -25,7 +25,14 @@ from peftcli.train.report import versions
 from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
 from peftcli.train.runs.folder import RunFolder, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
-from peftcli.train.runs.record import BaseModelRecord, ChangeRecord, IdentityRecord, RunRecord, SeedsRecord
+from peftcli.train.runs.record import (
+    AccountRecord,
+    BaseModelRecord,
+    ChangeRecord,
+    IdentityRecord,
+    RunRecord,
+    SeedsRecord,
+)
 
 
 @dataclass(frozen=True)
@@ -227,10 +234,16 @@ def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
     if began is not None and not any(key.startswith("base_model") for key in keys):
         base = replace(base, revision=began)
     if not any(key.startswith(("dataset.train", "dataset.mix", "dataset.revision")) for key in keys):
-        commits = dict(name.rsplit("@", 1) for name, value in record.data.sha256.items() if name.endswith(f"@{value}"))
-        mix = [replace(each, revision=commits.get(each.train, each.revision)) for each in data.mix]
-        data = replace(data, mix=mix, revision=commits.get(data.train or "", data.revision))
+        read = zip(data.mix, record.data.sources if len(data.mix) > 1 else [record.data] * len(data.mix), strict=True)
+        mix = [replace(each, revision=_commit_read(each, account)) for each, account in read]
+        data = replace(data, mix=mix, revision=_commit_read(data, record.data))
     return replace(recipe, base_model=base, dataset=data)
+
+
+def _commit_read(source: Dataset | Source, account: AccountRecord) -> str | None:
+    """The commit of a dataset on the hub whose rows an account counts; of a local one, what stands in the recipe."""
+    commits = (value for name, value in account.sha256.items() if name == f"{source.train}@{value}")
+    return next(commits, source.revision)
 
 
 def commit_of(base: BaseModel) -> dict[str, str | None]:
