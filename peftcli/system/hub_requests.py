@@ -66,6 +66,9 @@ UNUSED_OPTIONS = {
 }
 """Options of older or other downloads of huggingface_hub that change nothing -> why."""
 
+_listed: set[Path] = set()
+"""Folders of the cache whose files the hub has listed to this process, also where the list could not be written."""
+
 T = TypeVar("T")
 
 
@@ -188,7 +191,13 @@ def download_files(
             return download()
 
     try:
-        found = cached() if options.get("local_files_only") else retry(fetch, what or repo_id, downloads=True)
+        if options.get("local_files_only"):
+            found = cached()
+        else:
+            with hub_session(downloads=True) as session:
+                found = session.retry(fetch, what or repo_id)
+            if session.listed:
+                _listed.add(found)
     except LocalEntryNotFoundError:
         message = f"{what or repo_id}: not in the cache, or not all of it, and local_files_only is set"
         raise NetworkError(message) from None
@@ -197,7 +206,7 @@ def download_files(
             found = cached()
         except OSError:
             raise error from None
-    if listed_files(found) is None and not all((found / name).is_file() for name in needed or patterns):
+    if not _is_listed(found) and not all((found / name).is_file() for name in needed or patterns):
         _warn_of_partial_copy(repo_id, found)
     return found
 
@@ -220,9 +229,13 @@ def listed_files(folder: Path) -> set[str] | None:
     return None
 
 
+def _is_listed(folder: Path) -> bool:
+    return folder in _listed or listed_files(folder) is not None
+
+
 def refuse_partial_copy(folder: Path, what: str, key: str | None = None) -> None:
     """Raise NetworkError if it is not known whether the hub has a file that ``folder`` of the cache lacks."""
-    if listed_files(folder) is None:
+    if not _is_listed(folder):
         message = f"{what}: the cache has a part of it only, and the hub cannot be reached"
         raise NetworkError(message, key=key, hint="run the same command again where the hub can be reached")
 
@@ -267,6 +280,8 @@ class HubSession:
     """Whether one attempt makes each request once, so that a second equal request is a retry of huggingface_hub's."""
     answered: bool = False
     """Whether the hub has ever responded."""
+    listed: bool = False
+    """Whether this attempt got the list of a model repository's files from the hub."""
     pending: dict[tuple[str, str], int] = field(default_factory=dict)
     """Requests without a (for downloads: complete) response, with the byte of the file at which each began."""
     streams: list[Any] = field(default_factory=list)
@@ -282,6 +297,7 @@ class HubSession:
         for delay in (*RETRY_DELAYS, None):
             self.pending.clear()
             self.last.clear()
+            self.listed = False
             try:
                 return action()
             except PeftcliError:
@@ -341,6 +357,8 @@ class HubSession:
         if status == 409 and b"conflicting operation" in response.read():
             hf_raise_for_status(response)  # create_repo itself would retry for ever
         _check_hashes(response)
+        if re.search("/api/models/.+/tree/", response.request.url.path):
+            self.listed = status == 200
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -441,9 +459,9 @@ class _Failure:
     wait: float = 0.0
 
 
-def retry(action: Callable[[], T], what: str, *, downloads: bool = False) -> T:
+def retry(action: Callable[[], T], what: str) -> T:
     """Return the result of ``action``, retried as the module's docstring says. Messages call it ``what``."""
-    with hub_session(downloads) as session:
+    with hub_session() as session:
         return session.retry(action, what)
 
 

@@ -148,6 +148,21 @@ def test_the_list_of_files_says_what_the_cache_lacks(pushed: Hub, base: str, mon
             adapter_folder(repo) if repo == REPO else open_base(BaseModel(name=repo))
 
 
+@pytest.mark.filterwarnings("error::peftcli.errors.PeftWarning")
+def test_a_list_that_cannot_be_kept_is_one_all_the_same(pushed: Hub, base: str) -> None:
+    from huggingface_hub import constants
+
+    for repo, left in ((REPO, "adapter_model.safetensors"), (base, "config.json")):
+        del pushed.repos[repo].refs["main"][-1].files[left]
+        trees = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "trees"
+        trees.parent.mkdir(parents=True)
+        trees.touch()
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors in .* on the hub"):
+        adapter_folder(REPO)
+    with pytest.raises(ModelError, match="is not a model: it has no config"):
+        open_base(BaseModel(name=base))
+
+
 @pytest.mark.parametrize("endpoint", ["info", "tree", "resolve"])
 def test_passing_faults_are_survived(pushed: Hub, endpoint: str) -> None:
     pushed.fail(endpoint, 503)
