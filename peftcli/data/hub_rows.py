@@ -31,6 +31,8 @@ class HubRows:
 
     def __init__(self, source: Source):
         self._source = source
+        self._found: str | None = None
+        """The commit that the hub has for the revision."""
 
     @cached_property
     def commit(self) -> str:
@@ -48,18 +50,28 @@ class HubRows:
                 found = self._retry(session, lambda: str(api.dataset_info(source.train, revision=source.revision).sha))
         except NetworkError as error:
             return self._cached_commit(error)
-        if source.revision != found:
-            with suppress(StorageError):  # of a cache that is read-only
-                write_file(self._ref, found.encode())
+        self._found = found
+        self._note_commit()
         return found
+
+    @property
+    def _cache(self) -> Path:
+        """The dataset's folder in the cache of huggingface_hub."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return Path(HF_HUB_CACHE) / f"datasets--{self._source.train.replace('/', '--')}"
 
     @property
     def _ref(self) -> Path:
         """Where huggingface_hub notes the commit of a branch or tag."""
-        from huggingface_hub.constants import HF_HUB_CACHE
+        return self._cache / "refs" / (self._source.revision or "main")
 
-        repository = f"datasets--{self._source.train.replace('/', '--')}"
-        return Path(HF_HUB_CACHE) / repository / "refs" / (self._source.revision or "main")
+    def _note_commit(self) -> None:
+        """Note what the hub has for the revision, if files of that commit are in huggingface_hub's cache."""
+        found = self._found
+        if found and found != self._source.revision and (self._cache / "snapshots" / found).is_dir():
+            with suppress(StorageError):  # of a cache that is read-only
+                write_file(self._ref, found.encode())
 
     def class_names(self) -> dict[str, tuple[str, ...]]:
         """The names of classes that the dataset declares, by column.
@@ -109,12 +121,14 @@ class HubRows:
         source, builder = self._source, self._builder(commit)
         if builder.hash != commit:
             raise ConnectionError("the connection was lost, and datasets used its cache")
+        if not source.streaming:
+            builder.download_and_prepare()
+        self._note_commit()
         if source.streaming:
             stream = builder.as_streaming_dataset(source.split)
             if stream.features is None:  # the first rows cannot be read; reading one says why
                 next(iter(stream), None)
             return stream.decode(False)
-        builder.download_and_prepare()
         return builder.as_dataset(source.split)
 
     def _retry(self, session: hub_requests.HubSession, action: Callable[[], T]) -> T:
@@ -173,8 +187,8 @@ class HubRows:
             return noted
         if revision is None:
             return commit
-        if len(revision) >= 7 and (found := next((each for each in cached if each.startswith(revision)), None)):
-            return found
+        if len(revision) >= 7 and len(found := [each for each in cached if each.startswith(revision)]) == 1:
+            return found[0]
         raise NetworkError(
             f"dataset {source.train}: the hub cannot be reached, and the cache contains commit {commit[:12]}, "
             f"which may differ from {quote(revision)}",
@@ -184,7 +198,8 @@ class HubRows:
 
 def _cached_commits(builder: Any) -> set[str]:
     """The commits in the cache of datasets that have the configuration of ``builder``."""
-    return {path.name for path in Path(builder.cache_dir).parent.glob("*") if path.is_dir()}
+    found = Path(builder.cache_dir).parent.glob("*")  # while datasets prepares one, its name is longer
+    return {path.name for path in found if re.fullmatch("[0-9a-f]{40}", path.name)}
 
 
 def _with_bytes(row: dict[str, Any] | str) -> dict[str, Any] | str:

@@ -412,6 +412,19 @@ def test_nothing_is_fetched_for_the_commit(hub: DatasetHub) -> None:
     assert hub.sent == []
 
 
+def test_the_cache_of_the_hub_stays_whole(hub: DatasetHub, tmp_path: Path) -> None:
+    """Its branches are those whose files it has."""
+    from huggingface_hub import scan_cache_dir
+
+    old = hub.commit(NAME, FILES)
+    assert texts(Source(train=NAME)) == ["a", "b"]
+    hub.commit(NAME, {"train.jsonl": b'{"text": "new"}\n'})
+    open_source(Source(train=NAME)).fingerprint()
+    found = scan_cache_dir(tmp_path / "hub")
+    assert (found.warnings, [*next(iter(found.repos)).refs]) == ([], ["main"])
+    assert next(iter(found.repos)).refs["main"].commit_hash == old
+
+
 def test_without_the_hub_the_cache_is_used(hub: DatasetHub, offline: Any) -> None:
     commit = hub.commit(NAME, FILES)
     assert texts(Source(train=NAME)) == ["a", "b"]
