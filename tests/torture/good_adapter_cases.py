@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import trainkit
 from adapter_folders import CONFIG, SETTINGS, WEIGHTS, Folder, change_json, from_base, generate, info, merge
-from bad_adapter_cases import Command
+from bad_adapter_cases import BOMBS, LOADED, MATCHES_NOTHING, Command
 from bad_base_cases import EVIL, SINGLE, Evil
 from safetensors.torch import load, save
 
@@ -216,6 +216,14 @@ VALID: dict[str, Valid] = {
     "a head, written by PEFT": Valid(_peft("lora", modules_to_save=["lm_head"])),
     "an embedding, written by PEFT": Valid(_peft("lora", target_modules=["embed_tokens", "q_proj"])),
     "all biases, written by PEFT": Valid(_peft("lora", bias="all", target_modules="all-linear")),
+    **{
+        f"{key}: {name}": Valid(
+            lambda folder, key=key, bomb=BOMBS[name]: folder.config(**{key: {bomb: 4} if "pattern" in key else bomb}),
+            LOADED,
+        )
+        for key, name in MATCHES_NOTHING
+    },
+    "50,000 names": Valid(lambda folder: folder.config(rank_pattern={f"l{n}_proj": 2 for n in range(50_000)}), LOADED),
     "the fewest keys": Valid(_old(), ALL),
     "the keys of PEFT 0.5": Valid(_old(**_OF_0_5), ALL),
     "the keys of PEFT 0.18": Valid(_old(**_OF_0_18), ALL),
