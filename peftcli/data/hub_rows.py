@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib.util import find_spec
-from logging.handlers import BufferingHandler
+from logging import Handler, LogRecord
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -230,17 +230,29 @@ def _no_torchcodec() -> Iterator[None]:
 
 @contextmanager
 def _captured_log() -> Iterator[list[str]]:
-    """Keep what datasets logs from stderr in the block, and yield it: only its log names a file that is damaged."""
+    """Hold what datasets logs until the block ends without an error; yield it: only that log names a damaged file."""
     import datasets
 
-    logger, held = datasets.logging.get_logger(), BufferingHandler(1000)
+    logger, held = datasets.logging.get_logger(), _HeldLog()
     logger.handlers, before = [held], logger.handlers
-    lines = list[str]()
     try:
-        yield lines
+        yield held.lines
     finally:
         logger.handlers = before
-        lines += [record.getMessage() for record in held.buffer]
+    for record in held.records:
+        for handler in before:
+            if record.levelno >= handler.level:
+                handler.handle(record)
+
+
+class _HeldLog(Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records, self.lines = list[LogRecord](), list[str]()
+
+    def emit(self, record: LogRecord) -> None:
+        self.records.append(record)
+        self.lines.append(record.getMessage())
 
 
 @contextmanager

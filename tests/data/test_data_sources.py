@@ -412,6 +412,27 @@ def test_nothing_is_fetched_for_the_commit(hub: DatasetHub) -> None:
     assert hub.sent == []
 
 
+def test_the_log_of_datasets_is_told_where_all_went_well(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    hub.commit(NAME, FILES)
+    told = list[str]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(datasets.logging.get_logger(), "handlers", [handler])
+    source, load = Source(train=NAME), datasets.load_dataset_builder
+
+    def log_and_load(*args: Any, **options: Any) -> Any:
+        datasets.logging.get_logger().warning("odd")
+        return load(*args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", log_and_load)
+    assert texts(source) == ["a", "b"]
+    assert told == ["odd"]
+    refused(NAME, split="other")
+    assert told == ["odd"]
+
+
 def test_the_cache_of_the_hub_stays_whole(hub: DatasetHub, tmp_path: Path) -> None:
     """Its branches are those whose files it has."""
     from huggingface_hub import scan_cache_dir
