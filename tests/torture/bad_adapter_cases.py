@@ -508,13 +508,6 @@ NO_TENSORS = {
         f"missing: {Q}",
         commands=LOADED,
     ),
-    "names as in memory": tensors(
-        lambda values: [
-            values.update({name.replace(".weight", ".default.weight"): values.pop(name)}) for name in list(values)
-        ],
-        f"missing: {Q}",
-        commands=LOADED,
-    ),
     "turned round": tensors(_like(torch.Tensor.t), f"shape: {Q} is (32, 4)", commands=LOADED),
     "of another width": tensors(_like(lambda value: value[:, :-1]), f"shape: {Q} is (4, 31)", commands=LOADED),
     "of another r": tensors(_like(lambda value: value[:3]), "3 rows; the config says 4", commands=(info,)),

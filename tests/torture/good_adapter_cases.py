@@ -223,6 +223,14 @@ VALID: dict[str, Valid] = {
         )
         for key, name in MATCHES_NOTHING
     },
+    "names of tensors as in memory": Valid(
+        lambda folder: folder.tensors(
+            lambda values: [
+                values.update({name.replace(".weight", ".default.weight"): values.pop(name)}) for name in list(values)
+            ]
+        ),
+        LOADED,
+    ),
     "50,000 names": Valid(lambda folder: folder.config(rank_pattern={f"l{n}_proj": 2 for n in range(50_000)}), LOADED),
     "the fewest keys": Valid(_old(), ALL),
     "the keys of PEFT 0.5": Valid(_old(**_OF_0_5), ALL),
