@@ -384,7 +384,7 @@ def libraries_that_talk(words: list[str], code: int, folder: Path) -> None:
         )
         ran = Ran(done.returncode, done.stdout, done.stderr)
         assert ran.code == code, f"it ended with {ran.code}: {ran.err.decode()}"
-        assert ran.err.count(b"\n") > 100, f"little was logged, so this shows nothing: {ran.err.decode()}"
+        assert ran.err.count(b"\n") > 50, f"little was logged, so this shows nothing: {ran.err.decode()}"
         search(folder, ran)
         search_hub(hub)
 
