@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from peftcli.core.layer import base_modules
-from peftcli.core.quantised import is_quantised, num_weights
-from peftcli.core.targets import expert_parameters
 from peftcli.errors import AdapterError, ModelError
 from peftcli.guard.adapter_folder import RUN_FILE
 from peftcli.guard.files import short_name, short_repr
@@ -20,7 +17,6 @@ from peftcli.schema import Quantization
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _BITSANDBYTES = "pip install 'peftcli[bitsandbytes]'"
@@ -137,15 +133,6 @@ def check_groups(quantization: Quantization, model: PreTrainedModel, heads: Sequ
             key="base_model.quantization.group_size",
             hint=f"set it to {math.gcd(size, *inputs.values())}, which divides those of every layer",
         )
-
-
-def unquantised_experts(model: nn.Module, kind: str) -> str | None:
-    """Return what to tell of experts that a quantised model holds as parameters, in full; None: it has none."""
-    names = expert_parameters(base_modules(model))
-    if not names:
-        return None
-    share = 1 - sum(num_weights(each) for each in model.modules() if is_quantised(each)) / num_weights(model)
-    return f"{share:.0%} of the weights are not quantised: {kind} takes linear layers, not {' and '.join(names)}"
 
 
 def _group_size(quantization: Quantization) -> int:

@@ -23,13 +23,14 @@ from transformers import conversion_mapping
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
 from peftcli.core.inject import Injection, inject
-from peftcli.core.layer import adapter_layers, base_name
+from peftcli.core.layer import adapter_layers, base_modules, base_name
 from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
+from peftcli.core.quantised import is_quantised, num_weights
+from peftcli.core.targets import expert_parameters
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError, PeftWarning, UsageError
 from peftcli.models.open import LoadedModel, OpenBase, open_base
-from peftcli.models.quantization import unquantised_experts
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
@@ -308,3 +309,12 @@ def prepare(
         prepared = start_engine(model, parameters, optimizer, stage, limit, cpu_offload=offload)
         kind = ZeroModel
     return kind(prepared, parameters, optimizer, schedule, config, optim)
+
+
+def unquantised_experts(model: nn.Module, kind: str) -> str | None:
+    """Return what to tell of experts that a quantised model holds as parameters, in full; None: it has none."""
+    names = expert_parameters(base_modules(model))
+    if not names:
+        return None
+    share = 1 - sum(num_weights(each) for each in model.modules() if is_quantised(each)) / num_weights(model)
+    return f"{share:.0%} of the weights are not quantised: {kind} takes linear layers, not {' and '.join(names)}"

@@ -101,7 +101,7 @@ def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
         assert ran.out == ""
 
     fails(2, "did you mean", "training.learning_rat=1")
-    fails(3, "no evaluation data", "dataset={train: " + f"{tmp_path}/train.jsonl" + "}")
+    fails(3, "no evaluation data", "dataset.eval=null")
     (tmp_path / "empty").mkdir()
     fails(4, "adapter_config.json", "--adapter", tmp_path / "empty")
     other = run_recipe(write_recipe(tmp_path / "other", trainkit.base_folder("gpt2"))).folder

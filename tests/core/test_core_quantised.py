@@ -25,7 +25,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.methods._linear import stored_weight
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.models.quantization import unquantised_experts
+from peftcli.train.setup import unquantised_experts
 
 
 class Packed(nn.Module):
