@@ -339,8 +339,6 @@ def _check_called(model: nn.Module, config: AdapterConfig, added: Mapping[str, A
             warnings.warn(text, PeftWarning, stacklevel=4)
             continue
         hint = f"name {' and '.join(called)}, which share its weight"
-        if config.peft_type == "LORA":
-            hint = f"{hint}, or set ensure_weight_tying"
         raise AdapterError(
             text, key="modules_to_save" if isinstance(layer, TrainedCopy) else "target_modules", hint=hint
         )

@@ -108,7 +108,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             given = _with_prefixes(given)
         if scheme == "iob2" and not given and (others := [tag for tag in found if not settings.is_iob2(tag)]):
             raise DataError(
-                f"the training rows have the tag {shortened(others[0])}, which is none of iob2", key="task.scheme"
+                f"the training rows have the tag {shortened(others[0])}, which is not O, B-TYPE or I-TYPE",
+                key="task.scheme",
             )
         labels = given or (_with_prefixes(_types(found)) if spans else found)
         if len(labels) < 2:

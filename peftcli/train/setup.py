@@ -198,7 +198,7 @@ _NAMES_OF_EXPERTS = {"down_proj", "gate_proj", "up_proj"}
 
 
 def warn_of_peft(model: nn.Module, config: AdapterConfig, injection: Injection) -> None:
-    """Warn of layers that PEFT does not load: it reads their names as those of experts, which are no layers."""
+    """Warn of layers that PEFT does not load: it reads their names as those of experts, for LoRA alone."""
     kinds = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = [base_name(model, path) for path in injection.layers]

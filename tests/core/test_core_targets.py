@@ -109,7 +109,7 @@ def test_which_number_is_the_layers(name: str, lists: list[str], expected: int |
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
 def test_an_embedding_that_the_model_never_calls_is_refused(key: str) -> None:
     settings: dict[str, Any] = {"target_modules": ["q"], key: ["shared"]}
-    with pytest.raises(AdapterError, match=r"never calls shared, .*\n.*encoder\.embed_tokens .* ensure_weight_tying"):
+    with pytest.raises(AdapterError, match=r"never calls shared, .*\n.*encoder\.embed_tokens "):
         inject(tiny("t5"), LoraConfig(**settings))
     inject(tiny("t5"), LoraConfig(ensure_weight_tying=True, **settings))
     with pytest.warns(PeftWarning, match="never calls shared, so that an adapter there does nothing"):
@@ -129,18 +129,20 @@ def test_what_mamba_reads_without_calling_it_is_left_out_or_refused() -> None:
 _KIN = "bamba granitemoehybrid kimi_linear lfm2 lfm2_moe olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next zamba zamba2"
 
 
-@pytest.mark.parametrize("kind", _KIN.split())
-def test_what_transformers_reads_without_calling_it_is_left_out(kind: str) -> None:
-    code = Path(transformers.__file__).parent / "models" / kind / f"modeling_{kind}.py"
-    if not code.exists():
-        pytest.skip(f"this version of transformers has no {kind}")
-    read = re.findall(r"self\.(conv|conv1d|dt_proj|out_proj)\.weight\b", code.read_text(encoding="utf-8"))
-    assert set(read) <= set(_MAMBA.get(kind, ()))
+def test_what_transformers_reads_without_calling_it_is_left_out() -> None:
+    models, seen = Path(transformers.__file__).parent / "models", 0
+    for kind in _KIN.split():
+        code = models / kind / f"modeling_{kind}.py"
+        if code.exists():  # older versions lack some
+            read = re.findall(r"self\.(conv|conv1d|dt_proj|out_proj)\.weight\b", code.read_text(encoding="utf-8"))
+            assert set(read) <= set(_MAMBA.get(kind, ())), kind
+            seen += len(read)
+    assert seen
 
 
 def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_output() -> None:
     class Router(nn.Linear):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x).topk(1)
 
     class Grouped(nn.Linear):

@@ -154,7 +154,7 @@ def test_tags_of_other_schemes_are_turned_into_iob2(tags: str) -> None:
     with pytest.raises(DataError, match="is no tag of the scheme iob2") as caught:
         scanned(rows, NAME, labels=words[:4])
     assert "[PER, ORG]" in (caught.value.hint or "")
-    with pytest.raises(DataError, match="have the tag 'NOUN', which is none of iob2"):
+    with pytest.raises(DataError, match="have the tag 'NOUN', which is not O, B-TYPE or I-TYPE"):
         scanned([*rows, {"tokens": ["a"], "ner_tags": ["NOUN"]}], NAME, scheme="iob2")
 
 

@@ -241,7 +241,7 @@ def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
 
 
 def _commit_read(source: Dataset | Source, account: AccountRecord) -> str | None:
-    """The commit of a dataset on the hub whose rows an account counts; of a local one, what stands in the recipe."""
+    """The commit at which a dataset of the hub was read, by the record of it; of a local one, the recipe's revision."""
     commits = (value for name, value in account.sha256.items() if name == f"{source.train}@{value}")
     return next(commits, source.revision)
 
