@@ -174,17 +174,14 @@ class Classification(Task[Settings]):
     def _outputs(self, logits: torch.Tensor, labels: torch.Tensor) -> list[tuple[Any, list[float]]]:
         """Return the label and the prediction of each row.
 
-        A prediction is the number, the probability of each class (multi_label), or the likeliest classes. Where there
-        are two classes, the probability of the second follows them.
+        A prediction is the number, the logit of each class (multi_label), or the likeliest classes. Where there are two
+        classes, the log-odds of the second follow them: probabilities near 1 would be equal.
         """
-        if self.settings.problem_type == "regression":
-            found = logits
-        elif self.settings.problem_type == "multi_label":
-            found = logits.sigmoid()
-        else:
+        found = logits
+        if self.settings.problem_type == "single_label":
             found = logits.topk(min(_TOP, logits.shape[1])).indices.float()
             if len(self.labels) == 2:
-                found = torch.cat([found, logits.softmax(dim=1)[:, 1:]], dim=1)
+                found = torch.cat([found, logits[:, 1:] - logits[:, :1]], dim=1)
         return list(zip(labels.tolist(), found.tolist(), strict=True))
 
     @property
@@ -204,10 +201,10 @@ class Classification(Task[Settings]):
             return loss | {"mse": metrics.mean_squared_error(wanted, numbers), **correlations(wanted, numbers)}
         more = dict[str, float]()
         if self.settings.problem_type == "multi_label":
-            chosen, scores = found > _HALF, found
+            chosen = found > 0
             both = wanted.min(axis=0) != wanted.max(axis=0)
             if both.any():
-                more["auc"] = metrics.roc_auc_score(wanted[:, both], scores[:, both])
+                more["auc"] = metrics.roc_auc_score(wanted[:, both], found[:, both])
         else:
             chosen = found[:, 0]
             more["matthews"] = metrics.matthews_corrcoef(wanted, chosen)

@@ -195,6 +195,8 @@ def test_a_random_classifier() -> None:
     assert metrics["macro_f1"] == pytest.approx((2 * 0.8 * 0.5 / 1.3 + 2 * 0.2 * 0.5 / 0.7) / 2, abs=0.05)
     assert metrics["matthews"] == pytest.approx(0, abs=0.06)
     assert metrics["auc"] == pytest.approx(0.5, abs=0.05)
+    sure = measured(task, rows("a", "b", "a", "b"), [[-9.0, 9.0], [-10.0, 10.0], [-9.0, 8.5], [-12.0, 12.0]])
+    assert sure["auc"] == 1.0
 
 
 def test_many_classes_have_the_accuracy_of_the_best_five() -> None:
