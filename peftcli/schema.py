@@ -269,7 +269,7 @@ class Training:
     """Metric that decides which evaluation is best: a name as evaluation reports it."""
     greater_is_better: bool | None = None
     """Whether a larger metric_for_best_model is better. Unset: no for losses, perplexity, error rates, the KL and the
-    reward of rejected answers, else yes."""
+    reward of rejected answers, else yes. A metric of task.metric_code needs it."""
     early_stopping_patience: int | None = field(default=None, metadata=AT_LEAST_1)
     """Stop after this many evaluations in a row in which metric_for_best_model was no better than the best before.
     Unset: train to the end."""

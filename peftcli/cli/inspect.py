@@ -105,9 +105,9 @@ class _Printer:
         self.coloured = console.is_terminal(sys.stdout)
 
     def show(self, rows: Sequence[ShownRow]) -> None:
-        from peftcli.inspection.report import has_labels, has_text
+        from peftcli.inspection.report import has_labels, has_targets
 
-        if has_text(rows):
+        if has_targets(rows):
             self._legend(has_labels(rows))
         for row in rows:
             console.out(f"=== {row.place} ({row.title}){f': {row.size}' if row.size else ''}")

@@ -24,7 +24,7 @@ from peftcli.inspection.report import (
     colour,
     has_labels,
     has_sizes,
-    has_text,
+    has_targets,
     shortened,
     what_is_wrong,
 )
@@ -128,7 +128,7 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False
 
 def _legend(rows: Sequence[ShownRow]) -> str:
     """How texts are marked, where a row has any."""
-    if not has_text(rows):
+    if not has_targets(rows):
         return ""
     marks = _LABELLED if has_labels(rows) else _TRAINED
     return f"""In them: {marks},

@@ -6,7 +6,7 @@ The rows are read from where ``peftcli train`` reads them, so what is shown is w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from peftcli.schema import Recipe
 from peftcli.system.secrets import secret_spans
 from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
-from peftcli.tasks.shown import Part, Shown, Text, TokenText
+from peftcli.tasks.shown import Label, Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of, with_task
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.fit_memory import smallest
@@ -294,15 +294,19 @@ def has_sizes(audit: dict[str, Any]) -> bool:
     return bool(audit["train"]["lengths"]["rows"]["max"] > 1)
 
 
-def has_text(rows: Sequence[ShownRow]) -> bool:
-    """Whether the legend of texts is needed."""
-    return any(isinstance(part, Text) for row in rows for part in row.shown.parts)
+def has_targets(rows: Sequence[ShownRow]) -> bool:
+    """Whether a legend is needed: beside texts there is something trained, a part of them or a label."""
+    labelled = any(isinstance(part, Label) for row in rows for part in row.shown.parts)
+    return any(labelled or token.trained or token.label for token in _tokens(rows))
 
 
 def has_labels(rows: Sequence[ShownRow]) -> bool:
     """Whether the legend of labelled texts is needed."""
-    texts = (part for row in rows for part in row.shown.parts if isinstance(part, Text))
-    return any(token.label for part in texts for token in part.tokens)
+    return any(token.label for token in _tokens(rows))
+
+
+def _tokens(rows: Sequence[ShownRow]) -> Iterator[TokenText]:
+    return (token for row in rows for part in row.shown.parts if isinstance(part, Text) for token in part.tokens)
 
 
 def colour(text: Text, label: str) -> str:

@@ -51,9 +51,9 @@ from peftcli.tasks.text.collate import pad_texts, pad_token_id
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.sentence_transformers import (
     Pooling,
-    default_prompt,
     longest,
     lowers,
+    prompts,
     read_pooling,
     write_modules,
 )
@@ -122,9 +122,10 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
 
     @property
     def notes(self) -> Sequence[str]:
-        if (name := default_prompt(self.base)) is None:
+        if not (names := prompts(self.base)):
             return ()
-        return (f"rows are embedded without the base model's prompt {name!r}: put its text into the rows to train it",)
+        listed = ", ".join(map(repr, names))
+        return (f"rows are embedded without the base model's prompts ({listed}): put their texts into the rows",)
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"max_length": self.max_length, "lowers": self._lowers}

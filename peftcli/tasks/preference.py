@@ -202,7 +202,8 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     @property
     def reports(self) -> Sequence[str]:
         known = ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
-        return (*known, "kl") if self.settings.loss == "kto" else (*known, "kl_chosen", "nll")
+        more = {"kto": ["kl"], "orpo": ["nll"], "dpo": ["kl_chosen"], "ipo": ["kl_chosen"]}
+        return (*known, *more.get(self.settings.loss, []))
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         if self.settings.loss != "kto":

@@ -38,10 +38,10 @@ def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded:
 
 
 def refuse_metrics(recipe: Recipe, data: Data) -> None:
-    """Check that evaluation reports what the recipe compares.
+    """Check that evaluation reports what the recipe compares, and that it is known which values are better.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not, or it is not.
     """
     if data.eval is None or recipe.training.eval_strategy == "no":
         return
@@ -52,6 +52,10 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     for key, name in wanted.items():
         if not any(fnmatchcase(name, known) for known in names):
             raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)
+    best, training = wanted["training.metric_for_best_model"], recipe.training
+    if training.greater_is_better is None and [each for each in names if fnmatchcase(best, each)] == ["eval_*"]:
+        message = f"whether a larger {best} is better is for you to say: true or false"
+        raise UsageError(message, key="training.greater_is_better")
 
 
 @torch.no_grad()

@@ -153,5 +153,7 @@ def build_schedule(
     warmup = training.warmup_steps
     if warmup < 1:
         warmup = math.ceil((warmup or training.warmup_ratio) * total_steps)
-    kind = training.lr_scheduler_type
-    return get_scheduler(kind, optimizer, num_warmup_steps=int(warmup), num_training_steps=total_steps)
+    kind, warmup = training.lr_scheduler_type, int(warmup)
+    if kind == "polynomial":  # which divides by the steps after the warm-up
+        total_steps = max(total_steps, warmup + 1)
+    return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -148,6 +148,12 @@ def test_as_json(cli: Callable, recipe: Path) -> None:
     assert list(Draft202012Validator(output_schema("inspect")).iter_errors(found)) == []
 
 
+def test_texts_without_trained_tokens_need_no_legend(cli: Callable, tmp_path: Path) -> None:
+    out = cli("inspect", CASES["feature_extraction"].write(tmp_path), "--rows", 1).out
+    assert "===" in out
+    assert "[[" not in out
+
+
 def test_labelled_words(cli: Callable, tmp_path: Path) -> None:
     recipe = CASES["token_classification"].write(tmp_path)
     ran = cli("inspect", recipe, "--rows", 9, "--html", tmp_path / "page.html")

@@ -232,7 +232,11 @@ def test_texts_are_read_as_the_folder_says_and_as_sentence_transformers_will(tmp
     assert list(encoded(task, rows)[0].arrays["input_ids"]) == list(wanted)
     assert list(encoded(task_of(plain), rows)[0].arrays["input_ids"]) != list(wanted)
     assert task.fingerprint() != task_of(plain).fingerprint()
-    assert ["'query'" in note for note in task.notes] == [True]
+    assert ["('query')" in note for note in task.notes] == [True]
+    some = {"prompts": {"query": "query: ", "document": "", "STS": "same: "}, "default_prompt_name": None}
+    (plain / "config_sentence_transformers.json").write_text(json.dumps(some))
+    assert ["('query')" in note for note in task_of(plain).notes] == [True]
+    (plain / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "", "document": ""}}))
     assert not task_of(plain).notes
     (tmp_path / "merged").mkdir()
     task.export(tmp_path / "merged")

@@ -47,6 +47,8 @@ def test_a_task_knows_the_names_of_its_metrics(name: str, tmp_path: Path) -> Non
         ("token_classification", "scheme: none", "macro_f1", "f1"),
         ("feature_extraction", "loss: cosine", "spearman", "mrr"),
         ("preference", "loss: kto", "kl", "nll"),
+        ("preference", "loss: orpo", "nll", "kl_chosen"),
+        ("preference", "loss: simpo", "loss", "kl_chosen"),
     ],
 )
 def test_the_names_are_those_of_the_settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -359,6 +359,19 @@ def test_schedules(kind: str, warm: int) -> None:
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([PEAK * _expected(kind, step, warm) for step in range(TOTAL)], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["linear", "polynomial"])
+def test_all_steps_may_warm_up(kind: Literal["linear", "polynomial"]) -> None:
+    training = Training(output_dir="out", learning_rate=PEAK, lr_scheduler_type=kind, warmup_ratio=1)
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], training)
+    schedule = build_schedule(optimizer, training, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, PEAK / 4, PEAK / 2, 3 * PEAK / 4])
 
 
 @pytest.mark.parametrize("share", [{"warmup_ratio": 0.16}, {"warmup_steps": 0.16, "warmup_ratio": 0.9}])

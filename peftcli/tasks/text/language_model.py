@@ -62,7 +62,6 @@ class LanguageModel(Task[Settings]):
     }
 
     identity: ClassVar[Sequence[str]] = ("input_ids",)
-    lower_is_better = ("*loss", "*perplexity")  # those of metric_code too
 
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
 

@@ -21,6 +21,8 @@ _LARGEST = 1_000_000
 """Bytes."""
 _NAMES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
 """Pooling -> how older releases name it after ``pooling_mode_``. The later ones read it too."""
+_UNASKED = ("query", "document", "passage", "corpus")
+"""Prompts of ``encode_query`` and ``encode_document``, which evaluators of searches call."""
 _LATER = {"lasttoken": "last"}
 """How releases from 6 on name a pooling that has another name here."""
 
@@ -77,10 +79,12 @@ def lowers(base: OpenBase) -> bool:
     return _read_file(base, _TEXTS).get("do_lower_case") is True
 
 
-def default_prompt(base: OpenBase) -> str | None:
-    """The name of the prompt that the folder puts before each text, unless it puts none there."""
-    found = _read_file(base, _ABOUT).get("default_prompt_name")
-    return short_name(found) if isinstance(found, str) else None
+def prompts(base: OpenBase) -> list[str]:
+    """The names of the prompts that sentence-transformers puts before texts without being asked."""
+    about = _read_file(base, _ABOUT)
+    known = about.get("prompts")
+    held = [name for name in _UNASKED if isinstance(known, dict) and known.get(name)]
+    return [short_name(name) for name in dict.fromkeys([about.get("default_prompt_name"), *held]) if name]
 
 
 def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int, base: OpenBase) -> None:

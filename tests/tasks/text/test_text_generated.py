@@ -106,6 +106,9 @@ def test_a_metric_of_ones_own(cli: Callable, tmp_path: Path) -> None:
     found = cli("evaluate", recipe, *settings, "task.trust_metric_code=true", "--json")["eval"]["last"]
     wanted = sum(row["messages"][-1]["content"].count(" ") for row in MESSAGES[10:])
     assert (found["eval_pairs"], found["eval_blanks"]) == (3, wanted)
+    best = ("training.metric_for_best_model=blanks", "training.eval_strategy=epoch", "task.trust_metric_code=true")
+    refused = cli("train", recipe, *settings, *best, code=2)
+    assert "training.greater_is_better: whether a larger eval_blanks is better" in refused
 
 
 @pytest.mark.parametrize(
