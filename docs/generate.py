@@ -201,14 +201,18 @@ def _fields_table(held: dict[str, Any], schemas: dict[str, Any], file: dict[str,
 def _fields(
     held: dict[str, Any], schemas: dict[str, Any], file: dict[str, Any], before: str = ""
 ) -> Iterator[tuple[str, str, str]]:
-    """Path, type and meaning of each field of an object, each object followed by what it holds."""
+    """Path, type and meaning of each field of an object, each followed by what it holds: an object, or one of several."""
     for name, field in held.get("properties", {}).items():
         path = before + name
         inner, kind = _described(field, schemas, file)
         missing = "" if name in held["required"] else "; may be missing"
         yield path, kind + missing, field.get("description") or inner[0].get("description", "")
+        path += "[]" * kind.startswith("list")
+        one_of_several = sum("properties" in each for each in inner) > 1
         for each in inner:
-            yield from _fields(each, schemas, file, f"{path}[]." if kind.startswith("list") else f"{path}.")
+            if one_of_several and "properties" in each:
+                yield path, "one kind of object", each["description"]
+            yield from _fields(each, schemas, file, f"{path}.")
 
 
 def _described(
@@ -227,7 +231,10 @@ def _described(
         return [each for held, _ in parts for each in held], (", or " if "->" in parts[0][1] else " or ").join(kinds)
     if field.get("type") == "array":
         inner, kind = _described(field["items"], schemas, file)
-        return inner, f"list, each {kind}" if kind.startswith("as in") else f"list of {kind}s"
+        if kind.startswith("as in"):
+            return inner, f"list, each {kind}"
+        each_kind = (re.sub(r"^(?!as in)\w+", r"\g<0>s", each) for each in kind.split(" or "))
+        return inner, f"list of {' or '.join(each_kind)}"
     if "enum" in field:
         return [field], ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trainkit
 from jsonschema import Draft202012Validator
+from taskkit import CASES
 from typer.main import get_command
 
 from peftcli import errors, output_schemas
@@ -27,6 +28,7 @@ from peftcli.errors import PeftcliError
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
 from peftcli.recipe.reference import _explainable
+from peftcli.tasks import TASKS
 from peftcli.train.events import Ready, Stepped
 from peftcli.train.options import StartOptions
 from peftcli.train.run import train
@@ -263,10 +265,11 @@ def test_inspect(answer: Callable, fails: Callable, recipe: Path) -> None:
     fails(2, "UsageError", "inspect", recipe, "--row", "999")
 
 
-def test_inspect_an_encoder_decoder(answer: Callable, tmp_path: Path) -> None:
-    recipe = trainkit.write_recipe(tmp_path, trainkit.base_folder("t5", chat=False), trainkit.PROMPTS)
-    recipe.write_text(recipe.read_text().replace("causal_lm", "seq2seq_lm"))
-    assert answer("inspect", recipe)["audit"]["batches"]["efficiency"]["packed"] is None
+@pytest.mark.parametrize("task", TASKS)
+def test_inspect_of_every_task(answer: Callable, tmp_path: Path, task: str) -> None:
+    found = answer("inspect", CASES[task].write(tmp_path), "--rows", 1)
+    assert len(found["rows"]) == 1
+    assert (found["audit"]["batches"]["efficiency"]["packed"] is None) == (task != "causal_lm")
 
 
 def test_explain(answer: Callable, fails: Callable) -> None:
