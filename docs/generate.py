@@ -201,7 +201,7 @@ def _fields_table(held: dict[str, Any], schemas: dict[str, Any], file: dict[str,
 def _fields(
     held: dict[str, Any], schemas: dict[str, Any], file: dict[str, Any], before: str = ""
 ) -> Iterator[tuple[str, str, str]]:
-    """Path, type and meaning of each field of an object, each followed by what it holds: an object, or one of several."""
+    """Path, type and meaning of each field of an object, followed by the object that it holds, or by each kind."""
     for name, field in held.get("properties", {}).items():
         path = before + name
         inner, kind = _described(field, schemas, file)

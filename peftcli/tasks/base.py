@@ -265,7 +265,8 @@ class PredictOptions:
 def table_of(rows: Sequence[Row], columns: Mapping[str, str]) -> Table:
     """Return the table of rows to answer, of which some ``columns`` have other names."""
     there = tuple(dict.fromkeys(name for row in rows for name in row.values))
-    return Table(Source(train="", columns=dict(columns)), rows[0].place.source, there)
+    source = Source(train="", columns=dict(columns))
+    return Table(source, rows[0].place.source, there, first=rows[0].values)
 
 
 @runtime_checkable

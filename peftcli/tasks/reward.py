@@ -33,8 +33,7 @@ from peftcli.tasks.base import (
 )
 from peftcli.tasks.shown import Facts, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
-from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
-from peftcli.tasks.text.formats import example_reader
+from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader, text_reader
 
 
 class Reward(AnswerInputs, Task[settings.Reward]):
@@ -92,12 +91,13 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         rows = list(rows)
         table = table_of(rows, options.columns)
         try:
-            reader = example_reader(table)
+            reader = text_reader(table, whole=True)
         except DataError:
             if not {*PAIR} <= {*table.columns, *table.source.columns}:
                 raise
             hint = "Give rows of prompt and completion, or of messages: one for each answer."
-            raise DataError("hold pairs; predict scores single answers", file=table.described, hint=hint) from None
+            message = "the rows hold pairs; predict scores single answers"
+            raise DataError(message, file=table.described, hint=hint) from None
         examples = list[Example]()
         for row, outcome in zip(rows, self.encoder(reader, "all", "truncate")(rows), strict=True):
             if isinstance(outcome, DataError):

@@ -89,17 +89,19 @@ def test_predict_scores_texts_prompts_and_conversations(kind: str) -> None:
         [{"text": "sun tea"}, {"text": "sun moon seven"}],
         [{"prompt": "sun", "completion": " tea"}, {"prompt": "sun moon", "completion": " seven"}],
         [{"messages": row["prompt"] + row["chosen"]} for row in PREFERRED[:2]] if kind == "chat" else None,
+        [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PREFERRED[:2]] if kind == "chat" else None,
     ]
     answers = [list(task.predict(model, table_of(each)[1], PredictOptions())) for each in forms if each]
     assert [set(each) for each in answers[0]] == [{"reward"}] * 2
     assert answers[0][0]["reward"] == pytest.approx(answers[1][0]["reward"])
-    assert len({each["reward"] for rows in answers for each in rows}) == 2 * len(answers) - 2
+    assert answers[2:3] == answers[3:]
+    assert len({each["reward"] for rows in answers for each in rows}) == 2 * len(answers[::2])
     named = [{"question": row["prompt"], "answer": row["completion"]} for row in forms[1] or ()]
     options = PredictOptions(columns={"prompt": "question", "completion": "answer"})
     assert list(task.predict(model, table_of(named)[1], options)) == answers[1]
     for pair in ({**PREFERRED[0]}, {"prompt": "sun", "good": " tea", "bad": " moon"}):
         renamed = {"chosen": "good", "rejected": "bad"} if "good" in pair else {}
-        with pytest.raises(DataError, match="predict scores single answers"):
+        with pytest.raises(DataError, match="the rows hold pairs; predict scores single answers"):
             list(task.predict(model, table_of([pair])[1], PredictOptions(columns=renamed)))
 
 

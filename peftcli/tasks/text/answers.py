@@ -12,7 +12,7 @@ from typing import Any
 
 from peftcli.data.rows import Row, Table
 from peftcli.data.text_rows import json_kind
-from peftcli.tasks.text.formats import ChatExample, ExampleReader, ParsedRow, joined_parts
+from peftcli.tasks.text.formats import ChatExample, ExampleReader, ParsedRow, example_reader, joined_parts
 from peftcli.tasks.text.spans import common_length
 
 PAIR = ("chosen", "rejected")
@@ -112,6 +112,18 @@ def answer_reader(
     found = table.reader("answers", optional=optional, **columns)
     messages = isinstance(table.first.get(found.names[answers[0]]), list)
     return AnswerReader("messages" if messages else "prompt_completion", found.names, tuple(answers), answers[0])
+
+
+def text_reader(table: Table, *, whole: bool) -> ExampleReader:
+    """Return the reader of rows of one text each, of which a prompt and its completion may be messages.
+
+    Raises:
+        DataError: the columns fit no format, or not the given one.
+    """
+    found = example_reader(table)
+    if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
+        return replace(answer_reader(table, ("completion",)), whole=whole)
+    return found
 
 
 def _asks(turn: Any, prompt: str) -> bool:

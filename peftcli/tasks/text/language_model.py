@@ -7,7 +7,6 @@ import json
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import repeat
@@ -29,13 +28,13 @@ from peftcli.system import date
 from peftcli.tasks.base import Batch, Loss, Task, model_inputs
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
-from peftcli.tasks.text.answers import answer_reader
+from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
 from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
 from peftcli.tasks.text.findings import record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
-from peftcli.tasks.text.formats import ExampleReader, example_reader
+from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
@@ -116,10 +115,7 @@ class LanguageModel(Task[Settings]):
         return record_findings(records)
 
     def read(self, table: Table) -> ExampleReader:
-        found = example_reader(table)
-        if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
-            return replace(answer_reader(table, ("completion",)), whole=self.settings.train_on == "all")
-        return found
+        return text_reader(table, whole=self.settings.train_on == "all")
 
     def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
         key = (reader.name, *reader.names.items())
