@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,11 @@ class Predictor:
         parts = [given[start : start + count] for start in range(0, len(given), count)]
         values = [dict(zip(self.arguments, part, strict=True)) for part in parts]
         return [Row(each, Place("the command line", number)) for number, each in enumerate(values, start=1)]
+
+    def answers(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        """Answer rows in their order, ``rows_at_once`` at a time: one JSON object a row."""
+        for start in range(0, len(rows), self.rows_at_once):
+            yield from self.answer(rows[start : start + self.rows_at_once], first=start + 1)
 
 
 def load_predictor(

@@ -33,7 +33,9 @@ _FIRST_OF_A_CHAT = "Hello"
 def generate(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    source: Annotated[Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}.')] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}; -: its lines on stdin.')
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option("--output", help="File for the answers. After a stop, run the same command again to resume."),

@@ -28,11 +28,16 @@ def predict(
         ),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="Rows as in training, without the label: a file or folder.")
+        Path | None,
+        typer.Option(
+            "--input", help="Rows as in training, without the label: a file or folder; -: JSON lines on stdin."
+        ),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option("--output", help="File for the answers. After a stop, run the same command again to resume."),
+        typer.Option(
+            "--output", help="File for the answers to --input. After a stop, run the same command again to resume."
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
@@ -41,8 +46,10 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Answer rows with an adapter, whatever its task: one JSON object per row, in order."""
-    if (source is None) != (target is None) or (source is None) == (not inputs):
-        raise UsageError("give texts or files, or --input with --output")
+    if (source is None) == (not inputs):
+        raise UsageError("give texts or files, or --input")
+    if source is None and target is not None:
+        raise UsageError("is for the answers to --input", key="--output")
     tell = progress_log(quiet)
     if target is not None:
         refuse_input(target, source)
@@ -51,7 +58,7 @@ def predict(
 
     for text in inputs or ():
         if kind_of(text) and exists(text):
-            raise UsageError("is a file of rows", file=text, hint="give it as --input, with --output for the answers")
+            raise UsageError("is a file of rows", file=text, hint="give it as --input")
     rows = [] if source is None else read_rows(source)
     predictor = load_predictor(
         adapter, base, with_adapter=not no_adapter, batch_size=batch_size, merge_for=rows, tell=tell
@@ -61,9 +68,9 @@ def predict(
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
         return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
-    answers = predictor.answer(predictor.rows(inputs or ()))
+    answers = predictor.answers(rows or predictor.rows(inputs or ()))
     if as_json:
-        return console.print_json({"rows": answers})
+        return console.print_json({"rows": list(answers)})
     for answer in answers:
         console.out(json.dumps(redact_values(answer)))
     return None

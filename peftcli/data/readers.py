@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peftcli.data.conll import read_conll
 from peftcli.data.rows import Place, Row
@@ -120,6 +121,19 @@ def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataErr
             raise DataError("an object goes over several lines", file=source, line=line, hint=hint)
         else:
             yield from read_lines(text)
+
+
+def read_stdin() -> Iterator[Row | DataError]:
+    """Yield the rows of standard input, one JSON object per line; for a bad row, the error about it.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    text = TextFile("standard input", 1)
+    text.stream = cast(io.BufferedReader, sys.stdin.buffer)
+    yield from read_lines(text)
+    if not text.number:
+        raise DataError("contains no rows", file=text.source)
 
 
 def check_file(path: Path, source: str) -> tuple[str, str]:

@@ -14,12 +14,21 @@ from pathlib import Path
 
 from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import is_media, media_rows
-from peftcli.data.readers import ACCEPTED, check_file, check_regular, kind_of, parquet_class_names, read_file
+from peftcli.data.readers import (
+    ACCEPTED,
+    check_file,
+    check_regular,
+    kind_of,
+    parquet_class_names,
+    read_file,
+    read_stdin,
+)
 from peftcli.data.rows import Place, Row
 from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
 from peftcli.system.disk import sha256
+from peftcli.system.hub_requests import is_repo_id
 from peftcli.system.outputs import expand_user
 
 _SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
@@ -158,6 +167,8 @@ def open_source(source: Source) -> ResolvedSource:
         return ResolvedSource(source, {display_name(name): path})
     if is_path(name):
         raise DataError("no such file", file=display_name(name), hint=_near_files(path))
+    if not is_repo_id(name):
+        raise DataError("no such file, and no hub id", file=display_name(name), hint=_near_files(path))
     return ResolvedSource(source, {}, HubRows(source))
 
 
@@ -327,13 +338,13 @@ def held_out(count: int, fraction: float, seed: int) -> set[int]:
 
 
 def read_rows(source: Path) -> list[Row]:
-    """Read the rows of a file, folder or hub dataset.
+    """Read the rows of a file, folder or hub dataset; those of ``-`` are JSON lines on standard input.
 
     Raises:
-        DataError: a row that cannot be read.
+        DataError: a row that cannot be read, or there are no rows.
     """
-    rows = []
-    for row in open_source(Source(train=str(source))).rows():
+    rows, name = [], str(source)
+    for row in read_stdin() if name == "-" else open_source(Source(train=name)).rows():
         if isinstance(row, DataError):
             raise row
         rows.append(row)

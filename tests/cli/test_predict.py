@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,27 @@ def test_a_file_of_rows(cli: Callable, texts: Path, tmp_path: Path, batch_size: 
     found = lines(target)
     alone = json.loads(cli("predict", texts, *(row["text"] for row in ROWS), "--json").out)["rows"]
     assert [each["score"] for each in found] == pytest.approx([each["score"] for each in alone], abs=1e-5)
+
+
+def test_rows_on_stdin_and_answers_on_stdout(
+    cli: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [{"text": row["text"]} for row in ROWS])
+    asked = ("predict", texts, "--batch-size", 1, "--input")
+    assert cli(*asked, source, "--output", tmp_path / "out.jsonl").code == 0
+    assert [json.loads(line) for line in cli(*asked, source).out.splitlines()] == lines(tmp_path / "out.jsonl")
+
+    def answer_stdin(text: str, *options: str) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return cli(*asked, "-", *options)
+
+    whole = json.loads(answer_stdin(source.read_text(), "--json").out)
+    assert whole == {"rows": lines(tmp_path / "out.jsonl")}
+    for text, problem in (("", "contains no rows"), ('{"text": "sun"}\n{broken\n', "is not a JSON object")):
+        ran = answer_stdin(text)
+        assert (ran.code, ran.out) == (3, "")
+        assert "standard input" in ran.err
+        assert problem in ran.err
 
 
 def test_a_folder_of_pictures(cli: Callable, pictures: Path, tmp_path: Path) -> None:
@@ -176,6 +199,6 @@ def test_a_row_that_the_model_has_too_few_positions_for(
     assert cli("predict", folder, "sun").code == 0
 
 
-@pytest.mark.parametrize("args", [(), ("sun", "--input", "a.jsonl", "--output", "b.jsonl"), ("--input", "a.jsonl")])
+@pytest.mark.parametrize("args", [(), ("sun", "--input", "a.jsonl"), ("sun", "--output", "b.jsonl")])
 def test_wrong_arguments(cli: Callable, texts: Path, args: tuple[str, ...]) -> None:
     assert cli("predict", texts, *args).code == 2

@@ -244,6 +244,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         ("a/b/c", "no such file"),
         ("./name", "no such file"),
         ("owner/data.csv", "no such file"),
+        ("owner/some--data", "no such file, and no hub id"),
         ("", "is empty; name a file"),  # and not the working folder, as to pathlib
     ],
 )

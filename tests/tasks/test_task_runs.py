@@ -14,6 +14,7 @@ import pytest
 import torch
 import trainkit
 import transformers
+from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 from taskkit import CASES
 from trainkit import Child, Trained, at_step, read_run, run_recipe
@@ -21,6 +22,7 @@ from trainkit import Child, Trained, at_step, read_run, run_recipe
 from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
+from peftcli.output_schemas import output_schema
 from peftcli.schema import BaseModel
 from peftcli.tasks.base import FitsModel, scores_of
 
@@ -116,6 +118,16 @@ def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable,
     answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
     for metric, value in CASES[name].recompute(CASES[name].held_out, answers).items():
         assert measured[f"eval_{metric}"] == pytest.approx(value), metric
+
+
+def test_answers_are_as_the_schema_says(
+    runs: Callable, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where pictures are written
+    asked = trainkit.write_rows(tmp_path / "asked.jsonl", CASES[name].asked(CASES[name].held_out)[:2])
+    found = cli("predict", runs(name)[1].folder, "--input", asked, "--json")
+    assert len(found["rows"]) == 2
+    Draft202012Validator(output_schema("predict")).validate(found)
 
 
 @some_tasks
