@@ -16,6 +16,7 @@ from peftcli.core.layer import (
     WeightChange,
     adapter_layers,
     base_module,
+    layers_at,
     model_ends,
     modules_sharing,
     plain_dtype,
@@ -156,10 +157,10 @@ def _keep_parameters(model: nn.Module, folded: Folded) -> None:
 
 
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return the adapter layers that are not inside another one, by path."""
+    """Return the adapter layers by path, of several on one module the outermost."""
     layers = adapter_layers(model)
-    inside = tuple(f"{path}." for path in layers)
-    return {path: layer for path, layer in layers.items() if not path.startswith(inside)}
+    below = {inner for layer in layers.values() for inner in layers_at(layer)[1:]}
+    return {path: layer for path, layer in layers.items() if layer not in below}
 
 
 def _separate(model: nn.Module) -> None:

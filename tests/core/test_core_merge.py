@@ -306,6 +306,41 @@ def test_layer_by_layer_weights_are_merged_where_they_are(name: str) -> None:
         assert {weight.data_ptr() for weight in model.state_dict().values()} <= before
 
 
+class _Gated(nn.Module):
+    """Multiplies with a parameter of its own what a module inside it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.inner(x), self.gate)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["inner"]}, {"modules_to_save": ["inner"]}])
+@pytest.mark.parametrize("adapters", [["default"], ["default", "b"], ["b"]])
+def test_an_adapter_inside_a_module_with_an_adapted_parameter_is_merged_too(
+    settings: dict[str, Any], adapters: list[str]
+) -> None:
+    torch.manual_seed(0)
+    base, x = nn.ModuleDict({"gated": _Gated()}), torch.randn(2, 8)
+    names = list(base.state_dict())
+    model = get_peft_model(base, peftcli.LoraConfig(target_parameters=["gated.gate"], **settings))
+    model.add_adapter("b", peftcli.LoraConfig(target_modules=["inner"]))
+    randomise(model)
+    model.base_model.set_adapter(adapters)
+    expected = base.eval()["gated"](x)
+    by_layer = copy.deepcopy(base)
+    merge_layer_by_layer(by_layer)
+    model.merge_adapter()
+    merged = base["gated"](x)
+    model.unmerge_adapter()
+    assert torch.equal(base["gated"](x), expected)
+    for found in (merged, by_layer["gated"](x), model.merge_and_unload()["gated"](x)):  # type: ignore[operator, index]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert list(base.state_dict()) == list(by_layer.state_dict()) == names
+
+
 @pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("llama_tied", ["embed_tokens"])])
 def test_the_parameter_that_was_there_holds_the_sum_unless_another_module_has_it_too(
     kind: str, targets: list[str]
