@@ -100,7 +100,7 @@ class Folded:
 
     def undo(self) -> None:
         """Put the weights back, exactly, and enable the layers."""
-        for module, name, tensor in self.before:
+        for module, name, tensor in reversed(self.before):
             setattr(module, name, tensor)
         for layer in self.layers:
             layer.enabled, layer.merged_adapters = True, []

@@ -18,10 +18,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from peftcli.core.inject import disabled, inject, set_trainable, unload
-from peftcli.core.merge import merge
+from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
+from peftcli.core.layer import adapter_layers
+from peftcli.core.merge import fold, merge
 from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import AdapterError
+from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import wrap
 
@@ -161,11 +163,49 @@ def test_attention_that_lora_cannot_adapt_is_refused() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4)})
     with pytest.raises(AdapterError, match=r"attention adapts attention\.out_proj too"):
         inject(model, LoraConfig(target_modules=["attention", "out_proj"]))
+    for settings in ({"target_modules": ["out_proj"]}, {"target_modules": ["last"], "modules_to_save": ["out_proj"]}):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4), "last": nn.Linear(16, 16)})
+        inject(model, LoraConfig(target_modules=["attention"]))
+        with pytest.raises(AdapterError, match=r"attention adapts attention\.out_proj too"):
+            inject(model, LoraConfig(**settings), "b")
+        assert {layer.adapter for layer in adapter_layers(model).values()} == {"default"}
     with pytest.raises(AdapterError, match="keys or values of another width"):
         _filled(nn.MultiheadAttention(16, 4, kdim=8))
     for settings in ({"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"lora_dropout": 0.1}):
         with pytest.raises(AdapterError, match=r"is not supported for x\.proj, in a MultiheadAttention"):
             _filled(nn.MultiheadAttention(16, 4), **settings)
+
+
+def test_attention_is_adapted_beside_another_adapters_trained_biases() -> None:
+    model, x = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "last": nn.Linear(8, 8)}), torch.randn(3, 2, 8)
+    configs = [LoraConfig(target_modules=["attention"]), LoraConfig(target_modules=["last"], bias="all")]
+    for name, config in zip("ab", configs, strict=True):
+        inject(model, config, name)
+    randomise(model)
+    state = list(model.state_dict())
+    with torch.no_grad():
+        found = model["attention"](x, x, x)[0]
+        assert list(model.state_dict()) == state
+        merge(model, *configs)
+        torch.testing.assert_close(model["attention"](x, x, x)[0], found, atol=1e-5, rtol=1e-5)
+
+
+def test_a_weight_that_two_layers_have_changed_is_taken_back() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    weight = model["attention"].out_proj.weight
+    inject(model, LoraConfig(target_modules=["attention"]), "a")
+    inject(model, IA3Config(target_modules=["out_proj"], feedforward_modules=[]), "b")
+    randomise(model)
+    fold(model).undo()
+    assert model["attention"].base_layer.out_proj.base_layer.weight is weight
+
+
+def test_a_weight_inside_a_module_that_another_adapter_trains_in_full_is_that_of_one_adapter() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "last": nn.Linear(8, 8)})
+    inject(model, LoraConfig(target_modules=["last"], modules_to_save=["attention"]), "a")
+    inject(model, LoraConfig(target_modules=["attention"]), "b")
+    with pytest.raises(AdapterError, match="b replaces attention, which a changes too; only one of them can be"):
+        set_active(model, ["a", "b"])
 
 
 TARGETS = [["self_attn"], ["linear1"], ["out_proj", "linear2"], "all-linear"]

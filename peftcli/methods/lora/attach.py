@@ -11,19 +11,34 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import replace_modules, train_other_biases
-from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_paths
+from peftcli.core.layer import (
+    AdapterLayer,
+    TrainedBias,
+    TrainedCopy,
+    adapter_layers,
+    base_module,
+    base_name,
+    base_paths,
+    layers_at,
+)
 from peftcli.core.targets import find_modules
-from peftcli.errors import PeftWarning
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.alora import watch_input_ids
 from peftcli.methods.lora.arrow import find_experts
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
+from peftcli.methods.lora.parameters import LoraAttention
 from peftcli.methods.lora.targets import name_group, tied_group, token_modules
 
 
 def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
-    """Complete the adapter once its ``layers`` are in place, by the names of the modules that they adapt."""
+    """Complete the adapter once its ``layers`` are in place, by the names of the modules that they adapt.
+
+    Raises:
+        AdapterError: it, or another adapter, adapts the output's projection of an attention that is adapted as a whole.
+    """
+    _check_attentions(model)
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     if config.bias == "all":
         train_other_biases(model, config, layers)
@@ -70,6 +85,15 @@ class TiedHead(LoraLayer):
 
     def delta(self) -> torch.Tensor:
         return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+
+def _check_attentions(model: nn.Module) -> None:
+    for path, layer in adapter_layers(model).items():
+        if isinstance(layer, LoraAttention):
+            inside = layers_at(base_module(layer).out_proj)
+            if any(not isinstance(each, TrainedBias) for each in inside):
+                name = base_name(model, path)
+                raise AdapterError(f"{name} adapts {name}.out_proj too; name one of them", key="target_modules")
 
 
 def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, layers_at, widened
+from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_dtype, base_module, layers_at, widened
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
@@ -35,6 +35,9 @@ class InsideLayer(LoraLayer):
         weights = {f"{below}{name}": self.with_delta(name, weight) for name, weight in current.items()}
         return torch.func.functional_call(self.base_layer, weights, args, kwargs)
 
+    def overrides(self, below: AdapterLayer) -> bool:
+        return isinstance(below, TrainedCopy) and base_module(below) is base_module(self)
+
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.with_delta(name, widened(base[name])) for name in self.adapted}
 
@@ -45,8 +48,6 @@ class LoraAttention(InsideLayer):
     ``A: (r, D)``, ``B: (3 D, r)`` and ``out.A: (r, D)``, ``out.B: (D, r)``. PEFT adds the output's delta twice, in
     training as in merging, so that is what its files mean, and so does this layer.
     """
-
-    adapted = ("in_proj_weight", "out_proj.weight")
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
@@ -61,6 +62,12 @@ class LoraAttention(InsideLayer):
         self.out = nn.ModuleDict({"lora_A": down, "lora_B": up})
         for a, b in ((self.lora_A, self.lora_B), (down, up)):
             initialise(a.weight, b.weight, config.init_lora_weights, self.scaling, lambda: attention.out_proj.weight)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The names of both weights now: the biases of another adapter may train around the output's projection."""
+        around = "base_layer." * len(layers_at(base_module(self).out_proj))
+        return ("in_proj_weight", f"out_proj.{around}weight")
 
     def file_name(self, path: str, tensor: str) -> str:
         return super().file_name(path, tensor.replace("out.", "base_layer.out_proj.", 1))

@@ -30,13 +30,6 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     modules = _target_modules(model, config)
     if both := [name for name in modules if name in owners]:
         raise AdapterError(f"{both[0]} is among target_modules too; name it in one of them", key="target_parameters")
-    paths = base_paths(model)
-    for name in modules:
-        attention = name.rpartition(".")[0]
-        if attention in modules and isinstance(
-            base_module(model.get_submodule(paths[attention])), nn.MultiheadAttention
-        ):
-            raise AdapterError(f"{attention} adapts {name} too; name one of them", key="target_modules")
     adapted = [*modules, *(f"{name}.{parameter}" for name, own in owners.items() for parameter in own)]
     check_pattern_keys(dict(config.rank_pattern), adapted, "rank_pattern", config)
     check_pattern_keys(config.alpha_pattern, adapted, "alpha_pattern", config)
