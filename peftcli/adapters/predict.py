@@ -14,6 +14,7 @@ from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.generate import describe, first_batch, load_generator, longest_first
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
+from peftcli.core.heads import widen_heads
 from peftcli.data.rows import Place, Row
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
@@ -133,6 +134,7 @@ def load_for_task(
         task.fit_model(loaded.model, None)
     if with_adapter:
         apply_adapter(loaded, source)
+    widen_heads(loaded.model)
     return loaded
 
 

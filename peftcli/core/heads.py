@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import base_module, base_modules, base_paths, model_ends
+from peftcli.core.layer import base_module, base_modules, base_paths, cast, model_ends
+from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
 
@@ -37,6 +40,28 @@ def parameters_of_heads(model: Any) -> list[str]:
     """Return the names of the parameters of ``head_names``."""
     heads = tuple(f"{name}." for name in head_names(model))
     return [name for name, _ in model.named_parameters() if name.startswith(heads)]
+
+
+def widen_heads(model: Any) -> None:
+    """Let each head with an output for each label compute in float32, whatever the rest computes in.
+
+    Of numbers near 2000, bfloat16 has every eighth. A quantised head stays as it is. An adapter's layers on a head
+    compute so too: they must be in the model by then.
+    """
+    modules = base_modules(model)
+    for name in head_names(model):
+        parts = [module for path, module in modules.items() if f"{path}.".startswith(f"{name}.")]
+        labelled = any(isinstance(part, nn.Linear) and part.out_features == model.config.num_labels for part in parts)
+        if labelled and not any(map(is_quantised, parts)):
+            head: Any = model.get_submodule(name)
+            head.float()
+            head.forward = functools.partial(_in_float32, head, head.forward)
+
+
+def _in_float32(head: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(next(head.parameters()).device.type, enabled=False):
+        given = {name: cast(value, torch.float32) for name, value in kwargs.items()}
+        return forward(*cast(args, torch.float32), **given)
 
 
 def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collection[str] = ()) -> None:

@@ -246,7 +246,7 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
             value = getattr(self.copy, name)
             if self.mixed and isinstance(value, nn.Parameter):
                 self.read = name
-            return _cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
+            return cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.copy.named_parameters())
@@ -273,8 +273,8 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         own, base = (next(module.parameters()) for module in (self.copy, base_module(self)))
         if torch.is_autocast_enabled(own.device.type) or not self.casts_input:
             return self.copy(*args, **kwargs)
-        given = {name: _cast(value, own.dtype) for name, value in kwargs.items()}
-        return _cast(self.copy(*_cast(args, own.dtype), **given), base.dtype)
+        given = {name: cast(value, own.dtype) for name, value in kwargs.items()}
+        return cast(self.copy(*cast(args, own.dtype), **given), base.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.file_tensors()
@@ -320,10 +320,10 @@ class TrainedBias(AdapterLayer):
         return (own := self.merged_tensors(base)) | self.base_layer.folded(base | own)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     """Return ``value`` with the floating-point tensors in it, or in a list or tuple, in another dtype."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_cast(each, dtype) for each in value) if type(value) in (list, tuple) else value
+        return type(value)(cast(each, dtype) for each in value) if type(value) in (list, tuple) else value
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from peftcli.adapters.load import apply_adapter, find_adapter, other_base
+from peftcli.core.heads import widen_heads
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
@@ -69,6 +70,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
             task.begin(loaded.model.to(accelerator.device), from_adapter=True)  # as training did
             unload(loaded.model)
         apply_adapter(loaded, source)
+    widen_heads(loaded.model)
     model = loaded.model.to(accelerator.device)
     unpad(model, None if source is None else source.config)
     batch_size, workers = recipe.training.per_device_eval_batch_size, num_workers(recipe.training, task)

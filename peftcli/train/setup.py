@@ -22,6 +22,7 @@ from transformers import conversion_mapping
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
+from peftcli.core.heads import widen_heads
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers, base_modules, base_name
 from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
@@ -187,6 +188,7 @@ def adapted_model(
         injection = inject(model, config, initialised=loaded.initialised)
         if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
             method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
+    widen_heads(model)
     warn_of_peft(model, config, injection)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)

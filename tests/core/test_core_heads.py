@@ -17,6 +17,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
@@ -31,7 +32,7 @@ from transformers import (
 
 from peftcli import PeftModelForQuestionAnswering, PeftModelForSequenceClassification, get_peft_model
 from peftcli.core.files import load_adapter, read_config, save_adapter
-from peftcli.core.heads import head_names
+from peftcli.core.heads import head_names, widen_heads
 from peftcli.core.inject import disabled, inject, set_trainable
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
@@ -213,3 +214,26 @@ def test_the_figures_of_a_model_without_a_task_stay() -> None:
     injection = inject(model, LoraConfig(r=2))
     assert injection.trainable == 2 * 2 * 2 * 2 * 32
     assert logits(model, batch("bert")).shape == (2, 3)
+
+
+@pytest.mark.parametrize("adapted", [*MODELS, "bert: classifier", "roberta: out_proj"])
+def test_a_head_computes_in_float32(adapted: str) -> None:
+    """In a model that computes in less, with or without autocast; also one that a LoRA adapts."""
+    kind, _, target = adapted.partition(": ")
+    model = _base(kind).bfloat16()
+    inject(model, LoraConfig(target_modules=[target]) if target else _config(kind, "lora"))
+    widen_heads(model)
+    _shake(model)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = _output(model)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16())
+
+
+def test_what_is_no_head_computes_as_before() -> None:
+    """A body without its prefix, in which a LoRA's r is the number of labels."""
+    model = BertModel(BertConfig(**_SIZES)).bfloat16()
+    inject(model, LoraConfig(r=model.config.num_labels))
+    widen_heads(model)
+    assert {value.dtype for value in model.parameters() if not value.requires_grad} == {torch.bfloat16}

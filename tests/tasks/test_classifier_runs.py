@@ -129,6 +129,22 @@ def test_other_labels_and_pairs_train(tmp_path: Path, rows: Any, settings: dict[
     assert metric in run.run["eval"]["last"]
 
 
+def test_numbers_have_more_digits_than_bfloat16(tmp_path: Path) -> None:
+    """Near 2003 it has 2000 and 2008."""
+    recipe = write_classifier_recipe(tmp_path)
+    for name in ("train", "eval"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"sun {n}", "label": 2003.0} for n in range(4)])
+    run = run_recipe(recipe, "training.max_steps=1")
+    file = run.folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value + 2003 * name.endswith("classifier.bias") for name, value in tensors.items()}, file)
+    ours = ["training.bf16=true", "training.eval_on_start=true", f"training.output_dir={tmp_path}/more"]
+    more = run_recipe(recipe, *EVALUATES, *ours, f"training.init_adapter_from={run.folder}")
+    alone = measure(load_recipe(recipe, ["training.bf16=true"]), str(run.folder))
+    for found in (more.run["eval"]["first"], alone["eval"]["last"]):
+        assert found["eval_mse"] < 4
+
+
 @pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_an_encoder_decoder_trains_and_merges(cli: Callable, tmp_path: Path, kind: str) -> None:
     """Its head finds a row by its one token of the end, in what checks of the adapter feed too."""
