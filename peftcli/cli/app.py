@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -110,7 +111,7 @@ def peftcli(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. Works with every command.")
+        bool, typer.Option("--debug", help="Show the tracebacks of errors. Works with every command.")
     ] = False,
 ) -> None:
     """Fine-tune large pretrained models by training few parameters, from one YAML recipe."""
@@ -128,7 +129,12 @@ def main(args: Sequence[str] | None = None) -> int:
     is_own = args is None or started_by_peftcli()  # and nothing is left to stop while this process ends
     try:
         set_variables()
-        with postponed_collection(), console.redacted_streams(), signals.handle_signals(last=is_own):
+        with (
+            postponed_collection(),
+            console.redacted_streams(),
+            console.debug_log() if debug else nullcontext(),
+            signals.handle_signals(last=is_own),
+        ):
             code = _run(rest or ["--help"])
             sys.stdout.flush()
         report_outcome(None)

@@ -13,6 +13,8 @@ from peftcli.errors import UsageError
 if TYPE_CHECKING:
     from peftcli.errors import Problem
 
+MEMORY_UNKNOWN = "memory: not known for this model"
+
 
 def check(
     words: Annotated[
@@ -40,7 +42,7 @@ def check(
     memory = dict[str, Any]()
     for path in dict.fromkeys(recipes):
         reading = read(path, overrides)
-        found, noted, code = reading.problems, rate_problems(reading), 2
+        found, noted, code, would = reading.problems, rate_problems(reading), 2, dict[str, Any]()
         if deep and reading.recipe:
             from peftcli.train.preview import deep_check
 
@@ -48,27 +50,30 @@ def check(
             opened.check_folder(reading.recipe)
             found, code = [reading.locate(each) for each in opened.errors], opened.exit_code
             noted = [*map(reading.locate, opened.warnings), *noted]
-            memory[str(path)] = opened.would.get("memory")
+            would = opened.would
+            memory[str(path)] = would.get("memory")
         errors += found
         warnings += noted
         codes += [code] * bool(found)
         if not as_json:
-            _print(path, found, noted, memory.get(str(path)))
+            _print(path, found, noted, would)
     if as_json:
         found_all = {"errors": [asdict(p) for p in errors], "warnings": [asdict(p) for p in warnings]}
         console.print_json(found_all | ({"memory": memory} if deep else {}))
     raise typer.Exit(codes[0] if codes else 0)
 
 
-def _print(path: Path, errors: list[Problem], warnings: list[Problem], memory: dict[str, Any] | None) -> None:
+def _print(path: Path, errors: list[Problem], warnings: list[Problem], would: dict[str, Any]) -> None:
     for problem in warnings:
         console.out(f"warning: {problem}")
     for problem in errors:
         console.out(str(problem))
     count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
     console.out(f"{path}: {count}" if errors else f"ok: {path}")
-    if memory:
+    if memory := would.get("memory"):
         kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
         parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])
         each = f" in each of {memory['processes']} processes" if memory["processes"] > 1 else ""
         console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at the peak{each}, of {parts}")
+    elif "memory" in would:
+        console.out(MEMORY_UNKNOWN)

@@ -6,6 +6,7 @@ Uses rich on terminals only; elsewhere, plain lines without colours.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -98,6 +99,20 @@ def redacted_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def debug_log() -> Iterator[None]:
+    """Log in the block, on stderr, what our own modules say at the level DEBUG."""
+    logger, handler = logging.getLogger("peftcli"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def clean(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.check import MEMORY_UNKNOWN
 from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
@@ -73,7 +74,10 @@ def train(
             if launch.is_launched() and settings.launch.num_processes == "auto":
                 started = replace(settings.launch, num_processes=launch.launched_processes(), num_machines=1)
                 settings = replace(settings, launch=started)
-            console.print_json(preview(settings))
+            would = preview(settings)
+            if would["memory"] is None:
+                console.log(MEMORY_UNKNOWN)
+            console.print_json(would)
             raise typer.Exit
         if junit is not None and is_main and settings.launch.machine_rank == 0:
             require_writable(junit)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
+from peftcli.cli.check import MEMORY_UNKNOWN
 from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
 from peftcli.train.events import OnEvent
@@ -49,7 +50,11 @@ def train_together(
         from peftcli.train.preview import preview
 
         alike(recipes, options)
-        console.print_json({"runs": [preview(recipe) for recipe in recipes.values()]})
+        runs = [preview(recipe) for recipe in recipes.values()]
+        for name, run in zip(recipes, runs, strict=True):
+            if run["memory"] is None:
+                console.log(f"{name}: {MEMORY_UNKNOWN}")
+        console.print_json({"runs": runs})
         return
 
     with ExitStack() as stack:

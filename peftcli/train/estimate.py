@@ -84,7 +84,9 @@ def estimate(
     ``model`` is on the meta device, with its adapter, ready to train; it is changed, and of no use afterwards. Every
     setting of the recipe is chosen.
     """
+    log = logging.getLogger(__name__)
     if base.is_pipeline or base.is_stored_quantised:
+        log.debug("the memory of a pipeline, or of weights that are stored quantised, is not estimated")
         return None
     try:
         with _without_logs():
@@ -92,6 +94,7 @@ def estimate(
     except (Interrupted, MemoryError):
         raise
     except Exception:  # whatever code the model, the method and the task have, which expects values
+        log.debug("the memory cannot be estimated", exc_info=True)
         return None
 
 

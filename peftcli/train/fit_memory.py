@@ -53,9 +53,15 @@ def settings_of(recipe: Recipe) -> Settings:
     return {key: getattr(getattr(recipe, section), key) for section, keys in _CHOSEN.items() for key in keys}
 
 
+def first_auto(recipe: Recipe) -> str | None:
+    """Return the key of the first setting that is left to choose; None: there is none."""
+    given = settings_of(recipe)
+    return next((f"{section}.{key}" for section, keys in _CHOSEN.items() for key in keys if given[key] == "auto"), None)
+
+
 def is_fitted(recipe: Recipe) -> bool:
     """Whether nothing is left to choose."""
-    return "auto" not in settings_of(recipe).values()
+    return first_auto(recipe) is None
 
 
 def smallest(recipe: Recipe) -> Recipe:
@@ -137,8 +143,7 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
     Raises:
         UsageError: it is not known what the model needs, or there is nothing to choose from.
     """
-    given = settings_of(recipe)
-    key = next(f"{section}.{key}" for section, keys in _CHOSEN.items() for key in keys if given[key] == "auto")
+    given, key = settings_of(recipe), first_auto(recipe)
     size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     if not data.task.divides:
         raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)

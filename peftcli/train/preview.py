@@ -31,7 +31,8 @@ def preview(recipe: Recipe) -> dict[str, Any]:
 def deep_check(recipe: Recipe) -> DeepCheck:
     """Every error and every warning that opening the recipe's data and model brings up."""
     state = checked.state_of(recipe)
-    if state is not None and (known := checked.read(recipe, state)) is not None:
+    debugs = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)  # what is kept has no log
+    if state is not None and not debugs and (known := checked.read(recipe, state)) is not None:
         return known
 
     from peftcli.train.examine import examine

@@ -30,7 +30,7 @@ from peftcli.tasks.text.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process, launch
 from peftcli.train.data import RunData
 from peftcli.train.events import OnEvent
-from peftcli.train.fit_memory import is_fitted
+from peftcli.train.fit_memory import first_auto
 from peftcli.train.loop import Gradients
 from peftcli.train.options import DEFAULTS, RESUME_MODES, StartOptions
 from peftcli.train.run import RunHost, completed, steps_of
@@ -123,8 +123,8 @@ def alike(
             if getattr(recipe.training, key):
                 message = "does not work for recipes that are trained together"
                 raise UsageError(message, file=name, key=f"training.{key}")
-        if not is_fitted(recipe):
-            raise UsageError("auto is not for recipes that are trained together", file=name, key="training")
+        if (auto := first_auto(recipe)) is not None:
+            raise UsageError("auto is not for recipes that are trained together", file=name, key=auto)
         folder = expand_user(Path(recipe.training.output_dir)).resolve()
         if folder in folders:
             raise UsageError(f"is also that of {folders[folder]}", file=name, key="training.output_dir")

@@ -140,6 +140,8 @@ def test_each_error_of_runs_together_is_told_once(
     assert (dry.code, "training.output_dir: is also that of" in dry.err) == (2, True)
     dry = cli("train", *paths[:2], "--together", "--dry-run", "launch.num_processes=2")
     assert (dry.code, "--together trains in one process" in dry.err) == (2, True)
+    dry = cli("train", *paths[:2], "--together", "--dry-run", "launch.strategy=auto")
+    assert (dry.code, "launch.strategy: auto is not for recipes that are trained together" in dry.err) == (2, True)
 
 
 @pytest.mark.slow  # imports torch and matplotlib anew
@@ -168,6 +170,18 @@ def test_dry_run_under_a_launcher(cli: Callable, recipe: Path, monkeypatch: pyte
     monkeypatch.setenv("RANK", "0")
     shown = json.loads(cli("train", recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2").out)
     assert (shown["steps"], shown["memory"]["processes"]) == (4, 2)
+
+
+def test_memory_that_is_not_known(cli: Callable, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("needs values")
+
+    monkeypatch.setattr("peftcli.train.estimate._estimate", fail)
+    line = "memory: not known for this model\n"
+    dry = cli("train", recipe, "--dry-run")
+    assert (json.loads(dry.out)["memory"], line in dry.err, "needs values" in dry.err) == (None, True, False)
+    assert cli("check", "--deep", recipe).out.endswith(f"ok: {recipe}\n{line}")
+    assert "RuntimeError: needs values" in cli("check", "--deep", recipe, "--debug").err
 
 
 def test_dry_run_of_a_recipe_that_would_fail(cli: Callable, recipe: Path) -> None:
