@@ -104,7 +104,7 @@ def redacted_streams() -> Iterator[None]:
 @contextmanager
 def debug_log() -> Iterator[None]:
     """Log in the block, on stderr, what our own modules say at the level DEBUG."""
-    logger, handler = logging.getLogger("peftcli"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("peftcli"), _DebugHandler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -136,6 +136,11 @@ def report_error(error: PeftcliError, as_json: bool = False) -> int:
         except OSError:
             discard(sys.stdout)
     return error.exit_code
+
+
+class _DebugHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log(self.format(record))
 
 
 class _RedactedStream:
