@@ -34,7 +34,14 @@ class _Bound(functools.partial[Any]):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.args[0].get_base_model().forward)
+        shown = inspect.signature(self.args[0].get_base_model().forward)
+        own = [*inspect.signature(self.func).parameters]
+
+        def place(argument: inspect.Parameter) -> tuple[Any, ...]:
+            order = own.index(argument.name) if argument.name in own else len(own)
+            return argument.kind, argument.default is not argument.empty, order
+
+        return shown.replace(parameters=sorted(shown.parameters.values(), key=place))
 
 
 def forward_inside(model: Any) -> Callable[..., Any] | None:

@@ -1,4 +1,4 @@
-"""PEFT's model classes of the tasks. Each names the arguments of its forward pass, which Trainer reads."""
+"""PEFT's model classes of the tasks. Each names the arguments of its forward pass; a model shows its base model's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from peftcli.core.layer import TrainedCopy
 from peftcli.peft_api.model import PeftModel
+from peftcli.peft_api.shown_arguments import ShowsArguments
 
 
 class _Head(nn.Module):
@@ -26,7 +27,7 @@ class _Head(nn.Module):
 
 
 class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
-    """A causal language model with an adapter. Names its arguments, which Trainer reads."""
+    """A causal language model with an adapter."""
 
     def get_output_embeddings(self) -> Any:
         """The base model's head. TRL refuses those that are adapter layers, and takes one in ``modules_to_save``."""
@@ -34,6 +35,7 @@ class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
         head = model.get_output_embeddings()
         return _Head(head) if isinstance(head, TrainedCopy) else head
 
+    @ShowsArguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -48,8 +50,9 @@ class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
 
 
 class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
-    """An encoder-decoder language model with an adapter. Names its arguments, which Trainer reads."""
+    """An encoder-decoder language model with an adapter."""
 
+    @ShowsArguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -66,8 +69,9 @@ class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
 
 
 class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
-    """A model that classifies texts, with an adapter. Names its arguments, which Trainer reads."""
+    """A model that classifies texts, with an adapter."""
 
+    @ShowsArguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -85,8 +89,9 @@ class PeftModelForTokenClassification(PeftModelForSequenceClassification, task_t
 
 
 class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
-    """A model that finds answers in texts, with an adapter. Names its arguments, which Trainer reads."""
+    """A model that finds answers in texts, with an adapter."""
 
+    @ShowsArguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -105,6 +110,7 @@ class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
 class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
     """A model without a head, with an adapter."""
 
+    @ShowsArguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -1,8 +1,9 @@
-"""The arguments that a model without a task shows: those of the model inside, as Trainer finds them with PEFT."""
+"""The arguments that a model shows: those of the model inside, as Trainer finds them with PEFT."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,35 @@ def _trainer(model: nn.Module, folder: Path) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_trainer_finds_the_columns_and_labels_that_it_finds_with_peft(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("llama", None),
+        ("bert", None),
+        ("llama", "CAUSAL_LM"),
+        ("t5", "SEQ_2_SEQ_LM"),
+        ("bert", "SEQ_CLS"),
+        ("bert", "TOKEN_CLS"),
+        ("bert", "QUESTION_ANS"),
+        ("bert", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_trainer_finds_the_columns_and_labels_that_it_finds_with_peft(
+    kind: str, task: str | None, tmp_path: Path
+) -> None:
     found = []
     for lib in (peftcli, peft):
-        trainer = _trainer(lib.get_peft_model(tiny(kind), lib.LoraConfig(r=2)), tmp_path)
+        trainer = _trainer(lib.get_peft_model(tiny(kind), lib.LoraConfig(r=2, task_type=task)), tmp_path)
         trainer._set_signature_columns_if_needed()
         found.append((trainer.label_names, sorted(trainer._signature_columns)))
     assert found[0] == found[1]
     assert "labels" in found[0][0]
+
+
+def test_the_arguments_of_a_model_with_a_task_are_shown_in_the_order_in_which_it_takes_them() -> None:
+    model = peftcli.get_peft_model(tiny("gpt2"), peftcli.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    shown = inspect.signature(model.forward).bind(1, 2, labels=3).arguments
+    assert shown == {"input_ids": 1, "attention_mask": 2, "labels": 3}
 
 
 def test_trainer_trains_and_evaluates_a_model_without_a_task(tmp_path: Path) -> None:
