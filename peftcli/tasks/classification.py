@@ -188,8 +188,12 @@ class Classification(Task[Settings]):
     def reports(self) -> Sequence[str]:
         if self.settings.problem_type == "regression":
             return ("loss", "mse", "pearson", "spearman")
-        more = () if self.settings.problem_type == "multi_label" else ("matthews", "top5_accuracy")
-        return ("loss", "accuracy", "macro_f1", "micro_f1", "auc", *more)
+        known = ("loss", "accuracy", "macro_f1", "micro_f1")
+        if self.settings.problem_type == "multi_label":
+            return (*known, "auc")
+        auc = ("auc",) if len(self.labels) == 2 else ()
+        top = ("top5_accuracy",) if len(self.labels) > _TOP else ()
+        return (*known, "matthews", *auc, *top)
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         from sklearn import metrics

@@ -237,7 +237,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def reports(self) -> Sequence[str]:
         if self.settings.scheme == "none":
             return ("loss", "accuracy", "macro_f1")
-        return ("loss", "accuracy", "precision", "recall", "f1", "f1_*")
+        return ("loss", "accuracy", "precision", "recall", "f1", *(f"f1_{name}" for name in self.names))
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         loss = {"loss": float(sums["loss"]) / num_targets}

@@ -50,7 +50,7 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
         "training.metric_for_best_model": name if name.startswith("eval_") else f"eval_{name}"
     }
     for key, name in wanted.items():
-        if not any(fnmatchcase(name, known) for known in names):
+        if name not in names and not any(fnmatchcase(name, known) for known in names):
             raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)
     best, training = wanted["training.metric_for_best_model"], recipe.training
     if training.greater_is_better is None and [each for each in names if fnmatchcase(best, each)] == ["eval_*"]:

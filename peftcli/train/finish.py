@@ -124,6 +124,10 @@ def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRe
 
 def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
     """Raise GateFailed naming the gates of a run.json that do not hold."""
-    failed = [f"{gate['metric']} is {gate['value']}, expected {gate['gate']}" for gate in gates if not gate["passed"]]
+    failed = list[str]()
+    for gate in gates:
+        if not gate["passed"]:
+            value = "was not measured" if gate["value"] is None else f"is {gate['value']}"
+            failed.append(f"{gate['metric']} {value}, expected {gate['gate']}")
     if failed:
         raise GateFailed("; ".join(failed), key="gates")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trainkit
+from classifierkit import ROWS, write_classifier_recipe
 from taskkit import CASES
 from trainkit import read_run, run_recipe, write_recipe
 
@@ -87,6 +88,18 @@ def test_gates(cli: Callable, recipe: Path, gate: str, code: int) -> None:
     assert ran.code == code
     assert (json.loads(ran.out)["exit_code"], json.loads(ran.out)["gates"][0]["passed"]) == (code, code == 0)
     assert ("eval_loss is" in ran.err) == (code == 12)
+
+
+def test_a_gate_on_what_is_not_measured(cli: Callable, tmp_path: Path) -> None:
+    """By the labels that were found, or by those of the evaluation rows: of one class there is no AUC."""
+    recipe = write_classifier_recipe(tmp_path)
+    ran = cli("evaluate", recipe, EVALUATES, "gates.eval_top5_accuracy=> 0")
+    assert ran.code == 2
+    assert "eval_macro_f1, eval_micro_f1, eval_matthews, eval_auc, not eval_top5_accuracy" in ran.err
+    trainkit.write_rows(tmp_path / "eval.jsonl", [row for row in ROWS if row["label"] == "good"])
+    ran = cli("evaluate", recipe, EVALUATES, "gates.eval_auc=> 0")
+    assert ran.code == 12
+    assert "eval_auc was not measured, expected > 0" in ran.err
 
 
 def test_one_process_measures_what_several_trained(cli: Callable, recipe: Path) -> None:

@@ -32,7 +32,8 @@ def says_so(recipe: Path, *settings: str) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_knows_the_names_of_its_metrics(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(CASES[name].write(tmp_path))
+    task = {**CASES[name].task, **CASES[name].found}
+    recipe = load_recipe(CASES[name].write(tmp_path), [f"task={json.dumps(task)}"])
     reports = open_task(recipe, open_base(recipe.base_model)).reports
     for metric in CASES[name].metrics:
         assert any(fnmatchcase(metric, known) for known in reports), metric
@@ -44,7 +45,11 @@ def test_a_task_knows_the_names_of_its_metrics(name: str, tmp_path: Path) -> Non
     [
         ("sequence_classification", "problem_type: regression", "mse", "accuracy"),
         ("sequence_classification", "problem_type: multi_label", "auc", "matthews"),
+        ("sequence_classification", "labels: [a, b]", "auc", "top5_accuracy"),
+        ("sequence_classification", "labels: [a, b, c]", "matthews", "auc"),
+        ("sequence_classification", "labels: [a, b, c, d, e, f]", "top5_accuracy", "auc"),
         ("token_classification", "scheme: none", "macro_f1", "f1"),
+        ("token_classification", "labels: [O, B-LOC, I-LOC], scheme: iob2", "f1_LOC", "f1_PER"),
         ("feature_extraction", "loss: cosine", "spearman", "mrr"),
         ("preference", "loss: kto", "kl", "nll"),
         ("preference", "loss: orpo", "nll", "kl_chosen"),
