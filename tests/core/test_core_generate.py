@@ -331,6 +331,30 @@ def test_tokens_that_are_guessed_ahead_change_nothing(model: nn.Module) -> None:
     assert torch.equal(got, expected)
 
 
+def test_an_assistant_guesses_what_it_generates_by_itself(model: nn.Module) -> None:
+    if not hasattr(model.config, "num_key_value_heads"):
+        pytest.skip("one of each kind of attention is enough")
+    given = {"input_ids": ids(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
+    base: Any = copy.deepcopy(model)
+    unload(base)
+    assistant: Any = copy.copy(model)
+    rounds = []
+
+    def guess(**options: Any) -> Any:
+        output = virtual_tokens.generate(model, **options)
+        tokens = options["input_ids"]
+        alone = GREEDY | {"max_new_tokens": output.sequences.shape[1] - tokens.shape[1]}
+        rounds.append(torch.equal(output.sequences, virtual_tokens.generate(model, tokens, **alone)))
+        return output
+
+    assistant.generate = guess
+    assert torch.equal(base.generate(**given, assistant_model=assistant, **GREEDY), base.generate(**given, **GREEDY))
+    assert all(rounds)
+    assert len(rounds) > 1
+    expected = virtual_tokens.generate(model, **given, **GREEDY)
+    assert torch.equal(virtual_tokens.generate(model, **given, assistant_model=assistant, **GREEDY), expected)
+
+
 def test_a_long_prompt_is_read_in_chunks(model: nn.Module) -> None:
     tokens, mask = _padded()
     options = {"input_ids": tokens, "attention_mask": mask, "prefill_chunk_size": 3, **GREEDY}

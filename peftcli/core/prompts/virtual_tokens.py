@@ -151,11 +151,12 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     _refuse(inputs, settings, layer, model.config.is_encoder_decoder)
     if task_ids is not None:
         layer.rows_of(task_ids, len(task_ids))
+    before = layer.placeholders, layer.task_ids  # of a model that is its own assistant
     layer.placeholders, layer.task_ids = start, task_ids
     try:
         output = model.generate(**inputs)
     finally:
-        layer.placeholders = layer.task_ids = None
+        layer.placeholders, layer.task_ids = before
     if start is None:
         return output
     if isinstance(output, torch.Tensor):
@@ -174,7 +175,7 @@ def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt)
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
     insertion = layer.insertion(inputs)
-    given = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids")}
+    given = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids")}
     inputs |= inserted(given, insertion, insertion.first(ids))
     inputs = {key: value for key, value in inputs.items() if value is not None}
     for length in ("max_length", "min_length"):  # both count the prompt
