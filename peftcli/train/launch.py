@@ -210,6 +210,13 @@ def report_training() -> None:
             (Path(folder) / TRAINING).touch()
 
 
+def report_trained() -> None:
+    """Report to the launcher that this process has trained, and may wait for something else than the others."""
+    if folder := os.environ.get(STATUS):
+        with suppress(OSError):
+            (Path(folder) / TRAINING).unlink(missing_ok=True)
+
+
 def follow_parent() -> None:
     """Make this process end when the launcher that started it is killed (Linux)."""
     launcher = os.environ.get("PEFTCLI_LAUNCHED")
@@ -279,13 +286,14 @@ class _Group:
     def wait(self) -> PeftcliError | None:
         """Wait for all. Returns the error of the first that failed, once the others have ended or been killed."""
         watch = Watch()
-        ended: dict[int, float] = {}  # process -> when it was seen to have ended, in that order
+        ended: dict[int, float] = {}  # process -> when it was seen to have ended, or to be about to, in that order
         error: PeftcliError | None = None
-        while len(ended) < len(self.processes):
+        while any(process.poll() is None for process in self.processes) or len(ended) < len(self.processes):
             training = (self.status / TRAINING).exists()
             self.pass_on(training=training)
             for number, process in enumerate(self.processes):
-                if process.poll() is not None:
+                # other libraries' hooks may keep one that has reported, as while a tracker's server does not answer
+                if process.poll() is not None or (self.status / f"{number}.json").exists():
                     ended.setdefault(number, time.monotonic())
             codes = {number: self.processes[number].returncode for number in ended}
             error = first_error(self.status, codes, len(self.processes), self.forwarded)

@@ -150,9 +150,9 @@ def _train(run: Run, host: RunHost) -> Iterator[None]:
     state = resume_state(run, data, built)
     gradients = host.gradients_of(run, data, state)
     record_start(run, data, built, state, threads)
-    with contextlib.closing(Trackers(run)) as trackers:
+    with Trackers(run) as trackers:
         yield from TrainingLoop(run, data, state, gradients, trackers).run()
-    finish(run, data, state)
+        finish(run, data, state)
 
 
 @contextlib.contextmanager

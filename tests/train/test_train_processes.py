@@ -19,7 +19,7 @@ import trainkit
 from trainkit import Child, read_metrics, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.train.launch import first_error, peftcli_command
+from peftcli.train.launch import _Group, first_error, peftcli_command
 
 HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
 
@@ -448,3 +448,19 @@ def test_a_process_that_is_aborted_after_its_work_has_not_failed(tmp_path: Path)
     error = first_error(tmp_path, {0: -signal.SIGABRT, 1: -signal.SIGABRT}, 2, [])
     assert error is not None
     assert "process 1 of 2 was killed by SIGABRT" in error.message
+
+
+@pytest.mark.parametrize(("reported", "failed"), [("null", False), ("", True)])
+def test_a_process_that_has_done_its_work_need_not_end(
+    reported: str, failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftcli.train.launch._GRACE_SECONDS", 0.5)
+    group = _Group(tmp_path, None)
+    for number, code in enumerate(("import time; time.sleep(60)", "")):
+        if number == 1 or reported:
+            (tmp_path / f"{number}.json").write_text("null")
+        group.processes.append(subprocess.Popen([sys.executable, "-c", code]))
+    error = group.wait()
+    assert ("process 1 of 2 ended before the others" in str(error)) is failed
+    assert failed or error is None
+    assert group.processes[0].returncode == -signal.SIGKILL

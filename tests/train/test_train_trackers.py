@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from accelerate import tracking
 from trainkit import at_step, run_recipe
 
 from peftcli.errors import Interrupted, UsageError
+from peftcli.train import trackers
+from peftcli.train.launch import STATUS, TRAINING
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 Told = dict[str, list[Any]]
@@ -75,6 +78,35 @@ def test_trackers_get_the_lines_of_metrics_and_their_failures_are_warnings(recip
     assert done.weights == run_recipe(recipe, f"training.output_dir={recipe.parent}/alone").weights
 
 
+class Slow(list[Any]):
+    """A tracker that takes its time."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+    def append(self, what: Any) -> None:
+        time.sleep(self.seconds)
+        super().append(what)
+
+
+def test_training_waits_for_no_tracker(
+    recipe: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "_LAST_SECONDS", 2.0)
+    monkeypatch.setenv(STATUS, str(tmp_path))
+    told["wandb"], told["mlflow"] = Slow(0.05), Slow(30.0)
+    done = run_recipe(recipe, "training.report_to=[mlflow, wandb]", "training.logging_steps=1")
+    steps = [line["step"] for line in done.metrics]
+    assert [what[1] for what in told["wandb"] if what[0] == "log"] == steps
+    assert told["wandb"][-1] == ("finish",)
+    assert not told["mlflow"]
+    count = len(steps)
+    (warned,) = done.warnings
+    assert f"mlflow was not done 2 seconds after the run: it may lack {count} of {count} lines" in warned
+    assert not (tmp_path / TRAINING).exists(), "what the launcher takes for waiting for one another"
+
+
 def test_a_tracker_needs_its_package(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
@@ -91,6 +123,7 @@ def test_the_trackers_themselves_without_a_network(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setattr(trackers, "_STOPPED_SECONDS", 60.0)  # this machine may be slow
     pytest.importorskip(name)  # some read the environment then
     settings = (f"training.report_to=[{name}]", "training.logging_steps=1")
     with pytest.raises(Interrupted):
