@@ -401,7 +401,7 @@ class Watch:
         if sys.platform != "linux" or now - self.seen[0] < 1.0:
             return None
         states = {number: _state_of(pid) for number, pid in living.items()}
-        states |= {-pid: _state_of(pid) for each in living.values() for pid in _children_of(each)}
+        states |= {-pid: _state_of(pid) for each in living.values() for pid in _descendants_of(each)}
         for number in living:
             state = states[number][0]
             if state != "T":
@@ -424,18 +424,23 @@ class Watch:
         return None
 
 
-def _children_of(pid: int) -> list[int]:
-    """The processes that a process has started, as those that read files for it."""
-    with suppress(OSError):
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    return []
+def _descendants_of(pid: int) -> Iterator[int]:
+    """The processes that a process, or one of these, has started, as those that read files for it, or compile."""
+    with suppress(OSError):  # it has ended meanwhile
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):  # of each thread
+            for child in map(int, children.read_text().split()):
+                yield child
+                yield from _descendants_of(child)
 
 
 def _state_of(pid: int) -> tuple[str, float, int]:
-    """A process's state as one letter, its CPU seconds, and the bytes that it has read and written."""
+    """A process's state as one letter, its CPU seconds, and the bytes that it has read and written.
+
+    The seconds are also those of the processes that it has started, once they have ended.
+    """
     with suppress(OSError, ValueError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        seconds = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
         counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
         return fields[0], seconds, int(counts["rchar"]) + int(counts["wchar"])
     return "X", 0.0, 0

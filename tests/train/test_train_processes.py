@@ -19,7 +19,7 @@ import trainkit
 from trainkit import Child, read_metrics, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.train.launch import _Group, first_error, peftcli_command
+from peftcli.train.launch import Watch, _Group, first_error, peftcli_command
 
 HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
 
@@ -464,3 +464,19 @@ def test_a_process_that_has_done_its_work_need_not_end(
     assert ("process 1 of 2 ended before the others" in str(error)) is failed
     assert failed or error is None
     assert group.processes[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a watch reads /proc")
+def test_a_group_is_busy_while_what_its_processes_have_started_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcli.train.launch._IDLE_BEFORE", 0.0)
+    code = "print(flush=True)\nwhile True: pass"
+    for _ in range(2):  # a process that has started a worker that has started a compiler
+        code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        watch = Watch()
+        found = [(watch.look({0: process.pid}, training=False), time.sleep(1.1))[0] for _ in range(2)]
+        os.killpg(process.pid, signal.SIGKILL)
+    assert found == [None, None]
