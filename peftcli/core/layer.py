@@ -342,9 +342,10 @@ def model_ends(model: Any) -> tuple[Any, Any]:
     ends = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            ends.append(getattr(model, name)())
+            end = getattr(model, name)()
         except (AttributeError, NotImplementedError):  # as a model says that hears or sees
-            ends.append(None)
+            end = None
+        ends.append(end if isinstance(end, nn.Module) else None)  # Perceiver's embedding is a parameter
     return ends[0], ends[1]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from transformers import PerceiverConfig, PerceiverForSequenceClassification
 
 import peftcli
 from peftcli.core.inject import inject
@@ -236,6 +237,14 @@ def test_embeddings_belong_to_it_as_in_peft(target: str, save: bool) -> None:
     assert set(found) == set(peft.get_peft_model_state_dict(there, save_embedding_layers=save))
     by_itself = set(get_peft_model_state_dict(here))
     assert any("embed_tokens.base_layer" in name for name in by_itself) == (target == "embed_tokens")
+
+
+def test_an_input_embedding_that_is_a_parameter_is_none() -> None:
+    """As Perceiver's, whose latents are one."""
+    sizes = {"d_latents": 8, "d_model": 8, "num_self_attends_per_block": 1, "num_self_attention_heads": 2}
+    base = PerceiverForSequenceClassification(PerceiverConfig(vocab_size=9, **sizes))
+    model = peftcli.get_peft_model(base, _config(target_modules=["query"], modules_to_save=None))
+    assert all("lora_" in name for name in get_peft_model_state_dict(model))
 
 
 def test_a_head_that_is_trained_in_full_is_there_once() -> None:
