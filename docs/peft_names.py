@@ -304,6 +304,12 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "that of other numbers",
     ),
     (
+        "a convolution whose class has a forward of its own, as `WeightStandardizedConv2d` of BiT and the causal "
+        "convolutions of audio models",
+        "it changes its weight or its input before it uses them, so that an adapter there could not be merged; PEFT's "
+        "merged model answers otherwise than the one that was trained",
+    ),
+    (
         "`wavelet_family` of WaveFT, but for `db1` to `db10`, `sym2` and `sym3`",
         "the filters of the others are not here",
     ),
@@ -360,7 +366,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "it would be wrapped twice; PEFT warns. `add_adapter` and `unload` are there",
     ),
     (
-        "`nn.MultiheadAttention` and its `out_proj` in one `target_modules`",
+        "an `nn.MultiheadAttention` and its `out_proj`, in one adapter or in two of a model",
         "the first adapts both; PEFT adds three deltas, and writes base weights into the file",
     ),
     (

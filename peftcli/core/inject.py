@@ -30,9 +30,9 @@ from peftcli.core.layer import (
     plain_dtype,
 )
 from peftcli.core.linear import linear_view
-from peftcli.core.protocols import Attaches, Reshapes, layers_of, wrap
+from peftcli.core.protocols import Attaches, Reshapes, layers_of
 from peftcli.core.quantised import check_gradients, keep_layout, num_weights
-from peftcli.core.targets import find_modules, module_matches, shortest_names, targets
+from peftcli.core.targets import find_modules, module_matches, shortest_names, targets, wrap
 from peftcli.errors import AdapterError, PeftWarning
 
 

@@ -140,11 +140,6 @@ def layers_of(config: AdapterConfig) -> Layers:
     return importlib.import_module(LAYERS[config.peft_type])
 
 
-def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
-    """Return the adapter layer of the config's method over ``module``."""
-    return layers_of(config).wrap(module, name, config)
-
-
 def needs_batches(config: AdapterConfig) -> bool:
     """Return whether a new adapter starts from the training data: see ``calibrate``."""
     layers = layers_of(config)

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
-from peftcli.core.layer import base_modules, base_paths, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, base_modules, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
+from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
 
@@ -41,6 +42,7 @@ _MAMBA = {
 """model_type -> modules whose weights the model reads itself, in its kernels or always: what an adapter adds to the
 output of such a module would be lost."""
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHOWN = 6
 """How many names a message gives."""
 _SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
@@ -65,6 +67,24 @@ def targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     return names
 
 
+def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
+    """Return the adapter layer of the config's method over ``module``, whose name in the model is ``name``.
+
+    Raises:
+        AdapterError: the method does not adapt it.
+    """
+    base = base_module(module)
+    kind = next((kind for kind in _CONVOLUTIONS if isinstance(base, kind)), None)
+    if kind and type(base).forward is not kind.forward and not is_quantised(base):
+        raise AdapterError(
+            f"{name} is a {type(base).__name__}, whose forward is not {kind.__name__}'s: it may change its weight or "
+            "input before it uses them, so that an adapter there could not be merged",
+            key="target_modules",
+            hint="leave it out",
+        )
+    return layers_of(config).wrap(module, name, config)
+
+
 def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     """Return the names of the modules that ``target_modules`` matches, in the model's order.
 
@@ -81,7 +101,13 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
             spelled = [[entry, *_other_spellings(entry)] for entry in wanted]
             wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
     if wanted == "all-linear":
-        names = _all_linear(model, modules, config.modules_to_save or ())
+        body = _body(model, modules, config)
+        names = [name for name in body if linear_view(modules[name]) is not None]
+        if not names:
+            others = shortest_names(model, [name for name in body if _is_adaptable(modules[name], name, config)])
+            todo = f"name other layers, as in [{', '.join(others[:_SHOWN])}]" if others else "choose another method"
+            text = f"no linear layer of {type(model).__name__} is left to adapt"
+            raise NoMatchingPeftModuleError(text, key="target_modules", hint=todo)
         if getattr(config, "target_parameters", ()) is None and (experts := expert_parameters(modules)):
             text = f"all-linear adapts no experts, whose weights are no layers; add target_parameters: {experts}"
             warnings.warn(text, PeftWarning, stacklevel=2)
@@ -105,11 +131,7 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     if not config.inference_mode:
         names = _without_mamba(model, names, config)
     if not names:
-        layers = (name for name, module in modules.items() if getattr(module, "weight", None) is not None)
-        endings = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))[:_SHOWN]
-        text = f"no module of {type(model).__name__} is left to adapt"
-        hint = f"name some of its layers, as in [{', '.join(endings)}]" if endings and wanted == "all-linear" else None
-        raise NoMatchingPeftModuleError(text, key="target_modules", hint=hint)
+        raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names
 
 
@@ -175,15 +197,25 @@ def expert_parameters(modules: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _all_linear(model: Any, modules: dict[str, nn.Module], saved: Iterable[str]) -> list[str]:
+def _body(model: Any, modules: Mapping[str, nn.Module], config: TargetedConfig) -> list[str]:
+    """Return the names of the modules outside of the output head and of what trains in full."""
     _, head = model_ends(model)
+    saved = config.modules_to_save or ()
     heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
 
     def is_body(name: str, module: nn.Module) -> bool:
         inside_head = any(module_matches(name, entry) or f".{entry}." in f".{name}." for entry in heads)
-        return linear_view(module) is not None and module is not head and not inside_head
+        return module is not head and not inside_head
 
     return [name for name, module in modules.items() if is_body(name, module)]
+
+
+def _is_adaptable(module: nn.Module, name: str, config: TargetedConfig) -> bool:
+    try:
+        wrap(module, name, config)
+    except AdapterError:
+        return False
+    return True
 
 
 def matching(

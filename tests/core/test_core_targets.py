@@ -12,7 +12,18 @@ import torch
 import transformers
 from models_tiny import KINDS, tiny
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+from transformers.models.efficientnet.modeling_efficientnet import EfficientNetDepthwiseConv2d
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from peftcli.core.config import FAMILY_TARGETS
@@ -21,8 +32,11 @@ from peftcli.core.targets import _MAMBA, _layer_index, find_targets, module_matc
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
+from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.loha.config import LoHaConfig
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.oft.config import OFTConfig
+from peftcli.methods.vera.config import VeraConfig
 
 
 def _found(kind: str, **settings: object) -> list[str]:
@@ -155,6 +169,29 @@ def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_outp
         for config in (LoraConfig(target_modules=[name]), LoHaConfig(target_modules=[name])):
             with pytest.raises(AdapterError, match=f"{name} is a {kind}; "):
                 inject(model, config)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig, IA3Config, OFTConfig])
+def test_a_convolution_with_a_forward_of_its_own_is_refused(kind: Any) -> None:
+    model = nn.ModuleDict({"plain": EfficientNetDepthwiseConv2d(8), "own": WeightStandardizedConv2d(4, 4, 3)})
+    with pytest.raises(AdapterError, match="target_modules: own is a WeightStandardizedConv2d, whose forward is not"):
+        inject(model, kind(target_modules=["own"]))
+    if kind is not OFTConfig:  # which adapts none with groups
+        inject(model, kind(target_modules=["plain"]))
+
+
+def test_where_nothing_is_linear_the_error_names_what_the_method_adapts() -> None:
+    def resnet() -> nn.Module:
+        return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+
+    with pytest.raises(NoMatchingPeftModuleError) as caught:
+        inject(resnet(), LoraConfig())
+    assert caught.value.hint == "name other layers, as in [convolution]"
+    inject(resnet(), LoraConfig(target_modules=["convolution"]))
+    with pytest.raises(NoMatchingPeftModuleError, match=r"no linear layer of .*\nchoose another method"):
+        inject(resnet(), VeraConfig())
+    with pytest.raises(NoMatchingPeftModuleError, match=r"as in \[convolution\]"):
+        inject(resnet(), IA3Config(target_modules=["convolution"], feedforward_modules="all-linear"))
 
 
 def test_a_file_may_exclude_or_set_what_the_model_lacks() -> None:

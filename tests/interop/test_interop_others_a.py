@@ -28,7 +28,7 @@ from peft import HRAConfig, OFTConfig, PeftModel, get_peft_model, inject_adapter
 from torch import nn
 
 from peftcli.core.merge import merge
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.methods import METHODS
 
 KINDS = ("llama", "gpt2", "t5", "bert")

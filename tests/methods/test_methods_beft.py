@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.inject import inject
 from peftcli.core.merge import merge
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.beft.config import BeftConfig
 

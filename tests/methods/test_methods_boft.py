@@ -10,7 +10,7 @@ from models_tiny import randomise
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.boft.config import BOFTConfig
 from peftcli.methods.ia3.config import IA3Config

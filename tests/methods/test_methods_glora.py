@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models_tiny import randomise
 from torch import nn
 
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.glora.config import GloraConfig
 from peftcli.methods.lora.config import LoraConfig

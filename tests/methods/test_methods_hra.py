@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.methods.hra.config import HRAConfig
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.ia3.config import IA3Config
 

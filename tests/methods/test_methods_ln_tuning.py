@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods.ln_tuning.config import LNTuningConfig

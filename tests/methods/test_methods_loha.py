@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.loha.config import LoHaConfig
 from peftcli.methods.lokr.config import LoKrConfig

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft.tuners.lokr.layer import factorization
 from torch import nn
 
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.lokr.config import LoKrConfig
 from peftcli.methods.lokr.layers import factors

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.osf.config import OSFConfig
 

@@ -11,7 +11,7 @@ from models_tiny import randomise
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.core.protocols import wrap
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.road.config import RoadConfig
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.core.config import TargetedConfig
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
 from peftcli.methods._linear import factory_kwargs, require_linear
@@ -101,7 +101,8 @@ def targets(model: nn.Module, config: IA3Config) -> list[str]:
         found = [name for name in names if any(module_matches(name, entry) for entry in usual)]
         config.feedforward_modules = shortest_names(model, found)
     elif isinstance(entries, str):
-        found = find_targets(model, TargetedConfig(target_modules=entries))
+        inside = replace(config, target_modules=entries, feedforward_modules=None, exclude_modules=None)
+        found = find_targets(model, inside)
         config.feedforward_modules = shortest_names(model, [name for name in found if name in names])
     else:
         find_modules(model, entries, "feedforward_modules")
