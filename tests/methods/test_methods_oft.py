@@ -10,7 +10,8 @@ from models_tiny import batch, logits, randomise, tiny
 from torch import nn
 
 from peftcli.core.inject import inject
-from peftcli.core.protocols import after_step, wrap
+from peftcli.core.protocols import after_step
+from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.boft.config import BOFTConfig

@@ -20,7 +20,10 @@ from peftcli.methods.lora.lora import LoraLayer, LoraLinear, check_size
 class InsideLayer(LoraLayer):
     """A module that computes with ``W + delta`` in place of each of its weights ``adapted``."""
 
-    adapted: tuple[str, ...]
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The names of these weights."""
+        raise NotImplementedError
 
     def with_delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return ``weight``, the module's parameter ``name``, with the adapter's delta, in the weight's own dtype."""
@@ -101,7 +104,7 @@ class LoraParameter(InsideLayer):
     def __init__(self, base_layer: nn.Module, parameter: str, name: str, config: LoraConfig):
         name = f"{name}.{parameter}"
         super().__init__(base_layer, name, config)
-        self.adapted = (parameter,)
+        self.parameter = parameter
         weight: torch.Tensor = getattr(base_module(base_layer), parameter)
         if weight.ndim not in (2, 3):
             shape = tuple(weight.shape)
@@ -115,6 +118,10 @@ class LoraParameter(InsideLayer):
         self.lora_B = nn.Linear(self.r * self.experts, out, **like)
         for a, b in zip(*self.pairs(), strict=True):
             initialise(a, b, config.init_lora_weights, self.scaling, lambda: weight)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        return (self.parameter,)
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the experts' A ``(E, r, in)`` and B ``(E, out, r)``."""
