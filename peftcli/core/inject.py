@@ -95,7 +95,12 @@ def inject(
         layer.adapter, layer.active_adapters = adapter, [adapter]
     trained = {parameter for layer in added.values() for parameter in layer.own_tensors().values()}
     trainable = sum(parameter.numel() for parameter in trained)
-    return Injection(added, trainable, total_before + trainable)
+    return Injection(added, trainable, total_before + trainable - num_replaced(added.values()))
+
+
+def num_replaced(layers: Iterable[AdapterLayer]) -> int:
+    """Return how many weights of the base model are kept beside the trained biases that replace them."""
+    return sum(bias.numel() for bias in {base_module(each).bias for each in layers if isinstance(each, TrainedBias)})
 
 
 @contextmanager

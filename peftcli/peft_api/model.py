@@ -18,7 +18,7 @@ from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
-from peftcli.core.inject import shallow_copy
+from peftcli.core.inject import num_replaced, shallow_copy
 from peftcli.core.layer import adapter_layers, plain_dtype
 from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state, load_training_state, training_state
@@ -268,9 +268,9 @@ class PeftModel(SavedByTrainer):
                 tuner.merge_adapter(merged)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Parameters that train, and all of them."""
+        """Parameters that train, and all of them, without the biases that trained ones replace."""
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trained, num_weights(self)
+        return trained, num_weights(self) - num_replaced(adapter_layers(self).values())
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio."""

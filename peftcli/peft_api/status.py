@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from peftcli.core.inject import num_replaced
 from peftcli.core.layer import AdapterLayer, TrainedBias, TrainedCopy, adapter_layers, base_module, base_name
 from peftcli.core.quantised import is_packed, is_quantised, num_weights
 from peftcli.errors import AdapterError
@@ -64,7 +65,7 @@ class TunerModelStatus:
     trainable_params: int
     """Number of the parameters that train."""
     total_params: int
-    """Number of all parameters."""
+    """Number of all parameters, without the biases that trained ones replace."""
     num_adapter_layers: int
     """Number of the modules that adapters adapt."""
     enabled: bool | Irregular
@@ -121,7 +122,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         adapter_model_type=methods.pop() if len(methods) == 1 else "MixedModel",
         peft_types={name: str(config.peft_type) for name, config in configs.items()},
         trainable_params=sum(value.numel() for value in place.parameters() if value.requires_grad),
-        total_params=num_weights(place),
+        total_params=num_weights(place) - num_replaced(adapter_layers(place).values()),
         num_adapter_layers=len(layers),
         enabled=_common(layer.enabled for layer in layers),
         active_adapters=_common(layer.active_adapters for layer in layers),

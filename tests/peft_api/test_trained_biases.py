@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from models_tiny import ids, logits, randomise, tiny
 from torch import nn
 
 import peftcli
+from peftcli.core.inject import inject
 from peftcli.errors import AdapterError
 
 
@@ -35,6 +38,17 @@ def test_all_biases_train_beside_another_adapter(tmp_path: Path, kind: str, firs
         model.merge_adapter()
         torch.testing.assert_close(logits(model, {"input_ids": ids(2, 5)}), said[name], rtol=0, atol=1e-5)
         model.unmerge_adapter()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_that_trains_is_counted_once(bias: str) -> None:
+    counts = []
+    for lib in (peftcli, peft):
+        model: Any = lib.get_peft_model(tiny("opt"), lib.LoraConfig(bias=bias))
+        counts.append(model.get_nb_trainable_parameters())
+        assert counts[-1][1] == model.get_model_status().total_params
+    injection = inject(tiny("opt"), peftcli.LoraConfig(bias=bias))  # type: ignore[arg-type]
+    assert counts == [(injection.trainable, injection.total)] * 2
 
 
 class _Attends(nn.Module):
