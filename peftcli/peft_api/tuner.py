@@ -58,6 +58,8 @@ class Tuner(nn.Module):
         """What ``merge_adapter`` did, until ``unmerge_adapter``."""
         self.disabled = False
         """Whether the model computes what the base model computes."""
+        self.frozen: list[nn.Parameter] = []
+        """The weights to unfreeze when adapters are enabled again: those that were trainable before."""
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         with self.by_row(adapter_names, args, kwargs):
@@ -208,6 +210,7 @@ class Tuner(nn.Module):
         set_active(self.model, names)  # raises before anything changes, also while adapters are disabled
         self.active_adapters = names
         self.switch()
+        self.frozen = []
         set_trainable(self.model, False)
         self.set_requires_grad(names, not inference_mode)
 
@@ -217,13 +220,22 @@ class Tuner(nn.Module):
             set_trainable(self.model, requires_grad, name)
 
     def disable_adapter_layers(self) -> None:
-        """Make the model compute what the base model computes, until ``enable_adapter_layers``. Merged ones unmerge."""
+        """Make the model compute what the base model computes, until ``enable_adapter_layers``.
+
+        Merged adapters are unmerged, and all adapters are frozen.
+        """
         self.unmerge_adapter()
+        layers = adapter_layers(self.model).values()
+        self.frozen += [value for layer in layers for value in layer.own_tensors().values() if value.requires_grad]
+        set_trainable(self.model, False)
         self.disabled = True
         self.switch()
 
     def enable_adapter_layers(self) -> None:
-        """Let the active adapters adapt the model again."""
+        """Let the active adapters adapt the model again, and train those that did."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen = []
         self.disabled = False
         if not self.folded:
             self.switch()

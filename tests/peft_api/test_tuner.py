@@ -42,6 +42,8 @@ def _two(lib: Any) -> Any:
         lambda tuner: tuner.delete_adapter("two"),
         lambda tuner: tuner.merge_adapter(["two"]),
         lambda tuner: (tuner.merge_adapter(), tuner.unmerge_adapter()),
+        lambda tuner: tuner.disable_adapter_layers(),
+        lambda tuner: (tuner.disable_adapter_layers(), tuner.enable_adapter_layers()),
         lambda tuner: (tuner.disable_adapter_layers(), tuner.set_adapter("two")),
         lambda tuner: (tuner.disable_adapter_layers(), tuner.set_adapter("two"), tuner.enable_adapter_layers()),
         lambda tuner: tuner.set_requires_grad("two"),
@@ -78,6 +80,14 @@ def test_disabled_adapters_are_not_merged_and_stay_disabled(two: PeftModel) -> N
         model.merge_adapter()
     model.enable_adapter_layers()
     assert torch.equal(logits(model, batch("llama")), logits(two, batch("llama")))
+
+
+def test_what_was_frozen_stays_so_when_adapters_are_enabled_again(two: PeftModel) -> None:
+    model = copy.deepcopy(two)
+    model.set_requires_grad("one", False)
+    with model.disable_adapter():
+        pass
+    assert model.get_nb_trainable_parameters()[0] == 0
 
 
 def test_each_layer_says_what_state_it_is_in_as_in_peft() -> None:
