@@ -329,7 +329,7 @@ class Launch:
     it does where the adapter starts from data."""
     accelerate_config: str | None = None
     """A file that ``accelerate config`` wrote: processes, machines, FSDP and DeepSpeed are as it says, where this
-    section does not say otherwise."""
+    section does not say otherwise, and the precision where training.bf16 is auto."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a file of ``accelerate config``, or ``accelerate launch``, says of FSDP and DeepSpeed, as ``launch`` has it.
+"""What a file of ``accelerate config``, or ``accelerate launch``, says of a run, as the recipe has it.
 
 What it asks for and peftcli does not do is a problem, so that nothing of it is left out silently.
 """
@@ -32,11 +32,19 @@ _ZERO_VARIABLES = {
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
 }
 """Variable of ``accelerate launch`` -> the file's key."""
+_OTHER_VARIABLES = {
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+"""The same without FSDP and DeepSpeed, too. By default they are unset, or ``no``."""
 _NOTHING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("fp8_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
     **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
     "enable_cpu_affinity": (False, None),
     "gpu_ids": ("all", None),
+    "dynamo_backend": (None,),
 }
 """Key -> the values that ask for nothing."""
 _ONLY_FSDP: dict[str, tuple[Any, ...]] = {
@@ -78,10 +86,10 @@ def with_accelerate_config(
 
 
 def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) -> Recipe:
-    """Return the recipe with the strategy that ``accelerate launch`` requests.
+    """Return the recipe with the strategy and the precision that ``accelerate launch`` requests.
 
-    The request is removed from the variables, and noted there under a name of peftcli's: accelerate and transformers
-    would act on it too.
+    FSDP and DeepSpeed are removed from the variables, and noted there under a name of peftcli's: accelerate and
+    transformers would act on them too.
 
     Raises:
         UsageError: it requests something else than the recipe, or what peftcli does not do.
@@ -89,24 +97,25 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
     for kind, name in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
         if variables.pop(name, "") == "true":
             variables[_REQUEST] = kind
-    if _REQUEST not in variables:
-        return recipe
-    said: dict[str, Any] = {"distributed_type": variables[_REQUEST]}
-    if said["distributed_type"] == "FSDP":
+    engine = variables.get(_REQUEST)
+    said: dict[str, Any] = {"distributed_type": engine or "NO"}
+    if engine == "FSDP":
         said["fsdp_config"] = {key: _value(variables, key.upper(), str.upper) for key in _READ_FSDP}
-    else:
+    elif engine == "DEEPSPEED":
         read = ((key, _value(variables, name, str.lower)) for name, key in _ZERO_VARIABLES.items())
         said["deepspeed_config"] = {key: value for key, value in read if value is not None}
-    if (precision := variables.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # its default
-        said["mixed_precision"] = precision
+    others = ((key, _value(variables, name, str.lower)) for name, key in _OTHER_VARIABLES.items())
+    said |= {key: value for key, value in others if value not in (None, False)}
     found, problems = _settings(said, recipe), _problems(said, recipe)
-    if recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
+    if engine is None:
+        del found["strategy"]
+    elif recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
         problems.append(f"{found['strategy']}, and the recipe for {recipe.launch.strategy}")
     if problems:
-        hint = "start accelerate without it, and set launch.strategy in the recipe"
-        raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch.strategy", hint=hint)
+        hint = "start accelerate without it; the recipe has launch.strategy, training.bf16 and training.torch_compile"
+        raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch", hint=hint)
     either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
-    return _with_launch(recipe, {**either, "strategy": found["strategy"]})
+    return _with_launch(recipe, either | {name: found[name] for name in ("strategy", "bf16") if name in found})
 
 
 def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str]) -> Any:
@@ -121,12 +130,15 @@ def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str
 
 def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     """Return the recipe with what was found, as far as it is for its strategy and its base model."""
-    own = dict(found)
+    own, training = dict(found), recipe.training
+    bf16 = own.pop("bf16", "auto")
+    if training.bf16 == "auto":
+        training = replace(training, bf16=bf16)
     if own.get("strategy", recipe.launch.strategy) not in DIVIDED:  # then the recipe wants another one
         own = {name: value for name, value in own.items() if name not in _OF_DIVIDED}
     if recipe.base_model.quantization is not None:  # as accelerate does
         own.pop("cpu_ram_efficient_loading", None)
-    return replace(recipe, launch=replace(recipe.launch, accelerate_config=None, **own))
+    return replace(recipe, training=training, launch=replace(recipe.launch, accelerate_config=None, **own))
 
 
 def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
@@ -153,6 +165,8 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
         fsdp = said.get("fsdp_config") or {}
         found["cpu_offload"] = bool(fsdp.get("fsdp_offload_params"))
         found["cpu_ram_efficient_loading"] = bool(fsdp.get("fsdp_cpu_ram_efficient_loading"))
+    if "mixed_precision" in said:
+        found["bf16"] = said["mixed_precision"] == "bf16"
     if said.get("main_process_ip"):
         found["main_process_ip"] = str(said["main_process_ip"])
     if said.get("main_process_port"):
@@ -172,14 +186,14 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
         for key, values in _ONLY_ZERO.items():
             if (value := zero.get(key, 2 if key == "zero_stage" else None)) not in values:
                 problems.append(f"{key}: {value}; {values[0]} can be had")
-        for key, own in (
-            ("gradient_clipping", recipe.training.max_grad_norm),
-            ("gradient_accumulation_steps", recipe.training.gradient_accumulation_steps),
-        ):
-            if (value := zero.get(key, "auto")) not in ("auto", None, own):
-                problems.append(f"{key}: {value}, and the recipe has {own}")
     elif zero:
         problems.append("deepspeed_config")
+    for key, own in (
+        ("gradient_clipping", recipe.training.max_grad_norm),
+        ("gradient_accumulation_steps", recipe.training.gradient_accumulation_steps),
+    ):
+        if (value := zero.get(key, said.get(key))) not in ("auto", None, own):
+            problems.append(f"{key}: {value}, and the recipe has {own}")
     if said.get("use_cpu") and said["distributed_type"] not in ("NO", "MULTI_CPU"):
         problems.append("use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs")
     if said["distributed_type"] == "FSDP":

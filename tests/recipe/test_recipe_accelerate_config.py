@@ -79,6 +79,14 @@ def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
         assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("no", False), ("bf16", True)])
+def test_the_precision_is_as_it_says_where_the_recipe_leaves_it_open(
+    precision: str, expected: bool, tmp_path: Path
+) -> None:
+    path = written(tmp_path, {"distributed_type": "NO", "num_processes": 1, "mixed_precision": precision})
+    assert read(path, ["training.bf16=auto"]).recipe.training.bf16 is expected
+
+
 def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
     path = written(tmp_path, {"distributed_type": "MULTI_CPU", "num_processes": 2})
     recipe = read(path, ["launch.num_processes=auto", "launch.strategy=ddp"]).recipe
@@ -180,13 +188,22 @@ def test_what_accelerate_launch_is_told_is_the_strategy(tmp_path: Path) -> None:
         assert again.launch == launch, "another run of the process has it too"
 
 
-@pytest.mark.parametrize("engine", [FSDP2, ("--use_deepspeed",)])
-@pytest.mark.parametrize(("precision", "asked"), [("no", "true"), ("no", "false"), ("bf16", "true"), ("bf16", "auto")])
+@pytest.mark.parametrize("engine", [("--multi_gpu",), FSDP2, ("--use_deepspeed",)])
+@pytest.mark.parametrize(
+    ("precision", "asked", "expected"),
+    [
+        ("no", "true", True),
+        ("no", "false", False),
+        ("no", "auto", "auto"),
+        ("bf16", "true", True),
+        ("bf16", "auto", True),
+    ],
+)
 def test_accelerates_usual_precision_asks_for_nothing(
-    engine: tuple[str, ...], precision: str, asked: str, tmp_path: Path
+    engine: tuple[str, ...], precision: str, asked: str, expected: bool | str, tmp_path: Path
 ) -> None:
     words = (*engine, "--mixed_precision", precision)
-    assert launched(tmp_path, *words, settings=(f"training.bf16={asked}",))[0].training.bf16 in (True, False, "auto")
+    assert launched(tmp_path, *words, settings=(f"training.bf16={asked}",))[0].training.bf16 == expected
 
 
 @pytest.mark.parametrize(
@@ -198,6 +215,9 @@ def test_accelerates_usual_precision_asks_for_nothing(
         ((*ZERO3, "--offload_optimizer_device", "cpu"), (), "offload_optimizer_device: cpu"),
         ((*FSDP2, "--mixed_precision", "bf16"), ("training.bf16=false",), "mixed_precision: bf16"),
         ((*FSDP2, "--mixed_precision", "fp16"), (), "mixed_precision: fp16"),
+        (("--multi_gpu", "--mixed_precision", "bf16"), ("training.bf16=false",), "mixed_precision: bf16"),
+        (("--multi_gpu", "--mixed_precision", "fp16"), (), "mixed_precision: fp16"),
+        (("--multi_gpu", "--dynamo_backend", "inductor"), (), "dynamo_backend"),
     ],
 )
 def test_what_accelerate_launch_asks_for_in_vain_is_said(
@@ -205,3 +225,10 @@ def test_what_accelerate_launch_asks_for_in_vain_is_said(
 ) -> None:
     with pytest.raises(UsageError, match=problem):
         launched(tmp_path, *words, settings=settings)
+
+
+def test_the_number_of_micro_batches_must_be_the_recipes(tmp_path: Path) -> None:
+    recipe = read(trainkit.write_recipe(tmp_path), ["training.gradient_accumulation_steps=2"]).recipe
+    assert with_accelerate_launch(recipe, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}) == recipe
+    with pytest.raises(UsageError, match="gradient_accumulation_steps: 4, and the recipe has 2"):
+        with_accelerate_launch(recipe, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
