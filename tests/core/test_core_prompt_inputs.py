@@ -16,6 +16,9 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
+    BigBirdConfig,
+    BigBirdModel,
     DistilBertConfig,
     DistilBertModel,
     GPT2Config,
@@ -26,9 +29,12 @@ from transformers import (
     LlamaForTokenClassification,
     T5Config,
     T5ForTokenClassification,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
+from peftcli.core.prompts.config import max_positions
 from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
@@ -239,6 +245,17 @@ def test_hidden_states_of_a_prefix_are_those_of_the_tokens(method: str) -> None:
     assert {state.shape[1] for state in states} == {9 if method == "prefix_tuning" else 9 + N}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [(BertConfig, BertModel), (BigBirdConfig, BigBirdModel)])
+def test_a_pooler_reads_the_first_token_and_not_the_prefix(kind: tuple[Any, Any]) -> None:
+    """BERT's takes all that the layers give; BigBird's, a linear layer, what they give for the first token."""
+    base = kind[1](kind[0](**_BERT, attention_type="original_full")).eval()
+    dense = getattr(base.pooler, "dense", base.pooler)
+    output = _adapted("", "prefix_tuning", base=base)(**_right_padded(), output_hidden_states=True)
+    assert {state.shape[1] for state in output.hidden_states} == {9}
+    torch.testing.assert_close(output.pooler_output, torch.tanh(dense(output.last_hidden_state[:, 0])))
+
+
 @pytest.mark.grid(each="kind")
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -334,6 +351,24 @@ def test_a_prompt_as_long_as_the_model_is_refused(method: str) -> None:
     with pytest.raises(AdapterError, match="num_virtual_tokens: 128 leaves no room for the input"):
         inject(model, METHODS[method].config_class()(num_virtual_tokens=128))
     assert not any("prompt" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None:
+    """XLNet gives its number of positions as -1, and has a memory of its own when it generates."""
+    sizes = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 32}
+    base = XLNetLMHeadModel(XLNetConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    assert max_positions(base.config) is None
+    inputs, typed = _inputs(), ids(1, N, seed=1)
+    expected = base(input_ids=torch.cat([typed.expand(2, -1), inputs["input_ids"]], 1)).logits
+    model = _adapted("", "prompt_tuning", base=base)
+    model.get_parameter("transformer.word_embedding.prompt_embeddings").copy_(
+        base.get_input_embeddings().weight[typed[0]]
+    )
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    generate(model, **inputs, max_new_tokens=3, use_mems=False)
+    with pytest.raises(AdapterError, match="kind of state; set use_cache=False, of XLNet use_mems=False"):
+        generate(model, **inputs, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class SoftPromptConfig(AdapterConfig):
         """Raise AdapterError if the virtual tokens leave the model no position for the input."""
         if not hasattr(model, "config"):
             raise AdapterError(f"virtual tokens go into models of transformers; {type(model).__name__} is not one")
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = max_positions(model.config)
         if limit is not None and self.num_virtual_tokens >= limit:
             raise AdapterError(
                 f"{self.num_virtual_tokens} leaves no room for the input; the base model has {limit} positions",
@@ -79,3 +79,9 @@ class PrefixConfig(SoftPromptConfig):
         "num_layers",
         "num_attention_heads",
     )
+
+
+def max_positions(config: Any) -> int | None:
+    """Return how many positions a model of transformers with this config has; None: it has no limit, or gives none."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet, which has no limit, says -1

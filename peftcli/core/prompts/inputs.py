@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, layers_at
+from peftcli.core.prompts.config import max_positions
 from peftcli.errors import AdapterError
 
 IGNORED = -100
@@ -227,8 +228,9 @@ def cached_length(inputs: dict[str, Any]) -> int:
     Raises:
         AdapterError: the model remembers in another way.
     """
-    if any(inputs.get(name) is not None for name in ("state", "cache_params")):
-        raise AdapterError("virtual tokens cannot go on from this model's kind of state; set use_cache=False")
+    if any(inputs.get(name) is not None for name in ("state", "cache_params", "mems")):
+        todo = "set use_cache=False, of XLNet use_mems=False"
+        raise AdapterError(f"virtual tokens cannot go on from this model's kind of state; {todo}")
     cache = inputs.get("past_key_values")
     cache = inputs.get("cache") if cache is None else cache  # transformers 5.24's name of the argument
     if cache is None:
@@ -266,7 +268,7 @@ def soft_prompt(model: nn.Module) -> SoftPrompt | None:
 
 def position_tables(model: Any) -> list[nn.Embedding]:
     """The model's embeddings of positions, if it has any."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_positions(model.config)
     words = base_module(model.get_input_embeddings())
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     # OPT and its like keep up to two rows for padding
@@ -276,5 +278,5 @@ def position_tables(model: Any) -> list[nn.Embedding]:
 def settle(layer: SoftPrompt, model: Any, *, counts: bool) -> None:
     """Tell the layer what the model's positions are like. ``counts``: whether they start after the padding."""
     tables = position_tables(model)
-    layer.longest = model.config.max_position_embeddings if tables else None
+    layer.longest = max_positions(model.config) if tables else None
     layer.counts = counts and all(table.padding_idx is None for table in tables)  # those with one count by themselves

@@ -267,9 +267,8 @@ def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> 
     names = {module: name for name, module in base_modules(decoder).items()}
     hook_once(decoder, _Insert(names[base_module(layers[0])], names.get(base_module(embedding))))
     hook_once(decoder, _Cut(names[base_module(layers[0])]), after=True)
-    pooler = getattr(decoder, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        hook_once(pooler, _CutForPooler(prefix))
+    if isinstance(getattr(decoder, "pooler", None), nn.Module):
+        hook_once(decoder.encoder, _CutForPooler(prefix), after=True)
 
 
 @dataclass(frozen=True)
@@ -323,14 +322,15 @@ class _Cut:
 
 @dataclass(frozen=True)
 class _CutForPooler:
-    """The pre-hook of a pooler, which reads the first token inside the decoder."""
+    """The same for a decoder with a pooler, which reads the first token: the hook of the layers below the pooler."""
 
     prefix: Prefix
 
-    def __call__(self, pooler: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def __call__(self, encoder: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self.prefix.start is None or not self.prefix.cuts:
-            return None
-        return (without(args[0], self.prefix.start, self.prefix.count), *args[1:]), kwargs
+            return output
+        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        return _cut(output, self.prefix.start, length, self.prefix.count)
 
 
 def _cut(output: Any, start: torch.Tensor, length: int, count: int) -> Any:

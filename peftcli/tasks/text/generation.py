@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from transformers import StoppingCriteria, TextStreamer
 
 from peftcli.core.layer import model_ends
+from peftcli.core.prompts.config import max_positions
 from peftcli.core.prompts.inputs import position_tables, soft_prompt
 from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.data.rows import Place
@@ -98,10 +99,11 @@ class TextGenerator:
     @cached_property
     def _positions(self) -> int | None:
         """How many tokens the model's tables of positions are for, virtual ones aside; None: it has no tables."""
-        if not position_tables(self.model):
+        limit = max_positions(self.model.config)
+        if limit is None or not position_tables(self.model):
             return None
         prompt = soft_prompt(self.model)
-        return int(self.model.config.max_position_embeddings) - (prompt.count if prompt else 0)
+        return limit - (prompt.count if prompt else 0)
 
     def _too_long(self, ids: Sequence[int], settings: GenerationSettings) -> str | None:
         """Why a prompt cannot be answered, if the model has too few positions for it."""

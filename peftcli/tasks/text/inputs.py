@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.prompts.config import max_positions
 from peftcli.data.store import Column, Example
 from peftcli.errors import ModelError
 from peftcli.models import tokens
@@ -23,8 +24,6 @@ _AFTER_PADDING = {
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 """Models that count positions from the one after the pad token's id."""
-_ANY = -1
-"""The number of positions in a config of XLNet, which has no limit."""
 
 
 class TextInputs:
@@ -42,10 +41,9 @@ class TextInputs:
     def max_length(self) -> int:
         """Tokens of a row at most: the setting, or what the base model can read."""
         config = self.base.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = max_positions(config)
         if positions and config.model_type in _AFTER_PADDING and config.pad_token_id is not None:
             positions -= config.pad_token_id + 1
-        positions = None if positions == _ANY else positions
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
 
     def fingerprint(self) -> dict[str, Any]:

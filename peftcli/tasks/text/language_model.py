@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.prompts.config import max_positions
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
@@ -139,7 +140,7 @@ class LanguageModel(Task[Settings]):
                 ids = example.arrays["input_ids"]  # as it is trained, also where it was cut
         except (DataError, UsageError) as error:
             return row.place.error(error.message, key=error.key, hint=error.hint)
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        positions = max_positions(self.base.config.get_text_config())
         if positions and decoder_only and len(ids) + self.settings.max_new_tokens > positions:
             message = (
                 f"the prompt's {len(ids)} tokens and {self.settings.max_new_tokens} new ones are more than the base"
@@ -217,7 +218,7 @@ class LanguageModel(Task[Settings]):
         return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.base.config.is_encoder_decoder else {})
 
     def refuse_size(self, largest: int) -> None:
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        positions = max_positions(self.base.config.get_text_config())
         if positions and largest > positions:
             raise DataError(
                 f"the longest example has {largest:,} tokens, and the base model {positions:,} positions",
