@@ -53,6 +53,10 @@ def classifier_base(kind: str) -> Path:
             return folder
         if kind == "vit":
             model = transformers.ViTModel(transformers.ViTConfig(image_size=SIDE, patch_size=8, **_SMALL))
+        elif kind == "siglip2":
+            vision = {"num_patches": 16, "patch_size": 8, **_SMALL}
+            text = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, **_SMALL}
+            model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
         elif kind == "resnet":
             sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
             model = transformers.ResNetModel(transformers.ResNetConfig(**sizes))
@@ -77,6 +81,9 @@ def classifier_base(kind: str) -> Path:
             )
             model = transformers.EfficientNetModel(config)
     model.save_pretrained(folder)
+    if kind == "siglip2":
+        image_processor("Siglip2")(patch_size=8, max_num_patches=16).save_pretrained(folder)
+        return folder
     size = {"height": SIDE, "width": SIDE}
     image_processor("Segformer" if "seg" in kind else "ViT")(size=size).save_pretrained(folder)
     return folder
@@ -183,7 +190,7 @@ def write_classifier_recipe(folder: Path, kind: str = "bert", **settings: Any) -
         task, targets = "sequence_classification", "all-linear"
         train, held_out = write_rows(folder / "train.jsonl", ROWS[:18]), write_rows(folder / "eval.jsonl", ROWS[18:])
     else:
-        task, targets = "image_classification", "all-linear" if kind == "vit" else "[convolution]"
+        task, targets = "image_classification", "[convolution]" if kind == "resnet" else "all-linear"
         train, held_out = write_pictures(folder / "pictures"), write_pictures(folder / "held_out", 3)
     path = folder / "recipe.yaml"
     extra = "".join(f", {name}: {value}" for name, value in settings.items())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PIXELS = "pixel_values"
+_PATCHES = (_PIXELS, "pixel_attention_mask", "spatial_shapes")
 _THUMBNAIL = 96
 """The longer side of a picture that ``inspect`` shows."""
 _NUMBERS = ("I", "F")
@@ -112,25 +113,28 @@ def pixels(task: Task[Any], pictures: Sequence[Image]) -> Batch:
     """What a model reads of pictures, in colours or, where it reads one channel, in grey.
 
     Raises:
-        ModelError: the model takes something else than pictures of one size.
+        ModelError: the model takes something else than pictures of one size, or their patches.
         DataError: they have no common size.
     """
     mode = "L" if getattr(task.base.config, "num_channels", None) == 1 else "RGB"
-    return {_PIXELS: processed(task.processor, [each.convert(mode) for each in pictures])}
+    return processed(task.processor, [each.convert(mode) for each in pictures])
 
 
-def processed(processor: Any, pictures: Sequence[Image], **options: Any) -> torch.Tensor:
-    """Pictures as an image processor prepares them for its model: (B, C, H, W).
+def processed(processor: Any, pictures: Sequence[Image], **options: Any) -> Batch:
+    """Pictures as an image processor prepares them for its model: ``pixel_values`` (B, C, H, W).
+
+    SigLIP 2's gives the patches of pictures of any shape (B, N, D), their mask (B, N), their rows and columns (B, 2).
 
     Raises:
-        ModelError: the model takes something else than pictures of one size.
+        ModelError: the model takes something else.
         DataError: they have no common size.
     """
     found = [processor(each, return_tensors="pt", **options) for each in pictures]
-    if _PIXELS not in found[0] or found[0][_PIXELS].ndim != 4:
+    names = _PATCHES if "spatial_shapes" in found[0] else (_PIXELS,)
+    if _PIXELS not in found[0] or found[0][_PIXELS].ndim != (3 if names is _PATCHES else 4):
         message = f"its image processor gives {', '.join(found[0])}, and only {_PIXELS} (3, H, W) are supported"
         raise ModelError(message, key="base_model")
     if len({each[_PIXELS].shape for each in found}) > 1:
         message = "the base model's image processor gives pictures of several sizes, which fit no batch"
         raise DataError(message, key="base_model", hint="Set the batch sizes to 1, or a size in its configuration.")
-    return torch.cat([each[_PIXELS] for each in found])
+    return {name: torch.cat([each[name] for each in found]) for name in names}

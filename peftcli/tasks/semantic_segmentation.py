@@ -227,7 +227,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             middle = np.where(classes == IGNORED, 0, high + 1)
             pictures.append(Image.fromarray(np.stack([low, middle, low], axis=-1).astype(np.uint8)))
         plain = {"do_rescale": False, "do_normalize": False, "resample": Image.Resampling.NEAREST}
-        resized = processed(self.processor, pictures, **plain).long()  # (B, 3, H, W)
+        resized = processed(self.processor, pictures, **plain)["pixel_values"].long()  # (B, 3, H, W)
         return torch.where(resized[:, 1] > 0, (resized[:, 1] - 1) * _BYTE + resized[:, 0], IGNORED)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:

@@ -39,12 +39,12 @@ def inputs(run: Trained, row: str) -> dict[str, torch.Tensor]:
     base = run.recipe.base_model.name
     if row.endswith(".png"):
         processor = transformers.AutoImageProcessor.from_pretrained(run.folder, backend="pil")
-        return {"pixel_values": processor(Image.open(row).convert("RGB"), return_tensors="pt")["pixel_values"]}
+        return dict(processor(Image.open(row).convert("RGB"), return_tensors="pt"))
     encoded = transformers.AutoTokenizer.from_pretrained(base)(row, return_tensors="pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "siglip2"])
 def test_pictures_are_answered_as_transformers_and_peft_answer_them(tmp_path: Path, kind: str) -> None:
     import peft
     import transformers

@@ -154,7 +154,7 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(content.getvalue())
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "efficientnet"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "efficientnet", "siglip2"])
 def test_the_model_reads_pictures(tmp_path: Path, kind: str) -> None:
     import transformers
 
