@@ -160,8 +160,8 @@ DIFFERS: dict[str, str] = {
     "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
     "by itself in Mixtral and Qwen-MoE",
     "LoRA on dense layers or shared experts of a model with experts": "is read as it was trained; in Qwen3-Next, "
-    "DeepSeek-V3, GLM-4-MoE and others PEFT takes the names `gate_proj`, `up_proj` and `down_proj` for those of the "
-    "experts and loads nothing there. `check --deep` and `train` warn, and `exclude_modules` leaves these layers out",
+    "DeepSeek-V3, GLM-4-MoE, Laguna and others PEFT converts the names of these layers as those of older checkpoints "
+    "and loads nothing there. `check --deep`, `train` and `save_pretrained` warn; `exclude_modules` leaves them out",
     "a new adapter": "is in the mode of its base model: call `model.train()`. PEFT's is in training mode, whatever the "
     "base model's is",
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
@@ -181,7 +181,8 @@ DIFFERS: dict[str, str] = {
     "selects the approximations",
     "autocast_adapter_dtype": "True, as usual, also keeps copies of `modules_to_save` and LN tuning's weights in "
     "float32; PEFT's stay in the base model's half precision",
-    "PeftModel.disable_adapter": "adapters that were merged are merged again afterwards; PEFT leaves them unmerged",
+    "PeftModel.disable_adapter": "adapters that were merged are merged again afterwards, and frozen ones stay frozen; "
+    "PEFT leaves them unmerged, and lets the active ones train",
     "PeftModel.merge_and_unload": "a name in `adapter_names` that no adapter has is an error",
     "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
     "an error",

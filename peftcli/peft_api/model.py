@@ -24,6 +24,7 @@ from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state, load_training_state, training_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
+from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
 from peftcli.peft_api.new_adapter import check_name, set_trainable_as_new, start_adapter
@@ -320,7 +321,7 @@ class PeftModel(SavedByTrainer):
                 lacks one.
             StorageError: the folder cannot be written.
 
-        Warns of weights that train and belong to no adapter.
+        Warns of weights that train and belong to no adapter, and of layers that PEFT does not load.
         """
         if not safe_serialization:
             raise AdapterError(
@@ -507,6 +508,7 @@ class PeftModel(SavedByTrainer):
         beside = embedding_layers(self.get_base_model(), config, name, embedding)
         if start is not None:
             config, tensors = without_start(config, tensors, start)
+        warn_of_peft(self.get_base_model(), config, tensors)
         tags = self._card_tags()
         own = has_own_card(folder, tags)
         config.note_base_class(self.get_base_model())

@@ -11,9 +11,11 @@ import torch
 from peftcli.core.files import check_begin
 from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import Injection, inject
+from peftcli.core.weights import named_tensors
 from peftcli.data.findings import refuse
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem
 from peftcli.guard.adapter_folder import find_weights
+from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import open_base
 from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
@@ -30,7 +32,7 @@ from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_setting
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.optim import check_optimizer
-from peftcli.train.setup import base_dtype, checkpoint_activations, prepare_config, uses_bf16, warn_of_peft
+from peftcli.train.setup import base_dtype, checkpoint_activations, prepare_config, uses_bf16
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
@@ -118,7 +120,7 @@ def examine(recipe: Recipe) -> DeepCheck:
                 refuse_other_classes(options, source.recorded_options, source.folder)
                 check_begin(model, config, source.header, find_weights(source.folder), new)
             injection = inject(model, config, initialised=new)
-            warn_of_peft(model, config, injection)
+            warn_of_peft(model, config, named_tensors(model))
             return injection
 
         injection = attempt("method" if source is None else KEY, adapted)

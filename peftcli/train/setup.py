@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,19 +17,19 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import conversion_mapping
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
 from peftcli.core.heads import widen_heads
 from peftcli.core.inject import Injection, inject
-from peftcli.core.layer import adapter_layers, base_modules, base_name
+from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
 from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.targets import expert_parameters
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
-from peftcli.errors import ModelError, PeftWarning, UsageError
+from peftcli.errors import ModelError, UsageError
+from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
@@ -189,29 +188,10 @@ def adapted_model(
         if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
             method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     widen_heads(model)
-    warn_of_peft(model, config, injection)
+    warn_of_peft(model, config, named_tensors(model))
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model, injection, notes
-
-
-_NAMES_OF_EXPERTS = {"down_proj", "gate_proj", "up_proj"}
-"""What PEFT takes for experts, wherever it stands in a model of the kinds that it converts as Qwen2-MoE."""
-
-
-def warn_of_peft(model: nn.Module, config: AdapterConfig, injection: Injection) -> None:
-    """Warn of layers that PEFT does not load: it reads their names as those of experts, for LoRA alone."""
-    kinds = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    names = [base_name(model, path) for path in injection.layers]
-    lost = [name for name in names if name.rpartition(".")[2] in _NAMES_OF_EXPERTS]
-    if config.peft_type == "LORA" and kinds.get(kind) == "qwen2_moe" and lost:
-        ends = ", ".join(sorted({name.rpartition(".")[2] for name in lost}))
-        text = (
-            f"PEFT, which takes their names for those of experts, does not load {len(lost)} of the adapted layers of "
-            f"{kind}, the first of them {lost[0]}; to share the adapter with PEFT, add exclude_modules: [{ends}]"
-        )
-        warnings.warn(text, PeftWarning, stacklevel=2)
 
 
 def prepare_config(config: AdapterConfig, base: OpenBase) -> None:

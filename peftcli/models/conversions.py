@@ -1,0 +1,44 @@
+"""What PEFT makes of an adapter's names: it converts them as transformers converts those of older checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from peftcli.core.config import AdapterConfig
+from peftcli.core.targets import shortest_names
+from peftcli.errors import PeftWarning
+
+_NAMES_OF_EXPERTS = {"down_proj", "gate_proj", "up_proj"}
+"""What PEFT takes for experts, wherever it stands in a model of the kinds that it converts as Qwen2-MoE."""
+
+
+def warn_of_peft(model: Any, config: AdapterConfig, tensors: Iterable[str]) -> None:
+    """Warn of layers, by the names of the adapter file's ``tensors``, that PEFT looks for elsewhere: of LoRA alone."""
+    if config.peft_type != "LORA" or not hasattr(model, "base_model_prefix"):  # no model of transformers
+        return
+    kind = model.config.model_type
+    if conversion_mapping.get_checkpoint_conversion_mapping(kind) is None:
+        return
+    kinds = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    experts = _NAMES_OF_EXPERTS if kinds.get(kind) == "qwen2_moe" else set()
+    conversions = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    lost = dict[str, None]()
+    for tensor in tensors:
+        own = tensor.removeprefix("base_model.model.")
+        name, is_lora, _ = own.partition(".lora_")
+        renamed, _ = rename_source_key(own, renamings, [])
+        if is_lora and (name.rpartition(".")[2] in experts or not tensor.endswith(renamed)):
+            lost[name] = None
+    if lost:
+        text = (
+            f"PEFT, which converts their names as those of older checkpoints, does not load {len(lost)} of the adapted "
+            f"layers of {kind}, the first of them {next(iter(lost))}; to share the adapter with PEFT, add "
+            f"exclude_modules: [{', '.join(shortest_names(model, list(lost)))}]"
+        )
+        warnings.warn(text, PeftWarning, stacklevel=2)
