@@ -16,8 +16,10 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -83,6 +85,8 @@ def run_on_machine(
     """
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is said once, below
+    where, minutes = launch.main_process_ip, _JOIN_SECONDS // 60
+    tell(Message(f"waiting for {launch.num_machines} machines at {where}, at most {minutes} minutes"))
     address = _own_address(launch)
     meeting = Meeting(_rendezvous(launch, address), launch.machine_rank, address)
     before()
@@ -99,7 +103,6 @@ def run_on_machine(
         )
         save = signal.Signals[save_on] if save_on else None
         agent = Agent(spec, meeting, Path(folder), save, resumable, tell)
-        tell(Message(f"waiting for {launch.num_machines} machines at {launch.main_process_ip}"))
         with _environment(count, folder, address), agent.signals_passed_on():
             error = agent.train()
         conclude(error, agent.answer, afterwards)
@@ -119,9 +122,18 @@ def _rendezvous(launch: Launch, address: str) -> Any:
         read_timeout=_JOIN_SECONDS,
         join_timeout=_JOIN_SECONDS,
     )
+    found = Future[Any]()
+
+    def connect() -> None:
+        try:
+            found.set_result(get_rendezvous_handler(parameters))
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=connect, daemon=True).start()  # torch hears no signal while it waits, and may wait without end
     try:
-        return get_rendezvous_handler(parameters)
-    except RendezvousError:
+        return found.result(_JOIN_SECONDS)
+    except (RendezvousError, TimeoutError):
         whose = "cannot be opened here" if launch.machine_rank == 0 else "does not answer"
         hint = "launch.main_process_ip is an address of machine 0, and the port a free one, the same in each command"
         raise ProcessDied(f"{endpoint}, where the machines meet, {whose}", hint=hint) from None
@@ -330,6 +342,7 @@ class Agent(LocalElasticAgent):
             left.unlink()
         (self.status / TRAINING).unlink(missing_ok=True)
         self.error = None
+        self.tell(Message(f"{self.meeting.others + 1} machines are there; starting the processes"))
         started: dict[int, Any] = super()._start_workers(worker_group)
         self._listen()  # before torch 2.13 the agent has just put its own handlers there
         return started

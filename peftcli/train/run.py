@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterResume, layers_of, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
+from peftcli.models import hub_files
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import method_config, seconds
 from peftcli.recipe.accelerate_config import with_accelerate_launch
@@ -32,6 +34,7 @@ from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
+from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import open_task, task_record
 from peftcli.tasks.base import Begins, Gathers, Limits, Task
@@ -52,7 +55,7 @@ from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import peak_memory_bytes
 from peftcli.train.runs.checkpoint import Misfit, Progress, State, load_checkpoint, set_newer_aside
-from peftcli.train.runs.identity import Change
+from peftcli.train.runs.identity import Change, described
 from peftcli.train.runs.record import (
     AttemptRecord,
     DataRecord,
@@ -63,7 +66,7 @@ from peftcli.train.runs.record import (
     ThreadsRecord,
 )
 from peftcli.train.runs.resume import Run, checkpoint_to_resume, commit_of, open_run
-from peftcli.train.runs.typed_json import ABSENT, from_json
+from peftcli.train.runs.typed_json import ABSENT, flatten, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
 from peftcli.train.sharded import shard
 from peftcli.train.strategies import STAGES, is_dividing, refuse_strategy
@@ -93,6 +96,7 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
             stop.deadline = STARTED + seconds(training.max_time)
         recipe = with_accelerate_launch(recipe, os.environ)
         accelerator = start_accelerator(recipe)
+        _refuse_other_recipes(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = completed(recipe, tell)
         recipe = with_chosen_settings(recipe, accelerator, options.overwrite, tell)
@@ -102,6 +106,23 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
                 next(training_run)
             except StopIteration as end:
                 return end.value
+
+
+_FILES = ("base_model.name", "base_model.chat_template", "dataset.train", "dataset.eval", "training.init_adapter_from")
+"""Settings that name files, which each machine may have elsewhere. What is in them is compared as they are read."""
+
+
+def _refuse_other_recipes(recipe: Recipe) -> None:
+    """Refuse recipes that differ between processes: each would take a step of its own."""
+    settings = described(recipe)
+    settings["dataset"]["mix"] = [{**source, "train": None} for source in settings["dataset"]["mix"]]
+    own = {key: value for key, value in flatten(settings).items() if key not in _FILES}
+    first, *others = gather_object([own])
+    for number, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                message = f"is {first.get(key)!r} in process 0, and {other.get(key)!r} in process {number}"
+                raise UsageError(message, key=key, hint="start each machine with the same recipe and overrides")
 
 
 def completed(recipe: Recipe, tell: OnEvent) -> Recipe:
@@ -196,6 +217,7 @@ def read_data(run: Run) -> RunData:
     recipe = run.pinned
     base = open_base(recipe.base_model)
     _ = base.quantization  # a missing package is named before the data is read
+    _refuse_other_base(run)
     run.tell(Message("reading the data"))
     with date.fixed_date(run.record.day):
         task = open_task(recipe, base)
@@ -218,6 +240,18 @@ def read_data(run: Run) -> RunData:
     return RunData(examples, plan)
 
 
+def _refuse_other_base(run: Run) -> None:
+    """Refuse a base model whose files, or commit of the hub, differ between processes."""
+    base, own = run.pinned.base_model, run.identity.base_model
+    if (folder := hub_files.snapshot(base)) is not None:
+        own = folder.name
+    elif not run.is_main:
+        own = hub_files.base_hash(expand_user(Path(base.name)))
+    if len({*gather_object([own])}) > 1:
+        hint = "each machine needs the same; a model of the hub can be fixed by base_model.revision"
+        raise UsageError("its files are not the same for all processes", key="base_model.name", hint=hint)
+
+
 def _refuse_other_content(run: Run, content: list[str]) -> None:
     """Refuse rows whose encoding differs from the one that the run began with, or between processes."""
     before = run.record.data.content if run.record.attempts else content
@@ -235,7 +269,8 @@ def _refuse_other_content(run: Run, content: list[str]) -> None:
             Change("data", *(hashlib.sha256(repr(each).encode()).hexdigest() for each in (before, content)))
         )
     if any(other != content for other in gather_object([content])):
-        raise DataError("changed while the processes read it; run the command again", key="dataset")
+        hint = "it changed while they read it, or the machines have different files"
+        raise DataError("its rows are not the same for all processes", key="dataset", hint=hint)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from trainkit import read_run, run_recipe
 
-from peftcli.errors import AdapterError, Diverged, GateFailed, ProcessDied, UsageError
-from peftcli.train import machines
+from peftcli.errors import AdapterError, DataError, Diverged, GateFailed, ProcessDied, UsageError
+from peftcli.schema import Launch
+from peftcli.train import machines, run
 from peftcli.train.launch import Failed, Watch
 from peftcli.train.machines import Agent, Meeting
 
@@ -172,7 +174,7 @@ def test_the_others_are_told_why_one_ends(rank: int, pair: Pair) -> None:
     pair.start(rank, f"dataset.train={other}")
     for process in pair.running:
         _, err = ended(process, 3)
-        assert "changed while the processes read it" in err
+        assert "its rows are not the same for all processes" in err
         assert "restart" not in err
 
 
@@ -183,6 +185,46 @@ def test_a_failed_gate_is_the_first_machines(pair: Pair) -> None:
     assert '"status": "complete"' in out
     _, err = ended(second)
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("recipe", r"training\.learning_rate: is 0\.005 in process 0, and 0\.001 in process 1"),
+        ("base model", r"base_model\.name: its files are not the same for all processes"),
+        ("rows", "dataset: its rows are not the same for all processes"),
+        ("places", None),
+    ],
+)
+def test_what_differs_between_machines_is_refused(
+    other: str, said: str | None, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(own: list[Any]) -> list[Any]:
+        (value,), theirs = own, own[0]
+        if isinstance(value, dict):
+            theirs = value | ({"training.learning_rate": 1e-3} if other == "recipe" else {})
+            assert not any(str(recipe.parent) in str(each) for each in value.values()), "each has a place of its own"
+        elif isinstance(value, str):
+            theirs = "other" if other == "base model" else value
+        elif other == "rows":
+            theirs = []
+        return [value, theirs]
+
+    monkeypatch.setattr(run, "gather_object", gather)
+    if said is None:
+        run_recipe(recipe)
+    else:
+        with pytest.raises((UsageError, DataError), match=said):
+            run_recipe(recipe)
+
+
+def test_a_machine_waits_for_the_first_one_no_longer_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "_JOIN_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # a server of something else, which says nothing
+        port = other.getsockname()[1]
+        place = Launch(num_machines=2, machine_rank=1, main_process_ip="127.0.0.1", main_process_port=port)
+        with pytest.raises(ProcessDied, match="where the machines meet, does not answer"):
+            machines._rendezvous(place, "127.0.0.1")
 
 
 def meeting(number: int, store: Any) -> Meeting:

@@ -46,7 +46,17 @@ class Change:
 
 def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     """What makes two runs the same: the recipe, without where it runs and writes; the bytes of data and base model."""
-    described = to_dict(recipe)
+    return IdentityRecord(
+        recipe=described(recipe),
+        data=_data_hashes(recipe),
+        base_model=base_hash(expand_user(Path(recipe.base_model.name))),
+        processes=num_processes,
+    )
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe, without where it runs and writes."""
+    settings = to_dict(recipe)
     elsewhere = (
         "output_dir",
         "max_time",
@@ -56,16 +66,11 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
         "report_to",
         "run_name",
     )
-    training = {key: value for key, value in described["training"].items() if key not in elsewhere}
-    described = {key: value for key, value in described.items() if key != "launch"} | {"training": training}
+    training = {key: value for key, value in settings["training"].items() if key not in elsewhere}
+    settings = {key: value for key, value in settings.items() if key != "launch"} | {"training": training}
     if recipe.launch.strategy != "replicate":  # fsdp may add up gradients in another order
-        described["launch"] = {"strategy": recipe.launch.strategy}
-    return IdentityRecord(
-        recipe=described,
-        data=_data_hashes(recipe),
-        base_model=base_hash(expand_user(Path(recipe.base_model.name))),
-        processes=num_processes,
-    )
+        settings["launch"] = {"strategy": recipe.launch.strategy}
+    return settings
 
 
 def changes(before: IdentityRecord, now: IdentityRecord) -> list[Change]:
