@@ -14,7 +14,9 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -82,6 +84,22 @@ def _opt() -> PreTrainedModel:
 
 def _gemma3() -> PreTrainedModel:
     return Gemma3ForCausalLM(Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16))
+
+
+def gemma3_towers(vocabulary: int = VOCABULARY) -> PreTrainedModel:
+    """Gemma 3 in its usual form: a tower that sees beside the decoder, whose masks are made above it."""
+    kinds = ["sliding_attention", "full_attention"]
+    text = {**_DECODER, "vocab_size": vocabulary, "head_dim": 8, "sliding_window": 16, "layer_types": kinds}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text,
+            vision_config={**sight, "image_size": 32, "patch_size": 8},
+            image_token_index=vocabulary - 2,
+            mm_tokens_per_image=4,
+            **_IDS,
+        )
+    )
 
 
 def _bloom() -> PreTrainedModel:
@@ -167,6 +185,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": _opt,
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER)),
     "gemma3": _gemma3,
+    "gemma3_towers": gemma3_towers,
     "bloom": _bloom,
     "t5": _t5,
     "bert": _bert,
@@ -177,10 +196,10 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
-KINDS = tuple(name for name in _BUILDERS if name not in ("whisper", "convnet", "mixtral"))
+OTHER_KINDS = ("whisper", "convnet", "mixtral", "gemma3_towers")
+"""One that hears, one that sees, one with experts whose weights are fused, one that sees and reads."""
+KINDS = tuple(name for name in _BUILDERS if name not in OTHER_KINDS)
 """Models that read token ids, one of each shape."""
-OTHER_KINDS = ("whisper", "convnet", "mixtral")
-"""One that hears, one that sees, one with experts whose weights are fused."""
 DECODERS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
 
 

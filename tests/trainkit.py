@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from models_tiny import gemma3_towers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BartConfig,
@@ -160,6 +161,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama_tied": lambda: _llama(tied=True),
     "gpt2": _gpt2,
     "t5": _t5,
+    "gemma3_towers": lambda: gemma3_towers(300),
 }
 
 

@@ -51,16 +51,17 @@ def test_keys_and_values_of_each_layers_own_heads_are_counted(kind: str, width: 
 
 
 @torch.no_grad()
-def test_the_prefix_is_what_a_cache_filled_with_it_is() -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma3_towers"])
+def test_the_prefix_is_what_a_cache_filled_with_it_is(kind: str) -> None:
     """Without our hooks: a cache that starts with the trained keys and values."""
-    model, _ = _adapted()
+    model, _ = _adapted(kind)
     pairs = adapter_state(model)["prompt_embeddings"].view(N, 4, 2, 8).permute(1, 2, 0, 3)[:, None]
     cache = DynamicCache()
     for layer in range(2):
         cache.update(*(pairs[2 * layer + part].expand(2, -1, -1, -1) for part in (0, 1)), layer)
     inputs = batch("llama")
     mask = torch.cat([torch.ones(2, N, dtype=torch.long), inputs["attention_mask"]], 1)
-    expected = tiny("llama")(input_ids=inputs["input_ids"], attention_mask=mask, **{CACHE: cache}).logits
+    expected = tiny(kind)(input_ids=inputs["input_ids"], attention_mask=mask, **{CACHE: cache}).logits
     torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 

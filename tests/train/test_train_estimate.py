@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from taskkit import CASES
+from trainkit import base_folder
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,9 +77,22 @@ def step_of(recipe: Recipe) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["false", "true"])
-@pytest.mark.parametrize("task", ["causal_lm", "seq2seq_lm", "sequence_classification", "image_classification"])
-def test_a_step_without_values_takes_what_one_with_them_does(task: str, dtype: str, tmp_path: Path) -> None:
-    recipe = load_recipe(CASES[task].write(tmp_path), [f"training.bf16={dtype}", "training.max_steps=4"])
+@pytest.mark.parametrize(
+    ("task", "base"),
+    [
+        ("causal_lm", None),
+        ("causal_lm", "gemma3_towers"),
+        ("seq2seq_lm", None),
+        ("sequence_classification", None),
+        ("image_classification", None),
+    ],
+)
+def test_a_step_without_values_takes_what_one_with_them_does(
+    task: str, base: str | None, dtype: str, tmp_path: Path
+) -> None:
+    settings = [f"training.bf16={dtype}", "training.max_steps=4"]
+    settings += [f"base_model={base_folder(base)}"] if base else []
+    recipe = load_recipe(CASES[task].write(tmp_path), settings)
     known = preview(recipe)["memory"]
     measured = step_of(with_task(recipe))
     assert known["step"] == pytest.approx(_HELD_BACK * measured, rel=0.05)

@@ -256,6 +256,9 @@ def wrap(module: nn.Module, name: str, config: PrefixConfig) -> PrefixAttention:
 def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:
     """Let all ``layers`` share ``prefix``, and every sequence that the model's decoder starts, start with it."""
     decoder = model.get_decoder()
+    slides = "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ())
+    if slides and not model.config.is_encoder_decoder:
+        decoder = model.base_model  # a model of several towers may give its decoder a mask of each kind of attention
     like = next(itertools.chain(base_module(layers[0]).parameters(), base_module(layers[0]).buffers()))
     prefix.to(like.device, adapter_dtype(like))
     # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding

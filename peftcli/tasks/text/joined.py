@@ -22,7 +22,7 @@ from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
-from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad
+from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad, unpadded_part
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class JoinedModel:
     @property
     def unpadded(self) -> Any:
         """The forward below the head."""
-        return self.model.get_decoder().forward
+        return unpadded_part(self.model).forward
 
     def answer(self, inputs: _Inputs) -> Any:
         """Return what was computed, or stop the call."""
@@ -109,7 +109,7 @@ class JoinedModels:
                 f"{name} with {attention} attention on {base.device.type} does not compute batches without padding",
                 key="base_model",
             )
-        self.inner, self.head = base.get_decoder(), model_ends(base)[1]
+        self.inner, self.head = unpadded_part(base), model_ends(base)[1]
         self.joined = Joined(self.inner)
         self._refuse_dropout()
 
@@ -150,7 +150,7 @@ class JoinedModels:
             problem = "needs padding"
         try:
             if problem is None:
-                added = JoinedModel(model, self.joined.guest(model.get_decoder(), random), self._is_head_of(model))
+                added = JoinedModel(model, self.joined.guest(unpadded_part(model), random), self._is_head_of(model))
                 problem = None if self._agrees(added) else "gives other outputs there"
         except AdapterError as error:
             problem = error.message
@@ -168,7 +168,7 @@ class JoinedModels:
     @torch.no_grad()
     def _agrees(self, added: JoinedModel) -> bool:
         """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
-        model, inner, inputs = added.model, added.model.get_decoder(), self._probe()
+        model, inner, inputs = added.model, unpadded_part(added.model), self._probe()
         kept, exact = inputs["attention_mask"].bool(), not rounds(inner)
         exact &= not torch.is_autocast_enabled(inner.device.type)
         tensors = {parameter: parameter.clone() for _, _, parameter in named_tensors(model).values()}

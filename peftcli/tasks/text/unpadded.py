@@ -10,6 +10,7 @@ heads and losses notice nothing.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -36,7 +37,7 @@ _EXACT, _ROUNDED = 1e-4, 0.3
 _LEAKED = 0.02
 """How far they may be off in less than float32 beside other examples, in a row of the same shape: seen was 0."""
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
-_KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict"}
+_KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
 _OUTPUTS = ("hidden_states", "attentions", "router_logits")
 
 
@@ -69,26 +70,45 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
         return False
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or is_unpadded(model):
         return is_unpadded(model)
-    inner: Any = model.get_decoder()  # or an encoder: whatever stands below the head
+    arguments = ("position_ids", "attention_mask")
+    inners = [inner for inner in _below_head(model) if all(takes(inner, argument) for argument in arguments)]
     name = str(model.config._attn_implementation)
     flash, told = "flash" in name, any(getattr(model.config, f"output_{what}", False) for what in _OUTPUTS)
     able = flash or (name == "sdpa" and model._can_set_attn_implementation())
-    if told or not able or not all(takes(inner, argument) for argument in ("position_ids", "attention_mask")):
+    if told or not able or not inners:
         return False
     if not flash:
         model.set_attn_implementation(ATTENTION)
     counts = [table.padding_idx + 1 for table in position_tables(model) if table.padding_idx is not None]
     may_share = not flash and (try_out or any(getattr(each, "is_causal", False) for each in model.modules()))
-    for shares in (True, False) if may_share else (False,):
-        unpadded = _Unpadded(inner, max(counts, default=0), flash=flash, shares=shares)
-        if not try_out:
-            inner.forward = unpadded
-        if not try_out or _agree(inner, unpadded):
-            inner.register_forward_hook(_choose)
-            return True
-    if not flash:
+    ways = [
+        _Unpadded(inner, max(counts, default=0), flash=flash, shares=shares)
+        for inner in inners
+        for shares in (True, False)
+        if may_share or not shares
+    ]
+    if try_out:
+        ways = list(itertools.islice((way for way in ways if _agree(model.base_model, way)), 1))
+    else:  # of two, one within the other, the outer one computes no padding if it can, else the inner one
+        ways = [way for way in ways if way.shares == may_share]
+    for way in ways:
+        way.module.forward = way
+    if ways:
+        ways[-1].module.register_forward_hook(_choose)
+    elif not flash:
         model.set_attn_implementation(name)
-    return False
+    return bool(ways)
+
+
+def _below_head(model: Any) -> list[Any]:
+    """What may compute no padding: the decoder, or all below the head, where a model makes its decoder's masks."""
+    return list(dict.fromkeys((model.get_decoder(), model.base_model)))
+
+
+def unpadded_part(model: Any) -> Any:
+    """Return the module of a model that computes no padding; None: ``unpad`` has not returned true for the model."""
+    parts = _below_head(model) if isinstance(model, PreTrainedModel) else []
+    return next((part for part in parts if isinstance(getattr(part, "forward", None), _Unpadded)), None)
 
 
 def rounds(model: nn.Module) -> bool:
@@ -98,8 +118,7 @@ def rounds(model: nn.Module) -> bool:
 
 def is_unpadded(model: Any) -> bool:
     """Whether ``unpad`` has returned true for a model."""
-    inner = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    return isinstance(getattr(inner, "forward", None), _Unpadded)
+    return unpadded_part(model) is not None
 
 
 class _Unpadded:
@@ -118,6 +137,8 @@ class _Unpadded:
         parameters = inspect.signature(module.forward).parameters.values()
         self.takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
         """Whether the forward passes on to attention what it does not know."""
+        self.used = False
+        """Whether it has computed a batch without its padding."""
         self.instead: Callable[[dict[str, Any]], Any] | None = None
         """What gives the output instead, unless it is None, while several models compute as one; see ``joined``."""
         self.prefix = next((each for each in module.modules() if isinstance(each, PrefixAttention)), None)
@@ -157,6 +178,7 @@ class _Unpadded:
 
     def compute(self, parts: Sequence[Part]) -> Any:
         """Run the model's own forward over the tokens of several batches as one row."""
+        self.used = True
         inputs, rows = dict(parts[0].inputs), [row for part in parts for row in part.layout.rows]
         for name in _BY_TOKEN:
             if inputs.get(name) is not None and len(parts) > 1:
@@ -261,7 +283,7 @@ def _choose(module: nn.Module, args: Any, output: Any) -> None:
 def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """What is no padding of a batch (B, T); None: it is unknown, or more is asked of the model than hidden states."""
     mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or inputs.get("use_cache"):
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("use_cache"):  # or masks made of it
         return None
     other = {name for name, value in inputs.items() if name not in _KNOWN and value is not None and value is not False}
     kept = mask.bool()
@@ -298,16 +320,16 @@ def lengths_in_row(device: torch.device) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def _agree(inner: Any, unpadded: _Unpadded) -> bool:
-    """Let a model compute no padding if it says the same then of rows of unequal length, whatever stands beside them.
+def _agree(model: Any, unpadded: _Unpadded) -> bool:
+    """Let part of a model compute no padding if it can, and the model then says the same of rows of unequal length.
 
-    Returns whether it does.
+    So it must whatever stands beside them. Returns whether it does. ``model`` is all below the head.
 
     Leaves the modules' modes and the random state as they were.
     """
     if unpadded.prefix is not None and not unpadded.shares:
         return False
-    config, device = inner.config.get_text_config(), inner.device
+    config, device, inner = model.config.get_text_config(), model.device, unpadded.module
     ids = torch.randint(config.vocab_size, (2, 3, 12), generator=torch.Generator().manual_seed(0)).to(device)
     ids[0, 1, :4] = ids[0, 0, :4]  # which those can share that look at nothing behind
     ids[1, 1], ids[1, 0, :4] = ids[0, 1], ids[0, 0, :4]  # the second row stands beside others
@@ -317,12 +339,13 @@ def _agree(inner: Any, unpadded: _Unpadded) -> bool:
         ids = torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
     agree = False
     try:
-        with evaluating(inner), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            padded = inner(input_ids=ids[0], attention_mask=mask)
+        options = {"use_cache": False} if takes(model, "use_cache") else {}
+        with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            padded = model(input_ids=ids[0], attention_mask=mask, **options)
             inner.forward = unpadded
-            found, beside = (inner(input_ids=each, attention_mask=mask) for each in ids)
-        rounded = rounds(inner) or torch.is_autocast_enabled(device.type)
-        agree = all(
+            found, beside = (model(input_ids=each, attention_mask=mask, **options) for each in ids)
+        rounded = rounds(model) or torch.is_autocast_enabled(device.type)
+        agree = unpadded.used and all(
             bool((one - other).square().mean(dim=-1).sqrt().max() / other.std() <= (limit if rounded else _EXACT))
             for wanted, tokens, limit in ((padded, mask, _ROUNDED), (beside, second, _LEAKED))
             for one, other in zip(_said(found, tokens), _said(wanted, tokens), strict=True)

@@ -72,7 +72,7 @@ _LOCAL: dict[str, Any] = {
         ModernBertConfig(**_SIZES, local_attention=WINDOW, bos_token_id=1, eos_token_id=2)
     ),
 }
-ABLE = ["llama", "llama_tied", "qwen2", "gpt2", "gemma3", "mixtral", "opt", "bert", *_LOCAL]
+ABLE = ["llama", "llama_tied", "qwen2", "gpt2", "gemma3", "gemma3_towers", "mixtral", "opt", "bert", *_LOCAL]
 
 
 def base(kind: str) -> PreTrainedModel:
