@@ -344,8 +344,9 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "called, and an adapter there would change nothing. One in a file is loaded, with a warning",
     ),
     (
-        "new adapters on `conv1d`, `out_proj` or `dt_proj` of Mamba's kin, such as Jamba, Bamba and Zamba 2, or on the "
-        "convolution of Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear and LFM2",
+        "new adapters on `conv1d`, `out_proj` or `dt_proj` of Mamba's kin, such as Jamba, Bamba and Zamba 2, on the "
+        "convolution of Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, LFM2 and their like, on the attention of WavLM, "
+        "the router of LongCat-Flash, or the relative positions of LayoutLMv2 and LayoutLMv3",
         "the models read these weights without calling the layer, so most methods would change nothing",
     ),
     ("prefix tuning on a model that reads no token ids", "there is no place for virtual tokens"),

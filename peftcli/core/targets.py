@@ -18,29 +18,50 @@ from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
 
-_MAMBA = {
+_READ_PAST_CALLS = {
+    "bailing_hybrid": ["conv1d"],
     "bamba": ["conv1d", "out_proj"],
+    "conditional_detr": ["bbox_attention.k_proj"],
+    "data2vec-audio": ["kernel"],
+    "detr": ["bbox_attention.k_proj"],
     "falcon_h1": ["conv1d", "out_proj"],
     "falcon_mamba": ["conv1d", "dt_proj", "out_proj"],
+    "gemma3n_text": ["correction_coefs"],
+    "glm5_next_text": ["conv1d"],
     "granitemoehybrid": ["conv1d", "out_proj"],
+    "inkling2_loop_text": ["conv1d"],
+    "inkling2_text": ["conv1d"],
+    "inkling_text": ["conv1d"],
     "jamba": ["conv1d", "dt_proj"],
     "kimi_linear": ["conv1d"],
+    "lara_mini": ["conv1d"],
+    "layoutlmv2": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
+    "layoutlmv3": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
     "lfm2": ["conv"],
     "lfm2_moe": ["conv"],
+    "lfm3": ["conv"],
+    "longcat_flash": ["classifier"],
     "mamba": ["conv1d", "dt_proj", "out_proj"],
     "mamba2": ["conv1d", "out_proj"],
+    "mobilebert": ["predictions.decoder", "predictions.dense"],
     "nemotron_h": ["conv1d", "out_proj"],
+    "neomme": ["unembedding_projection"],
     "olmo_hybrid": ["conv1d"],
-    "qwen3_5": ["conv1d"],
-    "qwen3_5_moe": ["conv1d"],
     "qwen3_5_moe_text": ["conv1d"],
     "qwen3_5_text": ["conv1d"],
     "qwen3_next": ["conv1d"],
+    "qwen4_exp_text": ["conv1d"],
+    "recurrent_gemma": ["conv_1d"],
+    "unispeech-sat": ["kernel"],
+    "wav2vec2": ["kernel"],
+    "wav2vec2-bert": ["kernel"],
+    "wav2vec2-conformer": ["kernel"],
+    "wavlm": ["k_proj", "kernel", "out_proj", "q_proj", "v_proj"],
     "zamba": ["conv1d"],
     "zamba2": ["conv1d", "out_proj"],
 }
-"""model_type -> modules whose weights the model reads itself, in its kernels or always: what an adapter adds to the
-output of such a module would be lost."""
+"""model_type -> modules whose weights the model reads without calling them, in its kernels, in steps of generation or
+always: what an adapter adds to the output of such a module would be lost."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHOWN = 6
@@ -129,7 +150,7 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not config.inference_mode:
-        names = _without_mamba(model, names, config)
+        names = _without_read(modules, names, config)
     if not names:
         raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names
@@ -260,16 +281,26 @@ def matching(
     return found
 
 
-def _without_mamba(model: Any, names: list[str], config: TargetedConfig) -> list[str]:
-    """Leave out what the model does not call, or raise AdapterError if the config names it."""
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    lost = [name for name in names if name.rpartition(".")[2] in _MAMBA.get(kind, ())]
-    if lost and config.target_modules not in (None, "all-linear"):
-        told = f"{lost[0]} is incompatible with Mamba-based models and their kin: {kind} reads its weight without "
-        hint = f"leave out {', '.join(_MAMBA[kind])}"
-        message = f"{told}calling it, so that an adapter there would do nothing"
+def _without_read(modules: Mapping[str, Any], names: list[str], config: TargetedConfig) -> list[str]:
+    """Leave out what the model reads without calling it, or raise AdapterError if the config names it."""
+    readers = {name: kind for name in names if (kind := _reader(modules, name))}
+    if readers and config.target_modules not in (None, "all-linear"):
+        name, kind = next(iter(readers.items()))
+        message = f"{kind} reads the weight of {name} without calling it, so that an adapter there would do nothing"
+        hint = f"leave out {', '.join(_READ_PAST_CALLS[kind])}"
         raise AdapterError(message, key="target_modules", hint=hint)
-    return [name for name in names if name not in lost]
+    return [name for name in names if name not in readers]
+
+
+def _reader(modules: Mapping[str, Any], name: str) -> str | None:
+    """Return the type of the model, or of the model in it, that reads a module's weight without calling the module."""
+    parts = name.split(".")
+    for count in range(len(parts)):
+        config = getattr(modules.get(".".join(parts[:count])), "config", None)
+        kind = str(getattr(config, "model_type", ""))
+        if any(module_matches(name, entry) for entry in _READ_PAST_CALLS.get(kind, ())):
+            return kind
+    return None
 
 
 def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:

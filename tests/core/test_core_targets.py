@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers import (
     ResNetForImageClassification,
     ViTConfig,
     ViTModel,
+    WavLMConfig,
+    WavLMForCTC,
+    WavLMModel,
 )
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.models.efficientnet.modeling_efficientnet import EfficientNetDepthwiseConv2d
@@ -28,7 +32,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
-from peftcli.core.targets import _MAMBA, _layer_index, find_targets, module_matches, shortest_names, targets
+from peftcli.core.targets import _READ_PAST_CALLS, _layer_index, find_targets, module_matches, shortest_names, targets
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
@@ -130,17 +134,47 @@ def test_an_embedding_that_the_model_never_calls_is_refused(key: str) -> None:
         inject(tiny("t5"), LoraConfig(inference_mode=True, **settings))
 
 
-def test_what_mamba_reads_without_calling_it_is_left_out_or_refused() -> None:
-    model = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2))
+_MAMBA = MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2)
+_WAVLM = WavLMConfig(
+    vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=[8, 8],
+    conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+)  # fmt: skip
+_HEARS = {"projection", "gru_rel_pos_linear", "intermediate_dense", "output_dense"}
+
+
+class _Heard(nn.Module):
+    """A model with another one in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.out_proj = WavLMModel(_WAVLM), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "kept", "named", "left_out"),
+    [
+        (lambda: MambaForCausalLM(_MAMBA), {"in_proj", "x_proj"}, "out_proj", "dt_proj, out_proj"),
+        (lambda: WavLMForCTC(_WAVLM), _HEARS, "q_proj", "k_proj, kernel, out_proj, q_proj, v_proj"),
+        (_Heard, {*_HEARS, "out_proj"}, "v_proj", "k_proj, kernel, out_proj, q_proj, v_proj"),
+    ],
+    ids=["mamba", "wavlm", "wavlm in another model"],
+)
+def test_what_a_model_reads_without_calling_it_is_left_out_or_refused(
+    make: Callable[[], nn.Module], kept: set[str], named: str, left_out: str
+) -> None:
+    model = make()
     found = find_targets(model, LoraConfig(target_modules="all-linear"))
-    assert [name.rpartition(".")[2] for name in found] == ["in_proj", "x_proj"]
-    with pytest.raises(AdapterError, match=r"out_proj is incompatible with Mamba-based models.*\n.*dt_proj, out_proj"):
-        find_targets(model, LoraConfig(target_modules=["in_proj", "out_proj"]))
-    loaded = LoraConfig(target_modules=["in_proj", "out_proj"], inference_mode=True)  # of a run that did call it
-    assert len(find_targets(model, loaded)) == 2
+    assert {name.rpartition(".")[2] for name in found} == kept
+    message = rf"reads the weight of [\w.]+\.{named} without calling it.*\n.*leave out .*{left_out}"
+    with pytest.raises(AdapterError, match=message):
+        find_targets(model, LoraConfig(target_modules=[*kept, named]))
+    loaded = LoraConfig(target_modules=[named], inference_mode=True)  # of a run that did call it
+    assert find_targets(model, loaded)
 
 
-_KIN = "bamba granitemoehybrid kimi_linear lfm2 lfm2_moe olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next zamba zamba2"
+_KIN = """bailing_hybrid bamba glm5_next granitemoehybrid inkling inkling2 inkling2_loop kimi_linear lara_mini lfm2
+lfm2_moe lfm3 longcat_flash olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next qwen4_exp recurrent_gemma zamba zamba2"""
+_READ = re.compile(r"self\.(conv|conv1d|conv_1d|dt_proj|out_proj|classifier)\.weight\b")
 
 
 def test_what_transformers_reads_without_calling_it_is_left_out() -> None:
@@ -148,8 +182,9 @@ def test_what_transformers_reads_without_calling_it_is_left_out() -> None:
     for kind in _KIN.split():
         code = models / kind / f"modeling_{kind}.py"
         if code.exists():  # older versions lack some
-            read = re.findall(r"self\.(conv|conv1d|dt_proj|out_proj)\.weight\b", code.read_text(encoding="utf-8"))
-            assert set(read) <= set(_MAMBA.get(kind, ())), kind
+            read = _READ.findall(code.read_text(encoding="utf-8"))
+            row = _READ_PAST_CALLS.get(kind) or _READ_PAST_CALLS[f"{kind}_text"]
+            assert set(read) <= set(row), kind
             seen += len(read)
     assert seen
 
