@@ -238,7 +238,10 @@ class TargetedConfig(AdapterConfig):
 
     target_modules: list[str] | str | None = None
     """Which modules to adapt: a list of names or name endings, one regular expression over full names,
-    or ``all-linear`` (every linear layer but the output head). Unset: the usual choice for the model's family."""
+    or ``all-linear`` (every linear layer but the output head). Unset: the usual choice for the model's family. In a
+    task of texts, ``all-linear`` and the usual choice leave out a model's towers for images and sound."""
+    unreached: list[str] = field(default_factory=list, metadata={"recipe": False, "file": False}, repr=False)
+    """Full names of modules that the task's inputs never reach: adapted only where ``target_modules`` names them."""
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from taskkit import CASES
-from trainkit import base_folder
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trainkit import base_folder
 
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe, method_config

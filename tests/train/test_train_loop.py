@@ -20,6 +20,7 @@ from safetensors.torch import load, load_file, save_file
 from trainkit import PROMPT_TUNING, Trained, at_step, read_run, run_recipe, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from peftcli.adapters.verify import verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, OutOfMemory, UsageError
@@ -85,6 +86,25 @@ def test_first_loss_is_the_sum_over_targets_divided_by_the_targets(recipe: Path,
         total, count = summed_loss(model, trainkit.PAIRS[:4])
     assert done.metrics[0]["num_targets"] == count
     assert done.losses[0] == pytest.approx(float(total) / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_of_several_towers_learns_from_text_alone(tmp_path: Path, attention: str) -> None:
+    base = trainkit.base_folder("gemma3_towers")
+    done = run_recipe(
+        write_recipe(tmp_path, base),
+        f"base_model.attn_implementation={attention}",
+        "training.train_sampling_strategy=sequential",
+        "training.max_steps=1",
+        "training.verify=true",
+    )
+    with torch.no_grad():
+        total, count = summed_loss(AutoModelForCausalLM.from_pretrained(base), trainkit.PAIRS[:4])
+    assert done.losses[0] == pytest.approx(float(total) / count, rel=1e-5)
+    assert (done.run["data"]["efficiency"] == 1) is (attention == "sdpa")
+    assert all("language_model" in name for name in load(done.weights))
+    assert not done.warnings
+    assert verify_adapter(str(done.folder))["tensors"] == len(load(done.weights)) == 2 * 7 * 2
 
 
 def test_first_loss_of_an_encoder_decoder(t5_recipe: Path) -> None:

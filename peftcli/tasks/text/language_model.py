@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftcli.core.config import AdapterConfig
+from peftcli.core.config import AdapterConfig, TargetedConfig
+from peftcli.core.layer import base_modules
 from peftcli.core.prompts.config import max_positions
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
@@ -244,14 +245,25 @@ def fit_tokens(
 ) -> list[str]:
     """Give a model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows.
 
-    ``config`` is that of an adapter that will train the rows; None: none will. Returns what the user should know.
+    ``config`` is that of an adapter that will train the rows; None: none will. It learns what of the model texts never
+    reach. Returns what the user should know.
     """
     if config is None:
         tokens.grow_for(model, tokenizer, base)
     else:
         tokens.make_room(model, tokenizer, config, base)
+    if isinstance(config, TargetedConfig):
+        config.unreached = _beside_decoder(model)
     note = tokens.settle_pad(tokenizer, model)
     return [note] if note else []
+
+
+def _beside_decoder(model: Any) -> list[str]:
+    """The modules that stand beside the decoder in a model of several towers, where no text comes: their names."""
+    if model.config.is_encoder_decoder or model.config.get_text_config() is model.config:
+        return []
+    beside = set(model.base_model.modules()) - set(model.get_decoder().modules())
+    return [name for name, module in base_modules(model).items() if module in beside]
 
 
 def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
