@@ -46,7 +46,8 @@ class Segment(NamedTuple):
     """How many it has."""
 
 
-class Layout(NamedTuple):
+@dataclass
+class Layout:
     """What of a batch (B, T) is computed, N tokens, and where it stands."""
 
     computed: torch.Tensor
@@ -56,6 +57,8 @@ class Layout(NamedTuple):
     rows: list[Segment]
     places: torch.Tensor | None
     """Where the tokens of the rows stand among the N, row after row: (M,). None: in this order."""
+    keeps_apart: bool = False
+    """Whether the model has asked for the mask by which attention keeps the rows apart."""
 
 
 layout_of_call: ContextVar[Layout | None] = ContextVar("layout_of_call", default=None)
@@ -228,6 +231,7 @@ def mask(*, mask_function: Callable, use_vmap: bool = False, **settings: Any) ->
     causal = not any(looks)
     if not causal and any(row.shared for row in layout.rows):
         raise ValueError("what rows have in common depends on what follows it")
+    layout.keeps_apart = True
     usual_to = min(unlike_causal if causal else unlike_all)
     return Segments(layout, causal, usual_to, None if usual_to >= len(places) else sees(places))
 

@@ -70,8 +70,7 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
         return False
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or is_unpadded(model):
         return is_unpadded(model)
-    arguments = ("position_ids", "attention_mask")
-    inners = [inner for inner in _below_head(model) if all(takes(inner, argument) for argument in arguments)]
+    inners = [inner for inner in _below_head(model) if _may_keep_apart(inner)]
     name = str(model.config._attn_implementation)
     flash, told = "flash" in name, any(getattr(model.config, f"output_{what}", False) for what in _OUTPUTS)
     able = flash or (name == "sdpa" and model._can_set_attn_implementation())
@@ -103,6 +102,12 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
 def _below_head(model: Any) -> list[Any]:
     """What may compute no padding: the decoder, or all below the head, where a model makes its decoder's masks."""
     return list(dict.fromkeys((model.get_decoder(), model.base_model)))
+
+
+def _may_keep_apart(inner: Any) -> bool:
+    """Whether a model can be told where each example of a row stands, and has no convolution along the row."""
+    told = all(takes(inner, argument) for argument in ("position_ids", "attention_mask"))
+    return told and not any(isinstance(each, nn.Conv1d) and each.kernel_size != (1,) for each in inner.modules())
 
 
 def unpadded_part(model: Any) -> Any:
@@ -138,7 +143,7 @@ class _Unpadded:
         self.takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
         """Whether the forward passes on to attention what it does not know."""
         self.used = False
-        """Whether it has computed a batch without its padding."""
+        """Whether it has computed a batch without its padding, by the mask that keeps the rows apart."""
         self.instead: Callable[[dict[str, Any]], Any] | None = None
         """What gives the output instead, unless it is None, while several models compute as one; see ``joined``."""
         self.prefix = next((each for each in module.modules() if isinstance(each, PrefixAttention)), None)
@@ -178,7 +183,6 @@ class _Unpadded:
 
     def compute(self, parts: Sequence[Part]) -> Any:
         """Run the model's own forward over the tokens of several batches as one row."""
-        self.used = True
         inputs, rows = dict(parts[0].inputs), [row for part in parts for row in part.layout.rows]
         for name in _BY_TOKEN:
             if inputs.get(name) is not None and len(parts) > 1:
@@ -195,8 +199,11 @@ class _Unpadded:
             inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
-        with _set(layout_of_call, Layout(everything, None, rows, places)):
-            return self.forward(**inputs)
+        layout = Layout(everything, None, rows, places)
+        with _set(layout_of_call, layout):
+            output = self.forward(**inputs)
+        self.used = self.flash or layout.keeps_apart  # a model may make its mask itself
+        return output
 
     def spread(self, output: Any, states: torch.Tensor, part: Part) -> Any:
         """Return the model's output for a batch, of whose row it computed the hidden states (N, D)."""

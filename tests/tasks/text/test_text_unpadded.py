@@ -25,6 +25,10 @@ from transformers import (
     DistilBertForTokenClassification,
     FalconH1Config,
     FalconH1ForCausalLM,
+    LayoutLMConfig,
+    LayoutLMForTokenClassification,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     ModernBertConfig,
@@ -309,6 +313,20 @@ def test_a_little_that_a_row_sees_of_others_is_no_rounding(dtype: torch.dtype) -
         model = FalconH1ForCausalLM(config).to(dtype)
     assert not unpad(model)
     assert not is_unpadded(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_makes_its_mask_itself_is_found_out(dtype: torch.dtype) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 37}
+    model = LayoutLMForTokenClassification(LayoutLMConfig(**sizes, num_attention_heads=4)).to(dtype)
+    assert not unpad(model)
+
+
+def test_a_convolution_along_the_row_is_found_out() -> None:
+    """Its weights may be as small as rounding in bfloat16."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 37}
+    config = Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    assert not unpad(Lfm2ForCausalLM(config).bfloat16())
 
 
 def test_a_pooler_that_the_model_calls_otherwise_is_found_out() -> None:
