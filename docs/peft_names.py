@@ -305,8 +305,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "that of other numbers",
     ),
     (
-        "a convolution whose class has a forward of its own, as `WeightStandardizedConv2d` of BiT and the causal "
-        "convolutions of audio models",
+        "a convolution whose class computes otherwise than torch's, as `WeightStandardizedConv2d` of BiT and the "
+        "causal convolutions of audio models",
         "it changes its weight or its input before it uses them, so that an adapter there could not be merged; PEFT's "
         "merged model answers otherwise than the one that was trained",
     ),

@@ -231,8 +231,8 @@ class Training:
     """NEFTune (https://arxiv.org/abs/2310.05914): noise on the embeddings of tokens in training, usually 5 to 15.
     Unset: none."""
     bf16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32, and so do heads that give
-    classes or numbers."""
+    """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32, and so do linear heads that
+    give classes or numbers."""
     gradient_checkpointing: bool | Literal["auto"] = False
     """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: where
     the memory does not suffice without."""

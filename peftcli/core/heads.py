@@ -46,8 +46,10 @@ def widen_heads(model: Any) -> None:
     """Let each head with an output for each label compute in float32, whatever the rest computes in.
 
     Of numbers near 2000, bfloat16 has every eighth. A quantised head stays as it is. An adapter's layers on a head
-    compute so too: they must be in the model by then.
+    compute so too: they must be in the model by then. A model without a head stays as it is.
     """
+    if not any(hasattr(child, "base_model_prefix") for child in model.children()):
+        return
     modules = base_modules(model)
     for name in head_names(model):
         parts = [module for path, module in modules.items() if f"{path}.".startswith(f"{name}.")]
@@ -55,7 +57,8 @@ def widen_heads(model: Any) -> None:
         if labelled and not any(map(is_quantised, parts)):
             head: Any = model.get_submodule(name)
             head.float()
-            head.forward = functools.partial(_in_float32, head, head.forward)
+            for each in {head, base_module(head)}:  # of which the latter stays where the adapter is taken out
+                each.forward = functools.partial(_in_float32, each, each.forward)
 
 
 def _in_float32(head: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

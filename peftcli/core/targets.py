@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
@@ -96,14 +97,35 @@ def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
     """
     base = base_module(module)
     kind = next((kind for kind in _CONVOLUTIONS if isinstance(base, kind)), None)
-    if kind and type(base).forward is not kind.forward and not is_quantised(base):
+    if kind and not _convolves(base, kind):
         raise AdapterError(
-            f"{name} is a {type(base).__name__}, whose forward is not {kind.__name__}'s: it may change its weight or "
-            "input before it uses them, so that an adapter there could not be merged",
+            f"{name} is a {type(base).__name__}, which changes its weight or its input before it uses them, so that an "
+            "adapter there could not be merged",
             key="target_modules",
             hint="leave it out",
         )
     return layers_of(config).wrap(module, name, config)
+
+
+def _convolves(layer: Any, kind: Any) -> bool:
+    """Return whether a convolution of a class of its own computes as torch's does, by values drawn for a trial."""
+    own = type(layer)
+    if own.forward is kind.forward or is_quantised(layer):
+        return True
+    random, trial = torch.Generator().manual_seed(0), object.__new__(own)
+    drawn = {
+        name: value if value is None else torch.randn(value.shape, generator=random)
+        for name, value in layer._parameters.items()
+    }
+    vars(trial).update(vars(layer), _parameters=drawn)
+    sizes = [(width - 1) * step + 2 for width, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    given = torch.randn(1, layer.in_channels, *sizes, generator=random)
+    try:
+        made, expected = own.forward(trial, given), kind.forward(trial, given)
+    except Exception:  # whatever code the class has
+        return False
+    alike = isinstance(made, torch.Tensor) and made.shape == expected.shape
+    return alike and torch.allclose(made, expected, rtol=1e-3, atol=1e-3)
 
 
 def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:

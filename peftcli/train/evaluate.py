@@ -45,17 +45,31 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     """
     if data.eval is None or recipe.training.eval_strategy == "no":
         return
-    names, name = [f"eval_{name}" for name in data.task.reports], recipe.training.metric_for_best_model
-    wanted = {f"gates.{name}": name for name in recipe.gates} | {
-        "training.metric_for_best_model": name if name.startswith("eval_") else f"eval_{name}"
-    }
-    for key, name in wanted.items():
-        if name not in names and not any(fnmatchcase(name, known) for known in names):
-            raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)
-    best, training = wanted["training.metric_for_best_model"], recipe.training
-    if training.greater_is_better is None and [each for each in names if fnmatchcase(best, each)] == ["eval_*"]:
+    refuse_gates(recipe, data)
+    best, training = recipe.training.metric_for_best_model, recipe.training
+    best = best if best.startswith("eval_") else f"eval_{best}"
+    if _known(data, best, "training.metric_for_best_model") == ["eval_*"] and training.greater_is_better is None:
         message = f"whether a larger {best} is better is for you to say: true or false"
         raise UsageError(message, key="training.greater_is_better")
+
+
+def refuse_gates(recipe: Recipe, data: Data) -> None:
+    """Check that evaluation reports what gates are of.
+
+    Raises:
+        UsageError: it does not.
+    """
+    for name in recipe.gates:
+        _known(data, name, f"gates.{name}")
+
+
+def _known(data: Data, name: str, key: str) -> list[str]:
+    """The names and patterns of reported metrics that a name is one of."""
+    names = [f"eval_{each}" for each in data.task.reports]
+    known = [each for each in names if name == each or fnmatchcase(name, each)]
+    if not known:
+        raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)
+    return known
 
 
 @torch.no_grad()

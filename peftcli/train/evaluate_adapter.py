@@ -21,7 +21,7 @@ from peftcli.tasks.base import Begins, FitsModel
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import load_data, with_task
-from peftcli.train.evaluate import evaluate, refuse_metrics
+from peftcli.train.evaluate import evaluate, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
@@ -53,7 +53,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
     task = data.task
     refuse(data.findings, recipe.dataset.allow)
-    refuse_metrics(recipe, data)
+    refuse_gates(recipe, data)
     for text in data.warnings:
         tell(warning(text))
     assert data.eval is not None

@@ -426,8 +426,8 @@ class Watch:
 
 def _descendants_of(pid: int) -> Iterator[int]:
     """The processes that a process, or one of these, has started, as those that read files for it, or compile."""
-    with suppress(OSError):  # it has ended meanwhile
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):  # of each thread
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):  # of each thread
+        with suppress(OSError):  # it has ended meanwhile
             for child in map(int, children.read_text().split()):
                 yield child
                 yield from _descendants_of(child)

@@ -33,7 +33,7 @@ from transformers import (
 from peftcli import PeftModelForQuestionAnswering, PeftModelForSequenceClassification, get_peft_model
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.heads import head_names, widen_heads
-from peftcli.core.inject import disabled, inject, set_trainable
+from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
@@ -229,11 +229,13 @@ def test_a_head_computes_in_float32(adapted: str) -> None:
             found = _output(model)
         assert found.dtype == torch.float32
         assert not torch.equal(found, found.bfloat16())
+    unload(model)
+    assert _output(model).dtype == torch.float32
 
 
 def test_what_is_no_head_computes_as_before() -> None:
     """A body without its prefix, in which a LoRA's r is the number of labels."""
-    model = BertModel(BertConfig(**_SIZES)).bfloat16()
-    inject(model, LoraConfig(r=model.config.num_labels))
+    model = BertModel(BertConfig(**_SIZES, num_labels=_SIZES["hidden_size"])).bfloat16()
+    inject(model, LoraConfig(r=2))
     widen_heads(model)
     assert {value.dtype for value in model.parameters() if not value.requires_grad} == {torch.bfloat16}

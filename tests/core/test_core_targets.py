@@ -207,9 +207,16 @@ def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_outp
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig, IA3Config, OFTConfig])
-def test_a_convolution_with_a_forward_of_its_own_is_refused(kind: Any) -> None:
+def test_a_convolution_that_computes_otherwise_is_refused(kind: Any) -> None:
+    class Same(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.contiguous())
+
+    inject(nn.ModuleDict({"same": Same(4, 4, 3)}), kind(target_modules=["same"]))
     model = nn.ModuleDict({"plain": EfficientNetDepthwiseConv2d(8), "own": WeightStandardizedConv2d(4, 4, 3)})
-    with pytest.raises(AdapterError, match="target_modules: own is a WeightStandardizedConv2d, whose forward is not"):
+    with pytest.raises(
+        AdapterError, match="target_modules: own is a WeightStandardizedConv2d, which changes its weight"
+    ):
         inject(model, kind(target_modules=["own"]))
     if kind is not OFTConfig:  # which adapts none with groups
         inject(model, kind(target_modules=["plain"]))

@@ -236,7 +236,8 @@ def test_texts_are_read_as_the_folder_says_and_as_sentence_transformers_will(tmp
     some = {"prompts": {"query": "query: ", "document": "", "STS": "same: "}, "default_prompt_name": None}
     (plain / "config_sentence_transformers.json").write_text(json.dumps(some))
     assert ["('query')" in note for note in task_of(plain).notes] == [True]
-    (plain / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "", "document": ""}}))
+    none = {"prompts": {"query": "", "document": ""}, "default_prompt_name": 5}
+    (plain / "config_sentence_transformers.json").write_text(json.dumps(none))
     assert not task_of(plain).notes
     (tmp_path / "merged").mkdir()
     task.export(tmp_path / "merged")

@@ -84,7 +84,9 @@ def prompts(base: OpenBase) -> list[str]:
     about = _read_file(base, _ABOUT)
     known = about.get("prompts")
     held = [name for name in _UNASKED if isinstance(known, dict) and known.get(name)]
-    return [short_name(name) for name in dict.fromkeys([about.get("default_prompt_name"), *held]) if name]
+    if isinstance(default := about.get("default_prompt_name"), str):
+        held.append(default)
+    return [short_name(name) for name in dict.fromkeys(held)]
 
 
 def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int, base: OpenBase) -> None:
