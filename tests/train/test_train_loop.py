@@ -417,7 +417,6 @@ def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
     ("task", "metric", "less_is_better"),
     [
         ("causal_lm", "loss", True),
-        ("causal_lm", "eval_own_loss", True),
         ("token_classification", "eval_loss", True),
         ("token_classification", "eval_f1_loss", False),
         ("semantic_segmentation", "eval_iou_loss", False),
