@@ -228,15 +228,14 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 def train_other_biases(model: nn.Module, config: Any, layers: Collection[str]) -> None:
     """Train every bias of the model outside of the modules ``layers`` that the adapter adapts (``bias: all``)."""
-    saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
-    inside = tuple(f"{name}." for name in [*layers, *saved])
+    inside = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
     places = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
     added = {base._parameters.get("bias") for base in map(base_module, places.values()) if not base._modules}
     new, trained = dict[nn.Module, nn.Module](), dict[torch.Tensor, nn.Parameter]()
     for name, module in places.items():
         base = base_module(module)
         bias = base._parameters.get("bias")
-        if bias is None or f"{name}.".startswith(inside):
+        if bias is None or name in layers or f"{name}.".startswith(inside):
             continue
         if base._modules and bias in added:
             continue  # it holds what a layer in it adds, as the heads of BERT do

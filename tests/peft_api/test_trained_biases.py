@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,32 @@ def test_all_biases_train_beside_another_adapter(tmp_path: Path, kind: str, firs
         model.merge_adapter()
         torch.testing.assert_close(logits(model, {"input_ids": ids(2, 5)}), said[name], rtol=0, atol=1e-5)
         model.unmerge_adapter()
+
+
+class _Gated(nn.Module):
+    """Multiplies with a parameter of its own what a module inside it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.inner(x), self.gate)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(peft, peftcli), (peftcli, peft)])
+def test_biases_inside_a_module_with_an_adapted_parameter_train_too(writer: Any, reader: Any, tmp_path: Path) -> None:
+    base, x = nn.Sequential(_Gated(), nn.Linear(8, 8)), torch.randn(2, 8)
+    config = writer.LoraConfig(target_parameters=["0.gate"], bias="all", init_lora_weights=False)
+    model = writer.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias") and value.requires_grad:
+                value += 1
+    model.save_pretrained(tmp_path)
+    loaded = reader.PeftModel.from_pretrained(base, str(tmp_path))
+    torch.testing.assert_close(loaded(x), model(x))
+    assert sum(name.endswith("bias") for name in reader.get_peft_model_state_dict(loaded)) == 2
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
