@@ -273,3 +273,14 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     before = model.training
     yield model.eval()
     model.train(before)
+
+
+class Gated(nn.Module):
+    """Multiplies with a parameter of its own what a module inside it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.inner(x), self.gate)

@@ -54,7 +54,7 @@ def settings_of(recipe: Recipe) -> Settings:
 
 
 def first_auto(recipe: Recipe) -> str | None:
-    """Return the key of the first setting that is left to choose; None: there is none."""
+    """Return the key of the first setting that is on auto, or None if no setting is."""
     given = settings_of(recipe)
     return next((f"{section}.{key}" for section, keys in _CHOSEN.items() for key in keys if given[key] == "auto"), None)
 

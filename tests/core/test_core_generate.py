@@ -331,9 +331,8 @@ def test_tokens_that_are_guessed_ahead_change_nothing(model: nn.Module) -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("model", [each for each in MODELS if "llama" in each], indirect=True, ids="-".join)
 def test_an_assistant_guesses_what_it_generates_by_itself(model: nn.Module) -> None:
-    if not hasattr(model.config, "num_key_value_heads"):
-        pytest.skip("one of each kind of attention is enough")
     given = {"input_ids": ids(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
     base: Any = copy.deepcopy(model)
     unload(base)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import batch, logits, randomise, tiny
+from models_tiny import Gated, batch, logits, randomise, tiny
 from promises import base_settings
 from torch import nn
 
@@ -306,24 +306,13 @@ def test_layer_by_layer_weights_are_merged_where_they_are(name: str) -> None:
         assert {weight.data_ptr() for weight in model.state_dict().values()} <= before
 
 
-class _Gated(nn.Module):
-    """Multiplies with a parameter of its own what a module inside it returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.gate = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.inner(x), self.gate)
-
-
 @pytest.mark.parametrize("settings", [{"target_modules": ["inner"]}, {"modules_to_save": ["inner"]}])
 @pytest.mark.parametrize("adapters", [["default"], ["default", "b"], ["b"]])
 def test_an_adapter_inside_a_module_with_an_adapted_parameter_is_merged_too(
     settings: dict[str, Any], adapters: list[str]
 ) -> None:
     torch.manual_seed(0)
-    base, x = nn.ModuleDict({"gated": _Gated()}), torch.randn(2, 8)
+    base, x = nn.ModuleDict({"gated": Gated()}), torch.randn(2, 8)
     names = list(base.state_dict())
     model = get_peft_model(base, peftcli.LoraConfig(target_parameters=["gated.gate"], **settings))
     model.add_adapter("b", peftcli.LoraConfig(target_modules=["inner"]))

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import ids, logits, randomise, tiny
+from models_tiny import Gated, ids, logits, randomise, tiny
 from torch import nn
 
 import peftcli
@@ -41,20 +41,9 @@ def test_all_biases_train_beside_another_adapter(tmp_path: Path, kind: str, firs
         model.unmerge_adapter()
 
 
-class _Gated(nn.Module):
-    """Multiplies with a parameter of its own what a module inside it returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.gate = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.inner(x), self.gate)
-
-
 @pytest.mark.parametrize(("writer", "reader"), [(peft, peftcli), (peftcli, peft)])
 def test_biases_inside_a_module_with_an_adapted_parameter_train_too(writer: Any, reader: Any, tmp_path: Path) -> None:
-    base, x = nn.Sequential(_Gated(), nn.Linear(8, 8)), torch.randn(2, 8)
+    base, x = nn.Sequential(Gated(), nn.Linear(8, 8)), torch.randn(2, 8)
     config = writer.LoraConfig(target_parameters=["0.gate"], bias="all", init_lora_weights=False)
     model = writer.get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
