@@ -27,18 +27,9 @@ from peftcli.models.diffusion import quiet_diffusers
 from peftcli.models.guarded import quiet
 from peftcli.models.open import OpenBase
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE
-from peftcli.tasks.base import (
-    Batch,
-    Exports,
-    PredictOptions,
-    Predicts,
-    Probes,
-    Saves,
-    Task,
-    reader_of_texts,
-    scores_on,
-)
+from peftcli.tasks.base import Batch, Exports, PredictOptions, Predicts, Probes, Saves, Task, reader_of_texts
 from peftcli.tasks.pipelines import Answer, answers_of_both, has_pipeline
+from peftcli.tasks.scores import scores_on
 
 READERS = {
     "peft": ("peft",),

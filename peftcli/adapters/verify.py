@@ -36,7 +36,8 @@ from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
 from peftcli.system.secrets import redact_values
 from peftcli.tasks import TASK_FILE, TASKS
-from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor, scores_on
+from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor
+from peftcli.tasks.scores import scores_on
 from peftcli.tasks.text.unpadded import unpad
 
 RECORD_FILE = "verification.json"

@@ -23,8 +23,9 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, logits_of, table_of
+from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
+from peftcli.tasks.scores import logits_of
 from peftcli.tasks.shown import Description
 
 Settings = TypeVar("Settings", bound=settings.Classification)

@@ -33,8 +33,6 @@ from peftcli.tasks.base import (
     PredictOptions,
     Task,
     encode_each,
-    logits_of,
-    model_inputs,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -43,6 +41,7 @@ from peftcli.tasks.base import (
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import noise, open_image, opened_picture, pixels, png, processed, shown_image
+from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:

@@ -38,7 +38,6 @@ from peftcli.tasks.base import (
     PredictOptions,
     Task,
     encode_each,
-    model_inputs,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -48,6 +47,7 @@ from peftcli.tasks.diffusers_files import write_parts
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import open_image, png, shown_image
+from peftcli.tasks.scores import model_inputs
 from peftcli.tasks.shown import Shown, Text, TokenText
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 

@@ -22,19 +22,10 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, settings
-from peftcli.tasks.base import (
-    Batch,
-    LeftOut,
-    Loss,
-    PredictOptions,
-    Task,
-    encode_each,
-    logits_of,
-    model_inputs,
-    table_of,
-)
+from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, encode_each, table_of
 from peftcli.tasks.classification import LabelReader
 from peftcli.tasks.findings import CLASSES as FINDINGS
+from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded

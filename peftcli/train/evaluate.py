@@ -17,7 +17,8 @@ from torch import nn
 from peftcli.data.store import View
 from peftcli.errors import UsageError
 from peftcli.schema import Recipe
-from peftcli.tasks.base import Task, on_device
+from peftcli.tasks.base import Task
+from peftcli.tasks.scores import on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
 from peftcli.train.sharded import is_sharded

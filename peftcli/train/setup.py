@@ -35,7 +35,8 @@ from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel, Recipe
 from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
+from peftcli.tasks.base import FitsModel, Task, refuse_other_classes, with_trained_head
+from peftcli.tasks.scores import model_inputs, on_device
 from peftcli.train.data import Data
 from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import refuse_attention, use_liger_kernel

@@ -24,7 +24,7 @@ from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.errors import AdapterError, ModelError
 from peftcli.system.disk import sha256
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import scores_on
+from peftcli.tasks.scores import scores_on
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Plant = Callable[[Path], str | None]

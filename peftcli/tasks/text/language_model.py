@@ -27,7 +27,8 @@ from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models import tokens
 from peftcli.schema import BaseModel
 from peftcli.system import date
-from peftcli.tasks.base import Batch, Loss, Task, model_inputs
+from peftcli.tasks.base import Batch, Loss, Task
+from peftcli.tasks.scores import model_inputs
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader

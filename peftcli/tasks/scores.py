@@ -1,0 +1,123 @@
+"""A batch through a model, and what the model says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peftcli.data.store import Example
+from peftcli.tasks.base import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_POSITIONS, _OF_HIDDEN_STATES = 32, 3
+"""Places in a text whose logits are compared, and the dimensions of hidden states: rows, positions, width."""
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
+    }
+
+
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """The model's arguments in a batch."""
+    return {name: value for name, value in batch.items() if not name.startswith("_")}
+
+
+def scores_of(outputs: Any) -> torch.Tensor:
+    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or hidden states."""
+    import torch
+
+    if "sample" in outputs:
+        sample: torch.Tensor = outputs.sample
+        return sample
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    found: torch.Tensor = outputs.logits if "logits" in outputs else outputs.last_hidden_state
+    return found
+
+
+def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
+    """Put a model into evaluation mode, and return what it says of a batch, padding aside: float32, on the CPU.
+
+    Of long texts it is what a language model says at a few places.
+    """
+    import torch
+
+    model.eval()
+    device = next(model.parameters()).device
+    inputs = model_inputs(on_device(batch, device))
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not decodes:
+        inputs.pop("labels", None)  # whose decoder reads them
+    mask = inputs.get("attention_mask")
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        _few_positions(model, 0 if decodes or mask is None else mask.shape[1]) as few,
+    ):
+        scores = scores_of(model(**inputs)).float().cpu()
+    mask = mask[:, few] if mask is not None and few else mask
+    if decodes or mask is None or scores.ndim <= mask.ndim or scores.shape[1] < mask.shape[1]:
+        return scores
+    return scores[:, -mask.shape[1] :][mask.bool().cpu()]  # virtual tokens stand before
+
+
+@contextmanager
+def _few_positions(model: Any, length: int) -> Iterator[list[int]]:
+    """Inside, the output head sees a few positions of texts of this length; yields them, empty where it sees all.
+
+    The logits of all may take more memory than training does.
+    """
+    import torch
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    seen: list[int] = []
+    if head is None or length <= _POSITIONS:
+        yield seen
+        return
+    few = torch.linspace(0, length - 1, _POSITIONS).long()
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].ndim != _OF_HIDDEN_STATES or args[0].shape[1] < length:
+            return None
+        seen[:] = few.tolist()
+        return (args[0][:, few.to(args[0].device) - length], *args[1:])  # virtual tokens stand before
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def logits_of(
+    model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
+) -> list[torch.Tensor]:
+    """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
+    import torch
+
+    device = next(model.parameters()).device
+
+    def compute(some: Sequence[Example]) -> torch.Tensor:
+        with torch.inference_mode():
+            return scores_of(model(**model_inputs(on_device(collate(some), device)))).float().cpu()
+
+    return in_batches(examples, batch_size, compute)
+
+
+def in_batches(
+    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], torch.Tensor]
+) -> list[torch.Tensor]:
+    """What ``compute`` gives for each example, in order. Examples of similar size share a batch."""
+    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
+    found: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)
+    return [found[at] for at in range(len(examples))]
