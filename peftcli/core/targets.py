@@ -169,9 +169,14 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         if excluded.isdisjoint(names) and not resolved:
             warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
         names = [name for name in names if name not in excluded]
-    if config.target_modules in (None, "all-linear"):
-        unreached = set(config.unreached)
-        names = [name for name in names if name not in unreached]
+    if unreached := {*config.unreached} & {*names}:
+        if config.target_modules in (None, "all-linear"):
+            names = [name for name in names if name not in unreached]
+        else:
+            text = (
+                f"target_modules also matches modules that the data never reaches, as {min(unreached)}: they will not"
+            )
+            warnings.warn(f"{text} train; all-linear leaves such modules out", PeftWarning, stacklevel=2)
     if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not config.inference_mode:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from peftcli.adapters.verify import verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
-from peftcli.errors import Diverged, Interrupted, OutOfMemory, UsageError
+from peftcli.errors import Diverged, Interrupted, OutOfMemory, PeftWarning, UsageError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks.base import Batch
@@ -105,6 +105,12 @@ def test_a_model_of_several_towers_learns_from_text_alone(tmp_path: Path, attent
     assert all("language_model" in name for name in load(done.weights))
     assert not done.warnings
     assert verify_adapter(str(done.folder))["tensors"] == len(load(done.weights)) == 2 * 7 * 2
+
+
+def test_targets_that_texts_never_reach_are_told(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, trainkit.base_folder("gemma3_towers"))
+    with pytest.warns(PeftWarning, match=r"never reaches, as model\.vision_tower\."):
+        run_recipe(recipe, "training.max_steps=1", "method.target_modules=[q_proj]")
 
 
 def test_first_loss_of_an_encoder_decoder(t5_recipe: Path) -> None:
