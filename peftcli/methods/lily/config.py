@@ -36,5 +36,8 @@ class LilyConfig(ExcludingConfig, LayeredConfig):
     def packing_problem(self) -> str | None:
         return "mixes its parts by the mean over all tokens of a batch"
 
+    def reads_batches(self) -> bool:
+        return True
+
     def merge_problem(self) -> str | None:
         return "Lily's update depends on the input, so it cannot be merged into a weight"

@@ -87,8 +87,9 @@ def test_a_padded_model_learns_the_same_in_parts(name: str, tmp_path: Path, monk
         (CASES["feature_extraction"], [], 1),
         (CASES["causal_lm"], [], 4),
         (CASES["causal_lm"], ["method.velora_config={}"], 1),
+        (CASES["causal_lm"], ["method={type: lily, r: 2}"], 1),
     ],
-    ids=["dpo", "kto", "embeddings", "a language model", "velora"],
+    ids=["dpo", "kto", "embeddings", "a language model", "velora", "lily"],
 )
 def test_what_compares_rows_stays_whole(
     case: Any, settings: list[str], parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,6 +102,7 @@ def test_what_compares_rows_stays_whole(
 
     monkeypatch.setattr(loop.Gradients, "loss", noted)
     monkeypatch.setattr("peftcli.tasks.text.parts._COST", 100)
+    monkeypatch.setattr("peftcli.tasks.text.parts._PART_COST", 0)
     monkeypatch.setattr(batches, "PART", 1)
     run_recipe(case.write(tmp_path), "training.max_steps=1", "training.per_device_train_batch_size=4", *settings)
     assert len(calls) == parts
