@@ -23,6 +23,7 @@ from peftcli.core.layer import (
     TrainedCopy,
     adapter_layers,
     base_module,
+    base_modules,
     base_name,
     base_paths,
     check_not_offloaded,
@@ -281,6 +282,8 @@ def _wrapped(
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     saved = [name for name in saved if not name.startswith(inside)]
+    if config.inference_mode:  # PEFT takes modules without weights too
+        saved = [name for name in saved if next(base_modules(model)[name].parameters(), None) is not None]
     config.modules_to_save = _clear_names(model, config.modules_to_save, saved)
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names and not saved:

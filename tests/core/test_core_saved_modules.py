@@ -417,3 +417,14 @@ def test_a_container_is_refused_and_the_modules_in_it_train(container: nn.Module
     inject(model, LoraConfig(target_modules=["body"], modules_to_save=["heads.0"], r=2))
     head = model.get_submodule("heads.0")
     assert torch.equal(head(input=torch.ones(1, 4)), head(torch.ones(1, 4)))
+
+
+def test_a_module_without_weights_is_refused_and_left_out_of_a_file_of_pefts(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["act_fn", "norm"]}
+    with pytest.raises(AdapterError, match=r"modules_to_save: a module of type SiLU.* has nothing to train"):
+        inject(tiny("llama"), LoraConfig(**settings))
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(**settings))
+    with silence():
+        model.save_pretrained(tmp_path)
+    again = peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert torch.equal(logits(again, batch("llama")), logits(model.eval(), batch("llama")))
