@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
+from safetensors.torch import save_file
 from torch import nn
 
 from peftcli.core.files import save_adapter
@@ -110,8 +111,12 @@ def test_a_source_that_cannot_be_read_is_refused(source: Path, tmp_path: Path) -
         _start(tmp_path / "none.safetensors", "EXACT_SOURCE_TASK")
     with pytest.raises(AdapterError, match=r"must be a \.safetensors file; others can run code"):
         _start(tmp_path / "adapter_model.bin", "EXACT_SOURCE_TASK")
-    source.write_bytes(source.read_bytes()[:100])
-    with pytest.raises(AdapterError, match="cannot be read"):
+    whole = source.read_bytes()
+    save_file({"prompt_embeddings": torch.full((N, 32), torch.nan)}, source)
+    with pytest.raises(AdapterError, match="prompt_tuning_init_state_dict_path: contains NaN or Inf"):
+        _start(source, "ONLY_SOURCE_SHARED")
+    source.write_bytes(whole[:100])
+    with pytest.raises(AdapterError, match="prompt_tuning_init_state_dict_path: damaged"):
         _start(source, "ONLY_SOURCE_SHARED")
     with pytest.raises(AdapterError, match="prompt_tuning_init_state_dict_path: EXACT_SOURCE_TASK needs it"):
         inject(tiny("llama"), MultitaskPromptTuningConfig(prompt_tuning_init="EXACT_SOURCE_TASK"))

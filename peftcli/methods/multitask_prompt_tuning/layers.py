@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
+from peftcli.core.files import read_tensor_file
 from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import VirtualTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
@@ -70,9 +69,9 @@ def _from_source(
     """Read the starting values of ``tensors`` from the adapter that the config names."""
     path, key = Path(config.prompt_tuning_init_state_dict_path or ""), "prompt_tuning_init_state_dict_path"
     try:
-        source = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"cannot be read: {error}", file=str(path), key=key) from None
+        source = read_tensor_file(path)
+    except AdapterError as error:
+        raise AdapterError(error.message, file=str(path), key=key) from None
     names = ["prompt_embeddings"] if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else list(tensors)
     if missing := [name for name in names if name not in source]:
         raise AdapterError(f"holds no {missing[0]}", file=str(path), key=key)
