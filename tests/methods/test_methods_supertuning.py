@@ -76,7 +76,13 @@ def test_at_least_one_number_trains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "key"), [({"sparsity": 1.0}, "sparsity"), ({"r": 0}, "r"), ({"lora_alpha": 4.0}, "lora_alpha")]
+    ("settings", "key"),
+    [
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"r": 0}, "r"),
+        ({"lora_alpha": 4.0}, "lora_alpha"),
+        ({"r": 2, "lora_alpha": 0.0}, "lora_alpha"),
+    ],
 )
 def test_settings_that_mean_nothing(settings: dict[str, Any], key: str) -> None:
     assert [found for found, _ in SupertuningConfig.unchecked(**settings).problems()] == [key]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
-from peftcli.methods._settings import Problems, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class SupertuningConfig(TargetedConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + outside_unit_interval(self, "sparsity", "lora_dropout")
-        found += too_small(self, r=1)
+        found += too_small(self, r=1) + not_positive(self, "lora_alpha")
         if self.lora_alpha is not None and self.r is None:
             found.append(("lora_alpha", "means nothing without r"))
         return found
