@@ -61,6 +61,8 @@ def test_a_module_that_one_ia3_adapter_leaves_alone_has_the_factor_one_there() -
     for name, problem in {"svd": "has no matrices", "ties": "has no matrices"}.items():
         with pytest.raises(AdapterError, match=problem):
             model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "d", combination_type=name)
+    with pytest.raises(AdapterError, match="density: cat drops nothing"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "d", density=0.5)
     model.add_adapter("lora", peftcli.LoraConfig())
     with pytest.raises(AdapterError, match=r"peft_type: .*a is for IA3, lora is for LORA"):
         model.add_weighted_adapter(["a", "lora"], [0.5, 0.5], "d")

@@ -18,6 +18,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
     """Return the weighted sum of the factors; a module that an adapter leaves alone has the factor 1 there."""
     if how.method not in ("cat", "linear"):
         raise AdapterError(f"(IA)^3 has no matrices, so {how.method} means nothing", key="combination_type")
+    how.check()
     check_alike(adapters, weights, _SAME)
     names = sorted({name for adapter in adapters for name in adapter.tensors if name.endswith(".ia3_l")})
     tensors = replaced(adapters, weights, names)
