@@ -233,7 +233,7 @@ def _pattern_matches(pattern: str, name: str) -> bool:
     try:
         return ends_with(name, pattern)
     except PatternError as error:
-        raise AdapterError(str(error), key="rank_pattern") from None
+        raise AdapterError(str(error)) from None
 
 
 def expert_parameters(modules: Mapping[str, nn.Module]) -> list[str]:

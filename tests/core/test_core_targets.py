@@ -34,6 +34,7 @@ from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
 from peftcli.core.targets import _READ_PAST_CALLS, _layer_index, find_targets, module_matches, shortest_names, targets
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
+from peftcli.guard import patterns
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods.frod.config import FrodConfig
 from peftcli.methods.ia3.config import IA3Config
@@ -248,6 +249,13 @@ def test_a_file_may_exclude_or_set_what_the_model_lacks() -> None:
     with pytest.warns(PeftWarning, match="excludes none"):
         found = targets(tiny("llama"), LoraConfig(**settings, inference_mode=True))
     assert found == _found("llama", target_modules=["q_proj"])
+
+
+def test_a_pattern_that_takes_too_long_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 0.05)
+    slow = r"(?:(?:(?:.?){15}){15}){15}_"
+    with pytest.raises(AdapterError, match=r"^'.*' takes too long to match"):
+        targets(tiny("llama"), LoraConfig(alpha_pattern={slow: 4}))
 
 
 def test_the_shortest_names_name_these_and_no_others() -> None:

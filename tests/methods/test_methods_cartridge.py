@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,12 @@ def test_a_recipe_starts_from_a_document(tmp_path: Path) -> None:
     document.write_text("Too short")
     with pytest.raises(AdapterError, match="fewer than num_virtual_tokens"):
         trainkit.run_recipe(recipe, method.replace(": 4", ": 40"), f"training.output_dir={tmp_path}/other")
+
+
+def test_a_pipe_is_no_document(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(AdapterError, match="document: cannot be read: it is a pipe, not a regular file"):
+        CartridgeConfig(num_virtual_tokens=N, document=str(pipe)).prepare(lambda name: None)
 
 
 def test_more_frozen_tokens_than_tokens_are_refused() -> None:

@@ -9,7 +9,11 @@ from typing import Any
 
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.errors import AdapterError
+from peftcli.guard.files import read_small
 from peftcli.methods._settings import too_small
+
+_LARGEST = 1 << 26
+"""Bytes of a document."""
 
 
 @dataclass(kw_only=True)
@@ -39,8 +43,8 @@ class CartridgeConfig(PrefixConfig):
         if self.document is None:
             return
         try:
-            text = Path(self.document).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_small(Path(self.document), _LARGEST).decode().replace("\r\n", "\n")  # as in open()
+        except (OSError, ValueError) as error:
             raise AdapterError(f"cannot be read: {error}", key="document", file=self.document) from None
         ids = load_tokenizer(None)(text)["input_ids"][: self.num_virtual_tokens]
         if len(ids) < self.num_virtual_tokens:
