@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, tiny
@@ -63,12 +62,6 @@ def test_each_subspace_has_an_update_of_its_own() -> None:
         torch.testing.assert_close(layer(x), base(x) + x @ delta[:, :12].T + delta[:, 12])
         merged = layer.merged_tensors({"weight": base.weight, "bias": base.bias})
         torch.testing.assert_close(layer(x), nn.functional.linear(x, merged["weight"], merged["bias"]))
-
-
-@pytest.mark.parametrize(("count", "of"), [(1, 9), (5, 32), (40, 64), (10, 4096)])
-def test_the_first_points_are_those_that_numpy_draws(count: int, of: int) -> None:
-    drawn = np.random.RandomState(123456789).choice(of, size=count, replace=False, p=np.full(of, 1 / of, "float32"))
-    assert subspaces._draw(count, of).tolist() == drawn.tolist()
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "count"), [(96, 32, 3), (300, 40, 10), (2048, 64, 5)])

@@ -1,11 +1,10 @@
-"""Uni-LoRA: one trained vector for all layers, and NumPy's choice of where its numbers stand."""
+"""Uni-LoRA: one trained vector for all layers, and where its numbers stand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, tiny
@@ -18,30 +17,8 @@ from peftcli.core.weights import named_tensors
 from peftcli.methods import config_from_dict
 from peftcli.methods.unilora.config import UniLoraConfig
 from peftcli.methods.unilora.layers import UniLoraLinear, attach
-from peftcli.methods.unilora.numpy_random import NumpyRandom
 
 SETTINGS: dict[str, Any] = {"r": 2, "theta_d_length": 20}
-
-
-@pytest.mark.parametrize("seed", [0, 42, 2**32 + 5, 2**200 + 3])
-@pytest.mark.parametrize("count", [1, 2, 1000])
-def test_it_shuffles_as_numpy_does(seed: int, count: int) -> None:
-    found, expected = list(range(count)), np.arange(count)
-    NumpyRandom(seed).shuffle(found)
-    np.random.default_rng(seed).shuffle(expected)
-    assert found == expected.tolist()
-
-
-@pytest.mark.parametrize(
-    ("population", "count"), [(7, 1), (7, 7), (256, 100), (9999, 9000), (20000, 300), (20000, 401)]
-)
-def test_it_samples_as_numpy_does_and_goes_on_alike(population: int, count: int) -> None:
-    here, there = NumpyRandom(42), np.random.default_rng(42)
-    assert here.sample(population, count) == there.choice(population, size=count, replace=False).tolist()
-    found, expected = list(range(50)), np.arange(50)
-    here.shuffle(found)
-    there.shuffle(expected)
-    assert found == expected.tolist()
 
 
 def test_every_number_stands_at_as_many_places_and_lengths_are_kept() -> None:

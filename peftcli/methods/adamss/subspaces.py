@@ -1,11 +1,11 @@
 """Which outputs of a layer form a subspace: a decomposition of its weight, and k-means over the rows of it.
 
-PEFT's files do not say it, so it has to be found as PEFT and scikit-learn find it, drawn numbers included. The drawn
-numbers are NumPy's: a Mersenne twister, as PyTorch's on the CPU is.
+PEFT's files do not say it, so it has to be found as PEFT and scikit-learn find it, drawn numbers included.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 _SEED = 123456789
@@ -27,7 +27,9 @@ def cluster(points: torch.Tensor, count: int) -> torch.Tensor:
     points = points.double().cpu()
     limit = _TOLERANCE * points.var(0, correction=0).mean()
     points = points - points.mean(0)
-    centres, labels = points[_draw(count, len(points))], points.new_full((len(points),), -1, dtype=torch.long)
+    shares = np.full(len(points), 1 / len(points))  # without them NumPy draws others
+    first = np.random.RandomState(_SEED).choice(len(points), count, replace=False, p=shares)
+    centres, labels = points[first], points.new_full((len(points),), -1, dtype=torch.long)
     for _ in range(_ROUNDS):
         before, labels = labels, _nearest(points, centres)
         if torch.equal(labels, before):
@@ -54,18 +56,3 @@ def _centres(points: torch.Tensor, labels: torch.Tensor, before: torch.Tensor) -
         sizes[labels[point]] -= 1
         sums[cluster_], sizes[cluster_] = points[point], 1
     return sums / sizes.clamp(min=1).unsqueeze(1)
-
-
-def _draw(count: int, of: int) -> torch.Tensor:
-    """Return ``count`` different numbers below ``of``, as ``RandomState.choice`` of NumPy draws them."""
-    generator, shares, found = torch.Generator().manual_seed(_SEED), torch.full((of,), 1 / of), list[int]()
-    shares = shares.double()
-    while len(found) < count:
-        bits = torch.empty(count - len(found), dtype=torch.long).random_(-(2**63), None, generator=generator)
-        first, second = (bits >> 37) & 0x7FFFFFF, (bits >> 6) & 0x3FFFFFF
-        numbers = (first * 2**26 + second).double() / 2**53
-        shares[found] = 0
-        sums = shares.cumsum(0)
-        new = torch.searchsorted(sums / sums[-1], numbers, right=True).tolist()
-        found += dict.fromkeys(new)
-    return torch.tensor(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +13,6 @@ from torch import nn
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, factory_kwargs, stored_weight
 from peftcli.methods.unilora.config import UniLoraConfig
-from peftcli.methods.unilora.numpy_random import NumpyRandom
 
 _PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
 
@@ -84,11 +84,12 @@ def _assigned(count: int, config: UniLoraConfig) -> torch.Tensor:
     PEFT leaves the choice to NumPy, and its files may hold the seed alone.
     """
     times, left = divmod(count, config.theta_d_length)
-    random = NumpyRandom(config.proj_seed)
-    assigned = [number for number in range(config.theta_d_length) for _ in range(times)]
-    assigned += random.sample(config.theta_d_length, left) if left else []
+    random = np.random.default_rng(config.proj_seed)
+    assigned = np.repeat(np.arange(config.theta_d_length), times)
+    if left:
+        assigned = np.concatenate([assigned, random.choice(config.theta_d_length, left, replace=False)])
     random.shuffle(assigned)
-    return torch.tensor(assigned)
+    return torch.from_numpy(assigned)
 
 
 wrap = UniLoraLinear
