@@ -66,6 +66,37 @@ class RotatedConv(Rotating, WeightDeltaConv):
         return self.turned(weight.flatten(1)).view(weight.shape) - weight
 
 
+def skew_of(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """The skew matrices (..., size, size) whose upper triangles hold ``numbers`` (..., size (size - 1) / 2)."""
+    rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
+    upper = numbers.new_zeros(*numbers.shape[:-1], size, size)
+    upper[..., rows, columns] = numbers
+    return upper - upper.mT
+
+
+def cayley(skew: torch.Tensor) -> torch.Tensor:
+    """``(I - S) (I + S)^-1``, a rotation. Computed without autocast."""
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    with torch.autocast(skew.device.type, enabled=False):
+        return torch.linalg.solve(identity + skew, identity - skew, left=False)
+
+
+def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """``I + 2 S + 2 S^2 + ...``, which comes near ``cayley(-S)`` while ``S`` is small. Computed without autocast.
+
+    Of the powers up to ``terms - 1`` the last one counts once. 3 terms are as 4, as in PEFT.
+    """
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    if terms < 3:
+        return identity + 2 * skew * (terms - 1)
+    total, power = 2 * skew, skew
+    with torch.autocast(skew.device.type, enabled=False):
+        for _ in range(2, max(terms - 1, 3)):
+            power = power @ skew
+            total = total + 2 * power
+        return identity + (total + power @ skew)
+
+
 def leave_out(blocks: torch.Tensor, share: float) -> torch.Tensor:
     """``blocks`` (..., k, k), of which a random share are the identity."""
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)

@@ -66,6 +66,13 @@ def test_more_terms_of_the_sum_come_nearer_to_the_rotation() -> None:
     assert errors[-1] < 1e-3 < errors[0]
 
 
+def test_the_sum_is_as_exact_under_autocast() -> None:
+    layer = _layer(use_cayley_neumann=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.psoft_R()
+    assert torch.equal(found, layer.psoft_R())
+
+
 def test_the_bound_holds_what_the_sum_is_made_from_and_leaves_what_is_below() -> None:
     bounded = _layer(use_cayley_neumann=True, cayley_neumann_eps=0.5, psoft_mag_a=False, psoft_mag_b=False)
     free = _layer(use_cayley_neumann=True, psoft_mag_a=False, psoft_mag_b=False)

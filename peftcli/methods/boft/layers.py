@@ -10,7 +10,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
-from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
+from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out
 from peftcli.methods.boft.config import BOFTConfig
 
 
@@ -54,10 +54,7 @@ class BOFTLayer(Rotating):
 
     def _blocks(self) -> torch.Tensor:
         """The rotations of all factors: (m, blocks, k, k)."""
-        with torch.autocast(self.boft_R.device.type, enabled=False):
-            skew = widened(self.boft_R - self.boft_R.mT) / 2
-            identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-            blocks = torch.linalg.solve(identity + skew, identity - skew, left=False)
+        blocks = cayley(widened(self.boft_R - self.boft_R.mT) / 2)
         return leave_out(blocks, self.share) if self.training and self.share else blocks
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.methods._linear import factory_kwargs
-from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, leave_out
+from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out, neumann, skew_of
 from peftcli.methods.oft.config import OFTConfig
 
 
@@ -42,13 +42,9 @@ class Rotation(nn.Module):
 
     def blocks(self) -> torch.Tensor:
         """The blocks that the input's rows are multiplied by: (n, k, k), or (1, k, k) when all are one."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            skew = self._skew()
-            identity = torch.eye(self.size, dtype=skew.dtype, device=skew.device)
-            if self.config.use_cayley_neumann:
-                blocks = identity + _series(skew, self.config.num_cayley_neumann_terms)
-            else:
-                blocks = torch.linalg.solve(identity + skew, identity - skew, left=False)
+        skew = skew_of(widened(self.weight * self.room() if self.config.coft else self.weight), self.size)
+        terms = self.config.num_cayley_neumann_terms
+        blocks = neumann(skew, terms) if self.config.use_cayley_neumann else cayley(skew)
         if self.training and self.config.module_dropout:
             blocks = leave_out(blocks.expand(self.count, -1, -1), self.config.module_dropout)
         return blocks
@@ -63,13 +59,6 @@ class Rotation(nn.Module):
     def bring_back(self) -> None:
         """With coft, move the numbers to where they may be."""
         self.weight.mul_(self.room())
-
-    def _skew(self) -> torch.Tensor:
-        numbers = widened(self.weight * self.room() if self.config.coft else self.weight)
-        rows, columns = torch.triu_indices(self.size, self.size, 1, device=numbers.device)
-        upper = numbers.new_zeros(len(numbers), self.size, self.size)
-        upper[:, rows, columns] = numbers
-        return upper - upper.mT
 
 
 class OFTLayer(Rotating):
@@ -121,14 +110,3 @@ def after_step(model: nn.Module, config: OFTConfig, step: int, total: int) -> No
     for module in model.modules():
         if isinstance(module, Rotation) and module.config.coft:
             module.bring_back()
-
-
-def _series(skew: torch.Tensor, terms: int) -> torch.Tensor:
-    """``2 S + 2 S^2 + ...``: of the powers up to ``terms - 1`` the last one counts once. 3 terms are as 4."""
-    if terms < 3:
-        return 2 * skew * (terms - 1)
-    total, power = 2 * skew, skew
-    for _ in range(2, max(terms - 1, 3)):
-        power = power @ skew
-        total = total + 2 * power
-    return total + power @ skew

@@ -10,6 +10,7 @@ from peftcli.core.layer import widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
+from peftcli.methods._rotation import cayley, neumann, skew_of
 from peftcli.methods.psoft.config import PsoftConfig
 
 
@@ -82,32 +83,18 @@ class Rotation(nn.Module):
         self.vector_a = nn.Parameter(torch.ones(r, **like)) if config.psoft_mag_a else None
 
     def forward(self) -> torch.Tensor:
-        turned = self._cayley() if self.config.psoft_orth else self.weight
+        turned = self._rotation() if self.config.psoft_orth else self.weight
         if self.vector_b is not None:
             turned = self.vector_b.unsqueeze(1) * turned
         return turned if self.vector_a is None else turned * self.vector_a
 
-    def _cayley(self) -> torch.Tensor:
-        r, weight = self.config.r, widened(self.weight)
-        rows, columns = torch.triu_indices(r, r, 1, device=weight.device)
-        upper = weight.new_zeros(r, r).index_put((rows, columns), weight)
-        q, identity = upper - upper.T, torch.eye(r, device=weight.device, dtype=weight.dtype)
-        if self.config.use_cayley_neumann:
-            return self._neumann(q, identity)
-        return torch.linalg.solve(identity - q, identity + q, left=False)
-
-    def _neumann(self, q: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
-        """``I + 2 Q + 2 Q^2 + ... + Q^n``, which is near the rotation while ``Q`` is small."""
-        terms, bound = self.config.num_cayley_neumann_terms, self.config.cayley_neumann_eps
-        if bound is not None:
+    def _rotation(self) -> torch.Tensor:
+        q, config = skew_of(widened(self.weight), self.config.r), self.config
+        if not config.use_cayley_neumann:
+            return cayley(-q)
+        if (bound := config.cayley_neumann_eps) is not None:
             q = q * (bound / (q.norm() + 1e-12)).clamp(max=1)
-        if terms < 3:
-            return identity + 2 * (terms - 1) * q
-        turned, power = identity, identity
-        for _ in range(max(terms, 4) - 2):  # PEFT's sum of 3 terms has 4
-            power = power @ q
-            turned = turned + 2 * power
-        return turned + power @ q
+        return neumann(q, config.num_cayley_neumann_terms)
 
 
 wrap = PsoftLinear
