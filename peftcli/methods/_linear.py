@@ -74,10 +74,6 @@ class WeightDelta(AdapterLayer):
         """Return what the adapter adds to the base weight ``weight``, both in the layer's own orientation."""
         raise NotImplementedError
 
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = widened(base["weight"])
-        return {"weight": weight + self.delta_of(weight)}
-
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         if not self.enabled:

@@ -312,5 +312,5 @@ def test_one_dimensional_convolutions_are_pefts(method: str, settings: dict[str,
     assert len(list(their_layer.parameters())) == len(list(layer.parameters()))
     x = torch.randn(2, 32, 9)
     torch.testing.assert_close(layer(x), their_layer(x))
-    merged = layer.merged_tensors(dict(base.named_parameters()))["weight"]
+    merged = layer.folded(dict(base.named_parameters()))["weight"]
     torch.testing.assert_close(nn.functional.conv1d(x, merged, base.bias, 2, 1), layer(x))

@@ -35,7 +35,7 @@ def test_the_formula(a_b: str, c: str, d_e: str) -> None:
     weight = base.weight + base.weight * a + b
     coupled = base.weight @ coupling[:, 0] if c != "none" else 0
     torch.testing.assert_close(layer(x), F.linear(x, weight, base.bias + base.bias * d + e + coupled))
-    merged = layer.merged_tensors(dict(base.named_parameters()))
+    merged = layer.folded(dict(base.named_parameters()))
     torch.testing.assert_close(torch.func.functional_call(base, merged, (x,)), layer(x))
 
 

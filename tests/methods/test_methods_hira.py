@@ -39,7 +39,7 @@ def test_the_update_is_the_weight_times_the_factor(name: str) -> None:
         factor = torch.einsum("or,ri...->oi...", layer.hira_B.flatten(1), layer.hira_A)
         weight = base.weight
         merged = weight * (1 + (factor.T if isinstance(base, Conv1D) else factor))
-        torch.testing.assert_close(layer.merged_tensors({"weight": weight})["weight"], merged)
+        torch.testing.assert_close(layer.folded({"weight": weight})["weight"], merged)
         changed = layer(x)
         base.weight.copy_(merged)
         torch.testing.assert_close(changed, base(x), atol=1e-4, rtol=1e-4)

@@ -44,7 +44,7 @@ def test_bat_multiplies_blocks_of_the_weight(base: nn.Module) -> None:
     x = torch.randn(2, 4)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), base(x) + x @ delta.T)
-        merged = layer.merged_tensors({"weight": base.weight})["weight"]
+        merged = layer.folded({"weight": base.weight})["weight"]
         torch.testing.assert_close(merged, base.weight + (delta.T if isinstance(base, Conv1D) else delta))
 
 

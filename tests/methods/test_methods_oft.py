@@ -65,7 +65,7 @@ def test_training_starts_from_the_base_layer(name: str) -> None:
 )
 def test_merged_is_the_same(name: str, base: nn.Module, x: tuple[int, ...]) -> None:
     layer, inputs = wrapped(CONFIGS[name], base), torch.randn(x)
-    merged = layer.merged_tensors(dict(base.named_parameters()))
+    merged = layer.folded(dict(base.named_parameters()))
     torch.testing.assert_close(torch.func.functional_call(base, merged, (inputs,)), layer(inputs), atol=1e-4, rtol=1e-4)
 
 

@@ -81,9 +81,6 @@ class GloraLinear(AdapterLayer):
             changed["bias"] = below.get("bias", base["bias"]) + self._shift(weight, own["bias"])
         return below | changed
 
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.folded(base)
-
     def _delta(self, weight: torch.Tensor) -> torch.Tensor:
         return (weight * self.glora_A() + self.glora_B()).expand(weight.shape)
 
