@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import is_media, media_rows
@@ -70,11 +71,17 @@ class ResolvedSource:
         """The name in the recipe, for messages."""
 
     def class_names(self) -> dict[str, tuple[str, ...]]:
-        """The names of classes that the source declares for the numbers of a column, as datasets' ``ClassLabel``."""
+        """The names of classes that the source declares for the numbers of a column, as datasets' ``ClassLabel``.
+
+        Those of several files are joined, in the order of the files.
+        """
         if self._hub is not None:
             return self._hub.class_names()
-        paths = [path for path in self.files.values() if path.suffix == ".parquet"]
-        return parquet_class_names(paths[0]) if paths else {}
+        found = dict[str, tuple[str, ...]]()
+        for path in self.files.values():
+            for column, names in _class_names(path).items():
+                found[column] = tuple(dict.fromkeys([*found.get(column, ()), *names]))
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """Identify the content: file -> SHA-256 of the bytes, read at each call; or ``name@commit`` -> commit.
@@ -127,10 +134,14 @@ class ResolvedSource:
         if not self.files:
             yield from media_rows(self._media, str(Path(self._source.train)))
             return
-        number = 0
+        number, declared = 0, self.class_names()
         for name, path in self.files.items():
+            own = _class_names(path)
+            named = {column: names for column, names in own.items() if names != declared[column][: len(names)]}
             for row in read_file(path, name, number + 1):
                 number += 1
+                if named and isinstance(row, Row):
+                    row.values.update({at: _name(row.values[at], named[at]) for at in named.keys() & row.values})
                 yield row
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:
@@ -291,6 +302,17 @@ def _near_files(path: Path) -> str:
     if not near:
         return f"{folder} contains no file of that kind."
     return f"Similar names in {folder}: {', '.join(map(display_name, near))}"
+
+
+def _class_names(path: Path) -> dict[str, tuple[str, ...]]:
+    return parquet_class_names(path) if path.suffix == ".parquet" else {}
+
+
+def _name(value: Any, names: Sequence[str]) -> Any:
+    """The name of a number's class, also in a list. A number without one, as -100, stays."""
+    if isinstance(value, list):
+        return [_name(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _sha256(path: Path, name: str) -> str:

@@ -99,3 +99,17 @@ def test_class_labels_of_a_parquet_file(tmp_path):
     assert opened.class_names() == {"label": ("ham", "spam"), "topics": ("a", "b")}
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n')
     assert open_source(Source(train=str(tmp_path / "a.jsonl"))).class_names() == {}
+
+
+def test_files_of_a_folder_may_number_their_classes_differently(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for file, names in (("a", ["neg", "pos"]), ("b", ["mixed", "pos"]), ("c", ["neg"])):
+        of_class = datasets.ClassLabel(names=names)
+        features = datasets.Features(label=of_class, tags=datasets.List(of_class))
+        made = datasets.Dataset.from_dict({"label": [0], "tags": [[0, -100]]}, features)
+        made.to_parquet(tmp_path / f"{file}.parquet")
+    opened = open_source(Source(train=str(tmp_path)))
+    names = opened.class_names()["label"]
+    assert names == ("neg", "pos", "mixed")
+    found = [(row.values["label"], row.values["tags"]) for row in opened.rows()]
+    assert found == [(0, [0, -100]), ("mixed", ["mixed", -100]), (0, [0, -100])]
