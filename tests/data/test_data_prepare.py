@@ -131,10 +131,11 @@ def changed(change: Callable[[Any], Any]) -> str:
         lambda tokenizer: setattr(tokenizer, "chat_template", tokenizer.chat_template + " "),
         lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
         lambda tokenizer: setattr(tokenizer, "truncation_side", "left"),
+        lambda tokenizer: setattr(tokenizer, "model_input_names", ["input_ids"]),
         lambda tokenizer: setattr(tokenizer, "eos_token", "<|im_end|>"),
         lambda tokenizer: tokenizer.add_tokens(["<new>"]),
     ],
-    ids=["template", "split_special_tokens", "truncation_side", "eos", "token"],
+    ids=["template", "split_special_tokens", "truncation_side", "model_input_names", "eos", "token"],
 )
 def test_another_tokenizer_is_another_fingerprint(change: Callable[[Any], Any]) -> None:
     assert changed(change) != changed(lambda tokenizer: None)

@@ -284,11 +284,12 @@ def chat_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides which ids a text gets. A template that writes the date gives another one each day."""
+    settings = ("split_special_tokens", "truncation_side", "model_input_names")
     parts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "tokenizer": _described(tokenizer),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "settings": {name: getattr(tokenizer, name, None) for name in ("split_special_tokens", "truncation_side")},
+        "settings": {name: getattr(tokenizer, name, None) for name in settings},
         "template": tokenizer.chat_template,
         "date": date.today().isoformat() if date.writes_date(tokenizer.chat_template) else None,
     }
