@@ -112,7 +112,10 @@ class LanguageModel(Task[Settings]):
 
     def fingerprint(self) -> dict[str, Any]:
         found = chat_fingerprint(self.processor)
-        return found | {"max_new_tokens": self.settings.max_new_tokens} if self.generates else found
+        if self.generates:  # whose prompts leave room for an answer
+            positions = max_positions(self.base.config.get_text_config())
+            found |= {"max_new_tokens": self.settings.max_new_tokens, "positions": positions}
+        return found
 
     def record_findings(self, records: Records) -> list[Finding]:
         return record_findings(records)

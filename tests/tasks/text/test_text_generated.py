@@ -156,6 +156,13 @@ def test_what_cannot_be_measured(rows: list[dict[str, Any]], settings: dict[str,
         raise encoded(open_task("causal_lm", "chat", generate_metrics=["bleu"], **limits), rows)[0]
 
 
+def test_prompts_are_encoded_again_for_another_number_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = open_task("causal_lm", "chat", generate_metrics=["bleu"])
+    before = task.fingerprint()
+    monkeypatch.setattr(task.base.config, "max_position_embeddings", 64)
+    assert task.fingerprint() != before
+
+
 def test_the_prompt_of_a_row_of_any_format() -> None:
     def prompt(columns: dict[str, str] | None = None, **values: Any) -> Any:
         return prompt_of(Row(values, Place("a", 1)), columns or {})
