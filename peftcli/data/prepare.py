@@ -117,14 +117,13 @@ def _write(
         on_rows(opened.name, writer.num_rows, False)
 
     def good_rows(first: list[Row | DataError], table: Table, reader: Reader) -> Iterator[list[Row]]:
+        late = list[str]()
         for batch in chain([first], batches):
-            taken.append(batch)
-            good = _good(batch)
-            if later := [name for name in _columns(good) if name not in columns]:
+            if later := [name for name in _columns(_good(batch)) if name not in columns]:
                 columns.extend(later)
-                if stop_at_bad:
-                    _refuse_read(later, replace(table, columns=tuple(columns)), good, task, reader)
-            yield good
+                late += _read_of(later, replace(table, columns=tuple(columns)), task, reader)
+            taken.append([_refuse_late(row, late) for row in batch] if late else batch)
+            yield _good(taken[-1])
 
     try:
         for batch in batches:
@@ -153,17 +152,22 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def _refuse_read(later: Sequence[str], table: Table, rows: Sequence[Row], task: Encodes, reader: Reader) -> None:
-    """Raise DataError where the task would read a column that the first rows lack, from which its columns are known."""
+def _read_of(later: Sequence[str], table: Table, task: Encodes, reader: Reader) -> list[str]:
+    """Those of ``later`` that the task would read, had the first rows them, from which its columns are known."""
     try:
         names = task.read(table).names
     except DataError:  # together they are of no form, or of several: those of the first rows decide
-        return
-    for name in (column for role, column in names.items() if role not in reader.names):
-        if name in later:
-            row = next(row for row in rows if name in row.values)
+        return []
+    return [name for role, name in names.items() if role not in reader.names and name in later]
+
+
+def _refuse_late(row: Row | DataError, late: Sequence[str]) -> Row | DataError:
+    """The row; an error about it where it has a value in one of these columns, which would not be read."""
+    for name in late if isinstance(row, Row) else ():
+        if row.values.get(name) is not None:
             hint = f"Give the first row a {name!r} too: null, where it has none."
-            raise row.place.error("begins here, and the first rows lack it", key=name, hint=hint)
+            return row.place.error("the first rows lack it, so it would not be read", key=name, hint=hint)
+    return row
 
 
 def _good(batch: Sequence[Row | DataError]) -> list[Row]:

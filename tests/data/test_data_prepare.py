@@ -182,22 +182,29 @@ def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, mon
     assert len(store(file, stop=False)) == 5
 
 
+@pytest.mark.parametrize("cached_before", [False, True])
 def test_a_column_that_begins_late_is_an_error_if_the_task_reads_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, monkeypatch: pytest.MonkeyPatch, cached_before: bool
 ) -> None:
     monkeypatch.setattr(preparing, "_BATCH", 2)
     task = open_task("feature_extraction", loss="contrastive")
-    rows: list[dict[str, str]] = [{"anchor": f"sun {n}", "positive": "tea"} for n in range(5)]
-    rows[3]["id"], rows[4]["negative"] = "x", "moon"
+    rows: list[dict[str, str | None]] = [{"anchor": f"sun {n}", "positive": "tea"} for n in range(6)]
+    rows[3] |= {"id": "x", "negative": None}
+    rows[4]["negative"] = rows[5]["negative"] = "moon"
 
-    def prepared() -> Store:
+    def prepared(*, stop: bool = True) -> Store:
         write_rows(file, rows)
-        return prepare(Source(train=str(file)), task, encoding("feature_extraction", task), stop_at_bad=True)
+        return prepare(Source(train=str(file)), task, encoding("feature_extraction", task), stop_at_bad=stop)
 
-    with pytest.raises(DataError, match="begins here, and the first rows lack it") as caught:
+    if cached_before:
+        assert [(row, error.key) for row, error in prepared(stop=False).bad_rows()] == [
+            (4, "negative"),
+            (5, "negative"),
+        ]
+    with pytest.raises(DataError, match="the first rows lack it, so it would not be read") as caught:
         prepared()
     assert (caught.value.line, caught.value.key) == (5, "negative")
-    del rows[4]["negative"]
+    del rows[4:], rows[3]["negative"]
     assert prepared().about["columns_not_read"] == ["id"]
 
 
