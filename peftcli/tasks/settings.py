@@ -28,6 +28,10 @@ class TaskSettings:
         """Options of ``from_pretrained``: none."""
         return {}
 
+    def files(self) -> list[str]:
+        """Files that a run reads besides its data, as the settings name them."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generated(TaskSettings):
@@ -47,6 +51,10 @@ class Generated(TaskSettings):
     num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
     """Answers that are followed at once when one is generated; 1: the likeliest token is taken each time. Of
     ``predict``, too."""
+
+    def files(self) -> list[str]:
+        """The file of metric_code."""
+        return [self.metric_code.rpartition(":")[0]] if self.metric_code else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, Usa
 from peftcli.recipe import load_recipe
 from peftcli.train.events import Event, Message, Stepped
 from peftcli.train.runs.checkpoint import find_damage
+from peftcli.train.runs.identity import changes, identity
 
 
 def send(number: int) -> Callable[[], None]:
@@ -154,6 +155,17 @@ def test_another_recipe_or_data_is_refused(recipe: Path, settings: list[str], ed
         run_recipe(recipe, *settings)
     assert named in str(caught.value)
     assert files_of(folder) == before
+
+
+@pytest.mark.parametrize(("task", "file"), [("{type: causal_lm, metric_code: FOLDER/mine.py:score}", "mine.py")])
+def test_a_file_that_the_task_names_is_part_of_the_run(recipe: Path, task: str, file: str) -> None:
+    path = recipe.parent / file
+    path.write_text("one")
+    settings = load_recipe(recipe, [f"task={task.replace('FOLDER', str(recipe.parent))}"])
+    before = identity(settings, 1)
+    path.write_text("two")
+    (change,) = changes(before, identity(settings, 1))
+    assert change.key.startswith(f"data.{recipe.parent}/")
 
 
 def test_another_base_model_in_the_same_folder_is_refused(tmp_path: Path) -> None:

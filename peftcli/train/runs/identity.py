@@ -16,6 +16,7 @@ from peftcli.recipe.names import closest, find_alias
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
 from peftcli.system.outputs import expand_user
+from peftcli.tasks import row_of
 from peftcli.train.init_adapter import init_hashes
 from peftcli.train.runs.record import IdentityRecord
 from peftcli.train.runs.typed_json import flatten, to_json
@@ -119,11 +120,12 @@ def _sections(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _data_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the recipe's local data files, of its chat template's, and of the adapter that training begins from."""
+    """sha256 of the recipe's local data, its chat template, its task's files, and the adapter that it begins from."""
     dataset, template = recipe.dataset, recipe.base_model.chat_template
     sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
     local = [open_source(source) for source in sources if expand_user(Path(source.train)).exists()]
     hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
-    if template and (path := expand_user(Path(template))).is_file():
-        hashes[template] = sha256(path)
+    for name in (*filter(None, [template]), *row_of(recipe).settings_of(recipe).files()):
+        if (path := expand_user(Path(name))).is_file():
+            hashes[name] = sha256(path)
     return hashes | init_hashes(recipe)
