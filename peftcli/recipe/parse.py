@@ -116,7 +116,8 @@ class _Reader:
         parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
         if "method" in top and parts["training"]["init_adapter_from"] is not None:
             # what is not given is as that adapter has it
-            method = {name: value for name, value in method.items() if name in self.children(top["method"])}
+            given = {"type", *self.children(top["method"])}
+            method = {name: value for name, value in method.items() if name in given}
         self.share_settings(task, parts["dataset"])
         return Recipe(
             task=task,

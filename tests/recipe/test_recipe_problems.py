@@ -148,9 +148,10 @@ def test_missing_sections_and_keys(problems) -> None:
     ]
 
 
-def test_a_bare_method_name(problem, good: str) -> None:
+@pytest.mark.parametrize("more", ["", "  init_adapter_from: org/adapter\n"])
+def test_a_bare_method_name(problem, good: str, more: str) -> None:
     text = good.replace("{type: lora, r: 4, target_modules: [q_proj, v_proj]}", "lora")
-    assert problem(text=text).suggestion == "{type: lora}"
+    assert problem(more, text=text).suggestion == "{type: lora}"
 
 
 def test_method_config_is_built(load) -> None:

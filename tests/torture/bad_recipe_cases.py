@@ -337,6 +337,15 @@ KINDS = {
     "a method's bare name": instead(
         "{type: lora, r: 4, target_modules: [q_proj, v_proj]}", "lora", "did you mean '{type: lora}'?", "method"
     ),
+    "a method's bare name, to go on from an adapter": Case(
+        GOOD.replace("{type: lora, r: 4, target_modules: [q_proj, v_proj]}", "lora") + "  init_adapter_from: x\n",
+        "did you mean '{type: lora}'?",
+        "method",
+        3,
+    ),
+    "a method without a type, to go on from an adapter": Case(
+        GOOD.replace("type: lora, ", "") + "  init_adapter_from: x\n", "is required", "method.type", 3
+    ),
     "a dataset's bare name": instead(
         "{train: org/data, eval: org/held-out}", "org/data", "did you mean '{train: org/data}'?", "dataset"
     ),
