@@ -128,7 +128,7 @@ def _count_parts(pattern: str) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sets that a later Python may read otherwise
             parts = _length(_parser.parse(pattern))
-    except (re.error, RecursionError, OverflowError) as error:
+    except (re.error, RecursionError, OverflowError, ValueError) as error:
         raise PatternError(f"{short_repr(pattern)} is not a regular expression: {error}") from None
     if parts > _MAX_PARTS:
         raise PatternError(f"{short_repr(pattern)} repeats its parts too often")

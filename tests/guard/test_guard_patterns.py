@@ -56,6 +56,7 @@ def test_no_pattern_takes_long(pattern: str) -> None:
         (r"(?V1)[a--b]", "is not a regular expression: "),
         ("(?=" * 300 + "a" + ")" * 300, "is not a regular expression: "),
         (r"(?<=a*)b", "is not a regular expression: "),
+        ("(?a)(?u)q", "is not a regular expression: ASCII and UNICODE flags are incompatible"),
     ],
 )
 def test_what_is_no_pattern_is_said(pattern: str, said: str) -> None:
