@@ -15,6 +15,7 @@ import yaml
 from peftcli.errors import UsageError
 from peftcli.guard.files import read_small
 from peftcli.schema import DIVIDED, Recipe
+from peftcli.system.outputs import expand_user
 
 _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
@@ -67,6 +68,15 @@ _ONLY_ZERO: dict[str, tuple[Any, ...]] = {
 """The same of DeepSpeed."""
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader without aliases, by which a short file can describe a very large value."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias")
+        return super().compose_node(parent, index)
+
+
 def with_accelerate_config(
     recipe: Recipe, given: Collection[str], report: Callable[[Sequence[str], str], None]
 ) -> Recipe:
@@ -75,13 +85,15 @@ def with_accelerate_config(
     if path is None:
         return recipe
     try:
-        said = yaml.safe_load(read_small(Path(path).expanduser(), _LARGEST))
+        said = yaml.load(read_small(expand_user(Path(path)), _LARGEST), _Loader)
+        if isinstance(said, dict) and said.get("distributed_type") is False:
+            said["distributed_type"] = "NO"  # which YAML reads as false without quotes
         found, problems = _settings(said, recipe), _problems(said, recipe)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         report((_KEY,), f"{path} is no file that accelerate wrote: {str(error)[:200]}")
         return recipe
     for problem in problems:
-        report((_KEY,), f"{path} asks for {problem}")
+        report((_KEY,), f"{path} asks for {problem[:200]}")
     return _with_launch(recipe, {name: value for name, value in found.items() if f"launch.{name}" not in given})
 
 

@@ -136,6 +136,9 @@ def test_what_it_asks_for_in_vain_is_said(
         "{distributed_type: FSDP, fsdp_config: x}",
         "distributed_type: []",
         "[" * 5000,
+        "{distributed_type: NO, num_processes: .inf}",
+        "{distributed_type: NO, num_processes: 2, num_machines: .5}",
+        "{distributed_type: NO, gpu_ids: &a [x], mixed_precision: *a}",
     ],
 )
 def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
@@ -143,6 +146,26 @@ def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "accelerate.yaml").write_text(content)
     (found,) = read(path).problems
     assert "is no file that accelerate wrote" in found.message
+
+
+@pytest.mark.parametrize("path", ["none.yaml", "~nobody-of-this-name/accelerate.yaml"])
+def test_a_missing_file_is_said(path: str, tmp_path: Path) -> None:
+    recipe = trainkit.write_recipe(tmp_path)
+    (found,) = read(recipe, [f"launch.accelerate_config={path}"]).problems
+    assert "No such file" in found.message
+
+
+def test_no_without_quotes_is_one_process(tmp_path: Path) -> None:
+    path = written(tmp_path, {"distributed_type": "NO", "num_processes": 1})
+    (tmp_path / "accelerate.yaml").write_text("distributed_type: NO\n")
+    assert read(path).recipe.launch == Launch()
+
+
+def test_a_long_value_is_cut(tmp_path: Path) -> None:
+    path = written(tmp_path, {"distributed_type": "NO", "num_processes": 1})
+    (tmp_path / "accelerate.yaml").write_text(f"distributed_type: NO\nmixed_precision: {'x' * 50_000}\n")
+    (found,) = read(path).problems
+    assert len(found.message) < 500
 
 
 FSDP2 = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "true")
