@@ -600,6 +600,11 @@ def test_a_place_that_cannot_be_written(recipe: Path) -> None:
     assert caught.value.exit_code == 7
 
 
+def test_a_name_of_data_that_the_system_refuses_is_a_data_error(recipe: Path) -> None:
+    with pytest.raises(DataError, match="File name too long"):
+        run_recipe(recipe, f"dataset.train={'a' * 300}")
+
+
 def test_a_data_error_is_in_run_json_and_the_run_can_be_mended(recipe: Path) -> None:
     good = (recipe.parent / "train.jsonl").read_text()
     (recipe.parent / "train.jsonl").write_text(good + "{broken\n")

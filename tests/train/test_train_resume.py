@@ -27,6 +27,7 @@ from peftcli.system import date
 from peftcli.train.events import Event, Stepped
 from peftcli.train.runs import checkpoint
 from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.identity import identity
 from peftcli.train.runs.status import read_records, record_failure, status
 
 EVERY_TWO = ("training.save_strategy=steps", "training.save_steps=2")
@@ -101,6 +102,13 @@ def test_an_allowed_change_is_noted_and_goes_on(recipe: Path) -> None:
     assert load_recipe(out / "recipe.yaml").training.learning_rate == 1e-3
     again = run_recipe(recipe, *EVERY_TWO, "training.learning_rate=1e-3")
     assert again.run == done.run, "the changed recipe is now the folder's"
+
+
+def test_a_file_called_chatml_is_no_template(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recipe.parent)
+    Path("chatml").touch()
+    data = identity(load_recipe(recipe, ["base_model.chat_template=chatml"]), 1).data
+    assert list(data) == [f"{recipe.parent}/train.jsonl"]
 
 
 def test_other_data_may_be_allowed(recipe: Path) -> None:

@@ -12,6 +12,7 @@ from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
 from peftcli.models.hub_files import base_hash
 from peftcli.recipe import to_dict
+from peftcli.recipe.data_checks import exists
 from peftcli.recipe.names import closest, find_alias
 from peftcli.schema import Recipe
 from peftcli.system.disk import sha256
@@ -123,9 +124,10 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     """sha256 of the recipe's local data, its chat template, its task's files, and the adapter that it begins from."""
     dataset, template = recipe.dataset, recipe.base_model.chat_template
     sources = [*dataset.sources(), *filter(None, [eval_source(dataset)])]
-    local = [open_source(source) for source in sources if expand_user(Path(source.train)).exists()]
+    local = [open_source(source) for source in sources if exists(source.train)]
     hashes = {name: digest for opened in local for name, digest in opened.fingerprint().items()}
-    for name in (*filter(None, [template]), *row_of(recipe).settings_of(recipe).files()):
+    named = [template] if template and template != "chatml" else []
+    for name in (*named, *row_of(recipe).settings_of(recipe).files()):
         if (path := expand_user(Path(name))).is_file():
             hashes[name] = sha256(path)
     return hashes | init_hashes(recipe)
