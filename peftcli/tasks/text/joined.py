@@ -114,21 +114,16 @@ class JoinedModels:
         self._refuse_dropout()
 
     def _refuse_dropout(self) -> None:
-        device: torch.device = self.inner.device
-        on_gpu = device.type == "cuda"
-
-        def state() -> torch.Tensor:
-            return torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-
-        before = state()
-        with torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []):
+        random = Randomness(self.inner.device)
+        before = random.state
+        with torch.no_grad(), random():
             self.inner(**self._probe())
-            if not torch.equal(state(), before):
-                raise ModelError(
-                    f"{type(self.inner).__name__} draws random numbers in training, those of all adapters",
-                    key="base_model",
-                    hint="a base model without dropout of its own can train several adapters at once",
-                )
+        if not all(map(torch.equal, before, random.state)):
+            raise ModelError(
+                f"{type(self.inner).__name__} draws random numbers in training, those of all adapters",
+                key="base_model",
+                hint="a base model without dropout of its own can train several adapters at once",
+            )
 
     def _probe(self) -> dict[str, torch.Tensor]:
         """Rows of unequal length."""
