@@ -125,7 +125,7 @@ TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 CAPTIONS = ("text", "caption", "prompt")
 PICTURES = ("image", "file_name", "img", "image_file_name")
-_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
@@ -160,7 +160,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.SequenceClassification,
         module="sequence_classification",
         processor="tokenizer",
-        reads=tuple((*texts, "label") for texts in (("text",), ("sentence",), *_PAIRS)),
+        reads=tuple((*texts, "label") for texts in (("text",), ("sentence",), *PAIRS)),
         pipeline_tag="text-classification",
         summary="put a text, or a pair of texts, into classes or on a scale (BERT, Qwen)",
         usage=(

@@ -13,19 +13,14 @@ import numpy as np
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
 from peftcli.errors import DataError
-from peftcli.tasks import settings
+from peftcli.tasks import PAIRS, settings
+from peftcli.tasks.base import encode_each
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.shown import Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.token_text import TokenRenderer
 
-_PAIRS = (
-    ("text", "text_pair"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-)
 _ALONE = ("text", "sentence")
 _TRUNCATED = 1
 
@@ -44,30 +39,25 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
         renamed = table.source.columns
         if "text" in renamed or "text_pair" in renamed:
             return {"text": _ALONE} | ({"text_pair": ()} if "text_pair" in renamed else {})
-        for one, other in _PAIRS:
+        for one, other in (("text", "text_pair"), *PAIRS):
             if one in table.columns and other in table.columns:
                 return {"text": (one,), "text_pair": (other,)}
         return {"text": _ALONE}
 
     def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        outcomes: list[Outcome | DataError] = []
-        for row in rows:
-            try:
-                texts = [reader.text(row, column) for column in ("text", "text_pair") if column in reader.names]
-            except DataError as error:
-                outcomes.append(error)
-                continue
-            whole = self.processor(*texts, verbose=False)
-            size, held = len(whole["input_ids"]), whole
-            if size > self.max_length:
-                held = self.processor(*texts, truncation=True, max_length=self.max_length)
-            if not size:
-                outcomes.append(row.place.error("holds no text", key=reader.names["text"]))
-                continue
-            arrays = {"input_ids": held["input_ids"], "token_type_ids": held.get("token_type_ids", [])}
-            example = Example(arrays, len(held["input_ids"]), 1)
-            outcomes.append(Outcome([example], size=size, flags=_TRUNCATED * (held is not whole)))
-        return outcomes
+        return encode_each(rows, lambda row: self._outcome(row, reader))
+
+    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+        texts = [reader.text(row, column) for column in ("text", "text_pair") if column in reader.names]
+        whole = self.processor(*texts, verbose=False)
+        size, held = len(whole["input_ids"]), whole
+        if not size:
+            raise row.place.error("holds no text", key=reader.names["text"])
+        if size > self.max_length:
+            held = self.processor(*texts, truncation=True, max_length=self.max_length)
+        arrays = {"input_ids": held["input_ids"], "token_type_ids": held.get("token_type_ids", [])}
+        example = Example(arrays, len(held["input_ids"]), 1)
+        return Outcome([example], size=size, flags=_TRUNCATED * (held is not whole))
 
     def show(self, example: Example) -> Shown:
         ids = np.asarray(example.arrays["input_ids"]).tolist()
