@@ -23,3 +23,14 @@ FAMILIES: dict[str, list[str] | str] = {
 }
 """The modules that PEFT adapts by default, per model_type, so that a config without target_modules means the same
 here; of a list what the model has."""
+
+ALL_MATRICES: dict[str, list[str]] = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+}
+"""The families of which some methods adapt attention and feed-forward layers in full."""
+MLP_OUTPUTS: dict[str, list[str]] = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
+"""The families of which some methods adapt the second layer of each MLP, and not the attention."""

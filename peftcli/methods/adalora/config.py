@@ -16,6 +16,7 @@ from peftcli.core.config import (
     TargetedConfig,
 )
 from peftcli.errors import PeftWarning
+from peftcli.methods._families import ALL_MATRICES
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 from peftcli.methods.lora.config import LoraRuntimeConfig
 
@@ -57,14 +58,7 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
 
     peft_type = "ADALORA"
     learning_rate = 1e-2
-    family_targets: ClassVar[dict[str, list[str]]] = {
-        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "roberta": ["query", "key", "value", "dense"],
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-    }
+    family_targets: ClassVar[dict[str, list[str]]] = {**ALL_MATRICES, "roberta": ["query", "key", "value", "dense"]}
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._families import ALL_MATRICES
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
@@ -15,13 +16,7 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "VBLORA"
     learning_rate = 5e-3
-    family_targets: ClassVar[dict[str, list[str]]] = {
-        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-    }
+    family_targets: ClassVar[dict[str, list[str]]] = ALL_MATRICES
     sizes: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "num_vectors", "vector_length", "topk")
 
