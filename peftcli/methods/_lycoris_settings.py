@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, pattern_too_small, too_small
+from peftcli.methods._settings import (
+    Problems,
+    not_positive,
+    outside_unit_interval,
+    pattern_not_positive,
+    pattern_too_small,
+    too_small,
+)
 
 
 @dataclass(kw_only=True)
@@ -33,8 +40,4 @@ class LycorisConfig(ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + not_positive(self, "alpha")
         found += outside_unit_interval(self, "rank_dropout", "module_dropout") + pattern_too_small(self, "rank_pattern")
-        return found + [
-            ("alpha_pattern", f"{key}: must be above 0, not {value}")
-            for key, value in self.alpha_pattern.items()
-            if value <= 0
-        ]
+        return found + pattern_not_positive(self, "alpha_pattern")

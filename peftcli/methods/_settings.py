@@ -76,3 +76,9 @@ def pattern_too_small(config: object, key: str) -> Problems:
     """Return the entries of a setting like rank_pattern that are below 1."""
     found: dict[str, int] = getattr(config, key)
     return [(key, f"{name}: must be at least 1, not {value}") for name, value in found.items() if value < 1]
+
+
+def pattern_not_positive(config: object, key: str) -> Problems:
+    """Return the entries of a setting like alpha_pattern that are not above zero."""
+    found: dict[str, float] = getattr(config, key)
+    return [(key, f"{name}: must be above 0, not {value}") for name, value in found.items() if value <= 0]

@@ -112,10 +112,10 @@ WRONG: dict[str, tuple[AdapterConfig, str]] = {
     "r far too large": (LoraConfig.unchecked(r=4096), "r: 4096 is far larger"),
     "alpha": (LoraConfig.unchecked(lora_alpha=-1), "lora_alpha: must be above 0, not -1"),
     "dropout": (LoraConfig.unchecked(lora_dropout=1.0), r"lora_dropout: must be in \[0, 1\)"),
-    "r of a pattern": (LoraConfig.unchecked(rank_pattern={"q_proj": 0}), "rank_pattern: q_proj: r must be at least 1"),
+    "r of a pattern": (LoraConfig.unchecked(rank_pattern={"q_proj": 0}), "rank_pattern: q_proj: must be at least 1"),
     "alpha of a pattern": (
         LoraConfig.unchecked(alpha_pattern={"q_proj": 0}),
-        "alpha_pattern: q_proj: lora_alpha must be above 0",
+        "alpha_pattern: q_proj: must be above 0",
     ),
     "bias": (LoraConfig.unchecked(bias="some"), "bias: must be none, all or lora_only"),  # type: ignore[arg-type]
     "init": (LoraConfig.unchecked(init_lora_weights="pisa"), "init_lora_weights: 'pisa' is not supported"),  # type: ignore[arg-type]

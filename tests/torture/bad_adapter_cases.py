@@ -249,7 +249,7 @@ NO_SETTING = {
             ("bias", 3, "expected Literal"),
             ("rank_pattern", [], "expected dict"),
             ("rank_pattern", {"q_proj": "4"}, "expected dict"),
-            ("rank_pattern", {"q_proj": 0}, "q_proj: r must be at least 1"),
+            ("rank_pattern", {"q_proj": 0}, "q_proj: must be at least 1"),
             ("rank_pattern", {"q_proj": 4.5}, "expected dict"),
             ("rank_pattern", {"(": 4}, "is not a regular expression"),
             ("alpha_pattern", {"q_proj": -1}, "must be above 0"),

@@ -9,7 +9,15 @@ from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, problems_of_sections, too_small
+from peftcli.methods._settings import (
+    Problems,
+    not_positive,
+    outside_unit_interval,
+    pattern_not_positive,
+    pattern_too_small,
+    problems_of_sections,
+    too_small,
+)
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -219,10 +227,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 def _own_problems(config: LoraConfig) -> Problems:
     """Return the problems of all settings but ``init_lora_weights``: ``(key, message)`` each."""
     found = too_small(config, r=1) + not_positive(config, "lora_alpha") + outside_unit_interval(config, "lora_dropout")
-    found += [("rank_pattern", f"{k}: r must be at least 1, not {v}") for k, v in config.rank_pattern.items() if v < 1]
-    for key, alpha in config.alpha_pattern.items():
-        if alpha <= 0:
-            found.append(("alpha_pattern", f"{key}: lora_alpha must be above 0, not {alpha}"))
+    found += pattern_too_small(config, "rank_pattern") + pattern_not_positive(config, "alpha_pattern")
     if config.bias not in ("none", "all", "lora_only"):
         found.append(("bias", f"must be none, all or lora_only, not {config.bias!r}"))
     found += _conflicts(config)
