@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, base_module
+from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, widened
 
 
 def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
@@ -17,8 +17,7 @@ def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = 
         y, bias = base_module(layer)(x), base_module(layer).bias
     else:
         bias = layer.base_layer.bias
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    return y.to(dtype) if bias is None else y.to(dtype) - bias.to(dtype)
+    return widened(y) if bias is None else widened(y) - widened(bias)
 
 
 def layer_below(layer: AdapterLayer) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import adapter_dtype, base_module, widened
+from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs, stored_weight
@@ -157,7 +157,7 @@ class AdamssLinear(DeltaLinear):
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not self.knows_rows:  # the layer had no base weight when the file was read
-            dense = self.view.as_stored(base["weight"]).to(adapter_dtype(base["weight"]))
+            dense = widened(self.view.as_stored(base["weight"]))
             sizes = self._find_again(_with_bias(dense, base.get("bias")), self.adamss_newB)
             if sizes != [len(b) for b in self.adamss_B]:
                 raise AdapterError("the subspaces of the file are not those that the base model's weights have")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from peftcli.core.config import TARGETING
+from peftcli.core.layer import adapter_dtype
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
@@ -92,7 +93,7 @@ def _updates_of(adapter: Adapter, config: LoraConfig) -> dict[str, Update]:
 def _as_pair(adapters: Sequence[Adapter], pair: PairNames, update: Update) -> dict[str, torch.Tensor]:
     """Return the update as A and B in the shapes of the files."""
     like = next(adapter.tensors for adapter in adapters if pair.a in adapter.tensors)
-    dtype = torch.promote_types(like[pair.a].dtype, torch.float32)
+    dtype = adapter_dtype(like[pair.a])
     left, right = update.left.to(dtype), update.right.to(dtype)
     return {pair.a: right.view(-1, *like[pair.a].shape[1:]), pair.b: left.view(*left.shape, *like[pair.b].shape[2:])}
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_layers
+from peftcli.core.layer import adapter_dtype, adapter_layers
 from peftcli.methods.lora.lora import LoraLayer
 
 _SMALL = 1e-8
@@ -91,7 +91,7 @@ class LoraFAOptimizer(torch.optim.Optimizer):
         pair = self.pairs.get(parameter)
         if pair is None:
             return parameter.grad
-        dtype = torch.promote_types(pair.a.dtype, torch.float32)
+        dtype = adapter_dtype(pair.a)
         gradient = parameter.grad.to(dtype) @ _inverse(pair.a.to(dtype), _SMALL) / pair.scaling**2
         return gradient.to(parameter.dtype)
 
@@ -100,7 +100,7 @@ class LoraFAOptimizer(torch.optim.Optimizer):
 def precondition(pairs: Iterable[MatrixPair], damping: float) -> None:
     """Multiply the gradients of A and B by Riemannian preconditioning's matrices."""
     for pair in pairs:
-        dtype = torch.promote_types(pair.a.dtype, torch.float32)
+        dtype = adapter_dtype(pair.a)
         a, b = pair.a.to(dtype), pair.b.to(dtype)
         if pair.a.grad is not None:
             pair.a.grad.copy_(_inverse(b.T, damping) @ pair.a.grad.to(dtype))
