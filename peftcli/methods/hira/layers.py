@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.methods._conv import WeightDeltaConv
 from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, check_ungrouped, dropout_layer, factory_kwargs
 from peftcli.methods.hira.config import HiraConfig
 
@@ -31,7 +32,7 @@ class HiraLinear(WeightDeltaLinear):
         return weight * self.view.as_stored(self.hira_B @ self.hira_A)
 
 
-class HiraConv(WeightDelta):
+class HiraConv(WeightDeltaConv):
     """The same over a convolution's kernel, with ``A: (r, in, k...)`` and ``B: (out, r, 1...)``."""
 
     def __init__(self, module: nn.Module, name: str, config: HiraConfig):
@@ -44,10 +45,8 @@ class HiraConv(WeightDelta):
         self.dropout = dropout_layer(config.hira_dropout)
         _start(self.hira_A, self.hira_B, config)
 
-    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        delta = self.delta_of(base_module(self).weight.to(self.hira_A.dtype))
-        z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(delta.dtype)), delta, None)
-        return y + z.to(y.dtype)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return super().update(self.dropout(x))
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * (self.hira_B.flatten(1) @ self.hira_A.flatten(1)).view(weight.shape)
