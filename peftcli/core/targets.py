@@ -64,7 +64,7 @@ _READ_PAST_CALLS = {
 """model_type -> modules whose weights the model reads without calling them, in its kernels, in steps of generation or
 always: what an adapter adds to the output of such a module would be lost."""
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHOWN = 6
 """How many names a message gives."""
 _SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
@@ -96,7 +96,7 @@ def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
         AdapterError: the method does not adapt it.
     """
     base = base_module(module)
-    kind = next((kind for kind in _CONVOLUTIONS if isinstance(base, kind)), None)
+    kind = next((kind for kind in CONVOLUTIONS if isinstance(base, kind)), None)
     if kind and not _convolves(base, kind):
         raise AdapterError(
             f"{name} is a {type(base).__name__}, which changes its weight or its input before it uses them, so that an "

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.targets import CONVOLUTIONS
 from peftcli.methods._conv import WeightDeltaConv
 from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, check_ungrouped, dropout_layer, factory_kwargs
 from peftcli.methods.hira.config import HiraConfig
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class HiraLinear(WeightDeltaLinear):
@@ -74,7 +73,7 @@ class HiraEmbedding(WeightDelta):
 
 def wrap(module: nn.Module, name: str, config: HiraConfig) -> AdapterLayer:
     """Return the HiRA layer over ``module``."""
-    if isinstance(base_module(module), _CONVOLUTIONS):
+    if isinstance(base_module(module), CONVOLUTIONS):
         return HiraConv(module, name, config)
     if isinstance(base_module(module), nn.Embedding):
         return HiraEmbedding(module, config)

@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.core.targets import find_modules, find_targets, module_matches, shortest_names
+from peftcli.core.targets import CONVOLUTIONS, find_modules, find_targets, module_matches, shortest_names
 from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.ia3.combine import combine as combine
 from peftcli.methods.ia3.config import TARGETS, IA3Config
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class IA3Layer(AdapterLayer):
@@ -88,7 +86,7 @@ def wrap(module: nn.Module, name: str, config: IA3Config) -> AdapterLayer:
         AdapterError: the module is of a kind that (IA)^3 does not adapt.
     """
     feedforward = any(module_matches(name, entry) for entry in config.feedforward_modules or ())
-    if isinstance(base_module(module), _CONVOLUTIONS):
+    if isinstance(base_module(module), CONVOLUTIONS):
         return IA3Conv(module, feedforward, config)
     return IA3Linear(module, name, feedforward, config)
 

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import linear_view
-from peftcli.core.targets import pattern_value
+from peftcli.core.targets import CONVOLUTIONS, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
 from peftcli.methods.lora.arrow import ArrowLayer
@@ -22,7 +22,7 @@ from peftcli.methods.lora.initialisations.config import FROM_DATA
 from peftcli.methods.lora.initialisations.from_data import calibrate as calibrate
 from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.residual import check_initialisation, linear_layer
-from peftcli.methods.lora.lora import CONVOLUTIONS, LoraConv, LoraEmbedding, LoraLayer, check_size
+from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, check_size
 from peftcli.methods.lora.parameters import (
     LoraAttention,
     LoraOutputProjection,

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file, widened
 from peftcli.core.linear import dense_weight, linear_view
-from peftcli.core.targets import pattern_value
+from peftcli.core.targets import CONVOLUTIONS, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora import dora
@@ -21,7 +21,6 @@ from peftcli.methods.lora.fused import FUSED, Pair, adapted_linear, add_update, 
 from peftcli.methods.lora.initialisations.initialise import initialise
 from peftcli.methods.lora.joined import Share, joined_linear
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _USUAL_R = 64
 """The largest r that fits a layer of any size."""
 
