@@ -28,6 +28,11 @@ class Encodes(Protocol):
         """The arrays of an example."""
         ...
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether rows may name files, which are looked for beside the source."""
+        ...
+
     def read(self, table: Table) -> Reader:
         """Find the columns that it reads."""
         ...
@@ -77,6 +82,7 @@ def prepare(
         "content": fingerprint,
         "times": times,
         "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
+        **({"path": opened.path} if task.reads_files else {}),
         **encoding,
     }
 

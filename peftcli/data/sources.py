@@ -69,6 +69,8 @@ class ResolvedSource:
         """Files of the folder that cannot be read."""
         self.name = display_name(source.train)
         """The name in the recipe, for messages."""
+        self.path = "" if hub else str(Path(source.train).absolute())
+        """Of a file or folder."""
 
     def class_names(self) -> dict[str, tuple[str, ...]]:
         """The names of classes that the source declares for the numbers of a column, as datasets' ``ClassLabel``.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from chat_templates import make_tokenizer
 from classifierkit import open_task
+from PIL import Image
 from trainkit import write_rows
 from transformers import ByT5Tokenizer
 
@@ -206,6 +207,25 @@ def test_a_column_that_begins_late_is_an_error_if_the_task_reads_it(
     assert (caught.value.line, caught.value.key) == (5, "negative")
     del rows[4:], rows[3]["negative"]
     assert prepared().about["columns_not_read"] == ["id"]
+
+
+def pictures(*, stop: bool = True, on_note: Callable[[str], None] = lambda text: None) -> Store:
+    """The store of two rows, each of which names a picture beside them in the working directory."""
+    task = open_task("image_classification", "vit", labels=["a", "b"], problem_type="single_label")
+    write_rows(Path("rows.jsonl"), [{"image": f"{label}.png", "label": label} for label in "ab"])
+    key = encoding("image_classification", task)
+    return prepare(Source(train="rows.jsonl"), task, key, stop_at_bad=stop, on_note=on_note)
+
+
+def test_rows_that_name_files_are_another_store_in_another_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for folder, red in ((file.parent / "one", 0), (file.parent / "two", 99)):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for label in "ab":
+            Image.new("RGB", (8, 8), (red, 0, 0)).save(f"{label}.png")
+        found.append(pictures().content)
+    assert found[0] != found[1]
 
 
 def test_what_is_not_read_is_said(file: Path) -> None:
