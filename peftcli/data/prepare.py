@@ -93,9 +93,14 @@ def prepare(
             writer.finish(source=opened.name, fingerprint=fingerprint, **about)
 
     store = cached(key, build, on_wait=on_note)
-    if stop_at_bad:
-        for _, error in store.bad_rows():
-            raise error
+    bad = next(store.bad_rows(), None)
+    names_files = task.reads_files and opened.path and not times  # whose state is no part of the key
+    if bad and stop_at_bad and not names_files:
+        raise bad[1]
+    if bad and stop_at_bad:  # what is wrong may have been mended: read again, and stop where it has not
+        return cached({**key, "bad_rows": 0}, build, on_wait=on_note)
+    if bad and names_files:
+        on_note(f"{opened.name}: bad rows are cached: once a file that they name is mended, run peftcli cache clear")
     return store
 
 

@@ -228,6 +228,19 @@ def test_rows_that_name_files_are_another_store_in_another_folder(file: Path, mo
     assert found[0] != found[1]
 
 
+def test_a_row_may_be_used_once_the_file_that_it_names_is_mended(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    Image.new("RGB", (8, 8)).save("a.png")
+    assert [row for row, _ in pictures(stop=False).bad_rows()] == [1]
+    with pytest.raises(DataError, match="no such file"):
+        pictures()
+    Image.new("RGB", (8, 8)).save("b.png")
+    assert len(pictures()) == 2
+    notes: list[str] = []
+    assert len(pictures(stop=False, on_note=notes.append)) == 1
+    assert "once a file that they name is mended, run peftcli cache clear" in notes[0]
+
+
 def test_what_is_not_read_is_said(file: Path) -> None:
     rows = [{**row, "id": 1, "source": "x"} for row in CHATS]
     (file.parent / "folder").mkdir()
