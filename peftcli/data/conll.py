@@ -6,6 +6,7 @@ The last column of a ``.conll`` file is the tag that counts (https://aclantholog
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from peftcli.errors import DataError
 
 _UNIVERSAL = (None, "tokens", "lemmas", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 _DOCUMENT = "-DOCSTART-"
+_IOB = re.compile(r"O|[BIESLUM]-.+")
+"""A tag of IOB, or of BILOU, IOBES or BMES."""
 _Line = tuple[int, list[str]]
 """Its number and its columns."""
 
@@ -47,7 +50,7 @@ def _row(text: TextFile, lines: list[_Line], fault: DataError | None, universal:
     if fault is not None:
         return fault
     place, width = Place(text.source, text.number, lines[0][0]), len(lines[-1][1])
-    while lines[0][1][0].startswith("#") and (universal or len(lines[0][1]) != width):  # a comment before the sentence
+    while lines[0][1][0].startswith("#") and (universal or len(lines[0][1]) != width or _is_comment(lines)):
         lines = lines[1:]
         if not lines:
             return place.error("a sentence without words")
@@ -64,3 +67,13 @@ def _row(text: TextFile, lines: list[_Line], fault: DataError | None, universal:
         if name:
             values[name] = [columns[at] for _, columns in lines]
     return Row(values, place)
+
+
+def _is_comment(lines: list[_Line]) -> bool:
+    """Whether the first line, of as many columns as the words, is a comment: it ends in no tag, and all words do.
+
+    Of two columns it is a word: ``# PER`` may be one, in a file whose tags have no prefix.
+    """
+    (_, first), words = lines[0], [columns for _, columns in lines if columns[0] != "#"]
+    tagged = bool(words) and all(_IOB.fullmatch(columns[-1]) for columns in words)
+    return first[0] == "#" and len(first) > 2 and tagged and not _IOB.fullmatch(first[-1])

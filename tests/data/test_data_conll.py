@@ -34,6 +34,11 @@ def test_a_comment_is_no_word_and_a_hash_is_one(tmp_path: Path) -> None:
         {"tokens": ["Ada"], "tags": ["B-PER"]},
         {"tokens": ["#", "1"], "tags": ["O", "O"]},
     ]
+    for first, words in (("# id 7", ["Ada"]), ("# id 7\n# of Ada", ["Ada"]), ("# _ O", ["#", "Ada"])):
+        [row] = read(tmp_path, f"{first}\nAda _ B-PER\n")
+        assert isinstance(row, dict)
+        assert row["tokens"] == words
+    assert read(tmp_path, "# SYM SYM\n1 CD CD\n")[0]["tokens"] == ["#", "1"]  # type: ignore[index]
 
 
 def test_words_alone(tmp_path: Path) -> None:
