@@ -29,7 +29,7 @@ class TaskSettings:
         return {}
 
     def files(self) -> list[str]:
-        """Files that a run reads besides its data, as the settings name them."""
+        """Files, and folders of media, that a run reads besides its data, as the settings name them."""
         return []
 
 
@@ -334,6 +334,10 @@ class TextToImage(TaskSettings):
     """Steps in which a picture is made. Unset: the pipeline's own number."""
     guidance_scale: float | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_0)
     """How closely a picture follows its prompt. Unset: the pipeline's own number."""
+
+    def files(self) -> list[str]:
+        """The folder of class_data_dir."""
+        return [self.class_data_dir] if self.class_data_dir else []
 
     def model_options(self) -> dict[str, Any]:
         """Options of the loader: which parts may be adapted."""

@@ -157,10 +157,18 @@ def test_another_recipe_or_data_is_refused(recipe: Path, settings: list[str], ed
     assert files_of(folder) == before
 
 
-@pytest.mark.parametrize(("task", "file"), [("{type: causal_lm, metric_code: FOLDER/mine.py:score}", "mine.py")])
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        ("{type: causal_lm, metric_code: FOLDER/mine.py:score}", "mine.py"),
+        ("{type: text_to_image, class_prompt: a dog, class_data_dir: FOLDER/classes}", "classes/a.png"),
+    ],
+)
 def test_a_file_that_the_task_names_is_part_of_the_run(recipe: Path, task: str, file: str) -> None:
     path = recipe.parent / file
+    path.parent.mkdir(exist_ok=True)
     path.write_text("one")
+    recipe.write_text(recipe.read_text().replace(", max_length: 128", ""))
     settings = load_recipe(recipe, [f"task={task.replace('FOLDER', str(recipe.parent))}"])
     before = identity(settings, 1)
     path.write_text("two")

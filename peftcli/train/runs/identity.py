@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.media import is_media
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
 from peftcli.models.hub_files import base_hash
@@ -130,4 +131,8 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     for name in (*named, *row_of(recipe).settings_of(recipe).files()):
         if (path := expand_user(Path(name))).is_file():
             hashes[name] = sha256(path)
+        elif path.is_dir():
+            media = sorted(each for each in path.iterdir() if is_media(each.name) and each.is_file())
+            described = "".join(f"{each.name} {sha256(each)}\n" for each in media)
+            hashes[name] = hashlib.sha256(described.encode()).hexdigest()
     return hashes | init_hashes(recipe)
