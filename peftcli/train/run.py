@@ -55,7 +55,7 @@ from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import peak_memory_bytes
 from peftcli.train.runs.checkpoint import Misfit, Progress, State, load_checkpoint, set_newer_aside
-from peftcli.train.runs.identity import Change, described
+from peftcli.train.runs.identity import Change, described, is_allowed
 from peftcli.train.runs.record import (
     AttemptRecord,
     DataRecord,
@@ -356,7 +356,7 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
         try:
             load_checkpoint(checkpoint, state, run.accelerator)
         except Misfit as error:
-            if all(change.key.startswith("versions.") for change in run.changes):
+            if not any(is_allowed(change, run.options.allow_change) for change in run.changes):
                 raise
             hint = "undo the changes that were allowed; or choose another training.output_dir"
             raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None
@@ -386,7 +386,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     record.mergeable = config.merge_problem() is None
     began_so = built.source is not None and built.source.record.get("makes_up_for_quantization") is True
     record.makes_up_for_quantization = began_so or needs_base_weights(config)
-    record.device = run.accelerator.device.type
+    record.device, record.bf16 = run.accelerator.device.type, run.accelerator.mixed_precision == "bf16"
     record.threads = threads or ABSENT
     record.steps = StepsRecord(done=progress.step, total=total)
     if record.attempts and not record.attempts[-1].reason:  # it could not be recorded

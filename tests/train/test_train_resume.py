@@ -602,6 +602,15 @@ def test_other_versions_are_noted(recipe: Path) -> None:
     assert done.run["versions"]["torch"] != "1.0"
 
 
+@pytest.mark.parametrize(("key", "before", "now"), [("device", "cuda", "cpu"), ("bf16", True, False)])
+def test_another_device_or_precision_is_noted(recipe: Path, key: str, before: object, now: object) -> None:
+    out = stopped(recipe)
+    (out / "run.json").write_text(json.dumps(read_run(out) | {key: before}))
+    done = run_recipe(recipe)
+    assert done.run["changes"] == [{"key": key, "before": before, "now": now, "step": 4}]
+    assert (done.run["exact"], done.run[key]) == (False, now)
+
+
 def test_a_killed_attempt_is_accounted_for(recipe: Path) -> None:
     child = Child(recipe.parent, "train", recipe, *EVERY_TWO, "training.max_steps=100000")
     out = recipe.parent / "out"

@@ -33,7 +33,7 @@ class Change:
     """One difference between the run in a folder and the run to start."""
 
     key: str
-    """A setting as the recipe calls it, ``data.FILE``, ``base_model`` (its files), ``processes`` or ``threads``."""
+    """As run.json calls it: see ``ChangeRecord.key``."""
     before: Any
     now: Any
 

@@ -56,7 +56,7 @@ class ChangeRecord:
     """One thing that was allowed to change."""
 
     key: str
-    """A setting as the recipe calls it, data.FILE, base_model, processes, threads or versions.PACKAGE."""
+    """A setting as the recipe calls it, data.FILE, base_model, processes, threads, device, bf16 or versions.PACKAGE."""
     before: Any
     """What it was."""
     now: Any
@@ -336,6 +336,8 @@ class RunRecord:
     """Whether the adapter fits the quantised weights only."""
     device: str = LATER
     """As cpu or cuda."""
+    bf16: bool = ABSENT
+    """Whether it computes in bfloat16."""
     threads: ThreadsRecord = ABSENT
     """Threads that compute in each process, on a CPU. A resumed run has as many."""
     steps: StepsRecord = LATER

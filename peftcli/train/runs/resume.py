@@ -33,6 +33,7 @@ from peftcli.train.runs.record import (
     RunRecord,
     SeedsRecord,
 )
+from peftcli.train.runs.typed_json import Missing
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ def open_run(
                     before, installed = record.versions, versions()  # with other packages the result may differ
                     other = [name for name in installed if before.get(name) != installed[name]]
                     changed += [Change(f"versions.{name}", before.get(name), installed[name]) for name in other]
+                    here = {"device": accelerator.device.type, "bf16": accelerator.mixed_precision == "bf16"}
+                    for name, value in here.items():
+                        if not isinstance(known := getattr(record, name), Missing) and known != value:
+                            changed.append(Change(name, known, value))
                 else:
                     record.versions = versions()
             shared[0] = (chosen.path, record, now, changed)
