@@ -177,10 +177,10 @@ FORGED: dict[str, Damage] = {
     ),
     "a random state of nothing": _forge("random-00000.safetensors", lambda t: t.update(cpu=t["cpu"][:5])),
     "a random state of another name": _forge("random-00000.safetensors", lambda t: t.update(gpu=t.pop("cpu"))),
-}
-PROGRESS_FORGED: dict[str, Damage] = {
     "progress with a setting missing": _forge_progress(lambda values: values.pop("loss_sum")),
     "progress with a setting too many": _forge_progress(lambda values: values.update(more=1)),
+}
+PROGRESS_FORGED: dict[str, Damage] = {
     "progress of another type": _forge_progress(lambda values: values.update(num_tokens="many")),
     "progress of another step": _forge_progress(lambda values: values.update(step=2)),
     "pending that is a list": _forge_progress(lambda values: values.update(pending=[1])),

@@ -489,6 +489,18 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(recipe: Path, monkeypatch: 
     assert run_recipe(recipe, *EVERY_TWO).run["attempts"][-1]["from_step"] == 4
 
 
+def test_a_checkpoint_of_another_version_is_no_damage(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "asdict", lambda progress: {"step": progress.step})
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, *EVERY_TWO, on_event=stop_after(4))
+    before = files_of(recipe.parent / "out/checkpoints")
+    with pytest.raises(StorageError, match="was written by another version of peftcli") as caught:
+        run_recipe(recipe, *EVERY_TWO)
+    assert str(caught.value.file).endswith("step-000004")
+    assert files_of(recipe.parent / "out/checkpoints") == before
+
+
 def test_one_line_a_step_when_a_pending_evaluation_was_made_and_the_run_killed(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

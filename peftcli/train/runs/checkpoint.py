@@ -220,7 +220,7 @@ def find_damage(path: Path) -> str | None:
     """Describe the damage of a checkpoint; None when every file has the size and sha256 of the manifest.
 
     Raises:
-        StorageError: it cannot be read now, which does not mean that it is damaged.
+        StorageError: it cannot be read now, or by this version, which does not mean that it is damaged.
     """
     try:
         if path.is_symlink():
@@ -326,7 +326,8 @@ def _progress(path: Path) -> Progress:
     values = json.loads(read_small(path / _PROGRESS, _LARGEST_JSON))
     fresh = asdict(Progress())
     if not isinstance(values, dict) or values.keys() != fresh.keys():
-        raise ValueError(f"{_PROGRESS} was written by another version")
+        hint = "resume with the version that run.json has under versions; or choose another training.output_dir"
+        raise StorageError("was written by another version of peftcli", file=str(path), hint=hint)
     for name, value in fresh.items():
         if type(values[name]) is not type(value) and not (name == "pending" and isinstance(values[name], dict)):
             raise ValueError(f"{_PROGRESS}: {name} is wrong")
