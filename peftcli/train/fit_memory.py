@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import inject
 from peftcli.errors import ModelError, UsageError
+from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
 from peftcli.models.stacks import stacks
@@ -108,13 +110,13 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
         if record is None or not has_begun(each, record):
             continue
         described = to_json(to_dict(recipe))
-        if overwrite and any(described[section] != record.recipe[section] for section in _DECISIVE):
+        if overwrite and any(described[section] != record.recipe.get(section) for section in _DECISIVE):
             continue  # the run that is replaced
-        kept = {key: record.recipe[section].get(key) for section, keys in _CHOSEN.items() for key in keys}
+        kept = {key: mapping_at(record.recipe, section).get(key) for section, keys in _CHOSEN.items() for key in keys}
         given = settings_of(recipe)
         if given["per_device_train_batch_size"] == "auto":
-            examples = kept["per_device_train_batch_size"] * kept["gradient_accumulation_steps"]
-            if examples != given["gradient_accumulation_steps"]:
+            sizes = kept["per_device_train_batch_size"], kept["gradient_accumulation_steps"]
+            if not all(isinstance(size, int) for size in sizes) or prod(sizes) != given["gradient_accumulation_steps"]:
                 return None
             given["gradient_accumulation_steps"] = kept["gradient_accumulation_steps"]
         settings = {key: kept[key] if value == "auto" else value for key, value in given.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,16 @@ def test_a_run_that_replaces_another_chooses_for_itself(recipe: Path, monkeypatc
     for settings, size in (((), 1), (("method.lora_alpha=3",), 4)):
         replaced = trainkit.run_recipe(recipe, SIZE, STEPS, *settings, overwrite=True)
         assert replaced.run["recipe"]["training"]["per_device_train_batch_size"] == size
+
+
+@pytest.mark.usefixtures("short")
+def test_a_damaged_recipe_in_run_json_chooses_nothing(recipe: Path) -> None:
+    done = trainkit.run_recipe(recipe)
+    wanted = load_recipe(recipe, [SIZE, STEPS])
+    for damaged in ({}, {"training": "x"}, {"training": {}}):
+        (done.folder / "run.json").write_text(json.dumps(done.run | {"recipe": damaged}))
+        for overwrite in (False, True):
+            assert fit_memory._before(wanted, overwrite) is None
 
 
 def test_a_model_that_cannot_compute_again_says_so(fit, monkeypatch: pytest.MonkeyPatch) -> None:
