@@ -112,7 +112,9 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
         described = to_json(to_dict(recipe))
         if overwrite and any(described[section] != record.recipe.get(section) for section in _DECISIVE):
             continue  # the run that is replaced
-        kept = {key: mapping_at(record.recipe, section).get(key) for section, keys in _CHOSEN.items() for key in keys}
+        kept: Settings = {
+            key: mapping_at(record.recipe, section).get(key) for section, keys in _CHOSEN.items() for key in keys
+        }
         given = settings_of(recipe)
         if given["per_device_train_batch_size"] == "auto":
             sizes = kept["per_device_train_batch_size"], kept["gradient_accumulation_steps"]
