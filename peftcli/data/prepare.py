@@ -133,7 +133,7 @@ def _write(
             if later := [name for name in _columns(_good(batch)) if name not in columns]:
                 columns.extend(later)
                 late += _read_of(later, replace(table, columns=tuple(columns)), task, reader)
-            taken.append([_refuse_late(row, late) for row in batch] if late else batch)
+            taken.append([_refuse_late(row, late) if isinstance(row, Row) else row for row in batch])
             yield _good(taken[-1])
 
     try:
@@ -172,9 +172,9 @@ def _read_of(later: Sequence[str], table: Table, task: Encodes, reader: Reader) 
     return [name for role, name in names.items() if role not in reader.names and name in later]
 
 
-def _refuse_late(row: Row | DataError, late: Sequence[str]) -> Row | DataError:
+def _refuse_late(row: Row, late: Sequence[str]) -> Row | DataError:
     """The row; an error about it where it has a value in one of these columns, which would not be read."""
-    for name in late if isinstance(row, Row) else ():
+    for name in late:
         if row.values.get(name) is not None:
             hint = f"Give the first row a {name!r} too: null, where it has none."
             return row.place.error("the first rows lack it, so it would not be read", key=name, hint=hint)
