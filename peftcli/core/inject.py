@@ -283,7 +283,7 @@ def _wrapped(
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     saved = [name for name in saved if not name.startswith(inside)]
     if config.inference_mode:  # PEFT takes modules without weights too
-        saved = [name for name in saved if next(base_modules(model)[name].parameters(), None) is not None]
+        saved = [name for name in saved if num_weights(base_modules(model)[name])]
     config.modules_to_save = _clear_names(model, config.modules_to_save, saved)
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names and not saved:
