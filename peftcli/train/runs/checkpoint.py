@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -207,11 +208,12 @@ def set_newer_aside(folder: Path, step: int, warn: Callable[[str], None]) -> Non
 
 
 def _set_aside(path: Path, why: str) -> Path:
-    """Rename a checkpoint so that no run finds it."""
-    aside = path.with_name(f".{why}-{path.name}")
+    """Rename a checkpoint so that no run finds it; one of the same step that was set aside before stays."""
+    aside, number = path.with_name(f".{why}-{path.name}"), 1
     with storage_errors(path):
-        if aside.exists():
-            shutil.rmtree(aside)
+        while os.path.lexists(aside):
+            number += 1
+            aside = path.with_name(f".{why}-{path.name}-{number}")
         path.rename(aside)
     return aside
 
