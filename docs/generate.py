@@ -38,8 +38,8 @@ _CODES = """
 1 a bug of peftcli; `--debug` shows the traceback
 130 Ctrl-C, or a second one
 141 nobody reads stdout any more
-143 SIGTERM or SIGUSR1 before there was anything to save; a second one
-75 SIGTERM, SIGUSR1 or training.max_time, with a checkpoint: run the same command again
+143 SIGTERM, SIGUSR1 or SIGHUP before there was anything to save; a second one
+75 SIGTERM, SIGUSR1, SIGHUP or training.max_time, with a checkpoint: run the same command again
 """
 _MORE_OF_CODES = """\
 `check --deep` and `train --dry-run` list every problem that they find, and end with the code of the first.

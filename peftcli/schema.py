@@ -263,7 +263,7 @@ class Training:
     resumes. The time for the current step and the checkpoint is added."""
     save_on_signal: Literal["SIGUSR1", "SIGUSR2"] | None = "SIGUSR2"
     """Signal on which a checkpoint is written while training continues, for the warning of a spot machine or scheduler.
-    null: none. INT, TERM and USR1 (unless it is chosen here) stop with a checkpoint."""
+    null: none. INT, TERM, HUP and USR1 (unless it is chosen here) stop with a checkpoint."""
     load_best_model_at_end: bool = False
     """Save the adapter of the best evaluation instead of the last one."""
     metric_for_best_model: str = "eval_loss"

@@ -13,14 +13,18 @@ from types import FrameType
 
 from peftcli.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = tuple(
+    number
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # as under nohup
+)
 SAVE_SIGNAL = signal.SIGUSR2
 STARTED = float(os.environ.get("PEFTCLI_STARTED") or time.monotonic())
 """Start of this command on the monotonic clock; a launched process has the launcher's."""
 TIME_LIMIT = 64
 """A request like a signal's number: the time limit of the run has passed."""
-_SAVE = 1
-"""A request like a signal's number: write a checkpoint and continue."""
+_SAVE = 0.5
+"""A request like a signal's number, and less than each of them: write a checkpoint and continue."""
 _PR_SET_PDEATHSIG = 1
 _ECHO_SECONDS = 0.3
 """A scheduler signals a launcher and its processes, and the launcher forwards the signal: both are one request."""
@@ -58,14 +62,14 @@ class Stop:
     """Those of several runs in this command, which receive what this one does."""
 
     @property
-    def request(self) -> int:
+    def request(self) -> float:
         """The request as a number, of which the largest among several processes counts; 0: none."""
         late = self.deadline is not None and time.monotonic() > self.deadline
         return self.signal or (TIME_LIMIT if late else _SAVE if self.save else 0)
 
-    def to_error(self, message: str, *, saved: bool, request: int = 0) -> Interrupted:
+    def to_error(self, message: str, *, saved: bool, request: float = 0) -> Interrupted:
         """Return the error that ends the run: exit code 130 after Ctrl-C, else 75 with a checkpoint, 143 without."""
-        number = request or self.signal
+        number = int(request) or self.signal
         code = 130 if number == signal.SIGINT else 75 if saved else 143
         hint = "run the same command again to resume" if saved else None
         why = "training.max_time" if number == TIME_LIMIT else signal.Signals(number).name
@@ -85,8 +89,8 @@ class Stop:
     def on_stop_signal(self, number: int, _frame: FrameType | None = None) -> None:
         """Handle a signal to stop."""
         if self.signal:
-            if self.signal == number and time.monotonic() - self.when < _ECHO_SECONDS:
-                return
+            if number == signal.SIGHUP or (self.signal == number and time.monotonic() - self.when < _ECHO_SECONDS):
+                return  # nobody closes a terminal to end a command that is stopping
             os._exit(130 if number == signal.SIGINT else 143)
         for each in (self, *self.followers):
             each.signal, each.when = number, time.monotonic()
@@ -113,7 +117,7 @@ def check() -> None:
     current().check()
 
 
-def wants_save(request: int) -> bool:
+def wants_save(request: float) -> bool:
     """Return whether a request is only for a checkpoint."""
     return request == _SAVE
 
@@ -122,7 +126,7 @@ def wants_save(request: int) -> bool:
 def handle_signals(
     message: str = "stopped", save_on: signal.Signals | None = SAVE_SIGNAL, *, last: bool = False
 ) -> Iterator[Stop]:
-    """Record INT, TERM and USR1 in the Stop during the block; a second one ends the process.
+    """Record INT, TERM, USR1 and HUP in the Stop during the block; a second one but HUP ends the process.
 
     Outside the main thread, which alone can handle signals, nothing is recorded.
 

@@ -54,7 +54,7 @@ _JOIN_SECONDS = 1800
 """How long a machine waits for the others."""
 _HEAR_SECONDS = 5.0
 """How long it waits for the reason why another one's processes ended."""
-_HUNG_UP = (signal.SIGHUP, signal.SIGQUIT)
+_AGENTS_OWN = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that the agent handles, too, if it is let."""
 _DEBIANS_OWN = "127."
 """Where ``/etc/hosts`` often says that a machine's own name is."""
@@ -305,8 +305,7 @@ class Agent(LocalElasticAgent):
     @contextmanager
     def signals_passed_on(self) -> Iterator[None]:
         """Pass signals on to the processes. The agent itself would end them 30 seconds after the first."""
-        ours = {*STOP_SIGNALS, self.save_on or SAVE_SIGNAL}
-        self.outside = {number: signal.getsignal(number) for number in (*ours, *_HUNG_UP)}
+        self.outside = {number: signal.getsignal(number) for number in {*self._ours, *_AGENTS_OWN}}
         self._listen()
         try:
             yield
@@ -314,9 +313,14 @@ class Agent(LocalElasticAgent):
             for number, handler in self.outside.items():
                 signal.signal(number, handler)
 
+    @property
+    def _ours(self) -> set[signal.Signals]:
+        """Signals that are passed on."""
+        return {*STOP_SIGNALS, self.save_on or SAVE_SIGNAL}
+
     def _listen(self) -> None:
         for number, handler in self.outside.items():
-            signal.signal(number, handler if number in _HUNG_UP else self._on_signal)
+            signal.signal(number, self._on_signal if number in self._ours else handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self.waiting.append(number)

@@ -214,13 +214,13 @@ class TrainingLoop:
         run.write_record()
         run.tell(Message(f"checkpoint: {path}"))
 
-    def request(self) -> int:
+    def request(self) -> float:
         """The request that any process has received, agreed by all; 0: none."""
         accelerator, request = self.active.accelerator, self.active.stop.request
         if accelerator.num_processes > 1:
             flag = torch.tensor(float(request), device=accelerator.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            request = int(flag)
+            request = float(flag)
         return request
 
     def _handle_request(self, *, saved: bool = False) -> None:
@@ -243,7 +243,7 @@ class TrainingLoop:
             self.save()
         return True
 
-    def _interrupt(self, request: int = 0) -> NoReturn:
+    def _interrupt(self, request: float = 0) -> NoReturn:
         """Raise Interrupted, with a checkpoint if a step was done."""
         stop, step, request = self.active.stop, self.progress.step, request or self.request()
         if not step:

@@ -62,3 +62,22 @@ def test_a_process_that_only_says_how_it_ended(ends: str, code: int) -> None:
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("at_start", "ends"), [(signal.SIG_DFL, "stopped after step 3 (SIGHUP), 75"), (signal.SIG_IGN, "no")]
+)
+def test_a_closed_terminal_stops_a_command_once_unless_it_was_started_with_nohup(at_start: int, ends: str) -> None:
+    program = (
+        "import os, signal; from peftcli.system.signals import handle_signals\n"
+        "with handle_signals() as stop:\n"
+        "    stop.at_once = False\n"
+        "    os.kill(os.getpid(), signal.SIGHUP); stop.when -= 1; os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    error = stop.to_error('stopped after step 3', saved=True) if stop.request else None\n"
+        "print(f'{error.message}, {error.exit_code}' if error else 'no')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, at_start),
+    )  # fmt: skip
+    assert done.stdout.strip() == ends
