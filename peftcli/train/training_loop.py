@@ -158,7 +158,7 @@ class TrainingLoop:
             training.per_device_eval_batch_size,
             self.active.accelerator,
             num_workers=num_workers(training, data.task),
-            stopping=lambda: self.request() not in (0, TIME_LIMIT),  # or a long evaluation would never end
+            stopping=self._stops_evaluation,
         )
         self.state.prepared.make_whole()
         if metrics is None:
@@ -234,13 +234,24 @@ class TrainingLoop:
         if not wants_save(request):
             self._interrupt(request)
 
+    def _stops_evaluation(self) -> bool:
+        """Whether a request stops the evaluation; the time limit does not, or a long one would never end.
+
+        Nor does a request for a checkpoint where this step has one, or no step is done.
+        """
+        request = self.request()
+        if wants_save(request) and (self.pending_is_saved or not self.progress.step):
+            self.active.stop.save = False
+            return False
+        return request not in (0, TIME_LIMIT)
+
     def _saved_only(self) -> bool:
         """Save if a checkpoint is requested, and no stop. Returns whether that was so."""
         if not wants_save(self.request()):
             return False
         self.active.stop.save = False
-        if self.progress.step and not self.pending_is_saved:
-            self.save()
+        self.save()
+        self.pending_is_saved = True
         return True
 
     def _interrupt(self, request: float = 0) -> NoReturn:

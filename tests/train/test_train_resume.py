@@ -546,6 +546,30 @@ def _stopped_in_evaluation(recipe: Path, monkeypatch: pytest.MonkeyPatch, *setti
     return recipe.parent / "out"
 
 
+def test_requests_for_checkpoints_repeat_an_evaluation_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peftcli.train.training_loop as module
+
+    settings = ("training.eval_strategy=steps", "training.eval_steps=4", "training.eval_on_start=true")
+    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
+    evaluate, calls = module.evaluate, []
+
+    def requested(*args: Any, stopping: Callable[[], bool], **options: Any) -> Any:
+        calls.append(0)
+        assert len(calls) < 9, "it never ends"
+
+        def at_each_batch() -> bool:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return stopping()
+
+        return evaluate(*args, stopping=at_each_batch, **options)
+
+    monkeypatch.setattr(module, "evaluate", requested)
+    done = run_recipe(recipe, *settings)
+    assert len(calls) == 1 + 2 + 2, "at the start, and after steps 4 and 8"
+    assert done.metrics == whole.metrics
+    assert {path.name for path in done.folder.glob("checkpoints/*")} == {"step-000004", "step-000008"}
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("at", [2, 4])
 def test_adalora_and_methods_that_draw_while_they_evaluate(
