@@ -12,7 +12,7 @@ from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.progress import Progress
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.system.outputs import require_writable
-from peftcli.train.launch import is_main_process
+from peftcli.train.launch import is_main_process, leave_group_on_exit
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
         from peftcli.train.evaluate_adapter import measure
         from peftcli.train.finish import raise_failed_gates
 
-        with Progress(quiet=quiet) as progress:
+        with Progress(quiet=quiet) as progress, leave_group_on_exit():
             result |= measure(settings, adapter, progress.show if is_main else lambda event: None)
         if not is_main:
             raise typer.Exit  # the main process prints the answer, and writes the report

@@ -44,7 +44,8 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     """
     started = time.perf_counter()
     recipe = with_task(recipe, tell)
-    accelerator = start_accelerator(replace(recipe, launch=Launch()))  # one process measures
+    # as many processes measure as were started, whatever the recipe's launch section says
+    accelerator = start_accelerator(replace(recipe, launch=Launch()))
     source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
     if source is not None and (odd := other_base(source, recipe.base_model)):
         tell(warning(odd))

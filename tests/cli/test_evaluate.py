@@ -4,12 +4,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trainkit
 from classifierkit import ROWS, write_classifier_recipe
 from taskkit import CASES
+from torch import distributed
 from trainkit import read_run, run_recipe, write_recipe
+
+from peftcli.errors import UsageError
 
 EVALUATES = "training.eval_strategy=epoch"
 
@@ -104,6 +108,21 @@ def test_a_gate_on_what_is_not_measured(cli: Callable, tmp_path: Path) -> None:
 
 def test_one_process_measures_what_several_trained(cli: Callable, recipe: Path) -> None:
     assert cli("evaluate", recipe, "launch.num_processes=2").code == 0
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_process_of_a_group_leaves_it(
+    cli: Callable, recipe: Path, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*given: object) -> dict[str, Any]:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        if failed:
+            raise UsageError("cannot be measured")
+        return {"eval": {"last": {}}, "gates": []}
+
+    monkeypatch.setattr("peftcli.train.evaluate_adapter.measure", measured)
+    assert cli("evaluate", recipe).code == (2 if failed else 0)
+    assert not distributed.is_initialized()
 
 
 def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
