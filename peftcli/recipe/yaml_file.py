@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from peftcli.guard.files import read_small
+from peftcli.guard.files import irregular_kind, os_reason, read_small
 from peftcli.recipe.names import closest_file
 from peftcli.recipe.values import NO_TEXT, Position, Problems, Value, is_text, read_scalar, resolve
 
@@ -27,7 +26,6 @@ _TAGS = {
     "tag:yaml.org,2002:seq": _COLLECTION,
 }
 _NO_TAGS = "has a YAML tag, which recipes do not use; remove it"
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _EXPLANATIONS = (
     (r"found character '\\t'", "a tab; YAML uses spaces for indentation"),
     (r"cannot start any token", "a value cannot start with this character; quote it"),
@@ -83,10 +81,6 @@ def read_file(path: Path, problems: Problems, named_at: Position) -> Value | Non
 
 def parse_text(text: str, file: str, problems: Problems) -> Value | None:
     """Parse the top mapping of a YAML document."""
-    if control := _CONTROL.search(text):
-        place = _place_of(text, control.start(), file)
-        problems.add(f"a control character (0x{ord(control.group()):02x}), which YAML does not allow", place)
-        return None
     loader = None
     try:
         loader = _Composer(text)
@@ -99,8 +93,8 @@ def parse_text(text: str, file: str, problems: Problems) -> Value | None:
         problems.add(_explain(error), _place_at(file, error.problem_mark or error.context_mark))
         return None
     except yaml.reader.ReaderError as error:
-        place = _place_of(text, error.position, file)
-        problems.add("a character that YAML does not allow; write it as an escape in double quotes", place)
+        character = f"a character that YAML does not allow (0x{error.character:02x})"
+        problems.add(f"{character}; write it as an escape in double quotes", _place_of(text, error.position, file))
         return None
     except (AttributeError, ValueError, RecursionError, TypeError, IndexError, OverflowError):
         # PyYAML raises these on some malformed input.
@@ -187,19 +181,12 @@ def _read_text(path: Path, problems: Problems, named_at: Position) -> str | None
     name = str(path) if len(str(path)) <= _MAX_NAME else f"{str(path)[:_MAX_NAME]}..."
     named = "" if named_at.file == str(path) else f"{name}: "  # where another file names it
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            problems.add(f"{named}is {'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'}", named_at)
-            return None
-        if found.st_size > MAX_BYTES:
-            problems.add(f"{named}has {found.st_size} bytes; a recipe has at most {MAX_BYTES}", named_at)
-            return None
-        raw = read_small(path, MAX_BYTES)  # the file may have been replaced since
+        raw = read_small(path, MAX_BYTES)
     except FileNotFoundError:
         problems.add(f"{named}no such file", named_at, suggestion=closest_file(str(path)))
         return None
     except (OSError, ValueError) as error:
-        problems.add(f"{named}cannot be read: {getattr(error, 'strerror', None) or error}", named_at)
+        problems.add(f"{named}{irregular_kind(path) or f'cannot be read: {os_reason(error)}'}", named_at)
         return None
     try:
         return raw.decode("utf-8-sig")

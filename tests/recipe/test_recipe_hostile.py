@@ -27,8 +27,8 @@ from peftcli.recipe import load_recipe, read
         ("a: @x\n", 1, "cannot start with this character"),
         ("a: *x\n", 1, "an alias whose anchor"),
         ("a: &x 1\nb: &x 2\n", 2, "an anchor that is defined twice"),
-        ("a: 1\nb: \0\n", 2, "a control character (0x00)"),
-        ("a: 1\nb: \x1b[31m\n", 2, "a control character (0x1b)"),
+        ("a: 1\nb: \0\n", 2, "a character that YAML does not allow (0x00)"),
+        ("a: 1\nb: \x1b[31m\n", 2, "a character that YAML does not allow (0x1b)"),
         ('a: "\\UFFFFFFFF"\n', 1, "not valid YAML"),
         ("%YAML 9.9\n---\na: 1\n", 1, "not valid YAML"),
         ("a: &a [*a]\n", 1, "within itself"),
@@ -89,7 +89,7 @@ def test_bytes_and_files_that_are_no_recipe(tmp_path: Path, good: str) -> None:
     path.write_bytes(good.encode("utf-16"))
     assert "not UTF-8" in read(path).problems[0].message
     path.write_text("#" * 1_000_001)
-    assert "a recipe has at most 1000000" in read(path).problems[0].message
+    assert "at most 1,000,000 are read" in read(path).problems[0].message
     path.write_text("\ufeff" + good, encoding="utf-8")
     assert read(path).problems == []
     assert "is a folder" in read(tmp_path).problems[0].message

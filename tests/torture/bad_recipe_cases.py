@@ -147,7 +147,7 @@ SYNTAX = {
     ),
     "a million question marks": Case("?" * 999_999, "expected a mapping of sections, found", line=1),
     "a hundred thousand question marks": Case("? " * 100_000, "nested more than 64 levels deep", line=1),
-    "more than a megabyte": Case(GOOD + "#" * 1_000_000, "a recipe has at most 1000000"),
+    "more than a megabyte": Case(GOOD + "#" * 1_000_000, "at most 1,000,000 are read"),
     "more than 20,000 values": more("gates: [" + "a," * 25_000 + "]\n", "more than 20000 values"),
     "a very long key": more("x" * 5000 + ": 1\n", "not valid YAML"),
     "a very long key in quotes": more('"' + "x" * 900 + '": 1\n', "unknown key"),
@@ -165,20 +165,20 @@ TEXT = {
     "a slash in two bytes": Case(b"base_model: org\xc0\xafmodel\n", "not UTF-8 text", line=1),
     "a surrogate as UTF-8": Case(b"base_model: \xed\xa0\x80\n", "not UTF-8 text", line=1),
     "UTF-16": Case(GOOD.encode("utf-16"), "not UTF-8", line=1),
-    "UTF-16 without its mark": Case(GOOD.encode("utf-16-le"), "a control character (0x00)", line=1),
+    "UTF-16 without its mark": Case(GOOD.encode("utf-16-le"), "a character that YAML does not allow (0x00)", line=1),
     "UTF-16, big end first": Case(codecs.BOM_UTF16_BE + GOOD.encode("utf-16-be"), "not UTF-8", line=1),
     "UTF-32": Case(GOOD.encode("utf-32"), "not UTF-8", line=1),
     "gzip": Case(b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xff\xff", "not UTF-8", line=1),
     "a byte order mark alone": Case(codecs.BOM_UTF8, "the recipe is empty", line=1),
     "a byte order mark in the middle": Case(GOOD + "\ufefftask: x\n", "", line=8),
-    "a NUL": more("  seed: \0\n", "a control character (0x00)"),
-    "NULs alone": Case("\0" * 100, "a control character (0x00)", line=1),
-    "a bell": more("  seed: \a\n", "a control character (0x07)"),
-    "an escape": more("  seed: \x1b[31m1\n", "a control character (0x1b)"),
-    "a backspace": more("  seed: 1\b2\n", "a control character (0x08)"),
-    "a delete": more("  seed: 1\x7f\n", "a control character (0x7f)"),
-    "a control character of Latin-1": more("  seed: \x9b31m\n", ""),
-    "a non-character": more("  metric_for_best_model: \uffff\n", "a character that YAML does not allow"),
+    "a NUL": more("  seed: \0\n", "a character that YAML does not allow (0x00)"),
+    "NULs alone": Case("\0" * 100, "a character that YAML does not allow (0x00)", line=1),
+    "a bell": more("  seed: \a\n", "a character that YAML does not allow (0x07)"),
+    "an escape": more("  seed: \x1b[31m1\n", "a character that YAML does not allow (0x1b)"),
+    "a backspace": more("  seed: 1\b2\n", "a character that YAML does not allow (0x08)"),
+    "a delete": more("  seed: 1\x7f\n", "a character that YAML does not allow (0x7f)"),
+    "a control character of Latin-1": more("  seed: \x9b31m\n", "a character that YAML does not allow (0x9b)"),
+    "a non-character": more("  metric_for_best_model: \uffff\n", "a character that YAML does not allow (0xffff)"),
     "NUL by an escape": more('  metric_for_best_model: "\\0"\n', "that is not text", "training.metric_for_best_model"),
     "half a surrogate pair": more(
         '  metric_for_best_model: "\\ud800"\n', "that is not text", "training.metric_for_best_model"
@@ -811,7 +811,9 @@ EXTENDS = {
     "a file with a mistake": Case(
         OTHER, "unknown key", "training.sede", 8, setup=_write("other.yaml", GOOD + "  sede: 1\n")
     ),
-    "a file that is large": Case(OTHER, "a recipe has at most", "", 1, setup=_write("other.yaml", "#" * 1_000_001)),
+    "a file that is large": Case(
+        OTHER, "at most 1,000,000 are read", "", 1, setup=_write("other.yaml", "#" * 1_000_001)
+    ),
     "a variable that is not set": Case("extends: ${PEFTCLI_NOT_SET}/a.yaml\n", "is not set", "extends", 1),
     "in a section": more("  extends: other.yaml\n", "unknown key", "training.extends"),
 }
