@@ -16,7 +16,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -293,10 +292,6 @@ class Store:
             ids, ends, edges = _arrays_of(name)
             self._ids[name], self._ends[name] = self._mapped(ids, column.stored), self._mapped(ends, _END)
             self._edges[name] = self._mapped(edges, _EDGE).reshape(-1, max(1, len(column.shape)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the same files; what this one has verified is not read again."""
-        return partial(Store, verify=False), (self.folder,)
 
     def __len__(self) -> int:
         return len(self._records)
