@@ -221,10 +221,10 @@ def make_socket(path: Path) -> None:
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a pipe": (os.mkfifo, "is not a regular file but a pipe"),
-    "a socket": (make_socket, "is not a regular file but a socket"),
-    "a link to a device without end": (lambda path: path.symlink_to("/dev/zero"), "but a device"),
-    "a link to the terminal": (lambda path: path.symlink_to("/dev/tty"), "but a device"),
+    "a pipe": (os.mkfifo, "is a pipe, not a regular file"),
+    "a socket": (make_socket, "is a socket, not a regular file"),
+    "a link to a device without end": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
+    "a link to the terminal": (lambda path: path.symlink_to("/dev/tty"), "is a device, not a regular file"),
     "a link to nowhere": (lambda path: path.symlink_to(path.parent / "gone"), "cannot be read: No such file"),
     "a link to itself": (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic links"),
     "a file of the kernel": (lambda path: path.symlink_to("/proc/self/mem"), "is empty"),

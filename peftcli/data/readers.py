@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import zlib
@@ -37,6 +36,7 @@ from peftcli.data.text_rows import (
     read_lines,
 )
 from peftcli.errors import DataError
+from peftcli.guard.files import irregular_kind
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".conll", ".conllu")
 """Extensions of the files that can be read."""
@@ -157,15 +157,12 @@ def check_regular(path: Path, source: str) -> int:
     Raises:
         DataError: the file is not regular, or cannot be read.
     """
+    if wrong := irregular_kind(path):
+        raise DataError(wrong, file=source)
     try:
-        found = path.stat()
+        return path.stat().st_size
     except OSError as error:
         raise DataError(f"cannot be read: {first_line(error)}", file=source) from error
-    kind = stat.S_IFMT(found.st_mode)
-    if kind != stat.S_IFREG:
-        names = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-        raise DataError(f"is not a regular file but a {names.get(kind, 'device')}", file=source)
-    return found.st_size
 
 
 def _open_uncompressed(path: Path, compression: str, stack: ExitStack) -> io.BufferedReader:

@@ -462,7 +462,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_opened(tmp_path: Path) -> 
     path.unlink()
     os.mkfifo(path)
     for step in (opened.fingerprint, lambda: list(opened.rows())):
-        with pytest.raises(DataError, match="is not a regular file but a pipe"):
+        with pytest.raises(DataError, match="is a pipe, not a regular file"):
             step()
 
 

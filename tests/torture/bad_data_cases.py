@@ -390,7 +390,7 @@ FOLDERS = {
         "was written by Dataset.save_to_disk", _folder(**{"dataset_info.json": "{}", "a.arrow": "x"})
     ),
     "a link to itself": folder("is a link to a folder above itself", _loop, file="d/in"),
-    "a pipe among files": folder("is not a regular file but a pipe", _pipe, file="./d/b.jsonl"),
+    "a pipe among files": folder("is a pipe, not a regular file", _pipe, file="./d/b.jsonl"),
     "an empty file among files": folder(
         "is empty", _folder(**{"a.jsonl": GOOD.decode(), "b.jsonl": ""}), file="./d/b.jsonl"
     ),
