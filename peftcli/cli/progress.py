@@ -143,9 +143,8 @@ class Progress:
         console.log(f"[{self.label}] {text}" if self.label else text)
 
 
-def summary(run: dict[str, Any]) -> str:
-    """Summarise a run, and suggest the next commands."""
-    folder = run["recipe"]["training"]["output_dir"]
+def summary(run: dict[str, Any], folder: str) -> str:
+    """Summarise the run in a folder, which may have been moved since, and suggest the next commands."""
     parameters, steps, evals = run["parameters"], run["steps"], run["eval"]
     share = 100 * parameters["trainable"] / parameters["all"]
     size = next(item["bytes"] for item in run["artefacts"] if item["path"] == "adapter_model.safetensors")

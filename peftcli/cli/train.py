@@ -91,7 +91,7 @@ def train(
         report |= run
         if not progress.trained:
             console.log(f"{settings.training.output_dir} is complete already; nothing was done")
-        console.print_json(run) if as_json else console.out(summary(run))
+        console.print_json(run) if as_json else console.out(summary(run, settings.training.output_dir))
 
         from peftcli.train.finish import raise_failed_gates
 

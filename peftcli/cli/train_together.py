@@ -93,4 +93,4 @@ def _print_runs(
         console.print_json({"runs": list(complete.values())})
         return
     for name, run in complete.items():
-        console.out(f"{name}: {summary(run)}")
+        console.out(f"{name}: {summary(run, recipes[name].training.output_dir)}")

@@ -21,6 +21,7 @@ import trainkit
 from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, stopped_copy, write_recipe
 
 from peftcli.adapters.verify import RECORD_FILE, verify_adapter
+from peftcli.cli.progress import summary
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.events import Event, Message, Stepped
@@ -190,7 +191,9 @@ def test_another_base_model_in_the_same_folder_is_refused(tmp_path: Path) -> Non
 def test_a_moved_folder_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
     first = run_recipe(recipe)
     first.folder.rename(tmp_path / "moved")
-    assert run_recipe(recipe, f"training.output_dir={tmp_path}/moved").run == first.run
+    moved = run_recipe(recipe, f"training.output_dir={tmp_path}/moved")
+    assert moved.run == first.run
+    assert f"merge {tmp_path}/moved " in summary(moved.run, moved.recipe.training.output_dir)
 
 
 def test_foreign_files_are_refused(recipe: Path) -> None:

@@ -458,7 +458,7 @@ def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: 
     done = run_recipe(recipe, *stuck)
     assert done.run["steps"] == {"done": 3, "total": 8}
     assert done.run["status"] == "complete"
-    assert "done: 3 steps of 8, stopped early" in summary(done.run)
+    assert "done: 3 steps of 8, stopped early" in summary(done.run, str(done.folder))
     assert run_recipe(recipe, *stuck).run == done.run, "it is complete"
     resumed = [*stuck, f"training.output_dir={tmp_path}/resumed"]
     with pytest.raises(Interrupted):

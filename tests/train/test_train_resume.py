@@ -433,6 +433,7 @@ def test_a_folder_that_was_copied_goes_on_elsewhere(recipe: Path) -> None:
     out = stopped(recipe)
     shutil.copytree(out, recipe.parent / "copy")
     done = run_recipe(recipe, f"training.output_dir={recipe.parent}/copy", resume="must")
+    assert done.run["recipe"]["training"]["output_dir"] == f"{recipe.parent}/copy"
     assert done.weights == run_recipe(recipe).weights
 
 

@@ -73,15 +73,15 @@ class Run:
         self.tell(warning(text))
 
     def apply_changes(self, step: int) -> None:
-        """Record the allowed changes, which hold from after ``step``."""
+        """Record the recipe of this attempt, and the allowed changes, which hold from after ``step``."""
+        for name, value in _description(self.recipe, self.identity).items():
+            setattr(self.record, name, value)
         if not self.changes:
             return
         for change in self.changes:
             self.warn(f"{change}, since step {step}: the result is not exactly that of one recipe")
             self.record.changes.append(ChangeRecord(**asdict(change), step=step))
         self.record.exact, self.record.processes = False, self.accelerator.num_processes
-        for name, value in _description(self.recipe, self.identity).items():
-            setattr(self.record, name, value)
 
 
 @contextlib.contextmanager
