@@ -178,8 +178,8 @@ def _train(run: Run, host: RunHost) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_outcome(run: Run) -> Iterator[None]:
-    """Mark run.json as running on entry and record the outcome on exit."""
-    record, attempts_before = run.record, len(run.record.attempts)
+    """Mark run.json as running on entry and record the outcome on exit; one refused to resume stays as it was."""
+    record, before, attempts_before = run.record, replace(run.record), len(run.record.attempts)
     record.status, record.exit_code, record.error = "running", None, None
     record.pid, record.host = os.getpid(), platform.node()
     run.write_record()
@@ -198,7 +198,8 @@ def record_outcome(run: Run) -> Iterator[None]:
             with contextlib.suppress(StorageError, OSError):
                 if ours.exit_code == PeftcliError.exit_code:
                     run.folder.note_bug(traceback.format_exc())
-                run.write_record()
+                refused = isinstance(ours, UsageError) and 0 < attempts_before == len(record.attempts)
+                run.folder.write(before if refused else record)
         if ours is error:
             raise
         raise ours from error
@@ -224,10 +225,10 @@ def read_data(run: Run) -> RunData:
         examples = load_data(recipe, task, tell=run.tell)
     if unread := examples.report.get("columns_not_read"):
         run.tell(Message(f"columns that are not read: {', '.join(unread)}"))
+    _refuse_other_content(run, examples.report["content"])
     if run.is_main:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)
-    _refuse_other_content(run, examples.report["content"])
     refuse_metrics(recipe, examples)
     if isinstance(examples.task, Limits):
         examples.task.refuse_size(int(examples.train.sizes.max()))

@@ -707,8 +707,10 @@ def test_a_run_whose_rows_are_encoded_otherwise_is_not_gone_on_with(recipe: Path
         run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
+    before = files_of(recipe.parent / "out")
     with pytest.raises(UsageError, match="encoded otherwise"):
         run_recipe(recipe, *FULL)
+    assert files_of(recipe.parent / "out") == before
 
 
 @pytest.mark.usefixtures("short")
