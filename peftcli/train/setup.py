@@ -284,7 +284,7 @@ def prepare(
     optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
-    set_seed(recipe.training.seed + accelerator.process_index)
+    set_seed((recipe.training.seed + accelerator.process_index) % 2**32)
     optim, kind = f"{recipe.training.optim} {recipe.training.optim_args}", PreparedModel
     if strategy in STAGES and several:
         stage, limit = STAGES[strategy], recipe.training.max_grad_norm
