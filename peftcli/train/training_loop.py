@@ -164,19 +164,23 @@ class TrainingLoop:
         if metrics is None:
             restore_random(random)  # as when it is made from the beginning
             return self.evaluate() if self._saved_only() else self._interrupt()
-        if not all(map(math.isfinite, metrics.values())):
+        if not math.isfinite(metrics["eval_loss"]):
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
         if isinstance(data.task, Illustrates) and self.active.is_main:
             data.task.illustrate(self.state.model, self.active.folder.path, progress.step)
-        self.active.tell(Evaluated(progress.step, metrics, self._record_metrics(metrics)))
-        return metrics
+        defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for name, value in metrics.items():
+            if name not in defined:
+                self.active.warn(f"{name} is {value} after step {progress.step}: it is left out, and is not the best")
+        self.active.tell(Evaluated(progress.step, defined, self._record_metrics(metrics, defined)))
+        return defined
 
-    def _record_metrics(self, metrics: dict[str, float]) -> bool:
-        """Keep the metrics, and the adapter if it is the best so far and the recipe wants the best."""
+    def _record_metrics(self, metrics: dict[str, float], defined: dict[str, float]) -> bool:
+        """Keep the defined metrics, and the adapter if it is the best so far and the recipe wants the best."""
         training, progress = self.training, self.progress
-        progress.last_eval = metrics
+        progress.last_eval = defined
         if progress.step == 0:
-            progress.first_eval = metrics
+            progress.first_eval = defined
         name = training.metric_for_best_model
         if name not in metrics:
             name = f"eval_{name}"
@@ -189,11 +193,11 @@ class TrainingLoop:
         greater = not lower if training.greater_is_better is None else training.greater_is_better
         before = progress.best_eval.get(name)
         gain = 0.0 if before is None else metrics[name] - before if greater else before - metrics[name]
-        best = before is None or gain > 0
-        counts = before is None or gain > training.early_stopping_threshold
+        best = name in defined and (before is None or gain > 0)
+        counts = name in defined and (before is None or gain > training.early_stopping_threshold)
         progress.no_better = 0 if counts else progress.no_better + 1
         if best:
-            progress.best_eval, progress.best_step = metrics, progress.step
+            progress.best_eval, progress.best_step = defined, progress.step
             if training.load_best_model_at_end:
                 tensors = adapter_state(self.state.model)
                 self.state.best_adapter = {key: value.cpu().clone() for key, value in tensors.items()}

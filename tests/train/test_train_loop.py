@@ -333,6 +333,21 @@ def test_an_evaluation_that_is_not_finite(recipe: Path) -> None:
     assert "evaluation after step 1" in diverged(recipe, *settings)["error"]["message"]
 
 
+def test_a_metric_that_is_nan_is_named_and_never_the_best(recipe: Path) -> None:
+    code = recipe.parent / "mine.py"
+    code.write_text("scores = iter([float('nan'), 2.0, 1.0, float('inf')])\ndef mine(*texts): return next(scores)\n")
+    task = f"{{type: causal_lm, metric_code: {code}:mine, trust_metric_code: true, max_new_tokens: 1}}"
+    best = ("training.load_best_model_at_end=true", "training.metric_for_best_model=mine")
+    settings = ("training.eval_strategy=steps", "training.eval_steps=2", "training.greater_is_better=true")
+    done = run_recipe(recipe, f"task={task}", *settings, *best)
+    assert [entry.get("eval_mine") for entry in done.metrics if "eval_loss" in entry] == [None, 2.0, 1.0, None]
+    assert done.run["eval"]["best_step"] == 4
+    assert [text for text in done.warnings if "eval_mine is" in text] == [
+        "eval_mine is nan after step 2: it is left out, and is not the best",
+        "eval_mine is inf after step 8: it is left out, and is not the best",
+    ]
+
+
 def test_a_nan_in_the_base_model(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(trainkit.base_folder(), base)
