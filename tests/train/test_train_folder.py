@@ -221,10 +221,12 @@ def test_an_output_dir_that_leads_nowhere(recipe: Path, target: str) -> None:
 @pytest.mark.usefixtures("short")
 def test_an_empty_folder_and_what_a_killed_start_leaves_are_welcome(recipe: Path) -> None:
     folder = recipe.parent / "out"
-    folder.mkdir()
+    (folder / "lost+found").mkdir(parents=True)  # a mount point has it
     (folder / ".lock").touch()
     (folder / ".run.json.4711.tmp").write_text('{"schema')
     assert run_recipe(recipe).run["status"] == "complete"
+    assert run_recipe(recipe, "method.r=2", overwrite=True).run["status"] == "complete"
+    assert (folder / "lost+found").is_dir(), "it is the disk's, and not the old run's"
 
 
 @pytest.mark.usefixtures("short")

@@ -23,8 +23,10 @@ from peftcli.train.runs.typed_json import WrongValue
 _LARGEST_RUN = 1 << 26
 _NEW, _OLD = ".overwrite", ".previous.moving"
 _MOVING_OUT, _MOVING_IN = "MOVING-OUT", "MOVING-IN"
-_OWN = re.compile(r"run\.json|train\.log|\.lock|\.?skipped\.jsonl(\.tmp)?|\.overwrite|\.previous\.moving|previous-\d+")
-"""Files that a run killed at its very beginning may leave, and files beside a run."""
+_OWN = re.compile(
+    r"run\.json|train\.log|\.lock|\.?skipped\.jsonl(\.tmp)?|\.overwrite|\.previous\.moving|previous-\d+|lost\+found"
+)
+"""Files that a run killed at its very beginning may leave, and files beside a run; lost+found is that of a disk."""
 _LOCK = "PEFTCLI_LOCK"
 """The environment variable with the file descriptor by which the launcher has locked the folder."""
 
@@ -231,7 +233,8 @@ class RunFolder:
         try:
             if (new / _MOVING_OUT).exists():
                 for entry in sorted(self.path.iterdir()):
-                    if entry.name not in (".lock", _NEW, _OLD) and not re.fullmatch(r"previous-\d+", entry.name):
+                    stays = entry.name in (".lock", _NEW, _OLD, "lost+found")
+                    if not stays and not re.fullmatch(r"previous-\d+", entry.name):
                         old.mkdir(exist_ok=True)
                         entry.rename(old / entry.name)
                 if old.exists():
