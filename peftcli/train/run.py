@@ -115,6 +115,7 @@ _FILES = ("base_model.name", "base_model.chat_template", "dataset.train", "datas
 def _refuse_other_recipes(recipe: Recipe) -> None:
     """Refuse recipes that differ between processes: each would take a step of its own."""
     settings = described(recipe)
+    settings["training"] |= {"save_strategy": recipe.training.save_strategy, "save_steps": recipe.training.save_steps}
     settings["dataset"]["mix"] = [{**source, "train": None} for source in settings["dataset"]["mix"]]
     own = {key: value for key, value in flatten(settings).items() if key not in _FILES}
     first, *others = gather_object([own])

@@ -193,7 +193,15 @@ def test_an_unknown_key_is_refused(recipe: Path) -> None:
     assert "training.learning_rate" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("setting", ["training.max_time=3h", "training.save_on_signal=null"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.max_time=3h",
+        "training.save_on_signal=null",
+        "training.save_total_limit=3",
+        "training.save_strategy=epoch",
+    ],
+)
 def test_what_does_not_change_the_result_may_change(recipe: Path, setting: str) -> None:
     stopped(recipe)
     assert run_recipe(recipe, setting).run["exact"] is True

@@ -58,11 +58,14 @@ def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """The settings of a recipe, without where it runs and writes."""
+    """The settings of a recipe, without where it runs, and what it writes when and where."""
     settings = to_dict(recipe)
     elsewhere = (
         "output_dir",
         "max_time",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
         "save_on_signal",
         "dataloader_num_workers",
         "verify",
