@@ -133,7 +133,7 @@ def run_processes(
 ) -> None:
     """Run ``peftcli`` with ``command`` in ``count`` processes that form a group.
 
-    INT, TERM and USR1 are passed on, so that they stop with a checkpoint, and ``save_on``, so that they write one.
+    INT, TERM, USR1 and HUP are passed on, so that they stop with a checkpoint, and ``save_on``, so that they write one.
     ``lock`` is the file descriptor that locks the run folder, and the variables that name it to process 0.
     ``afterwards`` is called when all have done their work, before their answer is printed.
 

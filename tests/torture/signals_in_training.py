@@ -16,7 +16,7 @@ from campaigns import Campaign, Trial
 from training import assert_same, whole
 from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the recipe is read": ("peftcli.recipe", "load_recipe", (1,)),
     "torch is loaded": ("peftcli.train.launch", "follow_parent", (1,)),
