@@ -126,7 +126,7 @@ def read_scalar(text: str) -> Scalar:
         if _INT.fullmatch(text):
             number = int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
             return number if -(2**63) <= number < 2**63 else float(number)
-        if _FLOAT.fullmatch(text) and not text.replace("_", "").isdigit():
+        if _FLOAT.fullmatch(text) and not text.lstrip("+-").replace("_", "").isdigit():
             return float(text)
     except ValueError:  # 1__0
         return text
