@@ -17,6 +17,8 @@ from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import is_media, media_rows
 from peftcli.data.readers import (
     ACCEPTED,
+    COMPRESSED,
+    EXTENSIONS,
     check_file,
     check_regular,
     kind_of,
@@ -38,8 +40,8 @@ _SPLIT = re.compile(r"(?<![a-z])(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eva
 """The name of a split in a path, as datasets finds it: a word of its own."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FILE_ENDINGS = (
-    *(".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".conll", ".conllu", ".txt", ".tsv", ".md"),
-    *(".gz", ".zip", ".zst", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
+    *(*EXTENSIONS, *COMPRESSED),
+    *(".txt", ".tsv", ".md", ".zip", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
 )
 """A name with one of these endings is a file, though it could be a hub id."""
 _MAX_DEPTH, _MAX_FILES = 100, 1_000_000

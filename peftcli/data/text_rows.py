@@ -247,7 +247,7 @@ class JsonStream:
         """Yield the items of the list that starts here; with each, why it is not an object, or None."""
         self._advance(self._at + 1)  # over the opening bracket
         while self._next_char() != "]":
-            value, end = self._parse_value(self._parser)
+            value, end = self._parse_value()
             taken = self._buffer[self._at : end]
             yield value, _escaped_byte(taken) or self._parser.row_fault(value, taken)
             self._advance(end)
@@ -255,7 +255,7 @@ class JsonStream:
         self._advance(self._at + 1)
 
     def _skip_value(self) -> Any:
-        value, end = self._parse_value(self._parser)
+        value, end = self._parse_value()
         self._advance(end)
         return value
 
@@ -283,11 +283,11 @@ class JsonStream:
             if self._at < len(self._buffer) or not self._grow():
                 return self._buffer[self._at : self._at + 1]
 
-    def _parse_value(self, parser: _Json) -> tuple[Any, int]:
+    def _parse_value(self) -> tuple[Any, int]:
         """Parse the value at the current position; return it with its end."""
         while True:
             try:
-                value, end = parser.parse(self._buffer, self._at)
+                value, end = self._parser.parse(self._buffer, self._at)
                 if end + 2 < len(self._buffer) or not self._grow():  # 1.5 may continue as 1.5e+3
                     return value, end
             except json.JSONDecodeError as error:

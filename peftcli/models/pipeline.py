@@ -110,8 +110,7 @@ class OpenPipeline(OpenBase):
         return self.pixels_per_latent * (1 if self.family.denoiser == "unet" else 2)
 
     def _config_of(self, part: str) -> dict[str, Any]:
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return read_json_object(self.folder / part / name, _MAX_JSON_BYTES, ModelError, strict=False)
+        return read_json_object(self.folder / part / "config.json", _MAX_JSON_BYTES, ModelError, strict=False)
 
     def part(self, name: str) -> Any:
         """Load one part without weights.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from peftcli.errors import AdapterError, ModelError
 from peftcli.guard.adapter_folder import RUN_FILE
 from peftcli.guard.files import short_name, short_repr
-from peftcli.guard.typed_fields import fits
+from peftcli.guard.typed_fields import fits, mapping_at
 from peftcli.schema import Quantization
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def stored_kind(config: PreTrainedConfig) -> str | None:
 
 
 def to_transformers(
-    quantization: Quantization, dtype: torch.dtype | None, model: PreTrainedModel, heads: Sequence[str] = ()
+    quantization: Quantization, dtype: torch.dtype | None, model: PreTrainedModel, heads: Sequence[str]
 ) -> Any:
     """Return transformers' config for a recipe's ``base_model.quantization``, to compute in ``dtype``.
 
@@ -116,7 +116,7 @@ def to_transformers(
     return transformers.TorchAoConfig(config, modules_to_not_convert=left_out)
 
 
-def check_groups(quantization: Quantization, model: PreTrainedModel, heads: Sequence[str] = ()) -> None:
+def check_groups(quantization: Quantization, model: PreTrainedModel, heads: Sequence[str]) -> None:
     """Raise ModelError if the groups that share a scale do not divide the inputs of a layer that is to be quantised."""
     from torch import nn
 
@@ -177,9 +177,7 @@ def trained_quantization(record: Mapping[str, Any], folder: Path) -> Quantizatio
     Raises:
         AdapterError: run.json is damaged.
     """
-    values: Any = record
-    for name in ("recipe", "base_model", "quantization"):
-        values = values.get(name) if isinstance(values, dict) else None
+    values = mapping_at(record, "recipe", "base_model").get("quantization")
     if not values:
         return None
     known = get_type_hints(Quantization)

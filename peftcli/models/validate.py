@@ -38,7 +38,6 @@ _OBJECTS = (
     "video_preprocessor_config.json",
 )
 _FILES = (
-    *_OBJECTS,
     "chat_template.jinja",
     "merges.txt",
     "tokenizer.json",
@@ -204,7 +203,7 @@ def check_size(model: Any, shards: Iterable[Mapping[str, TensorEntry]], file: st
 
 
 def find_initialised(
-    model: nn.Module, info: Mapping[str, Any], name: str, *, new_labels: bool, complete: bool = True
+    model: nn.Module, info: Mapping[str, Any], name: str, *, new_labels: bool, complete: bool
 ) -> tuple[tuple[str, ...], str | None]:
     """Tell new heads from damage in transformers' loading info of a model.
 

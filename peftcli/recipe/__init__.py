@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from peftcli.recipe.checks import gate_holds, parse_gate, seconds
 from peftcli.recipe.dump import to_dict, to_yaml
-from peftcli.recipe.parse import Reading, load_recipe, method_config, read
+from peftcli.recipe.parse import load_recipe, method_config, read
 from peftcli.recipe.rates import rate_problems
 from peftcli.recipe.reference import Explanation, explain, json_schema
 from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
     "Explanation",
-    "Reading",
     "explain",
     "gate_holds",
     "json_schema",

@@ -117,7 +117,7 @@ VALUES = {theirs: ours for ours, names in _OTHER_VALUES.items() for theirs in na
 _MAX_FILES = 2000
 
 
-def find_alias(name: str, section: str = "") -> str | None:
+def find_alias(name: str, section: str) -> str | None:
     """Return our key for another tool's spelling in a section, with ``: value`` if theirs means one value of it."""
     spelled = name.lower().replace("-", "_")
     return ALIASES.get(f"{section}.{spelled}") or ALIASES.get(spelled)

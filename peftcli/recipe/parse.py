@@ -54,10 +54,6 @@ class Reading:
     places: dict[str, Position]
     """Key -> place of its value."""
 
-    def place(self, key: str) -> Position | None:
-        """Return the place of ``key``, or of the nearest key above it."""
-        return _nearest_place(self.places, key)
-
     def locate(self, problem: Problem) -> Problem:
         """Add the place of its key to a problem without a file (``file=""``)."""
         if problem.file:

@@ -24,7 +24,7 @@ _MOST = 8
 _GONE = (EOFError, ConnectionError)
 
 
-def spare_cores(num_processes: int = 1) -> int:
+def spare_cores(num_processes: int) -> int:
     """Return the cores, at most eight, that this process can keep busy besides; 0 where processes cannot be forked.
 
     ``num_processes`` on this machine share its cores.

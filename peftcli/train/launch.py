@@ -128,8 +128,8 @@ def run_processes(
     count: int,
     port: int | str,
     lock: tuple[int, dict[str, str]],
-    save_on: str | None = None,
-    afterwards: Callable[[], None] = lambda: None,
+    save_on: str | None,
+    afterwards: Callable[[], None],
 ) -> None:
     """Run ``peftcli`` with ``command`` in ``count`` processes that form a group.
 

@@ -138,8 +138,7 @@ def test_places_of_items(write: Callable[..., Path]) -> None:
         ("dataset.mix[1].limit", 8, 7),
         ("dataset.mix[9]", 6, 5),
     ]:
-        place = reading.place(key)
-        assert place is not None
+        place = reading.locate(Problem("", file="", key=key))
         assert (place.line, place.column) == (line, column), key
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from peftcli.errors import Problem
 from peftcli.recipe import load_recipe, read
 
 
@@ -155,6 +156,11 @@ def test_merge_keys_and_anchors(load) -> None:
 
 def test_places(write) -> None:
     reading = read(write(), ["training.seed=3"])
-    assert (reading.place("method.target_modules").line, reading.place("method.bias").line) == (3, 3)
-    assert reading.place("training.seed").file == "command line"
-    assert reading.place("launch.num_machines") is None
+    keys = ("method.target_modules", "method.bias", "training.seed", "launch.num_machines")
+    located = [reading.locate(Problem("", file="", key=key)) for key in keys]
+    assert [(Path(each.file).name, each.line) for each in located] == [
+        ("recipe.yaml", 3),
+        ("recipe.yaml", 3),
+        ("command line", None),
+        ("recipe.yaml", None),
+    ]
