@@ -62,11 +62,8 @@ class _Group(TyperGroup):
         headings: dict[str, list[tuple[str, str]]] = {}
         width = max(len(name) for name in self.commands)
         for name, command in self.commands.items():
-            if not command.hidden:
-                text = command.get_short_help_str(formatter.width - width - 6)
-                headings.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append(
-                    (name.ljust(width), text)
-                )
+            text = command.get_short_help_str(formatter.width - width - 6)
+            headings.setdefault(getattr(command, "rich_help_panel", ""), []).append((name.ljust(width), text))
         for heading, rows in headings.items():
             with formatter.section(heading):
                 formatter.write_dl(rows)

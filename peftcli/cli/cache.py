@@ -81,10 +81,7 @@ def _dir(as_json: bool) -> None:
     from peftcli.data.cache import root
 
     folder = str(root())
-    if as_json:
-        console.print_json({"folder": folder})
-    else:
-        console.out(folder)
+    return console.print_json({"folder": folder}) if as_json else console.out(folder)
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from peftcli.cli import console
-from peftcli.errors import UsageError
-
-if TYPE_CHECKING:
-    from peftcli.errors import Problem
+from peftcli.errors import Problem, UsageError
 
 MEMORY_UNKNOWN = "memory: not known for this model"
 

@@ -54,12 +54,7 @@ def _others_run() -> bool:
 def usable_cores() -> int:
     """Return how many cores this process may run on, or what its control group leaves of them; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(allowed, _quota())))
-
-
-def _quota() -> float:
-    """Return how many cores' time the control groups of this process have; infinite without a limit."""
-    return min(map(_limit, control_groups("cpu")), default=math.inf)
+    return max(1, int(min(allowed, math.inf, *map(_limit, control_groups("cpu")))))
 
 
 def _limit(folder: Path) -> float:

@@ -15,9 +15,12 @@ import torch
 from peftcli.adapters.verify import mark_verified, needs_verification
 from peftcli.errors import AdapterError, PeftcliError
 from peftcli.train.events import Message, OnEvent, warning
-from peftcli.train.launch import peftcli_command
+from peftcli.train.launch import STATUS, peftcli_command
 
-_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PEFTCLI_L")
+_LAUNCHERS = (
+    *("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
+    *("PEFTCLI_L", STATUS),
+)
 """Beginnings of the variables by which launchers say that a process is one of several."""
 
 
@@ -51,11 +54,7 @@ def release_gpu_memory() -> None:
 
 def _answer_of(folder: Path) -> dict[str, Any]:
     """What ``peftcli verify --json`` prints."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_LAUNCHERS) and name != "PEFTCLI_STATUS"
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
     command = peftcli_command(["verify", str(folder), "--json", "--quiet"])
     ended = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
