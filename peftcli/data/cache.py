@@ -169,9 +169,9 @@ def clear(chosen: Sequence[Entry]) -> Cleared:
         if key not in wanted and "entry" in kinds and "left" not in kinds:
             continue
         entry, lock = _tokens() / key, _lock(key)
-        with _held(lock) as held, storage_errors(entry):
+        with _hold_lock(lock) as held, storage_errors(entry):
             if held:
-                left += _removed(_beside(entry))
+                left += _remove(_beside(entry))
                 if key in wanted:
                     _clear(entry)
                 if not entry.exists():
@@ -203,17 +203,17 @@ def _found_or_built(
     key: str, made_from: dict[str, Any], build: Callable[[Path], None], on_wait: Callable[[str], None]
 ) -> Store:
     entry = _tokens() / key
-    if (store := _opened(entry)) is not None:
+    if (store := _open_store(entry)) is not None:
         return store
     with storage_errors(root()):
         for folder in (root(), _tokens()):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, as the data may be
-    with _held(_lock(key), lambda: on_wait("another process is preparing the same data; waiting for it")):
-        if (store := _opened(entry)) is None:  # none was built while this process waited
+    with _hold_lock(_lock(key), lambda: on_wait("another process is preparing the same data; waiting for it")):
+        if (store := _open_store(entry)) is None:  # none was built while this process waited
             if entry.exists():
                 on_wait(f"{entry} is damaged; the data is prepared again")
             _build(entry, made_from, build)
-            store = _opened(entry)
+            store = _open_store(entry)
     if store is None:
         raise StorageError("cannot be read back as it was written", file=str(entry))
     return store
@@ -224,10 +224,10 @@ def _build(entry: Path, made_from: dict[str, Any], build: Callable[[Path], None]
     temporary = _beside(entry)
     try:
         with storage_errors(temporary):
-            _removed(temporary)
+            _remove(temporary)
             if entry.exists():
                 entry.rename(temporary)
-                _removed(temporary)
+                _remove(temporary)
             temporary.mkdir()
         build(temporary)
         with storage_errors(temporary):
@@ -241,8 +241,8 @@ def _build(entry: Path, made_from: dict[str, Any], build: Callable[[Path], None]
         raise
 
 
-def _opened(entry: Path) -> Store | None:
-    """The store in a folder, kept from being cleared while it lives; None if there is no whole one."""
+def _open_store(entry: Path) -> Store | None:
+    """Open the store in a folder, and keep it from being cleared while it lives; None if there is no whole one."""
     with ExitStack() as stack:
         try:
             handle = os.open(entry / MANIFEST, os.O_RDONLY)
@@ -269,18 +269,18 @@ def _clear(entry: Path) -> None:
         with suppress(FileNotFoundError):  # without a manifest it is no store, and nobody's
             handle = os.open(entry / MANIFEST, os.O_RDWR)
             stack.callback(os.close, handle)
-            if not _locked(handle):
+            if not _try_lock(handle):
                 return
         with suppress(FileNotFoundError):  # another process was faster
             entry.rename(_beside(entry))
-    _removed(_beside(entry))
+    _remove(_beside(entry))
 
 
 @contextmanager
-def _held(lock: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Holds the lock of a key; without ``on_wait``, gives False if another process holds it."""
+def _hold_lock(lock: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold the lock of a key; without ``on_wait``, yield False if another process holds it."""
     with storage_errors(lock):
-        handle, free = _taken(lock, on_wait)
+        handle, free = _open_lock(lock, on_wait)
     try:
         yield free
     finally:
@@ -289,10 +289,10 @@ def _held(lock: Path, on_wait: Callable[[], None] | None = None) -> Iterator[boo
         os.close(handle)
 
 
-def _taken(lock: Path, on_wait: Callable[[], None] | None) -> tuple[int, bool]:
+def _open_lock(lock: Path, on_wait: Callable[[], None] | None) -> tuple[int, bool]:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        free = _locked(handle)
+        free = _try_lock(handle)
         if not free and on_wait is not None:
             on_wait()
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -302,8 +302,8 @@ def _taken(lock: Path, on_wait: Callable[[], None] | None) -> tuple[int, bool]:
         os.close(handle)  # it was removed, with its entry, by the process that held it
 
 
-def _locked(handle: int) -> bool:
-    """Locks a file, unless another process has locked it."""
+def _try_lock(handle: int) -> bool:
+    """Lock a file, unless another process has locked it; return whether this process has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -344,7 +344,7 @@ def _in_use(entry: Path) -> bool:
     with ExitStack() as stack, suppress(OSError):
         handle = os.open(entry / MANIFEST, os.O_RDWR)  # on NFS only what is open for writing can be locked for itself
         stack.callback(os.close, handle)
-        return not _locked(handle)
+        return not _try_lock(handle)
     return False
 
 
@@ -370,8 +370,8 @@ def _size(folder: Path) -> int:
     return 0
 
 
-def _removed(folder: Path) -> int:
-    """Removes a folder, if it is there. Gives its bytes."""
+def _remove(folder: Path) -> int:
+    """Remove a folder, if there is one; return how many bytes it had."""
     if not folder.exists():
         return 0
     size = _size(folder)
@@ -396,7 +396,7 @@ def _remove_if_dead(cache: Path) -> None:
     with ExitStack() as stack, suppress(OSError):  # it may be another user's
         handle = os.open(cache / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
         stack.callback(os.close, handle)
-        if _locked(handle):
+        if _try_lock(handle):
             shutil.rmtree(cache)
 
 

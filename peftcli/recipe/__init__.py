@@ -16,7 +16,7 @@ dump        Recipe -> YAML
 
 from __future__ import annotations
 
-from peftcli.recipe.checks import gate_holds, parse_gate, seconds
+from peftcli.recipe.checks import gate_holds, parse_duration, parse_gate
 from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.parse import load_recipe, method_config, read
 from peftcli.recipe.rates import rate_problems
@@ -30,11 +30,11 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "method_config",
+    "parse_duration",
     "parse_gate",
     "rate_problems",
     "read",
     "recipes_and_overrides",
-    "seconds",
     "to_dict",
     "to_yaml",
 ]

@@ -52,7 +52,7 @@ def gate_holds(op: str, value: float, bound: float) -> bool:
     return _OPERATORS[op](value, bound)
 
 
-def seconds(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Convert a duration such as ``3h30m`` to seconds.
 
     Raises:
@@ -161,7 +161,7 @@ def _ranges(recipe: Recipe, report: Report) -> None:
         report(scheduled, "constant has no warm-up", "constant_with_warmup")
     if training.max_time is not None:
         try:
-            seconds(training.max_time)
+            parse_duration(training.max_time)
         except UsageError as error:
             report(("training.max_time",), error.message)
 

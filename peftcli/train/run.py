@@ -28,7 +28,7 @@ from peftcli.data.findings import refuse
 from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.models import hub_files
 from peftcli.models.open import LoadedModel, open_base
-from peftcli.recipe import method_config, seconds
+from peftcli.recipe import method_config, parse_duration
 from peftcli.recipe.accelerate_config import with_accelerate_launch
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
@@ -93,7 +93,7 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
     save_on = signal.Signals[training.save_on_signal] if training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
         if training.max_time is not None:
-            stop.deadline = STARTED + seconds(training.max_time)
+            stop.deadline = STARTED + parse_duration(training.max_time)
         recipe = with_accelerate_launch(recipe, os.environ)
         accelerator = start_accelerator(recipe)
         _refuse_other_recipes(recipe)

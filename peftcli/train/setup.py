@@ -1,4 +1,4 @@
-"""The parts of a run, built from its recipe: accelerator, data, model."""
+"""The parts of a run, built from its recipe: accelerator and model."""
 
 from __future__ import annotations
 

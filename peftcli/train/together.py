@@ -21,7 +21,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.joined import Randomness, sharing_copy
 from peftcli.errors import AdapterError, Interrupted, PeftcliError, UsageError
 from peftcli.models.open import LoadedModel
-from peftcli.recipe import seconds
+from peftcli.recipe import parse_duration
 from peftcli.schema import Recipe
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
@@ -66,7 +66,7 @@ def train_together(
         for name, recipe in found.items():
             own = Stop(message=stop.message)
             if recipe.training.max_time is not None:
-                own.deadline = STARTED + seconds(recipe.training.max_time)
+                own.deadline = STARTED + parse_duration(recipe.training.max_time)
             stop.followers.append(own)
             group.add(Member(name, group), partial(steps_of, recipe, options, accelerator, own, tells[name]))
         group.start()

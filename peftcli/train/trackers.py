@@ -53,7 +53,7 @@ class Trackers:
             for key, value in flatten(to_dict(run.recipe)).items()
         }
         names = run.recipe.training.report_to if run.is_main else []
-        self._active, self._trackers = run, [_Tracker(each, own[each], settings) for each in names]
+        self._run, self._trackers = run, [_Tracker(each, own[each], settings) for each in names]
         for tracker in self._trackers:
             tracker.start()
 
@@ -75,18 +75,18 @@ class Trackers:
         started, told = time.monotonic(), False
         while slow := [each for each in self._trackers if each.is_alive()]:
             passed = time.monotonic() - started
-            limit = _STOPPED_SECONDS if kind is not None or self._active.stop.signal else _LAST_SECONDS
+            limit = _STOPPED_SECONDS if kind is not None or self._run.stop.signal else _LAST_SECONDS
             if passed > limit:
                 break
             if passed > 1 and not told:
                 report_trained()
                 names = " and ".join(each.name for each in slow)
-                self._active.tell(Message(f"waiting for {names}, at most {limit:.0f} seconds"))
+                self._run.tell(Message(f"waiting for {names}, at most {limit:.0f} seconds"))
                 told = True
             time.sleep(0.02)
         self._leave_out_failed()
         for tracker in slow:
-            self._active.warn(
+            self._run.warn(
                 f"{tracker.name} was not done {passed:.0f} seconds after the run: it may lack "
                 f"{tracker.count - tracker.shown} of {tracker.count} lines of metrics.jsonl"
             )
@@ -95,7 +95,7 @@ class Trackers:
         """Do without those that have failed from now on, with a warning."""
         for tracker in [each for each in self._trackers if each.failure]:
             self._trackers.remove(tracker)
-            self._active.warn(f"{tracker.name} gets nothing more of this run: {tracker.failure}")
+            self._run.warn(f"{tracker.name} gets nothing more of this run: {tracker.failure}")
 
 
 class _Tracker(Thread):

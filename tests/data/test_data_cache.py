@@ -473,11 +473,11 @@ def test_a_cleared_lock_keeps_nobody_out(root: Path, gates: Callable[[], Gate]) 
     waiting = gates()
 
     def wait() -> None:
-        with cache._held(lock, waiting.open) as held:
+        with cache._hold_lock(lock, waiting.open) as held:
             assert held
             assert lock.exists()
 
-    with cache._held(lock):
+    with cache._hold_lock(lock):
         process = forked(wait)
         waiting.wait()
         lock.unlink()
