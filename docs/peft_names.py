@@ -286,7 +286,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "the new adapter would be put around weights that are changed; call `unmerge_adapter` first",
     ),
     (
-        "prefix tuning where attention keeps no keys and values, as in DeBERTa",
+        "prefix tuning where a layer keeps no keys and values, as in DeBERTa, or more than those, as in Bamba and "
+        "DeepSeek-V3.2, or where layers are in two stacks, as in HRM-Text",
         "there is no place for a prefix: with PEFT it changes nothing, or the forward pass fails",
     ),
     ("`bias` with `alora_invocation_tokens`", "a trained bias changes the tokens before the invocation too"),
@@ -350,6 +351,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "the models read these weights without calling the layer, so most methods would change nothing",
     ),
     ("prefix tuning on a model that reads no token ids", "there is no place for virtual tokens"),
+    (
+        "prompt tuning and its kin on a model that looks token ids up in a second table, as DeepSeek-V4 does",
+        "virtual tokens have no row there; PEFT's forward pass fails",
+    ),
     (
         "`target_parameters` on what `torch.nn.utils.parametrize` computes",
         "there is no parameter of that name: name one of those that it is computed from",

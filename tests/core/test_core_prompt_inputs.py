@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from models_tiny import PAD, VOCABULARY, batch, ids, labelled, logits, randomise, tiny
 from torch import nn
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -21,12 +23,18 @@ from transformers import (
     BigBirdModel,
     DistilBertConfig,
     DistilBertModel,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForTokenClassification,
     XLNetConfig,
@@ -366,9 +374,38 @@ def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None
         base.get_input_embeddings().weight[typed[0]]
     )
     torch.testing.assert_close(model(**inputs).logits, expected)
-    generate(model, **inputs, max_new_tokens=3, use_mems=False)
+    assert torch.equal(
+        generate(model, **inputs, max_new_tokens=3), generate(model, **inputs, max_new_tokens=3, use_mems=False)
+    )
     with pytest.raises(AdapterError, match="kind of state; set use_cache=False, of XLNet use_mems=False"):
-        generate(model, **inputs, max_new_tokens=3)
+        generate(model, **inputs, max_new_tokens=3, use_mems=True)
+
+
+@torch.no_grad()
+def test_a_model_whose_state_counts_no_tokens_generates_without_it() -> None:
+    base = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)).eval()
+    model, read = _adapted("", "prompt_tuning", base=base), ids(1, 5)
+    found = generate(model, input_ids=read, max_new_tokens=3, do_sample=False)
+    for _ in range(3):
+        read = torch.cat([read, model(input_ids=read).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, read)
+
+
+@torch.no_grad()
+def test_an_encoder_that_does_not_name_its_embedding_reads_a_prompt_as_tokens() -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = FSMTConfig(langs=["a", "b"], src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, **sizes, **heads)
+    base = FSMTForConditionalGeneration(config).eval()
+    read, typed, answer = ids(2, 5), ids(1, N, seed=1), ids(2, 4, seed=2)
+    whole = torch.cat([typed.expand(2, -1), read], 1)
+    expected = base(input_ids=whole, attention_mask=torch.ones_like(whole), decoder_input_ids=answer).logits
+    model = _adapted("", "prompt_tuning", base=base)
+    model.get_parameter("model.encoder.embed_tokens.prompt_embeddings").copy_(
+        base.get_input_embeddings().weight[typed[0]]
+    )
+    found = model(input_ids=read, attention_mask=torch.ones_like(read), decoder_input_ids=answer).logits
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -402,9 +439,46 @@ def test_models_without_a_place_are_refused() -> None:
         for kind in ("convnet", "whisper"):
             with pytest.raises(AdapterError, match="reads no token ids: there is no place for virtual tokens"):
                 inject(tiny(kind), METHODS[method].config_class()())
-    distilled = DistilBertModel(DistilBertConfig(vocab_size=VOCABULARY, dim=32, hidden_dim=64, n_layers=2, n_heads=4))
-    with pytest.raises(AdapterError, match="needs attention that keeps keys and values in every layer"):
-        inject(distilled, METHODS["prefix_tuning"].config_class()())
+
+
+def _two_stacks() -> Any:
+    model: Any = tiny("llama")
+    model.model.more = copy.deepcopy(model.model.layers)
+    return model
+
+
+def _bamba() -> Any:
+    """A layer of attention behind one with another state."""
+    mixer = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    return BambaForCausalLM(BambaConfig(**_LLAMA, **mixer, attn_layer_indices=[1]))
+
+
+def _distilled() -> Any:
+    return DistilBertModel(DistilBertConfig(vocab_size=VOCABULARY, dim=32, hidden_dim=64, n_layers=2, n_heads=4))
+
+
+@pytest.mark.parametrize("build", [_two_stacks, _bamba, _distilled])
+def test_a_prefix_needs_nothing_but_attention_in_one_stack_of_layers(build: Callable[[], Any]) -> None:
+    with pytest.raises(AdapterError, match="needs attention that keeps keys and values in every layer of a single st"):
+        inject(build(), METHODS["prefix_tuning"].config_class()())
+
+
+def test_attention_that_keeps_the_keys_of_some_of_its_tokens_is_refused() -> None:
+    """ProphetNet's reads streams that predict further tokens, behind the sequence."""
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"num_{side}_layers": 1, f"{side}_ffn_dim": 64, f"num_{side}_attention_heads": 4}
+    model = _adapted("", "prefix_tuning", base=ProphetNetForConditionalGeneration(ProphetNetConfig(**sizes)))
+    with pytest.raises(AdapterError, match="ProphetNetNgramSelfAttention does not"):
+        model(input_ids=ids(2, 5), decoder_input_ids=ids(2, 5))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "cpt"])
+def test_a_second_table_of_the_vocabulary_has_no_rows_for_virtual_tokens(method: str) -> None:
+    model: Any = tiny("llama")
+    model.model.layers[0].mlp.experts = nn.Buffer(torch.zeros(VOCABULARY, 2, dtype=torch.long))
+    with pytest.raises(AdapterError, match=r"^model.layers.0.mlp.experts is a table of the vocabulary"):
+        inject(model, METHODS[method].config_class()(task_type="CAUSAL_LM"))
 
 
 # several adapters

@@ -16,6 +16,8 @@ from peftcli.errors import AdapterError
 IGNORED = -100
 """The label of a position that does not count."""
 _UNCOUNTED = 1 << 30
+STATES = {"state": "use_cache", "cache_params": "use_cache", "mems": "use_mems"}
+"""Arguments with a state that virtual tokens cannot go on from, and the settings that leave each of them out."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def cached_length(inputs: dict[str, Any]) -> int:
     Raises:
         AdapterError: the model remembers in another way.
     """
-    if any(inputs.get(name) is not None for name in ("state", "cache_params", "mems")):
+    if any(inputs.get(name) is not None for name in STATES):
         todo = "set use_cache=False, of XLNet use_mems=False"
         raise AdapterError(f"virtual tokens cannot go on from this model's kind of state; {todo}")
     cache = inputs.get("past_key_values")

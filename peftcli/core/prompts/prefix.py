@@ -42,6 +42,8 @@ MASK = ("attention_mask", "mask")
 """The same of its mask."""
 _SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 """What an attention layer calls the size of a head. Layers of other kinds, with states of their own, have none."""
+_KEEPING = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+"""Kinds of layers, as a config's ``layer_types`` names them, whose whole state is keys and values."""
 
 
 class Prefix(nn.Module):
@@ -124,8 +126,15 @@ class PrefixAttention(SoftPrompt):
         cache = getattr(cache, "self_attention_cache", cache)
         if cache is not None and cache.get_seq_length(base_module(self).layer_idx):
             return self.base_layer(*args, **kwargs)
-        start = self._start(inputs.get(self._mask), batch, length)
-        return self.base_layer(**inputs | {self._cache: _WithPrefix(cache, self, start)})
+        given = _WithPrefix(cache, self, self._start(inputs.get(self._mask), batch, length))
+        output = self.base_layer(**inputs | {self._cache: given})
+        if given.length != length:
+            raise AdapterError(
+                "the method needs attention that gives the keys and values of all its tokens to a cache; "
+                f"{type(base_module(self)).__name__} does not",
+                hint="choose another method, such as lora",
+            )
+        return output
 
     def _start(self, mask: Any, batch: int, length: int) -> torch.Tensor:
         """Return where the prefix starts in each row (B, 1).
@@ -150,9 +159,12 @@ class _WithPrefix:
 
     def __init__(self, cache: Any, layer: PrefixAttention, start: torch.Tensor):
         self.cache, self.layer, self.start = cache, layer, start
+        self.length: int | None = None
+        """Number of tokens whose keys it was given."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the true cache returns for keys and values (B, heads, n + T, dim) that hold the prefix."""
+        self.length = keys.shape[2]
         trained = self.layer.prefix.pair(self.layer.pair)
         keys, values = (self._put(mine, into) for mine, into in zip(trained.chunk(2, -1), (keys, values), strict=True))
         return (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
@@ -195,29 +207,36 @@ def find_attention(model: Any) -> Attention:
     """The self-attention layers of the model's decoder, or of its encoder if it has nothing else.
 
     Raises:
-        AdapterError: not every layer has attention that keeps keys and values.
+        AdapterError: not every layer has attention that keeps keys and values alone, or there are several stacks.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     below = f"{name_in(model, decoder)}.".lstrip(".")
     modules = base_modules(model)
     found: dict[int, str] = {}
+    keeping = []
     for name, module in modules.items():
         index = getattr(module, "layer_idx", None)
         if not name.startswith(below) or not isinstance(index, int) or not keeps_keys(module):
             continue
+        keeping.append(name)
         # of a layer's attentions the first counts, the second is to an encoder; a block may know its index too
         if index not in found or name.startswith(f"{found[index]}."):
             found[index] = name
     names = [found[index] for index in sorted(found)]
     parts = names[0].split(".") if names else []
-    above = [modules[".".join(parts[:count])] for count in range(1, len(parts))]
-    lists = [len(module) for module in above if isinstance(module, nn.ModuleList)]
-    if not lists or sorted(found) != list(range(lists[0])):
+    above = [".".join(parts[:count]) for count in range(1, len(parts))]
+    stack = next((name for name in above if isinstance(modules[name], nn.ModuleList)), None)
+    config: Any = getattr(decoder, "config", getattr(model, "config", None))  # FSMT's decoder has none
+    others = {*(getattr(config, "layer_types", None) or ())} - _KEEPING
+    whole = stack is not None and sorted(found) == list(range(len(modules[stack])))
+    if others or not whole or not all(name.startswith(f"{stack}.") for name in keeping):
+        other = f"has layers of {', '.join(sorted(others))}" if others else "is built otherwise"
         raise AdapterError(
-            f"the method needs attention that keeps keys and values in every layer; {type(model).__name__} has it in "
-            f"{len(names)} of {lists[0] if lists else 'its'} layers"
+            "the method needs attention that keeps keys and values in every layer of a single stack; "
+            f"{type(model).__name__} {other}",
+            hint="choose another method, such as lora",
         )
-    sizes = {name: _key_size(modules[name], decoder.config) for name in names}
+    sizes = {name: _key_size(modules[name], config) for name in names}
     heads, width = max(sizes.values(), key=lambda size: size[1] / size[0])
     if crowded := [name for name in names if sizes[name][0] > heads]:
         raise AdapterError(

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, model_ends, name_in
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, base_modules, model_ends, name_in
 from peftcli.core.prompts.callbacks import without_placeholders
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.core.prompts.inputs import (
+    STATES,
     Insertion,
     SoftPrompt,
     active_at,
@@ -95,8 +96,19 @@ class TrainedTokens(VirtualTokens):
 
 
 def targets(model: nn.Module, config: EmbeddedPromptConfig) -> list[str]:
-    """Return the name of the model's input embedding, the only module that virtual tokens adapt."""
+    """Return the name of the model's input embedding, the only module that virtual tokens adapt.
+
+    Raises:
+        AdapterError: the model looks ids up elsewhere too, as DeepSeek-V4 does for its experts.
+    """
     config.check_room(model)
+    vocabulary = len(base_module(_embedding(model)).weight)
+    for name, table in model.named_buffers():
+        if table.dtype == torch.long and table.ndim == 2 and len(table) == vocabulary:
+            raise AdapterError(
+                f"{name} is a table of the vocabulary, which has no rows for virtual tokens",
+                hint="choose another method, such as lora",
+            )
     return [input_embedding_name(model)]
 
 
@@ -112,7 +124,7 @@ def input_embedding_name(model: Any) -> str:
     Raises:
         AdapterError: the model reads no ids.
     """
-    return name_in(model, _embedding(_reader(model)))
+    return name_in(model, _embedding(model))
 
 
 def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: bool = True) -> None:
@@ -124,10 +136,10 @@ def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: boo
     layer.token_labels = token_labels
     settle(layer, model, counts=_generates(model))
     reader = _reader(model)
-    path = name_in(reader, _embedding(reader))
+    path = name_in(reader, _embedding(model))
     hook_once(reader, _Insert(path, encodes=reader is not model))
     if reader is not model:
-        hook_once(model, _Extend(name_in(model, _embedding(reader))))
+        hook_once(model, _Extend(input_embedding_name(model)))
     elif model.base_model is not model and not _generates(model):
         hook_once(model, _Cut(path), after=True)
 
@@ -142,7 +154,8 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     layer = soft_prompt(model)
     if layer is None:
         return model.generate(*args, **kwargs)
-    inputs = bound(model.generate, args, kwargs)
+    inputs = {setting: False for state, setting in STATES.items() if takes(model, state)}
+    inputs |= bound(model.generate, args, kwargs)
     settings = inputs.get("generation_config") or model.generation_config
     start = None
     if not model.config.is_encoder_decoder:  # there the ids that grow are the decoder's
@@ -295,12 +308,15 @@ def _reader(model: Any) -> Any:
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
 
 
-def _embedding(reader: Any) -> nn.Module:
-    """The input embedding that ``reader`` uses. T5's encoder has one of its own, which shares the model's weight."""
-    owners = [reader.get_encoder(), reader] if hasattr(reader, "get_encoder") else [reader]
+def _embedding(model: Any) -> nn.Module:
+    """The input embedding of the reader of ``model``. T5's encoder has its own, which shares the model's weight."""
+    reader = _reader(model)
+    owners, inside = [reader, model], base_modules(reader).values()  # FSMT's encoder leaves it to the model to say
+    if hasattr(reader, "get_encoder"):
+        owners.insert(0, reader.get_encoder())
     for owner in owners:
         embedding: Any = model_ends(owner)[0]
-        if isinstance(base_module(embedding), nn.Embedding):
+        if isinstance(base_module(embedding), nn.Embedding) and base_module(embedding) in inside:
             return embedding
     raise AdapterError(f"{type(reader).__name__} reads no token ids: there is no place for virtual tokens")
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_dtype
+from peftcli.core.prompts import virtual_tokens
 from peftcli.core.prompts.inputs import IGNORED, active_at, bound, cached_length, hook_once
-from peftcli.core.prompts.virtual_tokens import VirtualTokens, input_embedding_name, insert_virtual_tokens
+from peftcli.core.prompts.virtual_tokens import VirtualTokens, insert_virtual_tokens
 from peftcli.errors import AdapterError
 from peftcli.methods.cpt.config import INPUT, OUTPUT, CPTConfig
 
@@ -71,10 +72,10 @@ def wrap(module: Any, name: str, config: CPTConfig) -> ContextTokens:
 
 def targets(model: Any, config: CPTConfig) -> list[str]:
     """Return the name of the model's input embedding."""
-    config.check_room(model)
+    names = virtual_tokens.targets(model, config)
     if not hasattr(model, "prepare_inputs_for_generation") or model.config.is_encoder_decoder:
         raise AdapterError(f"CPT's loss is that of a causal language model; {type(model).__name__} is not one")
-    return [input_embedding_name(model)]
+    return names
 
 
 def attach(model: nn.Module, config: CPTConfig, layers: Mapping[str, AdapterLayer]) -> None:
