@@ -26,7 +26,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import DataError
+from peftcli.errors import DataError, ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TRANSCRIPTS, settings
@@ -83,6 +83,11 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):
         for package in ("soundfile", "soxr"):
             require_extra(package, "audio")
+        if any(name.endswith("ForCTC") for name in base.config.architectures or ()):
+            raise ModelError(
+                f"{base.name} labels each moment (CTC), another task; choose a model that writes the text, as Whisper",
+                key="base_model",
+            )
         super().__init__(settings, processor, base)
 
     @cached_property

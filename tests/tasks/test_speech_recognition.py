@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,11 @@ from peftcli.cli.app import main
 from peftcli.core.inject import inject
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
-from peftcli.errors import AdapterError, DataError, Interrupted
+from peftcli.errors import AdapterError, DataError, Interrupted, ModelError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.schema import Source
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel, Source
+from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
 from peftcli.tasks.pipelines import answers_of_both
 from peftcli.tasks.speech_recognition import TASK
@@ -130,6 +133,13 @@ def test_what_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path) -> None:
     assert [each.line for each in found] == [1, 2, 3, 4, 5, 6]
     (blank,) = outcomes(speech_task(), [{"audio": tone_rows()[0]["audio"], "text": " "}])
     assert "expected a text" in str(blank)
+
+
+def test_a_model_that_labels_each_moment_is_refused(tmp_path: Path) -> None:
+    folder, row = shutil.copytree(whisper_base(), tmp_path / "ctc"), TASKS["speech_recognition"]
+    transformers.Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"^base_model: .*labels each moment \(CTC\), another task; choose"):
+        row.open(row.settings(), open_base(BaseModel(name=str(folder))))
 
 
 def test_a_clip_that_changes_is_noticed(tmp_path: Path) -> None:
