@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import AdapterError
-from peftcli.guard.files import irregular_kind, read_json_object, short_name
+from peftcli.guard.files import command_word, irregular_kind, read_json_object, short_name
 from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,10 +43,12 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     """
     path = folder / name
     if not os.path.lexists(path):
-        whole = os.path.lexists(folder / "config.json")
-        hint = "this is a whole model: name it as the base_model of a recipe, or load it with transformers"
-        message = f"no {name} here; this is no adapter folder"
-        raise AdapterError(message, file=str(folder), hint=hint if whole else None)
+        hint = None
+        if os.path.lexists(folder / RUN_FILE):
+            hint = f"a run writes its adapter at its end; how it stands: peftcli status {command_word(folder)}"
+        elif os.path.lexists(folder / "config.json"):
+            hint = "this is a whole model: name it as the base_model of a recipe, or load it with transformers"
+        raise AdapterError(f"no {name} here; this is no adapter folder", file=str(folder), hint=hint)
     return read_json_object(path, _MAX_CONFIG_BYTES)
 
 
