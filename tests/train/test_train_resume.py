@@ -157,12 +157,14 @@ def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(recipe: Path)
 def test_a_refusal_names_all_that_must_be_allowed(recipe: Path) -> None:
     stopped(recipe)
     other = recipe.parent / "other.jsonl"
-    other.write_bytes((recipe.parent / "train.jsonl").read_bytes())
     settings = (f"dataset.train={other}", "training.learning_rate=1e-3")
-    with pytest.raises(UsageError) as caught:
-        run_recipe(recipe, *settings)
-    words = str(caught.value.hint).split("anyway: ")[1].split()
-    assert words[::2] == ["--allow-change"] * 3
+    rows, allowed = (recipe.parent / "train.jsonl").read_bytes(), ["dataset.train", "training.learning_rate"]
+    for content, keys in ((rows + rows, ["data", *allowed]), (rows, allowed)):  # a copy is no other data
+        other.write_bytes(content)
+        with pytest.raises(UsageError) as caught:
+            run_recipe(recipe, *settings)
+        words = str(caught.value.hint).split("anyway: ")[1].split()
+        assert (words[::2], words[1::2]) == (["--allow-change"] * len(keys), keys)
     assert run_recipe(recipe, *settings, allow_change=words[1::2]).run["status"] == "complete"
 
 

@@ -80,9 +80,13 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 
 def changes(before: IdentityRecord, now: IdentityRecord) -> list[Change]:
-    """The differences between two identities; of another method its type alone."""
+    """The differences between two identities; of another method its type, of a file with the same bytes its name."""
     old, new = flatten(to_json(before)), flatten(to_json(now))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    for setting in [key for key in differing if key.startswith("recipe.")]:
+        file, other = f"data.{old.get(setting)}", f"data.{new.get(setting)}"
+        if file in old and old[file] == new.get(other):
+            differing = [key for key in differing if key not in (file, other) or (key in old and key in new)]
     found = [Change(key.removeprefix("recipe."), old.get(key), new.get(key)) for key in differing]
     if any(change.is_final for change in found):
         found = [change for change in found if change.is_final or not change.key.startswith("method.")]
