@@ -24,7 +24,17 @@ NAMES = {"versions", "identity.data"} | {
     *(f"eval.{name}" for name in ("first", "last", "best", "kept")),
 }
 """Objects whose keys are names of other things."""
-OPTIONAL = {"pid", "host", "task", "threads", "data.unit", "data.eval", "attempts.0.end_step", "attempts.0.reason"}
+OPTIONAL = {
+    "pid",
+    "host",
+    "task",
+    "bf16",
+    "threads",
+    "data.unit",
+    "data.eval",
+    "attempts.0.end_step",
+    "attempts.0.reason",
+}
 
 
 @pytest.fixture(scope="module")
