@@ -111,31 +111,36 @@ def read_errors(path: Path, error: type[PeftcliError] = AdapterError) -> Iterato
 
 
 def read_json_object(
-    path: Path, largest: int, error: type[PeftcliError] = AdapterError, *, strict: bool = True
+    path: Path,
+    largest: int,
+    error: type[PeftcliError] = AdapterError,
+    *,
+    strict: bool = True,
+    hint: str | None = None,
 ) -> dict[str, Any]:
     """Read the JSON object in a file of at most ``largest`` bytes; raise ``error`` if there is none.
 
-    ``strict`` refuses what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity.
+    ``strict`` refuses what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity. ``hint`` is that of
+    an error about the content.
     """
-    file = str(path)
     with read_errors(path, error):
         text = read_small(path, largest)
+    line = key = None
     try:
-        values = parse_json_object(text.decode("utf-8-sig"), strict=strict)
+        return parse_json_object(text.decode("utf-8-sig"), strict=strict)
     except json.JSONDecodeError as failure:
-        raise error(f"not valid JSON: {failure.msg}", file=file, line=failure.lineno) from None
+        message, line = (f"not valid JSON: {failure.msg}", failure.lineno) if text.strip() else ("is empty", None)
     except UnicodeDecodeError as failure:
-        line = text.count(b"\n", 0, failure.start) + 1
-        raise error(f"not UTF-8 text: {failure.reason}", file=file, line=line) from None
+        message, line = f"not UTF-8 text: {failure.reason}", text.count(b"\n", 0, failure.start) + 1
     except RecursionError:
-        raise error(f"not valid JSON: nested deeper than {_MAX_DEPTH} levels", file=file) from None
+        message = f"not valid JSON: nested deeper than {_MAX_DEPTH} levels"
     except TypeError:
-        raise error("holds no JSON object", file=file) from None
+        message = "holds no JSON object"
     except KeyError as failure:
-        raise error("is given twice", file=file, key=short_name(failure.args[0])) from None
+        message, key = "is given twice", short_name(failure.args[0])
     except ValueError as failure:
-        raise error(f"not valid JSON: {failure}", file=file) from None
-    return values
+        message = f"not valid JSON: {failure}"
+    raise error(message, file=str(path), line=line, key=key, hint=hint)
 
 
 def parse_json_object(text: str, *, strict: bool = True) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def test_an_object_is_read(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str | bytes, int | None, str | None, str]] = {
     "cut": ('{"a": 1,\n"b"', 2, None, "not valid JSON"),
+    "empty": ("\n", None, None, "is empty"),
     "not UTF-8": (b'{"a":\n"\xff"}', 2, None, "not UTF-8 text"),
     "no object": ("[1]", None, None, "holds no JSON object"),
     "a key twice": ('{"a": {"b": 1, "b": 2}}', None, "b", "is given twice"),

@@ -64,7 +64,7 @@ def changed(values: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[s
 
 
 def test_it_is_written_as_it_was_read(content: bytes) -> None:
-    assert RunRecord.read(content).content() == content
+    assert RunRecord.read(json.loads(content)).content() == content
 
 
 def test_every_value_that_is_read_is_one_that_the_schema_describes(content: bytes) -> None:
@@ -74,7 +74,7 @@ def test_every_value_that_is_read_is_one_that_the_schema_describes(content: byte
         for value in WRONG:
             wrong = changed(run, path, value)
             try:
-                record, reason = RunRecord.read(json.dumps(wrong).encode()), ""
+                record, reason = RunRecord.read(wrong), ""
             except WrongValue as error:
                 record, reason = None, str(error)
                 refused += 1
@@ -94,19 +94,19 @@ def test_a_key_that_is_missing_or_unknown(content: bytes) -> None:
             continue
         del holder[path[-1]]
         if ".".join(map(str, path)) in OPTIONAL:
-            RunRecord.read(json.dumps(whole).encode())
+            RunRecord.read(whole)
         else:
             with pytest.raises(WrongValue, match=r"is missing|schema_version"):
-                RunRecord.read(json.dumps(whole).encode())
+                RunRecord.read(whole)
     with pytest.raises(WrongValue, match=r"data\.'surprise' is unknown"):
-        RunRecord.read(json.dumps(changed(run, ("data", "surprise"), 1)).encode())
+        RunRecord.read(changed(run, ("data", "surprise"), 1))
 
 
 def test_a_run_that_has_not_begun_lacks_what_it_does_not_know(content: bytes) -> None:
     run = json.loads(content) | {"status": "failed", "attempts": []}
     for key in ("data", "steps", "eval", "gates", "wall_seconds", "train_loss"):
         del run[key]
-    record = RunRecord.read(json.dumps(run).encode())
+    record = RunRecord.read(run)
     assert not record.data
     assert not record.wall_seconds
     assert record.as_dict() == run

@@ -294,6 +294,7 @@ def test_a_run_json_that_is_none(recipe: Path, kind: str) -> None:
     with pytest.raises(StorageError) as caught:
         run_recipe(recipe)
     assert caught.value.file == str(out / "run.json")
+    assert f"--resume {out}/checkpoints/step-000004" in str(caught.value.hint)
     assert len(str(caught.value)) < 500
     assert files_of(out) == before
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
-from peftcli.guard.files import read_small
+from peftcli.guard.files import command_word, read_json_object
 from peftcli.system.disk import TEMPORARY, remove_folder, sha256, sync_folder, write_file
 from peftcli.system.outputs import expand_user, storage_errors
 from peftcli.system.secrets import redact, redact_values
@@ -110,13 +110,18 @@ class RunFolder:
             if not os.path.lexists(file):
                 self._refuse_foreign()
                 return None
-            return RunRecord.read(read_small(file, _LARGEST_RUN))
+            hint = self._ways_on()
+            return RunRecord.read(read_json_object(file, _LARGEST_RUN, StorageError, strict=False, hint=hint))
         except OSError as error:
             raise StorageError(f"cannot be read: {error.strerror}", file=error.filename or str(self.path)) from None
         except WrongValue as error:
-            raise StorageError(f"is not a valid run.json: {error}", file=str(file), hint=_BEGIN_ANEW) from None
-        except (ValueError, RecursionError) as error:
-            raise StorageError(f"cannot be read: {error}", file=str(file), hint=_BEGIN_ANEW) from None
+            raise StorageError(f"is not a valid run.json: {error}", file=str(file), hint=hint) from None
+
+    def _ways_on(self) -> str:
+        """What to do where run.json is damaged: its checkpoints may be whole."""
+        newest = sorted(self.checkpoints.glob("step-*"))[-1:]
+        resume = "".join(f", with --resume {command_word(path)} to go on from its checkpoint" for path in newest)
+        return f"choose another training.output_dir{resume}; or delete that folder"
 
     def _refuse_foreign(self) -> None:
         names = sorted(entry.name for entry in self.path.iterdir())
@@ -273,6 +278,3 @@ def refuse_without_product(folder: RunFolder, record: RunRecord) -> None:
                 file=str(path),
                 hint="choose another training.output_dir to train again, or delete that folder",
             )
-
-
-_BEGIN_ANEW = "choose another training.output_dir, or delete that folder"

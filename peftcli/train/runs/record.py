@@ -358,19 +358,15 @@ class RunRecord:
     """Of the last attempt."""
 
     @classmethod
-    def read(cls, content: bytes) -> RunRecord:
-        """Read the content of run.json.
+    def read(cls, values: dict[str, Any]) -> RunRecord:
+        """The record that the object in run.json is.
 
         Raises:
-            ValueError: it is not JSON, or not a run.json of this version.
-            RecursionError: it is nested too deep.
+            WrongValue: it is not a run.json of this version.
         """
-        values = json.loads(content)
-        version = values.get("schema_version") if isinstance(values, dict) else SCHEMA_VERSION
-        if version != SCHEMA_VERSION:
+        if (version := values.get("schema_version")) != SCHEMA_VERSION:
             raise WrongValue(f"schema_version is {str(version)[:20]}, and {SCHEMA_VERSION} is read")
-        complete = isinstance(values, dict) and values.get("status") == "complete"
-        record = from_json(cls, values, complete=complete)
+        record = from_json(cls, values, complete=values.get("status") == "complete")
         if record.attempts and not record.data:
             raise WrongValue("data is missing")
         return record
