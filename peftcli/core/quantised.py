@@ -53,8 +53,8 @@ def dequantised_weight(module: Any) -> torch.Tensor:
     if weight is not None and scales is not None:
         return weight.detach().float() * (scales.float() / 127).unsqueeze(1)
     if weight is not None and _dequantises(weight):
-        dense: torch.Tensor = weight.detach().dequantize()
-        return dense.float()
+        dense: torch.Tensor = weight.dequantize()  # torchao refuses a view of its tensors in inference mode
+        return dense.detach().float()
     return _from_outputs(module)
 
 

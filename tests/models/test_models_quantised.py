@@ -334,6 +334,20 @@ def test_every_method_on_four_bits(method: str, tmp_path: Path) -> None:
         assert close(logits(model, batch("llama")), expected)
 
 
+@pytest.mark.parametrize("method", [*METHODS, "dora"])
+def test_every_method_on_torchao_in_inference_mode(method: str, tmp_path: Path) -> None:
+    with_package("int8_weight_only")
+    tiny("llama").save_pretrained(tmp_path)
+    task = {"task_ids": torch.tensor([1, 0])} if method == "multitask_prompt_tuning" else {}
+    model = quantised("int8_weight_only", tmp_path)
+    if method == "dora":
+        inject(model, LoraConfig(use_dora=True))
+    else:
+        promises.adapted("llama", method, base=model)
+    with torch.inference_mode():
+        assert logits(model, batch("llama") | task).isfinite().all()
+
+
 @pytest.mark.parametrize("model", ["t5", "gpt2"])
 def test_other_shapes_of_model(model: str, tmp_path: Path) -> None:
     with_package("nf4")
