@@ -12,7 +12,8 @@ from peftcli.adapters.load import adapter_folder
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
-from peftcli.core.protocols import NamesAdapters, needs_batches
+from peftcli.core.protocols import NamesAdapters, needs_base_weights, needs_batches
+from peftcli.core.quantised import is_quantised
 from peftcli.core.weights import holds_its_file
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods.lora.targets import tied_group
@@ -44,11 +45,18 @@ def start_adapter(
     """Put a new adapter into ``model``; see ``get_peft_model`` for the arguments.
 
     Raises:
-        AdapterError: a setting is missing that a recipe's training would find, or the config does not fit the model.
+        AdapterError: a setting or a start is missing that a recipe's training would find, or the config does not fit
+            the model.
     """
     for key in config.found_by_training:
         if getattr(config, key) is None and not config.inference_mode:
             raise AdapterError("is needed: the number of optimizer steps of the whole training", key=key)
+    if needs_base_weights(config) and not config.inference_mode and any(map(is_quantised, model.modules())):
+        raise AdapterError(
+            "loftq starts from the weights before quantisation, and the model holds the quantised ones only",
+            key="init_lora_weights",
+            hint="leave it out here, and call replace_lora_weights_loftq with the model that you get",
+        )
     named, base = config.base_model_name_or_path, getattr(model, "name_or_path", None)
     if base and named != base:
         if named is not None:

@@ -354,6 +354,8 @@ def test_loftq_reads_the_full_weights_where_the_model_came_from(tmp_path: Path) 
     quantised = tiny("llama")
     for layer in quantised.model.layers:
         layer.self_attn.q_proj = EightBits(layer.self_attn.q_proj)
+    with pytest.raises(AdapterError, match="loftq starts from the weights before quantisation"):  # not as plain LoRA
+        peftcli.get_peft_model(quantised, peftcli.LoraConfig(init_lora_weights="loftq", target_modules=["q_proj"]))
     model = peftcli.get_peft_model(quantised, peftcli.LoraConfig(r=8, target_modules=["q_proj"]))
     before = (logits(model, batch("llama")) - logits(full, batch("llama"))).norm()
     peftcli.replace_lora_weights_loftq(model, tmp_path, callback=lambda whole, name: whole is model)
