@@ -56,9 +56,13 @@ def test_the_start_is_the_base_model_exactly_and_training_leaves_its_weights(ini
             assert torch.equal(parameter, expected[name.replace(".base_layer", "")])
 
 
-@pytest.mark.parametrize("init", ["eva", "orthogonal", "mica", "gaussian"])
-def test_the_other_starts_are_the_base_model_too(init: str) -> None:
-    model, _ = started("llama", init)
+@pytest.mark.parametrize(
+    ("init", "settings"),
+    [("eva", {}), ("orthogonal", {}), ("mica", {}), ("gaussian", {})]
+    + [(init, {"inference_mode": True}) for init in ("pissa", "olora")],  # as the config of a file says
+)
+def test_the_other_starts_are_the_base_model_too(init: str, settings: dict[str, Any]) -> None:
+    model, _ = started("llama", init, **settings)
     torch.testing.assert_close(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")), atol=1e-5, rtol=0)
 
 

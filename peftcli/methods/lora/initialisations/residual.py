@@ -78,14 +78,17 @@ class ResidualLinear(LoraLinear):
 
 
 class ResidualFromFile(LoraLinear):
-    """A layer of a file of PEFT's: the plain LoRA of 2r, whose second half is computed from the base weight again."""
+    """A layer of a file of PEFT's: the plain LoRA of 2r, whose second half is computed from the base weight again.
+
+    Until the file has filled the first half, it is the same, so that the layer is the base layer.
+    """
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config.plain())
         a, b = from_weight(config.init_lora_weights, dense_weight(base_layer), self.r // 2, self.scaling)
         with torch.no_grad():
-            self.lora_A.weight[self.r // 2 :] = a
-            self.lora_B.weight[:, self.r // 2 :] = -b
+            self.lora_A.weight.copy_(torch.cat([a, a]))
+            self.lora_B.weight.copy_(torch.cat([b, -b], dim=1))
 
     def adapt_from_file(self, tensor: str, value: torch.Tensor) -> torch.Tensor:
         along = int(tensor == "lora_B.weight")
