@@ -24,7 +24,7 @@ from peftcli.cli.app import main
 from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.system import date
-from peftcli.train.events import Event, Stepped
+from peftcli.train.events import Event, Ready, Stepped
 from peftcli.train.runs import checkpoint
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.identity import identity
@@ -108,6 +108,21 @@ def test_a_file_called_chatml_is_no_template(recipe: Path, monkeypatch: pytest.M
     monkeypatch.chdir(recipe.parent)
     Path("chatml").touch()
     assert "chatml" not in identity(load_recipe(recipe, ["base_model.chat_template=chatml"]), 1).data
+
+
+@pytest.mark.usefixtures("short")
+def test_a_change_before_the_first_checkpoint_leaves_the_run_exact(recipe: Path) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, Ready):
+            raise StorageError("before the first step")
+
+    with pytest.raises(StorageError):
+        run_recipe(recipe, on_event=fail)
+    done = run_recipe(recipe, "training.learning_rate=1e-3", allow_change=["training.learning_rate"])
+    assert (done.run["exact"], done.run["changes"], done.warnings) == (True, [], [])
+    assert done.run["identity"]["recipe"]["training"]["learning_rate"] == 1e-3
+    other = run_recipe(recipe, "training.learning_rate=1e-3", f"training.output_dir={recipe.parent}/other")
+    assert done.weights == other.weights
 
 
 def test_other_data_may_be_allowed(recipe: Path) -> None:

@@ -73,15 +73,21 @@ class Run:
         self.tell(warning(text))
 
     def apply_changes(self, step: int) -> None:
-        """Record the recipe of this attempt, and the allowed changes, which hold from after ``step``."""
+        """Record the recipe of this attempt, and the allowed changes, which hold from after ``step``.
+
+        From the start, this recipe is the only one.
+        """
         for name, value in _description(self.recipe, self.identity).items():
             setattr(self.record, name, value)
+        if not step:
+            self.record.changes, self.record.exact = [], True
         if not self.changes:
             return
-        for change in self.changes:
+        for change in self.changes if step else ():
             self.warn(f"{change}, since step {step}: the result is not exactly that of one recipe")
             self.record.changes.append(ChangeRecord(**asdict(change), step=step))
-        self.record.exact, self.record.processes = False, self.accelerator.num_processes
+            self.record.exact = False
+        self.record.processes = self.accelerator.num_processes
 
 
 @contextlib.contextmanager
