@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
+from peftcli.guard.files import command_word
 from peftcli.tasks import TASKS
 from peftcli.train.events import Evaluated, Event, Message, Ready, RowsRead, Stepped
 
@@ -157,14 +157,14 @@ def summary(run: dict[str, Any], folder: str) -> str:
     for gate in run["gates"]:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     lines.append(f"  adapter     {folder} ({parameters['trainable']:,} parameters, {share:.2f} %; {size / 1e6:.1f} MB)")
-    quoted = shlex.quote(folder)
-    lines += ["next:", f"  {TASKS[run['task']['type']].command(quoted)}"]
+    word = command_word(folder)
+    lines += ["next:", f"  {TASKS[run['task']['type']].command(word)}"]
     if run["mergeable"]:
-        lines.append(f"  peftcli merge {quoted} --output {shlex.quote(folder.rstrip('/') + '-merged')}")
+        lines.append(f"  peftcli merge {word} --output {command_word(folder.rstrip('/') + '-merged')}")
     base = (
         " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""
     )  # the base model is a folder, not on the hub
-    lines.append(f"  peftcli push {quoted} USER/NAME{base}")
+    lines.append(f"  peftcli push {word} USER/NAME{base}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -51,6 +52,12 @@ def short_repr(value: object) -> str:
 def short_name(name: str) -> str:
     """Return an untrusted name for a message: as it is while it is short and printable, else as ``short_repr`` does."""
     return name if name.isprintable() and len(name) <= _MAX_NAME else short_repr(name)
+
+
+def command_word(path: Path | str) -> str:
+    """Return a path as a word of a command to suggest: quoted for the shell, and not to be taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def one_line(text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from peftcli.adapters.verify import mark_verified, needs_verification
 from peftcli.errors import AdapterError, PeftcliError
+from peftcli.guard.files import command_word
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.launch import STATUS, peftcli_command
 
@@ -39,7 +40,7 @@ def verify_run(folder: Path, tell: OnEvent) -> None:
         fields = {name: error[name] for name in ("file", "line", "key", "hint")}
         raise AdapterError(f"the saved adapter is not the trained model: {error['message']}", **fields)
     if error:  # no fault of the folder's: too little memory, a picture that is gone
-        tell(warning(f"not verified: {error['message']}; run peftcli verify {folder} later"))
+        tell(warning(f"not verified: {error['message']}; run peftcli verify {command_word(folder)} later"))
     else:
         mark_verified(folder)
         tell(Message("verified: the folder is the trained model"))
@@ -55,7 +56,7 @@ def release_gpu_memory() -> None:
 def _answer_of(folder: Path) -> dict[str, Any]:
     """What ``peftcli verify --json`` prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
-    command = peftcli_command(["verify", str(folder), "--json", "--quiet"])
+    command = peftcli_command(["verify", "--json", "--quiet", "--", str(folder)])
     ended = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

@@ -91,12 +91,19 @@ def test_the_fresh_process_is_an_interpreter(cli: Callable, tmp_path: Path, proc
     assert json.loads(cli("verify", tmp_path / "out", "--with", "peft", "--json").out)["readers"]["peft"] < 1e-5
 
 
-def test_another_answer_than_that_of_verify_verifies_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_answer_than_that_of_verify_verifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
     monkeypatch.setattr(fresh_process, "needs_verification", lambda folder: True)
-    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0, "{}", ""))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda words, **_: started.append(words) or subprocess.CompletedProcess(words, 0, "{}", ""),
+    )
     events: list[Any] = []
-    fresh_process.verify_run(tmp_path, events.append)
+    fresh_process.verify_run(Path("-out"), events.append)
     assert events[-1].text.startswith("not verified: the process ended with 0: it said nothing")
+    assert events[-1].text.endswith("run peftcli verify ./-out later")
+    assert started[0][-2:] == ["--", "-out"], "a folder, and no option"
 
 
 def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

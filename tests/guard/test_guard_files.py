@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftcli.errors import AdapterError, ModelError
-from peftcli.guard.files import one_line, open_regular, read_json_object, short_name, short_repr
+from peftcli.guard.files import command_word, one_line, open_regular, read_json_object, short_name, short_repr
 
 
 def _read(folder: Path, text: str | bytes, *, strict: bool = True) -> dict[str, object]:
@@ -73,3 +73,8 @@ def test_foreign_names_stay_as_they_are_unless_they_are_strange() -> None:
     assert len(short_name("a" * 500)) < 100
     assert one_line("a\x1b[2J\nb\ud800") == r"a\x1b[2J\nb\ud800"
     assert len(one_line("a" * 10_000)) < 700
+
+
+@pytest.mark.parametrize(("path", "word"), [("out/a", "out/a"), ("a b", "'a b'"), ("-out", "./-out"), ("~", "'~'")])
+def test_a_path_as_a_word_of_a_command(path: str, word: str) -> None:
+    assert command_word(path) == word
