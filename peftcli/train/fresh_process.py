@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftcli.adapters.verify import mark_verified, needs_verification
-from peftcli.errors import AdapterError, PeftcliError
+from peftcli.errors import AdapterError, Interrupted, PeftcliError
 from peftcli.guard.files import command_word
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.launch import STATUS, peftcli_command
@@ -30,17 +30,23 @@ def verify_run(folder: Path, tell: OnEvent) -> None:
 
     Raises:
         AdapterError: the folder is not the trained model.
+        Interrupted: a signal came.
     """
     if not needs_verification(folder):
         return
+    word = command_word(folder)
     tell(Message("loading the adapter folder in a fresh process, to verify it"))
-    answer = _answer_of(folder)
+    try:
+        answer = _answer_of(folder)
+    except Interrupted as stopped:
+        hint = f"the run is complete, but not verified: run the same command again, or peftcli verify {word}"
+        raise Interrupted(stopped.message, exit_code=stopped.exit_code, hint=hint) from None
     error = answer.get("error", {})
     if error.get("exit_code") == AdapterError.exit_code:
         fields = {name: error[name] for name in ("file", "line", "key", "hint")}
         raise AdapterError(f"the saved adapter is not the trained model: {error['message']}", **fields)
     if error:  # no fault of the folder's: too little memory, a picture that is gone
-        tell(warning(f"not verified: {error['message']}; run peftcli verify {command_word(folder)} later"))
+        tell(warning(f"not verified: {error['message']}; run peftcli verify {word} later"))
     else:
         mark_verified(folder)
         tell(Message("verified: the folder is the trained model"))

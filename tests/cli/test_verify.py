@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,8 @@ from trainkit import Child
 
 from peftcli.adapters.readers import READERS
 from peftcli.adapters.verify import RECORD_FILE
+from peftcli.errors import Interrupted
+from peftcli.system import signals
 from peftcli.train import finish, fresh_process
 
 TRAINS = ("training.max_steps=2", "training.verify=true")
@@ -104,6 +107,16 @@ def test_another_answer_than_that_of_verify_verifies_nothing(monkeypatch: pytest
     assert events[-1].text.startswith("not verified: the process ended with 0: it said nothing")
     assert events[-1].text.endswith("run peftcli verify ./-out later")
     assert started[0][-2:] == ["--", "-out"], "a folder, and no option"
+
+
+def test_a_signal_while_it_verifies_says_that_the_run_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_process, "needs_verification", lambda folder: True)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with (
+        signals.handle_signals(),
+        pytest.raises(Interrupted, match=r"\(SIGINT\)\nthe run is complete, but not verified: .* peftcli verify out$"),
+    ):
+        fresh_process.verify_run(Path("out"), lambda event: None)
 
 
 def test_what_is_not_there_to_compare_with(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
