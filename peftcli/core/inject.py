@@ -32,7 +32,7 @@ from peftcli.core.layer import (
 )
 from peftcli.core.linear import linear_view
 from peftcli.core.protocols import Attaches, Reshapes, layers_of
-from peftcli.core.quantised import check_gradients, keep_layout, num_weights
+from peftcli.core.quantised import check_gradients, is_quantised, keep_layout, num_weights
 from peftcli.core.targets import find_modules, module_matches, shortest_names, targets, wrap
 from peftcli.errors import AdapterError, PeftWarning
 
@@ -291,6 +291,14 @@ def _wrapped(
     if not names:
         raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
     paths = base_paths(model)
+    for name in saved:
+        if any(is_quantised(module) for module in model.get_submodule(paths[name]).modules()):
+            raise AdapterError(
+                f"{name} is quantised, and cannot be trained in full",
+                key="modules_to_save",
+                hint=f"leave it out, or load the base model with llm_int8_skip_modules={[name]} in its "
+                "BitsAndBytesConfig, or with modules_to_not_convert in another quantization config",
+            )
     layers = {name: wrap(model.get_submodule(paths[name]), name, config) for name in names}
     copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
     for name, layer in [*layers.items(), *copies.items()]:
