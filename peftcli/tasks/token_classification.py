@@ -89,7 +89,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         converted = list(dict.fromkeys(map(as_iob2, found)))
         is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
-        found = converted if scheme == "iob2" else found
+        own, found = found, converted if scheme == "iob2" else found
         if spans and scheme == "none":
             raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
         if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):
@@ -97,7 +97,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
                 message = f"{types[0]!r} is no tag of the scheme iob2, as the others are"
                 raise DataError(message, key="task.labels", hint="Name the types of entities alone, as in [PER, ORG].")
             given = _with_prefixes(given)
-        if scheme == "iob2" and not given and (others := [tag for tag in found if not settings.is_iob2(tag)]):
+        if scheme == "iob2" and not given and (others := [tag for tag in own if not settings.is_iob2(as_iob2(tag))]):
             raise DataError(
                 f"the training rows have the tag {shortened(others[0])}, which is not O, B-TYPE or I-TYPE",
                 key="task.scheme",
@@ -123,10 +123,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def _outcome(self, row: Row, reader: LabelReader) -> Outcome:
         pairs = tagged_words(row, reader)
         words = words_of(row, reader, [span for span, _ in pairs])
-        named = [tag for _, tag in pairs]
-        if self.settings.scheme == "iob2":
-            named = [tag and as_iob2(tag) for tag in named]
-        tags = [self._target(tag, row, reader) for tag in named]
+        own = [tag for _, tag in pairs]
+        named = [tag and as_iob2(tag) for tag in own] if self.settings.scheme == "iob2" else own
+        tags = [self._target(*both, row, reader) for both in zip(named, own, strict=True)]
         example, size = self._example(words)
         if not words.spans or not example.size:
             raise row.place.error("holds no words")
@@ -136,7 +135,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         lost = sum(tag != IGNORED and at not in read for at, tag in enumerate(tags)) if size > example.size else 0
         if not example.num_targets:
             return Outcome([], "no word has a tag", size)
-        flags = _TRUNCATED * (size > example.size) | _CONVERTED * (named != [tag for _, tag in pairs])
+        flags = _TRUNCATED * (size > example.size) | _CONVERTED * (named != own)
         return Outcome([example], size=size, lost=lost, flags=flags)
 
     def _example(self, words: Words) -> tuple[Example, int]:
@@ -167,13 +166,14 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         }
         return Example(arrays, len(found["input_ids"]), 0), size
 
-    def _target(self, tag: str | None, row: Row, reader: LabelReader) -> int:
-        """The number of a tag; ``IGNORED`` for a word that has none."""
+    def _target(self, tag: str | None, own: str | None, row: Row, reader: LabelReader) -> int:
+        """The number of a tag, which is ``own`` in the row; ``IGNORED`` for a word that has none."""
         if tag is None:
             return IGNORED
         if tag not in self._index:
+            converted = f" ({shortened(tag)} in IOB2)" if tag != own else ""
             raise row.place.error(
-                f"the tag {shortened(tag)} is not one of {listed(self.labels)}",
+                f"the tag {shortened(own)}{converted} is not one of {listed(self.labels)}",
                 key=reader.names.get("tags") or reader.names["entities"],
                 hint="The tags are those of the training rows, unless task.labels names them.",
             )

@@ -114,6 +114,7 @@ def test_entities_that_are_not_where_they_are_said_to_be(entities: Any, message:
         ({"tokens": "a b", "ner_tags": ["O"]}, "expected a list of words"),
         ({"tokens": [], "ner_tags": []}, "holds no words"),
         ({"tokens": ["a"], "ner_tags": ["B-ORG"]}, "the tag 'B-ORG' is not one of"),
+        ({"tokens": ["a"], "ner_tags": ["S-ORG"]}, "the tag 'S-ORG' ('B-ORG' in IOB2) is not one of"),
         ({"tokens": ["a"], "ner_tags": [7]}, "the tag '7' is not one of"),
     ],
 )
@@ -155,8 +156,9 @@ def test_tags_of_other_schemes_are_turned_into_iob2(tags: str) -> None:
     with pytest.raises(DataError, match="is no tag of the scheme iob2") as caught:
         scanned(rows, NAME, labels=words[:4])
     assert "[PER, ORG]" in (caught.value.hint or "")
-    with pytest.raises(DataError, match="have the tag 'NOUN', which is not O, B-TYPE or I-TYPE"):
-        scanned([*rows, {"tokens": ["a"], "ner_tags": ["NOUN"]}], NAME, scheme="iob2")
+    for wrong in ("NOUN", "S-"):
+        with pytest.raises(DataError, match=f"have the tag '{wrong}', which is not O, B-TYPE or I-TYPE"):
+            scanned([*rows, {"tokens": ["a"], "ner_tags": [wrong]}], NAME, scheme="iob2")
 
 
 def test_types_of_entities_stand_for_their_tags() -> None:
