@@ -302,10 +302,11 @@ def _near_files(path: Path) -> str:
         names = [entry.name for entry in islice(path.parent.iterdir(), 1000)]
     except OSError as error:
         return f"The folder {folder} cannot be read: {first_line(error)}."
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(filter(kind_of, names))[:3]
-    if not near:
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    others = sorted(filter(kind_of, names))[:3]
+    if not near and not others:
         return f"{folder} contains no file of that kind."
-    return f"Similar names in {folder}: {', '.join(map(display_name, near))}"
+    return f"{'Similar names' if near else 'Files of data'} in {folder}: {', '.join(map(display_name, near or others))}"
 
 
 def _class_names(path: Path) -> dict[str, tuple[str, ...]]:

@@ -73,12 +73,16 @@ def explain(key: str) -> Explanation:
     alias = find_alias(key.rpartition(".")[2], key.partition(".")[0]) or ""
     suggestion = (
         alias.partition(":")[0]
-        or closest(key, (name for name in known if "." not in name))
-        or closest(key, known)
-        or closest(key, (name.rpartition(".")[2] for name in known))
+        or closest(key, (name for name in known if "." not in name), _NEAR)
+        or closest(key, known, _NEAR)
+        or closest(key, (name.rpartition(".")[2] for name in known), _NEAR)
     )
     hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
     raise UsageError(f"unknown setting, section, method or task: {key[:60]!r}", hint=hint)
+
+
+_NEAR = 0.65
+"""How similar a name is that is suggested: a word of a user's own resembles some of so many a little."""
 
 
 @cache

@@ -228,7 +228,8 @@ def test_the_fingerprint_is_of_the_bytes_each_time(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl.gz", "x")
-    assert "train.jsonl.gz" in str(refused(tmp_path / "trian.jsonl"))
+    assert f"Similar names in {tmp_path}: train.jsonl.gz" in str(refused(tmp_path / "trian.jsonl"))
+    assert f"Files of data in {tmp_path}: train.jsonl.gz" in str(refused(tmp_path / "0"))
     assert "does not exist either" in str(refused(tmp_path / "no" / "train.jsonl"))
     (tmp_path / "train.jsonl.gz").rename(tmp_path / "x")
     assert "contains no file of that kind" in str(refused(tmp_path / "trian.jsonl"))
