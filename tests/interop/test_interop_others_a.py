@@ -91,6 +91,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ln-tuning-gemma3": ("ln_tuning", "gemma3", {}),
     "ln-tuning-qwen2": ("ln_tuning", "qwen2", {}),
     "ln-tuning-saved": ("ln_tuning", "bert", {"target_modules": ["LayerNorm"], "modules_to_save": ["classifier"]}),
+    "ln-tuning-ends": ("ln_tuning", "llama", {"target_modules": ["embed_tokens", "norm", "lm_head"]}),
     "ln-tuning-excluded": ("ln_tuning", "llama", {"exclude_modules": ["model.norm"]}),
     "oft-cayley": ("oft", "llama", {"oft_block_size": 32, "use_cayley_neumann": False}),
     "oft-terms-2": ("oft", "llama", {"num_cayley_neumann_terms": 2}),
