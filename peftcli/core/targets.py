@@ -306,8 +306,11 @@ def matching(
         found, unmatched = [name for name in names if matched[name]], sorted(entries.difference(*matched.values()))
     if unmatched and not (allow_unmatched and found):
         entry, is_near = unmatched[0], bool(_near(unmatched[0], _endings_like(unmatched[0], names)))
-        nothing = f"no {what} of {type(model).__name__} matches {entry!r}{_closest(entry, names)}"
-        raise NoMatchingPeftModuleError(nothing, key=key, hint=None if is_near else hint)
+        nothing = f"no {what} of {type(model).__name__} matches {entry!r}"
+        if any(entry in _endings(name) for name in names):  # of a list, it would match
+            hint = f"a string is a regular expression for whole names; for their endings write a list: [{entry}]"
+            raise NoMatchingPeftModuleError(nothing, key=key, hint=hint)
+        raise NoMatchingPeftModuleError(nothing + _closest(entry, names), key=key, hint=None if is_near else hint)
     return found
 
 

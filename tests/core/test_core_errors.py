@@ -60,6 +60,10 @@ WRONG: dict[str, tuple[AdapterConfig, str]] = {
         LoraConfig.unchecked(target_modules=r".*\.q_porj"),
         "target_modules: no module of LlamaForCausalLM matches",
     ),
+    "a name as a regex": (
+        LoraConfig.unchecked(exclude_modules="self_attn.q_proj"),
+        r"matches 'self_attn.q_proj'\na string is a regular expression .* write a list: \[self_attn.q_proj\]",
+    ),
     "no regex": (LoraConfig.unchecked(target_modules=r"*q_proj"), "target_modules: .* is not a regular expression"),
     "long regex": (LoraConfig.unchecked(target_modules="a" * 5000), "target_modules: a pattern of 5000 characters"),
     "no linear": (
