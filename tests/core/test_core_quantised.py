@@ -230,7 +230,7 @@ def test_a_base_model_that_passes_no_gradients_is_refused_for_training_only() ->
 
 
 def test_a_quantised_layer_is_not_trained_in_full(form: type[nn.Module]) -> None:
-    with pytest.raises(AdapterError, match=r"0\.self_attn\.v_proj is quantised, and cannot be trained in full") as caught:
+    with pytest.raises(AdapterError, match=r"v_proj is quantised, and cannot be trained in full") as caught:
         inject(quantised(form), LoraConfig(target_modules=["q_proj"], modules_to_save=["v_proj"]))
     assert "llm_int8_skip_modules=['model.layers.0.self_attn.v_proj']" in str(caught.value.hint)
 
