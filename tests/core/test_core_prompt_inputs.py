@@ -463,6 +463,14 @@ def test_a_prefix_needs_nothing_but_attention_in_one_stack_of_layers(build: Call
         inject(build(), METHODS["prefix_tuning"].config_class()())
 
 
+def test_cross_attention_in_a_list_of_its_own_is_no_second_stack() -> None:
+    """As in Idefics."""
+    model = _two_stacks()
+    for layer in model.model.more:
+        layer.self_attn.is_cross_attention = True
+    assert len(inject(model, METHODS["prefix_tuning"].config_class()()).layers) == 2
+
+
 def test_attention_that_keeps_the_keys_of_some_of_its_tokens_is_refused() -> None:
     """ProphetNet's reads streams that predict further tokens, behind the sequence."""
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32}

@@ -42,7 +42,7 @@ MASK = ("attention_mask", "mask")
 """The same of its mask."""
 _SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 """What an attention layer calls the size of a head. Layers of other kinds, with states of their own, have none."""
-_KEEPING = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_KEEPING = {"full_attention", "sliding_attention", "chunked_attention", "reference_sliding_attention", "attention"}
 """Kinds of layers, as a config's ``layer_types`` names them, whose whole state is keys and values."""
 
 
@@ -218,7 +218,8 @@ def find_attention(model: Any) -> Attention:
         index = getattr(module, "layer_idx", None)
         if not name.startswith(below) or not isinstance(index, int) or not keeps_keys(module):
             continue
-        keeping.append(name)
+        if not getattr(module, "is_cross_attention", False):  # Idefics has it in a list of its own
+            keeping.append(name)
         # of a layer's attentions the first counts, the second is to an encoder; a block may know its index too
         if index not in found or name.startswith(f"{found[index]}."):
             found[index] = name
