@@ -423,7 +423,17 @@ def objects(data: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def test_a_run_may_lack_nothing_and_hold_nothing_else(recipe: Path, name: str) -> None:
     run = trainkit.run_recipe(recipe, *EVALUATES).run
     assert_valid(name, run)
-    optional = {"pid", "host", "task", "threads", "data.eval", "data.unit", "attempts.end_step", "attempts.reason"}
+    optional = {
+        "pid",
+        "host",
+        "task",
+        "bf16",
+        "threads",
+        "data.eval",
+        "data.unit",
+        "attempts.end_step",
+        "attempts.reason",
+    }
     assert_closed(name, run, open_={"task"}, optional=optional)
     for key, value in run.items():
         assert not validator(name).is_valid({**run, key: [value, "and more"]}), key
