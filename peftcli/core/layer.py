@@ -279,7 +279,8 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         return cast(self.copy(*cast(args, own.dtype), **given), base.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.file_tensors()
+        places = {name.replace("base_layer.", ""): name for name in base}  # of layers that other adapters adapt
+        return {places.get(name, name): value for name, value in self.file_tensors().items()}
 
 
 class TrainedBias(AdapterLayer):

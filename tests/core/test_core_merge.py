@@ -270,6 +270,12 @@ def test_a_module_with_anothers_layers_inside_has_no_copy() -> None:
     model.add_adapter("b", peftcli.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match=r"default replaces model\.layers\.0\.self_attn, which b changes too"):
         model.set_adapter(["default", "b"])
+    randomise(model)
+    expected = logits(model, batch("llama"))
+    model.merge_adapter()  # the copy, over modules that b adapts
+    torch.testing.assert_close(logits(model, batch("llama")), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, batch("llama")), expected)
 
 
 @pytest.mark.grid(keep=14)
