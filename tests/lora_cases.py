@@ -72,6 +72,10 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "experts-only": ("mixtral", {"target_parameters": ["down_proj"], "target_modules": []}),
     "experts-and-router": ("mixtral", {"target_parameters": ["mlp.gate.weight", "gate_up_proj"], "target_modules": []}),
     "parameter-of-a-layer": ("llama", {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}),
+    "parameter-with-a-bias": (
+        "qwen2",
+        {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"], "bias": "lora_only"},
+    ),
     "replicated": ("llama", {"layer_replication": [[0, 2], [1, 2]]}),
     "replicated-turned": ("llama", {"layer_replication": [[1, 2], [0, 2]], "target_modules": "all-linear"}),
     "replicated-bert": ("bert", {"layer_replication": [[0, 1], [0, 2]]}),

@@ -49,7 +49,7 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
     check_variant(module, name, config)
     variant = variant_of(config)
     if named_parameters(module, name, config):
-        return wrap_parameters(module, name, config)
+        return wrap_parameters(with_bias(module, config.bias), name, config)
     base, view = base_module(module), linear_view(module)
     weight = getattr(base, "weight", None)
     if view is not None:  # a quantised weight has another shape
