@@ -182,8 +182,16 @@ DIFFERS: dict[str, str] = {
     "autocast_adapter_dtype": "True, as usual, also keeps copies of `modules_to_save` and LN tuning's weights in "
     "float32; PEFT's stay in the base model's half precision",
     "PeftModel.disable_adapter": "adapters that were merged are merged again afterwards, and frozen ones stay frozen; "
-    "PEFT leaves them unmerged, and lets the active ones train",
-    "PeftModel.merge_and_unload": "a name in `adapter_names` that no adapter has is an error",
+    "PEFT leaves them unmerged, and lets the active ones train. `enable_adapters` of a layer leaves gradients as they "
+    "are too; PEFT's switches them with the adapter",
+    "PeftModel.merge_and_unload": "a name in `adapter_names` that no adapter has is an error; the `modules_to_save` of "
+    "all the named adapters are merged, and in PEFT those of the active ones",
+    "PeftModel.unload": "gives the base model exactly; PEFT's keeps the trained copies of `modules_to_save`",
+    "PeftModel.delete_adapter": "of the active adapter makes one other active on all layers; PEFT's on each layer the "
+    "first that is left there, so that parts of several may be",
+    "`PeftModel.get_nb_trainable_parameters`, `print_trainable_parameters`": "count fixed tensors that PEFT has in "
+    "buffers, or in a changed base weight, among all parameters: the projections of AdaMSS, FRoD, PSOFT, PVeRA, "
+    "RandLoRA, TinyLoRA and VeRA, and the start that PiSSA, OLoRA, CorDA, LoRA-GA and KaSA subtract",
     "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
     "an error",
     "PeftMixedModel": "can be saved and has a status: each model here takes adapters of several methods",
