@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and DPOTrainer with peftcli in the place of peft: a config, or a model with an adapter."""
+"""TRL's trainers with peftcli in the place of peft: a config, or for SFT and DPO also a model with an adapter."""
 
 import tempfile
 from pathlib import Path
@@ -12,8 +12,9 @@ from datasets import Dataset
 from models_tiny import VOCABULARY, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.kto import KTOConfig, KTOTrainer
 
 folder = Path(tempfile.mkdtemp())
 torch.manual_seed(0)
@@ -51,3 +52,22 @@ for number, (kind, settings, data) in enumerate([(SFTTrainer, SFTConfig, texts),
     assert not torch.allclose(before, after)
     loaded = PeftModel.from_pretrained(base(), f"{out}/final").eval()
     torch.testing.assert_close(loaded(ids).logits, after)
+
+rated = Dataset.from_dict({"prompt": ["w5 w6"] * 8, "completion": [" w7 w8"] * 8, "label": [True, False] * 4})
+prompts = Dataset.from_dict({"prompt": ["w5 w6"] * 8})
+groups = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+rewards = {"reward_funcs": lambda completions, **_: [float(number) for number in range(len(completions))]}
+for kind, settings, data, options, given in (
+    (KTOTrainer, KTOConfig, rated, {}, {}),
+    (GRPOTrainer, GRPOConfig, prompts, groups, rewards),
+    (RewardTrainer, RewardConfig, pairs, {}, {}),
+):
+    out, judges = str(folder / kind.__name__), kind is RewardTrainer
+    args = settings(out, max_steps=2, report_to=[], use_cpu=True, bf16=False, learning_rate=1e-2, **options)
+    config = LoraConfig(task_type="SEQ_CLS" if judges else "CAUSAL_LM", r=2)
+    auto = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
+    model = auto.from_pretrained(folder / "base", **({"num_labels": 1, "pad_token_id": 0} if judges else {}))
+    trainer = kind(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=config, **given)
+    before = trainer.model.eval()(ids).logits
+    trainer.train()
+    assert not torch.allclose(before, trainer.model.eval()(ids).logits)
