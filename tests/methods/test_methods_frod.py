@@ -151,10 +151,12 @@ def test_it_trains_under_autocast() -> None:
         assert (layer.frod_lambda_s_values.grad - gradient).norm() < 0.2 * gradient.norm()
 
 
-def test_a_new_adapter_that_is_not_to_be_trained_changes_nothing() -> None:
-    model = tiny("llama")
-    inject(model, FrodConfig(inference_mode=True))
+def test_a_new_adapter_that_is_not_to_be_trained_changes_nothing_and_is_not_saved(tmp_path: Path) -> None:
+    model, config = tiny("llama"), FrodConfig(inference_mode=True)
+    inject(model, config)
     torch.testing.assert_close(logits(model, batch("llama")), logits(tiny("llama"), batch("llama")))
+    with pytest.raises(AdapterError, match="inference_mode: the adapter was made for a file to fill its basis"):
+        save_adapter(model, config, tmp_path)  # PEFT would find another basis
 
 
 def test_without_the_basis_in_its_file_an_adapter_is_not_merged() -> None:

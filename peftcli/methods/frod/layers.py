@@ -178,6 +178,22 @@ def _bring_back(layers: Iterable[Any]) -> None:
         layer.base_weight_to(layer.frod_V.device)
 
 
+def describe(config: FrodConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the config for a file with these tensors.
+
+    Raises:
+        AdapterError: a basis is still the identity, which no file has filled. PEFT would find another one.
+    """
+    bases = [value for name, value in tensors.items() if ".frod_V." in name and len(value) > 1]
+    if any(torch.equal(value, torch.eye(len(value)).to(value)) for value in bases):
+        raise AdapterError(
+            "the adapter was made for a file to fill its basis, and none has",
+            key="inference_mode",
+            hint="make it with inference_mode=False",
+        )
+    return config.file_dict()
+
+
 def targets(model: nn.Module, config: FrodConfig) -> list[str]:
     """Return the names of the target modules, of which each kind has one number of inputs, or cannot share ``V``."""
     names, paths, inputs = find_targets(model, config), base_paths(model), dict[str, int]()
