@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -408,6 +409,10 @@ def _forked(path: object, args: list[str], passed: Sequence[int]) -> int:
         for before, after in itertools.pairwise(kept):
             os.closerange(before + 1, after)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+            for handler in [*getattr(logger, "handlers", ())]:
+                if isinstance(handler, logging.FileHandler):  # pytest's: closed here, its number is another file's then
+                    logger.removeHandler(handler)
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
