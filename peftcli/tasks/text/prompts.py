@@ -118,36 +118,50 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
     own = _ASKING.get(trained_on or "")
     if own and values.get(own):
         values = {name: value for name, value in values.items() if name == own or name not in _ASKING.values()}
-    prompt, tools = values.get("prompt"), values.get("tools")
-    if values.get("conversations"):
-        turns = values["conversations"]
-        if isinstance(turns, list):
-            turns = [*turns, {"from": "gpt", "value": "."}]  # an answer, which the reader looks for
-        read = _read("sharegpt", row, {**values, "conversations": turns})
-        assert isinstance(read, ChatExample)
-        prompt, tools = read.messages[:-1], read.tools
-    messages = prompt if isinstance(prompt, list) else values.get("messages")
-    if isinstance(messages, list) and all(isinstance(turn, dict) and "role" in turn for turn in messages):
-        while messages and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]  # the answer that a dataset's row holds
-        if not messages:
-            raise row.place.error("the conversation has no turn to answer")
-        if messages[-1].get("content") is None:
-            raise row.place.error("the last turn to answer has no content")
-        return ChatExample(messages, tools) if isinstance(tools, list) else messages
+    for column, format in (("conversations", "sharegpt"), ("prompt", "messages"), ("messages", "messages")):
+        if (turns := values.get(column)) and (isinstance(turns, list) or format == "sharegpt"):
+            return _conversation(format, column, row, values)
+    prompt = values.get("prompt")
     if isinstance(prompt, str) and prompt:
         return prompt
     if values.get("instruction"):
         read = _read("alpaca", row, {**values, "output": "."})
         assert isinstance(read, AlpacaExample)
         return replace(read, output="")
+    if empty := [name for name in _ASKING.values() if values.get(name, 0) in ("", [], None)]:
+        raise row.place.error("is empty; there is nothing to answer", key=empty[0])
     names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
     raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
 
 
-def _read(format: str, row: Row, values: dict[str, Any]) -> ParsedRow:
-    keys = (*FORMATS[format].needs, *FORMATS[format].reads)
-    return ExampleReader(format, {key: key for key in keys})(replace(row, values=values))
+def _conversation(format: str, column: str, row: Row, values: dict[str, Any]) -> Prompt:
+    """The turns up to the last answer, read as in training."""
+    turns = values[column]
+    if isinstance(turns, list):
+        while turns and _is_answer(turns[-1]):
+            turns = turns[:-1]  # a dataset's row contains it
+        if not turns:
+            raise row.place.error("the conversation has no turn to answer")
+        sharegpt = isinstance(turns[0], dict) and "from" in turns[0]
+        # The reader looks for an answer.
+        turns = [*turns, {"from": "gpt", "value": "."} if sharegpt else {"role": "assistant", "content": "."}]
+    read = _read(format, row, {**values, column: turns}, column)
+    assert isinstance(read, ChatExample)
+    messages = read.messages[:-1]
+    return ChatExample(messages, read.tools) if read.tools else messages
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, dict) and (
+        turn.get("role") == "assistant" or turn.get("from") in ("assistant", "gpt", "chatgpt")
+    )
+
+
+def _read(format: str, row: Row, values: dict[str, Any], column: str | None = None) -> ParsedRow:
+    """Read a row of this format, whose first column may have another name."""
+    needs, reads = FORMATS[format].needs, FORMATS[format].reads
+    names = {key: key for key in (*needs, *reads)} | ({needs[0]: column} if column else {})
+    return ExampleReader(format, names)(replace(row, values=values))
 
 
 def last_words(prompt: Prompt) -> str:

@@ -174,9 +174,18 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     assert prompt(instruction="Add", input="1 2", output="3") == AlpacaExample("Add", "", "1 2")
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
-    called = [user, {"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "3"}]
-    assert prompt(messages=called) == called
+    result = {"role": "tool", "content": "3"}
+    calling, written = (
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": each}]} for each in ({"a": 1}, '{"a": 1}')
+    )
+    assert prompt(messages=[user, written, result], tools=json.dumps(tools)) == ChatExample(
+        [user, calling, result], tools
+    )
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert prompt(prompt=[{"role": "user", "content": parts}]) == [user]
+    assert prompt(messages=[user, {"role": "assistant", "content": ""}]) == [user]
     assert prompt(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]) == [user]
+    assert prompt(conversations=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     every: dict[str, Any] = {
         "messages": [{"role": "user", "content": "m"}],
         "conversations": [{"from": "human", "value": "c"}],
@@ -191,12 +200,17 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     }.items():
         assert prompt_of(Row(every, Place("a", 1)), {}, trained_on) == wanted
     assert prompt_of(Row({"prompt": "p"}, Place("a", 1)), {}, "alpaca") == "p"
-    with pytest.raises(DataError, match="the last turn to answer has no content"):
-        prompt(messages=[{"role": "user"}])
-    for bad in ({"conversations": 5}, {"instruction": "Add", "input": [1]}, {"instruction": "Add", "system": 5}):
+    with pytest.raises(DataError, match="is empty; there is nothing to answer"):
+        prompt(prompt="", completion="Ho")
+    for bad in (
+        {"messages": [{"role": "user"}]},
+        {"conversations": 5},
+        {"instruction": "Add", "input": [1]},
+        {"instruction": "Add", "system": 5},
+    ):
         with pytest.raises(DataError, match="expected") as caught:
             prompt(**bad)
-        assert caught.value.key == [*bad][-1]
+        assert str(caught.value.key).startswith([*bad][-1])
 
 
 def test_instructions_are_predicted_as_they_are_evaluated(cli: Callable, tmp_path: Path) -> None:
