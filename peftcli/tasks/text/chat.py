@@ -87,7 +87,7 @@ def mark_chat(example: ChatExample, template: Template, train_on: str) -> Marked
         borders = [0, *(border for span in spans for border in span), len(rendered.text)]
         rest = tuple(zip(borders[::2], borders[1::2], strict=True))
         return MarkedText(rendered.text, rest if spans else None, rendered=True, flags=flags)
-    if rendered.answers and not template.asks_so(rendered, example.tools):
+    if rendered.answers and not template.asks_so(rendered, example.messages, example.tools):
         flags |= Flag.PROMPT_DIFFERS
     if not all(each.closed for each in rendered.answers):
         flags |= Flag.OPEN

@@ -32,7 +32,7 @@ class Flag(enum.IntFlag):
     SPLIT = 128
     """The row was cut into several examples."""
     UNSEEN = 256
-    """The chat template leaves out the text of a turn, a tool call, or the tools."""
+    """The chat template leaves out the text of a turn, the last answer's thinking, a tool call, or the tools."""
     PIECES_LEFT_OUT = 512
     """The row was split, and pieces without a trained token are left out."""
     PROMPT_DIFFERS = 1024

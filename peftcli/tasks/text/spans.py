@@ -10,12 +10,12 @@ it, if that is a prefix of the whole. Otherwise the row is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from peftcli.errors import DataError, Interrupted, ModelError
 from peftcli.guard.templates import TooMuch, limited
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from peftcli.tasks.text.formats import Message
+
+T = TypeVar("T")
 
 _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
@@ -63,6 +65,8 @@ def render(
 ) -> str:
     """Render a conversation as text, with ``prompt`` followed by the generation prompt.
 
+    If the template refuses tool calls without a content, they get an empty one.
+
     ``variables`` are the tokenizer's special tokens, which take a while to be looked up.
 
     Raises:
@@ -71,7 +75,7 @@ def render(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with _translated_errors(tokenizer, messages):
+    def write(messages: list[Message]) -> str:
         if not _renders_plainly(tokenizer):
             text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
             return str(text)
@@ -85,19 +89,40 @@ def render(
         )
         return str(texts[0][0])
 
+    return _with_contents(write, tokenizer, messages)
+
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
-    """Return the ids that ``apply_chat_template`` gives.
+    """Return the ids that ``apply_chat_template`` gives, of the conversation that ``render`` renders.
 
     Raises:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
     options: dict[str, Any] = {"tools": tools, "tokenize": True, "return_dict": False}
-    with _translated_errors(tokenizer, messages):
+
+    def write(messages: list[Message]) -> list[int]:
         if _renders_plainly(tokenizer):
             options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
         return list(tokenizer.apply_chat_template(messages, **options))
+
+    return _with_contents(write, tokenizer, messages)
+
+
+def _with_contents(
+    write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+) -> T:
+    """Write a conversation; if the template refuses tool calls without a content, with an empty one."""
+    try:
+        with _translated_errors(tokenizer, messages):
+            return write(messages)
+    except DataError:
+        calls = [message.get("tool_calls") and message.get("content") is None for message in messages]
+        if not any(calls):
+            raise
+    filled = [message | {"content": ""} if call else message for call, message in zip(calls, messages, strict=True)]
+    with _translated_errors(tokenizer, filled):
+        return write(filled)
 
 
 def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -144,7 +169,7 @@ class Rendered:
     text: str
     answers: list[AnswerSpan]
     unseen: bool
-    """Whether the template omits the text of a turn, a tool call, or the tools."""
+    """Whether the template omits the text of a turn, the last answer's thinking, a tool call, or the tools."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +186,10 @@ class _Conversation:
 class _TurnFormat:
     """How a template writes assistant turns."""
 
-    prompt: str
-    """With what it asks for one: the generation prompt, and the white space after it in conversations."""
+    opener: str | None
+    """The special token that begins a turn."""
+    unasked: str
+    """How a turn opens, if the template has no generation prompt."""
     openings: tuple[str, ...]
     """Texts that may precede one: the generation prompt, and the part of it that conversations contain."""
     closings: tuple[str, ...]
@@ -224,10 +251,12 @@ class Template:
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Gemma's tokenizer has added tokens of line breaks, which end no turn.
         self._special = _any_of(token for token in tokens if token.strip())
+        self._borders = re.compile(rf"{self._special.pattern}|\s+")
         self.markers = _any_of(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         """Finds special tokens in a text."""
         self._learnt: dict[str, _TurnFormat] = {}
         self._patterns: dict[tuple[str, ...], _Pattern | None] = {}
+        self._askings: dict[tuple[Any, ...], str] = {}
         self._turn_format(None)
 
     @property
@@ -235,10 +264,25 @@ class Template:
         """Texts that may close an assistant turn."""
         return self._turn_format(None).closings
 
-    def asks_so(self, rendered: Rendered, tools: list[Any] | None) -> bool:
-        """Whether the last answer of a conversation begins where the template's generation prompt ends."""
-        opening, start = self._turn_format(tools).prompt, rendered.answers[-1].start
-        return rendered.text.endswith((opening, opening.rstrip()), 0, start) or not opening.strip()
+    def asks_so(self, rendered: Rendered, messages: list[Message], tools: list[Any] | None) -> bool:
+        """Whether the last answer of a conversation begins after the text with which the template asks for it."""
+        last = rendered.answers[-1]
+        asking = self._asking(messages[: last.message], tools)
+        asked = asking.rstrip(), (asking + self._turn_format(tools).unasked).rstrip()
+        return rendered.text[: last.start].rstrip().endswith(asked)
+
+    def _asking(self, messages: list[Message], tools: list[Any] | None) -> str:
+        """What the template writes after a conversation's last content to ask for an answer; empty if unclear."""
+        key = (bool(tools), *((message["role"], *message) for message in messages))
+        if key not in self._askings:
+            marked = [*messages[:-1], *(_mark(message, 0, (False, False)) for message in messages[-1:])]
+            asking = ""
+            with suppress(DataError):
+                asking = self.render(marked, tools, prompt=True).partition(f"{_MARK}0z")[2]
+            if len(self._askings) >= _MAX_PATTERNS:
+                return asking
+            self._askings[key] = asking
+        return self._askings[key]
 
     def answers(
         self, messages: list[Message], tools: list[Any] | None = None, which: Container[int] | None = None
@@ -320,45 +364,56 @@ class Template:
         except DataError:
             middle = last
         asked, opened = self.render(turns[:-1], tools), self.render(turns[:-1], tools, prompt=True)
-        opening = opened[len(self._common_start(opened, asked)) :]
+        opening, unasked = opened[len(self._common_start(opened, asked)) :], ""
         if not opening.strip() and last.startswith(asked):
             # The template has no generation prompt: an answer opens as it does in the conversation.
-            opening = last[len(asked) :].partition(answer)[0]
+            opening = unasked = last[len(asked) :].partition(answer)[0]
         header = middle.partition(answer)[0].rpartition(ask)[2]
         openings = (opening + _gap(header, opening), _opening_part(header, opening))
         first, following = last.partition(ask)[0], middle.partition(answer)[2].partition(again)[0]
-        closings = self._closings_of(first, header, following, last.partition(answer)[2])
+        opens = self._special.match(first.removeprefix(self.tokenizer.bos_token or "").lstrip())
+        opener = opens.group() if opens else None
+        inside = header.partition(opening)[2] if opening else ""
+        closings = self._closings_of(first, opener, header, inside, following, last.partition(answer)[2])
         return _TurnFormat(
-            opening + _gap(header, opening),
+            opener,
+            unasked,
             tuple(dict.fromkeys(text for text in openings if text.strip())),
             tuple(sorted(closings, key=len, reverse=True)),
             re.compile(rf"\s*(?:{_any_of(closings).pattern})"),
         )
 
-    def _closings_of(self, first: str, header: str, middle: str, last: str) -> tuple[str, ...]:
+    def _closings_of(
+        self, first: str, opener: str | None, header: str, inside: str, middle: str, last: str
+    ) -> tuple[str, ...]:
         """Texts that may close a turn.
 
         Args:
             first: The text before the first question.
+            opener: The token that begins a turn.
             header: The text between a question and its answer.
+            inside: The part of it after the generation prompt.
             middle: The text between an answer and the next question.
             last: The text after the last answer.
         """
-        opener = self._special.match(first.removeprefix(self.tokenizer.bos_token or "").lstrip())
-        runs = [self._run(text, opener.group() if opener else None) for text in (last, middle)]
+        runs = [self._run(text, opener) for text in (last, middle)]
         if size := common_length(*runs):
-            return ("".join(runs[0][:size]),)
+            closing = "".join(runs[0][:size])
+            if closing in inside:  # Only the tokens after it show that the answer ends.
+                common = self._before_turn(self._common_start(last, middle), opener)
+                closing = common[: max(found.end() for found in self._special.finditer(common))].lstrip()
+            return (closing,)
         if all(runs):
             return runs[0][0], runs[1][0]
         if runs[0]:
             # It may be a generation prompt that the template writes in any case.
             return () if header.endswith(last) else ("".join(runs[0]),)
         # The text before every question opens its turn and does not close the previous one.
-        own = middle[: len(middle) - common_length(first[::-1], middle[::-1])]
-        if runs[1]:
-            return ("".join(runs[1]),) if own else ()
-        words = self._common_start(last, own).strip()
-        return (words,) if words else ()
+        size = common_length(first[::-1], middle[::-1])
+        borders = [border for found in self._borders.finditer(middle) for border in found.span()]
+        own = middle[: min(border for border in [0, *borders, len(middle)] if border >= len(middle) - size)]
+        closing = "".join(self._run(own, opener)) or self._common_start(last, own).strip()
+        return (closing,) if closing else ()
 
     def _run(self, text: str, stop: str | None) -> list[str]:
         """The adjacent special tokens at the beginning of ``text``, up to ``stop``."""
@@ -368,6 +423,10 @@ class Template:
             run.append(found.group())
             position = found.end()
         return run
+
+    def _before_turn(self, text: str, opener: str | None) -> str:
+        """``text`` without the beginning of another turn at its end: some templates ask after every conversation."""
+        return re.sub(rf"\s*{re.escape(opener)}(?:{self._special.pattern})*\Z", "", text) if opener else text
 
     def _common_start(self, one: str, other: str) -> str:
         """The common beginning of two texts, without part of a special token."""
@@ -422,6 +481,8 @@ class Template:
         if before > (last if first is None else first):
             raise _Unclear("the template changes the order of the turns")
         start = self._start(whole, index, kinds, before, sure)
+        if start > min(kinds.values()):
+            raise _Unclear("the template writes its tool calls before its text")
         if calls:
             end = self._end_of_calls(whole, index, kinds, limit)
             return AnswerSpan(index, start, end, closed=not self._ends_a_call(whole, index, whole.text[start:end]))
@@ -468,6 +529,7 @@ class Template:
                     text, position = self._render_mark(whole, [*upto, *following], index, kind)
                     tails.append(text[position:])
         common = self._common_start(tails[0], tails[-1]).rstrip() if tails else ""
+        common = self._before_turn(common, whole.format.opener)
         begin = end = 0
         for found in self._special.finditer(common):
             begin, end = begin if found.start() == end else found.start(), found.end()
@@ -581,11 +643,18 @@ def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
 
 
 def _unseen(messages: list[Message], marks: list[_Mark]) -> bool:
-    """Whether a text or a tool call of the messages, all of which were marked, is missing from the rendering."""
+    """Whether a text, thinking or a tool call of the messages, all of which were marked, is not in the rendering."""
     found = {(mark.message, mark.kind) for mark in marks}
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     for index, message in enumerate(messages):
         content, calls = message.get("content"), message.get("tool_calls") or ()
         if isinstance(content, str) and content.strip() and (index, "z") not in found:
+            return True
+        # Many templates leave out earlier thinking, as the model will not see it in use either.
+        thinking = index == last and any(
+            isinstance(text := message.get(key), str) and text.strip() for key in _THINKING
+        )
+        if thinking and (index, "r") not in found:
             return True
         if any((index, f"c{at}q") not in found for at in range(len(calls))):
             return True

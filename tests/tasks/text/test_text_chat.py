@@ -232,6 +232,13 @@ def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
             TWO,
             "the template does not show its content",
         ),
+        (
+            "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ '<|A|>' + call.function.name + '<|end|>' }}"
+            "{% endfor %}{{ ('<|A|>' if m.role == 'assistant' else '<|U|>') + m.content + '<|end|>' }}{% endfor %}"
+            "{{ '<|A|>' if add_generation_prompt else '' }}",
+            [user("q"), answer("I add.", tool_calls=[CALL])],
+            "writes its tool calls before its text",
+        ),
         (SHOUTING, TWO, "does not show a plain question and its answer"),
     ],
 )
@@ -257,8 +264,9 @@ MODEL = "{% for m in messages %}{{ ('<|A|>' if m.role == 'assistant' else '<|U|>
         (HEADS.replace("CLOSE", "''").replace("<|start_header_id|>", "<|end|>"), ["Zwei.", "Vier."], Flag.OPEN),
         # Nothing ends the last turn.
         (HEADS.replace("CLOSE", "('' if loop.last else '<|eot_id|>')"), ["Zwei.<|eot_id|>", "Vier."], Flag.OPEN),
-        # Nothing but the last turn ends.
-        (HEADS.replace("CLOSE", "('<|eot_id|>' if loop.last else '')"), ["Zwei.", "Vier.<|eot_id|>"], Flag.OPEN),
+        # Nothing but the last turn ends: the last question does where an answer is asked for.
+        (HEADS.replace("CLOSE", "('<|eot_id|>' if loop.last else '')"), ["Zwei.", "Vier.<|eot_id|>"],
+         Flag.OPEN | Flag.PROMPT_DIFFERS),
         # Nothing ends a turn, and an answer is asked for at the end of every conversation.
         (MODEL + "{{ '<|A|>' }}", ["Zwei.", "Vier."], Flag.OPEN),
         # A system prompt without a header, and nothing that ends a turn.
@@ -267,6 +275,19 @@ MODEL = "{% for m in messages %}{{ ('<|A|>' if m.role == 'assistant' else '<|U|>
         (HEADS.replace("CLOSE", "'\n### End\n'").replace("<|start_header_id|>", "### "),
          ["Zwei.\n### End", "Vier.\n### End"], NONE),
         (HEADS.replace("CLOSE", "'\n'").replace("<|start_header_id|>", "### "), ["Zwei.", "Vier."], Flag.OPEN),
+        ("{{ '<system>\nHelp\n</system>\n' }}{% for m in messages %}"
+         "{{ '<' + m.role + '>\n' + m.content + '\n</' + m.role + '>\n' }}{% endfor %}",
+         ["Zwei.\n</assistant>", "Vier.\n</assistant>"], NONE),
+        # Nothing ends the last turn, and the system prompt ends like another one.
+        ("{{ '<|open|>Help<|stop|>' }}" + MODEL.replace(
+            "m.content", "m.content + ('' if loop.last or m.role == 'user' else '<|end|>')"),
+         ["Zwei.<|end|>", "Vier."], Flag.OPEN),
+        # The token after an answer also ends parts of it.
+        ("{% for m in messages %}{{ '<|open|>' + m.role + '<|A|>' }}"
+         "{{ '<|open|>think<|A|><|end|>think<|A|>' if m.role == 'assistant' else '' }}"
+         "{{ m.content + '<|end|>' + m.role + '<|A|><|stop|>' }}{% endfor %}"
+         "{{ '<|open|>assistant<|A|><|open|>think<|A|>' if add_generation_prompt else '' }}",
+         [f"<|end|>think<|A|>{each}.<|end|>assistant<|A|><|stop|>" for each in ("Zwei", "Vier")], NONE),
         ("{{ bos_token }}{{ bos_token }}" + HEADS.replace("CLOSE", "eos_token"), ["Zwei.</s>", "Vier.</s>"],
          Flag.DOUBLE_BOS),
     ],
@@ -276,6 +297,32 @@ def test_how_a_turn_ends(template: str, trained_texts: list[str], flags: Flag) -
     for _ in range(2):
         encoded = encode_chat(ChatExample(TWO), tokenizer, "answers")
         assert (trained(encoded, tokenizer), encoded.flags) == (trained_texts, flags)
+
+
+def test_a_template_that_asks_after_every_conversation() -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ '<|open|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name }}{% endfor %}{{ '<|end|>' }}{% endfor %}{{ '<|open|>assistant\n<think>' }}"
+    )
+    called = [user("q"), answer(None, tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("Three.")]
+    encoded = encode_chat(ChatExample(called), tokenizer, "answers")
+    assert trained(encoded, tokenizer) == ["add<|end|>", "Three.<|end|>"]
+    assert encoded.flags == Flag.PROMPT_DIFFERS
+    called[1]["content"] = ""  # as null is written, which the template refuses
+    assert encode(called, tokenizer) == encoded
+
+
+def test_an_answer_begins_as_it_is_asked_for_after_a_tool_result() -> None:
+    """Gemma 4 writes no header after a result, asked or not."""
+    tokenizer = make_tokenizer(
+        "{% set ns = namespace(last='user') %}{% for m in messages %}"
+        "{{ '<|U|>' if m.role == 'user' else '<|A|>' if m.role == 'assistant' and ns.last == 'user' else '' }}"
+        "{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+        "{{ '<|end|>' }}{% set ns.last = m.role %}{% endfor %}"
+        "{{ '<|A|>' if add_generation_prompt and ns.last == 'user' else '' }}"
+    )
+    called = [user("q"), answer(None, tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("Three.")]
+    assert encode(called, tokenizer).flags == NONE
 
 
 def test_a_second_template_for_tools() -> None:
@@ -314,7 +361,10 @@ def test_flags_of_a_conversation(tokenizers: Callable[..., Any]) -> None:
     for text, flags in cases.items():
         for train_on in ("answers", "all"):
             assert encode([user(text), answer("A")], tokenizer, train_on).flags == flags, text
-    assert encode([user("q"), answer("A", reasoning_content="\ufffd")], tokenizer).flags == Flag.DAMAGED
+    assert encode([user("q"), answer("A", reasoning_content="\ufffd")], tokenizer).flags == Flag.DAMAGED | Flag.UNSEEN
+    # The template shows thinking only in the last turn.
+    thought = [user("q"), answer("A", reasoning_content="hm"), user("r"), answer("B", reasoning_content="so")]
+    assert encode(thought, tokenizers("qwen3")).flags == NONE
 
 
 def test_an_answer_that_is_not_trained_may_be_open(tokenizers: Callable[..., Any]) -> None:
