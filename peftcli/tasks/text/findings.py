@@ -40,7 +40,8 @@ FINDINGS = by_name(
         "end_not_trained",
         "warning",
         "have an answer whose end is not trained: the model does not learn from them where to stop",
-        "Set base_model.chat_template to a template that ends its turns with a token, such as chatml.",
+        "Set base_model.chat_template to a template that ends its turns with a token, such as chatml. A model that "
+        "stops at the next turn's header, such as GLM, needs none: dataset.allow: [end_not_trained].",
         error_above=_HALF,
     ),
     # Never intended: generation starts with one.
@@ -65,7 +66,7 @@ FINDINGS = by_name(
     Kind(
         "turns_left_out",
         "warning",
-        "contain a text, a tool call or tools that the chat template leaves out",
+        "contain a text, thinking, a tool call or tools that the chat template leaves out",
         "Check the rows: the model does not see all of their content.",
     ),
     # As with templates whose prompt opens a thinking that answers do not hold.
