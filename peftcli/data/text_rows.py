@@ -214,9 +214,14 @@ class JsonStream:
     def rows(self) -> Iterator[Row | DataError]:
         """Yield the objects of a file that is one list."""
         self._next_char()
+        before = 0
         for value, fault in self._items():
             self._text.number += 1
-            yield self._text.error(fault) if fault else self._text.row(value)
+            # Of several rows on one line, the line finds only the first.
+            line = self._text.line if self._text.line > before else None
+            before = self._text.line
+            place = Place(self._text.source, self._text.number, line)
+            yield place.error(fault) if fault else Row(value, place)
         self._end("list")
 
     def member(self, name: str) -> Iterator[tuple[Any, str | None]]:

@@ -130,7 +130,8 @@ def test_numbers_in_a_list_that_is_read_in_stretches(
     rows, errors = read(write(tmp_path, "a.json", '[12345, {"a": 1}, 1.5e+10]'))
     assert rows == [{"a": 1}]
     assert [error.message for error in errors] == [
-        f"expected a JSON object, found a number: '{number}'" for number in ("12345", "1.5e+10")
+        f"{row}expected a JSON object, found a number: '{number}'"
+        for row, number in (("", "12345"), ("row 3: ", "1.5e+10"))
     ]
 
 

@@ -129,7 +129,7 @@ GOOD = {
     "200 objects side by side": ("a.jsonl", json.dumps({"a": [{"b": [1]}] * 200}), [1]),
     "objects a line in .json": ("a.json", '{"a": 1}\n\n{"a": 2}', [1, 3]),
     "a list over many lines": ("a.json", '\ufeff\n[\n{"a": 1}\n,\n\n{"a":\n2},{"a": 3}]\n\n', [3, 6, 7]),
-    "a list on one line": ("a.json", '[{"a": 1}, {"a": 2}]', [1, 1]),
+    "a list on one line": ("a.json", '[{"a": 1}, {"a": 2}]', [1, None]),
     "an empty list": ("a.json", " [ ] ", []),
     "quoted newlines": ("a.csv", 'a,b\r\n"one, ""two""",x\r\n\r\n"3\n4\r\n5",y\r\n6,7\r\n', [2, 4, 7]),
     "a byte order mark before a quote": ("a.csv", '\ufeff"a",b\n1,2\n', [2]),
