@@ -291,14 +291,16 @@ def _conversation(
         where = f"{column}[{index}]."
         role = _role(turn, "role", _ROLES, where)
         turn = turn | {"content": joined_parts(turn.get("content"))}
+        for key in turn:
+            if key not in _KEYS and difflib.get_close_matches(key, ("train",), cutoff=0.75):
+                raise _Fault(where + key, "unknown key; did you mean train?")
+            if key in _OTHER_KEYS and turn[key] is not None:
+                raise _Fault(where + key, f"unknown key; did you mean {_OTHER_KEYS[key]}?")
         _check_content(turn, role, content, where)
         if not isinstance(turn.get("train", True), bool | None):
             raise _Fault(where + "train", f"expected true or false, found {json_kind(turn['train'])}")
         if turn.get("train") and role != "assistant":
             raise _Fault(where + "train", f"a {role} turn is never trained")
-        for key in turn:
-            if key not in _KEYS and difflib.get_close_matches(key, ("train",), cutoff=0.75):
-                raise _Fault(where + key, "unknown key; did you mean train?")
         if turn.get("weight") not in (None, 0, 1):
             raise _Fault(where + "weight", "expected 0 or 1: whether the turn is trained")
         if turn.get("train") is False or turn.get("weight") == 0:
@@ -314,6 +316,8 @@ def _conversation(
 
 
 _KEYS = ("role", "content", "train", "weight", "tool_calls", "name", "reasoning_content", "thinking", "reasoning")
+_OTHER_KEYS = {"loss": "train", "function_call": "tool_calls: [{function: {name, arguments}}]"}
+"""Keys of other tools -> ours."""
 
 
 def joined_parts(content: Any) -> Any:

@@ -296,7 +296,12 @@ def test_openai_weights_say_what_is_trained() -> None:
 
 @pytest.mark.parametrize(
     ("more", "key", "message"),
-    [({"trian": False}, "trian", "did you mean train"), ({"weight": 2}, "weight", "expected 0 or 1")],
+    [
+        ({"trian": False}, "trian", "did you mean train"),
+        ({"loss": False}, "loss", "did you mean train"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "function_call", "did you mean tool_calls"),
+        ({"weight": 2}, "weight", "expected 0 or 1"),
+    ],
 )
 def test_keys_that_would_be_ignored_in_silence(more: dict[str, Any], key: str, message: str) -> None:
     error = refused({"messages": [GOOD_CHAT[0], {**GOOD_CHAT[1], **more}]})
