@@ -563,8 +563,8 @@ class Template:
         raise _Unclear("the template shows it otherwise at the end of a conversation")
 
     def _by_prefix(self, whole: _Conversation, index: int, after: int, unclear: _Unclear) -> AnswerSpan:
-        refusal = _refusal(index, str(unclear))
         full, earlier, message = whole.text, whole.messages[:index], whole.messages[index]
+        refusal = _refusal(index, str(unclear), thinks="</think>" in str(message.get("content")))
         if not earlier:
             raise refusal from unclear
         try:
@@ -616,11 +616,14 @@ def _opening_part(header: str, opening: str) -> str:
     return next(ends, "")
 
 
-def _refusal(index: int, problem: str) -> DataError:
+def _refusal(index: int, problem: str, *, thinks: bool = False) -> DataError:
+    advice = "remove the row, rewrite it, or train on every token: dataset.train_on: all"
+    if thinks:
+        advice = f"if the template reads reasoning_content, write its thinking there; otherwise {advice}"
     return DataError(
         f"the tokens of message {index + 1} (assistant) cannot be located in the output of this model's chat template: "
         f"{problem}",
-        hint="Remove the row, rewrite it, or train on every token: dataset.train_on: all",
+        hint=advice[0].upper() + advice[1:],
     )
 
 

@@ -227,6 +227,12 @@ def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
             "message 2 (assistant)",
         ),
         (
+            "{% for m in messages %}{% if loop.index0 != 1 or loop.length < 4 %}"
+            "{{ m.role + ':' + m.content + '<|end|>' }}{% endif %}{% endfor %}",
+            THOUGHT,
+            "write its thinking there",
+        ),
+        (
             "{% for m in messages %}{{ '<|A|>' }}{% if 'Zwei' not in m.content %}{{ m.content }}{% endif %}"
             "{{ '<|end|>' }}{% endfor %}",
             TWO,
@@ -245,7 +251,7 @@ def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
 def test_refused(template: str, messages: list[Any], reason: str) -> None:
     with pytest.raises(DataError) as caught:
         encode(messages, make_tokenizer(template))
-    assert reason in caught.value.message
+    assert reason in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 6
 
 
