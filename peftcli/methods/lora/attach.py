@@ -131,7 +131,6 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         if not group:
             reason = "but the model does not have tied weights: no tied modules were found in the model"
         warnings.warn(f"ensure_weight_tying=True {reason}", PeftWarning, stacklevel=3)
-        config.ensure_weight_tying = False  # so that no reader of the file warns again
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
 
 
