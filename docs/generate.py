@@ -38,7 +38,7 @@ _CODES = """
 1 a bug of peftcli; `--debug` shows the traceback
 130 Ctrl-C, or a second one
 141 nobody reads stdout any more
-143 SIGTERM, SIGUSR1 or SIGHUP before there was anything to save; a second one
+143 SIGTERM, SIGUSR1 or SIGHUP before there was anything to save; a second one, but of SIGHUP
 75 SIGTERM, SIGUSR1, SIGHUP or training.max_time, with a checkpoint: run the same command again
 """
 _MORE_OF_CODES = """\

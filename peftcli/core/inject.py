@@ -292,6 +292,8 @@ def _wrapped(
         raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
     paths = base_paths(model)
     for name in saved:
+        if not num_weights(base_modules(model)[name]):
+            raise AdapterError(f"{name} has nothing to train; leave it out", key="modules_to_save")
         if any(is_quantised(module) for module in model.get_submodule(paths[name]).modules()):
             raise AdapterError(
                 f"{name} is quantised, and cannot be trained in full",

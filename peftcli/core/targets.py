@@ -169,18 +169,16 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         if excluded.isdisjoint(names) and not resolved:
             warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
         names = [name for name in names if name not in excluded]
-    if unreached := {*config.unreached} & {*names}:
-        if config.target_modules in (None, "all-linear"):
-            names = [name for name in names if name not in unreached]
-        else:
-            text = (
-                f"target_modules also matches modules that the data never reaches, as {min(unreached)}: they will not"
-            )
-            warnings.warn(f"{text} train; all-linear leaves such modules out", PeftWarning, stacklevel=2)
+    unreached = {*config.unreached}
+    if config.target_modules in (None, "all-linear"):
+        names = [name for name in names if name not in unreached]
     if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not config.inference_mode:
         names = _without_read(modules, names, config)
+    if still := unreached & {*names}:
+        text = f"target_modules also matches modules that the data never reaches, as {min(still)}: they will not train"
+        warnings.warn(f"{text}; all-linear leaves such modules out", PeftWarning, stacklevel=2)
     if not names:
         raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names

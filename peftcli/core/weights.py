@@ -260,6 +260,6 @@ def base_weights(model: Any, adapter: str | None = None, prefix: str | None = No
         for leaf, value in end._parameters.items():
             if value is None or not value.is_floating_point():
                 continue
-            written = [f"{each.file_prefix}{path_in_file(model, at)}.base_layer.{leaf}" for at, each in over.items()]
+            written = [layer.file_name(path_in_file(model, path), f"base_layer.{leaf}") for path, layer in over.items()]
             found |= dict.fromkeys(written or [f"{start}{names[id(end)]}.{leaf}" for start in prefixes], value)
     return found

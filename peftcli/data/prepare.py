@@ -82,7 +82,7 @@ def prepare(
         "content": fingerprint,
         "times": times,
         "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
-        **({"path": opened.path} if task.reads_files else {}),
+        **({"path": [opened.path, str(Path.cwd())]} if task.reads_files else {}),  # rows name files from either
         **encoding,
     }
 

@@ -109,12 +109,13 @@ def os_reason(error: Exception) -> str:
 
 
 @contextmanager
-def read_errors(path: Path, error: type[PeftcliError] = AdapterError) -> Iterator[None]:
+def read_errors(path: Path, error: type[PeftcliError] = AdapterError, *, hint: str | None = None) -> Iterator[None]:
     """Inside, a file that cannot be opened, read or parsed raises ``error``."""
     try:
         yield
     except (OSError, ValueError, RecursionError) as failure:
-        raise error(irregular_kind(path) or f"cannot be read: {os_reason(failure)}", file=str(path)) from None
+        message = irregular_kind(path) or f"cannot be read: {os_reason(failure)}"
+        raise error(message, file=str(path), hint=hint) from None
 
 
 def read_json_object(
@@ -128,9 +129,9 @@ def read_json_object(
     """Read the JSON object in a file of at most ``largest`` bytes; raise ``error`` if there is none.
 
     ``strict`` refuses what JSON leaves open and Python accepts: duplicate keys, NaN and Infinity. ``hint`` is that of
-    an error about the content.
+    the error.
     """
-    with read_errors(path, error):
+    with read_errors(path, error, hint=hint):
         text = read_small(path, largest)
     line = key = None
     try:

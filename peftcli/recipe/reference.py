@@ -74,7 +74,7 @@ def explain(key: str) -> Explanation:
     suggestion = (
         alias.partition(":")[0]
         or closest(key, (name for name in known if "." not in name), _NEAR)
-        or closest(key, known, _NEAR)
+        or closest(key, (name for name in known if "." in key), _NEAR)
         or closest(key, (name.rpartition(".")[2] for name in known), _NEAR)
     )
     hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"

@@ -1,4 +1,4 @@
-"""Signals: the first stops a command cleanly, the second ends it at once; another requests a checkpoint."""
+"""Signals: the first stops a command cleanly, a second but SIGHUP ends it at once; another requests a checkpoint."""
 
 from __future__ import annotations
 

@@ -57,6 +57,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
             bf16=uses_bf16(run.pinned),
             base_sha256=record.base_model.sha256,
         )
+    if recipe.training.load_best_model_at_end and progress.last_eval and state.best_adapter is None:
+        run.warn(f"no evaluation gave a finite {recipe.training.metric_for_best_model}: the last adapter is written")
     warn_of_unchanged(run)
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     write_file(folder.path / "loss.png", curve.result())
@@ -127,7 +129,7 @@ def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
     failed = list[str]()
     for gate in gates:
         if not gate["passed"]:
-            value = "was not measured" if gate["value"] is None else f"is {gate['value']}"
+            value = "was not measured, or is no finite number" if gate["value"] is None else f"is {gate['value']}"
             failed.append(f"{gate['metric']} {value}, expected {gate['gate']}")
     if failed:
         raise GateFailed("; ".join(failed), key="gates")

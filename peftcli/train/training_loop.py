@@ -46,7 +46,7 @@ class TrainingLoop:
 
         Raises:
             Interrupted: a signal came, or the time limit passed; there is a checkpoint.
-            Diverged: a loss, gradient or metric is NaN or Inf.
+            Diverged: a loss or gradient is NaN or Inf.
         """
         try:
             self._start()

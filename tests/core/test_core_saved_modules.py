@@ -421,7 +421,7 @@ def test_a_container_is_refused_and_the_modules_in_it_train(container: nn.Module
 
 def test_a_module_without_weights_is_refused_and_left_out_of_a_file_of_pefts(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["act_fn", "norm"]}
-    with pytest.raises(AdapterError, match=r"modules_to_save: a module of type SiLU.* has nothing to train"):
+    with pytest.raises(AdapterError, match=r"modules_to_save: .*act_fn has nothing to train"):
         inject(tiny("llama"), LoraConfig(**settings))
     model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(**settings))
     with silence():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -363,9 +364,11 @@ def test_what_well_known_templates_write_stays_the_same(name: str) -> None:
     tokenizer = mask_matrix.tokenizer(name)
     for shape in mask_matrix.SHAPES:
         messages, tools = mask_matrix.conversation(name, shape)
-        try:
-            expected = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        except Exception:
+        expected = None
+        for given in (messages, [{**each, "content": each.get("content") or ""} for each in messages]):
+            with suppress(Exception):
+                expected = expected or tokenizer.apply_chat_template(given, tools=tools, tokenize=False)
+        if expected is None:
             with pytest.raises(DataError):
                 render(tokenizer, messages, tools)
         else:

@@ -127,7 +127,7 @@ FILES = {
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     },
     "no config.json": Case(lambda folder: (folder.base / "config.json").unlink(), ("has no config.json",), BOTH),
-    "config.json is empty": file("config.json", "", "config.json:1: not valid JSON"),
+    "config.json is empty": file("config.json", "", "config.json: is empty"),
     "config.json is cut": file("config.json", '{"model_type":\n "lla', "config.json:2: not valid JSON"),
     "config.json is a list": file("config.json", "[]", "config.json: holds no JSON object"),
     "config.json is not UTF-8": file("config.json", b'{"model_type": "\xff"}', "config.json:1: not UTF-8 text"),

@@ -346,6 +346,11 @@ def test_a_metric_that_is_nan_is_named_and_never_the_best(recipe: Path) -> None:
         "eval_mine is nan after step 2: it is left out, and is not the best",
         "eval_mine is inf after step 8: it is left out, and is not the best",
     ]
+    code.write_text("def mine(*texts): return float('nan')\n")
+    never = run_recipe(
+        recipe, f"task={task}", *settings, *best, "training.max_steps=2", f"training.output_dir={recipe.parent}/never"
+    )
+    assert "no evaluation gave a finite mine: the last adapter is written" in never.warnings
 
 
 def test_a_nan_in_the_base_model(tmp_path: Path) -> None:

@@ -103,12 +103,13 @@ def targets(model: nn.Module, config: EmbeddedPromptConfig) -> list[str]:
     """
     config.check_room(model)
     vocabulary = len(base_module(_embedding(model)).weight)
-    for name, table in model.named_buffers():
-        if table.dtype == torch.long and table.ndim == 2 and len(table) == vocabulary:
-            raise AdapterError(
-                f"{name} is a table of the vocabulary, which has no rows for virtual tokens",
-                hint="choose another method, such as lora",
-            )
+    for path, module in base_modules(model).items():  # and no tables of other adapters
+        for name, table in module.named_buffers(recurse=False):
+            if table.dtype == torch.long and table.ndim == 2 and len(table) == vocabulary:
+                raise AdapterError(
+                    f"{path}.{name} is a table of the vocabulary, which has no rows for virtual tokens",
+                    hint="choose another method, such as lora",
+                )
     return [input_embedding_name(model)]
 
 

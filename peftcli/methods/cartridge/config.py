@@ -43,7 +43,8 @@ class CartridgeConfig(PrefixConfig):
         if self.document is None:
             return
         try:
-            text = read_small(Path(self.document), _LARGEST).decode().replace("\r\n", "\n")  # as in open()
+            text = read_small(Path(self.document), _LARGEST).decode()
+            text = text.replace("\r\n", "\n").replace("\r", "\n")  # as in open()
         except (OSError, ValueError) as error:
             raise AdapterError(f"cannot be read: {error}", key="document", file=self.document) from None
         ids = load_tokenizer(None)(text)["input_ids"][: self.num_virtual_tokens]

@@ -17,7 +17,7 @@ class TrainedNorm(TrainedCopy):
     """A norm that is trained as a whole, with names of its own in the file; it gives the base layer's dtype."""
 
     def file_name(self, path: str, tensor: str) -> str:
-        return super().file_name(path, f"ln_tuning_layers.{tensor}")
+        return super().file_name(path, tensor if tensor.startswith("base_layer.") else f"ln_tuning_layers.{tensor}")
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         y = super().forward(x, *args, **kwargs)

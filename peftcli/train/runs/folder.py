@@ -119,7 +119,7 @@ class RunFolder:
 
     def _ways_on(self) -> str:
         """What to do where run.json is damaged: its checkpoints may be whole."""
-        newest = sorted(self.checkpoints.glob("step-*"))[-1:]
+        newest = sorted(self.checkpoints.glob("step-*"), key=lambda path: (len(path.name), path.name))[-1:]
         resume = "".join(f", with --resume {command_word(path)} to go on from its checkpoint" for path in newest)
         return f"choose another training.output_dir{resume}; or delete that folder"
 
