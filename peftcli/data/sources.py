@@ -141,12 +141,10 @@ class ResolvedSource:
         number, declared = 0, self.class_names()
         for name, path in self.files.items():
             own = _class_names(path)
-            named = {column: names for column, names in own.items() if names != declared[column][: len(names)]}
+            named = {column: names for column, names in own.items() if names != declared[column]}
             for row in read_file(path, name, number + 1):
                 number += 1
-                if named and isinstance(row, Row):
-                    row.values.update({at: _name(row.values[at], named[at]) for at in named.keys() & row.values})
-                yield row
+                yield _named(row, named) if isinstance(row, Row) else row
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:
         for number, values in enumerate(hub.rows(), start=1):
@@ -313,11 +311,21 @@ def _class_names(path: Path) -> dict[str, tuple[str, ...]]:
     return parquet_class_names(path) if path.suffix == ".parquet" else {}
 
 
+def _named(row: Row, named: Mapping[str, Sequence[str]]) -> Row | DataError:
+    """The row with the names of its classes in place of their numbers, in these columns."""
+    for column in named.keys() & row.values:
+        try:
+            row.values[column] = _name(row.values[column], named[column])
+        except IndexError:
+            return row.place.error("a number that its file has no class for", key=column)
+    return row
+
+
 def _name(value: Any, names: Sequence[str]) -> Any:
-    """The name of a number's class, also in a list. A number without one, as -100, stays."""
+    """The name of a number's class, also in a list. A number below 0, as -100, stays."""
     if isinstance(value, list):
         return [_name(each, names) for each in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+    return names[value] if isinstance(value, int) and value >= 0 else value
 
 
 def _sha256(path: Path, name: str) -> str:

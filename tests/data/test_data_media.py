@@ -3,7 +3,9 @@
 import os
 import shutil
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
@@ -112,4 +114,9 @@ def test_files_of_a_folder_may_number_their_classes_differently(tmp_path):
     names = opened.class_names()["label"]
     assert names == ("neg", "pos", "mixed")
     found = [(row.values["label"], row.values["tags"]) for row in opened.rows()]
-    assert found == [(0, [0, -100]), ("mixed", ["mixed", -100]), (0, [0, -100])]
+    assert found == [("neg", ["neg", -100]), ("mixed", ["mixed", -100]), ("neg", ["neg", -100])]
+    one = parquet.read_table(tmp_path / "c.parquet")  # of one class, numbered 0
+    parquet.write_table(pa.table([pa.array([1]), one["tags"]], schema=one.schema), tmp_path / "c.parquet")
+    *_, last = opened.rows()
+    assert isinstance(last, DataError)
+    assert (last.key, last.message) == ("label", "row 3: a number that its file has no class for")
