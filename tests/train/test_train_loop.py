@@ -457,7 +457,7 @@ def test_which_metrics_are_better_when_they_are_smaller(task: str, metric: str, 
     loop.training, loop.progress = Training(output_dir="out", metric_for_best_model=metric), Progress()
     loop.data = Mock(task=importlib.import_module(f"peftcli.tasks.{task}").TASK)
     name = f"eval_{metric.removeprefix('eval_')}"
-    assert [loop._record_metrics({name: value}) for value in (1.0, 0.5)] == [True, less_is_better]
+    assert [loop._record_metrics({name: value}, {name: value}) for value in (1.0, 0.5)] == [True, less_is_better]
 
 
 def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) -> None:
