@@ -82,7 +82,7 @@ def explain(key: str) -> Explanation:
 
 
 _NEAR = 0.65
-"""How similar a name is that is suggested: a word of a user's own resembles some of so many a little."""
+"""How similar a suggested name must be; there are so many names that every word resembles one a little."""
 
 
 @cache

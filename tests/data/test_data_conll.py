@@ -38,7 +38,8 @@ def test_a_comment_is_no_word_and_a_hash_is_one(tmp_path: Path) -> None:
         [row] = read(tmp_path, f"{first}\nAda _ B-PER\n")
         assert isinstance(row, dict)
         assert row["tokens"] == words
-    assert read(tmp_path, "# SYM SYM\n1 CD CD\n")[0]["tokens"] == ["#", "1"]  # type: ignore[index]
+    words = {"tokens": ["#", "1"], "column_2": ["SYM", "CD"], "tags": ["SYM", "CD"]}
+    assert read(tmp_path, "# SYM SYM\n1 CD CD\n") == [words]
 
 
 def test_words_alone(tmp_path: Path) -> None:

@@ -231,7 +231,9 @@ def find_attention(model: Any) -> Attention:
     others = {*(getattr(config, "layer_types", None) or ())} - _KEEPING
     whole = stack is not None and sorted(found) == list(range(len(modules[stack])))
     if others or not whole or not all(name.startswith(f"{stack}.") for name in keeping):
-        other = f"has layers of {', '.join(sorted(others))}" if others else "is built otherwise"
+        other = "has it in some layers, or in several stacks" if found else "keeps something else"
+        if others:
+            other = f"has layers of {', '.join(sorted(others))}"
         raise AdapterError(
             "the method needs attention that keeps keys and values in every layer of a single stack; "
             f"{type(model).__name__} {other}",
