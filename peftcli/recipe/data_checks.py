@@ -112,7 +112,8 @@ def _hub_settings(dataset: Dataset, report: Report) -> None:
     evaluated = "train" if dataset.eval is None else "eval"
     if dataset.eval_split is not None and exists(getattr(dataset, evaluated) or ""):
         keys = ("dataset.eval_split", f"dataset.{evaluated}")
-        report(keys, f"applies to hub datasets, but dataset.{evaluated} is local")
+        more = "; dataset.eval_fraction holds rows of it out" if evaluated == "train" else ""
+        report(keys, f"applies to hub datasets, but dataset.{evaluated} is local{more}")
 
 
 def _mix(dataset: Dataset, report: Report) -> None:

@@ -65,10 +65,15 @@ def recipe(**parts: str) -> str:
         ("train: data/*.jsonl", 18, "train", "patterns are not expanded; name a folder"),
         ("train: org/a, eval: data/eval.JSON", 31, "eval", "no such file: data/eval.JSON"),
         # settings of hub datasets
+        (
+            "train: data, eval_split: x",
+            36,
+            "eval_split",
+            "applies to hub datasets, but dataset.train is local; dataset.eval_fraction holds rows of it out",
+        ),
         ("train: data/train.jsonl, name: x", 42, "name", "applies to hub datasets, but dataset.train is local"),
         ("train: data, revision: x", 34, "revision", "applies to hub datasets, but dataset.train is local"),
         ("train: data, split: x", 31, "split", "applies to hub datasets, but dataset.train is local"),
-        ("train: data, eval_split: x", 36, "eval_split", "applies to hub datasets, but dataset.train is local"),
         ("train: data, streaming: true", 35, "streaming", "is local; local files are always streamed"),
         (
             "mix: [{train: data, streaming: true}]",
