@@ -163,16 +163,7 @@ class AdapterSource:
         """The settings of the task that task.json holds; None without the file."""
         if not self.task_values or self.task is None:
             return None
-        kind, given, file = TASKS[self.task].settings, self.task_values.get("settings"), str(self.folder / TASK_FILE)
-        known = hints_of(kind)
-        if not isinstance(given, dict) or not all(name in known and fits(given[name], known[name]) for name in given):
-            raise AdapterError(f"does not contain the settings of {self.task}", file=file)
-        if given.get("metric_code"):
-            raise AdapterError("names code to run, which an adapter may not", key="settings.metric_code", file=file)
-        found = kind(**given)
-        for name, problem in out_of_range(found):
-            raise AdapterError(problem, key=f"settings.{name}", file=file)
-        return found
+        return read_settings(self.task, self.task_values.get("settings"), str(self.folder / TASK_FILE), "settings")
 
     @property
     def recorded_options(self) -> dict[str, Any]:
@@ -240,6 +231,24 @@ def find_adapter(
     """
     folder = adapter_folder(name, revision, subfolder, **options)
     return AdapterSource(folder, read_config(folder), base)
+
+
+def read_settings(task: str, given: Any, file: str, under: str) -> Any:
+    """Return the settings of a task that a file of an adapter holds under the key ``under``.
+
+    Raises:
+        AdapterError: they are not those of the task, are out of range, or name code to run.
+    """
+    kind = TASKS[task].settings
+    known = hints_of(kind)
+    if not isinstance(given, dict) or not all(name in known and fits(given[name], known[name]) for name in given):
+        raise AdapterError(f"does not contain the settings of {task}", file=file)
+    if given.get("metric_code"):
+        raise AdapterError("names code to run, which an adapter may not", key=f"{under}.metric_code", file=file)
+    found = kind(**given)
+    for name, problem in out_of_range(found):
+        raise AdapterError(problem, key=f"{under}.{name}", file=file)
+    return found
 
 
 def other_base(source: AdapterSource, spec: BaseModel) -> str | None:

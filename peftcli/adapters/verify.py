@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.adapters.load import AdapterSource, find_adapter
+from peftcli.adapters.load import AdapterSource, find_adapter, read_settings
 from peftcli.adapters.predict import load_for_task
 from peftcli.adapters.readers import compare_reader, require_readers
 from peftcli.adapters.sketches import difference, hash_of, sketch
@@ -54,6 +54,8 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
 version of peftcli or torch may do in another order."""
 _ELSEWHERE = 0.002
 """The same for another kind of device."""
+_CODE = ("metric_code", "trust_metric_code")
+"""Settings of a task that are not recorded: an adapter names no code to run."""
 _KEYS = {"task", "config", "tensors", "files", "processor", "base_model", "device", "dtype", "bf16", "rows", "probe"}
 _BYTES = "bytes in base64"
 Rows = dict[str, Any]
@@ -123,7 +125,7 @@ def record_model(
     """
     values = {
         "schema_version": _VERSION,
-        "task": dict(described),
+        "task": {name: value for name, value in described.items() if name not in _CODE},
         "config": {**describe(config, tensors), "inference_mode": True},
         "tensors": {name: hash_of(value) for name, value in sorted(tensors.items())},
         "files": {name: sha256(folder / name) for name in files},
@@ -345,4 +347,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     values = read_json_object(path, _MAX_RECORD)
     if values.get("schema_version") != _VERSION or not values.keys() >= _KEYS:
         raise AdapterError("was written by another version", file=str(path), key="schema_version")
+    settings = dict(values["task"])
+    read_settings(settings.pop("type"), settings, str(path), "task")
     return values

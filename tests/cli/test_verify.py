@@ -18,8 +18,8 @@ import trainkit
 from trainkit import Child
 
 from peftcli.adapters.readers import READERS
-from peftcli.adapters.verify import RECORD_FILE
-from peftcli.errors import Interrupted
+from peftcli.adapters.verify import RECORD_FILE, verify_adapter
+from peftcli.errors import AdapterError, Interrupted
 from peftcli.system import signals
 from peftcli.train import finish, fresh_process
 
@@ -52,12 +52,14 @@ def zeroed_when_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("forked")
 def test_training_ends_with_it(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = trainkit.write_recipe(tmp_path)
-    ran = cli("train", recipe, *TRAINS)
+    (tmp_path / "own.py").write_text("def f(found, wanted):\n    return 0\n")
+    own = f"task={{type: causal_lm, metric_code: {tmp_path}/own.py:f, trust_metric_code: true, max_new_tokens: 4}}"
+    ran = cli("train", recipe, *TRAINS, own)
     assert ran.code == 0
     assert "verified: the folder is the trained model" in ran.err
     out = tmp_path / "out"
     assert json.loads((out / RECORD_FILE).read_text())["verified"]
-    assert "verified" not in cli("train", recipe, *TRAINS).err, "once is enough"
+    assert "verified" not in cli("train", recipe, *TRAINS, own).err, "once is enough"
     said = cli("verify", out).out
     assert re.search(r"28 tensors are the same\nof 3 rows the outputs differ by (0|\S+e-0[78]) of", said)
 
@@ -71,6 +73,37 @@ def test_training_ends_with_it(cli: Callable, tmp_path: Path, monkeypatch: pytes
         assert error["file"] == f"{tmp_path}/other/adapter_model.safetensors"
         assert error["message"].startswith("the saved adapter is not the trained model: differs from the trained one:")
         assert error["message"].endswith("lora_B.weight")
+
+
+RECORD: dict[str, Any] = {
+    "schema_version": 2,
+    "task": {"type": "causal_lm"},
+    "config": {},
+    "tensors": {},
+    "files": {},
+    "processor": {},
+    "base_model": {"sha256": None},
+    "device": "cpu",
+    "dtype": "float32",
+    "bf16": False,
+    "rows": None,
+    "probe": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "key"),
+    [
+        ({"task": {"type": "causal_lm", "metric_code": "m.py:f", "trust_metric_code": True}}, "task.metric_code"),
+        ({"task": {"type": "causal_lm", "max_new_tokens": 0}}, "task.max_new_tokens"),
+    ],
+)
+def test_a_record_that_training_does_not_write_is_refused(tmp_path: Path, damage: dict[str, Any], key: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    (tmp_path / RECORD_FILE).write_text(json.dumps(RECORD | damage))
+    with pytest.raises(AdapterError) as caught:
+        verify_adapter(str(tmp_path))
+    assert (caught.value.file, caught.value.key) == (str(tmp_path / RECORD_FILE), key)
 
 
 @pytest.mark.slow
