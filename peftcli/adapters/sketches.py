@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -13,6 +13,25 @@ _SAMPLED = 256
 """Values of a tensor that are kept."""
 _PART = 1_000_000
 """Values that are converted at once."""
+
+
+class Numbers(TypedDict):
+    """The sketch of a tensor of floating-point numbers."""
+
+    shape: list[int]
+    values: list[float]
+    mean: float
+    deviation: float
+
+
+class Whole(TypedDict):
+    """The sketch of a tensor of whole numbers, or of one without values."""
+
+    shape: list[int]
+    sha256: str
+
+
+Sketch = Numbers | Whole
 
 
 def hash_of(value: torch.Tensor) -> str:
@@ -43,6 +62,8 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> float:
     """The largest difference of two sketches, as a share of the values' deviation; infinite for other shapes."""
     if now["shape"] != then["shape"] or now.get("sha256") != then.get("sha256"):
+        return math.inf
+    if len(now.get("values", ())) != len(then.get("values", ())):  # of a damaged sketch
         return math.inf
     if "values" not in then:
         return 0.0

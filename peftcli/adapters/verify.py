@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from peftcli.adapters.load import AdapterSource, find_adapter, read_settings
 from peftcli.adapters.predict import load_for_task
 from peftcli.adapters.readers import compare_reader, require_readers
-from peftcli.adapters.sketches import difference, hash_of, sketch
+from peftcli.adapters.sketches import Sketch, difference, hash_of, sketch
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from peftcli.core.protocols import describe
@@ -28,10 +28,11 @@ from peftcli.data.rows import Place, Row, Table
 from peftcli.data.sources import open_source
 from peftcli.data.store import Example, Outcome
 from peftcli.errors import AdapterError, DataError, HubError, ModelError, NetworkError, UsageError
-from peftcli.guard.files import read_json_object
+from peftcli.guard.files import read_json_object, short_repr
+from peftcli.guard.typed_fields import fits, hints_of
 from peftcli.models.hub_files import base_hash
 from peftcli.models.open import OpenBase, open_base
-from peftcli.schema import Source
+from peftcli.schema import Format, Source
 from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
 from peftcli.system.secrets import redact_values
@@ -56,10 +57,60 @@ _ELSEWHERE = 0.002
 """The same for another kind of device."""
 _CODE = ("metric_code", "trust_metric_code")
 """Settings of a task that are not recorded: an adapter names no code to run."""
-_KEYS = {"task", "config", "tensors", "files", "processor", "base_model", "device", "dtype", "bf16", "rows", "probe"}
 _BYTES = "bytes in base64"
-Rows = dict[str, Any]
-"""Rows as JSON: ``values``, and what a ``Table`` says of them."""
+
+
+class _Source(TypedDict):
+    """What a ``Table`` says of the rows' source."""
+
+    train: str
+    format: Format
+    columns: dict[str, str]
+
+
+class Rows(TypedDict):
+    """Rows as JSON."""
+
+    source: _Source
+    columns: list[str]
+    class_names: dict[str, list[str]]
+    day: str | None
+    values: list[dict[str, Any]]
+
+
+class _Task(TypedDict):
+    """The task, with its settings beside its type."""
+
+    type: str
+
+
+class _Base(TypedDict):
+    """The base model."""
+
+    sha256: str | None
+
+
+class _Record(TypedDict):
+    """What verification.json holds."""
+
+    task: _Task
+    config: dict[str, Any]
+    tensors: dict[str, str]
+    files: dict[str, str]
+    processor: dict[str, Any]
+    base_model: _Base
+    device: str
+    dtype: str
+    bf16: bool
+    rows: Rows | None
+    probe: Sketch | None
+
+
+class _OfRows(_Record):
+    """The same where rows were kept."""
+
+    inputs: dict[str, Sketch]
+    scores: Sketch
 
 
 # --- what training records --------------------------------------------------------------------------------------------
@@ -78,6 +129,7 @@ def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
             "columns": list(dict.fromkeys(name for row in found for name in row.values)),
             "class_names": {name: list(names) for name, names in opened.class_names().items()},
             "day": day,
+            "values": [],
         }
         sizes = dict[int, int]()
         for at, row in enumerate(found):
@@ -302,7 +354,8 @@ def _compare_model(
 
 def _examples(task: Task[Any], rows: Rows) -> list[Example]:
     """Encode rows; of one that the task leaves out there are no examples."""
-    source, values = Source(**rows["source"]), [_from_json(each) for each in rows["values"]]
+    of, values = rows["source"], [_from_json(each) for each in rows["values"]]
+    source = Source(train=of["train"], format=of["format"], columns=of["columns"])
     classes = {name: tuple(names) for name, names in rows["class_names"].items()}
     table = Table(source, source.train, tuple(rows["columns"]), lambda: classes, values[0])
     given = [Row(each, Place(source.train, number)) for number, each in enumerate(values, start=1)]
@@ -345,8 +398,18 @@ def _from_json(value: Any) -> Any:
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     values = read_json_object(path, _MAX_RECORD)
-    if values.get("schema_version") != _VERSION or not values.keys() >= _KEYS:
+    if values.get("schema_version") != _VERSION:
         raise AdapterError("was written by another version", file=str(path), key="schema_version")
+    kinds = hints_of(_OfRows if values.get("rows") else _Record)
+    wrong = [key for key, kind in kinds.items() if key not in values or not fits(values[key], kind)]
+    if not wrong and values["task"]["type"] not in TASKS:
+        wrong = ["task"]
+    if not wrong and values["dtype"] not in _TOLERANCE:
+        wrong = ["dtype"]
+    if wrong:
+        message = f"is nothing that training writes: {short_repr(values.get(wrong[0]))}"
+        hint = "delete the file, and compare the adapter with PEFT: --with peft"
+        raise AdapterError(message, file=str(path), key=wrong[0], hint=hint)
     settings = dict(values["task"])
     read_settings(settings.pop("type"), settings, str(path), "task")
     return values

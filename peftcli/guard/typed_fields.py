@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from dataclasses import fields
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import short_name, short_repr
@@ -69,7 +69,7 @@ def section_class(hint: Any) -> type | None:
 
 @functools.cache
 def hints_of(cls: Any) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, by name."""
+    """Return the types of the fields of a dataclass or a TypedDict, by name."""
     return get_type_hints(cls)
 
 
@@ -93,6 +93,10 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str)  # the config's problems() say which ones there are
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)  # for read_section
+    if is_typeddict(hint):
+        return isinstance(value, dict) and all(
+            key in value and fits(value[key], of) for key, of in hints_of(hint).items()
+        )
     if hint is Any:
         return True
     if hint is int:

@@ -96,6 +96,10 @@ RECORD: dict[str, Any] = {
     [
         ({"task": {"type": "causal_lm", "metric_code": "m.py:f", "trust_metric_code": True}}, "task.metric_code"),
         ({"task": {"type": "causal_lm", "max_new_tokens": 0}}, "task.max_new_tokens"),
+        ({"task": {"type": "song"}}, "task"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"rows": 3}, "rows"),
+        ({"probe": {"shape": [1], "values": [0.5], "mean": 0.5}}, "probe"),
     ],
 )
 def test_a_record_that_training_does_not_write_is_refused(tmp_path: Path, damage: dict[str, Any], key: str) -> None:
