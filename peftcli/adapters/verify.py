@@ -10,6 +10,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -131,13 +132,14 @@ def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
             "day": day,
             "values": [],
         }
-        sizes = dict[int, int]()
-        for at, row in enumerate(found):
+    except (DataError, HubError, NetworkError):  # a source that cannot be read again
+        return None
+    sizes = dict[int, int]()
+    for at, row in enumerate(found):
+        with suppress(DataError, TypeError):  # a bad row, which training has skipped; values of other types
             rows["values"] = [_to_json(row.values)]
             if len(json.dumps(rows["values"])) <= _MAX_ROWS // _ROWS and (examples := _examples(task, rows)):
                 sizes[at] = sum(each.size for each in examples)
-    except (DataError, HubError, NetworkError, TypeError):  # a source that cannot be read again, values of other types
-        return None
     chosen = sorted(sorted(sizes, key=lambda at: sizes[at])[:_ROWS])
     rows["values"] = [_to_json(found[at].values) for at in chosen]
     return rows if chosen else None

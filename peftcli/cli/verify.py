@@ -34,7 +34,8 @@ def verify(
     if verified["tensors"]:
         console.out(f"{adapter} is the trained model: {verified['tensors']} tensors are the same")
     if verified["difference"] is not None:
-        console.out(f"of {verified['rows']} rows the outputs differ by {verified['difference']:.2g} of their deviation")
+        of_rows = f"of {verified['rows']} rows " if verified["rows"] else ""
+        console.out(f"{of_rows}the outputs differ by {verified['difference']:.2g} of their deviation")
     for reader, difference in verified["readers"].items():
         console.out(f"{reader} loads the same model: its outputs differ by {difference:.2g} of their deviation")
     return None

@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+from classifierkit import classifier_base
 from trainkit import Child
 
 from peftcli.adapters.readers import READERS
-from peftcli.adapters.verify import RECORD_FILE, verify_adapter
+from peftcli.adapters.verify import RECORD_FILE, few_rows, verify_adapter
 from peftcli.errors import AdapterError, Interrupted
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel, Source
 from peftcli.system import signals
+from peftcli.tasks import TASKS
 from peftcli.train import finish, fresh_process
 
 TRAINS = ("training.max_steps=2", "training.verify=true")
@@ -62,6 +66,9 @@ def test_training_ends_with_it(cli: Callable, tmp_path: Path, monkeypatch: pytes
     assert "verified" not in cli("train", recipe, *TRAINS, own).err, "once is enough"
     said = cli("verify", out).out
     assert re.search(r"28 tensors are the same\nof 3 rows the outputs differ by (0|\S+e-0[78]) of", said)
+    record = json.loads((out / RECORD_FILE).read_text())
+    (out / RECORD_FILE).write_text(json.dumps({**record, "rows": None}))
+    assert "28 tensors are the same\nthe outputs differ by " in cli("verify", out).out
 
     zeroed_when_saved(monkeypatch)
     other = f"training.output_dir={tmp_path}/other"
@@ -73,6 +80,17 @@ def test_training_ends_with_it(cli: Callable, tmp_path: Path, monkeypatch: pytes
         assert error["file"] == f"{tmp_path}/other/adapter_model.safetensors"
         assert error["message"].startswith("the saved adapter is not the trained model: differs from the trained one:")
         assert error["message"].endswith("lora_B.weight")
+
+
+def test_a_bad_row_leaves_the_others_to_compare(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "good"}, {"text": None, "label": "good"}, {"text": "b", "label": "bad"}]
+    data = trainkit.write_rows(tmp_path / "rows.jsonl", rows)
+    row = TASKS["sequence_classification"]
+    with open_base(BaseModel(name=str(classifier_base("bert")))) as base:
+        task = row.open(row.settings(labels=["good", "bad"], problem_type="single_label"), base)
+    kept = few_rows(task, Source(train=str(data)), None)
+    assert kept is not None
+    assert kept["values"] == [rows[0], rows[2]]
 
 
 RECORD: dict[str, Any] = {
