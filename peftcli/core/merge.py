@@ -21,6 +21,7 @@ from peftcli.core.layer import (
     modules_sharing,
     plain_dtype,
 )
+from peftcli.core.peft_names.layer import put_back
 from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised
 from peftcli.errors import AdapterError
@@ -100,8 +101,8 @@ class Folded:
 
     def undo(self) -> None:
         """Put the weights back, exactly, and enable the layers."""
-        for module, name, tensor in reversed(self.before):
-            setattr(module, name, tensor)
+        for change in reversed(self.before):
+            put_back(*change)
         for layer in self.layers:
             layer.enabled, layer.merged_adapters = True, []
 

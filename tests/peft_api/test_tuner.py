@@ -14,6 +14,7 @@ from models_tiny import batch, labelled, logits, tiny
 from transformers.pytorch_utils import Conv1D
 
 import peftcli.peft_api
+from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
 from peftcli.peft_api.model import PeftModel
 
@@ -80,6 +81,19 @@ def test_disabled_adapters_are_not_merged_and_stay_disabled(two: PeftModel) -> N
         model.merge_adapter()
     model.enable_adapter_layers()
     assert torch.equal(logits(model, batch("llama")), logits(two, batch("llama")))
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_model_that_is_cast_while_it_is_merged_computes_when_it_is_unmerged(two: PeftModel, by_layer: bool) -> None:
+    model = copy.deepcopy(two)
+    layers = [layer for layer in model.modules() if isinstance(layer, AdapterLayer)]
+    for each in layers if by_layer else [model]:
+        each.merge() if by_layer else each.merge_adapter()
+    model.bfloat16()
+    for each in layers if by_layer else [model]:
+        each.unmerge() if by_layer else each.unmerge_adapter()
+    wanted = logits(copy.deepcopy(two).bfloat16(), batch("llama"))
+    assert torch.equal(logits(model, batch("llama")), wanted)
 
 
 def test_what_was_frozen_stays_so_when_adapters_are_enabled_again(two: PeftModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
@@ -113,8 +114,8 @@ class PeftLayerMixin:
     def _merge_only(self, layers: list[Any]) -> None:
         """Of the innermost layer on a module: merge these of those on it into its weights, and no others."""
         merged = [(module, name, getattr(module, name)) for module, name, _ in self.before_merging]
-        for module, name, value in self.before_merging:
-            setattr(module, name, value)
+        for change in self.before_merging:
+            put_back(*change)
         changes = []
         if layers:
             top = max(layers, key=lambda layer: len(layers_at(layer)))
@@ -193,6 +194,12 @@ class PeftCopyMixin:
 def name_of_size(module: Any, name: str) -> str:
     """Return what ``module`` calls ``in_features`` or ``out_features``; any other name as it is."""
     return next((each for each in _SAME_SIZE.get(name, ()) if hasattr(module, each)), name)
+
+
+def put_back(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Set a weight or buffer of a module to what it was, in the dtype and on the device of what is there by now."""
+    tensor.data = tensor.data.to(getattr(module, name))
+    setattr(module, name, tensor)
 
 
 def layers_at(module: Any) -> list[Any]:
