@@ -87,7 +87,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
     """Remove an adapter and return the active ones. If it was the only active one, the first of those left is that.
 
-    PEFT's ``prefix`` is not needed.
+    That one then trains, with a warning. PEFT's ``prefix`` is not needed.
 
     Raises:
         AdapterError: an unknown name.
@@ -96,9 +96,12 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     getattr(model, "peft_config", {}).pop(adapter_name, None)
     layers = list(adapter_layers(model).values())
     active = list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
-    if layers:
-        active = active or [layers[0].adapter]
+    if active:
         set_active(model, active)
+    elif layers:
+        active = [layers[0].adapter]
+        warnings.warn(f"{adapter_name} was active; now {active[0]} is", stacklevel=2)
+        set_adapter(model, active)
     return active
 
 

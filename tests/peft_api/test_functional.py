@@ -59,8 +59,10 @@ def test_the_last_adapter_of_several_is_active_and_the_functions_switch_and_remo
     functional.set_requires_grad(model, "two", requires_grad=False)
     assert 0 < _trained(model) < both
     functional.set_adapter(model, "two", inference_mode=True)
-    assert functional.delete_adapter(model, "two", "lora_") == ["default"]
+    with pytest.warns(UserWarning, match="two was active; now default is"):
+        assert functional.delete_adapter(model, "two", "lora_") == ["default"]
     assert enabled() == {"default"}
+    assert _trained(model) == _trained(_injected(peftcli, modules_to_save=["lm_head"]))
     with pytest.raises(AdapterError, match="Adapter two does not exist; there are: default"):
         functional.set_adapter(model, "two")
     assert functional.delete_adapter(model, "default") == []
