@@ -36,6 +36,7 @@ from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders
 from peftcli.peft_api.state_dicts import holding
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
+from peftcli.peft_api.weights import cast_weights
 from peftcli.peft_api.without_start import without_start
 from peftcli.system.hub_requests import full_repo_id
 
@@ -485,6 +486,7 @@ class PeftModel(SavedByTrainer):
                     self.peft_config[name] = source.config
             finally:
                 tuner.switch()
+            cast_weights(model, name, as_base=not autocast_adapter_dtype)
         else:
             tuner.check_new(name)
             load(
