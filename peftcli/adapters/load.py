@@ -22,7 +22,7 @@ from peftcli.guard.typed_fields import fits, hints_of, mapping_at
 from peftcli.methods import config_from_dict
 from peftcli.models.hub_files import base_hash
 from peftcli.models.quantization import trained_quantization
-from peftcli.schema import BaseModel, out_of_range
+from peftcli.schema import BaseModel, Quantization, out_of_range
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
@@ -126,11 +126,12 @@ class AdapterSource:
         if was_folder and same and not Path(name).is_absolute() and not os.path.lexists(expand_user(Path(name))):
             message = f"was trained on the folder {name}, which is not in the current folder"
             raise AdapterError(message, file=str(self.folder), hint="give it with --base")
-        return BaseModel(
-            name=name,
-            revision=self.config.revision,
-            quantization=trained_quantization(self.record, self.folder),
-        )
+        return BaseModel(name=name, revision=self.config.revision, quantization=self.trained_quantization)
+
+    @property
+    def trained_quantization(self) -> Quantization | None:
+        """How the base model was quantised when the adapter was trained; None: not at all, or that is not known."""
+        return trained_quantization(self.record, self.folder)
 
     @cached_property
     def task_values(self) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def other_base(source: AdapterSource, spec: BaseModel) -> str | None:
     """
     recorded = mapping_at(source.record, "base_model")
     if source.record.get("makes_up_for_quantization"):
-        trained = trained_quantization(source.record, source.folder)
+        trained = source.trained_quantization
         if trained and spec.quantization != trained:
             own = f"the {trained.type} weights of {recorded.get('name', spec.name)}"
             return f"{source.folder} corrects the error of {own}, and fits no others"

@@ -106,7 +106,7 @@ def merge_adapter(
     require_empty(output)
     _refuse_name(output)
     source = find_adapter(adapter, base)
-    command = shlex.join(["peftcli", "merge", adapter, "--output", str(output)])
+    command = shlex.join(["peftcli", "merge", adapter, "--output", str(output), *(["--dtype", dtype] if dtype else [])])
     job = _open_job(source, dtype, dequantize, command)
     name, trained = job.base.spec.name, source.base.quantization
     with new_folder(output) as partial, _reading(name):
@@ -140,19 +140,22 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
         raise AdapterError(reason, file=str(source.folder))
     source.config.inference_mode = True
     spec = source.base if dequantize else replace(source.base, quantization=None)
+    same_base = f"{command} --base {shlex.quote(source.base_name)}" if source.base_name else command
     if source.record.get("makes_up_for_quantization") and not dequantize:
         raise AdapterError(
             f"it corrects the error of the quantised weights of {spec.name}, and fits no others",
-            hint=f"merge into those weights, made dense: {command} --dequantize",
+            hint=f"merge into those weights, made dense: {same_base} --dequantize",
         )
     base = open_base(spec, processors=source.folder)
+    if dequantize and not base.quantization:  # the place alone is another one
+        base = open_base(replace(spec, quantization=source.trained_quantization), processors=source.folder)
     how = base.quantization
     if how and not dequantize:
         raise AdapterError(
             f"{base.name} is stored quantised ({how['type']}), and rounding the merged weights again would lose "
             "much of what was learned",
             hint=f"merge into the full-precision model that it was made of: {command} --base MODEL\n"
-            f"or into its own weights, made dense: {command} --dequantize",
+            f"or into its own weights, made dense: {same_base} --dequantize",
         )
     if dequantize and not how:
         raise UsageError(f"{base.name} is not quantised", key="--dequantize")

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -232,7 +233,7 @@ def verify_adapter(
         raise UsageError(f"has no {RECORD_FILE}: nothing says what the trained model was", file=name, hint=hint)
     if recorded:
         _compare_files(source, recorded)
-    with open_base(source.base, processors=source.folder) as opened:
+    with _open_trained_base(source) as opened:
         task = _open_task(source, opened, recorded)
         loaded = load_for_task(source, opened, task, getattr(torch, recorded.get("dtype", "float32")))
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -302,6 +303,14 @@ def _refuse_difference(
         if now.get(key) != then.get(key):
             message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
             raise AdapterError(message, file=file, key=key)
+
+
+def _open_trained_base(source: AdapterSource) -> OpenBase:
+    """Open the base model, quantised as it was trained, also where another place is given for it."""
+    opened = open_base(source.base, processors=source.folder)
+    if opened.quantization or not source.trained_quantization:
+        return opened
+    return open_base(replace(source.base, quantization=source.trained_quantization), processors=source.folder)
 
 
 def _open_task(source: AdapterSource, opened: OpenBase, recorded: Mapping[str, Any]) -> Task[Any]:

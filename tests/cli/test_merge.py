@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import inject
+from peftcli.errors import ModelError
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
@@ -234,6 +235,29 @@ def test_a_base_that_is_no_safetensors_checkpoint(merged: Callable, tmp_path: Pa
     assert merged(adapter)["untied"] is True
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(found, adapted_logits(base, adapter), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_weights_in_another_place_are_quantised_as_in_training(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def need_package(kind: str) -> None:
+        raise ModelError(f"loaded as {kind}")
+
+    monkeypatch.setattr("peftcli.models.quantization.need_package", need_package)
+    adapter, output = make_adapter(tmp_path / "adapter", base_folder()), tmp_path / "merged"
+    run = {"makes_up_for_quantization": True, "recipe": {"base_model": {"quantization": {"type": "nf4"}}}}
+    (adapter / "run.json").write_text(json.dumps(run))
+    moved = ("--base", base_folder())
+    if command == "merge":
+        options = ("--output", output, "--dtype", "float16", *moved)
+        assert (
+            f"--output {output} --dtype float16 --base {base_folder()} --dequantize"
+            in cli(command, adapter, *options).err
+        )
+        assert "loaded as nf4" in cli(command, adapter, *options, "--dequantize").err
+    else:
+        assert "loaded as nf4" in cli(command, adapter, *moved, "--with", "peft").err
 
 
 # --- number formats ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -467,7 +468,8 @@ def test_what_makes_up_for_quantisation_goes_into_those_weights_only(tmp_path: P
     with pytest.raises(AdapterError, match="corrects the error of the quantised weights") as caught:
         merging.merge_adapter(str(folder), tmp_path / "merged")
     assert str(caught.value.hint).endswith(f"peftcli merge {folder} --output {tmp_path}/merged --dequantize")
-    merging.merge_adapter(str(folder), tmp_path / "merged", dequantize=True)
+    moved = shutil.copytree(trainkit.base_folder(), tmp_path / "moved")
+    merging.merge_adapter(str(folder), tmp_path / "merged", base=str(moved), dequantize=True)
 
 
 def test_what_is_dense_is_not_made_dense(tmp_path: Path) -> None:
