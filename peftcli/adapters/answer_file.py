@@ -8,13 +8,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.adapters.load import SHARED_FILES
 from peftcli.system.disk import sha256
 from peftcli.system.outputs import expand_user, is_stream, partial_file, write_output
 from peftcli.system.secrets import redact_values
 from peftcli.system.signals import current
 
 T = TypeVar("T")
+_TELLING = ("README.md", "loss.png")
+"""Files of an adapter from which no answer follows."""
 
 
 def _in_order(lines: Sequence[bytes], order: Sequence[int]) -> bytes:
@@ -79,7 +81,8 @@ def write_answers(
 def content_key(loaded_from: dict[str, Any]) -> list[Any]:
     """What a loaded model follows from, but for the content of a base model that is a folder."""
     adapter = loaded_from.get("adapter")
-    return [loaded_from, [sha256(Path(adapter) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if adapter else []]
+    files = [Path(adapter) / name for name in SHARED_FILES if name not in _TELLING] if adapter else []
+    return [loaded_from, [(str(path), sha256(path)) for path in files if path.is_file()]]
 
 
 def _is_json(line: bytes) -> bool:

@@ -19,6 +19,7 @@ import trainkit
 from trainkit import MESSAGES, PAIRS, PROMPT_TUNING, PROMPTS, Child, run_recipe, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from peftcli.adapters.answer_file import content_key
 from peftcli.adapters.generate import load_generator
 from peftcli.core.layer import adapter_layers
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
@@ -242,6 +243,16 @@ def test_a_batch_file_goes_on_after_a_stop(
     assert sum(asked[3:]) == len(QUESTIONS) - 4
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_answers_of_another_chat_template_begin_anew(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "README.md"):
+        (tmp_path / name).write_text("before")
+    before = content_key({"adapter": str(tmp_path)})
+    (tmp_path / "README.md").write_text("after")
+    assert content_key({"adapter": str(tmp_path)}) == before
+    (tmp_path / "chat_template.jinja").write_text("after")
+    assert content_key({"adapter": str(tmp_path)}) != before
 
 
 def test_answers_hold_no_secret(cli: Callable, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
