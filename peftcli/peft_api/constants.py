@@ -9,6 +9,7 @@ from peftcli.methods.ia3.config import TARGETS
 from peftcli.peft_api.config import PeftType
 from peftcli.peft_api.model import PeftModel
 from peftcli.peft_api.tuner import Tuner
+from peftcli.peft_api.tuner_models import TUNER_CLASSES
 
 CONFIG_NAME = CONFIG_FILE
 SAFETENSORS_WEIGHTS_NAME = WEIGHTS_FILE
@@ -24,6 +25,9 @@ TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = PeftModel.task_classes
 PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType(row.peft_type): row.config_class() for row in METHODS.values()}
-PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner)
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type] = {
+    **dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner),
+    **{PeftType(each.peft_type): each for each in TUNER_CLASSES.values()},
+}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
 """All methods: adapters of any of them can be in one model."""

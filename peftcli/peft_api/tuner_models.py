@@ -30,9 +30,15 @@ class TunerKind(type):
         return found[:1] == [cls.peft_type]
 
     def __call__(
-        cls, model: nn.Module, peft_config: AdapterConfig | dict[str, AdapterConfig], adapter_name: str = "default"
+        cls,
+        model: nn.Module,
+        peft_config: AdapterConfig | dict[str, AdapterConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
     ) -> Tuner:
         """Put a new adapter into ``model``, in place. ``peft_config`` may hold its config under its name.
+
+        For ``low_cpu_mem_usage`` see ``get_peft_model``.
 
         Raises:
             AdapterError: the config is another method's, or does not fit the model.
@@ -42,7 +48,7 @@ class TunerKind(type):
             raise AdapterError(f"{cls.__name__} takes a config of {cls.peft_type}, not {chosen.peft_type}")
         check_name(adapter_name)
         with replacing(model, adapter_name):
-            start_adapter(model, chosen, adapter_name)
+            start_adapter(model, chosen, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         set_trainable_as_new(model, chosen, adapter_name)
         return Tuner(model, {adapter_name: chosen})
 
@@ -50,10 +56,10 @@ class TunerKind(type):
 def __getattr__(name: str) -> Any:
     if name not in TUNER_MODELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _CLASSES[name]
+    return TUNER_CLASSES[name]
 
 
-_CLASSES = {
+TUNER_CLASSES: dict[str, TunerKind] = {
     name: TunerKind(name, (), {"peft_type": METHODS[method].peft_type, "__doc__": f"``Tuner`` of {method}."})
     for name, method in TUNER_MODELS.items()
 }

@@ -75,11 +75,14 @@ def test_a_module_asked_for_its_file_imports_nothing(monkeypatch: pytest.MonkeyP
 
 def test_the_classes_tell_methods_and_layers_apart() -> None:
     base = tiny("llama")
-    tuner = peftcli.LoraModel(base, peftcli.LoraConfig(target_modules=["q_proj"]), "default")
+    kind = peftcli.PEFT_TYPE_TO_TUNER_MAPPING["LORA"]
+    assert kind is peftcli.LoraModel
+    tuner = kind(base, peftcli.LoraConfig(target_modules=["q_proj"]), "default", low_cpu_mem_usage=True)
     assert isinstance(tuner, peftcli.LoraModel)
     assert not isinstance(tuner, peftcli.IA3Model)
     assert isinstance(peftcli.get_peft_model(tiny("llama"), peftcli.IA3Config()).base_model, peftcli.IA3Model)
-    assert {value.requires_grad for name, value in tuner.named_parameters() if "lora" in name} == {True}
+    found = {(value.requires_grad, value.is_meta) for name, value in tuner.named_parameters() if "lora" in name}
+    assert found == {(True, True)}
     adapted = base.model.layers[0].self_attn.q_proj
     assert isinstance(adapted, peftcli.peft_api.tuners.lora.Linear)
     assert not isinstance(adapted, peftcli.peft_api.tuners.lora.Embedding)
