@@ -24,6 +24,7 @@ from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state, load_training_state, training_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
+from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
@@ -404,6 +405,7 @@ class PeftModel(SavedByTrainer):
         key_mapping: Mapping[str, str] | None = None,
         *,
         ignore_mismatched_sizes: bool = False,
+        adapters: Mapping[str, str] | None = None,
         **options: Any,
     ) -> PeftModel:
         """``model`` with the adapter of a folder or hub repository in it, frozen unless ``is_trainable``.
@@ -421,6 +423,7 @@ class PeftModel(SavedByTrainer):
             key_mapping: regular expressions for the names of the file's tensors, without ``base_model.model.``, and
                 what to put in their place.
             ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
+            adapters: of X-LoRA, where its LoRA adapters are by now: a name each, and its folder or repository.
             options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``,
                 as in huggingface_hub; of its other options, those that change nothing here warn. What PEFT takes for a
                 base model that is offloaded (``device_map``, ``max_memory`` and others), or that is loaded with the
@@ -432,6 +435,10 @@ class PeftModel(SavedByTrainer):
         check_name(adapter_name)
         source = find(model_id, options)
         config = config or source.config
+        if adapters is not None:
+            if not isinstance(config, XLoraConfig):
+                raise AdapterError(f"works for XLORA, not {config.peft_type}", key="adapters")
+            config.adapters = dict(adapters)
         with replacing(model, adapter_name):
             load(
                 model,

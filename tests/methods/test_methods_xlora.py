@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peftcli.methods import config_from_dict
 from peftcli.methods.updates import UpdateUnknown, find_updates
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.methods.xlora.layers import find_mixture
-from peftcli.peft_api import PeftModel, get_peft_model
+from peftcli.peft_api import LoraConfig, PeftModel, get_peft_model
 
 
 def _mixed(kind: str = "llama", **settings: Any) -> tuple[Any, XLoraConfig, Any]:
@@ -102,6 +103,21 @@ def test_pefts_methods_are_the_models(tmp_path: Path) -> None:
     model.set_global_scaling_weight(1.0)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), batch("llama")), before)
+
+
+def test_a_mixture_whose_adapters_have_moved_is_loaded_with_their_new_places(tmp_path: Path) -> None:
+    adapters = {number: str(tmp_path / number) for number in experts("llama")}
+    for number, folder in experts("llama").items():
+        shutil.copytree(folder, adapters[number])
+    model = get_peft_model(tiny("llama"), XLoraConfig(adapters=adapters, hidden_size=32)).eval()
+    model.save_pretrained(tmp_path / "mixture")
+    moved = {number: shutil.move(folder, f"{folder} moved") for number, folder in adapters.items()}
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "mixture", adapters=moved)
+    assert torch.equal(logits(loaded, batch("llama")), logits(model, batch("llama")))
+    model = get_peft_model(tiny("llama"), LoraConfig())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="adapters: works for XLORA, not LORA"):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path, adapters=moved)
 
 
 def test_its_update_is_not_one_of_the_weights() -> None:
