@@ -40,6 +40,14 @@ def linear_view(module: Any) -> Linear | None:
     return None
 
 
+def needs_no_trial(layer: Any, kind: Any) -> bool:
+    """Return whether a layer has the forward of torch's ``kind``, or is a quantiser's, which is taken for right."""
+    own = type(layer)
+    if own.forward is kind.forward or own.__module__.startswith("transformers.integrations."):
+        return True
+    return is_quantised(layer) or type(layer._parameters.get("weight")) not in PLAIN_WEIGHTS
+
+
 def _gives_outputs(layer: nn.Linear) -> bool:
     """Return whether a layer of a class of its own gives one output (..., out) for an input (..., in).
 
@@ -47,9 +55,7 @@ def _gives_outputs(layer: nn.Linear) -> bool:
     tensors without values; layers of quantisers are not, whose kernels need values.
     """
     kind: Any = type(layer)
-    if kind.forward is nn.Linear.forward or kind.__module__.startswith("transformers.integrations."):
-        return True
-    if is_quantised(layer) or type(layer.weight) not in PLAIN_WEIGHTS:
+    if needs_no_trial(layer, nn.Linear):
         return True
     dtype, empty = layer.weight.dtype, kind.__new__(kind)
     weights = {name: value if value is None else value.to("meta") for name, value in layer._parameters.items()}

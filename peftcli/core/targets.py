@@ -13,9 +13,8 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
 from peftcli.core.layer import AdapterLayer, base_module, base_modules, base_paths, model_ends
-from peftcli.core.linear import linear_view
+from peftcli.core.linear import linear_view, needs_no_trial
 from peftcli.core.protocols import FindsTargets, layers_of
-from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
 
@@ -65,6 +64,8 @@ _READ_PAST_CALLS = {
 always: what an adapter adds to the output of such a module would be lost."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRIED = 8
+"""How many rows of a weight are enough to see how a layer uses it."""
 _SHOWN = 6
 """How many names a message gives."""
 _SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
@@ -95,35 +96,55 @@ def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
     Raises:
         AdapterError: the method does not adapt it.
     """
-    base = base_module(module)
-    kind = next((kind for kind in CONVOLUTIONS if isinstance(base, kind)), None)
-    if kind and not _convolves(base, kind):
-        raise AdapterError(
-            f"{name} is a {type(base).__name__}, which changes its weight or its input before it uses them, so that an "
-            "adapter there could not be merged",
-            key="target_modules",
-            hint="leave it out",
-        )
+    check_forward(module, name)
     return layers_of(config).wrap(module, name, config)
 
 
-def _convolves(layer: Any, kind: Any) -> bool:
-    """Return whether a convolution of a class of its own computes as torch's does, by values drawn for a trial."""
-    own = type(layer)
-    if own.forward is kind.forward or is_quantised(layer):
+def check_forward(module: nn.Module, name: str, key: str = "target_modules") -> None:
+    """Raise AdapterError if ``module`` has a forward of its own that computes otherwise than torch's."""
+    base = base_module(module)
+    kind = next((kind for kind in (*CONVOLUTIONS, nn.Linear, nn.Embedding) if isinstance(base, kind)), None)
+    if kind and not _computes_as(base, kind):
+        raise AdapterError(
+            f"{name} is a {type(base).__name__}, which computes otherwise than torch's {kind.__name__}, so that an "
+            "adapter there would be wrong, or could not be merged",
+            key=key,
+            hint="leave it out",
+        )
+
+
+def _computes_as(layer: Any, kind: Any) -> bool:
+    """Return whether a layer of a class of its own computes as torch's ``kind``, by values drawn for a trial.
+
+    An embedding may multiply what it looks up by its ``embed_scale``.
+    """
+    if needs_no_trial(layer, kind):
         return True
-    random, trial = torch.Generator().manual_seed(0), object.__new__(own)
-    drawn = {
-        name: value if value is None else torch.randn(value.shape, generator=random)
-        for name, value in layer._parameters.items()
-    }
-    vars(trial).update(vars(layer), _parameters=drawn)
-    sizes = [(width - 1) * step + 2 for width, step in zip(layer.kernel_size, layer.dilation, strict=True)]
-    given = torch.randn(1, layer.in_channels, *sizes, generator=random)
+    if list(layer.children()):  # which its forward uses
+        return False
+    own, random = type(layer), torch.Generator().manual_seed(0)
+
+    def draw(value: torch.Tensor | None) -> torch.Tensor | None:
+        return torch.randn(value.shape, generator=random) if value is not None and value.is_floating_point() else value
+
+    trial, given = object.__new__(own), torch.tensor([[2, 0, 1]])
+    parameters = dict(layer._parameters)
+    if kind in CONVOLUTIONS:
+        sizes = [(width - 1) * step + 2 for width, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+        given = torch.randn(1, layer.in_channels, *sizes, generator=random)
+    else:  # a few rows of the weight are enough
+        parameters |= {
+            name: value[:_TRIED] for name in ("weight", "bias") if (value := parameters.get(name)) is not None
+        }
+    if kind is nn.Linear:
+        given = torch.randn(3, 1, layer.in_features, generator=random)
+    vars(trial).update(vars(layer), _parameters={name: draw(value) for name, value in parameters.items()})
+    vars(trial).update(_buffers={name: draw(value) for name, value in layer._buffers.items()}, padding_idx=None)
     try:
         made, expected = own.forward(trial, given), kind.forward(trial, given)
     except Exception:  # whatever code the class has
         return False
+    expected = expected * getattr(trial, "embed_scale", 1.0)
     alike = isinstance(made, torch.Tensor) and made.shape == expected.shape
     return alike and torch.allclose(made, expected, rtol=1e-3, atol=1e-3)
 

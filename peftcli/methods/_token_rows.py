@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcli.core.inject import replace_modules
 from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, modules_sharing
+from peftcli.core.targets import check_forward
 from peftcli.errors import AdapterError
 
 
@@ -98,8 +99,13 @@ def share_rows(model: nn.Module, layer: TrainedRows) -> dict[str, TrainedRows]:
 
     Returns:
         The new layers over these, by the names of their modules.
+
+    Raises:
+        AdapterError: one of them computes otherwise than torch's layers.
     """
     shared = modules_sharing(model, base_module(layer))
+    for name, module in shared.items():
+        check_forward(module, name)
     new = {name: wrap_rows(module, layer.tokens, rows=layer.trainable_tokens_delta) for name, module in shared.items()}
     replace_modules(model, {shared[name]: other.train(layer.training) for name, other in new.items()})
     return new
@@ -110,6 +116,7 @@ def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) 
     layer = base_module(module)
     if not isinstance(layer, (nn.Embedding, nn.Linear)):
         raise AdapterError(f"{name} is a {type(layer).__name__}; rows of Embedding and Linear can be trained", key=key)
+    check_forward(layer, name, key)
     count, tokens = layer.weight.shape[0], list(tokens)
     if not tokens:
         raise AdapterError("names no token", key=key)

@@ -26,9 +26,12 @@ from transformers import (
     WavLMForCTC,
     WavLMModel,
 )
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.models.efficientnet.modeling_efficientnet import EfficientNetDepthwiseConv2d
 from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
@@ -41,6 +44,7 @@ from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.loha.config import LoHaConfig
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.oft.config import OFTConfig
+from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 from peftcli.methods.vera.config import VeraConfig
 
 
@@ -203,7 +207,7 @@ def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_outp
     assert find_targets(model, LoraConfig(target_modules="all-linear")) == ["plain"]
     for name, kind in (("router", "Router"), ("grouped", "Grouped")):
         for config in (LoraConfig(target_modules=[name]), LoHaConfig(target_modules=[name])):
-            with pytest.raises(AdapterError, match=f"{name} is a {kind}; "):
+            with pytest.raises(AdapterError, match=f"{name} is a {kind}, "):
                 inject(model, config)
 
 
@@ -215,12 +219,39 @@ def test_a_convolution_that_computes_otherwise_is_refused(kind: Any) -> None:
 
     inject(nn.ModuleDict({"same": Same(4, 4, 3)}), kind(target_modules=["same"]))
     model = nn.ModuleDict({"plain": EfficientNetDepthwiseConv2d(8), "own": WeightStandardizedConv2d(4, 4, 3)})
-    with pytest.raises(
-        AdapterError, match="target_modules: own is a WeightStandardizedConv2d, which changes its weight"
-    ):
+    with pytest.raises(AdapterError, match="target_modules: own is a WeightStandardizedConv2d, which computes other"):
         inject(model, kind(target_modules=["own"]))
     if kind is not OFTConfig:  # which adapts none with groups
         inject(model, kind(target_modules=["plain"]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["own"]),
+        TrainableTokensConfig(token_indices=[1], target_modules=["own"]),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices={"own": [1]}),
+    ],
+)
+def test_an_embedding_or_a_head_that_computes_otherwise_is_refused(config: Any) -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 6)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    class Shifted(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids + 1)
+
+    for own in (Shifted(6, 4), IdeficsDecoupledEmbedding(6, 1, 4), Scaled()):
+        model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own})
+        with pytest.raises(AdapterError, match=f"own is a {type(own).__name__}, which computes otherwise"):
+            inject(model, config)
+    for own in (Gemma3TextScaledWordEmbedding(6, 4, 0, 3.0), BartScaledWordEmbedding(6, 4, 0, 3.0), FalconLinear(4, 6)):
+        inject(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own}), config)
 
 
 def test_where_nothing_is_linear_the_error_names_what_the_method_adapts() -> None:

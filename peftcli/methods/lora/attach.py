@@ -21,7 +21,7 @@ from peftcli.core.layer import (
     base_paths,
     layers_at,
 )
-from peftcli.core.targets import find_modules
+from peftcli.core.targets import check_forward, find_modules
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.alora import watch_input_ids
@@ -118,6 +118,7 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         source = at[group[0]]
         name_group(config, group, "target_modules")
         for name in group[1:]:
+            check_forward(at[name], name)
             if isinstance(base_module(at[name]), nn.Embedding):
                 new[at[name]] = twin = LoraEmbedding(at[name], name, config)
                 twin.scaling = twin.full_scaling = source.scaling
