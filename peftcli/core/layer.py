@@ -485,6 +485,12 @@ def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]
     }
 
 
+def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
+    """Return the enabled layers below ``layer`` on its module that see the rows of its adapter, the outermost first."""
+    below = [each for each in layers_at(layer.base_layer) if each.enabled]
+    return [each for each in below if each.adapter == layer.adapter or not layer.mixed]
+
+
 def plain_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of the base model's first weight that is not quantised; float32 if all are."""
     weights = (value for module in base_modules(model).values() for value in module.parameters(recurse=False))

@@ -14,11 +14,14 @@ import peftcli
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
+from peftcli.methods.lora.initialisations.config import LoftQConfig
+from peftcli.methods.lora.variant_settings import KasaConfig
 from peftcli.peft_api import PeftModel, get_peft_model
 from peftcli.peft_api.mixed_batch import adapted_by_row
 
 ROWS = ["b", "__base__", "a", "c", "a", "b"]
 DENSE = {"target_modules": "all-linear", "r": 3}
+ROUNDED = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}
 CONV = {"target_modules": ["convolution"]}
 
 SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -38,6 +41,8 @@ SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [5, 6, 7]}, {"use_dora": True}],
     ),
     "convolutions": ("convnet", [CONV, {**CONV, "modules_to_save": ["classifier"]}, {**CONV, "r": 2}]),
+    "weak directions": ("llama", [ROUNDED, {"kasa_config": KasaConfig()}, {"kasa_config": KasaConfig(), "r": 3}]),
+    "rounded": ("llama", [ROUNDED, ROUNDED, {}]),
     "whisper": ("whisper", [{}, {"target_modules": ["fc1", "conv1"]}, DENSE]),
 }
 

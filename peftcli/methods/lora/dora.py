@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, layers_at, widened
+from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, layers_below, widened
 from peftcli.core.linear import dense_weight, linear_view
 
 
@@ -109,8 +109,5 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
 
 def _bias(layer: AdapterLayer) -> torch.Tensor | None:
     """Return the bias that the layer's base layer adds to rows of this adapter."""
-    for below in layers_at(layer.base_layer):
-        counts = below.enabled and (below.adapter == layer.adapter or not layer.mixed)
-        if isinstance(below, TrainedBias) and counts:
-            return below.own_tensors()["bias"]
-    return base_module(layer).bias
+    biases = [below.own_tensors()["bias"] for below in layers_below(layer) if isinstance(below, TrainedBias)]
+    return biases[0] if biases else base_module(layer).bias

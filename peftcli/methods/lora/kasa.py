@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import layers_at, widened
+from peftcli.core.layer import layers_below, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, stored_weight
@@ -51,7 +51,7 @@ class KasaLinear(LoraLinear):
 
     def _taken(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weak directions that other enabled KaSA layers below have not taken away yet, weakest last."""
-        below = [layer.r for layer in layers_at(self.base_layer) if isinstance(layer, KasaLinear) and layer.enabled]
+        below = [layer.r for layer in layers_below(self) if isinstance(layer, KasaLinear)]
         kept = max(self.r - max(below, default=0), 0)
         return a[:kept], b[:, :kept]
 

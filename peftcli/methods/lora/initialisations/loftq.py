@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import base_module, layers_at, widened
+from peftcli.core.layer import base_module, layers_below, widened
 from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
@@ -101,7 +101,7 @@ class LoftQLinear(LoraLinear):
 
     def _is_rounded_below(self) -> bool:
         """Return whether another enabled adapter has rounded the same weight."""
-        return any(isinstance(layer, LoftQLinear) and layer.enabled for layer in layers_at(self.base_layer))
+        return any(isinstance(layer, LoftQLinear) for layer in layers_below(self))
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         merged, error = super().merged_tensors(base), self.error
