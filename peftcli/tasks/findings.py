@@ -28,6 +28,12 @@ CLASSES = by_name(
         "have tags of BILOU, IOBES or BMES, which are turned into those of IOB2",
         "Where each tag should be a class of its own, set task.scheme to none.",
     ),
+    Kind(
+        "parts_of_words",
+        "warning",
+        "have an entity that is a part of a word; the whole word is trained, and answers have whole words",
+        "Check where these entities begin and end.",
+    ),
 )
 """Those of the classification tasks."""
 

@@ -31,9 +31,9 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.token_text import TokenRenderer
-from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, tagged_words, word_spans, words_of
+from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, joined_words, owners, tags_of, words_of
 
-_TRUNCATED, _CONVERTED = 1, 2
+_TRUNCATED, _CONVERTED, _PARTS = 1, 2, 4
 _SPANS = ("entities", "spans")
 _UNBALANCED = 0.95
 
@@ -83,7 +83,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             spans = spans or "entities" in reader.names
             for row in rows:
                 with left_out:
-                    seen |= dict.fromkeys(tag for _, tag in tagged_words(row, reader) if tag is not None)
+                    tags, _ = tags_of(words_of(row, reader), row, reader)
+                    seen |= dict.fromkeys(tag for tag in tags if tag is not None)
         given = list(self.labels)
         found = list(declared or seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
@@ -121,12 +122,10 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return encode_each(rows, lambda row: self._outcome(row, reader))
 
     def _outcome(self, row: Row, reader: LabelReader) -> Outcome:
-        pairs = tagged_words(row, reader)
-        words = words_of(row, reader, [span for span, _ in pairs])
-        own = [tag for _, tag in pairs]
+        words, example, size = self._example(words_of(row, reader), joins="text" in reader.names)
+        own, whole = tags_of(words, row, reader)
         named = [tag and as_iob2(tag) for tag in own] if self.settings.scheme == "iob2" else own
         tags = [self._target(*both, row, reader) for both in zip(named, own, strict=True)]
-        example, size = self._example(words)
         if not words.spans or not example.size:
             raise row.place.error("holds no words")
         counted = self._labels(example.arrays["word_of"], tags)
@@ -135,28 +134,33 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         lost = sum(tag != IGNORED and at not in read for at, tag in enumerate(tags)) if size > example.size else 0
         if not example.num_targets:
             return Outcome([], "no word has a tag", size)
-        flags = _TRUNCATED * (size > example.size) | _CONVERTED * (named != own)
+        flags = _TRUNCATED * (size > example.size) | _CONVERTED * (named != own) | _PARTS * (not whole)
         return Outcome([example], size=size, lost=lost, flags=flags)
 
-    def _example(self, words: Words) -> tuple[Example, int]:
-        """The example of a row without its tags, and how many tokens the row has before any cut."""
+    def _example(self, words: Words, *, joins: bool) -> tuple[Words, Example, int]:
+        """The words of a row, its example without their tags, and how many tokens the row has before any cut.
+
+        ``joins``: words that share a piece are one.
+        """
         if self.processor.is_fast:
             found = self.processor(words.text, return_offsets_mapping=True, verbose=False)
             size = len(found["input_ids"])
+            words = joined_words(words, found["offset_mapping"]) if joins else words
             if size > self.max_length:
                 found = self.processor(
                     words.text, return_offsets_mapping=True, truncation=True, max_length=self.max_length
                 )
-            word_of = _owners(found["offset_mapping"], words)
+            owner = owners(words)
+            word_of = [max(owner[start:end], default=-1) for start, end in found["offset_mapping"]]
         else:
             split, ids_of = self.processor.tokenize, self.processor.convert_tokens_to_ids
             pieces = [list(ids_of(split(words.text[start:end]))) for start, end in words.spans]
-            owners = [at for at, each in enumerate(pieces) for _ in each]
-            size = len(owners) + self.processor.num_special_tokens_to_add()
+            owner = [at for at, each in enumerate(pieces) for _ in each]
+            size = len(owner) + self.processor.num_special_tokens_to_add()
             room = self.max_length - self.processor.num_special_tokens_to_add()
             ids = [piece for each in pieces for piece in each][:room]
             found = self.processor.prepare_for_model(ids, return_special_tokens_mask=True)
-            special, left = found["special_tokens_mask"], iter(owners)
+            special, left = found["special_tokens_mask"], iter(owner)
             word_of = [-1 if is_special else next(left) for is_special in special]
         arrays = {
             "input_ids": found["input_ids"],
@@ -164,7 +168,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             "word_of": word_of,
             "tags": [],
         }
-        return Example(arrays, len(found["input_ids"]), 0), size
+        return words, Example(arrays, len(found["input_ids"]), 0), size
 
     def _target(self, tag: str | None, own: str | None, row: Row, reader: LabelReader) -> int:
         """The number of a tag, which is ``own`` in the row; ``IGNORED`` for a word that has none."""
@@ -290,7 +294,11 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
 
     def record_findings(self, records: Records) -> list[Finding]:
-        return records.findings(FINDINGS["converted_tags"], records.with_flag(_CONVERTED), of_used=True)
+        flags = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
+        found = [
+            records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags.items()
+        ]
+        return [each for some in found for each in some]
 
     def findings(self, view: View) -> list[Finding]:
         """Look for tags that no word has, and for one that nearly all words have."""
@@ -308,8 +316,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         """Answer rows in their order; those of similar size share a batch."""
         rows = list(rows)
         reader = self.read(table_of(rows, options.columns), labelled=False)
-        words = [words_of(row, reader, word_spans(row, reader)) for row in rows]
-        examples = [self._example(each)[0] for each in words]
+        joins = "text" in reader.names
+        words, examples, _ = zip(*(self._example(words_of(row, reader), joins=joins) for row in rows), strict=True)
         read = [at for at in range(len(rows)) if examples[at].size]
         logits = logits_of(model, [examples[at] for at in read], self.collate_inputs, options.batch_size)
         scores = dict(zip(read, logits, strict=True))  # (T, C)
@@ -367,14 +375,6 @@ def _first_pieces(word_of: Sequence[int], count: int) -> list[int]:
         if word_of[at] >= 0:
             first[word_of[at]] = at
     return first
-
-
-def _owners(offsets: Sequence[tuple[int, int]], words: Words) -> list[int]:
-    """The word of each piece, by the characters that it stands for; -1: none, as of a special token."""
-    owner = [-1] * len(words.text)
-    for at, (start, end) in enumerate(words.spans):
-        owner[start:end] = [at] * (end - start)
-    return [max(owner[start:end], default=-1) for start, end in offsets]
 
 
 TASK = TokenClassification

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from classifierkit import base_of, encoded, open_task, scanned, table_of
@@ -325,6 +326,46 @@ def test_answers_name_entities_by_their_characters() -> None:
         {"type": "PER", "start": 0, "end": 12, "text": "Ada Lovelace", "score": 1.0},
         {"type": "LOC", "start": 22, "end": 27, "text": "Turin", "score": 1.0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "entities"),
+    [
+        (r"\W?\w+|\W", "Jean-Pierre (Paris) left the U.S. now", ["Jean-Pierre", "Paris", "U.S."]),
+        (r"\S+", "the U.S. now", ["U.S."]),
+        (r"\S+", "अमित दिल्ली में रहता है", ["अमित", "दिल्ली"]),
+        (r"\w", "Ada住在北京市。", ["Ada", "北京市"]),
+    ],
+    ids=["marks", "one piece", "Hindi", "Chinese"],
+)
+def test_what_is_right_in_each_piece_is_right_in_metrics_and_answers(
+    pieces: str, text: str, entities: list[str]
+) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, "?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pieces), "isolated")
+    base = base_of("bert")
+    base.processor = lambda _: transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="?")
+    task = TASKS[NAME].open(TASKS[NAME].settings(**IOB), base)
+    places = [[text.index(each), text.index(each) + len(each), "LOC"] for each in entities]
+    table, rows = table_of([{"text": text, "entities": places}])
+    [outcome] = task.encode(rows, task.read(table))
+    assert not outcome.flags
+    batch = task.collate(outcome.examples, training=False)
+    logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(LABELS)).float()
+    outputs = task._outputs(logits, batch["_first"], batch["_tags"])
+    assert task.metrics({"loss": torch.tensor(0.0).numpy()}, outputs, outcome.examples[0].num_targets)["f1"] == 1
+    model = model_for(open_task(NAME, **IOB))
+    model.forward = lambda **_: transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
+    [answer] = task.predict(model, table_of([{"text": text}])[1], PredictOptions())
+    assert [each["text"] for each in answer["entities"]] == entities
+
+
+def test_an_entity_that_is_part_of_a_word_is_counted() -> None:
+    task = open_task(NAME, **IOB)
+    table, rows = table_of([{"text": "Turinese sun", "entities": [[0, 5, "LOC"]]}])
+    [outcome] = task.encode(rows, task.read(table))
+    assert names(task, outcome.examples[0].arrays["tags"]) == ["B-LOC", "O"]
+    assert outcome.flags == 4
 
 
 def test_inspect_marks_the_entities() -> None:

@@ -18,7 +18,7 @@ from peftcli.tasks.text.spans import common_length
 PAIR = ("chosen", "rejected")
 """The columns of a row of two answers."""
 _BLANKS = " \n\t"
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """A letter of a script without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
@@ -146,6 +146,6 @@ def _shared(one: str, other: str) -> int:
     A script without blanks between words has no such place: there they are all of them, but for an answer's last.
     """
     common = one[: common_length(one, other)]
-    if _UNSPACED.search(common) and not any(blank in common for blank in _BLANKS):
+    if UNSPACED.search(common) and not any(blank in common for blank in _BLANKS):
         return min(len(common), len(one) - 1, len(other) - 1)
     return max(0, *(common.rfind(blank) for blank in _BLANKS))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+
+import regex
 
 from peftcli.data.rows import Reader, Row, shortened
 from peftcli.tasks.classification import LabelReader, class_name
+from peftcli.tasks.text.answers import UNSPACED
 from peftcli.tasks.text.chat import IGNORED
 
 OUTSIDE = "O"
 """The tag of a word that is in no entity."""
 _IOB2 = {"L-": "I-", "E-": "I-", "M-": "I-", "U-": "B-", "S-": "B-"}
 """What the last, inner and only words of entities have in IOB2: from BILOU, IOBES and BMES."""
-_WORD = re.compile(r"\w+|[^\w\s]")
+_LETTER = UNSPACED.pattern
+_WORD = regex.compile(rf"{_LETTER}\p{{M}}*|(?:(?!{_LETTER})\w)+|[^\w\s]")
+"""A word: letters with their marks, one punctuation mark, or one letter of a script without blanks between words."""
 
 
 @dataclass(frozen=True)
@@ -27,51 +31,68 @@ class Words:
     """First character and the one past the last of each word."""
 
 
-def words_of(row: Row, reader: Reader, spans: list[tuple[int, int]]) -> Words:
-    """The text of a row, with the places of its words."""
-    return Words(reader.text(row, "text") if "text" in reader.names else " ".join(_tokens(row, reader)), spans)
+def words_of(row: Row, reader: Reader) -> Words:
+    """The words of a row: its tokens joined by blanks, or letters and marks of its text."""
+    if "text" in reader.names:
+        text = reader.text(row, "text")
+        return Words(text, [match.span() for match in _WORD.finditer(text)])
+    spans, start, tokens = list[tuple[int, int]](), 0, _tokens(row, reader)
+    for token in tokens:
+        spans.append((start, start + len(token)))
+        start += len(token) + 1
+    return Words(" ".join(tokens), spans)
 
 
-def word_spans(row: Row, reader: Reader, edges: Iterable[int] = ()) -> list[tuple[int, int]]:
-    """The places of a row's words: its tokens joined by blanks, or letters and marks of its text.
+def joined_words(words: Words, pieces: Iterable[tuple[int, int]]) -> Words:
+    """Join the words of a text that share one of these pieces of a tokenizer: a piece has one tag.
 
-    A word of a text also ends at ``edges``, where entities begin and end.
+    A punctuation mark before a word is left out, as no name begins with it: of the piece ``(T`` in ``(Turin)``.
     """
-    if "text" not in reader.names:
-        spans, start = list[tuple[int, int]](), 0
-        for token in _tokens(row, reader):
-            spans.append((start, start + len(token)))
-            start += len(token) + 1
-        return spans
-    cuts, spans = sorted(set(edges)), []
-    for match in _WORD.finditer(reader.text(row, "text")):
-        inside = [edge for edge in cuts if match.start() < edge < match.end()]
-        spans += zip([match.start(), *inside], [*inside, match.end()], strict=True)
-    return spans
+    owner, joined = owners(words), set[int]()
+    for start, end in pieces:
+        shared = {at for at in owner[start:end] if at >= 0}
+        joined |= shared - {min(shared, default=-1)}
+    spans = list[tuple[int, int]]()
+    for at, (start, end) in enumerate(words.spans):
+        if at in joined:
+            before = spans.pop()
+            start = before[0] if regex.search(r"\w", words.text[slice(*before)]) else start
+        spans.append((start, end))
+    return replace(words, spans=spans)
 
 
-def tagged_words(row: Row, reader: LabelReader) -> list[tuple[tuple[int, int], str | None]]:
-    """The place and the tag of each word; None: the word has no tag (-100 in datasets).
+def owners(words: Words) -> list[int]:
+    """The word of each character; -1: none, as of a blank."""
+    owner = [-1] * len(words.text)
+    for at, (start, end) in enumerate(words.spans):
+        owner[start:end] = [at] * (end - start)
+    return owner
+
+
+def tags_of(words: Words, row: Row, reader: LabelReader) -> tuple[Sequence[str | None], bool]:
+    """The tag of each word, and whether entities are whole words; None: the word has no tag (-100 in datasets).
+
+    A word of which an entity is a part belongs to the entity, as a word has one answer.
 
     Raises:
-        DataError: the row has no words, or other tags than words.
+        DataError: the row has other tags than words, or entities that are not in its text.
     """
     if "text" in reader.names:
-        entities = _found_entities(row, reader)
-        spans = word_spans(row, reader, [edge for start, end, _ in entities for edge in (start, end)])
-        tags = [OUTSIDE] * len(spans)
-        for start, end, name in entities:
-            inside = [at for at, span in enumerate(spans) if start <= span[0] and span[1] <= end]
+        tags, whole = [OUTSIDE] * len(words.spans), True
+        for start, end, name in _found_entities(row, reader):
+            found = [at for at, (first, last) in enumerate(words.spans) if first < end and start < last]
+            own = words.text[words.spans[found[0]][0] : words.spans[found[-1]][1]] if found else ""
+            whole = whole and own == words.text[start:end].strip()
+            inside = [at for at in found if tags[at] == OUTSIDE]
             for at in inside:
                 tags[at] = f"{'I' if at != inside[0] else 'B'}-{name}"
-        return list(zip(spans, tags, strict=True))
+        return tags, whole
     value, key = reader.value(row, "tags"), reader.names["tags"]
-    spans = word_spans(row, reader)
-    if not isinstance(value, list) or len(value) != len(spans):
-        found = f"{len(value)}" if isinstance(value, list) else shortened(value)
-        raise row.place.error(f"expected a tag for each of the {len(spans)} tokens, found {found}", key=key)
+    if not isinstance(value, list) or len(value) != len(words.spans):
+        found_tags = f"{len(value)}" if isinstance(value, list) else shortened(value)
+        raise row.place.error(f"expected a tag for each of the {len(words.spans)} tokens, found {found_tags}", key=key)
     try:
-        return [(at, None if tag == IGNORED else class_name(tag, reader)) for at, tag in zip(spans, value, strict=True)]
+        return [None if tag == IGNORED else class_name(tag, reader) for tag in value], True
     except ValueError as error:
         raise row.place.error(str(error), key=key) from None
 

@@ -84,6 +84,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "unbalanced_classes": ("warning", False),
         "missing_classes": ("warning", False),
         "converted_tags": ("warning", False),
+        "parts_of_words": ("warning", False),
         "binary_masks": ("warning", True),
         "clips_too_long": ("warning", True),
         "silent_clips": ("warning", True),
