@@ -21,7 +21,7 @@ from peftcli.recipe.data_checks import check_task
 from peftcli.schema import Recipe, Source
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import Scans, Task, encoding, require_extra
+from peftcli.tasks.base import Limits, Scans, Task, encoding, require_extra
 from peftcli.tasks.found import find_task
 from peftcli.train.batches import num_workers
 from peftcli.train.events import Message, OnEvent, RowsRead, warning
@@ -59,6 +59,17 @@ class Data:
     def names(self) -> list[str]:
         """The training sources, as the recipe calls them."""
         return [part.store.about["source"] for part in self.train.parts]
+
+    def refuse_size(self) -> None:
+        """Check that the base model can read the largest example, and the largest target where that is apart.
+
+        Raises:
+            DataError: it cannot.
+        """
+        if isinstance(self.task, Limits):
+            views = [view for view in (self.train, self.eval) if view]
+            sizes = [view.sizes for view in views] + [view.targets for view in views if not self.task.targets_in_size]
+            self.task.refuse_size(max(int(each.max()) for each in sizes))
 
     def skipped(self) -> Iterable[dict[str, Any]]:
         """The rows that could not be used: where each stands, and what is wrong with it."""

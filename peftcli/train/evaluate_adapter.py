@@ -54,6 +54,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
     task = data.task
     refuse(data.findings, recipe.dataset.allow)
+    data.refuse_size()
     refuse_gates(recipe, data)
     for text in data.warnings:
         tell(warning(text))

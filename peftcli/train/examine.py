@@ -21,7 +21,7 @@ from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers, Limits, refuse_other_classes
+from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import DeepCheck
 from peftcli.train.data import load_data, plan_of, with_task
 from peftcli.train.estimate import estimate
@@ -79,8 +79,7 @@ def examine(recipe: Recipe) -> DeepCheck:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
             attempt("training", partial(refuse_metrics, recipe, data))
-            if isinstance(data.task, Limits):
-                attempt("dataset", partial(data.task.refuse_size, int(data.train.sizes.max())))
+            attempt("dataset", data.refuse_size)
             plan = plan_of(smallest(recipe), data, processes)
             if isinstance(data.task, Gathers) and is_fitted(recipe):
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.rows_at_once))

@@ -37,7 +37,7 @@ from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks import open_task, task_record
-from peftcli.tasks.base import Begins, Gathers, Limits, Task
+from peftcli.tasks.base import Begins, Gathers, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import RunData, load_data, plan_of, with_task
@@ -232,8 +232,7 @@ def read_data(run: Run) -> RunData:
         run.folder.write_skipped(examples.skipped())
     refuse(examples.findings, recipe.dataset.allow)
     refuse_metrics(recipe, examples)
-    if isinstance(examples.task, Limits):
-        examples.task.refuse_size(int(examples.train.sizes.max()))
+    examples.refuse_size()
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
     if isinstance(examples.task, Gathers):
         examples.task.refuse_rows(examples.train, plan.rows_at_once)

@@ -735,10 +735,17 @@ def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:
         )  # fmt: skip
 
 
-def test_examples_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
-    words = {"prompt": "Say much.", "completion": " winter" * 300}
-    recipe = write_recipe(tmp_path, trainkit.base_folder("gpt2", chat=False), [*trainkit.PROMPTS[:9], words] * 2)
-    with pytest.raises(DataError, match="and the base model 256 positions") as caught:
-        run_recipe(recipe, "dataset.max_length=900")
+@pytest.mark.parametrize(
+    ("kind", "task", "at", "positions"),
+    [("gpt2", "causal_lm", 9, 256), ("gpt2", "causal_lm", 12, 256), ("bart", "seq2seq_lm", 9, 64)],
+    ids=["training row", "evaluation row", "target"],
+)
+def test_examples_longer_than_the_models_positions_are_refused(
+    tmp_path: Path, kind: str, task: str, at: int, positions: int
+) -> None:
+    rows = [*trainkit.PROMPTS[:at], {"prompt": "Say much.", "completion": " winter" * 300}, *trainkit.PROMPTS[at:]]
+    recipe = write_recipe(tmp_path, trainkit.base_folder(kind, chat=False), rows)
+    with pytest.raises(DataError, match=f"and the base model {positions} positions") as caught:
+        run_recipe(recipe, "dataset.max_length=900", f"task={task}")
     assert caught.value.key == "dataset.max_length"
-    assert caught.value.hint.startswith("set dataset.max_length: 256, or less; ")
+    assert caught.value.hint.startswith(f"set dataset.max_length: {positions}, or less; ")
