@@ -34,14 +34,13 @@ def test_the_update_is_a_mixture_that_all_positions_agree_on() -> None:
         assert not torch.allclose(layer(x[:1]), layer(x)[:1]), "a row's result depends on the others of its batch"
 
 
-def test_neighbours_share_a_and_all_layers_of_a_kind_share_b() -> None:
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(
-                nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(5)
-            )
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(5))
 
+
+def test_neighbours_share_a_and_all_layers_of_a_kind_share_b() -> None:
     model = Stack()
     layers = inject(model, LilyConfig(r=2, stride_A=2, target_modules=["up", "down"])).layers
     for kind in ("up", "down"):
@@ -50,6 +49,25 @@ def test_neighbours_share_a_and_all_layers_of_a_kind_share_b() -> None:
         a = [layer.lily_A for layer in group]
         assert a[0] is a[1] is not a[2] is a[3] is not a[4]
     assert len({id(layer.lily_router) for layer in layers.values()}) == 10
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        {"layers_to_transform": [0, 1, 2, 3], "layers_pattern": "layers"},
+        {"exclude_modules": ["4.down"]},
+        {"exclude_modules": r".*\.0\.up", "unreached": ["layers.4.down"]},
+    ],
+)
+def test_layers_that_are_left_out_leave_the_others_sharing(left_out: dict[str, Any]) -> None:
+    config = LilyConfig(r=2, **left_out)
+    layers: dict[str, Any] = inject(Stack(), config).layers
+    assert len(layers) < 10
+    for kind in ("up", "down"):
+        assert len({layer.lily_B for name, layer in layers.items() if name.endswith(kind)}) == 1
+    read: Any = config_from_dict(config.file_dict())
+    assert read.target_modules == {"up", "down"}, "by these names PEFT shares"
+    assert inject(Stack(), read).layers.keys() == layers.keys()
 
 
 def test_layers_of_one_name_and_several_shapes_do_not_share() -> None:

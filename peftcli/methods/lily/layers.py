@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.linear import linear_view
-from peftcli.core.targets import module_matches
+from peftcli.core.targets import find_targets, module_matches, shortest_names
 from peftcli.methods._linear import factory_kwargs, require_linear
 from peftcli.methods.lily.config import LilyConfig
 
@@ -51,6 +52,18 @@ class LilyLinear(AdapterLayer):
         shares = self.lily_router(hidden).softmax(-1).flatten(0, -2).mean(0)
         mixed = torch.einsum("n,nro->ro", shares, self.lily_B.weight.unflatten(0, (self.count, -1)))
         return y + (self.scaling * hidden @ mixed).to(y.dtype)
+
+
+def targets(model: nn.Module, config: LilyConfig) -> list[str]:
+    """Return the names of the target modules; where they were not given, name their kinds: layers share by these."""
+    names = find_targets(model, config)
+    if config.target_modules in (None, "all-linear"):
+        config.target_modules = sorted({name.rpartition(".")[2] for name in names})
+        read = replace(config, unreached=[], inference_mode=True)
+        if find_targets(model, read) != names:
+            others = set(find_targets(model, replace(read, exclude_modules=None))).difference(names)
+            config.exclude_modules = shortest_names(model, list(others))
+    return names
 
 
 def attach(model: nn.Module, config: LilyConfig, layers: Mapping[str, AdapterLayer]) -> None:
