@@ -199,7 +199,7 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         names = _without_read(modules, names, config)
     if still := unreached & {*names}:
         text = f"target_modules also matches modules that the data never reaches, as {min(still)}: they will not train"
-        warnings.warn(f"{text}; all-linear leaves such modules out", PeftWarning, stacklevel=2)
+        warnings.warn(f"{text}; where it is unset, such modules are left out", PeftWarning, stacklevel=2)
     if not names:
         raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names

@@ -25,6 +25,14 @@ def test_families_without_a_default_train_every_norm(kind: str, names: list[str]
     assert config.target_modules == (names or ["post_attention_layernorm"])
 
 
+def test_norms_that_the_data_never_reaches_are_left_out() -> None:
+    config = LNTuningConfig(unreached=["embeddings.LayerNorm"])
+    layers = inject(
+        nn.ModuleDict({"embeddings": nn.ModuleDict({"LayerNorm": nn.LayerNorm(4)}), "norm": nn.LayerNorm(4)}), config
+    ).layers
+    assert [*layers] == config.target_modules == ["norm"]
+
+
 def test_weights_and_biases_are_trained_under_the_methods_name() -> None:
     model = tiny("gpt2")
     inject(model, LNTuningConfig(target_modules=["ln_f"]))

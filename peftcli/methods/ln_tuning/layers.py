@@ -45,7 +45,8 @@ def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
     """Return the names of the norms to train."""
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", "")
-        config.target_modules = list(TARGETS.get(model_type, ())) or shortest_names(model, norms(model))
+        reached = [name for name in norms(model) if name not in config.unreached]
+        config.target_modules = list(TARGETS.get(model_type, ())) or shortest_names(model, reached)
     return find_targets(model, config)
 
 
