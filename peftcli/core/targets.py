@@ -237,14 +237,20 @@ def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> f
     return next((value for key, value in patterns.items() if _pattern_matches(key, name)), default)
 
 
-def check_pattern_keys(patterns: Mapping[str, float], names: Iterable[str], key: str, config: AdapterConfig) -> None:
+def check_pattern_keys(
+    patterns: Mapping[str, float],
+    names: Iterable[str],
+    key: str,
+    config: AdapterConfig,
+    expressions: Iterable[str] | None = None,
+) -> None:
     """Raise AdapterError for a key of rank_pattern or its like that matches no adapted module.
 
-    A file's may: its tensors say what was adapted.
+    A file's may: its tensors say what was adapted. ``expressions`` are what the keys mean where not themselves.
     """
     names = list(names)
-    for pattern in () if config.inference_mode else patterns:
-        if not any(_pattern_matches(pattern, name) for name in names):
+    for pattern, expression in () if config.inference_mode else zip(patterns, expressions or patterns, strict=True):
+        if not any(_pattern_matches(expression, name) for name in names):
             raise AdapterError(f"no adapted module matches {pattern!r}{_closest(pattern, names)}", key=key)
 
 

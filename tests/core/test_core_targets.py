@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from peftcli.core.targets import _READ_PAST_CALLS, _layer_index, find_targets, m
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard import patterns
 from peftcli.guard.patterns import PLAIN_NAME
+from peftcli.methods import METHODS
 from peftcli.methods.frod.config import FrodConfig
 from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.loha.config import LoHaConfig
@@ -280,6 +282,19 @@ def test_a_file_may_exclude_or_set_what_the_model_lacks() -> None:
     with pytest.warns(PeftWarning, match="excludes none"):
         found = targets(tiny("llama"), LoraConfig(**settings, inference_mode=True))
     assert found == _found("llama", target_modules=["q_proj"])
+
+
+def test_a_typo_in_any_methods_pattern_is_an_error() -> None:
+    found = []
+    for method in METHODS.values():
+        for entry in dataclasses.fields(method.config_class()):
+            if entry.name.endswith("_pattern") and entry.default_factory is dict and entry.metadata.get("recipe", True):
+                config = method.config_class()(target_modules=["q_proj"], **{entry.name: {"q_porj": 4}})
+                with pytest.raises(AdapterError, match="matches 'q_porj'; closest: q_proj") as caught:
+                    targets(tiny("llama"), config)
+                assert caught.value.key == entry.name
+                found.append(method.name)
+    assert {"lora", "c3a", "delora", "fourierft", "osf", "waveft"} <= {*found}
 
 
 def test_a_pattern_that_takes_too_long_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def _held(vectors: torch.Tensor, start: torch.Tensor, strong: torch.Tensor | Non
 def targets(model: nn.Module, config: OSFConfig) -> list[str]:
     """Return the names of the target modules."""
     names = find_targets(model, config)
-    check_pattern_keys(config.anywhere(), names, "rank_pattern", config)
+    check_pattern_keys(dict(config.rank_pattern), names, "rank_pattern", config, config.anywhere())
     return names
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_paths
 from peftcli.core.linear import linear_view
-from peftcli.core.targets import find_targets, pattern_value
+from peftcli.core.targets import check_pattern_keys, find_targets, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
@@ -62,6 +62,7 @@ class WaveFTLinear(DeltaLinear):
 def targets(model: nn.Module, config: WaveFTConfig) -> list[str]:
     """Return the names of the target modules."""
     names = find_targets(model, config)
+    check_pattern_keys(dict(config.n_frequency_pattern), names, "n_frequency_pattern", config)
     if config.proportional_parameters:
         paths = base_paths(model)
         views = [linear_view(model.get_submodule(paths[name])) for name in names]
