@@ -205,7 +205,8 @@ class AdapterConfig(PeftConfigMixin):
     def file_dict(self) -> dict[str, Any]:
         """Return the object for an adapter's file: what every reader needs, and what differs from the default.
 
-        ``target_modules`` and other unordered lists are sorted, so equal configs give equal bytes.
+        ``target_modules`` and other unordered lists are sorted, so equal configs give equal bytes. The metadata
+        ``ordered`` says that a list is used in its order.
         """
         keep = {"task_type", "base_model_name_or_path", "inference_mode", *self.always_written}
         out: dict[str, Any] = {"peft_type": type(self).peft_type, "peft_version": self.readable_by}
@@ -218,7 +219,7 @@ class AdapterConfig(PeftConfigMixin):
             if entry.name in keep or value != default_of(entry):
                 value = plain(value)
                 are_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
-                out[entry.name] = sorted(value) if are_names else value
+                out[entry.name] = sorted(value) if are_names and not entry.metadata.get("ordered") else value
         return out
 
 
@@ -278,7 +279,7 @@ class LayeredConfig(TargetedConfig):
     layers_to_transform: list[int] | int | None = None
     """Indices of the transformer layers to adapt, from 0. Unset: all. Beside these, modules whose full names
     target_modules gives."""
-    layers_pattern: list[str] | str | None = None
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"ordered": True})
     """Name of the model's list of layers ("layers", "h"), or a regular expression for its end, where
     layers_to_transform cannot find it by itself."""
 

@@ -131,6 +131,13 @@ def test_which_number_is_the_layers(name: str, lists: list[str], expected: int |
     assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}, expressions) == expected
 
 
+def test_lists_of_layers_are_written_in_their_order() -> None:
+    config = LoraConfig(target_modules=["v", "q"], layers_to_transform=[0], layers_pattern=["layers", "blocks"])
+    written = config.file_dict()
+    assert written["layers_pattern"] == ["layers", "blocks"], "the first that a name has counts"
+    assert written["target_modules"] == ["q", "v"]
+
+
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
 def test_an_embedding_that_the_model_never_calls_is_refused(key: str) -> None:
     settings: dict[str, Any] = {"target_modules": ["q"], key: ["shared"]}
