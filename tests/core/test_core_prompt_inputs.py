@@ -33,6 +33,8 @@ from transformers import (
     LlamaForTokenClassification,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
+    RobertaConfig,
+    RobertaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
     T5Config,
@@ -351,6 +353,15 @@ def test_more_tokens_than_positions_are_refused_in_words(kind: str, method: str)
     with pytest.raises(AdapterError, match="num_virtual_tokens: 125 tokens and 4 virtual ones; the base model has 128"):
         model(input_ids=ids(1, 125))
     model(input_ids=ids(1, 124))
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_positions_that_padding_takes_are_no_tokens(method: str) -> None:
+    config = RobertaConfig(**{**_BERT, "pad_token_id": 5}, is_decoder=True)  # and the first position is the sixth
+    model = _adapted("", method, base=RobertaForCausalLM(config))
+    with pytest.raises(AdapterError, match="num_virtual_tokens: 55 tokens and 4 virtual ones; the base model has 58"):
+        model(input_ids=ids(1, 55))
+    model(input_ids=ids(1, 54))
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -8,6 +8,12 @@ from typing import Any, ClassVar
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import AdapterError
 
+_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Models that count positions from the one after the pad token's id."""
+
 
 @dataclass(kw_only=True)
 class SoftPromptConfig(AdapterConfig):
@@ -82,6 +88,10 @@ class PrefixConfig(SoftPromptConfig):
 
 
 def max_positions(config: Any) -> int | None:
-    """Return how many positions a model of transformers with this config has; None: it has no limit, or gives none."""
+    """Return how many tokens a model of transformers with this config has positions for; None: no limit is known."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None  # XLNet, which has no limit, says -1
+    if limit is None or limit <= 0:  # XLNet, which has no limit, says -1
+        return None
+    if config.model_type in _AFTER_PADDING and config.pad_token_id is not None:
+        limit -= config.pad_token_id + 1
+    return limit

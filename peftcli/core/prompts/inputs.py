@@ -270,11 +270,11 @@ def soft_prompt(model: nn.Module) -> SoftPrompt | None:
 
 def position_tables(model: Any) -> list[nn.Embedding]:
     """The model's embeddings of positions, if it has any."""
-    limit = max_positions(model.config)
+    rows = getattr(model.config, "max_position_embeddings", None) or 0
     words = base_module(model.get_input_embeddings())
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     # OPT and its like keep up to two rows for padding
-    return [table for table in tables if limit is not None and 0 <= table.weight.shape[0] - limit <= 2]
+    return [table for table in tables if 0 < rows <= table.weight.shape[0] <= rows + 2]
 
 
 def settle(layer: SoftPrompt, model: Any, *, counts: bool) -> None:

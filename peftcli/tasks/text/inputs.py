@@ -19,12 +19,6 @@ from peftcli.tasks.base import Batch, write_task
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.language_model import fit_tokens, tokenizer_fingerprint
 
-_AFTER_PADDING = {
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-}  # fmt: skip
-"""Models that count positions from the one after the pad token's id."""
-
 
 class TextInputs:
     """Mixed into a ``Task`` whose settings have ``max_length``, and whose examples have these columns."""
@@ -40,10 +34,7 @@ class TextInputs:
     @property
     def max_length(self) -> int:
         """Tokens of a row at most: the setting, or what the base model can read."""
-        config = self.base.config.get_text_config()
-        positions = max_positions(config)
-        if positions and config.model_type in _AFTER_PADDING and config.pad_token_id is not None:
-            positions -= config.pad_token_id + 1
+        positions = max_positions(self.base.config.get_text_config())
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
 
     def fingerprint(self) -> dict[str, Any]:
