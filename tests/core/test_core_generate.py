@@ -11,7 +11,7 @@ import pytest
 import torch
 from models_tiny import PAD, batch, ids, labelled, randomise, tiny
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation import EosTokenCriteria
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
@@ -210,6 +210,21 @@ def test_no_mask_means_the_mask_that_transformers_infers(model: nn.Module) -> No
     expected = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)
     assert torch.equal(virtual_tokens.generate(model, tokens, **options), expected)
     assert torch.equal(virtual_tokens.generate(model, inputs=tokens, **options), expected)
+
+
+def test_settings_that_transformers_takes_from_the_models_config_count(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, mask = _padded()
+    own: Any = copy.deepcopy(model.generation_config)
+    own.update(eos_token_id=95, pad_token_id=PAD, max_length=11)
+    monkeypatch.setattr(model, "generation_config", own)
+    expected = virtual_tokens.generate(model, tokens, attention_mask=mask, do_sample=False)
+    assert expected.shape == (3, 11)
+    given = GenerationConfig(do_sample=False)
+    assert torch.equal(virtual_tokens.generate(model, tokens, generation_config=given), expected)
+    own.update(pad_token_id=95)
+    assert torch.equal(virtual_tokens.generate(model, tokens, generation_config=given, pad_token_id=PAD), expected)
 
 
 def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:

@@ -157,12 +157,11 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
         return model.generate(*args, **kwargs)
     inputs = {setting: False for state, setting in STATES.items() if takes(model, state)}
     inputs |= bound(model.generate, args, kwargs)
-    settings = inputs.get("generation_config") or model.generation_config
     start = None
     if not model.config.is_encoder_decoder:  # there the ids that grow are the decoder's
-        inputs, start = _with_placeholders(inputs, settings, layer)
+        inputs, start = _with_placeholders(inputs, model, layer)
         inputs = without_placeholders(inputs, start, layer.count)
-    _refuse(inputs, settings, layer, model.config.is_encoder_decoder)
+    _refuse(inputs, model, layer)
     if task_ids is not None:
         layer.rows_of(task_ids, len(task_ids))
     before = layer.placeholders, layer.task_ids  # of a model that is its own assistant
@@ -179,7 +178,15 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     return output
 
 
-def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt) -> tuple[dict[str, Any], torch.Tensor]:
+def _setting(name: str, inputs: dict[str, Any], model: Any) -> Any:
+    """Return a setting of ``generate`` from its arguments, or from the config that they give, or from the model's."""
+    if name in inputs:
+        return inputs[name]
+    given = getattr(inputs.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def _with_placeholders(inputs: dict[str, Any], model: Any, layer: SoftPrompt) -> tuple[dict[str, Any], torch.Tensor]:
     """The arguments of ``generate`` with placeholders for the virtual tokens, and where these start in each row."""
     if inputs.get("inputs") is not None:
         inputs["input_ids"] = inputs.pop("inputs")
@@ -187,24 +194,24 @@ def _with_placeholders(inputs: dict[str, Any], settings: Any, layer: SoftPrompt)
     if ids is None:
         raise AdapterError("generation with virtual tokens needs input_ids")
     if inputs.get("attention_mask") is None:
-        inputs["attention_mask"] = _mask_of(ids, settings.pad_token_id, settings.eos_token_id)
+        pad, eos = (_setting(name, inputs, model) for name in ("pad_token_id", "eos_token_id"))
+        inputs["attention_mask"] = _mask_of(ids, pad, eos)
     insertion = layer.insertion(inputs)
     given = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids")}
     inputs |= inserted(given, insertion, insertion.first(ids))
     inputs = {key: value for key, value in inputs.items() if value is not None}
     for length in ("max_length", "min_length"):  # both count the prompt
-        if value := inputs.get(length) or getattr(settings, length):
+        if value := _setting(length, inputs, model):
             inputs[length] = value + layer.count
     return inputs, insertion.start
 
 
-def _refuse(inputs: dict[str, Any], settings: Any, layer: SoftPrompt, encoder_decoder: bool) -> None:
+def _refuse(inputs: dict[str, Any], model: Any, layer: SoftPrompt) -> None:
     """Raise AdapterError for a way of generating that would go wrong in silence."""
-    chunk = inputs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
-    if chunk and not layer.chunks:
+    if _setting("prefill_chunk_size", inputs, model) and not layer.chunks:
         raise AdapterError("this soft prompt is read in one piece; unset it", key="prefill_chunk_size")
-    cache = inputs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
-    if encoder_decoder and layer.decodes and cache is not None and "static" in cache:
+    cache = _setting("cache_implementation", inputs, model)
+    if model.config.is_encoder_decoder and layer.decodes and cache is not None and "static" in cache:
         raise AdapterError(
             "a static cache has no room for the virtual tokens that an encoder-decoder's decoder reads; leave it unset",
             key="cache_implementation",
