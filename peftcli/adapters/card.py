@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from peftcli.adapters.load import AdapterSource
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config, read_run
 from peftcli.guard.files import one_line, read_errors, read_small
@@ -86,8 +87,7 @@ def complete_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> None:
     ours = _head(kind, use, base, tags)
 
     def complete(head: dict[str, Any]) -> None:
-        given = head.get("tags") or []
-        given = [given] if isinstance(given, str) else list(given)
+        given = _tags(head)
         if head.get("library_name") == "transformers":  # as Trainer writes of every model
             del head["library_name"]
         if head.get("base_model"):
@@ -110,14 +110,16 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None, tags: 
     info, path = read_info(folder), folder / "README.md"
     base, beside = str(info["base_model"].get("name") or ""), _beside(folder, info)
     written = _read_card(path) if os.path.lexists(path) else None
-    if written is None or written == render_card(info, **beside):
+    own = _TRANSFORMERS if written is None else _tags_of(written, path)
+    if written is None or written == render_card(info, tags=own, **beside):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
-        written = render_card(named, adapter=repo_id, **beside)
+        own = [tag for tag in own if not tag.startswith("base_model:")]
+        written = render_card(named, adapter=repo_id, tags=own, **beside)
     elif base_model_id:
         text = written.replace(base, base_model_id) if "/" in base or "\\" in base else written
         written = _with_head(text, lambda head: head.update(base_model=base_model_id), path)
     if tags:
-        written = _with_head(written, lambda head: head.update(tags=[*(head.get("tags") or []), *tags]), path)
+        written = _with_head(written, lambda head: head.update(tags=[*_tags(head), *tags]), path)
     return redact(written)
 
 
@@ -145,12 +147,12 @@ def read_info(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     config = read_config(folder) if os.path.lexists(folder / CONFIG_FILE) else {}
     recipe = mapping_at(run, "recipe")
-    task, kind = recipe.get("task"), config.get("task_type")
-    known = (name for name, row in TASKS.items() if kind and row.task_type == kind)
-    recipe["task"] = (task.get("type") if isinstance(task, Mapping) else task) or next(known, "")
+    source = AdapterSource(folder, config)
+    recipe["task"] = (source.task if config else None) or ""
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
     base = {"name": config.get("base_model_name_or_path"), **mapping_at(run, "base_model")}
-    return {**run, "recipe": recipe, "base_model": base}
+    task = mapping_at(run, "task") or {"type": recipe["task"], **mapping_at(source.task_values, "settings")}
+    return {**run, "recipe": recipe, "base_model": base, "task": task}
 
 
 def render_card(
@@ -401,6 +403,20 @@ def _is_absolute(text: str) -> bool:
 
 def _last_part(path: str) -> str:
     return PureWindowsPath(path).name or path
+
+
+def _tags(head: Mapping[str, Any]) -> list[str]:
+    """The tags that front matter names."""
+    given = head.get("tags") or []
+    return [given] if isinstance(given, str) else [str(tag) for tag in given]
+
+
+def _tags_of(card: str, path: Path) -> list[str]:
+    """The tags of a card; none where its front matter cannot be read."""
+    found = list[str]()
+    with suppress(AdapterError):
+        _with_head(card, lambda head: found.extend(_tags(head)), path)
+    return found
 
 
 def _with_head(card: str, change: Callable[[dict[str, Any]], None], path: Path) -> str:

@@ -17,9 +17,11 @@ from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora.combine import combine
+from peftcli.models.open import open_base
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
-from peftcli.tasks import TASK_FILE
+from peftcli.tasks import DIFFUSERS_FILE, TASK_FILE, TASKS
+from peftcli.tasks.base import Saves
 
 _MAY_DIFFER = ("_config.json", ".jinja", "special_tokens_map.json")
 """Ends of files that say how texts and pictures are prepared, and who wrote them. The first adapter's are taken."""
@@ -80,6 +82,10 @@ def combine_adapters(
         for name, content in files.items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+        if (task := sources[0].task) and TASKS[task].form:  # other libraries' files hold the weights too
+            opened = sources[0].open_task(open_base(sources[0].base))
+            assert isinstance(opened, Saves)
+            opened.save(partial)
         write_card(partial)
     given = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
     worst = max(made.errors, key=made.errors.__getitem__)
@@ -101,7 +107,7 @@ def _companions(adapters: Sequence[str], sources: Sequence[AdapterSource]) -> di
     found: dict[str, bytes] = {}
     for name in SHARED_FILES:
         there = [(at, path.read_bytes()) for at, each in enumerate(sources) if (path := each.folder / name).is_file()]
-        if name.endswith((CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss.png")) or not there:
+        if name.endswith((CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, "README.md", "loss.png")) or not there:
             continue
         first, found[name] = there[0]
         for at, content in there:

@@ -43,7 +43,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     except UpdateUnknown as error:
         reason = error.message
     rest = one.without(updates[0]), other.without(updates[1])
-    modules = {name: _of_updates(*pair) for name, pair in _in_both(*updates, _size).items()}
+    modules = {name: _of_updates(*pair) for name, pair in _in_both(*updates, lambda update: update.shape).items()}
     tensors = {name: _of_tensors(*pair) for name, pair in _in_both(*rest, torch.Tensor.size).items()}
     names = [{*changed, *others} - {*modules, *tensors} for changed, others in zip(updates, rest, strict=True)]
     only_a, only_b = sorted(names[0]), sorted(names[1])
@@ -99,10 +99,6 @@ class _Difference:
 def _read(adapter: str) -> _Adapter:
     source = find_adapter(adapter)
     return _Adapter(source.config, read_tensors(source.folder))
-
-
-def _size(update: Update) -> tuple[int, int]:
-    return update.left.shape[0], update.right.shape[1]
 
 
 def _in_both(a: Mapping[str, _T], b: Mapping[str, _T], size: Callable[[_T], Any]) -> dict[str, tuple[_T, _T]]:

@@ -8,9 +8,14 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
+from peftcli.adapters.merged import load_merged
 from peftcli.errors import UsageError
-from peftcli.schema import BaseModel
+from peftcli.models import tokens
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel, Quantization
 from peftcli.tasks import TASKS
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
 from peftcli.tasks.text.prompts import Prompt
@@ -39,9 +44,6 @@ def load_generator(
         AdapterError: the adapter cannot be read or does not fit.
         ModelError: the base model cannot be loaded.
     """
-    from peftcli.adapters.merged import load_merged
-    from peftcli.schema import Quantization
-
     source = find_adapter(adapter, base)
     if source.task is not None and not TASKS[source.task].writes_text:
         hint = f"peftcli predict {adapter} answers rows of any task"
@@ -72,11 +74,6 @@ def first_batch(prompts: Sequence[Prompt], settings: GenerationSettings, batch_s
 
 def _load(source: AdapterSource, spec: BaseModel, with_adapter: bool) -> TextGenerator:
     """Load a base model with the adapter beside its weights."""
-    import torch
-
-    from peftcli.models import tokens
-    from peftcli.models.open import open_base
-
     folder, cuda = source.folder, torch.cuda.is_available()
     with open_base(spec, processors=folder) as opened:
         dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -72,6 +72,7 @@ def _adapted(names: Mapping[str, TensorEntry], saved: list[str]) -> set[str]:
     for name in names:
         module, _, weight = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
         trained_bias = name.endswith(".bias") and not weight.startswith("lora_")
-        if module and not trained_bias and not {weight, *module.split(".")} & set(saved):
+        is_saved = any(f".{saved_name}." in f".{module}.{weight}." for saved_name in saved)
+        if "." in module and not trained_bias and not is_saved:  # what all modules share stands in none
             found.add(module)
     return found

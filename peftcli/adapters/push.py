@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 CARD_FILE = "README.md"
-_WRITTEN_FILES = {CONFIG_FILE, "tokenizer_config.json", *(name for name in SHARED_FILES if name.endswith(".jinja"))}
-"""Those that a person writes in part, and so may have left a token in. Of the card, which is one of them too, it is
-taken out."""
+_WRITTEN_FILES = (CONFIG_FILE, "tokenizer_config.json", ".jinja")
+"""How those end that a person writes in part, and so may have left a token in. Of the card, which is one of them too,
+it is taken out."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def _contents(
     base = base_model_id or config.get("base_model_name_or_path")
     if base_model_id:
         _check_repo_id(base_model_id, "--base-model-id")
-        config = {**config, "base_model_name_or_path": base_model_id}
-        files[CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        for name in [name for name in files if name.endswith(CONFIG_FILE)]:  # a pipeline's parts have their own
+            values = {**read_method_config((folder / name).parent), "base_model_name_or_path": base_model_id}
+            files[name] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
     elif isinstance(base, str) and (card.is_local(base) or card.was_local(folder)):
         raise UsageError(
             f"the adapter's base model is {base!r}, which exists on this machine only",
@@ -123,8 +124,9 @@ def _contents(
                 file=str(folder / CONFIG_FILE),
                 hint="push that first, and write its hub id in its place",
             )
-    for name in _WRITTEN_FILES & files.keys():
-        content = files[name]
+    for name, content in files.items():
+        if not name.endswith(_WRITTEN_FILES):
+            continue
         written = content if isinstance(content, bytes) else content.read_bytes()
         _refuse_secret(written.decode(errors="replace"), str(folder / name))
     files[CARD_FILE] = card.for_hub(folder, repo_id, base_model_id, tags).encode()

@@ -117,6 +117,7 @@ def peftcli(
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
     console.open_closed_streams()
+    console.json_printed = False
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
     if not sys.stderr.isatty():

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _MAX_CELL = 200
-_json_printed = False
+json_printed = False
+"""Whether the command's answer is out: an error comes after it then, and not in its place."""
 
 
 def out(text: str = "") -> None:
@@ -55,15 +56,15 @@ def discard(stream: TextIO) -> None:
 
 def print_json(data: Any) -> None:
     """Print the answer as one JSON object: NaN and Inf become null, other values that are not JSON become strings."""
-    global _json_printed
-    _json_printed = True
+    global json_printed
+    json_printed = True
     _write(sys.stdout, json.dumps(redact_values(_finite(data)), indent=2, default=str, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table of the answer. Long cells are shortened, except in the last column, which is not padded."""
     cells = [[clean(str(cell)) for cell in row] for row in rows]
-    cells = [[*map(_shorten, row[:-1]), *row[-1:]] for row in cells]
+    cells = [[*map(shorten, row[:-1]), *row[-1:]] for row in cells]
     if is_terminal(sys.stdout):
         from rich.table import Table
         from rich.text import Text
@@ -130,7 +131,7 @@ def escape(text: str) -> str:
 def report_error(error: PeftcliError, as_json: bool = False) -> int:
     """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
     log(f"error: {error}")
-    if as_json and not _json_printed:
+    if as_json and not json_printed:
         try:
             print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
         except OSError:
@@ -184,8 +185,9 @@ def _stdout_errors() -> Iterator[None]:
         raise StorageError(f"cannot be written: {error.strerror}", file="standard output") from None
 
 
-def _shorten(cell: str) -> str:
-    return cell if len(cell) <= _MAX_CELL else f"{cell[: _MAX_CELL - 3]}..."
+def shorten(cell: str, most: int = _MAX_CELL) -> str:
+    """Shorten a value to fit on a line; ``--json`` prints it whole."""
+    return cell if len(cell) <= most else f"{cell[: most - 3]}..."
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -25,7 +25,7 @@ def diff(
     if found["equal"]:
         return console.out("the adapters are equal")
     if found["config"]:
-        settings = [[_shorten(_format(value)) for value in row.values()] for row in found["config"]]
+        settings = [[console.shorten(_format(value), _MAX_VALUE) for value in row.values()] for row in found["config"]]
         console.table(["setting", "A", "B"], settings)
         console.out()
     for name, side in (("only_a", "A"), ("only_b", "B")):
@@ -40,11 +40,6 @@ def diff(
             ["module", "difference", "cosine"], [[_format(value) for value in row.values()] for row in [*rows, total]]
         )
     return None
-
-
-def _shorten(text: str) -> str:
-    """Shorten a value to fit on a line; ``--json`` prints it whole."""
-    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."
 
 
 def _format(value: Any) -> str:

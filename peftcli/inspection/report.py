@@ -122,15 +122,18 @@ class Inspection:
     def of_findings(self) -> list[ShownRow]:
         """The rows that findings name, except those that are left out."""
         rows: dict[tuple[str, int], ShownRow] = {}
-        for place in dict.fromkeys(place for finding in self.findings for place in finding.rows):
+        for split, place in dict.fromkeys(
+            (finding.split, place) for finding in self.findings for place in finding.rows
+        ):
             with suppress(UsageError):
-                rows |= {(row.split, row.index): row for row in self.find(place)}
+                rows |= {(row.split, row.index): row for row in self.find(place, split)}
         return list(rows.values())
 
-    def find(self, place: str) -> list[ShownRow]:
-        """Find the examples of one row.
+    def find(self, place: str, split: str | None = None) -> list[ShownRow]:
+        """Find the examples of one row, of all splits or of one.
 
-        ``place`` is ``FILE:LINE`` or ``FILE row N``, as findings name it; or the number of a training example, from 0.
+        ``place`` is ``FILE:LINE`` or ``FILE row N``, as findings name it, or with the end of the file's path; or the
+        number of a training example, from 0.
 
         Raises:
             UsageError: there is no such row, or it is not used.
@@ -142,10 +145,14 @@ class Inspection:
             return [self.row(int(place))]
         named = _PLACE.fullmatch(place)
         assert named is not None
-        for split, view in self._views.items():
-            if (found := self._find(view, split, named[1], int(named[2]))) is not None:
+        views = {name: view for name, view in self._views.items() if split in (None, name)}
+        names = sorted({name for view in views.values() for part in view.parts for name in part.store.files})
+        files = [named[1]] if named[1] in names else [name for name in names if name.endswith(f"/{named[1]}")]
+        if len(files) > 1:
+            raise UsageError(f"{place[:200]} may be of {', '.join(files[:5])}", hint="Give more of the file's path")
+        for name, view in views.items() if files else ():
+            if (found := self._find(view, name, files[0], int(named[2]))) is not None:
                 return found
-        names = sorted({name for view in self._views.values() for part in view.parts for name in part.store.files})
         raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
 
     def refuse(self) -> None:
@@ -168,10 +175,10 @@ class Inspection:
         before = 0
         for part, size in zip(view.parts, view.counts, strict=True):
             store = part.store
-            files = [at for at, name in enumerate(store.files) if name == file or name.endswith(f"/{file}")]
             rows = store.rows
+            of_file = rows["file"] == (store.files.index(file) if file in store.files else -1)
             here = np.where(rows["line"] > 0, rows["line"], rows["number"]) == number
-            found = np.flatnonzero(here & part.mask & np.isin(rows["file"], files))
+            found = np.flatnonzero(here & part.mask & of_file)
             if len(found):
                 row = int(found[0])
                 if (outcome := store.outcomes[rows[row]["outcome"]]) != USED:

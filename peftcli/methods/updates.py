@@ -37,6 +37,11 @@ class Update:
         """Size of the bottleneck."""
         return self.right.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Size of the weight, (out, in)."""
+        return self.left.shape[0], self.right.shape[1]
+
     def norm(self) -> float:
         """Frobenius norm of the update."""
         return float((_triangle(self._scaled_left()) @ self.right.double()).norm())

@@ -250,8 +250,17 @@ def test_the_uploaded_card_names_the_repository_unless_it_was_edited(tmp_path: P
     folder = make_folder(tmp_path / "a", CONFIG, RUN)
     write_card(folder)
     assert for_hub(folder, "me/mine") == render_card(RUN, adapter="me/mine")
+    write_card(folder, {"transformers", "sft"})
+    assert for_hub(folder, "me/mine") == render_card(RUN, adapter="me/mine", tags={"transformers", "sft"})
     (folder / "README.md").write_text("# My words\n")
     assert for_hub(folder, "me/mine") == "# My words\n"
+
+
+def test_without_a_run_the_card_knows_the_task_by_its_file(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", {**CONFIG, "task_type": "SEQ_CLS"})
+    settings = {"labels": ["tea", "coffee", "juice"]}
+    (folder / "task.json").write_text(json.dumps({"type": "sequence_classification", "settings": settings}))
+    assert 'id2label=dict(enumerate(["tea", "coffee", "juice"]))' in render_card(read_info(folder))
 
 
 def test_the_uploaded_card_names_the_base_model_on_the_hub(tmp_path: Path) -> None:

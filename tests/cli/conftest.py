@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, Hub
 
-from peftcli.cli import console
 from peftcli.cli.app import main
 
 GOOD = """\
@@ -28,11 +27,10 @@ class Ran:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs a command line in this process."""
 
     def cli(*args: object) -> Ran:
-        monkeypatch.setattr(console, "_json_printed", False)
         code = main([str(arg) for arg in args])
         captured = capsys.readouterr()
         return Ran(code, captured.out, captured.err)

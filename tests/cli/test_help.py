@@ -113,7 +113,7 @@ def test_an_error_as_json(cli, failing) -> None:
 def test_one_json_object_even_when_a_command_fails_after_printing_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "_json_printed", False)
+    monkeypatch.setattr(console, "json_printed", False)
     assert console.report_error(errors.GateFailed("low", key="gates.loss"), as_json=True) == 12
     assert json.loads(capsys.readouterr().out) == {
         "error": {

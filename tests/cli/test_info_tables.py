@@ -114,6 +114,23 @@ def test_a_tensor_that_servers_do_not_read_is_named(cli, tmp_path: Path, tensor:
     assert f"servers: {', '.join(said[:servers])}\n" in out
 
 
+def test_what_modules_share_and_a_module_saved_by_a_dotted_name_are_not_adapted(cli, tmp_path: Path) -> None:
+    config = CONFIG | {"modules_to_save": ["model.norm"]}
+    folder = adapter(tmp_path, config, more=False, other="norm.weight")
+    names = {
+        "base_model.vera_A": 4,
+        "base_model.model.model.norm.weight": 4,
+        "base_model.model.model.q.vera_lambda_d": 4,
+    }
+    raw = {
+        name: {"dtype": "F32", "shape": [size], "data_offsets": [16 * at, 16 * at + 16]}
+        for at, (name, size) in enumerate(names.items())
+    }
+    head = json.dumps(raw).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(48))
+    assert json.loads(cli("info", folder, "--no-updates", "--json").out)["modules_adapted"] == 1
+
+
 def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:
     folder = adapter(tmp_path, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2})
     raw = json.dumps({"prompt_embeddings": {"dtype": "BF16", "shape": [2, 8], "data_offsets": [0, 32]}}).encode()

@@ -259,6 +259,24 @@ def test_an_evaluation_row_by_its_place(cli: Callable, recipe: Path) -> None:
     assert MESSAGES[11]["messages"][0]["content"] in out
 
 
+def test_a_file_of_that_very_name_comes_before_one_whose_name_ends_so(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, rows in (("old", MESSAGES[:3]), ("new", MESSAGES[3:6]), (".", MESSAGES[6:9])):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = "dataset: {mix: [old/rows.jsonl, new/rows.jsonl], eval: %s}\ntraining: {output_dir: out}\n"
+    for name, places in (("rows.jsonl", {"rows.jsonl:2": 7, "old/rows.jsonl:2": 1}), ("null", {})):
+        Path("recipe.yaml").write_text(f"base_model: {base_folder()}\nmethod: {{type: lora}}\n" + dataset % name)
+        for place, number in places.items():
+            assert MESSAGES[number]["messages"][0]["content"] in cli("inspect", "recipe.yaml", "--row", place).out
+    assert (
+        "rows.jsonl:2 may be of new/rows.jsonl, old/rows.jsonl"
+        in cli("inspect", "recipe.yaml", "--row", "rows.jsonl:2").err
+    )
+
+
 def test_a_row_that_is_not_there_or_not_used(cli: Callable, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, rows=[MESSAGES[0], {"messages": 4}, *MESSAGES[1:]])
     for place, message in {

@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from docs_pages import PAGES, ROOT, Block, blocks, page_id
 from typer.main import get_command
 
-from peftcli.cli import app, console
+from peftcli.cli import app
 from peftcli.data.rows import Row, Table
 from peftcli.data.sources import open_source
 from peftcli.recipe import read
@@ -137,7 +137,6 @@ def parse(words: list[str], block: Block) -> None:
 
 def command(line: str) -> int:
     """Runs a command line of ours in this process."""
-    console._json_printed = False
     return app.main(shlex.split(line, comments=True)[1:])
 
 

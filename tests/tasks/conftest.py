@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import trainkit
 
-from peftcli.cli import console
 from peftcli.cli.app import main
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     def cli(*args: object, code: int = 0) -> Any:
-        monkeypatch.setattr(console, "_json_printed", False)
         trainkit.reset_accelerate()
         assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
         out, err = capsys.readouterr()

@@ -34,7 +34,6 @@ from torch import nn
 from trainkit import Child, ranks, read_run, run_recipe
 
 from peftcli import AutoPeftModel, LoraConfig, get_peft_model
-from peftcli.cli import console
 from peftcli.cli.app import main
 from peftcli.data.sources import open_source
 from peftcli.errors import AdapterError, DataError
@@ -51,9 +50,8 @@ def task(kind: str = "segformer", **settings: Any) -> Any:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def cli(*args: object) -> str:
-        monkeypatch.setattr(console, "_json_printed", False)
         trainkit.reset_accelerate()
         assert main([str(arg) for arg in args]) == 0, capsys.readouterr().err
         return capsys.readouterr().out

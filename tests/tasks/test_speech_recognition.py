@@ -37,7 +37,6 @@ from trainkit import at_step, run_recipe
 
 import peftcli
 from peftcli.adapters.predict import load_predictor
-from peftcli.cli import console
 from peftcli.cli.app import main
 from peftcli.core.inject import inject
 from peftcli.data.rows import Row
@@ -427,7 +426,7 @@ def test_transformers_pipeline_answers_as_predict(run: trainkit.Trained, tmp_pat
 
 
 def test_inspect_shows_lengths_and_finds_what_cannot_be_learnt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = CASES["speech_recognition"].write(tmp_path)
     more = [
@@ -441,7 +440,6 @@ def test_inspect_shows_lengths_and_finds_what_cannot_be_learnt(
     assert named["clips_too_long"]["rows"] == [f"{tmp_path}/train.jsonl:{len(tone_rows()) + 1}"]
     assert named["silent_clips"]["rows"] == [f"{tmp_path}/train.jsonl:{len(tone_rows()) + 2}"]
     assert found["audit"]["train"]["rows"] == len(tone_rows()) + 2
-    monkeypatch.setattr(console, "_json_printed", False)
     assert main(["inspect", str(recipe)]) == 0
     out = capsys.readouterr().out
     assert "0.50 s" in out

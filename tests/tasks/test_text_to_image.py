@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from taskkit import CASES
 from trainkit import Child, Trained, ranks, run_recipe
 
-from peftcli.cli import console
+from peftcli.adapters.combine import combine_adapters
+from peftcli.adapters.push import _contents
 from peftcli.cli.app import main
 from peftcli.core.inject import disabled
 from peftcli.data.rows import Place, Row, Table
@@ -63,9 +64,8 @@ def captioned() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def cli(*args: object, code: int = 0) -> str:
-        monkeypatch.setattr(console, "_json_printed", False)
         trainkit.reset_accelerate()
         assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
         told = capsys.readouterr()
@@ -392,6 +392,19 @@ def test_diffusers_makes_the_same_picture(run: Trained, tmp_path: Path, header: 
         save_file(load_file(path), path := tmp_path / "plain.safetensors", {"format": "pt"})
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     np.testing.assert_allclose(picture(pipeline), ours(run.folder), atol=1e-5)
+
+
+def test_combined_and_pushed_every_file_says_the_same(run: Trained, tmp_path: Path) -> None:
+    """Diffusers' file holds the combined weights, and each part's config names the base model on the hub."""
+    import diffusers
+
+    combine_adapters([str(run.folder)], [0.5], tmp_path / "half")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_base("sd"))
+    pipeline.load_lora_weights(tmp_path / "half")
+    np.testing.assert_allclose(picture(pipeline), ours(tmp_path / "half"), atol=1e-5)
+    pushed = _contents(tmp_path / "half", "me/mine", "acme/base")
+    for name in ("adapter_config.json", "unet/adapter_config.json"):
+        assert json.loads(pushed[name])["base_model_name_or_path"] == "acme/base"  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

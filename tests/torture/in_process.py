@@ -16,7 +16,6 @@ from unittest import mock
 import trainkit
 from hub_server import TOKEN, Hub
 
-from peftcli.cli import console
 from peftcli.cli.app import main
 
 
@@ -37,7 +36,6 @@ class Ran:
 def peftcli(*args: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
     """Runs a command line in this process."""
     trainkit.reset_accelerate()
-    console._json_printed = False
     with (
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,

@@ -46,7 +46,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combinat
     made, exact, largest_r = {}, {}, max(update.r for own in given for update in own.values())
     for path in names:
         parts = [(weight, own[path]) for weight, own in zip(weights, given, strict=True) if path in own]
-        shapes = {(update.left.shape[0], update.right.shape[1]): None for _, update in parts}
+        shapes = {update.shape: None for _, update in parts}
         if len(shapes) > 1:
             said = " and ".join(f"{rows} x {columns}" for rows, columns in shapes)
             raise AdapterError(f"{path} is of other sizes in other adapters: {said}")
