@@ -215,17 +215,17 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     stored = {key: entry.shape for header in shards.values() for key, entry in header.items()}
     if any(tuple(stored[key]) != shapes.get(name) for name, key in keys.items() if key not in rows):
         return None  # as the head of a base model for another number of classes
-    own = {each.name for each in sharers}
-    names = {key: name for name, key in keys.items() if name not in own}
+    new = {each.name for each in sharers if each.source == each.embedding}
+    names = {key: name for name, key in keys.items() if name not in new}
     merged = _MergedTensors(job.base.spec.name, layers, parents, keys, names, places, rows, job.dtype)
-    if all(torch.equal(merged.of_key(each.source), merged.of_sharer(each)) for each in sharers):
+    if all(torch.equal(merged.of_key(each.embedding), merged.of_sharer(each)) for each in sharers):
         sharers = []  # changed alike: they stay tied
     index: dict[str, str] = {}
     for number, (shard, header) in enumerate(shards.items(), 1):
         tell(f"shard {number} of {len(shards)}")
         tensors = {key: (merged.entry(key, entry), partial(merged.of_key, key)) for key, entry in header.items()}
         for each in sharers:
-            if each.source in header:
+            if each.name in new and each.source in header:
                 tensors[each.name] = (tensors[each.source][0], partial(merged.of_sharer, each))
         index |= dict.fromkeys(tensors, shard.name)
         write_file(output / shard.name, content_of(tensors))
@@ -243,7 +243,9 @@ class _Sharer:
     name: str
     """Its weight's name in the model and in the merged checkpoint."""
     source: str
-    """The embedding's key in the base checkpoint, which holds the weight of all."""
+    """Its weight's key in the base checkpoint: the embedding's, which holds the weight of all, where it has none."""
+    embedding: str
+    """The embedding's key."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +342,11 @@ def _to_untie(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[st
     embedding, head = (paths.get(id(module)) for module in ends)
     if embedding is None or head is None or not {embedding, head} & set(layers):
         return []
-    source = _checkpoint_keys([f"{embedding}.weight"], set(places), prefix)[f"{embedding}.weight"]
-    return [_Sharer(name, f"{name}.weight", source) for name in modules_sharing(model, base_module(ends[0]))]
+    sharing = modules_sharing(model, base_module(ends[0]))
+    keys = _checkpoint_keys([f"{name}.weight" for name in (embedding, *sharing)], set(places), prefix)
+    shared = keys[f"{embedding}.weight"]
+    own = {name: keys[f"{name}.weight"] for name in sharing}
+    return [_Sharer(name, f"{name}.weight", key if key in places else shared, shared) for name, key in own.items()]
 
 
 def _merge_whole(job: _Job, output: Path) -> bool:

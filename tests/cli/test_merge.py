@@ -212,6 +212,25 @@ def test_a_layer_whose_bias_stands_in_another_shard(merged: Callable, tmp_path: 
     torch.testing.assert_close(found, adapted_logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("other", [0.0, 1.0])
+def test_a_tied_head_that_is_stored_too(merged: Callable, tmp_path: Path, other: float) -> None:
+    """It is tied when it is loaded, or left as it is where its weight is another one than the embedding's."""
+    base = tmp_path / "base"
+    shutil.copytree(base_folder("llama_tied"), base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + other
+    index = {key: f"model-0000{1 + (key == 'lm_head.weight')}-of-00002.safetensors" for key in tensors}
+    for shard in set(index.values()):
+        save_file({key: tensors[key] for key in tensors if index[key] == shard}, base / shard, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["lm_head", "q_proj"])
+    assert merged(adapter)["untied"]
+    assert json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())["weight_map"] == index
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, adapted_logits(base, adapter), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_gpt2_with_and_without_its_outer_prefix(merged: Callable, tmp_path: Path, prefix: bool) -> None:
     base = tmp_path / "base"
