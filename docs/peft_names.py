@@ -198,6 +198,9 @@ DIFFERS: dict[str, str] = {
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "all methods, for the same reason",
     "DoraCaching": "a context: inside, the norms that DoRA divides by are computed once",
     "`preprocess_corda`, `preprocess_loraga`": "`cache_file` is in safetensors; PEFT's is a pickle, which is not read",
+    "`initialize_lora_eva_weights`, `get_eva_state_dict`": "padding and labels are found in what the model is given, "
+    "so there is no `prepare_model_inputs_fn` nor `prepare_layer_inputs_fn`; inputs of several processes are not "
+    "gathered",
     "set_peft_model_state_dict": "tensors that are missing, unexpected, of another shape or not finite are one "
     "error, and nothing is changed",
     "WEIGHTS_NAME": "the name of the pickle, for scripts that look for it; it is neither read nor written",

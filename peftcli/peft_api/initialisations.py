@@ -9,10 +9,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from peftcli.core.files import read_tensor_file, write_tensor_file
@@ -40,14 +42,16 @@ _WHILE_LEARNING = "eva-directions"
 
 def initialize_lora_eva_weights(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    dataloader: Iterable[Any] | None = None,
     eva_state_dict: Mapping[str, torch.Tensor] | None = None,
+    forward_fn: Callable[[Any, Any], Any] | None = None,
     adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Start a model of ``get_peft_model`` whose config says ``init_lora_weights="eva"``. No progress bar is shown.
+    """Start a model of ``get_peft_model`` whose config says ``init_lora_weights="eva"``.
 
-    It reads batches of keyword arguments until the directions are known, or takes what ``get_eva_state_dict`` gave.
+    It reads batches until the directions are known, or takes what ``get_eva_state_dict`` gave; see that for the others.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.
@@ -56,7 +60,7 @@ def initialize_lora_eva_weights(
         raise AdapterError("EVA needs either a dataloader or an eva_state_dict")
     if eva_state_dict is None:
         assert dataloader is not None
-        eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name=adapter_name)
+        eva_state_dict = get_eva_state_dict(model, dataloader, forward_fn=forward_fn, adapter_name=adapter_name)
     base, config, adapter = _parts(model, adapter_name, "eva")
     directions = {name.removeprefix(config.file_prefix): value for name, value in eva_state_dict.items()}
     start_eva(base, config, lora_layers(base, adapter), directions)
@@ -64,29 +68,40 @@ def initialize_lora_eva_weights(
 
 def get_eva_state_dict(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, torch.Tensor]],
+    dataloader: Iterable[Any],
     peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[Any, Any], Any] | None = None,
     adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """EVA's directions (r, in) of each layer, as many as the layer is to get, from batches of keyword arguments.
+    """Return EVA's directions (r, in) of each layer, as many as the layer is to get.
 
-    A base model, also one in ``DistributedDataParallel``, is left as it was, and the directions have its names. It
-    needs the config that ``get_peft_model`` is to get. No progress bar is shown.
+    A base model, also one in ``DistributedDataParallel``, is left as it was, and the directions have its names.
+
+    Args:
+        model: a model of ``get_peft_model``, or a base model.
+        dataloader: the batches.
+        peft_config: for a base model, the config that ``get_peft_model`` is to get.
+        forward_fn: runs the model, its first argument, on a batch; None: the batch is the model's keyword arguments.
+        adapter_name: which adapter.
+        gather_distributed_inputs: PEFT's; inputs are never gathered: give each process the same batches.
+        show_progress_bar: PEFT's; none is shown.
 
     Raises:
         AdapterError: the config says otherwise, or the data do not suffice.
     """
     batches = _OnDevice(dataloader, next(model.parameters()).device)
+    run = forward_fn and partial(forward_fn, model)
     if hasattr(model, "peft_config"):
         base, config, adapter = _parts(model, adapter_name, "eva")
-        found = eva_directions(base, config, lora_layers(base, adapter), batches)
+        found = eva_directions(base, config, lora_layers(base, adapter), batches, run)
         return {config.file_prefix + name: value for name, value in found.items()}
     if peft_config is None:
         raise AdapterError("is needed for a base model", key="peft_config")
     _check_start(peft_config, "eva")
     with _adapted(model, peft_config) as layers:
-        return eva_directions(model, peft_config, layers, batches)
+        return eva_directions(model, peft_config, layers, batches, run)
 
 
 def preprocess_corda(
@@ -165,12 +180,12 @@ def replace_lora_weights_loftq(
 class _OnDevice:
     """Batches, with their tensors on a device; as often as they are gone through."""
 
-    batches: Iterable[Mapping[str, torch.Tensor]]
+    batches: Iterable[Any]
     device: torch.device
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield {name: value.to(self.device) for name, value in batch.items()}
+            yield send_to_device(batch, self.device)
 
 
 def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.Module, LoraConfig, str | None]:

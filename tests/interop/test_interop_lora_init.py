@@ -325,7 +325,8 @@ def test_evas_directions_can_be_kept_and_used_again() -> None:
     first, second = (peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(**settings)) for _ in range(2))
     kept = peftcli.get_eva_state_dict(first, Rows("llama"))
     assert all(name.startswith("base_model.model.model.layers.") for name in kept)
-    peftcli.initialize_lora_eva_weights(first, Rows("llama"))
+    batches = [("of no use to the model", each) for each in Rows("llama")]
+    peftcli.initialize_lora_eva_weights(first, batches, forward_fn=lambda model, inputs: model(**inputs[1]))
     peftcli.initialize_lora_eva_weights(second, eva_state_dict=kept)
     for one, other in zip(*(layers_of(model.get_base_model()).values() for model in (first, second)), strict=True):
         assert torch.equal(one.lora_A.weight, other.lora_A.weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,20 +83,26 @@ class _Spectrum:
 
 
 def eva_directions(
-    model: nn.Module, config: LoraConfig, layers: Mapping[str, LoraLayer], batches: Batches
+    model: nn.Module,
+    config: LoraConfig,
+    layers: Mapping[str, LoraLayer],
+    batches: Batches,
+    run: Callable[[Any], Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return each linear layer's A: the main directions of its inputs.
 
     Layers whose inputs vary more get more directions, up to ``rho`` times their r; others get fewer, down to none.
+    ``run`` runs the model on a batch; None: the batch is the model's keyword arguments.
 
     Raises:
         AdapterError: the data do not reach a layer, or do not converge.
     """
+    run = run or (lambda batch: model(**batch))
     settings = config.eva_config or EvaConfig()
     label = settings.label_mask_value if settings.use_label_mask else None
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
     with disabled(model), torch.no_grad():
-        leaders = _leaders(model, linear, batches, label)
+        leaders = _leaders(model, linear, batches, run, label)
         most = dict.fromkeys(leaders.values(), 0)
         for name, layer in linear.items():
             wanted = min(round(layer.r * settings.rho), layer.view.in_features)
@@ -113,7 +119,7 @@ def eva_directions(
             if not open_ones or batch is None:
                 break
             with inputs_recorded(model, open_ones, lambda name, rows: spectra[name].add(rows), label):
-                model(**batch)
+                run(batch)
             if all(spectrum.values is not None for spectrum in spectra.values()):
                 counts = _counts(spectra, leaders, sum(layer.r for layer in linear.values()))
     if open_ones:
@@ -179,7 +185,13 @@ def _restart(layer: LoraLinear, a: torch.Tensor, scaling: float) -> None:
     layer.r, layer.scaling, layer.full_scaling = r, scaling, scaling
 
 
-def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batches, label: int | None) -> dict[str, str]:
+def _leaders(
+    model: nn.Module,
+    linear: Mapping[str, LoraLinear],
+    batches: Batches,
+    run: Callable[[Any], Any],
+    label: int | None,
+) -> dict[str, str]:
     """Return layer -> the first layer with the same inputs, as query, key and value projections have."""
     prints: dict[str, Any] = {}
 
@@ -189,7 +201,7 @@ def _leaders(model: nn.Module, linear: Mapping[str, LoraLinear], batches: Batche
 
     with inputs_recorded(model, linear, note, label):
         for batch in itertools.islice(batches, 1):
-            model(**batch)
+            run(batch)
     check_reached(linear, prints)
     first: dict[Any, str] = {}
     return {name: first.setdefault(prints[name], name) for name in linear}
