@@ -40,12 +40,11 @@ class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        kwargs |= _given(position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels)
+        kwargs |= _given(inputs_embeds=inputs_embeds, labels=labels)
         return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -60,10 +59,11 @@ class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
         inputs_embeds: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        kwargs |= _given(inputs_embeds=inputs_embeds, labels=labels)
+        kwargs |= _given(inputs_embeds=inputs_embeds, decoder_inputs_embeds=decoder_inputs_embeds, labels=labels)
         kwargs |= _given(decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask)
         return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
@@ -97,13 +97,14 @@ class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        kwargs |= _given(attention_mask=attention_mask, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds)
-        kwargs |= _given(start_positions=start_positions, end_positions=end_positions)
+        kwargs |= _given(attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
+        kwargs |= _given(inputs_embeds=inputs_embeds, start_positions=start_positions, end_positions=end_positions)
         return self.base_model(input_ids=input_ids, **kwargs)
 
 

@@ -75,3 +75,11 @@ def test_a_model_that_shows_arguments_is_copied_and_pickled_as_before() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.forward.args[0] is other
         torch.testing.assert_close(other(**labelled("llama")).logits, expected)
+
+
+@pytest.mark.parametrize("task", peftcli.MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
+def test_a_model_with_a_task_takes_arguments_without_names_in_pefts_order(task: str) -> None:
+    ours, theirs = (
+        [*inspect.signature(lib.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].forward).parameters] for lib in (peftcli, peft)
+    )
+    assert ours[:-1] == theirs[: len(ours) - 1]
