@@ -164,6 +164,10 @@ DIFFERS: dict[str, str] = {
     "and loads nothing there. `check --deep`, `train` and `save_pretrained` warn; `exclude_modules` leaves them out",
     "a new adapter": "is in the mode of its base model: call `model.train()`. PEFT's is in training mode, whatever the "
     "base model's is",
+    "a loaded adapter with `is_trainable=True`": "puts the whole model into training mode, where AdaLoRA's penalty and "
+    "dropout count; PEFT's leaves the base model in the mode that it is in",
+    "the layers of other methods than LoRA, LoHa and LoKr": "have no class of PEFT's name, such as `IA3Layer`; "
+    "`BaseTunerLayer` is the class of all of them",
     "a frozen BatchNorm": "keeps its running statistics in training too, unless it trains or is in a head that does",
     "many adapters": "each is a layer around the one before: some 200 on one module, and `set_adapter` takes longer "
     "than in PEFT",
