@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from peftcli import PEFT_NAMES
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, TUNER_MODELS
 
 _TUNERS = {f"tuners.{name}": (f"methods.{name}.config", "peft_api.config", "peft_api.tuner_models") for name in METHODS}
 _LORA = (
@@ -33,9 +33,18 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "optimizers.lorafa": ("peft_api.optimizers",),
     "optimizers.loraplus": ("peft_api.optimizers",),
     "optimizers.riemannian": ("peft_api.optimizers",),
-    "peft_model": ("peft_api.model", "peft_api.task_models", "peft_api.status"),
+    "peft_model": (
+        "peft_api.model",
+        "peft_api.task_models",
+        "peft_api.status",
+        "peft_api.config",
+        "peft_api.constants",
+        "peft_api.state_dicts",
+        "peft_api.prepare",
+    ),
     **_TUNERS,
     **{f"{name}.config": places for name, places in _TUNERS.items()},
+    **{f"tuners.{name}.model": ("peft_api.tuner_models",) for name in TUNER_MODELS.values()},
     "tuners.adamss.asa_callback": ("peft_api.asa_callback",),
     "tuners": ("peft_api", "peft_api.constants", "peft_api.initialisations"),
     "tuners.cartridge.utils": ("peft_api.kv_prefix",),
@@ -97,6 +106,10 @@ def add_namespaces() -> None:
 
 def _finder(path: str) -> Any:
     def find(name: str) -> Any:
+        if name == "__all__":
+            modules = [importlib.import_module(f"peftcli.{place}") for place in NAMESPACES[path]]
+            found = {each for module in modules for each in getattr(module, "__all__", vars(module)) if each[0] != "_"}
+            return sorted(each for each in found if any(_is_own(module, each) for module in modules))
         # inspect asks every module for __file__: no reason to import anything
         for place in () if name.startswith("_") and name not in _PRIVATE else NAMESPACES[path]:
             module = importlib.import_module(f"peftcli.{place}")
@@ -113,4 +126,6 @@ def _is_own(module: ModuleType, name: str) -> bool:
         return True
     if hasattr(module, "__all__"):
         return name in module.__all__
-    return hasattr(module, name) and getattr(getattr(module, name), "__module__", module.__name__) == module.__name__
+    value = getattr(module, name, None)
+    foreign = value is None or isinstance(value, ModuleType)
+    return not foreign and getattr(value, "__module__", module.__name__) == module.__name__

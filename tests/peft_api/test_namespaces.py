@@ -28,7 +28,7 @@ def test_every_public_name_is_there_under_both_packages() -> None:
 def test_every_module_is_one_of_pefts() -> None:
     own = {f"tuners.{name}" for name in METHODS.keys() - PEFTS_METHODS}
     for path in NAMESPACES:
-        if path.removesuffix(".config") not in own:
+        if path.removesuffix(".config").removesuffix(".model") not in own:
             importlib.import_module(f"peft.{path}")
         importlib.import_module(f"peftcli.peft_api.{path}")
 
@@ -41,7 +41,7 @@ def test_every_module_is_one_of_pefts() -> None:
         ("functional", "inject_adapter_in_model set_adapter get_peft_model_state_dict"),
         ("mapping", "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config inject_adapter_in_model"),
         ("mapping_func", "get_peft_model"),
-        ("peft_model", "PeftModel PeftModelForCausalLM get_layer_status"),
+        ("peft_model", "PeftModel PeftModelForCausalLM get_layer_status PeftConfig get_peft_model_state_dict PeftType"),
         ("tuners", "LoraConfig IA3Config PrefixTuningConfig"),
         ("tuners.adamss.asa_callback", "AdamssAsaCallback"),
         ("tuners.cartridge.utils", "initialize_kv_prefix_from_text compose_cartridge_adapters"),
@@ -53,6 +53,7 @@ def test_every_module_is_one_of_pefts() -> None:
         ("tuners.lora.layer", "LoraLayer"),
         ("tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig MultitaskPromptTuningInit"),
         ("tuners.ia3", "IA3Config IA3Model"),
+        ("tuners.xlora.model", "XLoraModel"),
         ("tuners.tuners_utils", "BaseTunerLayer BaseTuner set_adapter"),
         ("utils", "PeftError TaskType PeftType infer_device SAFETENSORS_WEIGHTS_NAME CONFIG_NAME ModulesToSaveWrapper"),
         ("utils.other", "prepare_model_for_kbit_training fsdp_auto_wrap_policy ModulesToSaveWrapper"),
@@ -64,6 +65,13 @@ def test_the_names_that_scripts_import_are_where_peft_has_them(path: str, names:
     missing = [name for name in names.split() if not (hasattr(here, name) and hasattr(there, name))]
     assert not missing
     assert not hasattr(here, "no_such_name")
+
+
+def test_all_names_of_a_module_are_imported_at_once() -> None:
+    names: dict[str, object] = {}
+    exec("from peftcli.peft_api.utils import *", names)
+    assert {"PeftType", "infer_device", "get_peft_model_state_dict"} <= names.keys()
+    assert names.keys().isdisjoint({"nn", "torch", "os"})
 
 
 def test_a_module_asked_for_its_file_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
