@@ -71,8 +71,14 @@ def infer_device() -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
-def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Return the inputs of a decoder for these labels: (B, T), each one place later, -100 as padding."""
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> torch.Tensor:
+    """Return the inputs of a decoder for these labels: (B, T), each one place later, -100 as padding.
+
+    Raises:
+        AdapterError: there is no ``pad_token_id``.
+    """
+    if pad_token_id is None:
+        raise AdapterError("has to be defined in the model's config", key="pad_token_id")
     first = torch.full_like(input_ids[:, :1], decoder_start_token_id)
     shifted = torch.cat([first, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)

@@ -115,6 +115,8 @@ def test_the_tables_say_what_pefts_say() -> None:
 def test_the_small_functions_give_what_pefts_give() -> None:
     labels = torch.tensor([[5, 6, -100, -100], [7, -100, 8, 9]])
     assert prepare.shift_tokens_right(labels, 1, 2).equal(peft.utils.shift_tokens_right(labels, 1, 2))
+    with pytest.raises(peftcli.errors.AdapterError, match="pad_token_id: has to be defined"):
+        prepare.shift_tokens_right(labels, None, 2)
     assert prepare.infer_device() == peft.utils.infer_device()
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2))
     prepare.cast_mixed_precision_params(model, torch.bfloat16)
