@@ -105,6 +105,21 @@ def test_nothing_is_taken_away_until_tinit_and_everything_is_decided_at_tfinal(t
     torch.testing.assert_close(logits(loaded, batch("llama")), logits(model, batch("llama")), atol=1e-5, rtol=1e-5)
 
 
+def test_a_layer_that_a_step_leaves_out_keeps_its_averages() -> None:
+    model, config = ours("llama", "adalora", **SCHEDULE)
+    _steps(model, config, 1, 1)
+    first, *others = (layer for layer in adapter_layers(model).values() if isinstance(layer, AdaLoraLayer))
+    before = [layer.scores().clone() for layer in (first, others[0])]
+    model(**labelled("llama")).loss.backward()
+    first.lora_A.grad = first.lora_E.grad = first.lora_B.grad = None
+    after_step(model, config, 2, 8)
+    assert torch.equal(first.scores(), before[0])
+    assert not torch.equal(others[0].scores(), before[1])
+    model.zero_grad()
+    with pytest.raises(AdapterError, match="AdaLoRA needs the gradients of the step"):
+        after_step(model, config, 3, 8)
+
+
 def test_delta_t_skips_steps() -> None:
     model, config = ours("llama", "adalora", **SCHEDULE | {"deltaT": 3})
     _steps(model, config, 1, 2)

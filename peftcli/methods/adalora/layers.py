@@ -62,13 +62,11 @@ class AdaLoraLayer(AdapterLayer):
 
     @torch.no_grad()
     def see_gradients(self, beta1: float, beta2: float) -> None:
-        """Let the averages follow the importance ``|weight * gradient|`` of this step."""
+        """Let the averages follow the importance ``|weight * gradient|`` of this step, unless it left the layer out."""
+        if self.lora_E.grad is None:
+            return
         for tensor in _TENSORS:
             weight, importance = getattr(self, tensor), getattr(self, f"importance_{tensor}")
-            if weight.grad is None:
-                raise AdapterError(
-                    "AdaLoRA needs the gradients of the step; share out the budget before they are cleared"
-                )
             now = (weight * weight.grad).abs()
             importance.lerp_(now, 1 - beta1)
             getattr(self, f"uncertainty_{tensor}").lerp_((now - importance).abs(), 1 - beta2)
@@ -185,6 +183,8 @@ def after_step(model: nn.Module, config: AdaLoraConfig, step: int, total: int) -
     if not layers:
         return
     if step < last:
+        if all(layer.lora_E.grad is None for layer in layers.values()):
+            raise AdapterError("AdaLoRA needs the gradients of the step; share out the budget before they are cleared")
         for layer in layers.values():
             layer.see_gradients(config.beta1, config.beta2)
     if step == last or (config.tinit < step < last and step % config.deltaT == 0):
