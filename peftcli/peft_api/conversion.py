@@ -17,6 +17,7 @@ from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.conversion import as_lora
 from peftcli.methods.lora.intruders import Intruders, without_intruders
+from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.peft_api.model import PeftModel
 
 
@@ -97,6 +98,8 @@ def reduce_intruder_dimension(
     old = peft_model.peft_config[old_adapter_name]
     if not isinstance(old, LoraConfig):
         raise AdapterError(f"works for LORA, not {old.peft_type}", key="peft_type")
+    if (variant := variant_of(old)) in ("kasa_config", "use_bdlora", "use_qalora"):
+        raise AdapterError("works for plain LoRA only", key=variant)
     how = Intruders(top_k, threshold_epsilon, mitigation_lambda)
     tensors = without_intruders(model, old_adapter_name, how, logging_sink or (lambda line: None))
     config = copy.deepcopy(old.plain())

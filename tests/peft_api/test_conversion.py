@@ -154,6 +154,7 @@ def test_intruders_of_other_layers_and_methods() -> None:
     for other, problem in {
         _adapted("llama", "MissConfig", r=4): "works for LORA, not MISS",
         _adapted("llama", "LoraConfig", use_dora=True): "plain LoRA only",
+        _adapted("llama", "LoraConfig", kasa_config=peftcli.KasaConfig()): "kasa_config: works for plain LoRA only",
     }.items():
         with pytest.raises(AdapterError, match=problem):
             conversion.reduce_intruder_dimension(other)
