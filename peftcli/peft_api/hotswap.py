@@ -33,7 +33,8 @@ def hotswap_adapter(
 
     The adapter may have another r and lora_alpha, and fewer modules. In a compiled model its r must not be above that
     of the adapter that it replaces: ``prepare_model_for_compiled_hotswap``. The weights go where the old ones are,
-    whatever ``torch_device`` is. ``options`` are those of ``load_adapter``.
+    whatever ``torch_device`` is. The new update counts in full, whatever scale was set on the old one's layers.
+    ``options`` are those of ``load_adapter``.
 
     Raises:
         AdapterError: the new adapter cannot be read or does not fit, or the old one is merged. Nothing is changed then.

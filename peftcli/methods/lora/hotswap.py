@@ -68,7 +68,7 @@ def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
         layer.r = r
     for config in configs:
         size = math.sqrt(r) if config.use_rslora else r
-        alphas = {name: layer.scaling * size for name, layer in layers.items()}
+        alphas = {name: layer.full_scaling * size for name, layer in layers.items()}
         config.r, config.rank_pattern = r, dict.fromkeys(config.rank_pattern, r)
         config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
         config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
@@ -85,7 +85,8 @@ def swap(
     """Copy another adapter's tensors over those of an adapter. Modules that it does not adapt are adapted by nothing.
 
     The tensors, by the names of the adapter file, and the config ``new`` are the other one's. If its r is larger, and
-    the layers ``may_widen``, they do, and ``configs``, those of the adapter, are changed to say it.
+    the layers ``may_widen``, they do, and ``configs``, those of the adapter, are changed to say it. Scales that were
+    set on the layers are reset, as PEFT does.
 
     Raises:
         AdapterError: the tensors do not fit. Nothing is changed then.
@@ -96,12 +97,11 @@ def swap(
     names = {layer: base_name(model, path) for path, layer in adapter_layers(model, adapter).items()}
     places = file_tensors(model, adapter)
     sizes = [
-        len(tensors[name])
+        (layer.r, len(tensors.get(name, ())))
         for name, (layer, tensor, _) in places.items()
-        if name in tensors and tensor in _A and type(layer) in _WIDENED
+        if tensor in _A and type(layer) in _WIDENED
     ]
-    r = max(sizes, default=0) if may_widen else 0
-    r = r if any(isinstance(layer, LoraLayer) and layer.r < r for layer in names) else 0
+    r = max(map(max, sizes)) if may_widen and any(new > old for old, new in sizes) else 0
     wrong = [f"unexpected: {short_name(name)}" for name in tensors if name not in places]
     values = {}
     for name, (layer, tensor, place) in places.items():
@@ -110,7 +110,7 @@ def swap(
             continue
         value = tensors[name].to(place.device, place.dtype)
         if tensor in _SCALED:
-            value = value * (_scaling(new, names[layer]) / layer.scaling)
+            value = value * (_scaling(new, names[layer]) / layer.full_scaling)
         values[name], shape = _filled_up(value, tensor, list(place.shape), layer, r or layer.r)
         if list(values[name].shape) != shape:
             wrong.append(f"shape: {name} is {tuple(tensors[name].shape)}, the model has {tuple(place.shape)}")
@@ -121,6 +121,8 @@ def swap(
     with torch.no_grad():
         for name, (_, _, place) in file_tensors(model, adapter).items():
             place.copy_(values[name]) if name in values else place.zero_()
+    for layer in _layers(model, adapter).values():
+        layer.scaling = layer.full_scaling
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:

@@ -33,6 +33,7 @@ class LoraLayer(AdapterLayer):
     lora_A: Any
     lora_B: Any
     lora_magnitude_vector: nn.Parameter | None
+    full_scaling: float
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer)
