@@ -70,6 +70,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ia3-qwen2": ("ia3", "qwen2", {}),
     "ia3-bloom": ("ia3", "bloom", {}),
     "ia3-opt": ("ia3", "opt", {}),
+    "ia3-mixtral": ("ia3", "mixtral", {}),
     "ia3-saved": ("ia3", "bert", {"modules_to_save": ["classifier"]}),
     "ia3-excluded": ("ia3", "llama", {"exclude_modules": ["layers.0.self_attn.k_proj"]}),
     "ia3-own": ("ia3", "gpt2", {"target_modules": ["c_fc", "c_attn"], "feedforward_modules": ["c_attn"]}),

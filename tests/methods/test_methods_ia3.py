@@ -74,3 +74,10 @@ def test_a_misspelt_feedforward_module_is_an_error(entries: Any) -> None:
         inject_into("llama", IA3Config(target_modules=r".*_proj", feedforward_modules=entries))
     with pytest.raises(AdapterError, match="is not in target_modules"):
         inject_into("llama", IA3Config(target_modules=["q_proj"], feedforward_modules=["down_proj"]))
+
+
+def test_a_file_may_name_feedforward_modules_that_the_model_lacks() -> None:
+    """PEFT's of Mixtral do: its default has been no module since the experts became parameters."""
+    config = IA3Config(target_modules=["k_proj", "w2"], feedforward_modules=["w2"], inference_mode=True)
+    layers = adapter_layers(inject_into("mixtral", config))
+    assert [*layers] == [f"model.layers.{index}.self_attn.k_proj" for index in (0, 1)]

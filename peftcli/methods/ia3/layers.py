@@ -102,7 +102,7 @@ def targets(model: nn.Module, config: IA3Config) -> list[str]:
         inside = replace(config, target_modules=entries, feedforward_modules=None, exclude_modules=None)
         found = find_targets(model, inside)
         config.feedforward_modules = shortest_names(model, [name for name in found if name in names])
-    else:
+    elif not config.inference_mode:  # a file's may name what the model lacks: its tensors say what was adapted
         find_modules(model, entries, "feedforward_modules")
     return names
 
