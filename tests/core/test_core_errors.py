@@ -19,7 +19,7 @@ from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
-from peftcli.methods import config_from_dict
+from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
@@ -46,6 +46,29 @@ def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> Non
     with pytest.raises(TypeError, match=f"{key}: expected .*, found") as caught:
         LoraConfig(**{key: value})
     assert isinstance(caught.value, AdapterError)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "key"),
+    [
+        ("randlora", {"randlora_alpha": 0}, "randlora_alpha"),
+        ("delora", {"delora_lambda": 0}, "delora_lambda"),
+        ("delora", {"lambda_pattern": {"q_proj": 0.0}}, "lambda_pattern"),
+        ("vera", {"d_initial": 0}, "d_initial"),
+        ("cartridge", {"num_virtual_tokens": 4, "num_frozen_tokens": 4}, "num_frozen_tokens"),
+        ("cpt", {"cpt_token_ids": [5, 6], "cpt_tokens_type_mask": [0, 4]}, "cpt_tokens_type_mask"),
+        ("cpt", {"opt_projection_epsilon": 0, "opt_projection_format_epsilon": 0}, "opt_projection_epsilon"),
+        (
+            "cpt",
+            {"context": [{"prompt": "a", "completion": "b"}], "opt_projection_epsilon": 0},
+            "opt_projection_epsilon",
+        ),
+    ],
+)
+def test_settings_with_which_nothing_would_train_are_refused(method: str, settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(AdapterError) as caught:
+        METHODS[method].config_class()(**settings)
+    assert caught.value.key == key
 
 
 WRONG: dict[str, tuple[AdapterConfig, str]] = {

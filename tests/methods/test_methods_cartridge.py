@@ -46,7 +46,8 @@ def _read(model: PeftModel, tokens: torch.Tensor) -> Any:
 @pytest.mark.parametrize("frozen", [0, 1, N])
 def test_started_from_a_text_the_model_goes_on_as_if_it_had_read_it(kind: str, frozen: int) -> None:
     document, question = ids(1, N, seed=3), batch(kind, rows=1)
-    model = _wrapped(CartridgeConfig(num_virtual_tokens=N, num_frozen_tokens=frozen, task_type="CAUSAL_LM"), kind)
+    settings: dict[str, Any] = {"num_frozen_tokens": frozen, "inference_mode": frozen == N}
+    model = _wrapped(CartridgeConfig(num_virtual_tokens=N, task_type="CAUSAL_LM", **settings), kind)
     initialize_kv_prefix_from_past_key_values(model, past_key_values=_read(model, document))
     read = {"input_ids": torch.cat([document, question["input_ids"]], 1)}
     expected = logits(tiny(kind), {**read, "attention_mask": torch.ones_like(read["input_ids"])})[:, N:]

@@ -37,6 +37,8 @@ class CartridgeConfig(PrefixConfig):
         found = super().problems() + too_small(self, num_frozen_tokens=0)
         if self.num_frozen_tokens > self.num_virtual_tokens:
             found.append(("num_frozen_tokens", f"cannot be more than the {self.num_virtual_tokens} virtual tokens"))
+        elif self.num_frozen_tokens == self.num_virtual_tokens and not self.inference_mode:
+            found.append(("num_frozen_tokens", f"none of the {self.num_virtual_tokens} virtual tokens would train"))
         return found
 
     def prepare(self, load_tokenizer: Callable[..., Any]) -> None:

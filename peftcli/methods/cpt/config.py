@@ -90,6 +90,11 @@ class CPTConfig(EmbeddedPromptConfig):
         for key in ("cpt_token_ids", "cpt_tokens_type_mask"):
             if any(value < 0 for value in getattr(self, key) or ()):
                 found.append((key, "holds a negative number"))
+        form, own = self.opt_projection_format_epsilon, self.opt_projection_epsilon
+        kinds = self.cpt_tokens_type_mask or [INPUT]  # what trains of examples that are given as text
+        if not any((0, form, own, form)[kind % OUTPUT] for kind in kinds) and not self.inference_mode:
+            key = "opt_projection_epsilon" if any(kind % OUTPUT for kind in kinds) else "cpt_tokens_type_mask"
+            found.append((key, "no token of the context would train"))
         if ids and self.num_virtual_tokens != len(ids):
             found.append(("num_virtual_tokens", f"is {self.num_virtual_tokens}, and cpt_token_ids has {len(ids)}"))
         return found

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, outside_unit_interval, pattern_too_small, too_small
+from peftcli.methods._settings import (
+    Problems,
+    not_positive,
+    outside_unit_interval,
+    pattern_not_positive,
+    pattern_too_small,
+    too_small,
+)
 
 
 @dataclass(kw_only=True)
@@ -31,5 +38,6 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "module_dropout")
-        return found + pattern_too_small(self, "rank_pattern")
+        found = super().problems() + too_small(self, r=1) + not_positive(self, "delora_lambda")
+        found += outside_unit_interval(self, "module_dropout") + pattern_too_small(self, "rank_pattern")
+        return found + pattern_not_positive(self, "lambda_pattern")

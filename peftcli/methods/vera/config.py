@@ -32,4 +32,7 @@ class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        return super().problems() + too_small(self, r=1) + outside_unit_interval(self, "vera_dropout")
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "vera_dropout")
+        if self.d_initial == 0 and self.init_weights and not self.inference_mode:
+            found.append(("d_initial", "must not be 0: both vectors would start at 0, where neither can train"))
+        return found
