@@ -380,6 +380,12 @@ def test_a_long_prompt_is_read_in_chunks(model: nn.Module) -> None:
         assert torch.equal(virtual_tokens.generate(model, **options), _loop(model, tokens, mask, cached=False))
 
 
+def test_guidance_is_refused(model: nn.Module) -> None:
+    with pytest.raises(AdapterError, match="guidance_scale: is not supported with virtual tokens"):
+        virtual_tokens.generate(model, ids(1, 6), guidance_scale=1.5, **GREEDY)
+    virtual_tokens.generate(model, ids(1, 6), guidance_scale=1, **GREEDY)
+
+
 def test_a_conversation_goes_on_with_its_cache(model: nn.Module) -> None:
     tokens = ids(1, 7)
     mask = torch.ones_like(tokens)

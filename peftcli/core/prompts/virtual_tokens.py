@@ -210,6 +210,8 @@ def _refuse(inputs: dict[str, Any], model: Any, layer: SoftPrompt) -> None:
     """Raise AdapterError for a way of generating that would go wrong in silence."""
     if _setting("prefill_chunk_size", inputs, model) and not layer.chunks:
         raise AdapterError("this soft prompt is read in one piece; unset it", key="prefill_chunk_size")
+    if _setting("guidance_scale", inputs, model) not in (None, 1):  # its second prompt has no placeholders
+        raise AdapterError("is not supported with virtual tokens; leave it unset", key="guidance_scale")
     cache = _setting("cache_implementation", inputs, model)
     if model.config.is_encoder_decoder and layer.decodes and cache is not None and "static" in cache:
         raise AdapterError(
