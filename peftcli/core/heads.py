@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import base_module, base_modules, base_paths, cast, model_ends
 from peftcli.core.quantised import is_quantised
-from peftcli.core.targets import find_modules
+from peftcli.core.targets import find_modules, module_matches
 from peftcli.errors import AdapterError
 
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -79,10 +79,12 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
     """
     has_head = config.task_type in TASKS_WITH_HEADS
     given = config.modules_to_save or []
-    if has_head and config.inference_mode:
+    if config.inference_mode:  # whose file would hold the tensors of more, and is refused then
+        guesses = [guess for guess in _PEFT_GUESSES if has_head and guess in given]
         names = [name for name in base_paths(model) if name]
-        guessed = [name for name in names if any(name.endswith(guess) for guess in _PEFT_GUESSES if guess in given)]
-        given = [*dict.fromkeys([*(entry for entry in given if entry not in _PEFT_GUESSES), *guessed])]
+        guessed = [name for name in names if any(name.endswith(guess) for guess in guesses)]
+        there = [entry for entry in given if any(module_matches(name, entry) for name in names)]
+        given = [*dict.fromkeys([*(entry for entry in there if entry not in guesses), *guessed])]
     saved = find_modules(model, given, "modules_to_save")
     new = _new_modules(model, initialised, saved)
     if new and config.inference_mode:

@@ -342,12 +342,11 @@ def test_an_ending_of_what_is_adapted_is_not_saved_by_it(tmp_path: Path) -> None
 
 
 def test_a_file_of_which_a_target_is_not_there_is_read(tmp_path: Path) -> None:
-    """PEFT writes its own default targets, whether the model has them or not."""
-    targets = ["q_proj", "of_another_model"]
+    """PEFT writes its own default targets and any modules_to_save, whether the model has them or not."""
+    targets, saved = ["q_proj", "of_another_model"], ["lm_head", "wte"]
     with silence():
-        model = peft.get_peft_model(
-            tiny("llama"), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        )
+        config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=saved, init_lora_weights=False)
+        model = peft.get_peft_model(tiny("llama"), config)
         model.save_pretrained(tmp_path)
     again = peftcli.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
     torch.testing.assert_close(logits(again, batch("llama")), logits(model.eval(), batch("llama")))

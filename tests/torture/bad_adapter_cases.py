@@ -352,7 +352,6 @@ TARGETS = {
     "layer 10**12": loaded("layers_to_transform: no target module in layer", layers_to_transform=HUGE),
     "50,000 unknown names": loaded("target_modules: no module", target_modules=[f"layer_{n}" for n in range(50_000)]),
     "all excluded": loaded("target_modules: no module", exclude_modules=["q_proj", "v_proj"]),
-    "an unknown module to save": loaded("modules_to_save: no module", modules_to_save=["lm_haed"]),
     "an unknown parameter": loaded("target_parameters: no parameter", target_parameters=["experts.w"]),
     "a token that the model lacks": loaded("", trainable_token_indices=[HUGE]),
     "300,000 tokens": loaded("", trainable_token_indices=list(range(150_000))),

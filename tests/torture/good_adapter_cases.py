@@ -214,6 +214,7 @@ VALID: dict[str, Valid] = {
     **{f"{method}, written by PEFT": Valid(_peft(method)) for method in ("lora", "ia3", "vera", "prompt_tuning")},
     "DoRA, written by PEFT": Valid(_peft("lora", use_dora=True)),
     "a head, written by PEFT": Valid(_peft("lora", modules_to_save=["lm_head"])),
+    "a head of another model": Valid(lambda folder: folder.config(modules_to_save=["classifier"]), LOADED),
     "an embedding, written by PEFT": Valid(_peft("lora", target_modules=["embed_tokens", "q_proj"])),
     "all biases, written by PEFT": Valid(_peft("lora", bias="all", target_modules="all-linear")),
     **{
