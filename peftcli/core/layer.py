@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -322,9 +323,11 @@ class TrainedBias(AdapterLayer):
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Return ``value`` with the floating-point tensors in it, or in a list or tuple, in another dtype."""
+    """Return ``value`` with the floating-point tensors in it, or in a list, tuple or ModelOutput, in another dtype."""
     if isinstance(value, (list, tuple)):
         return type(value)(cast(each, dtype) for each in value) if type(value) in (list, tuple) else value
+    if isinstance(value, dict) and dataclasses.is_dataclass(value):  # a ModelOutput; the module may fill another dict
+        return dataclasses.replace(value, **{name: cast(each, dtype) for name, each in value.items()})
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

@@ -28,6 +28,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter, write_adapter
@@ -385,16 +386,18 @@ def test_the_weight_that_a_loss_reads_is_the_trained_one(dtype: torch.dtype) -> 
     assert model.lm_head.in_features == 32
 
 
-def test_a_saved_module_takes_lists_in_the_base_models_dtype() -> None:
+def test_a_saved_module_takes_and_returns_parts_in_the_base_models_dtype() -> None:
     class Sum(nn.Linear):
-        def forward(self, parts: list[torch.Tensor], *, scale: torch.Tensor) -> torch.Tensor:
-            return super().forward(parts[0] + parts[1]) * scale
+        def forward(self, parts: list[torch.Tensor], *, scale: torch.Tensor) -> BaseModelOutput:  # type: ignore[override]
+            return BaseModelOutput(super().forward(parts[0] + parts[1]) * scale, (parts[0],))
 
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": Sum(4, 3)}).to(torch.bfloat16)
     inject(model, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     y = model["head"]([x, x], scale=x[:, :1])
-    assert y.dtype == torch.bfloat16
+    assert type(y) is BaseModelOutput
+    assert y.last_hidden_state.dtype == y["hidden_states"][0].dtype == torch.bfloat16
+    assert y.attentions is None
 
 
 def test_the_figures_of_a_merged_tied_head_stay() -> None:
