@@ -328,7 +328,7 @@ def _to_python(value: Value, hint: Any) -> Any:
         return text
     if found is None and type(None) not in accepted and accepted & {dict, list}:
         return {} if dict in accepted else []
-    if bool in accepted and text.lower() in _YES_NO:
+    if accepted & {bool, Any} and text.lower() in _YES_NO:
         return _YES_NO[text.lower()]
     if type(found) in (int, float) and any(branch is str for branch in branches(hint)) and not accepted & {int, float}:
         return text

@@ -120,14 +120,16 @@ def build_optimizer(
     given: dict[str, Any] = {"lr": rate_of(training), "weight_decay": training.weight_decay, **own, **wanted.fixed}
     if training.optim == "adamw_torch" and not training.optim_args.keys() & {"fused", "foreach", "differentiable"}:
         given["fused"] = True  # all values in one operation
-    known = inspect.signature(build).parameters.keys() - {"params"}
-    for name in training.optim_args:
+    defaults = {name: each.default for name, each in inspect.signature(build).parameters.items() if name != "params"}
+    for name, value in training.optim_args.items():
         key = f"training.optim_args.{name}"
         if name in given:
             raise UsageError(f"other settings of the recipe give {training.optim} its {name}", key=key)
-        if name not in known:
-            left = ", ".join(sorted(known - given.keys()))
+        if name not in defaults:
+            left = ", ".join(sorted(defaults.keys() - given.keys()))
             raise UsageError(f"{training.optim} has no such argument; it has {left}", key=key)
+        if isinstance(value, str) or (isinstance(defaults[name], bool) and not isinstance(value, bool)):
+            raise UsageError(f"cannot be {value!r}; its default is {defaults[name]}", key=key)
     try:
         optimizer: torch.optim.Optimizer = build(parameters, **given, **training.optim_args)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -47,9 +47,11 @@ def test_plain_scalars(text: str, value: object) -> None:
 
 
 def test_words_are_what_the_setting_says(load, problem) -> None:
-    recipe = load("  bf16: no\n  gradient_checkpointing: On\n  eval_strategy: no\n")
+    words = "  bf16: no\n  gradient_checkpointing: On\n  eval_strategy: no\n"
+    recipe = load(words, "training.optim_args={a: no, b: 'no', c: 1}")
     assert (recipe.training.bf16, recipe.training.gradient_checkpointing) == (False, True)
     assert recipe.training.eval_strategy == "no"
+    assert recipe.training.optim_args == {"a": False, "b": "no", "c": 1}
     assert "found 'yes'" in problem('  gradient_checkpointing: "yes"\n').message
 
 
