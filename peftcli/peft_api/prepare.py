@@ -54,9 +54,15 @@ def prepare_model_for_gradient_checkpointing(model: Any) -> Any:
     """Make the input embeddings' outputs require gradients, so that checkpointed blocks over frozen ones pass them."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_gradients)
     return model
+
+
+def may_checkpoint(model: nn.Module) -> bool:
+    """Return whether the model computes activations again in the backward pass; True where it does not say."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter before transformers 5.24
+    return bool(next((getattr(model, name) for name in names if hasattr(model, name)), True))
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
@@ -106,6 +112,10 @@ def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
         functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
     ]
     return functools.partial(_or_policy, policies=policies)
+
+
+def _require_gradients(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def _is_trained_leaf(module: nn.Module) -> bool:

@@ -1,0 +1,44 @@
+"""``PeftModel`` around models of all kinds, set and called as scripts do with PEFT's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import ViTConfig, ViTForImageClassification
+
+import peftcli
+
+
+class _Checkpointed(nn.Module):
+    """A model of nobody's library, which checkpoints its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.block = nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return checkpoint(self.block, self.embedding(ids), use_reentrant=True)
+
+
+@pytest.mark.parametrize("kind", ["vit", "custom"])
+def test_gradients_reach_adapters_in_blocks_with_reentrant_checkpointing(kind: str) -> None:
+    base: nn.Module
+    if kind == "vit":
+        base = ViTForImageClassification(
+            ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32)
+        ).train()
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": True})
+        config, inputs = peftcli.LoraConfig(target_modules=r".*attention.*\.(query|q_proj)"), torch.randn(1, 3, 32, 32)
+    else:
+        base, config, inputs = _Checkpointed(), peftcli.LoraConfig(target_modules=["block"]), torch.tensor([[1, 2]])
+    model = peftcli.get_peft_model(base, config)
+    output = model(inputs)
+    (output.logits if kind == "vit" else output).sum().backward()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
