@@ -53,6 +53,8 @@ class PeftModel(SavedByTrainer):
 
     task_classes: ClassVar[dict[str, type[PeftModel]]] = {}
     """The class of each task_type; filled by the subclasses."""
+    prefix_in_state: str
+    """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
 
     def __init_subclass__(cls, task_type: str | None = None) -> None:
         if task_type is not None:
@@ -107,6 +109,7 @@ class PeftModel(SavedByTrainer):
         if may_checkpoint(model):
             prepare_model_for_gradient_checkpointing(model)
         self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_note_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -598,7 +601,15 @@ def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadat
         del state[name]
 
 
-def _expect_adapter(model: nn.Module, keys: Any) -> None:
+def _note_prefix(model: nn.Module, _state: Any, prefix: str, *_arguments: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = _adapter_names(model) | _trained_outside(model)
-    keys.missing_keys[:] = [name for name in keys.missing_keys if any(name.endswith(own) for own in names)]
+    model.prefix_in_state = prefix
+
+
+def _expect_adapter(model: nn.Module, keys: Any) -> None:
+    """Drop what is missing of the base model; ``keys`` also has what modules beside this one, around it, miss."""
+    assert isinstance(model, PeftModel)
+    names, prefix = _adapter_names(model) | _trained_outside(model), model.prefix_in_state
+    keys.missing_keys[:] = [
+        name for name in keys.missing_keys if not name.startswith(prefix) or name.removeprefix(prefix) in names
+    ]

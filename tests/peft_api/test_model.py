@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models_tiny import tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
@@ -42,3 +43,13 @@ def test_gradients_reach_adapters_in_blocks_with_reentrant_checkpointing(kind: s
     output = model(inputs)
     (output.logits if kind == "vit" else output).sum().backward()
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+
+
+def test_a_state_that_lacks_what_is_beside_the_model_is_an_error() -> None:
+    lm = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
+    whole = nn.ModuleDict({"v_head": nn.Linear(2, 2), "lm": lm, "z_head": nn.Linear(2, 2)})
+    state = whole.state_dict()
+    whole.load_state_dict(state)
+    for name in ("v_head.weight", "z_head.bias", next(name for name in state if "lora_A" in name)):
+        with pytest.raises(RuntimeError, match=name):
+            whole.load_state_dict({key: value for key, value in state.items() if key != name})
