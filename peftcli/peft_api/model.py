@@ -183,6 +183,15 @@ class PeftModel(SavedByTrainer):
         return self.dtype if hasattr(self.get_base_model(), "dtype") else None
 
     @property
+    def generation_config(self) -> Any:
+        """The base model's, which ``generate`` uses."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.get_base_model().generation_config = config
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the model takes the number of targets of the global batch, which Trainer asks."""
         model = self.get_base_model()

@@ -9,7 +9,7 @@ import torch
 from models_tiny import tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import GenerationConfig, ViTConfig, ViTForImageClassification
 
 import peftcli
 
@@ -53,3 +53,10 @@ def test_a_state_that_lacks_what_is_beside_the_model_is_an_error() -> None:
     for name in ("v_head.weight", "z_head.bias", next(name for name in state if "lora_A" in name)):
         with pytest.raises(RuntimeError, match=name):
             whole.load_state_dict({key: value for key, value in state.items() if key != name})
+
+
+def test_generate_follows_the_generation_config_that_a_script_sets() -> None:
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(task_type="CAUSAL_LM")).eval()
+    model.generation_config = GenerationConfig(min_new_tokens=3, max_new_tokens=3, pad_token_id=0)
+    assert model.generate(input_ids=torch.tensor([[3, 4]])).shape == (1, 5)
+    assert model.generation_config is model.get_base_model().generation_config
