@@ -53,12 +53,15 @@ class PeftModel(SavedByTrainer):
 
     task_classes: ClassVar[dict[str, type[PeftModel]]] = {}
     """The class of each task_type; filled by the subclasses."""
+    task_type: ClassVar[str | None] = None
+    """That of an adapter whose config has none."""
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
 
     def __init_subclass__(cls, task_type: str | None = None) -> None:
         if task_type is not None:
             PeftModel.task_classes[task_type] = cls
+            cls.task_type = task_type
 
     @classmethod
     def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
@@ -90,6 +93,7 @@ class PeftModel(SavedByTrainer):
             AdapterError: the config does not fit the model.
         """
         check_name(adapter_name)
+        peft_config.task_type = peft_config.task_type or self.task_type
         with replacing(model, adapter_name):
             start_adapter(
                 model,
@@ -234,6 +238,7 @@ class PeftModel(SavedByTrainer):
         """
         self.base_model.check_new(adapter_name)
         model, is_reference = self.get_base_model(), _is_reference(self, adapter_name, peft_config)
+        peft_config.task_type = peft_config.task_type or self.task_type
         start_adapter(
             model,
             peft_config,

@@ -60,3 +60,11 @@ def test_generate_follows_the_generation_config_that_a_script_sets() -> None:
     model.generation_config = GenerationConfig(min_new_tokens=3, max_new_tokens=3, pad_token_id=0)
     assert model.generate(input_ids=torch.tensor([[3, 4]])).shape == (1, 5)
     assert model.generation_config is model.get_base_model().generation_config
+
+
+def test_the_class_of_a_task_trains_and_saves_its_head_whatever_the_config_says() -> None:
+    model = peftcli.PeftModelForSequenceClassification(tiny("bert"), peftcli.LoraConfig(target_modules=["query"]))
+    model.add_adapter("other", peftcli.LoraConfig(target_modules=["value"]))
+    for name in ("default", "other"):
+        assert "base_model.model.classifier.weight" in peftcli.get_peft_model_state_dict(model, adapter_name=name)
+        assert model.peft_config[name].task_type == "SEQ_CLS"
