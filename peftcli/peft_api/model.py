@@ -319,6 +319,7 @@ class PeftModel(SavedByTrainer):
         *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         save_function: Any = None,
+        **options: Any,
     ) -> None:
         """Write each adapter's folder: config, weights, model card. Never the base model.
 
@@ -336,6 +337,7 @@ class PeftModel(SavedByTrainer):
                 plain LoRA.
             state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
             save_function: transformers'; each file is written whole or not at all.
+            options: others of transformers, for example ``max_shard_size``; they change nothing, with a warning.
 
         Raises:
             AdapterError: an unknown name, an option that is not supported, a weight is not finite, or ``state_dict``
@@ -348,6 +350,8 @@ class PeftModel(SavedByTrainer):
             raise AdapterError(
                 "False would write a pickle, which can run code when it is read", key="safe_serialization"
             )
+        if options:
+            warnings.warn(f"save_pretrained of an adapter ignores {', '.join(options)}", PeftWarning, stacklevel=2)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
