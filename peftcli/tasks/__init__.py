@@ -9,10 +9,12 @@ import importlib
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
+from peftcli.methods import METHODS
 from peftcli.schema import Recipe
 from peftcli.tasks import settings
 
 if TYPE_CHECKING:
+    from peftcli.core.config import AdapterConfig
     from peftcli.models.open import OpenBase, ProcessorKind
     from peftcli.tasks.base import Task
 
@@ -86,10 +88,15 @@ class TaskRow:
         also = {name: getattr(recipe.dataset, name) for name in settings.UNDER_DATASET if name in names}
         return self.settings(**also | given)
 
-    def open(self, settings: Any, base: OpenBase) -> Task[Any]:
-        """Bind the task to its settings and to the base model's processor. Imports torch."""
+    def open(self, settings: Any, base: OpenBase, virtual_tokens: int = 0) -> Task[Any]:
+        """Bind the task to its settings and to the base model's processor. Imports torch.
+
+        ``virtual_tokens`` of the method leave fewer of the base model's positions to a row.
+        """
         task = cast("type[Task[Any]]", importlib.import_module(f"peftcli.tasks.{self.module}").TASK)
-        return task(settings, base.processor(self.processor) if self.processor else None, base)
+        opened = task(settings, base.processor(self.processor) if self.processor else None, base)
+        opened.virtual_tokens = virtual_tokens
+        return opened
 
 
 def row_of(recipe: Recipe) -> TaskRow:
@@ -100,8 +107,14 @@ def row_of(recipe: Recipe) -> TaskRow:
 
 def open_task(recipe: Recipe, base: OpenBase) -> Task[Any]:
     """Open the recipe's task, which must be known."""
-    row = row_of(recipe)
-    return row.open(row.settings_of(recipe), base)
+    row, method = row_of(recipe), dict(recipe.method)
+    config = METHODS[method.pop("type")].config_class().unchecked(**method)
+    return row.open(row.settings_of(recipe), base, virtual_tokens_of(config))
+
+
+def virtual_tokens_of(config: AdapterConfig) -> int:
+    """Return how many virtual tokens a method with this config puts before those of a row."""
+    return int(getattr(config, "num_virtual_tokens", 0))
 
 
 def task_record(task: Task[Any], recipe: Recipe) -> dict[str, Any]:

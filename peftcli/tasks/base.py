@@ -73,6 +73,8 @@ class Task(ABC, Generic[Settings]):
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     identity: ClassVar[Sequence[str]] = ()
     """Columns whose values make two inputs equal, by which ``inspect`` finds duplicates. None: it does not look."""
+    virtual_tokens: int = 0
+    """How many tokens the method puts before those of a row, each at a position of its own. ``open`` sets it."""
     label_columns: ClassVar[Sequence[str]] = ()
     """Columns in which rows of equal inputs should agree. None: the inputs hold all of a row."""
 

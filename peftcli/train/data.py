@@ -111,7 +111,7 @@ def load_data(
     """
     dataset, notes = recipe.dataset, list(task.notes)
     if isinstance(task, Scans) and task.needs_scan:
-        task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base)
+        task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base, task.virtual_tokens)
         if isinstance(task, Scans):
             tell(Message(task.found))
     for package, extra in task.packages.items():

@@ -71,7 +71,7 @@ def examine(recipe: Recipe) -> DeepCheck:
     recipe, notes = named, [event.text for event in said if isinstance(event, Message)]
     begun = attempt("method", lambda: with_init_settings(named))
     config = None if begun is None else method_config(begun)
-    task = attempt("base_model", lambda: open_task(recipe, base))
+    task = attempt("base_model", lambda: open_task(begun or recipe, base))
     options: dict[str, Any] = {}
     if task is not None:
         data = attempt("dataset", lambda: load_data(recipe, task))

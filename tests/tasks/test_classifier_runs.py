@@ -62,6 +62,19 @@ def test_pictures_are_answered_as_transformers_and_peft_answer_them(tmp_path: Pa
         assert answer["scores"] == pytest.approx(dict(zip(("blue", "red"), scores.tolist(), strict=True)), abs=1e-5)
 
 
+def test_virtual_tokens_leave_a_long_text_the_positions_that_remain(tmp_path: Path) -> None:
+    from peftcli.adapters.predict import load_predictor
+
+    path, long = write_classifier_recipe(tmp_path, "bert"), "sun " * 90  # 64 positions
+    with (tmp_path / "train.jsonl").open("a") as rows:
+        rows.write(json.dumps({"text": long, "label": "bad"}) + "\n")
+    run = run_recipe(path, "method={type: prompt_tuning}", "training.num_train_epochs=1", "training.max_steps=-1")
+    assert run.run["data"]["truncated"] == 1
+    predictor = load_predictor(str(run.folder))
+    [answer] = predictor.answer(predictor.rows([long]))
+    assert answer["label"] in ("good", "bad")
+
+
 @pytest.mark.parametrize("kind", ["vit", "bert"])
 def test_a_head_for_as_many_other_labels_is_trained_and_said(tmp_path: Path, kind: str) -> None:
     import transformers

@@ -12,8 +12,10 @@ from classifierkit import ROWS, base_of, encoded, open_task, scanned, table_of
 from peftcli.core.inject import inject
 from peftcli.errors import DataError, ModelError
 from peftcli.methods import config_from_dict
+from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
 
+ROW = TASKS["sequence_classification"]
 LABELS: dict[str, Any] = {"labels": ["good", "bad"], "problem_type": "single_label"}
 TEXTS = [{"text": " ".join(["sun"] * count)} for count in (1, 9, 3, 30, 2, 17, 5, 11)]
 
@@ -53,6 +55,7 @@ def test_what_is_too_long_is_cut_and_counted() -> None:
 def test_no_row_is_longer_than_the_model_can_read() -> None:
     assert open_task(**LABELS).max_length == 64  # BERT's positions
     assert open_task(**LABELS, max_length=8).max_length == 8
+    assert ROW.open(ROW.settings(**LABELS), base_of("bert"), virtual_tokens=5).max_length == 59
     task = open_task(**LABELS)
     task.base.config = transformers.RobertaConfig(max_position_embeddings=66, pad_token_id=1)
     assert task.max_length == 64  # the first two positions are not those of tokens

@@ -736,16 +736,24 @@ def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "at", "positions"),
-    [("gpt2", "causal_lm", 9, 256), ("gpt2", "causal_lm", 12, 256), ("bart", "seq2seq_lm", 9, 64)],
-    ids=["training row", "evaluation row", "target"],
+    ("kind", "task", "at", "max_length", "method", "positions"),
+    [
+        ("gpt2", "causal_lm", 9, 900, {}, 256),
+        ("gpt2", "causal_lm", 12, 900, {}, 256),
+        ("bart", "seq2seq_lm", 9, 900, {}, 64),
+        ("gpt2", "causal_lm", 9, 256, {"type": "prompt_tuning", "num_virtual_tokens": 5}, 251),
+        ("gpt2", "causal_lm", 9, 256, {"type": "prefix_tuning"}, 236),
+    ],
+    ids=["training row", "evaluation row", "target", "virtual tokens", "prefix"],
 )
 def test_examples_longer_than_the_models_positions_are_refused(
-    tmp_path: Path, kind: str, task: str, at: int, positions: int
+    tmp_path: Path, kind: str, task: str, at: int, max_length: int, method: dict[str, Any], positions: int
 ) -> None:
     rows = [*trainkit.PROMPTS[:at], {"prompt": "Say much.", "completion": " winter" * 300}, *trainkit.PROMPTS[at:]]
     recipe = write_recipe(tmp_path, trainkit.base_folder(kind, chat=False), rows)
     with pytest.raises(DataError, match=f"and the base model {positions} positions") as caught:
-        run_recipe(recipe, "dataset.max_length=900", f"task={task}")
+        run_recipe(
+            recipe, f"dataset.max_length={max_length}", f"task={task}", *([f"method={method}"] if method else [])
+        )
     assert caught.value.key == "dataset.max_length"
     assert caught.value.hint.startswith(f"set dataset.max_length: {positions}, or less; ")

@@ -87,11 +87,14 @@ class PrefixConfig(SoftPromptConfig):
     )
 
 
-def max_positions(config: Any) -> int | None:
-    """Return how many tokens a model of transformers with this config has positions for; None: no limit is known."""
+def max_positions(config: Any, virtual_tokens: int = 0) -> int | None:
+    """Return how many tokens a model of transformers with this config has positions for; None: no limit is known.
+
+    ``virtual_tokens`` take some of them, unless ``check_room`` refuses that many.
+    """
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:  # XLNet, which has no limit, says -1
         return None
     if config.model_type in _AFTER_PADDING and config.pad_token_id is not None:
         limit -= config.pad_token_id + 1
-    return limit
+    return limit - virtual_tokens if virtual_tokens < limit else limit

@@ -30,11 +30,12 @@ class TextInputs:
     settings: Any
     processor: Any
     base: OpenBase
+    virtual_tokens: int
 
     @property
     def max_length(self) -> int:
         """Tokens of a row at most: the setting, or what the base model can read."""
-        positions = max_positions(self.base.config.get_text_config())
+        positions = max_positions(self.base.config.get_text_config(), self.virtual_tokens)
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -113,8 +113,7 @@ class LanguageModel(Task[Settings]):
     def fingerprint(self) -> dict[str, Any]:
         found = chat_fingerprint(self.processor)
         if self.generates:  # whose prompts leave room for an answer
-            positions = max_positions(self.base.config.get_text_config())
-            found |= {"max_new_tokens": self.settings.max_new_tokens, "positions": positions}
+            found |= {"max_new_tokens": self.settings.max_new_tokens, "positions": self._positions}
         return found
 
     def record_findings(self, records: Records) -> list[Finding]:
@@ -145,12 +144,12 @@ class LanguageModel(Task[Settings]):
                 ids = example.arrays["input_ids"]  # as it is trained, also where it was cut
         except (DataError, UsageError) as error:
             return row.place.error(error.message, key=error.key, hint=error.hint)
-        positions = max_positions(self.base.config.get_text_config())
+        positions = self._positions
         if positions and decoder_only and len(ids) + self.settings.max_new_tokens > positions:
             message = (
                 f"the prompt's {len(ids)} tokens and {self.settings.max_new_tokens} new ones are more than the base"
             )
-            return row.place.error(f"{message} model's {positions:,} positions", key="task.max_new_tokens")
+            return row.place.error(f"{message} model's {positions:,} positions{self._aside}", key="task.max_new_tokens")
         form = prompt_form({"data": {"format": reader.name}}, self.processor)
         example.arrays |= {"prompt": ids, "answer": answer, "form": form}
         return outcome
@@ -223,13 +222,22 @@ class LanguageModel(Task[Settings]):
         return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.base.config.is_encoder_decoder else {})
 
     def refuse_size(self, largest: int) -> None:
-        positions = max_positions(self.base.config.get_text_config())
+        positions = self._positions
         if positions and largest > positions:
             raise DataError(
-                f"the longest example has {largest:,} tokens, and the base model {positions:,} positions",
+                f"the longest example has {largest:,} tokens, and the base model {positions:,} positions{self._aside}",
                 key="dataset.max_length",
                 hint=f"set dataset.max_length: {positions}, or less; dataset.overlong says what becomes of longer rows",
             )
+
+    @property
+    def _positions(self) -> int | None:
+        """How many tokens of a row the base model has positions for; None: any number."""
+        return max_positions(self.base.config.get_text_config(), self.virtual_tokens)
+
+    @property
+    def _aside(self) -> str:
+        return f" besides those of {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
         """Give the model rows for the recipe's new tokens, and the tokenizer a pad token that the model knows."""

@@ -163,6 +163,13 @@ def test_prompts_are_encoded_again_for_another_number_of_positions(monkeypatch: 
     assert task.fingerprint() != before
 
 
+def test_virtual_tokens_leave_prompts_fewer_positions() -> None:
+    task = open_task("causal_lm", "chat", generate_metrics=["bleu"], max_new_tokens=8)
+    task.virtual_tokens = (task.base.config.max_position_embeddings or 0) - 8
+    with pytest.raises(DataError, match="the base model's 8 positions besides those of"):
+        raise encoded(task, PROMPTS[:1])[0]
+
+
 def test_the_prompt_of_a_row_of_any_format() -> None:
     def prompt(columns: dict[str, str] | None = None, **values: Any) -> Any:
         return prompt_of(Row(values, Place("a", 1)), columns or {})
