@@ -13,7 +13,13 @@ import torch
 import trainkit
 from safetensors.torch import load_file, save_file
 from trainkit import PROMPT_TUNING, base_folder, build, run_recipe, write_recipe
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import inject
@@ -352,6 +358,24 @@ def test_a_wrong_merge_is_caught(
     unchecked = cli("merge", adapter, "--output", tmp_path / "merged", "--dtype", dtype, "--no-verify")
     assert unchecked.code == 0
     assert "verified" not in unchecked.out
+
+
+def test_a_merge_that_loses_the_update_of_small_logits_is_caught(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_folder("llama", torch.bfloat16)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+    targets = {"target_modules": ["v_proj", "o_proj", "down_proj"], "modules_to_save": ["score"]}
+    config = LoraConfig(base_model_name_or_path=str(base), r=4, task_type="SEQ_CLS", **targets)
+    inject(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_adapter(model, config, tmp_path)
+    assert cli("merge", tmp_path, "--output", tmp_path / "right").code == 0
+    monkeypatch.setattr(LoraLinear, "delta", lambda self: torch.zeros_like(self.base_layer.weight))
+    assert "logits differ" in cli("merge", tmp_path, "--output", tmp_path / "wrong").err
 
 
 def test_what_it_prints(cli: Callable, tmp_path: Path) -> None:
