@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from trainkit import Trained, base_folder, run_recipe, tokenizer, write_rows
 from transformers import AutoModelForSequenceClassification
 
+from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe
@@ -140,6 +141,19 @@ def test_other_labels_and_pairs_train(tmp_path: Path, rows: Any, settings: dict[
         write_rows(tmp_path / f"{name}.jsonl", rows)
     run = run_recipe(recipe, *EVALUATES)
     assert metric in run.run["eval"]["last"]
+
+
+def test_a_single_score_is_compared_by_its_size(tmp_path: Path) -> None:
+    from peftcli.adapters.predict import load_predictor
+
+    recipe, told = write_classifier_recipe(tmp_path), list[str]()
+    rows = [{"text": f"sun {n}", "label": n + 0.5} for n in range(32)]
+    for name in ("train", "eval"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    run = run_recipe(recipe, "training.max_steps=1")
+    asked = [Row(row, Place("a row", number)) for number, row in enumerate(rows)]
+    load_predictor(str(run.folder), batch_size=1, merge_for=asked, tell=told.append)
+    assert [text.partition(":")[0] for text in told] == ["merged in memory"]
 
 
 def test_numbers_have_more_digits_than_bfloat16(tmp_path: Path) -> None:
