@@ -17,6 +17,7 @@ from peftcli.core.targets import find_modules, module_matches, targets
 from peftcli.errors import AdapterError
 from peftcli.peft_api.new_adapter import check_name, start_adapter
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+from peftcli.peft_api.tuner import known_names
 from peftcli.peft_api.weights import cast_weights
 
 __all__ = [
@@ -117,12 +118,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     """Return the names as a list. Raise AdapterError for one that no adapter of the model has."""
-    wanted = [names] if isinstance(names, str) else list(names)
-    known = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values())
-    if unknown := [name for name in wanted if name not in known]:
-        there = ", ".join(known) or "none"
-        raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key="adapter_name")
-    return wanted
+    return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
 
 
 def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> AdapterConfig:

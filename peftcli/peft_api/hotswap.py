@@ -19,7 +19,7 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.hotswap import check_same, swap, widen
 from peftcli.methods.lora.lora import LoraLayer
 from peftcli.peft_api.loading import find
-from peftcli.peft_api.model import PeftModel
+from peftcli.peft_api.tuner import find_tuner
 
 
 def hotswap_adapter(
@@ -39,14 +39,12 @@ def hotswap_adapter(
     Raises:
         AdapterError: the new adapter cannot be read or does not fit, or the old one is merged. Nothing is changed then.
     """
-    peft_model = _unwrapped(model)
-    if not isinstance(peft_model, PeftModel):
-        raise AdapterError(
-            f"needs a PeftModel, not a {type(peft_model).__name__}", hint="hotswap_adapter_from_state_dict"
-        )
-    peft_model.base_model.check_known([adapter_name])
-    old, source = peft_model.peft_config[adapter_name], find(model_name_or_path, options)
-    check_same(_lora(old), _lora(source.config))
+    tuner, place = find_tuner(model)
+    if tuner is None:
+        raise AdapterError(f"needs a PeftModel, not a {type(place).__name__}", hint="hotswap_adapter_from_state_dict")
+    tuner.check_known([adapter_name])
+    source = find(model_name_or_path, options)
+    check_same(_lora(tuner.peft_config[adapter_name]), _lora(source.config))
     hotswap_adapter_from_state_dict(model, read_tensors(source.folder), adapter_name, _lora(source.config))
 
 
@@ -65,15 +63,14 @@ def hotswap_adapter_from_state_dict(
     Raises:
         AdapterError: the tensors do not fit, or the old adapter is merged. Nothing is changed then.
     """
-    inner = _unwrapped(model)
+    tuner, place = find_tuner(model)
     configs = []
-    if isinstance(inner, PeftModel):
-        if adapter_name in inner.base_model.merged_adapters:
+    if tuner is not None:
+        if adapter_name in tuner.merged_adapters:
             raise AdapterError(f"{adapter_name} is merged; call unmerge_adapter() first", key="adapter_name")
-        configs = [_lora(inner.peft_config[adapter_name])]
-        inner = inner.get_base_model()
+        configs = [_lora(tuner.peft_config[adapter_name])]
     tensors = {_name_in_file(name, adapter_name): value for name, value in state_dict.items()}
-    swap(inner, adapter_name, config, tensors, *configs, may_widen=not _is_compiled(model))
+    swap(place, adapter_name, config, tensors, *configs, may_widen=not _is_compiled(model))
 
 
 def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterConfig) -> None:
@@ -112,11 +109,9 @@ def prepare_model_for_compiled_hotswap(
             "and will be compiled again",
             stacklevel=2,
         )
-    inner = _unwrapped(model)
-    known: dict[str, AdapterConfig] = {}
-    if isinstance(inner, PeftModel):
-        known, inner = inner.peft_config, inner.get_base_model()
-    layers = [layer for layer in adapter_layers(inner).values() if isinstance(layer, LoraLayer)]
+    tuner, place = find_tuner(model)
+    known = tuner.peft_config if tuner else {}
+    layers = [layer for layer in adapter_layers(place).values() if isinstance(layer, LoraLayer)]
     adapters = list(dict.fromkeys(layer.adapter for layer in layers))
     if not adapters:
         raise AdapterError("No adapter layers found on the model; load the first LoRA adapter before")
@@ -125,15 +120,11 @@ def prepare_model_for_compiled_hotswap(
     for name in adapters:
         given = config.get(name) if isinstance(config, Mapping) else config
         configs = {id(each): _lora(each) for each in (known.get(name), given) if each is not None}
-        widen(inner, name, target_rank, *configs.values())
+        widen(place, name, target_rank, *configs.values())
 
 
 def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    return getattr(model, "_orig_mod", model)
 
 
 def _lora(config: AdapterConfig) -> LoraConfig:

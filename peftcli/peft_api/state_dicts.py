@@ -16,7 +16,7 @@ from peftcli.core.weights import adapter_state, file_tensors, load_state
 from peftcli.errors import AdapterError
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, keep_misfits, renaming
-from peftcli.peft_api.tuner import Tuner
+from peftcli.peft_api.tuner import Tuner, find_tuner
 
 _PREFIX = "base_model.model."
 
@@ -153,17 +153,16 @@ def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | 
 
 def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None, nn.Module, str | None]:
     """Return the tuner, where there is one, the model that holds the adapter layers, and the adapter's name."""
-    model = getattr(model, "_orig_mod", model)
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, Tuner):
-        names = {layer.adapter for layer in adapter_layers(model).values()}
-        return None, model, "default" if name is None and len(names) > 1 and "default" in names else name
+    tuner, place = find_tuner(model)
+    if tuner is None:
+        names = {layer.adapter for layer in adapter_layers(place).values()}
+        return None, place, "default" if name is None and len(names) > 1 and "default" in names else name
     if not one:
-        return tuner, tuner.model, None
+        return tuner, place, None
     if name is None:
         name = "default" if "default" in tuner.peft_config else tuner.only_active()
     tuner.check_known([name])
-    return tuner, tuner.model, name
+    return tuner, place, name
 
 
 def _base_key(model: nn.Module, key: str) -> str | None:

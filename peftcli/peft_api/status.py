@@ -15,7 +15,7 @@ from peftcli.core.quantised import is_packed, is_quantised, num_weights
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import TrainedRows
 from peftcli.methods.lora.parameters import LoraParameter
-from peftcli.peft_api.tuner import Tuner
+from peftcli.peft_api.tuner import Tuner, find_tuner
 
 Irregular = Literal["irregular"]
 """In the place of a value: it differs from layer to layer, or from tensor to tensor."""
@@ -177,8 +177,7 @@ def _active(layers: dict[str, AdapterLayer], tuner: Tuner | None) -> list[str]:
 
 def _places(model: Any) -> tuple[Tuner | None, nn.Module]:
     """Return the tuner, where there is one, and the model with the adapter layers."""
-    tuner = next((each for each in (model, getattr(model, "base_model", None)) if isinstance(each, Tuner)), None)
-    place = tuner.model if tuner else model
+    tuner, place = find_tuner(model)
     if not adapter_layers(place):
         raise AdapterError("No adapter layers found in the model; use get_peft_model or inject first")
     return tuner, place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -392,11 +392,7 @@ class Tuner(nn.Module):
 
     def check_known(self, names: str | Sequence[str], key: str = "adapter_name") -> list[str]:
         """Return the names as a list. Raise AdapterError for one that no adapter has."""
-        names = [names] if isinstance(names, str) else list(names)
-        if unknown := [name for name in names if name not in self.peft_config]:
-            there = ", ".join(self.peft_config) or "none"
-            raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key=key)
-        return names
+        return known_names(names, self.peft_config, key)
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""
@@ -420,3 +416,19 @@ class Tuner(nn.Module):
             if reason := self.peft_config[name].merge_problem():
                 raise AdapterError(reason)
         return chosen
+
+
+def find_tuner(model: Any) -> tuple[Tuner | None, nn.Module]:
+    """Return the tuner of a model, also of a compiled one, or None, and the model that holds the adapter layers."""
+    model = getattr(model, "_orig_mod", model)
+    tuner = next((each for each in (model, getattr(model, "base_model", None)) if isinstance(each, Tuner)), None)
+    return tuner, tuner.model if tuner else model
+
+
+def known_names(names: str | Iterable[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
+    """Return the names as a list. Raise AdapterError for one that no adapter has, of those called ``known``."""
+    names = [names] if isinstance(names, str) else list(names)
+    if unknown := [name for name in names if name not in known]:
+        there = ", ".join(known) or "none"
+        raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key=key)
+    return names
