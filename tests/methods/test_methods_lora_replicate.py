@@ -11,6 +11,7 @@ import torch
 from models_tiny import DECODERS, batch, ids, logits, tiny
 from oracle import ours
 from torch import nn
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import disabled, inject, unload
@@ -46,6 +47,13 @@ def test_it_generates_as_without_a_cache(kind: str) -> None:
     asked = {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     found = [model.generate(**asked, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*found)
+
+
+def test_layers_that_call_their_index_otherwise_have_a_place_each_in_the_cache() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 32}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=8))
+    replicate(model, TWICE)
+    assert [layer.attn.attention.layer_id for layer in model.transformer.h] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -108,6 +116,21 @@ def test_what_cannot_be_replicated_is_refused(kind: str, ranges: Any, message: s
     with pytest.raises(AdapterError, match=f"layer_replication: .*{message}"):
         inject(model, LoraConfig(layer_replication=ranges, target_modules="all-linear"))
     assert list(model.state_dict()) == list(tiny(kind).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers_block_type", property(lambda self: ["attention"] * 2), "computes layers_block_type from other"),
+        ("hidden_size_per_layer_input", 8, "has embeddings for each of its layers"),
+    ],
+)
+def test_a_model_with_more_for_each_layer_is_refused(name: str, value: Any, message: str) -> None:
+    model = tiny("llama")
+    model.config.__class__ = type("Config", (type(model.config),), {name: value})
+    with pytest.raises(AdapterError, match=f"layer_replication: LlamaForCausalLM {message}"):
+        inject(model, LoraConfig(layer_replication=TWICE))
+    assert model.config.num_hidden_layers == len(_layers(model)) == 2
 
 
 def test_a_model_with_an_adapter_is_refused() -> None:

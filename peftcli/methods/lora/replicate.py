@@ -16,12 +16,16 @@ _KEY = "layer_replication"
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Keys of a model's config that hold a list with one entry per layer."""
 
+_NUMBERS = {"layer_idx", "layer_id"}
+"""Attributes of modules that hold the index of their layer in the cache."""
+
 
 def replicate(model: Any, ranges: list[list[int]]) -> None:
     """Replace the model's layers by the layers ``start`` to ``end - 1`` of each range, one range after the other.
 
     Raises:
-        AdapterError: the model has adapters, no single list of layers, or fewer layers than the ranges name.
+        AdapterError: the model has adapters, no single list of layers, fewer layers than the ranges name, or something
+            for each layer that cannot be replicated with it.
     """
     if adapter_layers(model):
         raise AdapterError("the model holds an adapter already; replicate the layers of a plain one", key=_KEY)
@@ -32,6 +36,14 @@ def replicate(model: Any, ranges: list[list[int]]) -> None:
     parent, _, leaf = name.rpartition(".")
     owner, config = model.get_submodule(parent), model.config.get_text_config()
     before = {key: getattr(config, key) for key in _PER_LAYER if isinstance(getattr(config, key, None), list)}
+    kind = type(model).__name__
+    for key in before:
+        if isinstance(own := getattr(type(config), key, None), property) and own.fset is None:
+            raise AdapterError(
+                f"{kind} computes its {key} from other settings, so its layers stay as they are", key=_KEY
+            )
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise AdapterError(f"{kind} has embeddings for each of its layers, so these stay as they are", key=_KEY)
     after = {key: [values[index] for index in order] for key, values in before.items()}
     on_unload(model, functools.partial(_settle, owner, leaf, layers, config, before))
     _settle(owner, leaf, nn.ModuleList(_numbered(layers[i], place) for place, i in enumerate(order)), config, after)
@@ -74,7 +86,7 @@ def _numbered(layer: nn.Module, index: int) -> nn.Module:
     """Return a copy of a layer that shares its tensors and configs, with its own ``index`` in the cache."""
     shared = [*layer.parameters(), *layer.buffers(), *(getattr(module, "config", None) for module in layer.modules())]
     twin = copy.deepcopy(layer, {id(value): value for value in shared})
-    numbered: list[Any] = [module for module in twin.modules() if hasattr(module, "layer_idx")]
-    for module in numbered:
-        module.layer_idx = index
+    for module in twin.modules():
+        for name in _NUMBERS.intersection(vars(module)):
+            setattr(module, name, index)
     return twin
