@@ -39,9 +39,7 @@ def replicate(model: Any, ranges: list[list[int]]) -> None:
     kind = type(model).__name__
     for key in before:
         if isinstance(own := getattr(type(config), key, None), property) and own.fset is None:
-            raise AdapterError(
-                f"{kind} computes its {key} from other settings, so its layers stay as they are", key=_KEY
-            )
+            raise AdapterError(f"{kind} computes {key} from other settings, so its layers stay as they are", key=_KEY)
     if getattr(config, "hidden_size_per_layer_input", 0):
         raise AdapterError(f"{kind} has embeddings for each of its layers, so these stay as they are", key=_KEY)
     after = {key: [values[index] for index in order] for key, values in before.items()}
