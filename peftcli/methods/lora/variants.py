@@ -42,10 +42,11 @@ def check_variant(module: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def penalty(model: nn.Module, config: LoraConfig) -> torch.Tensor | None:
-    """Return what the enabled layers of KaSA and MonteCLoRA add to the loss."""
+    """Return what the enabled layers of KaSA or MonteCLoRA, whichever the config has, add to the loss."""
+    if config.kasa_config is None and config.monteclora_config is None:
+        return None
     names = {layer.adapter for layer in adapter_layers(model).values() if layer.enabled}
-    found = [part for part in (kasa_penalty(model, names), monteclora_penalty(model, names)) if part is not None]
-    return torch.stack(found).sum() if found else None
+    return kasa_penalty(model, names) if config.kasa_config else monteclora_penalty(model, names)
 
 
 def kasa_penalty(model: nn.Module, adapters: Collection[str]) -> torch.Tensor | None:
