@@ -246,6 +246,14 @@ def test_alora_goes_on_from_a_cache_of_the_base_model() -> None:
         torch.testing.assert_close(torch.cat([second, third], 1), model(ids).logits[:, 5:], atol=1e-5, rtol=1e-5)
 
 
+def test_alora_goes_on_from_a_cache_in_a_tuple() -> None:
+    model, ids = _alora(), LONG[:1]
+    with torch.no_grad():
+        output = model(ids[:, :8], use_cache=True, return_dict=False)
+        more = model(ids[:, 8:], **{CACHE: output[1]}).logits
+        torch.testing.assert_close(more, model(ids).logits[:, 8:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_alora_generates_what_a_loop_over_forward_gives(beams: int) -> None:
     model = _alora()

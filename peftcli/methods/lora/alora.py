@@ -107,6 +107,8 @@ def _find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 def _keep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Note on the cache which rows are active, and forget the batch, unless a backward pass may compute it again."""
     cache = _cache_in(output) if isinstance(output, dict) else None
+    if isinstance(output, tuple):  # of return_dict=False
+        cache = next((value for value in output if hasattr(value, "get_seq_length")), None)
     cache = _cache_in(kwargs) if cache is None else cache
     layers = [layer for layer in _layers(model) if layer.active is not None]
     if cache is not None:
