@@ -94,13 +94,13 @@ def _find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         if layer.tokens not in places:
             found = _places(ids, layer.tokens, offsets)
             places[layer.tokens] = found | _continued(cache, layer.tokens, found)
+            if model.training and not places[layer.tokens].any():
+                warnings.warn(
+                    f"no row of the batch holds the alora_invocation_tokens {list(layer.tokens)}; it trains nothing",
+                    stacklevel=2,
+                )
         layer.active = places[layer.tokens]
         layer.recomputes = model.training and _is_checkpointing(model)
-        if model.training and not layer.active.any():
-            warnings.warn(
-                f"no row of the batch holds the alora_invocation_tokens {list(layer.tokens)}; it trains nothing",
-                stacklevel=2,
-            )
     return args, kwargs
 
 
