@@ -341,6 +341,11 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(adapter_dtype(tensor))
 
 
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Return a number that grows with each change in place; None for a tensor of inference mode, which counts none."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def model_ends(model: Any) -> tuple[Any, Any]:
     """Return the input embedding and the output head of a model; None for one that it lacks."""
     ends = []

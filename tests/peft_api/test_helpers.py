@@ -106,6 +106,9 @@ def test_norms_of_dora_are_kept_until_a_weight_changes(monkeypatch: pytest.Monke
     model(**batch("llama"))
     assert len(computed) == 8
     helpers.DoraCaching()(enabled=False)
+    with torch.inference_mode(), helpers.DoraCaching():
+        made = _adapted(use_dora=True).eval()
+        torch.testing.assert_close(logits(made, batch("llama")), logits(tiny("llama"), batch("llama")))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers, base_module
+from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, version_of
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
@@ -68,7 +68,7 @@ class ArrowLayer(AdapterLayer):
     def _directions(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return the direction of the inputs that each expert's ``B A`` stretches most: (E, in), of any sign."""
         weights = [getattr(e, part).weight for e in self.experts.values() for part in ("lora_A", "lora_B")]
-        state = [(id(weight), None if weight.is_inference() else weight._version) for weight in weights]
+        state = [(id(weight), version_of(weight)) for weight in weights]
         if self.found is None or self.found[0] != state:
             self.found = state, torch.stack([self._strongest(*pair) for pair in zip(a, b, strict=True)])
         return self.found[1]

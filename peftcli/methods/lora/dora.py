@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, layers_below, widened
+from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, layers_below, version_of, widened
 from peftcli.core.linear import dense_weight, linear_view
 
 
@@ -55,7 +55,7 @@ def factor(layer: AdapterLayer) -> torch.Tensor:
         vars(layer).pop("kept_factor", None)
         return _over_norm(layer, _adapted_weight(layer))
     weights = [*layer.own_tensors().values(), *base_module(layer).parameters(recurse=False)]
-    state = (layer.scaling, *((value.data_ptr(), value._version) for value in weights))
+    state = (layer.scaling, *((value.data_ptr(), version_of(value)) for value in weights))
     if vars(layer).get("kept_factor", (None,))[0] != state:
         vars(layer)["kept_factor"] = (state, _over_norm(layer, _adapted_weight(layer)).detach())
     return vars(layer)["kept_factor"][1]
