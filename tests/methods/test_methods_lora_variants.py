@@ -352,6 +352,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another task": ({"alora_invocation_tokens": [1], "task_type": "SEQ_CLS"}, "needs a causal language model"),
     "a text": ({"alora_invocation_tokens": "Answer:"}, "alora_invocation_tokens: must be token ids here"),
     "a token": ({"alora_invocation_tokens": [-1]}, "count from 0, not -1"),
+    "no tokens": ({"alora_invocation_tokens": []}, "alora_invocation_tokens: names no token"),
+    "an empty text": ({"alora_invocation_tokens": ""}, "alora_invocation_tokens: names no token"),
     "both lists": (
         {"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q_proj"]}},
         "use_bdlora: both lists name model.layers.0.self_attn.q_proj",
