@@ -15,7 +15,7 @@ from promises import experts
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable, unload
 from peftcli.core.weights import adapter_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
 from peftcli.methods.updates import UpdateUnknown, find_updates
 from peftcli.methods.xlora.config import XLoraConfig
@@ -43,6 +43,15 @@ def test_a_classifier_that_is_sure_of_one_adapter_gives_what_that_one_gives(sett
         alone = tiny("llama")
         load_adapter(alone, config_from_dict(read_config(folder)), folder)
         torch.testing.assert_close(logits(model, batch("llama")), logits(alone, batch("llama")), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"top_k_lora": 1}, "set enable_softmax: false"), ({"enable_softmax": False}, "needs top_k_lora")],
+)
+def test_a_softmax_of_the_top_k_that_does_nothing_of_its_own_is_told(settings: dict[str, Any], message: str) -> None:
+    with pytest.warns(PeftWarning, match=f"enable_softmax_topk .*{message}"):
+        XLoraConfig(adapters=experts("llama"), enable_softmax_topk=True, **settings)
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peftcli.core.config import AdapterConfig
+from peftcli.errors import PeftWarning
 from peftcli.methods._settings import not_positive, outside_unit_interval, too_small
 
 _INTERNAL: dict[str, Any] = {"recipe": False, "file": False}
@@ -44,7 +46,7 @@ class XLoraConfig(AdapterConfig):
     top_k_lora: int | None = None
     """Number of adapters that each token uses: those with the largest scalings. Unset: all."""
     enable_softmax_topk: bool = False
-    """Make shares of the scalings that top_k_lora leaves, in the place of enable_softmax."""
+    """Make shares of the scalings that top_k_lora leaves. For enable_softmax: false, which makes shares of all."""
     xlora_depth: int = 1
     """Number of the classifier's layers."""
     xlora_size: int = 2048
@@ -65,6 +67,15 @@ class XLoraConfig(AdapterConfig):
     def inner_size(self) -> int:
         """Width of the classifier's inner layers, if it has any."""
         return self.xlora_size if self.xlora_depth > 1 else 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.enable_softmax_topk and not self.inference_mode:
+            if self.enable_softmax:
+                said = "enable_softmax_topk makes shares of shares beside enable_softmax; set enable_softmax: false"
+                warnings.warn(said, PeftWarning, stacklevel=3)
+            if self.top_k_lora is None:
+                warnings.warn("enable_softmax_topk needs top_k_lora: all adapters are used", PeftWarning, stacklevel=3)
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems() + too_small(self, xlora_depth=1, xlora_size=1)
