@@ -24,6 +24,17 @@ _THUMBNAIL = 96
 """The longer side of a picture that ``inspect`` shows."""
 _NUMBERS = ("I", "F")
 """Beginnings of Pillow's modes of pictures that are whole or other numbers: grey of more than 8 bits."""
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""EXIF orientation -> Pillow's name of what turns such a picture upright."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -53,14 +64,27 @@ def open_image(content: bytes, path: str = "") -> Image:
     Raises:
         DataError: it cannot be read; ``path`` names it.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with opened_picture(content, path) as image:
-        upright = ImageOps.exif_transpose(image)
+        upright = turned(image, orientation_of(image))
         if upright.mode.startswith(_NUMBERS):
             upright = Image.fromarray(_grey(np.asarray(upright), of_16_bits=";" in upright.mode))
         upright.load()
         return upright
+
+
+def orientation_of(image: Image) -> int:
+    """The EXIF orientation of a picture; 1, upright, where it has none that is known."""
+    found: Any = image.getexif().get(_ORIENTATION)
+    return int(found) if found in _TURNS else 1
+
+
+def turned(image: Image, orientation: int) -> Image:
+    """Turn a picture of this EXIF orientation upright. The rest of its EXIF, which may be damaged, is not read."""
+    from PIL import Image
+
+    return image.transpose(Image.Transpose[_TURNS[orientation]]) if orientation in _TURNS else image
 
 
 def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
@@ -80,6 +104,7 @@ def check_image(content: bytes, path: str = "") -> None:
         DataError: it cannot be read; ``path`` names it.
     """
     with opened_picture(content, path) as image:
+        orientation_of(image)
         image.draft(None, (1, 1))
         image.load()
         if image.mode in _NUMBERS:

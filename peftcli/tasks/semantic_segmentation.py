@@ -7,9 +7,8 @@ size, in which the value of each pixel is the number of its class.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,7 +39,17 @@ from peftcli.tasks.base import (
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.pictures import noise, open_image, opened_picture, pixels, png, processed, shown_image
+from peftcli.tasks.pictures import (
+    noise,
+    open_image,
+    opened_picture,
+    orientation_of,
+    pixels,
+    png,
+    processed,
+    shown_image,
+    turned,
+)
 from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Label, Shown
 
@@ -60,17 +69,6 @@ _SHADES = {b"\2\0": 85, b"\4\0": 17}
 _BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."
 _UNBALANCED = 0.95
 _BYTE = 256
-_ORIENTATION = 0x0112
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: partial(np.rot90, k=2),
-    4: np.flipud,
-    5: np.transpose,
-    6: partial(np.rot90, k=-1),
-    7: lambda values: np.rot90(values, 2).T,
-    8: np.rot90,
-}
-"""What turns a picture upright, by its EXIF orientation."""
 
 
 class SemanticSegmentation(Task[settings.SemanticSegmentation]):
@@ -181,7 +179,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             values, turn = stored_mask(held, mask.path)
             with opened_picture(content, file.path) as stored:
                 if turn == 1 and values.shape == stored.size[::-1]:  # it was not turned alone
-                    turn = stored.getexif().get(_ORIENTATION, 1)
+                    turn = orientation_of(stored)
             values = upright(values, turn)
             if values.shape != image.size[::-1]:
                 size, other = (f"{width} x {height}" for width, height in (values.shape[::-1], image.size))
@@ -387,13 +385,14 @@ def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:
             raise DataError("the mask has values with fractions", file=path)
         if mask.format == "PNG":
             values = values // _SHADES.get(content[24:26], 1)
-        return values.astype(np.int64), mask.getexif().get(_ORIENTATION, 1)
+        return values.astype(np.int64), orientation_of(mask)
 
 
 def upright(values: np.ndarray, orientation: int) -> np.ndarray:
     """The values (H, W) of a mask, turned as EXIF says."""
-    turned: np.ndarray = _TURNS.get(orientation, np.asarray)(values)
-    return turned
+    from PIL import Image
+
+    return np.asarray(turned(Image.fromarray(values.astype(np.int32)), orientation)).astype(np.int64)
 
 
 def _ends(mask: np.ndarray) -> tuple[int, int]:

@@ -78,10 +78,13 @@ def test_16_bits_of_grey_keep_their_shades(tmp_path: Path) -> None:
     assert (found[..., 0] == shades // 256).all()
 
 
-def test_a_turned_picture_stands_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [b"\5", b"\2"], ids=["right", "odd"])
+def test_a_turned_picture_stands_upright(tmp_path: Path, kind: bytes) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    turned = pixels(saved(picture(), tmp_path / "turned.jpg", exif=exif, quality=100))
+    exif[0x011A] = 72.0  # dots of an inch: a fraction, or in odd files a text
+    content = exif.tobytes().replace(b"\x01\x1a\0\5", b"\x01\x1a\0" + kind)
+    turned = pixels(saved(picture(), tmp_path / "turned.jpg", exif=content, quality=100))
     assert turned.shape == (16, 12, 3)
     assert np.abs(turned[2, 6].astype(int) - RED).max() < 10  # the left of the file is on top
 
