@@ -6,6 +6,7 @@ A row: ``{"question": "Where does Ada live?", "context": "Ada lives in Turin.", 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
@@ -134,6 +135,8 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         if len(found["input_ids"]) != 1 and room <= self.settings.stride:
             message = f"the question leaves {max(0, room)} of {self.max_length} tokens for the context"
             raise row.place.error(message, key=reader.names["question"], hint="Raise max_length or lower task.stride.")
+        # sources of a mix may have one name, as two columns of questions in one file have
+        of_row = repr((row.place.source, row.place.number, question, context))
         examples = []
         for number, ids in enumerate(found["input_ids"]):
             parts, offsets = found.sequence_ids(number), found["offset_mapping"][number]
@@ -146,7 +149,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
                 "token_type_ids": kinds,
                 "places": places,
                 "answer": (0, 0),
-                "row": f"{row.place.source} row {row.place.number}",
+                "row": hashlib.sha256(of_row.encode()).hexdigest(),
                 "context": context,
                 "answers": "",
             }

@@ -181,6 +181,12 @@ def test_rows_of_one_line_are_measured_one_by_one(tmp_path: Path) -> None:
     assert len({each.arrays["row"] for outcome in outcomes for each in outcome.examples}) == 2
 
 
+def test_questions_of_two_columns_are_measured_one_by_one() -> None:
+    task = open_task(NAME, unanswerable=True)
+    examples = [encoded(task, [each])[0] for each in (ROW, {**ROW, "question": "Where is Turin?"}, ROW)]
+    assert len({each.arrays["row"] for each in examples}) == 2
+
+
 @pytest.mark.slow
 def test_every_command_reads_nested_json(tmp_path: Path, cli: Any) -> None:
     CASES[NAME].write(tmp_path)
