@@ -106,9 +106,10 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         if not answers and self.settings.unanswerable is False:
             raise row.place.error("has no answer; task.unanswerable is false", key=reader.names["answers"])
         examples = self._windows(row, reader)
+        wanted = _read_part(examples, *answers[0]) if answers else None
         for example in examples:
             example.arrays["answers"] = json.dumps([text for _, text in answers])
-            example.arrays["answer"] = _target(example, answers[0] if answers else None, self._none(example))
+            example.arrays["answer"] = _target(example, wanted, self._none(example))
         if answers and all(example.arrays["answer"] == (self._none(example),) * 2 for example in examples):
             message = f"no window of {self.max_length} tokens holds all of the answer {shortened(answers[0][1])}"
             hint = "Raise max_length or task.stride, or shorten the answer."
@@ -291,12 +292,20 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * shared / (len(found) + len(wanted))
 
 
-def _target(example: Example, answer: tuple[int, str] | None, none: int) -> tuple[int, int]:
-    """The first and last token of an answer in a window; ``none`` twice if not all of it is there."""
+def _read_part(windows: Sequence[Example], start: int, text: str) -> tuple[int, int]:
+    """The place of an answer without characters around it that no token stands for, as some tokenizers drop marks."""
+    read = np.zeros(len(windows[0].arrays["context"]), bool)
+    for first, last in (place for each in windows for place in each.arrays["places"]):
+        read[first:last] = True
+    there = start + np.flatnonzero(read[start : start + len(text)])
+    return (int(there[0]), int(there[-1]) + 1) if len(there) else (start, start + len(text))
+
+
+def _target(example: Example, answer: tuple[int, int] | None, none: int) -> tuple[int, int]:
+    """The first and last token of the place of an answer in a window; ``none`` twice if not all of it is there."""
     if answer is None:
         return none, none
-    places, (start, text) = np.asarray(example.arrays["places"]), answer
-    end = start + len(text)
+    places, (start, end) = np.asarray(example.arrays["places"]), answer
     inside = np.flatnonzero((places[:, 1] > start) & (places[:, 0] < end) & (places[:, 0] >= 0))
     if not len(inside) or places[inside[0], 0] > start or places[inside[-1], 1] < end:
         return none, none

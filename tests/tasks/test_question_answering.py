@@ -13,6 +13,7 @@ import torch
 import transformers
 from classifierkit import encoded, open_task, scanned, table_of
 from taskkit import CASES
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 from trainkit import write_rows
 
@@ -84,6 +85,15 @@ def test_blanks_around_an_answer_are_no_part_of_it(text: str, start: int, kind: 
     wanted = encoded(task, [ROW if text.strip() else NONE])[0]
     assert list(example.arrays["answer"]) == list(wanted.arrays["answer"])
     assert json.loads(example.arrays["answers"]) == [text.strip()] * bool(text.strip())
+
+
+def test_characters_that_the_tokenizer_drops_may_be_around_an_answer() -> None:
+    task = open_task(NAME, unanswerable=False)
+    task.processor.backend_tokenizer.normalizer = Replace("\u200b", "")
+    answer = "\u200bTurin\u200b"
+    row = {**ROW, "context": f"Ada lives in {answer} now", "answers": {"text": [answer], "answer_start": [13]}}
+    [example] = encoded(task, [row])
+    assert text_at(task, example) == "Turin"
 
 
 def test_an_answer_that_is_missing_is_the_class_token() -> None:
