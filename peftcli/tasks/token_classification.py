@@ -129,8 +129,10 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if not words.spans or not example.size:
             raise row.place.error("holds no words")
         counted = self._labels(example.arrays["word_of"], tags)
-        example.arrays["tags"], example.num_targets = tags, sum(label != IGNORED for label in counted)
         read = set(example.arrays["word_of"])
+        if size == example.size:  # words that have no piece were not cut: the tokenizer drops what they hold
+            tags = [tag if at in read else IGNORED for at, tag in enumerate(tags)]
+        example.arrays["tags"], example.num_targets = tags, sum(label != IGNORED for label in counted)
         lost = sum(tag != IGNORED and at not in read for at, tag in enumerate(tags)) if size > example.size else 0
         if not example.num_targets:
             return Outcome([], "no word has a tag", size)
@@ -326,20 +328,22 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
 
     def _answer(self, words: Words, example: Example, scores: torch.Tensor | None) -> dict[str, Any]:
         """What ``predict`` says of one row, from the probabilities of its pieces' tags (T, C)."""
-        tags, sure = list[str](), list[float]()
-        for piece in _first_pieces(example.arrays["word_of"], len(words.spans)):
-            best = int(scores[piece].argmax()) if piece >= 0 and scores is not None else -1
-            tags.append(self.labels[best] if best >= 0 else OUTSIDE)
-            sure.append(float(scores[piece, best]) if best >= 0 and scores is not None else 0.0)
+        tags, read, sure = [OUTSIDE] * len(words.spans), list[int](), list[float]()
+        for at, piece in enumerate(_first_pieces(example.arrays["word_of"], len(words.spans))):
+            if piece >= 0 and scores is not None:  # a word without a piece is no end of an entity
+                best = int(scores[piece].argmax())
+                tags[at] = self.labels[best]
+                read.append(at)
+                sure.append(float(scores[piece, best]))
         entities = [
             {
                 "type": name,
-                "start": words.spans[first][0],
-                "end": words.spans[last][1],
-                "text": words.text[words.spans[first][0] : words.spans[last][1]],
+                "start": words.spans[read[first]][0],
+                "end": words.spans[read[last]][1],
+                "text": words.text[words.spans[read[first]][0] : words.spans[read[last]][1]],
                 "score": sum(sure[first : last + 1]) / (last + 1 - first),
             }
-            for name, first, last in _entities(tags, self.settings.scheme == "iob2")
+            for name, first, last in _entities([tags[at] for at in read], self.settings.scheme == "iob2")
         ]
         return {"entities": entities, "tags": tags, "words": [words.text[start:end] for start, end in words.spans]}
 

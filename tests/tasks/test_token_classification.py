@@ -132,6 +132,20 @@ def test_words_without_a_tag_do_not_count() -> None:
     assert example.num_targets == 1
 
 
+def test_words_that_the_tokenizer_drops_are_no_end_of_an_entity() -> None:
+    task = open_task(NAME, **IOB)
+    task.processor.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    row = {"tokens": ["Ada", "\u200b", "Lovelace"], "ner_tags": ["B-PER", "I-PER", "I-PER"]}
+    [example] = encoded(task, [row])
+    assert list(example.arrays["tags"]) == [1, IGNORED, 2]
+    model = model_for(task)
+    batch = task.collate([example], training=False)
+    logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(LABELS)).float()
+    model.forward = lambda **_: transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
+    [answer] = task.predict(model, table_of([{"tokens": row["tokens"]}])[1], PredictOptions())
+    assert [each["text"] for each in answer["entities"]] == ["Ada \u200b Lovelace"]
+
+
 def test_tags_are_found_in_the_rows() -> None:
     task = scanned(ROWS, NAME)
     assert task.labels == ("B-PER", "I-PER", "O", "B-LOC")  # of first sight
