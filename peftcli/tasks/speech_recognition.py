@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.prompts.config import max_positions
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
@@ -136,7 +137,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         else:
             found = GenerationConfig.from_model_config(self.base.config)
         if found.max_length is None and found.max_new_tokens is None:
-            found.max_length = self.positions
+            found.max_length = self.positions or max_positions(self.base.config.get_text_config(decoder=True))
         found.num_beams = self.settings.num_beams
         if self.is_whisper:
             self._set_whisper(found)

@@ -531,6 +531,16 @@ def test_an_adapter_without_a_task_type_trains_under_trainer_and_loads(tmp_path:
             torch.testing.assert_close(loaded(**probe).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_answers_may_be_as_long_as_the_decoder_reads(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(moonshine_base(), tmp_path / "base"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    del config["max_length"]
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    row = TASKS["speech_recognition"]
+    task = row.open(row.settings(), open_base(BaseModel(name=str(folder))))
+    assert task.generation.max_length == task.base.config.max_position_embeddings
+
+
 def test_a_model_of_another_kind(tmp_path: Path) -> None:
     recipe = CASES["speech_recognition"].write(tmp_path)
     base = (f"base_model={moonshine_base()}", "task={type: speech_recognition, language: null}")
