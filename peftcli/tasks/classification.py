@@ -201,6 +201,8 @@ class Classification(Task[Settings]):
 
         loss = {"loss": float(sums["loss"]) / num_targets}
         wanted, found = (np.array(each) for each in zip(*outputs, strict=True))
+        if not (math.isfinite(loss["loss"]) and np.isfinite(found).all()):
+            return dict.fromkeys(self.reports, math.nan) | loss
         if self.settings.problem_type == "regression":
             numbers = found[:, 0]
             return loss | {"mse": metrics.mean_squared_error(wanted, numbers), **correlations(wanted, numbers)}

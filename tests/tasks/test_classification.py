@@ -185,6 +185,17 @@ def test_a_perfect_classifier() -> None:
     assert metrics == dict.fromkeys(["accuracy", "macro_f1", "micro_f1", "matthews", "auc"], 1.0)
 
 
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [(rows("a", "b"), 2), (rows("a", "b", "c"), 3), (rows(["a", "b"], ["a"]), 2), (rows(0.5, 1.5), 1)],
+    ids=["two classes", "three", "several of a row", "regression"],
+)
+def test_a_classifier_that_diverged_has_no_metrics(values: list[dict[str, Any]], size: int) -> None:
+    metrics = measured(scanned(values), values, np.full((len(values), size), np.nan))
+    assert len(metrics) > 3
+    assert np.isnan(list(metrics.values())).all()
+
+
 def test_a_random_classifier() -> None:
     random = np.random.default_rng(0)
     labels = ["a" if draw < 0.8 else "b" for draw in random.random(2000)]
