@@ -339,7 +339,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             wrong = ~np.logical_or.reduceat(right[:, order], starts, axis=1)
             cosines = (anchors @ distinct.T).astype(np.float64)
             mine = (anchors * vectors[some]).sum(1, keepdims=True).astype(np.float64)
-            ranks.append(1 + ((cosines >= mine - _ROUNDING) & wrong).sum(1))
+            ranks.append(1 + (~(cosines < mine - _ROUNDING) & wrong).sum(1))  # NaN is never right
             others = np.exp((cosines - mine) / self.settings.temperature) * wrong
             losses.append(np.log1p(others.sum(1)))
         return np.concatenate(ranks), np.concatenate(losses)

@@ -155,6 +155,11 @@ def test_metrics_of_scored_pairs_and_triplets() -> None:
     assert found["loss"] == pytest.approx((0 + (1.5 + 0.5) / 2) / 2)
 
 
+def test_embeddings_that_are_no_numbers_find_nothing() -> None:
+    found = measured(task_of(), np.full((12, 2, 4), np.nan))
+    assert found["recall_at_10"] == 0
+
+
 def test_evaluation_compares_with_all_rows_whatever_the_batch() -> None:
     task, rows = task_of(), [{name: row[name] for name in ("anchor", "positive")} for row in ROWS]
     model = model_of(task)
