@@ -48,7 +48,12 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
         return encode_each(rows, lambda row: self._outcome(row, reader))
 
     def _outcome(self, row: Row, reader: Reader) -> Outcome:
-        texts = [reader.text(row, column) for column in ("text", "text_pair") if column in reader.names]
+        columns = [column for column in ("text", "text_pair") if column in reader.names]
+        texts = [reader.text(row, column) for column in columns]
+        for column, text in zip(columns, texts, strict=True) if self.base.config.is_encoder_decoder else ():
+            if self.processor.eos_token_id in self.processor(text, add_special_tokens=False)["input_ids"]:
+                message = f"holds {self.processor.eos_token}, by which the model finds the end of a text"
+                raise row.place.error(message, key=reader.names[column], hint="Remove it from the text.")
         whole = self.processor(*texts, verbose=False)
         size, held = len(whole["input_ids"]), whole
         if not size:

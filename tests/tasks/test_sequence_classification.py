@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from classifierkit import ROWS, base_of, encoded, open_task, scanned, table_of
+from trainkit import base_folder
 
 from peftcli.core.inject import inject
 from peftcli.errors import DataError, ModelError
@@ -129,6 +130,16 @@ def test_a_decoder_reads_the_last_token_of_a_row() -> None:
     _, rows = table_of(TEXTS)
     first = next(task.predict(model, rows, PredictOptions()))
     assert list(first["scores"].values()) == pytest.approx(last.softmax(-1)[0].tolist(), abs=1e-6)
+
+
+def test_a_text_may_not_hold_the_token_by_which_an_encoder_decoder_finds_its_end() -> None:
+    texts = ["sun tea", f"sun {open_task(**LABELS).processor.eos_token} tea"]
+    rows = [{"text": text, "label": "bad"} for text in texts]
+    for kind in ("bert", base_folder("t5")):
+        right, other = encoded(open_task(kind=kind, **LABELS), rows)
+        assert not isinstance(right, DataError)
+        assert isinstance(other, DataError) == (kind != "bert")
+    assert "finds the end of a text" in other.message
 
 
 def test_a_model_without_a_pad_token_gets_one() -> None:
