@@ -122,6 +122,14 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
     ),
 }
+# Harmony's: an answer ends with <|end|>, and the last one with <|stop|>; so does the thinking before it.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}{{ '<|open|>analysis<|A|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|open|>final<|A|>' + m.content + ('<|stop|>' if loop.last else '<|end|>') }}"
+    "{% else %}{{ '<|open|>' + m.role + '<|A|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|open|>' }}{% endif %}"
+)
 
 
 def make_tokenizer(

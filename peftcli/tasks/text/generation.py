@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ class TextGenerator:
         inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         options = self._options(settings)
         if stream is not None:
-            options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens.texts, strip=self.form == "chat")
+            options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens, strip=self.form == "chat")
         with _contiguous_states(self.model):
             output = generate(self.model, **inputs, **options)
         start = inputs["input_ids"].shape[1] if self._decoder_only else 1  # the decoder's start token
@@ -169,9 +170,17 @@ class TextGenerator:
             (place for place, token in enumerate(ids, 1) if token in stops or self._says_end(ids[:place])), None
         )
         kept = ids[:ends]
-        text, _ = _before(self.tokenizer.decode(kept, skip_special_tokens=True), self.stop_tokens.texts)
+        text = self.tokenizer.decode(kept[self._lead(kept) :], skip_special_tokens=True)
+        text, _ = _before(text, self.stop_tokens.texts)
         text = text.strip() if self.form == "chat" else text
         return text, len(kept), "length" if ends is None else "stop"
+
+    def _lead(self, ids: list[int]) -> int:
+        """Return how many of an answer's ids stand before its text."""
+        lead = self.stop_tokens.lead
+        if not lead or lead not in self.tokenizer.decode(ids):
+            return 0
+        return bisect_left(range(len(ids)), True, key=lambda end: lead in self.tokenizer.decode(ids[:end]))
 
     def _says_end(self, ids: list[int]) -> bool:
         """Whether the text of the ids contains an end of the template that is not a token."""
@@ -236,11 +245,25 @@ def _text_stop(tokenizer: Any, ends: Sequence[str]) -> Any:
     return _TextStop()
 
 
-def _streamer(tokenizer: Any, write: Callable[[str], None], ends: Sequence[str], *, strip: bool) -> Any:
-    """Return a streamer of the text up to one of ``ends``; with ``strip``, without the white space around it."""
+def _streamer(tokenizer: Any, write: Callable[[str], None], stops: StopTokens, *, strip: bool) -> Any:
+    """Return a streamer of an answer's text; with ``strip``, without the white space around it."""
+    ends = stops.texts
 
     class _Streamer(TextStreamer):
         begun, ended, held = False, False, ""
+        leads, first = bool(stops.lead), list[int]()
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or not self.leads:
+                super().put(value)  # type: ignore[no-untyped-call]
+                return
+            self.first = [*self.first, *value.tolist()]
+            self.leads = stops.lead not in tokenizer.decode(self.first)
+
+        def end(self) -> None:
+            if self.leads:  # an answer without what the template writes before its text
+                super().put(torch.tensor(self.first))  # type: ignore[no-untyped-call]
+            super().end()  # type: ignore[no-untyped-call]
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if self.ended:

@@ -151,6 +151,9 @@ class LanguageModel(Task[Settings]):
             )
             return row.place.error(f"{message} model's {positions:,} positions{self._aside}", key="task.max_new_tokens")
         form = prompt_form({"data": {"format": reader.name}}, self.processor)
+        lead = self._stops_of(form).lead
+        if lead and lead in answer:  # which holds its thinking too
+            answer = answer.partition(lead)[2].strip()
         example.arrays |= {"prompt": ids, "answer": answer, "form": form}
         return outcome
 
@@ -174,13 +177,16 @@ class LanguageModel(Task[Settings]):
         found = dict[int, str]()
         forms: list[Form] = batch["_form"]
         for form in dict.fromkeys(forms):
-            if form not in self._stops:
-                self._stops[form] = stop_tokens(self.processor, form)
-            generator = TextGenerator(model, self.processor, form, self._stops[form])
+            generator = TextGenerator(model, self.processor, form, self._stops_of(form))
             chosen = [at for at, each in enumerate(forms) if each == form]
             rows = [np.asarray(batch["_prompt"][at]).tolist() for at in chosen]
             found |= zip(chosen, (text for text, _, _ in generator.continued(rows, settings)), strict=True)
         return [found[at] for at in range(len(forms))]
+
+    def _stops_of(self, form: Form) -> StopTokens:
+        if form not in self._stops:
+            self._stops[form] = stop_tokens(self.processor, form)
+        return self._stops[form]
 
     @property
     def reports(self) -> Sequence[str]:

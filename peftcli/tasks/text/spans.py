@@ -192,6 +192,8 @@ class _TurnFormat:
     """How a turn opens, if the template has no generation prompt."""
     openings: tuple[str, ...]
     """Texts that may precede one: the generation prompt, and the part of it that conversations contain."""
+    lead: str
+    """What stands between the generation prompt and the text of the last answer: empty thinking, a channel."""
     closings: tuple[str, ...]
     """Texts that may end one, the longest first."""
     closing: re.Pattern[str]
@@ -263,6 +265,11 @@ class Template:
     def closings(self) -> tuple[str, ...]:
         """Texts that may close an assistant turn."""
         return self._turn_format(None).closings
+
+    @property
+    def lead(self) -> str:
+        """What a model writes before the text of an answer, if it was trained on conversations."""
+        return self._turn_format(None).lead
 
     def asks_so(self, rendered: Rendered, messages: list[Message], tools: list[Any] | None) -> bool:
         """Whether the last answer of a conversation begins after the text with which the template asks for it."""
@@ -379,6 +386,7 @@ class Template:
             opener,
             unasked,
             tuple(dict.fromkeys(text for text in openings if text.strip())),
+            last.partition(answer)[0].rpartition(ask)[2].partition(opening)[2].strip() if opening.strip() else "",
             tuple(sorted(closings, key=len, reverse=True)),
             re.compile(rf"\s*(?:{_any_of(closings).pattern})"),
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftcli.errors import DataError
 from peftcli.guard.adapter_folder import read_run
-from peftcli.tasks.text.spans import Template
+from peftcli.tasks.text.spans import Template, common_length
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,11 +21,14 @@ _ASKED, _THOUGHT, _SAID = "Xq7Asked", "Xq7Thought", "Xq7Said"
 
 @dataclass(frozen=True)
 class StopTokens:
-    """What ends an answer, besides the tokens that the base model's generation config names."""
+    """What ends an answer, besides the tokens that the base model's generation config names, and what begins it."""
 
     ids: frozenset[int] = frozenset()
     texts: tuple[str, ...] = ()
     """Ends of turns in the chat template that are not special tokens."""
+    lead: str = ""
+    """After this, which the chat template writes before an answer's text, and after thinking if it has any, the text
+    begins; empty: at once."""
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
@@ -38,14 +41,18 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
     except DataError:  # no conversation was trained with such a template
         return StopTokens(eos)
     special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
-    inside, found, texts = "".join(_thinking(template)), list[list[int]](), list[str]()
+    between, found, texts = _thinking(template), list[list[int]](), list[str]()
+    inside = "".join(between)
     for closing in template.closings:
         marks = [number for number in tokenizer.encode(closing, add_special_tokens=False) if number in special]
         found += [marks] if marks else []
         texts += [] if marks else [closing]
     sure = [[number for number in marks if special[number] not in inside] for marks in found]
     firsts = {marks[0] for marks in sure if marks} or {marks[0] for marks in found}
-    return StopTokens(eos | firsts, tuple(texts))
+    lead = template.lead
+    for other in between:
+        lead = lead[len(lead) - common_length(lead[::-1], other.rstrip()[::-1]) :].lstrip() or lead
+    return StopTokens(eos | firsts, tuple(texts), lead)
 
 
 def prompt_form(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Form:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import HARMONY, TEMPLATES, make_tokenizer
 from classifierkit import encoded, open_task
 from taskkit import CASES
 from trainkit import MESSAGES, PROMPTS, base_folder, build, run_recipe, write_recipe, write_rows
@@ -22,8 +23,10 @@ from peftcli.errors import DataError
 from peftcli.methods import config_from_dict
 from peftcli.tasks import settings
 from peftcli.tasks.seq2seq_lm import Seq2SeqLM
+from peftcli.tasks.text.chat import IGNORED, chat_template, encode_marked, mark_chat
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample
 from peftcli.tasks.text.generated import METRICS, own_metric
+from peftcli.tasks.text.generation import GenerationSettings, generator_of
 from peftcli.tasks.text.prompts import prompt_of
 
 WANTED = ["the old mill stands north of a river", "seven red foxes drink tea in winter", "a stone bridge"]
@@ -127,6 +130,38 @@ def test_what_is_wrong_with_it(tmp_path: Path, content: str | None, name: str, w
     with pytest.raises(DataError, match=words) as caught:
         own_metric(f"{tmp_path}/own.py:{name}")(["a"], ["b"])
     assert caught.value.key == "task.metric_code"
+
+
+@pytest.mark.parametrize("thinking", ["", "Think.\nAnd again."])
+@pytest.mark.parametrize("template", [TEMPLATES["qwen3"], HARMONY, TEMPLATES["smollm"]], ids=["qwen3", "harmony", "no"])
+def test_an_answer_is_what_follows_thinking_and_header(
+    template: str, thinking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, written = make_tokenizer(template), list[str]()
+    asked = [{"role": "user", "content": "Where is Paris?"}]
+    said = {"role": "assistant", "content": "In  France.", "thinking": thinking, "reasoning_content": thinking}
+    [example] = encode_marked([mark_chat(ChatExample([*asked, said]), chat_template(tokenizer), "answers")], tokenizer)
+    trained = torch.tensor([label for label in example.labels if label != IGNORED])
+
+    def says(model: Any, input_ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
+        for each in (input_ids, *trained[:, None]):
+            streamer.put(each)
+        streamer.end()
+        return torch.cat([input_ids, trained[None]], 1)
+
+    monkeypatch.setattr("peftcli.tasks.text.generation.generate", says)
+    generator = generator_of(build("llama"), tokenizer, {})
+    [answer] = generator.generate([asked], GenerationSettings(), stream=written.append)
+    assert (answer.text, answer.tokens, answer.finish_reason) == ("In  France.", len(trained), "stop")
+    assert "".join(written) == "In  France."
+
+
+def test_what_is_wanted_of_a_text_with_thinking_is_the_text_after_it() -> None:
+    task = open_task("causal_lm", "chat", generate_metrics=["exact_match"], max_new_tokens=8)
+    task.processor.chat_template = TEMPLATES["qwen3"]
+    said = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIn France."}
+    [example] = encoded(task, [{"messages": [{"role": "user", "content": "Where is Paris?"}, said]}])
+    assert example.arrays["answer"] == "In France."
 
 
 @pytest.mark.parametrize("package", ["sacrebleu", "rouge_score"])

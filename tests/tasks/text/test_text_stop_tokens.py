@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import TEMPLATES, make_tokenizer
+from chat_templates import HARMONY, TEMPLATES, make_tokenizer
 
 from peftcli.guard.adapter_folder import read_run
 from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, missing_stops, prompt_form, stop_tokens
@@ -27,14 +27,6 @@ OURS = {
     "open_ended": set(),
     "plain": set(),
 }
-# Harmony's: an answer ends with <|end|>, and the last one with <|stop|>; so does the thinking before it.
-HARMONY = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}"
-    "{% if m.thinking %}{{ '<|open|>analysis<|A|>' + m.thinking + '<|end|>' }}{% endif %}"
-    "{{ '<|open|>final<|A|>' + m.content + ('<|stop|>' if loop.last else '<|end|>') }}"
-    "{% else %}{{ '<|open|>' + m.role + '<|A|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|open|>' }}{% endif %}"
-)
 
 
 def texts(tokenizer: Any, ends: StopTokens) -> set[str]:
@@ -69,6 +61,22 @@ def test_what_ends_thinking_too_is_no_sure_end() -> None:
 def test_an_end_that_is_not_sure_is_better_than_none() -> None:
     tokenizer = make_tokenizer(HARMONY.replace("<|stop|>", "<|end|>"))
     assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == {"<|end|>", "</s>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "lead"),
+    [
+        (HARMONY, "final<|A|>"),
+        (HARMONY.replace("m.thinking %}", "false %}"), "final<|A|>"),
+        ("qwen3", "</think>"),
+        ("smollm", ""),
+        ("llama2", ""),
+    ],
+)
+def test_what_the_template_writes_before_an_answers_text(template: str, lead: str) -> None:
+    tokenizer = make_tokenizer(template)
+    assert stop_tokens(tokenizer, "chat").lead == lead
+    assert stop_tokens(tokenizer, "plain").lead == ""
 
 
 def test_a_template_that_shows_no_conversation_and_a_tokenizer_without_eos() -> None:
