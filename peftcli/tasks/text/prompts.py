@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from peftcli.data.rows import Row
@@ -19,7 +21,7 @@ from peftcli.tasks.text.formats import (
     ParsedRow,
     TextExample,
 )
-from peftcli.tasks.text.spans import render
+from peftcli.tasks.text.spans import Template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +77,11 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_o
         prompt = prompt.chat().messages[:-1]
     messages, tools = (prompt, None) if isinstance(prompt, list) else (prompt.messages, prompt.tools)
     if tokenizer.chat_template:
-        return render(tokenizer, messages, tools, prompt=True), True
+        text = render(tokenizer, messages, tools, prompt=True)
+        if decoder_only and text == render(tokenizer, messages, tools):
+            with suppress(DataError):  # of a template for other conversations than plain ones
+                text += _template(tokenizer, str(tokenizer.chat_template)).unasked(tools)
+        return text, True
     if decoder_only:
         message = "the base model's tokenizer has no chat template for messages"
         raise UsageError(message, hint="give prompts instead")
@@ -84,10 +90,16 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_o
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in messages), False
 
 
+@lru_cache(maxsize=8)
+def _template(tokenizer: PreTrainedTokenizerBase, written: str) -> Template:
+    """The chat template of a tokenizer, which is ``written`` so now."""
+    return Template(tokenizer)
+
+
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, templated: bool, decoder_only: bool) -> list[int]:
     """The tokens of a prompt. A template writes its own special tokens; other text gets the tokenizer's.
 
-    BOS stands once, and no EOS at the end of what a decoder continues.
+    BOS stands once, and no EOS of the tokenizer's at the end of what a decoder continues.
 
     Raises:
         UsageError: the prompt has no tokens.
@@ -96,7 +108,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, templated: bool
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
-    if decoder_only and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+    if decoder_only and not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     if not ids:
         raise UsageError("the prompt is empty: it has no tokens to continue from")

@@ -271,6 +271,10 @@ class Template:
         """What a model writes before the text of an answer, if it was trained on conversations."""
         return self._turn_format(None).lead
 
+    def unasked(self, tools: list[Any] | None) -> str:
+        """How an answer opens, if the template has no generation prompt; blanks at its end belong to the answer."""
+        return self._turn_format(tools).unasked.rstrip(" ")
+
     def asks_so(self, rendered: Rendered, messages: list[Message], tools: list[Any] | None) -> bool:
         """Whether the last answer of a conversation begins after the text with which the template asks for it."""
         last = rendered.answers[-1]

@@ -27,7 +27,7 @@ from peftcli.tasks.text.chat import IGNORED, chat_template, encode_marked, mark_
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample
 from peftcli.tasks.text.generated import METRICS, own_metric
 from peftcli.tasks.text.generation import GenerationSettings, generator_of
-from peftcli.tasks.text.prompts import prompt_of
+from peftcli.tasks.text.prompts import prompt_ids, prompt_of, prompt_text
 
 WANTED = ["the old mill stands north of a river", "seven red foxes drink tea in winter", "a stone bridge"]
 RANDOM = ["qx vw zk jj pp", "oo uu ii yy ee aa bb", "xx yy zz ww"]
@@ -154,6 +154,23 @@ def test_an_answer_is_what_follows_thinking_and_header(
     [answer] = generator.generate([asked], GenerationSettings(), stream=written.append)
     assert (answer.text, answer.tokens, answer.finish_reason) == ("In  France.", len(trained), "stop")
     assert "".join(written) == "In  France."
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}<|open|>{{ m.role }}<|A|>{{ m.content }}</s>\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}",  # what a question ends with stands before an answer
+    ],
+)
+def test_without_a_generation_prompt_the_model_is_asked_as_it_was_trained(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    turns = [{"role": "user", "content": "Where is Paris?"}, {"role": "assistant", "content": "In France."}]
+    [example] = encode_marked([mark_chat(ChatExample(turns), chat_template(tokenizer), "answers")], tokenizer)
+    text, templated = prompt_text(turns[:1], tokenizer, decoder_only=True)
+    ids = prompt_ids(text, tokenizer, templated=templated, decoder_only=True)
+    first = next(at for at, label in enumerate(example.labels) if label != IGNORED)
+    assert ids == example.input_ids[:first]
 
 
 def test_what_is_wanted_of_a_text_with_thinking_is_the_text_after_it() -> None:
