@@ -149,6 +149,12 @@ def test_the_least_important_subspaces_stop_training() -> None:
             assert [number for number, value in enumerate(tensors) if value.grad is not None] == left
 
 
+def test_the_last_subspaces_are_frozen_at_the_end_of_the_warmup_whatever_the_interval() -> None:
+    model, config = ours("llama", "adamss", **ASA | {"mask_interval": 4, "asa_schedule_exponent": 1.0})
+    *_, last = _steps(model, config, 1, 6)
+    assert sum(map(len, last)) == config.asa_target_subspaces
+
+
 def test_importance_and_the_schedule_are_pefts() -> None:
     """PEFT keeps one subspace fewer than it says, so ours is told to keep one fewer."""
     start, oracle = ours("llama", "adamss", **ASA)[0], theirs("llama", "adamss", **ASA)
@@ -245,3 +251,6 @@ def test_settings_that_cannot_be_right_are_refused() -> None:
     ):
         assert [name for name, _ in AdamssConfig.unchecked(**wrong).problems()] == [key]
     assert not AdamssConfig(mask_interval=0, init_weights=False).problems()
+    AdamssConfig(**ASA).check_steps(6)
+    with pytest.raises(AdapterError, match="final_warmup: 6 is above the run's 5 steps"):
+        AdamssConfig(**ASA).check_steps(5)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from peftcli.core.config import LayeredConfig
+from peftcli.errors import AdapterError
 from peftcli.methods._settings import Problems, not_one_of, not_positive, outside_unit_interval, too_small
 
 
@@ -29,13 +30,13 @@ class AdamssConfig(LayeredConfig):
     use_asa: bool = False
     """Freeze the least important groups while training, until asa_target_subspaces are left."""
     asa_target_subspaces: int = 50
-    """How many groups of the whole model still train at the end."""
+    """How many groups of the whole model still train at the end. Where it has no more of them, none is frozen."""
     init_warmup: int = 50
     """Step from which groups may be frozen."""
     final_warmup: int = 1000
     """Step from which on no more than asa_target_subspaces train."""
     mask_interval: int = 100
-    """Number of steps between two times that groups are frozen."""
+    """Number of steps between two times that groups are frozen; the last time is at final_warmup."""
     asa_importance_beta: float = 0.85
     """How slowly the importance of a weight follows its last steps; nearer to 1 is slower."""
     asa_uncertainty_beta: float = 0.85
@@ -65,6 +66,11 @@ class AdamssConfig(LayeredConfig):
         if self.init_warmup >= self.final_warmup:
             found.append(("init_warmup", f"{self.init_warmup} is not below final_warmup, {self.final_warmup}"))
         return found
+
+    def check_steps(self, total: int) -> None:
+        if self.use_asa and self.final_warmup > total:
+            told = f"{self.final_warmup} is above the run's {total} steps, which end before enough groups are frozen"
+            raise AdapterError(told, key="final_warmup", hint="lower it, or train for longer")
 
     def file_dict(self) -> dict[str, Any]:
         written = super().file_dict()

@@ -228,7 +228,7 @@ def after_step(model: nn.Module, config: AdamssConfig, step: int, total: int) ->
     layers = _allocating(model, config)
     for layer in layers:
         layer.see_gradients()
-    if not layers or step % config.mask_interval:
+    if not layers or (step % config.mask_interval and step != config.final_warmup):
         return
     left = 1 - (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
     every = sum(len(layer.adamss_A) for layer in layers)
