@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from models_tiny import randomise
 from torch import nn
 
+from peftcli.core.config import AdapterConfig
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
+from peftcli.methods.beft.config import BeftConfig
 from peftcli.methods.glora.config import GloraConfig
 from peftcli.methods.lora.config import LoraConfig
 
@@ -46,10 +48,10 @@ def test_without_a_bias_only_the_weight_is_changed() -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "glora_only"])
-def test_among_other_adapters_it_is_made_from_the_base_models_own(bias: str) -> None:
+@pytest.mark.parametrize("other", [None, LoraConfig(r=2, init_lora_weights=False), BeftConfig(init_weights=False)])
+def test_among_other_adapters_it_is_made_from_the_base_models_own(other: AdapterConfig | None, bias: str) -> None:
     base, x = nn.Linear(5, 4), torch.randn(3, 5)
-    inner = wrap(base, "x", LoraConfig(r=2, init_lora_weights=False)).requires_grad_(False)
-    layer = _layer(inner if bias == "none" else base, bias=bias)
+    layer = _layer(wrap(base, "x", other) if other else base, bias=bias)
     randomise(layer)
     merged = {**dict(base.named_parameters()), **layer.folded(dict(base.named_parameters()))}
     torch.testing.assert_close(torch.func.functional_call(base, merged, (x,)), layer(x))

@@ -73,7 +73,7 @@ class GloraLinear(AdapterLayer):
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
         if not self.enabled:
             return below
-        own = base | below if isinstance(self.base_layer, TrainedBias) else base
+        own = self.base_layer.own_tensors() if isinstance(self.base_layer, TrainedBias) else base
         stored = widened(base["weight"])
         weight = self.view.as_stored(stored)
         changed = {"weight": below.get("weight", stored) + self.view.as_stored(self._delta(weight))}
