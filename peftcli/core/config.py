@@ -290,7 +290,8 @@ class LayeredConfig(TargetedConfig):
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        is_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_pattern and self.layers_to_transform is not None:
             found.append(("layers_to_transform", "needs target_modules as a list of names"))
         try:
             check_patterns(as_list(self.layers_pattern))

@@ -375,7 +375,8 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
         there = sorted(index for index in set(indices.values()) if index is not None)
         span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
         raise AdapterError(f"no target module in layer {min(missing)}; there are {span}", key="layers_to_transform")
-    return [name for name in names if indices[name] in wanted or name in (config.target_modules or ())]
+    given = () if config.target_modules in (None, "all-linear") else config.target_modules
+    return [name for name in names if indices[name] in wanted or name in given]
 
 
 def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterable[str]) -> int | None:

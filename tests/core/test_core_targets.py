@@ -104,6 +104,13 @@ def test_layers_and_exclusions(settings: dict[str, object], expected: list[str])
     assert [name.split(".")[2] for name in _found("llama", target_modules=["q_proj"], **settings)] == expected
 
 
+def test_all_linear_keeps_to_the_layers_too() -> None:
+    layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(3))
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "layers": layers})
+    config = LoraConfig(target_modules="all-linear", layers_to_transform=[0, 2])
+    assert find_targets(model, config) == ["layers.0.up", "layers.2.up"]
+
+
 def test_a_module_that_is_named_in_full_is_adapted_in_any_layer() -> None:
     first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
     assert _found("llama", target_modules=[first, "v_proj"], layers_to_transform=[1]) == [first, second]
