@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Callable, Collection
@@ -129,9 +128,8 @@ class AdapterConfig(PeftConfigMixin):
         """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
         for entry in dataclasses.fields(self):
             value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
-            finite = not isinstance(value, float) or math.isfinite(value)  # problems() tells the others
-            numeric = finite and hint in (int, float, int | None, float | None)
-            checked: Any = (str, float, list, dict) if numeric else str  # else a comparison would fail, or pass
+            numeric = hint in (int, float, int | None, float | None, int | float | None, dict[str, float])
+            checked: Any = (str, int, float, list, dict) if numeric else str  # else a comparison would fail, or pass
             if isinstance(value, checked) and not fits(value, hint):
                 raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=entry.name)
         for key, message in self.problems():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ def _fingerprint(model: nn.Module) -> list[Any]:
     [
         ("r", 8.5),
         ("r", [8]),
+        ("r", 2**64),
         ("lora_alpha", [8]),
+        ("lora_alpha", math.inf),
         ("lora_dropout", {}),
+        ("alpha_pattern", {"q_proj": math.nan}),
     ],
 )
 def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> None:
