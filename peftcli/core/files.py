@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, TargetedConfig
-from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unload
+from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unchanged_on_error, unload
 from peftcli.core.layer import base_modules, base_paths
 from peftcli.core.protocols import ReadsFiles, describe, layers_of
 from peftcli.core.targets import module_matches
@@ -173,23 +173,25 @@ def load_adapter(
     ``rename`` translates the names of the file's tensors into those of this model.
 
     Raises:
-        AdapterError: the config or the tensors do not fit the model, or leave a parameter random.
+        AdapterError: the config or the tensors do not fit the model, or leave a parameter random. The config is as
+            it was then.
     """
-    config.inference_mode = True
-    path = find_weights(folder)
-    with open_weights(path) as (stored, file):  # no memory is taken before the header has shown that the tensors fit
-        header = _renamed(stored, rename)
-        _read_names(model, config, header)
-        if prepare is not None:
-            prepare(header)
-        check_header(model, config, header, path, adapter, initialised)
-        tensors = _read(header, file, path)
-    injection = inject(model, config, adapter, initialised=initialised)
-    try:
-        load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
-    except AdapterError:
-        unload(model, adapter)
-        raise
+    with unchanged_on_error(config):
+        config.inference_mode = True
+        path = find_weights(folder)
+        with open_weights(path) as (stored, file):  # no memory is taken before the header shows that the tensors fit
+            header = _renamed(stored, rename)
+            _read_names(model, config, header)
+            if prepare is not None:
+                prepare(header)
+            check_header(model, config, header, path, adapter, initialised)
+            tensors = _read(header, file, path)
+        injection = inject(model, config, adapter, initialised=initialised)
+        try:
+            load_state(model, tensors, str(folder / WEIGHTS_FILE), adapter)
+        except AdapterError:
+            unload(model, adapter)
+            raise
     set_trainable(model, trainable, adapter)
     config.inference_mode = not trainable
     return injection

@@ -56,7 +56,7 @@ def inject(
 
     The base model is frozen, with the running statistics of its norms; other adapters stay as they are.
 
-    Nothing is changed when this raises.
+    Nothing is changed when this raises, nor in the config.
 
     Args:
         model: the base model, maybe with other adapters in it.
@@ -81,8 +81,10 @@ def inject(
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     changes_before = len(model.__dict__.get("_adapter_undo", ()))
     try:
-        total_before = _insert(model, config, initialised)
-        _check_called(model, config, {path: one for path, one in adapter_layers(model).items() if one not in before})
+        with unchanged_on_error(config):
+            total_before = _insert(model, config, initialised)
+            new = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
+            _check_called(model, config, new)
     except AdapterError:
         _remove(model, lambda layer: layer not in before)
         _take_back(model, changes_before)
@@ -97,6 +99,17 @@ def inject(
     trained = {parameter for layer in added.values() for parameter in layer.own_tensors().values()}
     trainable = sum(parameter.numel() for parameter in trained)
     return Injection(added, trainable, total_before + trainable - num_replaced(added.values()))
+
+
+@contextmanager
+def unchanged_on_error(config: AdapterConfig) -> Iterator[None]:
+    """Inside, an error gives the config the settings back that it had before."""
+    before = dict(vars(config))
+    try:
+        yield
+    except AdapterError:
+        vars(config).update(before)
+        raise
 
 
 def num_replaced(layers: Iterable[AdapterLayer]) -> int:

@@ -165,6 +165,10 @@ def test_models_for_text_have_no_head() -> None:
 def test_a_misspelt_head_of_a_new_adapter_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"modules_to_save: .* matches 'clasifier'; closest: classifier"):
         inject(_base("bert"), _config("bert", "lora", modules_to_save=["clasifier"]))
+    config = _config("bert", "lora", target_modules=["qeury"])
+    with pytest.raises(AdapterError, match=r"target_modules: .* matches 'qeury'; closest: query"):
+        inject(_base("bert"), config)
+    assert config.modules_to_save is None, "the head is added to that of a right one"
 
 
 def _as_peft_writes(folder: Path, named: list[str] | None) -> Any:
