@@ -222,9 +222,20 @@ def on_unload(model: nn.Module, undo: functools.partial[None]) -> None:
     model.__dict__.setdefault("_adapter_undo", []).append(undo)
 
 
+def replace_weight(model: nn.Module, weight: nn.Parameter, value: torch.Tensor) -> None:
+    """Give a weight of the base model, not on the meta device, the values of a file until the adapters are unloaded."""
+    on_unload(model, functools.partial(_fill_weight, weight, weight.detach().clone()))
+    _fill_weight(weight, value)
+
+
+def _fill_weight(weight: nn.Parameter, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(value)
+
+
 def is_reshaped(model: nn.Module) -> bool:
     """Return whether unloading has to undo changes of the model's structure."""
-    return "_adapter_undo" in model.__dict__
+    return any(undo.func is not _fill_weight for undo in model.__dict__.get("_adapter_undo", ()))
 
 
 def keep_shape(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.inject import replace_weight
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
@@ -104,7 +105,7 @@ def load_state(
 
     Weights on the meta device get memory, on the device of the layer that they adapt. A file may also hold the base
     weights of embedding and head, as PEFT writes them when they are adapted or the vocabulary was resized; they
-    replace the model's.
+    replace the model's until its adapters are unloaded.
 
     Raises:
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message. Nothing is
@@ -118,8 +119,8 @@ def load_state(
         for name, value in values.items():
             if name in own:
                 _fill(own[name][2], value, own[name][0])
-            else:
-                base[name].copy_(value)
+            elif not base[name].is_meta and not torch.equal(base[name], new := value.to(base[name])):
+                replace_weight(model, base[name], new)
 
 
 def check_state(

@@ -69,6 +69,15 @@ def test_the_rows_of_a_resized_vocabulary_are_saved_and_loaded(
     torch.testing.assert_close(logits(loaded, _inputs(folder)), logits(model, _inputs(folder)), atol=1e-5, rtol=1e-5)
 
 
+def test_unload_gives_the_base_models_rows_back(folder: Path, tmp_path: Path) -> None:
+    adapter, base = _saved(_adapted(peftcli, folder), tmp_path / "adapter"), _resized(folder, 1)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    loaded = peftcli.PeftModel.from_pretrained(base, adapter)
+    rows = loaded.get_input_embeddings().weight
+    assert not torch.equal(rows, before["model.embed_tokens.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in loaded.unload().state_dict().items())
+
+
 def test_those_of_a_model_with_an_adapter_in_it_are_saved_too(folder: Path) -> None:
     model = _resized(folder, 0)
     config = peftcli.LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(folder))
