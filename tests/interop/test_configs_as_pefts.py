@@ -62,6 +62,13 @@ def test_each_reads_what_the_other_writes(method: str, tmp_path: Path) -> None:
     assert cls(peft_type="another") == cls.from_peft_type() == copy.deepcopy(pickle.loads(pickle.dumps(cls())))
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/adapter", "a" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_told(name: str) -> None:
+    with pytest.raises(AdapterError, match="is neither a folder nor a hub id") as caught:
+        peftcli.PeftConfig.from_pretrained(name)
+    assert len(str(caught.value)) < 200
+
+
 def test_what_a_config_says_of_itself() -> None:
     config = peftcli.LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=("b", "a"), init_lora_weights="OLoRA")
     assert config.init_lora_weights == "olora"

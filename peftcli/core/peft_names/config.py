@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peftcli.core.config_classes import config_class, plain
 from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
+from peftcli.guard.files import is_folder, short_repr
 from peftcli.system.disk import write_file
 from peftcli.system.hub_requests import (
     DOWNLOAD_OPTIONS,
@@ -22,6 +23,7 @@ from peftcli.system.hub_requests import (
     is_repo_id,
     retry,
 )
+from peftcli.system.outputs import expand_user
 
 
 class PeftConfigMixin:
@@ -105,9 +107,9 @@ class PeftConfigMixin:
         Raises:
             AdapterError: it is not there, cannot be read, or names a method or setting that is not supported.
         """
-        folder, inside = Path(pretrained_model_name_or_path).expanduser(), subfolder or "."
+        folder, inside = expand_user(Path(pretrained_model_name_or_path)), subfolder or "."
         download = download_options(options)
-        if not folder.is_dir():
+        if not is_folder(folder):
             folder = _from_hub(str(pretrained_model_name_or_path), inside, revision, download)
         path = folder / inside / CONFIG_FILE
         values = cls.from_json_file(path)
@@ -155,7 +157,7 @@ def _as_file(values: dict[str, Any]) -> bytes:
 def _from_hub(name: str, inside: str, revision: str | None, options: dict[str, Any]) -> Path:
     """Return the folder of a hub repository's copy in the cache that holds the config."""
     if not is_repo_id(name):
-        raise AdapterError(f"{name!r} is neither a folder nor a hub id of the form user/name")
+        raise AdapterError(f"{short_repr(name)} is neither a folder nor a hub id of the form user/name")
     try:
         what = f"no folder {name} here; on the hub: {name}"
         return download_files(name, [Path(inside, CONFIG_FILE).as_posix()], revision, what=what, **options)
