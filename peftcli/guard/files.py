@@ -46,7 +46,10 @@ def read_small(path: Path, limit: int) -> bytes:
 
 def short_repr(value: object) -> str:
     """Return an untrusted value for a message: short, on one line, without terminal control characters."""
-    return _repr.repr(value)
+    try:
+        return _repr.repr(value)
+    except ValueError:  # Python shows no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def short_name(name: str) -> str:

@@ -60,7 +60,7 @@ def test_a_pipe_is_neither_read_nor_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["a" * 5000, ["b" * 5000] * 5000, {"k" * 99: {"x": {"y": {"z": 1}}}}, "\x1b[31m\n\u202e"]
+    "value", ["a" * 5000, ["b" * 5000] * 5000, {"k" * 99: {"x": {"y": {"z": 1}}}}, "\x1b[31m\n\u202e", [1 << 20_000]]
 )
 def test_foreign_values_are_short_and_on_one_line(value: object) -> None:
     assert short_repr(value).isprintable()
