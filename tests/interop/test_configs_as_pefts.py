@@ -77,6 +77,7 @@ def test_what_a_config_says_of_itself() -> None:
     assert issubclass(peftcli.LoraConfig, PeftConfig)
     assert not config.is_prompt_learning
     assert not config.is_adaption_prompt
+    assert peftcli.AdaptionPromptConfig(adapter_len=4, adapter_layers=1).is_adaption_prompt
     assert peftcli.PrefixTuningConfig().is_prompt_learning
     assert issubclass(peftcli.PrefixTuningConfig, PromptLearningConfig)
 

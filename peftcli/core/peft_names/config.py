@@ -32,7 +32,7 @@ class PeftConfigMixin:
     is_prompt_learning: ClassVar[bool] = False
     """Whether the method trains virtual tokens."""
     is_adaption_prompt: ClassVar[bool] = False
-    """PEFT's: whether the method is the first form of its adaption prompt."""
+    """Whether the method is LLaMA-Adapter."""
     trains_in_inference_mode: ClassVar[bool] = False
     """Whether PEFT gives a new adapter gradients though its config says ``inference_mode``, as that of a file does."""
     unknown_to_peft: ClassVar[tuple[str, ...]] = ()

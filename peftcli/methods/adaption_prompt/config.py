@@ -18,6 +18,7 @@ class AdaptionPromptConfig(AdapterConfig):
 
     peft_type = "ADAPTION_PROMPT"
     learning_rate = 2.7e-2
+    is_adaption_prompt: ClassVar[bool] = True
     trains_in_inference_mode: ClassVar[bool] = True
     unknown_to_peft: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     sizes: ClassVar[tuple[str, ...]] = ("adapter_len",)
