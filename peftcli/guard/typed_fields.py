@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import short_name, short_repr
 
-OFF: tuple[Any, ...] = (None, False, [], {})
+OFF: tuple[Any, ...] = (None, False, "", [], {})
 """Values of a setting that is switched off."""
 _LARGEST_FLOAT, _LARGEST_INT = 3.4e38, 2**63 - 1
 """The largest numbers of float32 and int64; nothing can be computed with larger ones."""

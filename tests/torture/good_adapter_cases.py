@@ -237,7 +237,7 @@ VALID: dict[str, Valid] = {
     "the keys of PEFT 0.5": Valid(_old(**_OF_0_5), ALL),
     "the keys of PEFT 0.18": Valid(_old(**_OF_0_18), ALL),
     "keys of a later PEFT, switched off": Valid(
-        lambda folder: folder.config(magic=None, magic_2=False, magic_3={}, magic_4=[])
+        lambda folder: folder.config(magic=None, magic_2=False, magic_3={}, magic_4=[], magic_5="")
     ),
     "a class of its base model that is code": Valid(_evil_mapping),
     "modules as a pattern": Valid(lambda folder: folder.config(target_modules=r".*\.self_attn\.(q|v)_proj")),
