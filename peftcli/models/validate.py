@@ -241,8 +241,8 @@ def find_initialised(
 
 def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:
     """The body's name, and the names of what may stand on it untrained: heads and poolers. None in a language model."""
-    ends = [end for end in model_ends(model) if end is not None]
-    if model_ends(model)[1] is not None:
+    ends = model_ends(model)
+    if ends[1] is not None:
         return None, []
     body = getattr(model, "base_model", model)
     beside = [(name, child) for name, child in model.named_children() if child is not body]
@@ -256,6 +256,8 @@ def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:
         is_head = any(isinstance(part, nn.Linear) for part in parts) and not any(part in ends for part in parts)
         if is_head and not has_stack(last[1]):
             heads.append(prefix + last[0])
+    if getattr(body, "pooler", None) is not None and f"{prefix}pooler" not in heads:  # not the last child of each body
+        heads.append(f"{prefix}pooler")
     return prefix.rstrip("."), heads
 
 

@@ -34,6 +34,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vit": lambda: transformers.ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
     ),
+    "nomic_bert": lambda: transformers.NomicBertConfig(**BERT),  # whose pooler is followed by the layers
+    "data2vec-vision": lambda: transformers.Data2VecVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
+        out_indices=[0, 1],
+    ),
     "segformer": lambda: transformers.SegformerConfig(
         hidden_sizes=[8, 16], depths=[1, 1], sr_ratios=[2, 1], patch_sizes=[3, 3], strides=[2, 2],
         num_encoder_blocks=2, num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16,
@@ -80,6 +85,8 @@ def modules(loaded: LoadedModel) -> set[str]:
         ("bert", MASKED, SEQUENCES, {"classifier", "pooler"}),
         ("bert", MASKED, TOKENS, {"classifier"}),
         ("bert", MASKED, "AutoModel", set()),
+        ("nomic_bert", "AutoModel", SEQUENCES, {"classifier", "pooler"}),
+        ("data2vec-vision", "AutoModel", IMAGES, {"classifier", "pooler"}),
         ("roberta", TOKENS, SEQUENCES, {"classifier"}),
         ("distilbert", "AutoModel", SEQUENCES, {"classifier", "pre_classifier"}),
         ("vit", "AutoModel", IMAGES, {"classifier"}),
@@ -114,6 +121,7 @@ def without(words: Iterable[str], tensors: dict[str, torch.Tensor]) -> dict[str,
     [
         ("bert", SEQUENCES, SEQUENCES, "classifier.bias"),
         ("bert", SEQUENCES, SEQUENCES, "pooler.dense.bias"),
+        ("nomic_bert", SEQUENCES, SEQUENCES, "pooler.dense.bias"),
         ("bert", SEQUENCES, SEQUENCES, "embeddings"),
         ("bert", "AutoModel", "AutoModel", "encoder"),
         ("bert", SEQUENCES, SEQUENCES, "layer.1."),
