@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 class PeftcliError(Exception):
@@ -41,6 +42,10 @@ class PeftcliError(Exception):
     ):
         super().__init__(message)
         self.message, self.file, self.line, self.key, self.hint = message, file, line, key, hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy from another process be made without ``__init__``, whose arguments differ from class to class."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
     def __str__(self) -> str:
         """Return ``file:line: key: message`` and, on a second line, the hint."""

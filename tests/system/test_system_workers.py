@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.errors import DataError, ProcessDied
+from peftcli.errors import DataError, Interrupted, PeftcliError, Problem, ProcessDied, RecipeError
 from peftcli.system.workers import compute_ahead
 
 
@@ -63,17 +63,26 @@ def test_each_worker_is_one_item_ahead(tmp_path: Path) -> None:
     assert children() == []
 
 
-def test_an_error_is_the_one_that_was_raised() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("cannot be read", file="a.jpg", hint="Mend it."),
+        RecipeError([Problem("cannot be read", "a.yaml", 3)]),
+        Interrupted("cannot be read", exit_code=75),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_is_the_one_that_was_raised(error: PeftcliError) -> None:
     def read(number: int) -> int:
         if number == 3:
-            raise DataError("cannot be read", file="a.jpg", hint="Mend it.")
+            raise error
         return number if number != 5 else 1 // 0
 
     results = compute_ahead(read, range(9), 2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(DataError, match="cannot be read") as caught:
+    with pytest.raises(type(error), match="cannot be read") as caught:
         next(results)
-    assert (caught.value.file, caught.value.hint) == ("a.jpg", "Mend it.")
+    assert vars(caught.value) == vars(error)
     assert children() == []
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         list(compute_ahead(read, [5], 1))
