@@ -72,7 +72,7 @@ class BaseModel:
     new_tokens: list[str] = field(default_factory=list)
     """Special tokens to add to the vocabulary. The embedding gets a row for each; these rows are trained and saved."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Needs ``revision``, the commit of the code."""
+    """Run Python code from the model's repository or folder. A hub model needs ``revision``, the commit of the code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,7 @@ def _refuse_own_code(values: dict[str, Any], file: str) -> None:
             "needs Python code that comes with the model, which is not run",
             file=file,
             key="auto_map",
-            hint="a recipe can allow it, for code that you have read: base_model.trust_remote_code and its revision",
+            hint="a recipe can allow code that you have read: base_model.trust_remote_code, on the hub with a revision",
         )
 
 

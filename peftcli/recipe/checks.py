@@ -88,11 +88,15 @@ def _names(recipe: Recipe, report: Report) -> None:
     for key in _NOT_EMPTY:
         if not str(operator.attrgetter(key)(recipe)).strip():
             report((key,), "is empty")
-    if recipe.base_model.trust_remote_code and not recipe.base_model.revision:
+    is_local, revision = exists(recipe.base_model.name), recipe.base_model.revision
+    if recipe.base_model.trust_remote_code and not revision and not is_local:
         report(
             ("base_model.trust_remote_code", "base_model.revision"),
             "runs code from the hub, so base_model.revision must name the commit of that code",
         )
+    if is_local and revision is not None:
+        keys = ("base_model.revision", "base_model.name")
+        report(keys, "applies to hub models, but base_model.name is local; leave it out")
     if "://" in recipe.base_model.name:
         report(("base_model.name",), "must be a path or a hub id, not a URL")
 

@@ -78,6 +78,7 @@ from peftcli.recipe import gate_holds, parse_gate
         (["gates.eval_loss=< 1", "dataset.eval=null"], "gates.eval_loss", "needs evaluation data"),
         (["gates.eval_loss=< 1", "training.eval_strategy=no"], "gates.eval_loss", "needs an evaluation"),
         (["base_model.trust_remote_code=true"], "base_model.trust_remote_code", "base_model.revision must name"),
+        (["base_model=.", "base_model.revision=v2"], "base_model.revision", "applies to hub models"),
         (["launch.machine_rank=1"], "launch.machine_rank", "must be below launch.num_machines (1), not 1"),
         (
             ["launch={strategy: fsdp, cpu_ram_efficient_loading: true}", "base_model.quantization=nf4"],
@@ -108,6 +109,7 @@ def test_what_settings_mean_together(problem, overrides: list[str], key: str, me
         ["training.max_grad_norm=0"],
         ["launch.num_machines=2", "launch.machine_rank=1", "launch.main_process_port=29500"],
         ["base_model.trust_remote_code=true", "base_model.revision=abc"],
+        ["base_model.trust_remote_code=true", "base_model=."],
         ["method.init_lora_weights=gaussian"],
         ["method.layers_to_transform=3"],
         ["training.metric_for_best_model=anything at all"],
