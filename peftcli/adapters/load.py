@@ -26,6 +26,7 @@ from peftcli.schema import BaseModel, Quantization, out_of_range
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS, virtual_tokens_of
+from peftcli.tasks.found import task_of_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -144,13 +145,23 @@ class AdapterSource:
 
     @cached_property
     def task(self) -> str | None:
-        """The task in ``TASKS``: the one that task.json or run.json records, else the first one of the task_type."""
+        """The task in ``TASKS``: the one that task.json or run.json records, else the first one of the task_type.
+
+        Of an adapter without either, it is that of the class that PEFT noted.
+        """
         recorded = self.task_values or mapping_at(self.record, "recipe").get("task")
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
             return recorded
-        known = (name for name, row in TASKS.items() if row.task_type and row.task_type == self.config.task_type)
-        return next(known, None)
+        if self.config.task_type is None:
+            return task_of_class(self._noted_class) if self._noted_class else None
+        return next((name for name, row in TASKS.items() if row.task_type == self.config.task_type), None)
+
+    @property
+    def _noted_class(self) -> str:
+        """The class of the base model that PEFT notes where there is no task_type; empty where it is not noted."""
+        noted = self.values.get("auto_mapping")
+        return str(noted.get("base_model_class")) if isinstance(noted, dict) else ""
 
     @property
     def saved_sizes(self) -> dict[str, tuple[int, ...]]:
@@ -203,8 +214,7 @@ class AdapterSource:
 
         if self.task is not None:
             return TASKS[self.task].auto_class
-        noted = self.values.get("auto_mapping")
-        name = str(noted.get("base_model_class")) if isinstance(noted, dict) else ""
+        name = self._noted_class
         if not hasattr(getattr(transformers, name, None), "from_pretrained"):
             name = (base_config().architectures or ["AutoModel"])[0]
         if not hasattr(getattr(transformers, name, None), "from_pretrained"):

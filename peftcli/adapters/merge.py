@@ -52,6 +52,8 @@ _SMALLEST = 0.1
 """Logits that are smaller in the mean are compared as if they were as large: they may be small by chance."""
 _MAX_GENERATION_CONFIG = 1_000_000
 """Bytes. Whisper's has 4,000."""
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Of models that read pictures or sounds."""
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -390,6 +392,12 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
     _write_json(path, described)
+    if job.task is None:
+        for own in filter(None, map(job.base.file, _PROCESSOR_FILES)):
+            with storage_errors(output):
+                (output / own.name).write_bytes(own.read_bytes())
+        if not _reads_tokens(empty):
+            return
     processor = job.base.processor() if job.task is None else job.task.processor
     if "pad_token_id" in job.options and processor.pad_token_id is None:
         processor.pad_token = processor.convert_ids_to_tokens(job.options["pad_token_id"])
@@ -401,7 +409,7 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
             job.task.export(output)
 
 
-def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any) -> None:
+def _save_generation_config(job: _Job, output: Path, processor: Any, config: Any) -> None:
     """The adapter's generation config, else the base model's with the tokens that the adapter's answers end with."""
     from transformers import GenerationConfig
 
@@ -413,7 +421,7 @@ def _save_generation_config(job: _Job, output: Path, tokenizer: Any, config: Any
         path.write_bytes(theirs.read_bytes())
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
-    stops = missing_stops(tokenizer, job.source.folder, named)
+    stops = missing_stops(getattr(processor, "tokenizer", processor), job.source.folder, named)
     if not stops:
         return
     if not path.exists():
@@ -426,11 +434,17 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
         path.write_text(json.dumps(redact_values(data), indent=2, sort_keys=True) + "\n")
 
 
-def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
+def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float | None:
     """The largest difference of logits between the merged model and base model + adapter, both in float32.
 
-    Weights stay as they are stored while that works; otherwise they are loaded in float32.
+    Weights stay as they are stored while that works; otherwise they are loaded in float32. None: the adapter's task is
+    not known, nor what the model reads.
     """
+    if job.task is None and not _reads_tokens(job.base.empty_model(job.auto_class, **job.options)):
+        tell(
+            f"not verified: the adapter's task is not known, so {job.auto_class} gets no inputs to compare its outputs"
+        )
+        return None
     written = open_base(BaseModel(name=str(output)))
     # a quantised model computes in a dtype of its own
     tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_dtype_of(written.config), 0.15)
@@ -473,6 +487,11 @@ def _one_dtype(base: OpenBase) -> torch.dtype | None:
     """The dtype of all of a checkpoint's tensors, if it is one in which weights are usually stored."""
     names = {entry.dtype for header in base.shards.values() for entry in header.values()}
     return next((dtype for dtype, name in _DTYPE_NAMES.items() if names == {name}), None)
+
+
+def _reads_tokens(model: Any) -> bool:
+    """Whether a model whose task is not known reads a text, and no picture or sound."""
+    return bool(model.main_input_name == "input_ids")
 
 
 def _random_tokens(model: Any) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def merge(
     merged = merge_adapter(adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=tell)
     if as_json:
         return console.print_json(merged)
-    if verify:
+    if merged["max_logit_difference"] is not None:
         console.out(f"verified: logits differ by at most {merged['max_logit_difference']:.2g}")
     console.out(f"{output}: {merged['bytes'] / 1e6:,.0f} MB in {merged['shards']} file(s), {merged['dtype']}")
     return console.out(f"load it with from_pretrained({str(output)!r})")

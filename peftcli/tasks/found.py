@@ -44,6 +44,18 @@ def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     )
 
 
+def task_of_class(name: str) -> str | None:
+    """The first task whose auto class builds the transformers class of this name; None: a model without a head."""
+    import transformers
+
+    for task, row in TASKS.items():
+        mapping = getattr(getattr(transformers, row.auto_class, None), "_model_mapping", None)
+        known = mapping._model_mapping.values() if mapping is not None and row.auto_class != _BARE else ()
+        if any(name in each if isinstance(each, (list, tuple)) else name == each for each in known):
+            return task
+    return None
+
+
 def _classes(row: TaskRow, config: Any) -> Collection[str]:
     """The classes of transformers that the task's auto class builds for this kind of model."""
     import transformers

@@ -13,6 +13,7 @@ import trainkit
 import transformers
 from models_tiny import batch, logits, tiny
 from safetensors.torch import load_file, save_file
+from soundkit import whisper_base
 
 import peftcli
 from peftcli.adapters.load import find_adapter, other_base
@@ -103,8 +104,37 @@ def test_the_class_that_peft_noted_is_loaded(tmp_path: Path) -> None:
     adapted: Any = peft.get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
     pixels = torch.randn(2, 3, 16, 16)
-    model = peftcli.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
-    torch.testing.assert_close(model(pixel_values=pixels).logits, adapted.eval()(pixel_values=pixels).logits)
+    expected = adapted.eval()(pixel_values=pixels).logits
+    found: Any = peftcli.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(found(pixel_values=pixels).logits, expected)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "base")
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert (tmp_path / "merged/preprocessor_config.json").is_file()
+    merged = transformers.ViTForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(pixel_values=pixels).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_peft_trains_of_sounds_is_merged_as_speech(tmp_path: Path) -> None:
+    base = whisper_base()
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(base)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    made = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert made["max_logit_difference"] < 1e-3
+    assert type(transformers.AutoProcessor.from_pretrained(tmp_path / "merged")).__name__ == "WhisperProcessor"
+
+
+def test_a_model_of_no_known_task_is_merged_with_its_processor_and_not_compared(tmp_path: Path) -> None:
+    base, told = image_model(tmp_path), list[str]()
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(base)
+    model = transformers.ViTModel.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    made = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", tell=told.append)
+    assert made["max_logit_difference"] is None
+    assert told[-1].startswith("not verified: the adapter's task is not known")
+    assert (tmp_path / "merged/preprocessor_config.json").read_bytes() == (
+        base / "preprocessor_config.json"
+    ).read_bytes()
 
 
 RECORDS: dict[str, tuple[dict[str, Any], str | None, str | None, str]] = {
