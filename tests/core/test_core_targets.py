@@ -36,7 +36,16 @@ from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbeddi
 
 from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.inject import inject
-from peftcli.core.targets import _READ_PAST_CALLS, _layer_index, find_targets, module_matches, shortest_names, targets
+from peftcli.core.targets import (
+    _READ_PAST_CALLS,
+    _layer_index,
+    as_pattern,
+    find_targets,
+    module_matches,
+    pattern_value,
+    shortest_names,
+    targets,
+)
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard import patterns
 from peftcli.guard.patterns import PLAIN_NAME
@@ -268,6 +277,13 @@ def test_an_embedding_or_a_head_that_computes_otherwise_is_refused(config: Any) 
             inject(model, config)
     for own in (Gemma3TextScaledWordEmbedding(6, 4, 0, 3.0), BartScaledWordEmbedding(6, 4, 0, 3.0), FalconLinear(4, 6)):
         inject(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own}), config)
+
+
+@pytest.mark.parametrize("values", [{"proj": 8, "body.proj": 16}, {"proj": 16, "body.proj": 8}, {"a.x": 8, "b.x": 8}])
+def test_a_pattern_gives_each_module_its_value_though_one_name_ends_another(values: dict[str, float]) -> None:
+    pattern = as_pattern(values, 8)
+    assert {name: pattern_value(pattern, name, 8) for name in values} == values
+    assert bool(pattern) == (set(values.values()) != {8})
 
 
 def test_where_nothing_is_linear_the_error_names_what_the_method_adapts() -> None:

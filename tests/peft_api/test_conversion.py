@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from models_tiny import batch, logits, randomise, tiny
 from peft.tuners.lora import intruders
 from promises import config_of
+from torch import nn
 
 import peftcli
 from peftcli.core.layer import adapter_layers
@@ -95,6 +98,17 @@ def test_the_config_and_the_update_are_pefts(rank: float) -> None:
     for name in [name for name in tensors if "lora_A" in name]:
         found, right = (each[name.replace("lora_A", "lora_B")] @ each[name] for each in (tensors, expected))
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:default is LoRA already")
+def test_a_name_that_ends_another_ones_keeps_its_own_r(tmp_path: Path) -> None:
+    net = nn.Sequential(OrderedDict(proj=nn.Linear(8, 8), body=nn.Sequential(OrderedDict(proj=nn.Linear(8, 8)))))
+    config = peftcli.LoraConfig(target_modules=["proj"], r=2, rank_pattern={"body.proj": 4})
+    model, x = peftcli.get_peft_model(copy.deepcopy(net), config), torch.randn(2, 8)
+    randomise(model)
+    peftcli.save_as_lora(tmp_path, model, 1.0)
+    again = peftcli.PeftModel.from_pretrained(net, tmp_path)
+    torch.testing.assert_close(again(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 def test_a_plain_model_has_plain_names_and_each_adapter_its_own_update() -> None:

@@ -19,6 +19,7 @@ from peftcli.core.layer import (
 )
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.quantised import is_quantised
+from peftcli.core.targets import as_pattern
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.updates import svd
@@ -140,5 +141,6 @@ def _config(config: AdapterConfig | None, sizes: dict[str, int], r: float) -> Lo
         made.modules_to_save, made.task_type = config.modules_to_save, config.task_type
         made.base_model_name_or_path, made.revision = config.base_model_name_or_path, config.revision
     if isinstance(r, float):
-        made.rank_pattern, made.alpha_pattern = dict(sizes), {name: float(size) for name, size in sizes.items()}
+        made.alpha_pattern = as_pattern({name: float(size) for name, size in sizes.items()}, default=0)
+        made.rank_pattern = {name: sizes[name] for name in made.alpha_pattern}
     return made

@@ -15,7 +15,7 @@ from torch import nn
 
 from peftcli.core.config import TARGETING
 from peftcli.core.layer import adapter_layers, base_module, base_name
-from peftcli.core.targets import pattern_value
+from peftcli.core.targets import as_pattern, pattern_value
 from peftcli.core.weights import check_finite, file_tensors, holds_its_file
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
@@ -71,7 +71,7 @@ def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
         alphas = {name: layer.full_scaling * size for name, layer in layers.items()}
         config.r, config.rank_pattern = r, dict.fromkeys(config.rank_pattern, r)
         config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
-        config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+        config.alpha_pattern = as_pattern(alphas, config.lora_alpha)
 
 
 def swap(

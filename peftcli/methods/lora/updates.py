@@ -56,10 +56,11 @@ def describe(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[st
     Code for PEFT sets ``init_lora_weights`` to true before it saves, so that alone does not tell.
     """
     plain = config.plain()
-    twice = not plain.target_parameters and any(
-        len(tensors[pair.a]) == 2 * pattern_value(plain.rank_pattern, path.partition(".base_layer")[0], plain.r)
+    sizes = {
+        (len(tensors[pair.a]), pattern_value(plain.rank_pattern, path.partition(".base_layer")[0], plain.r))
         for path, pair in pairs(tensors).items()
-    )
+    }
+    twice = sizes and not plain.target_parameters and all(rows == 2 * r for rows, r in sizes)
     return (plain.doubled() if twice else config).file_dict()
 
 

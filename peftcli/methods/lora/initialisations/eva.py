@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.inject import disabled, replace_modules
 from peftcli.core.layer import TrainedBias
-from peftcli.core.targets import pattern_value, shortest_names
+from peftcli.core.targets import as_pattern, pattern_value, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import EvaConfig
@@ -167,9 +167,8 @@ def start_eva(
     if removed:
         config.target_modules = shortest_names(model, list(sizes))
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    names = sorted(sizes, key=len, reverse=True)  # a name that ends another one's comes after it
-    config.rank_pattern = {name: sizes[name] for name in names if sizes[name] != config.r}
-    config.alpha_pattern = {name: alphas[name] for name in names if alphas[name] != config.lora_alpha}
+    config.rank_pattern = {name: sizes[name] for name in as_pattern(sizes, config.r)}
+    config.alpha_pattern = as_pattern(alphas, config.lora_alpha)
 
 
 @torch.no_grad()
