@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     BertModel,
     BigBirdConfig,
     BigBirdModel,
+    CLIPVisionConfig,
     DistilBertConfig,
     DistilBertModel,
     FSMTConfig,
@@ -31,8 +33,12 @@ from transformers import (
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     RobertaConfig,
     RobertaForCausalLM,
     RwkvConfig,
@@ -490,6 +496,36 @@ def test_attention_that_keeps_the_keys_of_some_of_its_tokens_is_refused() -> Non
     model = _adapted("", "prefix_tuning", base=ProphetNetForConditionalGeneration(ProphetNetConfig(**sizes)))
     with pytest.raises(AdapterError, match="ProphetNetNgramSelfAttention does not"):
         model(input_ids=ids(2, 5), decoder_input_ids=ids(2, 5))
+
+
+@torch.no_grad()
+def test_a_row_that_starts_with_an_image_generates_as_a_greedy_loop() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_LLAMA), image_token_id=VOCABULARY - 1)
+    model = _adapted("", "prefix_tuning", base=LlavaForConditionalGeneration(config).eval())
+    tokens, image = torch.tensor([[VOCABULARY - 1] * 4 + [5, 6, 7]]), torch.ones(1, 3, 16, 16)
+    got = generate(model, input_ids=tokens, pixel_values=image, max_new_tokens=3, eos_token_id=None)
+    for _ in range(3):
+        tokens = torch.cat([tokens, model(input_ids=tokens, pixel_values=image).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, tokens)
+
+
+@pytest.mark.parametrize("method", BOTH)
+@pytest.mark.parametrize("generates", [False, True])
+def test_images_with_positions_of_their_own_are_refused(generates: bool, method: str) -> None:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {**_LLAMA, "rope_parameters": rope}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "temporal_patch_size": 1}
+    ends = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+    base = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ends)).eval()
+    model, inputs = _adapted("", method, base=base), _inputs(1)
+    call = partial(generate, model, max_new_tokens=2) if generates else model
+    call(**inputs, mm_token_type_ids=torch.zeros(1, 9, dtype=torch.long))
+    inputs["input_ids"][0, 2:6] = 63
+    pixels, kinds = torch.ones(16, 12), (inputs["input_ids"] == 63).long()
+    with pytest.raises(AdapterError, match=r"mm_token_type_ids: marks images|of two dimensions"):
+        call(**inputs, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=kinds)
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "cpt"])

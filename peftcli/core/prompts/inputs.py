@@ -87,9 +87,15 @@ class SoftPrompt(AdapterLayer):
         """Return where the virtual tokens go in the inputs of a forward call.
 
         Raises:
-            AdapterError: there are not enough positions, or the padding is unknown.
+            AdapterError: there are not enough positions, or the padding is unknown, or images are marked.
         """
         given, mask = tokens_of(inputs), inputs.get("attention_mask")
+        if (kinds := inputs.get("mm_token_type_ids")) is not None and kinds.any():
+            raise AdapterError(
+                "marks images, whose positions or masks leave no place for virtual tokens",
+                key="mm_token_type_ids",
+                hint="choose another method, such as lora",
+            )
         batch, length = given.shape[:2]
         if self.longest is not None and length + self.count > self.longest:
             raise AdapterError(

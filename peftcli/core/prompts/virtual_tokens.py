@@ -149,7 +149,7 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     """``model.generate``, with the virtual tokens if there are any; they are not in the answer.
 
     Takes and returns what ``transformers.GenerationMixin.generate`` does, and the rows' tasks if the prompt has some.
-    While it runs, the ids hold a placeholder for each virtual token, the row's first token once more, for the sake of
+    While it runs, the ids hold a placeholder for each virtual token, a token of the row once more, for the sake of
     lengths and positions. What the caller gives to look at the ids (a streamer, processors, criteria) does not see it.
     """
     layer = soft_prompt(model)
@@ -198,12 +198,21 @@ def _with_placeholders(inputs: dict[str, Any], model: Any, layer: SoftPrompt) ->
         inputs["attention_mask"] = _mask_of(ids, pad, eos)
     insertion = layer.insertion(inputs)
     given = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids")}
-    inputs |= inserted(given, insertion, insertion.first(ids))
+    inputs |= inserted(given, insertion, _placeholder(ids, insertion, model.config))
     inputs = {key: value for key, value in inputs.items() if value is not None}
     for length in ("max_length", "min_length"):  # both count the prompt
         if value := _setting(length, inputs, model):
             inputs[length] = value + layer.count
     return inputs, insertion.start
+
+
+def _placeholder(ids: torch.Tensor, insertion: Insertion, config: Any) -> torch.Tensor:
+    """Return the first token of each row that does not stand for a part of an image or sound: (B, 1)."""
+    names = [f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index")]
+    media = [value for name in names if (value := getattr(config, name, None)) is not None]
+    is_text = ~torch.isin(ids, torch.tensor(media, dtype=ids.dtype, device=ids.device))
+    is_text &= torch.arange(ids.shape[1], device=ids.device) >= insertion.start
+    return ids.gather(1, is_text.long().argmax(-1, keepdim=True))
 
 
 def _refuse(inputs: dict[str, Any], model: Any, layer: SoftPrompt) -> None:
