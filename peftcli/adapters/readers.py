@@ -109,8 +109,7 @@ def _compare_outputs(
     if not isinstance(task, Probes):
         raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
     other, inputs = _load_with(reader, source, opened, task).to(model.device).eval(), task.probe()
-    now, expected = (sketch(scores_on(each, inputs, bf16=False)) for each in (other, model))
-    return difference(now, expected), lambda: _blame(source, opened, model, other, inputs)
+    return _difference_of_outputs(other, model, inputs), lambda: _blame(source, opened, model, other, inputs)
 
 
 def _compare_answers(
@@ -125,13 +124,18 @@ def _compare_answers(
     def blame() -> _Blame:
         assert isinstance(task, Probes)
         inputs = task.probe()
-        now, expected = (sketch(scores_on(each, inputs, bf16=False)) for each in (other, model))
-        if difference(now, expected) > _TOLERANCE:
+        if _difference_of_outputs(other, model, inputs) > _TOLERANCE:
             return _blame(source, opened, model, other, inputs)
         return str(source.folder / TASK_FILE), ", though its model is the same: names or processor are others"
 
     both = answers_of_both(source.task, task, model, other, source.folder, source.record)
     return _difference_of_answers(*both), blame
+
+
+def _difference_of_outputs(other: Any, model: Any, inputs: Batch) -> float:
+    """The difference of what two models say of the same inputs."""
+    now, expected = (sketch(scores_on(each, inputs, bf16=False)) for each in (other, model))
+    return difference(now, expected)
 
 
 def _difference_of_answers(expected: Sequence[Answer], now: Sequence[Answer]) -> float:
