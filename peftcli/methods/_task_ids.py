@@ -54,8 +54,10 @@ class TaskLayer(AdapterLayer):
         return given.to(x.device).repeat_interleave(len(x) // len(given))
 
 
-def check_task_ids(task_ids: torch.Tensor, tasks: int, rows: int) -> None:
+def check_task_ids(task_ids: Any, tasks: int, rows: int) -> None:
     """Raise AdapterError unless these are tasks, one for each of the rows, or one for all: (B,) or (1,)."""
+    if not isinstance(task_ids, torch.Tensor):
+        raise AdapterError(f"must be a tensor, not {task_ids!r}", key="task_ids", hint="torch.tensor([0, 1])")
     if task_ids.shape not in ((rows,), (1,)) or task_ids.is_floating_point():
         raise AdapterError(
             f"must be {rows} whole numbers, one a row, or one for all rows, not {task_ids!r}", key="task_ids"

@@ -86,6 +86,7 @@ def test_generated_rows_are_those_that_each_task_gives_alone(kind: str, options:
     ("tasks", "message"),
     [
         (None, "has 3 tasks; say the task of each row"),
+        ([0, 1], r"must be a tensor, not \[0, 1\]"),
         (torch.tensor([0, 3]), "tasks are 0 to 2"),
         (torch.tensor([-1]), "tasks are 0 to 2"),
         (torch.tensor([0, 1, 2]), "must be 2 whole numbers"),
