@@ -120,6 +120,8 @@ class AdapterConfig(PeftConfigMixin):
             value = getattr(self, entry.name)
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
                 found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append((entry.name, f"must be a finite number, not {value}"))
         if self.revision is not None and ".." in self.revision:
             found.append(("revision", f"{short_repr(self.revision)} is no revision: git allows no '..' in it"))
         return found

@@ -1,4 +1,7 @@
-"""Checks of settings that methods share. No torch here."""
+"""Checks of settings that methods share. No torch here.
+
+NaN compares as false with everything, so what is right is asked for, not what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +43,22 @@ def _given(config: object, *keys: str) -> dict[str, Any]:
 def too_small(config: object, **least: float) -> Problems:
     """Return the settings below their minimum."""
     found = _given(config, *least)
-    return [(key, f"must be at least {least[key]}, not {value}") for key, value in found.items() if value < least[key]]
+    return [
+        (key, f"must be at least {least[key]}, not {value}") for key, value in found.items() if not value >= least[key]
+    ]
 
 
 def too_large(config: object, **most: float) -> Problems:
     """Return the settings above their maximum."""
     found = _given(config, *most)
-    return [(key, f"must be at most {most[key]}, not {value}") for key, value in found.items() if value > most[key]]
+    return [
+        (key, f"must be at most {most[key]}, not {value}") for key, value in found.items() if not value <= most[key]
+    ]
 
 
 def not_positive(config: object, *keys: str) -> Problems:
     """Return the settings that are not above zero."""
-    return [(key, f"must be above 0, not {value}") for key, value in _given(config, *keys).items() if value <= 0]
+    return [(key, f"must be above 0, not {value}") for key, value in _given(config, *keys).items() if not value > 0]
 
 
 def outside_unit_interval(config: object, *keys: str) -> Problems:
@@ -75,10 +82,10 @@ def not_one_of(config: object, key: str, *choices: object) -> Problems:
 def pattern_too_small(config: object, key: str) -> Problems:
     """Return the entries of a setting like rank_pattern that are below 1."""
     found: dict[str, int] = getattr(config, key)
-    return [(key, f"{name}: must be at least 1, not {value}") for name, value in found.items() if value < 1]
+    return [(key, f"{name}: must be at least 1, not {value}") for name, value in found.items() if not value >= 1]
 
 
 def pattern_not_positive(config: object, key: str) -> Problems:
     """Return the entries of a setting like alpha_pattern that are not above zero."""
     found: dict[str, float] = getattr(config, key)
-    return [(key, f"{name}: must be above 0, not {value}") for name, value in found.items() if value <= 0]
+    return [(key, f"{name}: must be above 0, not {value}") for name, value in found.items() if not value > 0]

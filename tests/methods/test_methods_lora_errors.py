@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -69,6 +70,10 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "trainable_token_indices: token ids count from 0, not -1",
     ),
     "a token twice": ("llama", {"trainable_token_indices": [0, 1, 0]}, "trainable_token_indices: names token 0 twice"),
+    "a token that is a text": ("llama", {"trainable_token_indices": ["a"]}, "token ids count from 0, not 'a'"),
+    "a range with a text": ("llama", {"layer_replication": [[0, "2"]]}, r"each range is .*, not \[0, '2'\]"),
+    "NaN": ("llama", {"lora_alpha": math.nan}, "lora_alpha: must be a finite number, not nan"),
+    "NaN in a pattern": ("llama", {"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern: .* above 0, not nan"),
     "no token": ("llama", {"trainable_token_indices": []}, "trainable_token_indices: names no token"),
     "no token of one": (
         "llama",

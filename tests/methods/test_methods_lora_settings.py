@@ -120,6 +120,7 @@ def test_a_bf16_base_carries_an_fp32_adapter(case: tuple[str, dict[str, Any]]) -
         (EvaConfig, {"rho": -1}),
         (LoftQConfig, {"loftq_bits": 3}),
         (KasaConfig, {"beta": -1}),
+        (KasaConfig, {"beta": float("nan")}),
         (MontecloraConfig, {"num_samples": 0}),
         (VeloraConfig, {"scale": 0}),
         (BdLoraConfig, {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["q_proj"]}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
@@ -149,7 +150,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         self.loftq_config = self.loftq_config or None  # PEFT writes {}
         super().normalise()
         if self.layer_replication:
-            self.layer_replication = [list(pair) for pair in self.layer_replication]
+            self.layer_replication = [
+                list(pair) if isinstance(pair, tuple) else pair for pair in self.layer_replication
+            ]
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
@@ -233,7 +236,8 @@ def _own_problems(config: LoraConfig) -> Problems:
     found += _conflicts(config)
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
-        wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
+        bad = [token for tokens in lists for token in tokens if not isinstance(token, Integral) or int(token) < 0]
+        wrong = [f"token ids count from 0, not {token!r}" for token in bad]
         found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
     if config.alora_invocation_tokens in ([], ""):
         found.append(("alora_invocation_tokens", "names no token"))
@@ -263,7 +267,12 @@ def _range_problems(config: LoraConfig) -> Problems:
         return []
     if not ranges:
         return [("layer_replication", "names no layer")]
-    wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
+    wrong = [pair for pair in ranges if not _is_range(pair)]
     if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
         return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, the most that is accepted")]
     return [("layer_replication", f"each range is [first layer, last layer + 1], not {pair}") for pair in wrong]
+
+
+def _is_range(pair: Any) -> bool:
+    numbers = isinstance(pair, list) and all(isinstance(each, Integral) for each in pair)
+    return numbers and len(pair) == 2 and 0 <= pair[0] < pair[1]
