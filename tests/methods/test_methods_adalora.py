@@ -120,6 +120,12 @@ def test_a_layer_that_a_step_leaves_out_keeps_its_averages() -> None:
         after_step(model, config, 3, 8)
 
 
+def test_a_run_of_one_step_keeps_as_many_directions_as_it_may() -> None:
+    model, config = ours("llama", "adalora", init_r=4, target_r=2)
+    _steps(model, config, 1, 1, total=1)
+    assert sum(map(sum, config.rank_pattern.values())) == 8
+
+
 def test_delta_t_skips_steps() -> None:
     model, config = ours("llama", "adalora", **SCHEDULE | {"deltaT": 3})
     _steps(model, config, 1, 2)

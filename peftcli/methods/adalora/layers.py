@@ -258,7 +258,7 @@ def _most_important(layers: Iterable[AdaLoraLayer], budget: int) -> list[torch.T
     """For each layer which directions are among the ``budget`` most important ones of the model."""
     scores = [layer.scores() for layer in layers]
     every = torch.cat([score.to(scores[0].device) for score in scores])
-    if budget >= len(every):
-        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    threshold = torch.kthvalue(every, len(every) - budget).values
-    return [score > threshold.to(score.device) for score in scores]
+    kept = torch.zeros_like(every, dtype=torch.bool)
+    kept[every.topk(min(budget, len(every))).indices] = True
+    parts = kept.split([len(score) for score in scores])
+    return [part.to(score.device) for part, score in zip(parts, scores, strict=True)]
