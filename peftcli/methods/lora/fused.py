@@ -51,6 +51,12 @@ def is_frozen(module: nn.Module) -> bool:
     return weight is not None and not weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype that a frozen layer computes in for the input ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def add_update(y: torch.Tensor, x: torch.Tensor, pair: Pair, scaling: float) -> torch.Tensor:
     """Return ``y + scaling * B A x`` of ``y: (..., out)`` and ``x: (..., in)``, in the dtype of ``y``."""
     a, b = pair
@@ -93,12 +99,10 @@ class _Update(torch.autograd.Function):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        dtype = dtype if y is None else y.dtype
+        dtype = compute_dtype(x) if y is None else y.dtype
         ctx.unconverted = all(each.dtype == dtype for each in (x, a, b, weight) if each is not None)
         x, a, b = (each.to(dtype) for each in (x, a, b))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             inner = F.linear(_flat(x), a)
             if weight is None:
                 assert y is not None

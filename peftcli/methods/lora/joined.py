@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peftcli.methods.lora.fused import Pair
+from peftcli.methods.lora.fused import Pair, compute_dtype
 
 Share = tuple[int, Pair | None, float]
 """How many tokens are a model's, and its A, B and scaling; without a pair, they are not adapted."""
@@ -55,12 +55,6 @@ def _blocks(shares: Sequence[Share]) -> list[_Block]:
     return blocks
 
 
-def _dtype_of(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype to compute in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _is_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(values.detach().sum()))
 
@@ -78,7 +72,7 @@ class _JoinedUpdate(torch.autograd.Function):
         scalings: list[float],
         *pairs: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = _dtype_of(x)
+        dtype = compute_dtype(x)
         flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         saved = list[torch.Tensor | None]()
         with torch.autocast(x.device.type, enabled=False):
@@ -127,7 +121,7 @@ class _MaskedUpdate(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
     ) -> torch.Tensor:
-        dtype = _dtype_of(x)
+        dtype = compute_dtype(x)
         flat, weight, a, b = (each.to(dtype) for each in (x.reshape(-1, x.shape[-1]), weight, a, b))
         own = flat.new_zeros(len(flat), len(a))
         for block in blocks:
