@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.files import read_config, read_tensors
 from peftcli.core.inject import on_unload
-from peftcli.core.layer import AdapterLayer, base_module, base_paths, layers_at, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, base_paths, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
@@ -156,7 +156,7 @@ class _Read:
     path: str
 
     def __call__(self, model: Any, args: Any, kwargs: Any) -> None:
-        if (mixture := _active(model.get_submodule(self.path))) is not None:
+        if (mixture := find_mixture(model.get_submodule(self.path))) is not None:
             mixture.read(model, bound(model.forward, args, kwargs))
 
 
@@ -167,14 +167,9 @@ class _Forget:
     path: str
 
     def __call__(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
-        mixture = _active(model.get_submodule(self.path))
+        mixture = find_mixture(model.get_submodule(self.path))
         if mixture is not None and not torch.is_grad_enabled():
             mixture.scalings = None
-
-
-def _active(module: Any) -> Mixture | None:
-    found = (layer.mixture for layer in layers_at(module) if isinstance(layer, XLoraLayer) and layer.enabled)
-    return next(found, None)
 
 
 def _read(name: str, place: str, config: XLoraConfig) -> Expert:
