@@ -357,8 +357,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
         seen = classes[classes != IGNORED]
         values = np.where(classes == IGNORED, self.settings.ignore_index, classes + int(self.settings.reduce_labels))
-        small = len(self.labels) + int(self.settings.reduce_labels) <= _BYTE
-        write_file(path, png(Image.fromarray(values.astype(np.uint8 if small else np.uint16))))
+        most = max(len(self.labels) + int(self.settings.reduce_labels) - 1, self.settings.ignore_index)
+        write_file(path, png(Image.fromarray(values.astype(np.uint8 if most < _BYTE else np.uint16))))
         write_file(path.with_suffix(".overlay.png"), png(_overlay(image, classes)))
         pixels = np.bincount(seen, minlength=len(self.labels)) / seen.size
         return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}

@@ -95,6 +95,13 @@ def test_an_answer_lies_where_the_model_has_seen_the_picture(
         assert kept.sum() < 34 * 34
 
 
+@pytest.mark.parametrize("ignored", [255, 65535])
+def test_an_answer_marks_what_was_not_seen_as_masks_do(tmp_path: Path, ignored: int) -> None:
+    path = tmp_path / "mask.png"
+    task(ignore_index=ignored)._answer(np.array([[0, IGNORED]]), Image.new("RGB", (2, 1)), path)
+    assert np.asarray(Image.open(path)).tolist() == [[0, ignored]]
+
+
 class Known(nn.Module):
     """A model that predicts given classes, (B, H, W) of each batch."""
 
