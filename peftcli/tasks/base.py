@@ -206,6 +206,13 @@ def refuse_virtual_tokens(config: AdapterConfig | None, does: str) -> None:
         raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
 
 
+def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:
+    """Raise DataError with this message for the first of these settings that has another value than its default."""
+    for each in fields(settings):
+        if each.name in names and getattr(settings, each.name) != each.default:
+            raise DataError(message, key=f"task.{each.name}")
+
+
 def encode_each(rows: Sequence[Row], encode: Callable[[Row], Outcome]) -> list[Outcome | DataError]:
     """Return what ``encode`` makes of each row, or the DataError that it raises."""
     found = list[Outcome | DataError]()

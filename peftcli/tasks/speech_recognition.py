@@ -31,7 +31,17 @@ from peftcli.errors import DataError, ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TRANSCRIPTS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, encode_each, require_extra, table_of, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    encode_each,
+    refuse_unread,
+    require_extra,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.scores import model_inputs, on_device
@@ -142,10 +152,8 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         if self.is_whisper:
             self._set_whisper(found)
             return found
-        plain = type(self.settings)()
-        for key in ("language", "mode", "timestamps", "prompt"):
-            if getattr(self.settings, key) != getattr(plain, key):
-                raise DataError("is a setting of Whisper models", key=f"task.{key}")
+        of_whisper = ("language", "mode", "timestamps", "prompt")
+        refuse_unread(self.settings, of_whisper, "is a setting of Whisper models")
         return found
 
     def _set_whisper(self, found: Any) -> None:

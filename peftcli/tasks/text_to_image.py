@@ -38,6 +38,7 @@ from peftcli.tasks.base import (
     PredictOptions,
     Task,
     encode_each,
+    refuse_unread,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -83,6 +84,9 @@ class TextToImage(Task[settings.TextToImage]):
         for package, extra in self.packages.items():
             require_extra(package, extra)
         super().__init__(settings, processor, base)
+        if settings.class_prompt is None:
+            of_class = ("class_data_dir", "num_class_images", "prior_loss_weight")
+            refuse_unread(settings, of_class, "is a setting of the pictures of task.class_prompt, which is missing")
         self.priors: list[_Stored] = []
         """Pictures of the class prompt."""
 

@@ -130,6 +130,16 @@ def test_a_caption_that_no_encoder_reads_to_its_end_is_found(kind: str, longest:
     assert [each.flags & 4 for each in encoded(task, rows)] == [0, 4]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("class_data_dir", "dogs"), ("num_class_images", 5), ("prior_loss_weight", 0.5)]
+)
+def test_settings_of_class_pictures_need_a_class_prompt(key: str, value: Any) -> None:
+    with pytest.raises(DataError, match=r"task\.class_prompt, which is missing") as caught:
+        open_task(**{key: value})
+    assert caught.value.key == f"task.{key}"
+    assert open_task(class_prompt="a dog", **{key: value})
+
+
 def test_rows_without_prompts_need_one_of_the_recipe() -> None:
     rows = [{"image": str(picture_files(12)[0])}]
     with pytest.raises(DataError, match="no column 'text' or 'caption' or 'prompt'"):
