@@ -29,7 +29,7 @@ from peftcli.data.used_rows import Ragged, UsedRows, repeats
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, encode_each, number_in, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, encode_each, number_in, refuse_unread, table_of
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.gather import gathered, process
@@ -87,6 +87,9 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             raise ModelError(
                 f"{base.name} is an encoder-decoder; embeddings are those of an encoder or a decoder", key="base_model"
             )
+        for name, loss in (("temperature", "contrastive"), ("triplet_margin", "triplet")):
+            if settings.loss not in (None, loss):
+                refuse_unread(settings, [name], f"is a setting of {loss}")
         if settings.pooling is None or settings.normalize is None:
             self.settings = self._completed(settings)
 

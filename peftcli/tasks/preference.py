@@ -25,7 +25,7 @@ from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, Task, write_task
+from peftcli.tasks.base import Batch, Loss, Task, refuse_unread, write_task
 from peftcli.tasks.shown import Label, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
@@ -36,7 +36,13 @@ from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
 from peftcli.tasks.text.token_loss import next_tokens, target_losses
 
 _REFERRING = ("dpo", "ipo", "kto")
-_SMOOTHED = ("dpo", "simpo")
+_LOSSES_OF = {
+    "label_smoothing": ("dpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Settings -> the losses that read them."""
 _HALF = 0.5
 
 
@@ -66,8 +72,9 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.reference = Reference(settings.reference)
-        if settings.label_smoothing and settings.loss not in _SMOOTHED:
-            raise DataError(f"is a setting of {' and '.join(_SMOOTHED)}", key="task.label_smoothing")
+        for name, losses in _LOSSES_OF.items():
+            if settings.loss not in losses:
+                refuse_unread(settings, [name], f"is a setting of {' and '.join(losses)}")
         if settings.reference and settings.loss not in _REFERRING:
             raise DataError(f"{settings.loss} compares with no reference", key="task.reference")
 

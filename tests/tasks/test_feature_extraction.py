@@ -155,6 +155,13 @@ def test_metrics_of_scored_pairs_and_triplets() -> None:
     assert found["loss"] == pytest.approx((0 + (1.5 + 0.5) / 2) / 2)
 
 
+@pytest.mark.parametrize(("loss", "key"), [("cosine", "temperature"), ("contrastive", "triplet_margin")])
+def test_settings_of_another_loss_are_refused(loss: str, key: str) -> None:
+    with pytest.raises(DataError, match="is a setting of") as caught:
+        task_of(loss=loss, **{key: 0.3})
+    assert caught.value.key == f"task.{key}"
+
+
 def test_embeddings_that_are_no_numbers_find_nothing() -> None:
     found = measured(task_of(), np.full((12, 2, 4), np.nan))
     assert found["recall_at_10"] == 0

@@ -271,6 +271,8 @@ def test_a_start_that_was_not_kept_is_no_reference() -> None:
     ("settings", "key"),
     [
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss": "dpo", "simpo_gamma": 1.0}, "simpo_gamma"),
+        ({"loss": "orpo", "undesirable_weight": 2.0}, "undesirable_weight"),
         ({"loss": "simpo", "reference": "base"}, "reference"),
     ],
 )
