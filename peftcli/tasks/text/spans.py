@@ -9,6 +9,7 @@ it, if that is a prefix of the whole. Otherwise the row is refused.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -65,7 +66,8 @@ def render(
 ) -> str:
     """Render a conversation as text, with ``prompt`` followed by the generation prompt.
 
-    If the template refuses tool calls without a content, they get an empty one.
+    If the template refuses tool calls without a content, they get an empty one; if it refuses their arguments as an
+    object, they are JSON text.
 
     ``variables`` are the tokenizer's special tokens, which take a while to be looked up.
 
@@ -89,7 +91,7 @@ def render(
         )
         return str(texts[0][0])
 
-    return _with_contents(write, tokenizer, messages)
+    return _accepted(write, tokenizer, messages)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
@@ -106,23 +108,45 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools:
             options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
         return list(tokenizer.apply_chat_template(messages, **options))
 
-    return _with_contents(write, tokenizer, messages)
+    return _accepted(write, tokenizer, messages)
 
 
-def _with_contents(
-    write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-) -> T:
-    """Write a conversation; if the template refuses tool calls without a content, with an empty one."""
-    try:
-        with _translated_errors(tokenizer, messages):
-            return write(messages)
-    except DataError:
-        calls = [message.get("tool_calls") and message.get("content") is None for message in messages]
-        if not any(calls):
-            raise
-    filled = [message | {"content": ""} if call else message for call, message in zip(calls, messages, strict=True)]
-    with _translated_errors(tokenizer, filled):
-        return write(filled)
+def _accepted(write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> T:
+    """Write a conversation, with its tool calls in the first form that the template accepts."""
+    refusal: DataError | None = None
+    for form in _forms(messages):
+        try:
+            with _translated_errors(tokenizer, form):
+                return write(form)
+        except DataError as error:
+            refusal = error
+    assert refusal is not None
+    raise refusal
+
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """A conversation; with empty contents for tool calls without one; with their arguments as JSON text; with both."""
+    yield messages
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    filled = [
+        message | {"content": message.get("content") or ""} if message.get("tool_calls") else message
+        for message in messages
+    ]
+    yield filled
+    for form in (messages, filled):
+        yield [
+            message | {"tool_calls": list(map(_with_text, calls))} if (calls := message.get("tool_calls")) else message
+            for message in form
+        ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are JSON text."""
+    if "function" in call:
+        return call | {"function": _with_text(call["function"])}
+    given = call.get("arguments")
+    return call | {"arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else call
 
 
 def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
