@@ -144,7 +144,7 @@ _PLAIN_LINEAR_IN_PEFT = (
 )  # fmt: skip
 PEFT_CANNOT: dict[tuple[str, ...], str] = {
     **{(method, "gpt2", "*"): "does not adapt Conv1D" for method in _PLAIN_LINEAR_IN_PEFT},
-    ("osf", "gpt2", "[fP]*"): "leaves Conv1D as it is, in silence",
+    ("osf", "gpt2", "[foP]*"): "leaves Conv1D as it is, in silence",
     **{
         ("adaption_prompt", kind, "[foP]*"): "knows Llama, Mistral and GPT-2 only"
         for kind in ("t5", "bert", "whisper", "mixtral")
@@ -248,7 +248,7 @@ def _our_file_loads_in_peft(method: str, kind: str, folder: Path) -> None:
     model, config = adapted(kind, method)
     save_adapter(model, config, folder)
     with _peft(method, kind, "our file loads"):
-        loaded_by_peft(kind, folder)
+        assert len(loaded_by_peft(kind, folder).state_dict()) > len(tiny(kind).state_dict()), "PEFT has nothing of it"
 
 
 def _pefts_file_loads_here(method: str, kind: str, folder: Path) -> None:
