@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
-from peftcli.methods._settings import outside_unit_interval, too_small
+from peftcli.methods._settings import not_one_of, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -26,15 +26,12 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
     """Dropout between the LSTM's layers."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems()
-        kind = self.encoder_reparameterization_type
-        if kind not in ("MLP", "LSTM"):
-            found.append(("encoder_reparameterization_type", f"must be MLP or LSTM, not {kind!r}"))
+        found = super().problems() + not_one_of(self, "encoder_reparameterization_type", "MLP", "LSTM")
         found += too_small(self, encoder_hidden_size=1, encoder_num_layers=1)
         found += outside_unit_interval(self, "encoder_dropout")
         if self.inference_mode:  # a file's settings of a network that it does not hold change nothing
             return found
-        if kind == "MLP":
+        if self.encoder_reparameterization_type == "MLP":
             changed = {"encoder_num_layers": self.encoder_num_layers != 2, "encoder_dropout": self.encoder_dropout > 0}
             found += [(key, "is for encoder_reparameterization_type: LSTM") for key, given in changed.items() if given]
         elif self.encoder_dropout and self.encoder_num_layers == 1:
