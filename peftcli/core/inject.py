@@ -306,8 +306,9 @@ def _wrapped(
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     saved = [name for name in saved if not name.startswith(inside)]
+    modules = base_modules(model)
     if config.inference_mode:  # PEFT takes modules without weights too
-        saved = [name for name in saved if num_weights(base_modules(model)[name])]
+        saved = [name for name in saved if num_weights(modules[name])]
     config.modules_to_save = _clear_names(model, config.modules_to_save, saved)
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names and not saved:
@@ -316,7 +317,7 @@ def _wrapped(
         raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
     paths = base_paths(model)
     for name in saved:
-        if not num_weights(base_modules(model)[name]):
+        if not num_weights(modules[name]):
             raise AdapterError(f"{name} has nothing to train; leave it out", key="modules_to_save")
         if any(is_quantised(module) for module in model.get_submodule(paths[name]).modules()):
             raise AdapterError(
