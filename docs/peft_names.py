@@ -286,7 +286,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
     (
         "an entry of `target_modules`, `modules_to_save` or `layers_to_transform` that matches nothing, beside others "
         "that do",
-        "a typo would train less than was asked for, in silence",
+        "a typo would train less than was asked for, in silence. In a file, whose tensors say what was trained, such "
+        "entries of the first two are left out",
     ),
     ("a file that lacks a tensor, or has one too many", "the model would compute with weights that nobody trained"),
     ("weights that are not finite, when they are written, loaded or merged", "every later result would be NaN"),
@@ -304,6 +305,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "prefix tuning where a layer keeps no keys and values, as in DeBERTa, or more than those, as in Bamba and "
         "DeepSeek-V3.2, or where layers are in two stacks, as in HRM-Text",
         "there is no place for a prefix: with PEFT it changes nothing, or the forward pass fails",
+    ),
+    (
+        "virtual tokens with `guidance_scale`, or with images that `mm_token_type_ids` marks, as for Qwen2-VL",
+        "the second prompt, or the positions of the images, would not count them",
     ),
     ("`bias` with `alora_invocation_tokens`", "a trained bias changes the tokens before the invocation too"),
     (
