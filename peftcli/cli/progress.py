@@ -158,7 +158,11 @@ def summary(run: dict[str, Any], folder: str) -> str:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     lines.append(f"  adapter     {folder} ({parameters['trainable']:,} parameters, {share:.2f} %; {size / 1e6:.1f} MB)")
     word = command_word(folder)
-    lines += ["next:", f"  {TASKS[run['task']['type']].command(word)}"]
+    if run["recipe"]["base_model"]["trust_remote_code"]:  # by the recipe's leave only
+        use = f"peftcli evaluate {command_word(f'{folder}/recipe.yaml')} --adapter {word} dataset.eval=FILE"
+    else:
+        use = TASKS[run["task"]["type"]].command(word)
+    lines += ["next:", f"  {use}"]
     if run["mergeable"]:
         lines.append(f"  peftcli merge {word} --output {command_word(folder.rstrip('/') + '-merged')}")
     base = (

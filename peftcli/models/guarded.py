@@ -44,9 +44,18 @@ def translated_errors(name: str) -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         if found := _NO_FORM.match(text):
             text = f"transformers has no {found['form']} for a model with {found['config']}"
-        raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model") from error
+        hint = ALLOW_CODE if _OWN_CODE in text else None
+        if hint:
+            text = "it needs Python code that comes with the model"
+        raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model", hint=hint) from error
 
 
+ALLOW_CODE = (
+    "only a recipe can allow code that you have read: base_model.trust_remote_code; "
+    "`peftcli evaluate RECIPE --adapter ADAPTER` runs it, too"
+)
+_OWN_CODE = "contains custom code which must be executed"
+"""In transformers' message that it must not run a model's code."""
 _NO_FORM = re.compile(r"Unrecognized configuration class <class '[\w.]*?(?P<config>\w+)'> .*?: (?P<form>\w+)\.")
 """The beginning of transformers' message that an auto class has no model for a config. A list of all follows."""
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")

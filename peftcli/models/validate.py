@@ -19,6 +19,7 @@ from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
 from peftcli.guard.files import irregular_kind, open_regular, read_errors, read_json_object, short_name, short_repr
 from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
+from peftcli.models.guarded import ALLOW_CODE
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Where transformers looks for weights, in this order."""
@@ -114,7 +115,7 @@ def _refuse_own_code(values: dict[str, Any], file: str) -> None:
             "needs Python code that comes with the model, which is not run",
             file=file,
             key="auto_map",
-            hint="a recipe can allow code that you have read: base_model.trust_remote_code, on the hub with a revision",
+            hint=ALLOW_CODE,
         )
 
 

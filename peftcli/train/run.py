@@ -385,7 +385,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     record.task = task_record(data.task, run.recipe)
     record.data = from_json(DataRecord, data.examples.report | measured)
     record.parameters = built.parameters
-    record.mergeable = config.merge_problem() is None
+    record.mergeable = config.merge_problem() is None and not run.recipe.base_model.trust_remote_code
     began_so = built.source is not None and built.source.record.get("makes_up_for_quantization") is True
     record.makes_up_for_quantization = began_so or needs_base_weights(config)
     record.device, record.bf16 = run.accelerator.device.type, run.accelerator.mixed_precision == "bf16"

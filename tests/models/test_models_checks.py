@@ -265,6 +265,11 @@ RAISED: dict[str, tuple[BaseException, type[BaseException], str]] = {
     "Ctrl-C": (KeyboardInterrupt("2"), KeyboardInterrupt, "2"),
     "an exit": (SystemExit(3), SystemExit, "3"),
     "a folder's name": (ValueError("/data/offline-models/e couldn't connect"), ModelError, "cannot load x: /data/off"),
+    "code": (
+        ValueError("The repository x contains custom code which must be executed. Please pass the argument"),
+        ModelError,
+        "cannot load x: it needs Python code that comes with the model\nonly a recipe can allow",
+    ),
     "no network": (ConnectionError("refused"), NetworkError, "cannot load x: the hub cannot be reached"),
 }
 

@@ -472,6 +472,12 @@ def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) ->
         assert done.run["eval"]["kept"][name] == choose(values)
 
 
+def test_the_next_commands_are_those_that_may_run_the_models_code(recipe: Path) -> None:
+    done = run_recipe(recipe, "base_model.trust_remote_code=true", "training.max_steps=1")
+    following = summary(done.run, str(done.folder)).partition("next:\n")[2].splitlines()
+    assert [line.split()[1] for line in following] == ["evaluate", "push"]
+
+
 def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: Path) -> None:
     settings = ("training.eval_strategy=steps", "training.eval_steps=1", "training.early_stopping_patience=2")
     stuck = (*settings, "training.learning_rate=0")
