@@ -387,7 +387,10 @@ def _advice(name: str, known: dict[str, Setting], path: str, kind: str | None) -
     top = path.partition(".")[0]
     if found := find_alias(name, top):
         section, _, last = found.partition(".")
-        return "unknown key", last if section == top and last.partition(":")[0] in own else found
+        if section == top and last.partition(":")[0] in own:
+            return "unknown key", last
+        if section != top or not kind:  # else it is a setting of other methods
+            return "unknown key", found
     elsewhere = _keys_by_name()
     if found := elsewhere.get(name):
         section = found.rpartition(".")[0]

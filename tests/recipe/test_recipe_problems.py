@@ -109,6 +109,14 @@ def test_unknown_keys_say_what_is_meant(problem, more: str, key: str, suggestion
     assert (found.key, found.suggestion, found.line) == (key, suggestion, 8)
 
 
+@pytest.mark.parametrize(
+    ("method", "suggestion"),
+    [("{type: boft, dropout: 0.1}", "boft_dropout"), ("{type: ia3, rank: 4}", None), ("{type: oft, rank: 4}", "r")],
+)
+def test_a_suggestion_is_a_setting_of_the_method(problem, method: str, suggestion: str | None) -> None:
+    assert problem("", f"method={method}").suggestion == suggestion
+
+
 def test_another_methods_setting_is_named(problem) -> None:
     assert problem("", "method.num_virtual_tokens=3").message == (
         "not a setting of lora, only of prompt_tuning, multitask_prompt_tuning, p_tuning, prefix_tuning, cartridge"
