@@ -12,8 +12,8 @@ from peftcli.recipe.yaml_file import parse_text, read_file
 
 COMMAND_LINE = Position("command line")
 MAX_EXTENDS = 16
-_SHORT_FORMS = {"base_model": "name", "task": "type"}
-"""Sections that may be given as one setting: section -> setting."""
+_SHORT_FORMS = {"base_model": "name", "task": "type", "quantization": "type"}
+"""Sections, of whatever level, that may be given as one setting: section -> setting."""
 _OF_ONE_MODEL = ("revision", "trust_remote_code")
 """Settings that another base model does not inherit."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from peftcli.errors import Problem
 from peftcli.recipe import load_recipe, read
+from peftcli.schema import Quantization
 
 
 def test_overrides(load) -> None:
@@ -89,6 +90,15 @@ def test_a_name_alone_leaves_the_settings_beside_it(write, inherited: str, own: 
     assert (recipe.base_model.name, recipe.dataset.overlong) == ("c/d", "drop")
     assert recipe.base_model.quantization is not None
     assert "r" not in recipe.method
+
+
+def test_a_type_alone_can_be_extended(write, good: str) -> None:
+    base = write(text=good.replace("org/model", "{name: org/model, quantization: nf4}"), name="base.yaml")
+    extended = write(text="extends: base.yaml\nbase_model: {quantization: {double_quant: true}}\n")
+    one, other = load_recipe(extended), load_recipe(base, ["base_model.quantization.double_quant=true"])
+    assert one.base_model == other.base_model
+    assert one.base_model.quantization == Quantization(type="nf4", double_quant=True)
+    assert load_recipe(extended, ["base_model.quantization=int8"]).base_model.quantization == Quantization(type="int8")
 
 
 def test_another_base_model_inherits_no_trust_and_nothing_is_nothing(write) -> None:
