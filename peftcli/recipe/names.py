@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from peftcli.system.outputs import expand_user
+
 _OTHER_TOOLS = {
     "base_model": (
         "model model_name model_id model_path checkpoint_dir model_name_or_path base_model_name_or_path "
@@ -143,7 +145,7 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 def closest_file(path: str) -> str | None:
     """Return a file with a similar name in the same folder, or None."""
-    folder = Path(path).parent
+    folder = expand_user(Path(path)).parent
     try:
         names = [entry.name for entry, _ in zip(folder.iterdir(), range(_MAX_FILES), strict=False)]
     except (OSError, ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peftcli.recipe.values import NO_TEXT, Position, Problems, Value, is_text, resolve
 from peftcli.recipe.yaml_file import parse_text, read_file
+from peftcli.system.outputs import expand_user
 
 COMMAND_LINE = Position("command line")
 MAX_EXTENDS = 16
@@ -54,7 +55,7 @@ def _read_chain(path: Path, named_at: Position, below: tuple[str, ...], problems
     if "\0" in named.data:  # reported where it was read
         return None
     chain = (*below, os.path.realpath(path))
-    base_path = path.parent / named.data
+    base_path = path.parent / expand_user(Path(named.data))
     if os.path.realpath(base_path) in chain:
         problems.add(f"{base_path} extends itself through {path}", named.place, "extends")
         return None

@@ -125,6 +125,14 @@ def test_a_problem_is_shown_in_the_file_that_holds_it(write) -> None:
     }
 
 
+def test_extends_and_its_suggestion_expand_the_home(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(name="base.yaml")
+    assert read(write(text="extends: ~/base.yaml\n")).recipe
+    (found,) = read(write(text="extends: ~/bas.yaml\n")).problems
+    assert found.suggestion == str(tmp_path / "base.yaml")
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
