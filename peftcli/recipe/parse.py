@@ -235,7 +235,8 @@ class _Reader:
             self.places |= {f"{key}.{name}": item.place for name, item in value.data.items()}
         if entry.items:
             return self.items(entry.items, value, entry.hint, key)
-        if entry.section and (isinstance(value.data, dict) or value.scalar is not None):
+        alone = entry.section and only_required(entry.section)
+        if entry.section and value.scalar is not None and not (alone and isinstance(value.data, list)):
             return self.section(entry.section, _expand_short_form(value, entry.section), key)
         try:
             return _adapter(entry.hint).validate_python(_to_python(value, entry.hint))
@@ -249,7 +250,9 @@ class _Reader:
                 continue
             found = item.value.describe() + (" in quotes; remove the quotes" if item.is_quoted else "")
             one, is_list = item.value.scalar, kinds(item.hint) <= {list, type(None)}
-            listed = f"[{one}]" if is_list and one is not None and re.fullmatch(r"[\w.-]+", str(one)) else None
+            known = choices(item_hint(item.hint, list))
+            fits = one in known if known else one is not None and re.fullmatch(r"[\w.-]+", str(one))
+            listed = f"[{one}]" if is_list and fits else "[]" if is_list and one == "none" else None
             if item.key == "dataset.train" and isinstance(item.value.data, list):
                 listed = "dataset.mix"
             self.problem(

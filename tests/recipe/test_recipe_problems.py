@@ -63,6 +63,10 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("method.target_modules={a: b}", "expected a list of strings or a string, found a mapping"),
         ("base_model=null", "is required"),
         ("base_model=[a]", "expected a mapping of settings, found a list"),
+        (
+            "base_model.quantization=[nf4]",
+            "expected nf4, fp4, int8, int8_weight_only, int4_weight_only or a mapping, found a list",
+        ),
         ("training=5", "expected a mapping of settings, found 5"),
         ("task.x=5", "unknown key"),
         ("task=[a]", "expected a mapping of settings, found a list"),
@@ -80,6 +84,19 @@ def test_each_gate_has_a_place(problems) -> None:
         ("command line", None, None, "gates.eval_loss"),
         ("recipe.yaml", 10, 13, "gates.eval_wer"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("training.report_to=wandb", "[wandb]"),
+        ("training.report_to=none", "[]"),
+        ("training.report_to=wanbd", None),
+        ("dataset.allow=no_targets", "[no_targets]"),
+    ],
+)
+def test_a_word_for_a_list_is_suggested_in_one(problem, override: str, suggestion: str | None) -> None:
+    assert problem("", override).suggestion == suggestion
 
 
 def test_every_wrong_item_of_a_list(problems) -> None:
