@@ -95,7 +95,9 @@ class AdapterConfig(PeftConfigMixin):
         for entry in fields(self):
             value = plain(getattr(self, entry.name))
             if isinstance(value, (list, tuple, range)):
-                value = set(value) if entry.name in self.as_sets else list(value)
+                value = list(value)
+                if entry.name in self.as_sets and fits(value, hints_of(kind)[entry.name]):
+                    value = set(value)
             elif section := section_class(hints_of(kind)[entry.name]):
                 value = read_section(section, value, entry.name) if isinstance(value, dict) else value
                 if value is not None and not isinstance(value, section):
@@ -120,8 +122,6 @@ class AdapterConfig(PeftConfigMixin):
             value = getattr(self, entry.name)
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
                 found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
-            if isinstance(value, float) and not math.isfinite(value):
-                found.append((entry.name, f"must be a finite number, not {value}"))
         if self.revision is not None and ".." in self.revision:
             found.append(("revision", f"{short_repr(self.revision)} is no revision: git allows no '..' in it"))
         return found
@@ -130,9 +130,10 @@ class AdapterConfig(PeftConfigMixin):
         """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
         for entry in dataclasses.fields(self):
             value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
-            numeric = hint in (int, float, int | None, float | None, int | float | None, dict[str, float])
-            checked: Any = (str, int, float, list, dict) if numeric else str  # else a comparison would fail, or pass
-            if isinstance(value, checked) and not fits(value, hint):
+            is_setting = entry.metadata.get("file", True) and not section_class(hint)  # normalise() reads the sections
+            given = list(value) if isinstance(value, set) else value
+            is_switch = isinstance(value, int) and fits(bool(value), hint)  # 1 is taken for True
+            if is_setting and not is_switch and not fits(given, hint):
                 raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=entry.name)
         for key, message in self.problems():
             if key not in later:

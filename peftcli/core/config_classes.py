@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 from peftcli.errors import AdapterError, AdapterTypeError
@@ -49,6 +50,9 @@ def config_class(values: dict[str, Any], file: str | None = None) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as JSON has it: the value of an enum, the sorted list of a set."""
-    value = value.value if isinstance(value, Enum) else value
-    return sorted(value) if isinstance(value, (set, frozenset)) else value
+    """Return a setting as JSON has it: the value of an enum, the text of a path, the sorted list of a set."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, set, frozenset)):
+        return list(value) if isinstance(value, tuple) else sorted(value)
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, PurePath) else value

@@ -92,7 +92,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str)  # the config's problems() say which ones there are
     if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)  # for read_section
+        return isinstance(value, dict) or type(value) is hint  # for read_section, or read by it
     if is_typeddict(hint):
         return isinstance(value, dict) and all(
             key in value and fits(value[key], of) for key, of in hints_of(hint).items()

@@ -44,6 +44,14 @@ def _fingerprint(model: nn.Module) -> list[Any]:
         ("lora_alpha", math.inf),
         ("lora_dropout", {}),
         ("alpha_pattern", {"q_proj": math.nan}),
+        ("r", True),
+        ("target_modules", [["q"]]),
+        ("target_modules", [1]),
+        ("modules_to_save", [1]),
+        ("layers_to_transform", ["0"]),
+        ("layers_pattern", 3),
+        ("rank_pattern", {"q": "3"}),
+        ("base_model_name_or_path", 5),
     ],
 )
 def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> None:

@@ -38,8 +38,6 @@ class AdaptionPromptConfig(AdapterConfig):
             value = getattr(self, key)
             if value is None or value < 1:
                 found.append((key, "is required" if value is None else f"must be at least 1, not {value}"))
-        if not isinstance(self.target_modules, str | None):
-            found.append(("target_modules", f"must be one name, not {self.target_modules!r}"))
         return found
 
     def merge_problem(self) -> str | None:
