@@ -133,10 +133,10 @@ def test_a_decoder_reads_the_last_token_of_a_row() -> None:
 
 
 def test_a_text_may_not_hold_the_token_by_which_an_encoder_decoder_finds_its_end() -> None:
-    texts = ["sun tea", f"sun {open_task(**LABELS).processor.eos_token} tea"]
-    rows = [{"text": text, "label": "bad"} for text in texts]
     for kind in ("bert", base_folder("t5")):
-        right, other = encoded(open_task(kind=kind, **LABELS), rows)
+        task = open_task(kind=kind, **LABELS)
+        texts = ("sun tea", f"sun {task.processor.eos_token} tea")
+        right, other = encoded(task, [{"text": text, "label": "bad"} for text in texts])
         assert not isinstance(right, DataError)
         assert isinstance(other, DataError) == (kind != "bert")
     assert "finds the end of a text" in other.message
