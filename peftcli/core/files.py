@@ -58,7 +58,7 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
     check_finite(tensors)
     # sorted, but not inside: of the patterns that match a module the first one counts
     described = dict(sorted({**describe(config, tensors), "inference_mode": True}.items()))
-    content = (json.dumps(described, indent=2, allow_nan=False) + "\n").encode()
+    content = (json.dumps(described, indent=2) + "\n").encode()
     write_tensor_file(folder / WEIGHTS_FILE, tensors)
     write_file(folder / CONFIG_FILE, content)
 

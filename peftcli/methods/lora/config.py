@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
@@ -236,8 +235,7 @@ def _own_problems(config: LoraConfig) -> Problems:
     found += _conflicts(config)
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
-        bad = [token for tokens in lists for token in tokens if not isinstance(token, Integral) or int(token) < 0]
-        wrong = [f"token ids count from 0, not {token!r}" for token in bad]
+        wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
         found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
     if config.alora_invocation_tokens in ([], ""):
         found.append(("alora_invocation_tokens", "names no token"))
@@ -267,12 +265,7 @@ def _range_problems(config: LoraConfig) -> Problems:
         return []
     if not ranges:
         return [("layer_replication", "names no layer")]
-    wrong = [pair for pair in ranges if not _is_range(pair)]
+    wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
     if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
         return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, the most that is accepted")]
     return [("layer_replication", f"each range is [first layer, last layer + 1], not {pair}") for pair in wrong]
-
-
-def _is_range(pair: Any) -> bool:
-    numbers = isinstance(pair, list) and all(isinstance(each, Integral) for each in pair)
-    return numbers and len(pair) == 2 and 0 <= pair[0] < pair[1]
