@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -363,10 +364,11 @@ def _given_seed(row: Row, number: int) -> int:
     given = row.values.get("seed")
     if given in (None, ""):
         return number
-    try:
-        return int(given)
-    except (TypeError, ValueError, OverflowError):
-        raise row.place.error(f"expected a whole number, found {given!r:.60}", key="seed") from None
+    with suppress(ValueError):
+        if isinstance(given, str | int) and not isinstance(given, bool) and -(2**63) <= int(given) < 2**64:
+            return int(given)
+    message = f"expected a whole number from -2^63 to 2^64 - 1, as seeds of torch are, found {given!r:.60}"
+    raise row.place.error(message, key="seed")
 
 
 def _stored(path: Path) -> _Stored:

@@ -34,6 +34,7 @@ from peftcli.models import diffusion
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Quantization, Source
 from peftcli.tasks import TASKS
+from peftcli.tasks.base import PredictOptions
 from peftcli.tasks.text_to_image import TextToImage
 
 NAME = "text_to_image"
@@ -453,6 +454,16 @@ def test_predict_writes_pictures(run: Trained, cli: Callable, tmp_path: Path) ->
         trainkit.write_rows(asked, [{"text": "a dog", "seed": None}, bad])
         refused = cli("predict", run.folder, "--input", asked, "--output", tmp_path / "others.jsonl", code=3)
         assert f"asked.jsonl:2: {[*bad][-1]}: " in refused
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, str(2**64), 1.7, True, "one", [1]], ids=str)
+def test_a_seed_is_a_whole_number_that_torch_takes(tmp_path: Path, seed: Any) -> None:
+    task = open_task()
+    task._make = lambda _, prompts, seeds: [Image.new("RGB", (4, 4)) for _ in prompts]
+    row, options = Row({"text": "a dog", "seed": seed}, Place("a.jsonl", 1)), PredictOptions(beside=tmp_path / "a")
+    with pytest.raises(DataError, match="expected a whole number") as caught:
+        next(task.predict(torch.nn.Linear(1, 1), [row], options))
+    assert caught.value.key == "seed"
 
 
 @pytest.mark.slow
