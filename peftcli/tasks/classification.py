@@ -122,12 +122,12 @@ class Classification(Task[Settings]):
         kind = self.settings.problem_type or ("multi_label" if lists else None)
         numbers = [number for number in seen.values() if number is not None]
         fractions = len(numbers) == len(seen) and any(number % 1 for number in numbers)
-        if kind == "regression" or (kind is None and not self.labels and not declared and (floats or fractions)):
+        if kind is None and not self.labels and not declared and (floats or fractions):
             return replace(self.settings, problem_type="regression")
         labels = list(self.labels or declared or seen)
         if not self.labels and set(labels) == set(map(str, range(len(labels)))):
             labels.sort(key=int)
-        if len(self.labels or ()) == 1 and kind != "multi_label":
+        if len(self.labels) == 1 and kind != "multi_label":
             raise DataError(f"names one class, {labels[0]!r}; a classifier needs two", key="task.labels")
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
