@@ -38,8 +38,10 @@ class AnswerInputs(TextInputs):
 
     @property
     def advice(self) -> Mapping[str, str]:
-        raised = f"Raise max_length, which is {self.max_length}."
-        return {OVERLONG: raised, CUT_OFF: raised}
+        todo = f"Raise max_length, which is {self.max_length}."
+        if self.max_length < self.settings.max_length:
+            todo = f"Shorten the prompts: the base model reads {self.max_length} tokens."
+        return {OVERLONG: todo, CUT_OFF: todo}
 
     @property
     def notes(self) -> Sequence[str]:
@@ -53,8 +55,9 @@ class AnswerInputs(TextInputs):
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""
-        settings = CausalLM(max_length=self.max_length, overlong=overlong, train_on=train_on)  # type: ignore[arg-type]
-        return CausalEncoder(reader, self.processor, settings)
+        longest: int = self.settings.max_length
+        settings = CausalLM(max_length=longest, overlong=overlong, train_on=train_on)  # type: ignore[arg-type]
+        return CausalEncoder(reader, self.processor, settings, self.max_length)
 
     def encode_answers(self, rows: Sequence[Row], reader: AnswerReader, train_on: str) -> list[Outcome | DataError]:
         """Turn each row into one example of all its answers, with one target."""

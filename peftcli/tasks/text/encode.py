@@ -33,10 +33,16 @@ Error = TypeVar("Error", DataError, ModelError)
 
 
 class CausalEncoder:
-    """Encodes rows for a causal language model: one text, part of which is trained."""
+    """Encodes rows for a causal language model: one text, part of which is trained.
 
-    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: CausalLM):
+    ``limit``: the tokens that the base model reads, where these are fewer than the settings' max_length.
+    """
+
+    def __init__(
+        self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: CausalLM, limit: int | None = None
+    ):
         self.reader, self.tokenizer, self.settings = reader, tokenizer, settings
+        self.limit = settings.max_length if limit is None else limit
         wanted = reader.name in ("messages", "sharegpt") or (reader.name == "alpaca" and tokenizer.chat_template)
         self.template: Template | None = chat_template(tokenizer) if wanted else None
         self._compared: set[tuple[object, ...]] = set()
@@ -83,13 +89,13 @@ class CausalEncoder:
         return mark_chat(example, self.template, self.settings.train_on)
 
     def _outcome(self, encoded: Encoded, row: Row) -> Outcome | DataError:
-        ids, labels, limit = encoded.input_ids, encoded.labels, self.settings.max_length
+        ids, labels, limit = encoded.input_ids, encoded.labels, self.limit
         outcome = Outcome(size=len(ids), flags=encoded.flags)
         pieces = [(ids, labels)]
         if len(ids) > limit:
             how = self.settings.overlong
             if how == "error":
-                return _too_long(row, len(ids), limit)
+                return _too_long(row, len(ids), limit, self.settings.max_length)
             if how == "drop":
                 outcome.reason = OVERLONG
                 return outcome
@@ -165,7 +171,7 @@ class Seq2SeqEncoder:
             outcome.flags |= Flag.OPEN
         if longest > limit:
             if self.settings.overlong == "error":
-                return _too_long(row, longest, limit)
+                return _too_long(row, longest, limit, limit)
             if self.settings.overlong == "drop":
                 outcome.reason = OVERLONG
                 return outcome
@@ -207,7 +213,12 @@ def _with_place(error: Error, row: Row) -> Error:
     return type(error)(at.message, file=at.file, line=at.line, key=error.key, hint=error.hint)
 
 
-def _too_long(row: Row, length: int, limit: int) -> DataError:
+def _too_long(row: Row, length: int, limit: int, max_length: int) -> DataError:
+    if limit < max_length:
+        return row.place.error(
+            f"has {length} tokens, more than the {limit} that the base model reads",
+            hint="Shorten it, or set dataset.overlong: truncate or drop.",
+        )
     return row.place.error(
         f"has {length} tokens, more than dataset.max_length: {limit}",
         hint="Raise dataset.max_length, or set dataset.overlong: truncate or drop.",

@@ -118,6 +118,15 @@ def test_pairs_that_differ_beyond_the_cut_are_left_out() -> None:
     assert whole.examples
 
 
+def test_the_limit_of_the_base_model_is_not_called_a_setting() -> None:
+    task = open_task("reward", "chat", max_length=4096, overlong="error")
+    limit = f"the base model reads {task.max_length} tokens"
+    assert task.max_length < 4096
+    assert all(limit in advice for advice in task.advice.values())
+    [error] = encoded(task, [{"prompt": "sun " * 900, "chosen": "tea", "rejected": "moon"}])
+    assert f"more than the {task.max_length} that the base model reads" in error.message
+
+
 @pytest.mark.parametrize("train_on", ["answers", "all"])
 def test_a_prompt_and_its_completion_may_be_messages(train_on: str) -> None:
     """As TRL has them: the answers before are not trained."""
