@@ -60,7 +60,12 @@ class AnswerReader(ExampleReader):
         if not (prompt is None or isinstance(prompt, str) or is_messages):
             raise row.place.error("expected messages, or a text", key=self.names["prompt"])
         parts = {name: self._parts(prompt, answer, name, row) for name, answer in answers.items()}
-        opening = max((opening for opening, _ in parts.values()), key=len)  # one answer may lack its system turn
+        openings = {name: opening for name, (opening, _) in parts.items()}
+        opening = max(openings.values(), key=len)  # one answer may lack its system turn
+        for name, other in openings.items():
+            if opening[len(opening) - len(other) : -1] != other[:-1]:  # the last one asks, in either's words
+                message = "begins with other turns than the other answer, before its own"
+                raise row.place.error(message, key=self.names[name])
         wholes = {name: [*opening, *rest] for name, (_, rest) in parts.items()}
         before = len(opening)
         if len(wholes) > 1 and not (is_messages and prompt):
@@ -83,6 +88,10 @@ class AnswerReader(ExampleReader):
             for turns in (prompt, prompt[_system_turns(prompt) :]):
                 if turns and answer[: len(turns)] == turns:
                     return prompt, answer[len(turns) :]
+            role = _role(answer[0]) if answer else None
+            if role == "system" or role == "user" == _role(prompt[-1]):
+                message = f"begins with a {role} turn that is not the prompt's"
+                raise row.place.error(message, key=self.names[name])
             return prompt, answer
         first = _system_turns(answer)
         if first == len(answer) or not isinstance(answer[first], dict) or answer[first].get("role") == "assistant":
@@ -124,6 +133,10 @@ def text_reader(table: Table, *, whole: bool) -> ExampleReader:
     if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
         return replace(answer_reader(table, ("completion",)), whole=whole)
     return found
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None
 
 
 def _asks(turn: Any, prompt: str) -> bool:

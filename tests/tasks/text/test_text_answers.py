@@ -77,6 +77,18 @@ def test_every_form_gives_the_tokens_of_both_answers(form: str) -> None:
         ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "train": True}]}, "the same to the model"),
         ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "name": "Ada"}]}, "a key that the chat template leaves out"),
         ({"prompt": "Count.", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "in no user turn of chosen"),
+        (
+            {"prompt": "sun", "chosen": [SYSTEM, YES], "rejected": [{**SYSTEM, "content": "Sing."}, NO]},
+            "begins with other turns than the other answer",
+        ),
+        (
+            {"prompt": [SYSTEM, ASK], "chosen": [{**SYSTEM, "content": "Sing."}, ASK, YES], "rejected": [NO]},
+            "begins with a system turn that is not the prompt's",
+        ),
+        (
+            {"prompt": [ASK], "chosen": [MORE, YES], "rejected": [NO]},
+            "begins with a user turn that is not the prompt's",
+        ),
         ({"prompt": "sun", "chosen": "", "rejected": " tea"}, "is empty"),
         ({"chosen": [ASK, {**YES, "content": ""}], "rejected": [ASK, NO]}, "is empty"),
         ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK]}, "no assistant turn of its own"),
