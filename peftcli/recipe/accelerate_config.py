@@ -85,7 +85,7 @@ def with_accelerate_config(
     if path is None:
         return recipe
     try:
-        said = yaml.load(read_small(expand_user(Path(path)), _LARGEST), _Loader)
+        said = _unquoted(yaml.load(read_small(expand_user(Path(path)), _LARGEST), _Loader))
         if isinstance(said, dict) and said.get("distributed_type") is False:
             said["distributed_type"] = "NO"  # which YAML reads as false without quotes
         found, problems = _settings(said, recipe), _problems(said, recipe)
@@ -132,12 +132,18 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
 
 def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str]) -> Any:
     """Return the value that a variable would have in the file; None if it is not set."""
-    text = variables.get(name, "none")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    value = _unquoted(variables.get(name, "none"))
     return None if value in ("none", "None") else spelled(value) if isinstance(value, str) else value
+
+
+def _unquoted(value: Any) -> Any:
+    """Return what accelerate takes a value for, with quotes or without."""
+    if isinstance(value, dict):
+        return {key: _unquoted(each) for key, each in value.items()}
+    try:
+        return yaml.load(value, _Loader) if isinstance(value, str) else value
+    except (ValueError, yaml.YAMLError):
+        return value
 
 
 def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
