@@ -15,13 +15,13 @@ from torch import nn
 
 from peftcli.core.config import TARGETING
 from peftcli.core.layer import adapter_layers, base_module, base_name
-from peftcli.core.targets import as_pattern, pattern_value
+from peftcli.core.targets import as_pattern
 from peftcli.core.weights import check_finite, file_tensors, holds_its_file
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import SECTIONS
-from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, size_of
 
 _R = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 """Names of the tensors with a dimension of size r, and which one that is. In B of a convolution it is r / groups."""
@@ -110,7 +110,7 @@ def swap(
             continue
         value = tensors[name].to(place.device, place.dtype)
         if tensor in _SCALED:
-            value = value * (_scaling(new, names[layer]) / layer.full_scaling)
+            value = value * (size_of(new, names[layer])[1] / layer.full_scaling)
         values[name], shape = _filled_up(value, tensor, list(place.shape), layer, r or layer.r)
         if list(values[name].shape) != shape:
             wrong.append(f"shape: {name} is {tuple(tensors[name].shape)}, the model has {tuple(place.shape)}")
@@ -131,11 +131,6 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
 
 def _groups(layer: LoraLayer) -> int:
     return getattr(base_module(layer), "groups", 1)
-
-
-def _scaling(config: LoraConfig, name: str) -> float:
-    r = pattern_value(config.rank_pattern, name, config.r)
-    return pattern_value(config.alpha_pattern, name, config.lora_alpha) / (math.sqrt(r) if config.use_rslora else r)
 
 
 def _filled_up(

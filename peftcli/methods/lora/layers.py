@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import linear_view
-from peftcli.core.targets import CONVOLUTIONS, pattern_value
+from peftcli.core.targets import CONVOLUTIONS
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
 from peftcli.methods.lora.arrow import ArrowLayer
@@ -22,7 +22,7 @@ from peftcli.methods.lora.initialisations.config import FROM_DATA
 from peftcli.methods.lora.initialisations.from_data import calibrate as calibrate
 from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.residual import check_initialisation, linear_layer
-from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, check_size
+from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, check_size, size_of
 from peftcli.methods.lora.parameters import (
     LoraAttention,
     LoraOutputProjection,
@@ -52,10 +52,11 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
         return wrap_parameters(with_bias(module, config.bias), name, config)
     base, view = base_module(module), linear_view(module)
     weight = getattr(base, "weight", None)
+    r, _ = size_of(config, name)
     if view is not None:  # a quantised weight has another shape
-        check_size(_r(name, config), (view.out_features, view.in_features), name)
+        check_size(r, (view.out_features, view.in_features), name)
     elif weight is not None and weight.ndim > 1:
-        check_size(_r(name, config), weight.flatten(1).shape, name)
+        check_size(r, weight.flatten(1).shape, name)
     if isinstance(base, nn.MultiheadAttention):
         check_attention(name, config)
         return LoraAttention(module, name, config)
@@ -110,7 +111,3 @@ def needs_base_weights(config: LoraConfig) -> bool:
 def start_from_base(model: nn.Module, config: LoraConfig, weight: Callable[[str], torch.Tensor]) -> None:
     """Start from what quantisation took away."""
     start_loftq(model, weight)
-
-
-def _r(name: str, config: LoraConfig) -> int:
-    return int(pattern_value(config.rank_pattern, name, config.r))

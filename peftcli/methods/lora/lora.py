@@ -37,9 +37,8 @@ class LoraLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer)
-        self.r = int(pattern_value(config.rank_pattern, name, config.r))
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        self.scaling = self.full_scaling = alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.r, self.full_scaling = size_of(config, name)
+        self.scaling = self.full_scaling
         self.lora_dropout = dropout_layer(config.lora_dropout)
         self.lora_magnitude_vector = None  # DoRA's
 
@@ -214,6 +213,13 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraL
     if len({layer.adapter for layer in found.values()}) > 1:
         raise AdapterError("the model holds several adapters; name one", key="init_lora_weights")
     return {path_in_file(model, path): layer for path, layer in found.items()}
+
+
+def size_of(config: LoraConfig, name: str) -> tuple[int, float]:
+    """Return the r that the config gives the layer of the module ``name``, and the factor of its update."""
+    r = int(pattern_value(config.rank_pattern, name, config.r))
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return r, alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def check_size(r: int, shape: Sequence[int], name: str) -> None:

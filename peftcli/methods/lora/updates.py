@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.bdlora import dense_pair
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import is_residual
+from peftcli.methods.lora.lora import size_of
 from peftcli.methods.lora.qalora import spread
 from peftcli.methods.updates import Update, UpdateUnknown
 
@@ -57,7 +56,7 @@ def describe(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[st
     """
     plain = config.plain()
     sizes = {
-        (len(tensors[pair.a]), pattern_value(plain.rank_pattern, path.partition(".base_layer")[0], plain.r))
+        (len(tensors[pair.a]), size_of(plain, path.partition(".base_layer")[0])[0])
         for path, pair in pairs(tensors).items()
     }
     twice = sizes and not plain.target_parameters and all(rows == 2 * r for rows, r in sizes)
@@ -79,9 +78,7 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
     plain, patterns = config.plain(), config.rank_pattern or config.alpha_pattern
     for path, pair in pairs(tensors).items():
         name = path.partition(".base_layer")[0]
-        r = int(pattern_value(plain.rank_pattern, name, plain.r))
-        alpha = pattern_value(plain.alpha_pattern, name, plain.lora_alpha)
-        scaling = alpha / (math.sqrt(r) if plain.use_rslora else r)
+        r, scaling = size_of(plain, name)
         if min(tensors[name].ndim for name in (pair.a, pair.b)) < 2:
             raise AdapterError(f"{pair.a} and {pair.b} are no matrices")
         right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
