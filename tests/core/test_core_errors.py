@@ -60,6 +60,13 @@ def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> Non
     assert isinstance(caught.value, AdapterError)
 
 
+def test_values_that_json_has_in_another_form_are_taken() -> None:
+    given: Any = {"base_model_name_or_path": Path("base"), "trainable_token_indices": {"wte": (1, 2)}, "use_dora": 1}
+    config = LoraConfig(**given)
+    assert config.base_model_name_or_path == "base"
+    assert config.trainable_token_indices == {"wte": [1, 2]}
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "key"),
     [
