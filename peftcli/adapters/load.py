@@ -153,9 +153,10 @@ class AdapterSource:
         recorded = recorded.get("type") if isinstance(recorded, dict) else recorded
         if isinstance(recorded, str) and recorded in TASKS:
             return recorded
-        if self.config.task_type is None:
+        kind = self.values.get("task_type")
+        if kind is None:
             return task_of_class(self._noted_class) if self._noted_class else None
-        return next((name for name, row in TASKS.items() if row.task_type == self.config.task_type), None)
+        return next((name for name, row in TASKS.items() if row.task_type == kind), None)
 
     @property
     def _noted_class(self) -> str:
