@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,7 @@ def own_metric(name: str) -> Callable[[list[str], list[str]], dict[str, float]]:
         raise DataError(f"expected a file and its function, as metrics.py:score, found {name[:200]!r}", key=_KEY)
     module = importlib.util.module_from_spec(spec)
     with _as_data_error():
+        sys.modules[spec.name] = module  # where dataclasses look up the names of types
         spec.loader.exec_module(module)
     own = getattr(module, function, None)
     if not callable(own):

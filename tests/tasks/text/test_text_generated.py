@@ -101,6 +101,8 @@ def test_the_best_adapter_by_such_a_metric_is_kept(cli: Callable, tmp_path: Path
 def test_a_metric_of_ones_own(cli: Callable, tmp_path: Path) -> None:
     code = tmp_path / "own.py"
     code.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Pair:\n    wanted: str\n"
         "def blanks(found, wanted):\n    return {'pairs': len(found), 'blanks': ''.join(wanted).count(' ')}\n"
     )
     recipe = write_recipe(tmp_path)
