@@ -76,6 +76,8 @@ class TextGenerator:
         Raises:
             DataError: the model has too few positions for one.
         """
+        if not prompts:
+            return []
         set_seed(settings.seed)
         rows = list(map(self._ids, prompts))
         for prompt, ids in zip(prompts, rows, strict=True):

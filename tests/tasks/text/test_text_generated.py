@@ -156,6 +156,7 @@ def test_an_answer_is_what_follows_thinking_and_header(
     [answer] = generator.generate([asked], GenerationSettings(), stream=written.append)
     assert (answer.text, answer.tokens, answer.finish_reason) == ("In  France.", len(trained), "stop")
     assert "".join(written) == "In  France."
+    assert generator.generate([], GenerationSettings()) == []
 
 
 @pytest.mark.parametrize(
