@@ -198,7 +198,11 @@ class LanguageModel(Task[Settings]):
         if not self.generates:
             return found
         found |= text_metrics(self.settings.generate_metrics, outputs)
-        return found | (self._own(*map(list, zip(*outputs, strict=True))) if self._own else {})
+        own = self._own(*map(list, zip(*outputs, strict=True))) if self._own else {}
+        if taken := sorted(found.keys() & own.keys()):
+            message = f"returns {', '.join(taken)}, which the task measures itself"
+            raise DataError(message, key="task.metric_code", hint="return it under another name")
+        return found | own
 
     def findings(self, view: View) -> list[Finding]:
         return self._audited(view).findings()

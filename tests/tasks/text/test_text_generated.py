@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chat_templates import HARMONY, TEMPLATES, make_tokenizer
@@ -114,6 +115,14 @@ def test_a_metric_of_ones_own(cli: Callable, tmp_path: Path) -> None:
     best = ("training.metric_for_best_model=blanks", "training.eval_strategy=epoch", "task.trust_metric_code=true")
     refused = cli("train", recipe, *settings, *best, code=2)
     assert "training.greater_is_better: whether a larger eval_blanks is better" in refused
+
+
+def test_a_metric_of_ones_own_takes_no_other_ones_name(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def f(found, wanted):\n    return {'loss': 0, 'bleu': 1, 'mine': 2}")
+    own = {"metric_code": f"{tmp_path}/own.py:f", "trust_metric_code": True}
+    task = open_task("causal_lm", "chat", generate_metrics=["bleu"], **own)
+    with pytest.raises(DataError, match="returns bleu, loss, which the task measures itself"):
+        task.metrics({"loss": np.array(1.0), "correct": np.array(1.0)}, [("a", "a")], 1)
 
 
 @pytest.mark.parametrize(
