@@ -50,7 +50,8 @@ class Generated(TaskSettings):
     """Longest generated answer, in tokens; of ``predict``, too."""
     num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
     """Answers that are followed at once when one is generated; 1: the likeliest token is taken each time. Of
-    ``predict``, too."""
+    ``predict``, too. What else the base model's generation_config.json says stays in force, as min_length,
+    repetition_penalty and no_repeat_ngram_size: bart-large-cnn writes no answer below 56 tokens."""
 
     def files(self) -> list[str]:
         """The file of metric_code."""
@@ -297,7 +298,8 @@ class SpeechRecognition(TaskSettings):
     """Text that the model reads before each answer, in training too, as if it had been said before: names and words to
     spell as it does. It is no part of an answer. For Whisper models."""
     num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time."""
+    """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time, as
+    far as the base model's generation_config.json (repetition_penalty, min_length) lets it."""
     normalize_text: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
     """Compare texts as Whisper's authors do, in evaluation: in lower case, without punctuation, English numbers and
     spellings in one form. Texts are trained as they are."""

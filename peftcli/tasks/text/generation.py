@@ -34,7 +34,8 @@ class GenerationSettings:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0: always the most probable token (greedy)."""
+    """0: always the most probable token (greedy), as far as the model's generation config (repetition_penalty,
+    min_length) lets it."""
     top_p: float = 1.0
     """With a temperature: sample from the most probable tokens that together have this probability."""
     seed: int = 0
