@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from peftcli.data import store
@@ -29,6 +29,7 @@ from peftcli.tasks.text.spans import Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Error = TypeVar("Error", DataError, ModelError)
 
 
@@ -48,30 +49,19 @@ class CausalEncoder:
         self._compared: set[tuple[object, ...]] = set()
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        examples: list[ParsedRow] = []
-        texts: list[MarkedText] = []
-        places, results = [], list[Outcome | DataError]()
-        for row in rows:
-            try:
-                example = self._example(row)
-                marked = self._marked(example)
-            except DataError as error:
-                results.append(_with_place(error, row))
-            except ModelError as error:
-                raise _with_place(error, row) from error
-            else:
-                examples.append(example)
-                texts.append(marked)
-                places.append(len(results))
-                results.append(Outcome())
-        encoded = encode_marked(texts, self.tokenizer) if texts else []
-        for example, each in zip(examples, encoded, strict=True):
+        read, results = _read_each(rows, self._read)
+        encoded = encode_marked([marked for _, marked in read.values()], self.tokenizer) if read else []
+        for (example, _), each in zip(read.values(), encoded, strict=True):
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
                 self._compared.add(kind)
                 check_ids(example, each, self.tokenizer)
-        for at, each in zip(places, encoded, strict=True):
+        for at, each in zip(read, encoded, strict=True):
             results[at] = self._outcome(each, rows[at])
         return results
+
+    def _read(self, row: Row) -> tuple[ParsedRow, MarkedText]:
+        example = self._example(row)
+        return example, self._marked(example)
 
     def _example(self, row: Row) -> ParsedRow:
         example = self.reader(row)
@@ -139,27 +129,18 @@ class Seq2SeqEncoder:
         self.rendered = bool(tokenizer.chat_template) and reader.name in ("messages", "sharegpt")
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        pairs: list[tuple[str, str]] = []
-        places, results = [], list[Outcome | DataError]()
-        for row in rows:
-            try:
-                prompt, answer = asked(self.reader(row))
-                pair = prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer
-            except DataError as error:
-                results.append(_with_place(error, row))
-            except ModelError as error:
-                raise _with_place(error, row) from error
-            else:
-                pairs.append(pair)
-                places.append(len(results))
-                results.append(Outcome())
+        pairs, results = _read_each(rows, self._read)
         if not pairs:
             return results
-        sources = self._ids([source for source, _ in pairs], add_special_tokens=not self.rendered)
-        targets = self._ids([target for _, target in pairs], target=True)
-        for at, pair, source, target in zip(places, pairs, sources, targets, strict=True):
+        sources = self._ids([source for source, _ in pairs.values()], add_special_tokens=not self.rendered)
+        targets = self._ids([target for _, target in pairs.values()], target=True)
+        for (at, pair), source, target in zip(pairs.items(), sources, targets, strict=True):
             results[at] = self._outcome(pair, source, target, rows[at])
         return results
+
+    def _read(self, row: Row) -> tuple[str, str]:
+        prompt, answer = asked(self.reader(row))
+        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer
 
     def _outcome(self, pair: tuple[str, str], source: list[int], target: list[int], row: Row) -> Outcome | DataError:
         limit, longest = self.settings.max_length, max(len(source), len(target))
@@ -197,6 +178,24 @@ class Seq2SeqEncoder:
         """Tokenise the beginning of ``text``, with the special tokens that the tokenizer puts at its end."""
         special, limit = not self.rendered, self.settings.max_length
         return list(self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"])
+
+
+def _read_each(rows: Sequence[Row], read: Callable[[Row], T]) -> tuple[dict[int, T], list[Outcome | DataError]]:
+    """Return what ``read`` makes of each row, by its index, and an outcome of each: the error of one that it refuses.
+
+    Raises:
+        ModelError: no row can be read.
+    """
+    found, results = dict[int, T](), list[Outcome | DataError]()
+    for at, row in enumerate(rows):
+        try:
+            found[at] = read(row)
+            results.append(Outcome())
+        except DataError as error:
+            results.append(_with_place(error, row))
+        except ModelError as error:
+            raise _with_place(error, row) from error
+    return found, results
 
 
 def _kind(example: ChatExample) -> tuple[object, ...]:
