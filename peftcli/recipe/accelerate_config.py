@@ -5,6 +5,7 @@ What it asks for and peftcli does not do is a problem, so that nothing of it is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from peftcli.system.outputs import expand_user
 
 _KEY = "launch.accelerate_config"
 _LARGEST = 100_000
+_DEVICES = Path("/dev")
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
 _REQUEST = "PEFTCLI_ACCELERATE"
 """The variable in which the request of ``accelerate launch`` is noted: FSDP or DEEPSPEED."""
@@ -212,7 +214,7 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
     ):
         if (value := zero.get(key, said.get(key))) not in ("auto", None, own):
             problems.append(f"{key}: {value}, and the recipe has {own}")
-    if said.get("use_cpu") and said["distributed_type"] not in ("NO", "MULTI_CPU"):
+    if said.get("use_cpu") and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(_DEVICES.glob("nvidia[0-9]*")):
         problems.append("use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs")
     if said["distributed_type"] == "FSDP":
         for key, values in _ONLY_FSDP.items():

@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from peftcli.errors import UsageError
-from peftcli.recipe import read
+from peftcli.recipe import accelerate_config, read
 from peftcli.recipe.accelerate_config import with_accelerate_launch
 from peftcli.schema import Launch, Recipe
 
@@ -102,7 +102,6 @@ def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
         ({**FSDP, "fsdp_config": {}}, ["training.bf16=true"], "fsdp_version: 1; 2 can be had"),
         (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), ["training.bf16=true"], "fsdp_sharding_strategy: HYBRID_SHARD"),
         (fsdp(fsdp_activation_checkpointing=True), ["training.bf16=true"], "training.gradient_checkpointing: true"),
-        ({"distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True}, [], "use_cpu"),
         ({"distributed_type": "NO", "num_processes": 1, "enable_cpu_affinity": True}, [], "enable_cpu_affinity"),
         ({"distributed_type": "MEGATRON_LM", "num_processes": 2}, [], "distributed_type: MEGATRON_LM"),
         (zero(gradient_clipping=0.3), [], "gradient_clipping: 0.3, and the recipe has 1.0"),
@@ -125,6 +124,20 @@ def test_what_it_asks_for_in_vain_is_said(
     assert problem in found.message
     assert found.key == "launch.accelerate_config"
     assert found.line
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU", "MULTI_GPU"])
+def test_the_cpu_is_asked_for_in_vain_where_a_gpu_is_visible(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, {"distributed_type": kind, "num_processes": 2, "use_cpu": True})
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(accelerate_config, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (found,) = read(path).problems
+    assert "use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs" in found.message
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert read(path).recipe
 
 
 @pytest.mark.parametrize(
