@@ -197,9 +197,11 @@ def json_schema() -> dict[str, Any]:
             properties[name] = {**_object(settings(entry.section)), "description": entry.help}
             if required := _required(settings(entry.section)):
                 needed[name] = {"required": required}
+            else:
+                properties[name]["type"] = ["object", "null"]
         else:
             properties[name] = _property(entry)
-    needed["dataset"] = {"anyOf": [{"required": ["train"]}, {"required": ["mix"]}]}
+    needed["dataset"] = {"type": "object", "anyOf": [{"required": ["train"]}, {"required": ["mix"]}]}
     properties["base_model"] = {
         "description": top["base_model"].help,
         "anyOf": [{"type": "string"}, {k: v for k, v in properties["base_model"].items() if k != "description"}],
@@ -278,14 +280,14 @@ def _branch_schema(hint: Any) -> dict[str, Any]:
         name, strings = _JSON_TYPES[hint]
         return {"type": [name, "string"], "pattern": strings}
     if literals := choices(hint):
-        return {"enum": literals}
+        return {"anyOf": [{"enum": literals}, {"type": "string", "pattern": f"^{_VARIABLE}$"}]}
     accepted = kinds(hint)
     if section := section_class(hint):
         return _section_schema(section)
     if list in accepted:
-        return {"type": "array", "items": _hint_schema(item_hint(hint, list))}
+        return {"type": ["array", "null"], "items": _hint_schema(item_hint(hint, list))}
     if dict in accepted:
-        return {"type": "object", "additionalProperties": _hint_schema(item_hint(hint, dict))}
+        return {"type": ["object", "null"], "additionalProperties": _hint_schema(item_hint(hint, dict))}
     if accepted == {type(None)}:
         return {"type": "null"}
-    return {"type": "string"} if accepted == {str} else {}
+    return {"type": ["string", "number"]} if accepted == {str} else {}
