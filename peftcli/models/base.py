@@ -263,13 +263,7 @@ class OpenBase:
         """Return the size of the files of weights that are on this machine already."""
         if self._is_gguf:
             return expand_user(Path(self.name)).stat().st_size
-        own = validate.weights_name(self._json.get(self.folder / "config.json", {}), "")
-        found = next(
-            (path for name in ([own] if own else validate.WEIGHTS) if (path := self.folder / name).exists()), None
-        )
-        if found is None:
-            return 0
-        names = [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
+        names = self._weight_files(lambda name: path if (path := self.folder / name).exists() else None)
         return sum(path.stat().st_size for name in names if (path := self.folder / name).exists())
 
     @cached_property
@@ -280,16 +274,20 @@ class OpenBase:
             ModelError: one of them is missing or damaged.
             NetworkError: the hub cannot be reached.
         """
-        config = self.folder / "config.json"
-        if config not in self._json:
+        if self.folder / "config.json" not in self._json:
             return {}
-        own = validate.weights_name(self._json[config], str(config))
-        found = next((file for name in ([own] if own else validate.WEIGHTS) if (file := self._fetch(name))), None)
-        if found is None:
-            return {}
-        names = [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
-        self._fetch(*names)
+        if names := self._weight_files(self._fetch):
+            self._fetch(*names)
         return {self.folder / name: validate.read_shard(self.folder / name) for name in names}
+
+    def _weight_files(self, find: Callable[[str], Path | None]) -> list[str]:
+        """Return the names of the files of weights; ``find`` returns the path of a file, or None if it is missing."""
+        config = self.folder / "config.json"
+        own = validate.weights_name(self._json.get(config, {}), str(config))
+        found = next((file for name in ([own] if own else validate.WEIGHTS) if (file := find(name))), None)
+        if found is None:
+            return []
+        return [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
 
     def _check_weights(self, auto_class: str) -> None:
         """Raise ModelError unless the weights are whole safetensors files, as large as the config says."""

@@ -96,8 +96,9 @@ def apply_recipe(tokenizer: PreTrainedTokenizerBase, base: BaseModel, template: 
 def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig, base: BaseModel) -> None:
     """Let the model hold the recipe's new tokens, and have a new adapter train their rows; to be called before inject.
 
-    Rows that the base model has to spare are used first. A head with a weight of its own gets rows, too. The config's
-    setting for single rows, if it has one, will name the new tokens, which the tokenizer has already.
+    Rows that the base model has to spare are used first. A head with a weight of its own gets rows, too. Its bias, as
+    Phi's, stays as it is in spare rows: the adapter's file could not hold another. The config's setting for single
+    rows, if it has one, will name the new tokens, which the tokenizer has already.
 
     Raises:
         ModelError: the model has no embedding of tokens.

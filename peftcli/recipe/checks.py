@@ -213,12 +213,13 @@ def _evaluation(recipe: Recipe, report: Report) -> None:
     training = recipe.training
     if training.eval_on_start and training.eval_strategy == "no":
         report(("training.eval_on_start", "training.eval_strategy"), "does nothing where training.eval_strategy is no")
-    wanted = {"load_best_model_at_end": recipe.training.load_best_model_at_end}
-    wanted["early_stopping_patience"] = recipe.training.early_stopping_patience is not None
-    for key in (f"training.{name}" for name, asked in wanted.items() if asked):
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        key = f"training.{name}"
+        if getattr(training, name) in (False, None):
+            continue
         if not _has_eval_data(recipe):
             report((key, "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
-        if recipe.training.eval_strategy == "no":
+        if training.eval_strategy == "no":
             report((key, "training.eval_strategy"), "needs evaluations: training.eval_strategy steps or epoch")
 
 
