@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
     ``content`` is all of it, or its pieces, each made when the one before is written.
 
     Raises:
-        StorageError: the disk is full, read-only or fails.
+        StorageError: the disk is full, read-only or fails; or a piece cannot be read from another file.
     """
     temporary = temporary_name(path)
-    pieces: Iterable[Any] = [content] if isinstance(content, bytes) else content
+    pieces = [content] if isinstance(content, bytes) else _read(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -45,6 +45,13 @@ def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _read(pieces: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from pieces
+    except OSError as error:
+        raise StorageError(f"cannot read: {error.strerror or error}", file=error.filename) from None
 
 
 def temporary_name(path: Path) -> Path:

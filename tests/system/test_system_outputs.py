@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
+from peftcli.system.disk import write_file
 from peftcli.system.outputs import new_folder, partial_file, write_output
 
 
@@ -230,3 +231,11 @@ def test_leftovers_of_other_keys_go_unless_they_are_held(tmp_path: Path) -> None
         with partial_file(tmp_path / "out", "key") as file:
             file.append(b"1\n")
     assert sorted(tmp_path.iterdir()) == sorted([alive, tmp_path / "out"])
+
+
+def test_a_piece_that_cannot_be_read_is_no_error_of_writing(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(StorageError, match="cannot read: No such file") as caught:
+        write_file(tmp_path / "out", (path.read_bytes() for path in (Path(__file__), missing)))
+    assert caught.value.file == str(missing)
+    assert not list(tmp_path.iterdir())
