@@ -20,7 +20,7 @@ def test_round_trip(load, write, overrides: list[str]) -> None:
 )
 def test_any_text_survives(write, text: str) -> None:
     recipe = Recipe(
-        base_model=BaseModel(name=text, revision=text),
+        base_model=BaseModel(name="org/model", revision=text),
         task={"type": "causal_lm"},
         method={"type": "lora", "target_modules": [text]},
         dataset=Dataset(train="org/data", columns={text: text}),
