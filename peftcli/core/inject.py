@@ -169,7 +169,13 @@ def set_trainable(model: nn.Module, trainable: bool, adapter: str | None = None)
 
 
 def unload(model: nn.Module, adapter: str | None = None) -> None:
-    """Remove the layers of one adapter, or of all, and put the modules below them back in place."""
+    """Remove the layers of one adapter, or of all, and put the modules below them back in place.
+
+    With what they have merged into the base weights, the base weights of their file stay too.
+    """
+    if any(layer.merged_adapters for layer in adapter_layers(model, adapter).values()):
+        changes = model.__dict__.get("_adapter_undo", [])
+        changes[:] = [undo for undo in changes if undo.func is not _fill_weight]
     _remove(model, lambda layer: adapter in (None, layer.adapter))
     if not adapter_layers(model):
         _take_back(model)

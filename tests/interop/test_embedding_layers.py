@@ -78,6 +78,13 @@ def test_unload_gives_the_base_models_rows_back(folder: Path, tmp_path: Path) ->
     assert all(torch.equal(value, before[name]) for name, value in loaded.unload().state_dict().items())
 
 
+def test_unload_of_a_merged_adapter_keeps_its_rows(folder: Path, tmp_path: Path) -> None:
+    model = _adapted(peftcli, folder)
+    loaded = peftcli.PeftModel.from_pretrained(_resized(folder, 1), _saved(model, tmp_path / "adapter")).eval()
+    loaded.merge_adapter()
+    torch.testing.assert_close(logits(loaded.unload(), _inputs(folder)), logits(model, _inputs(folder)))
+
+
 def test_those_of_a_model_with_an_adapter_in_it_are_saved_too(folder: Path) -> None:
     model = _resized(folder, 0)
     config = peftcli.LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(folder))
