@@ -96,7 +96,8 @@ def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
     Raises:
         AdapterError: the method does not adapt it.
     """
-    check_forward(module, name)
+    if not named_parameters(module, name, config):  # whose values are replaced, so that any forward computes with them
+        check_forward(module, name)
     return layers_of(config).wrap(module, name, config)
 
 
@@ -214,6 +215,13 @@ def _endings(name: str) -> set[str]:
 def module_matches(name: str, entry: str) -> bool:
     """Return whether ``entry`` is the module's name or an ending of it after a dot."""
     return name == entry or name.endswith(f".{entry}")
+
+
+def named_parameters(module: nn.Module, name: str, config: AdapterConfig) -> list[str]:
+    """Return the parameters of ``module``, whose name in the model is ``name``, that ``target_parameters`` names."""
+    entries = getattr(config, "target_parameters", None) or ()
+    own = [parameter for parameter, _ in base_module(module).named_parameters(recurse=False)]
+    return [parameter for parameter in own if any(module_matches(f"{name}.{parameter}", entry) for entry in entries)]
 
 
 def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str]:

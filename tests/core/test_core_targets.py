@@ -234,6 +234,7 @@ def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_outp
         for config in (LoraConfig(target_modules=[name]), LoHaConfig(target_modules=[name])):
             with pytest.raises(AdapterError, match=f"{name} is a {kind}, "):
                 inject(model, config)
+    inject(model, LoraConfig(target_modules=["plain"], target_parameters=["router.weight"]))
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig, IA3Config, OFTConfig])

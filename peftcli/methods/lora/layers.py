@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import linear_view
-from peftcli.core.targets import CONVOLUTIONS
+from peftcli.core.targets import CONVOLUTIONS, named_parameters
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
 from peftcli.methods.lora.arrow import ArrowLayer
@@ -27,7 +27,6 @@ from peftcli.methods.lora.parameters import (
     LoraAttention,
     LoraOutputProjection,
     check_attention,
-    named_parameters,
     wrap_parameters,
 )
 from peftcli.methods.lora.replicate import replicate, separate

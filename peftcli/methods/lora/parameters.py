@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_dtype, base_module, layers_at, widened
-from peftcli.core.targets import module_matches
+from peftcli.core.targets import named_parameters
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lora.config import LoraConfig
@@ -142,13 +142,6 @@ def check_attention(name: str, config: LoraConfig) -> None:
     for key, value in off.items():
         if getattr(config, key) != value:
             raise AdapterError(f"is not supported for {name}, in a MultiheadAttention; only {value!r} is", key=key)
-
-
-def named_parameters(module: nn.Module, name: str, config: LoraConfig) -> list[str]:
-    """Return the parameters of ``module``, whose name in the model is ``name``, that ``target_parameters`` names."""
-    own = [parameter for parameter, _ in base_module(module).named_parameters(recurse=False)]
-    entries = config.target_parameters or ()
-    return [parameter for parameter in own if any(module_matches(f"{name}.{parameter}", entry) for entry in entries)]
 
 
 def wrap_parameters(module: nn.Module, name: str, config: LoraConfig) -> LoraLayer:
