@@ -125,6 +125,15 @@ def test_a_plainly_injected_model_has_its_own_names() -> None:
     assert not any(value.any() for value in adapter_state(plain).values())
 
 
+def test_a_tuner_without_a_peft_model_has_pefts_names() -> None:
+    ours, theirs = (lib.LoraModel(tiny("llama"), _config(lib), "default") for lib in (peftcli, peft))
+    state = {name: torch.ones_like(value) for name, value in peft.get_peft_model_state_dict(theirs).items()}
+    set_peft_model_state_dict(ours, state)
+    found = get_peft_model_state_dict(ours)
+    assert found.keys() == state.keys()
+    assert all((value == 1).all() for value in found.values())
+
+
 def test_from_a_state_that_is_given(model: PeftModel) -> None:
     model.add_adapter("other", _config())
     expected = get_peft_model_state_dict(model, adapter_name="other")
