@@ -53,7 +53,7 @@ class PeftModel(SavedByTrainer):
 
     task_classes: ClassVar[dict[str, type[PeftModel]]] = {}
     """The class of each task_type; filled by the subclasses."""
-    task_type: ClassVar[str | None] = None
+    _default_task_type: ClassVar[str | None] = None
     """That of an adapter whose config has none."""
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
@@ -61,7 +61,7 @@ class PeftModel(SavedByTrainer):
     def __init_subclass__(cls, task_type: str | None = None) -> None:
         if task_type is not None:
             PeftModel.task_classes[task_type] = cls
-            cls.task_type = task_type
+            cls._default_task_type = task_type
 
     @classmethod
     def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
@@ -93,7 +93,7 @@ class PeftModel(SavedByTrainer):
             AdapterError: the config does not fit the model.
         """
         check_name(adapter_name)
-        peft_config.task_type = peft_config.task_type or self.task_type
+        peft_config = self._with_task_type(peft_config)
         with replacing(model, adapter_name):
             start_adapter(
                 model,
@@ -104,6 +104,14 @@ class PeftModel(SavedByTrainer):
             )
         set_trainable_as_new(model, peft_config, adapter_name)
         self._hold(model, peft_config, adapter_name)
+
+    @classmethod
+    def _with_task_type(cls, config: AdapterConfig) -> AdapterConfig:
+        """The config, or a copy with the class's task_type where it has none: another model may get the same config."""
+        if config.task_type is None and cls._default_task_type is not None:
+            config = copy.copy(config)
+            config.task_type = cls._default_task_type
+        return config
 
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
         """Wrap ``model``, which holds the adapter already."""
@@ -238,7 +246,7 @@ class PeftModel(SavedByTrainer):
         """
         self.base_model.check_new(adapter_name)
         model, is_reference = self.get_base_model(), _is_reference(self, adapter_name, peft_config)
-        peft_config.task_type = peft_config.task_type or self.task_type
+        peft_config = self._with_task_type(peft_config)
         start_adapter(
             model,
             peft_config,

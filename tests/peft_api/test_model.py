@@ -64,8 +64,10 @@ def test_generate_follows_the_generation_config_that_a_script_sets() -> None:
 
 
 def test_the_class_of_a_task_trains_and_saves_its_head_whatever_the_config_says() -> None:
-    model = peftcli.PeftModelForSequenceClassification(tiny("bert"), peftcli.LoraConfig(target_modules=["query"]))
-    model.add_adapter("other", peftcli.LoraConfig(target_modules=["value"]))
+    first, second = peftcli.LoraConfig(target_modules=["query"]), peftcli.LoraConfig(target_modules=["value"])
+    model = peftcli.PeftModelForSequenceClassification(tiny("bert"), first)
+    model.add_adapter("other", second)
+    assert (first.task_type, second.task_type) == (None, None)  # the class of another model may fill them in
     for name in ("default", "other"):
         assert "base_model.model.classifier.weight" in peftcli.get_peft_model_state_dict(model, adapter_name=name)
         assert model.peft_config[name].task_type == "SEQ_CLS"
