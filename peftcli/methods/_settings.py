@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peftcli.errors import AdapterError
 
 Problems = list[tuple[str, str]]
+_NOTHING_LEARNT = "must not be 0: nothing would be learnt"
 
 
 class Section:
@@ -61,6 +62,11 @@ def not_positive(config: object, *keys: str) -> Problems:
     return [(key, f"must be above 0, not {value}") for key, value in _given(config, *keys).items() if not value > 0]
 
 
+def zero(config: object, *keys: str) -> Problems:
+    """Return the settings that are zero."""
+    return [(key, _NOTHING_LEARNT) for key, value in _given(config, *keys).items() if value == 0]
+
+
 def outside_unit_interval(config: object, *keys: str) -> Problems:
     """Return the settings outside [0, 1)."""
     found = _given(config, *keys)
@@ -89,3 +95,9 @@ def pattern_not_positive(config: object, key: str) -> Problems:
     """Return the entries of a setting like alpha_pattern that are not above zero."""
     found: dict[str, float] = getattr(config, key)
     return [(key, f"{name}: must be above 0, not {value}") for name, value in found.items() if not value > 0]
+
+
+def pattern_zero(config: object, key: str) -> Problems:
+    """Return the entries of a setting like lambda_pattern that are zero."""
+    found: dict[str, float] = getattr(config, key)
+    return [(key, f"{name}: {_NOTHING_LEARNT}") for name, value in found.items() if value == 0]

@@ -90,6 +90,31 @@ def test_settings_with_which_nothing_would_train_are_refused(method: str, settin
     assert caught.value.key == key
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("randlora", {"randlora_alpha": 0}),
+        ("delora", {"delora_lambda": 0}),
+        ("delora", {"lambda_pattern": {"q_proj": 0.0}}),
+        ("lora", {"alora_invocation_tokens": []}),
+    ],
+)
+def test_a_file_may_hold_settings_with_which_nothing_would_train(method: str, settings: dict[str, Any]) -> None:
+    METHODS[method].config_class()(**settings, inference_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("randlora", {"randlora_alpha": -8}),
+        ("delora", {"delora_lambda": -1}),
+        ("delora", {"delora_lambda": 0, "init_weights": False}),
+    ],
+)
+def test_settings_with_which_something_trains_are_taken(method: str, settings: dict[str, Any]) -> None:
+    METHODS[method].config_class()(**settings)
+
+
 WRONG: dict[str, tuple[AdapterConfig, str]] = {
     "target": (
         LoraConfig.unchecked(target_modules=["q_porj"]),

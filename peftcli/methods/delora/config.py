@@ -8,11 +8,11 @@ from typing import ClassVar
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
 from peftcli.methods._settings import (
     Problems,
-    not_positive,
     outside_unit_interval,
-    pattern_not_positive,
     pattern_too_small,
+    pattern_zero,
     too_small,
+    zero,
 )
 
 
@@ -38,6 +38,8 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + not_positive(self, "delora_lambda")
+        found = super().problems() + too_small(self, r=1)
         found += outside_unit_interval(self, "module_dropout") + pattern_too_small(self, "rank_pattern")
-        return found + pattern_not_positive(self, "lambda_pattern")
+        if self.init_weights and not self.inference_mode:  # else B is not zero, and lambda leaves 0
+            found += zero(self, "delora_lambda") + pattern_zero(self, "lambda_pattern")
+        return found

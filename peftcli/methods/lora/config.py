@@ -237,7 +237,7 @@ def _own_problems(config: LoraConfig) -> Problems:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
         wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
         found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
-    if config.alora_invocation_tokens in ([], ""):
+    if config.alora_invocation_tokens in ([], "") and not config.inference_mode:  # in PEFT's files, a plain LoRA
         found.append(("alora_invocation_tokens", "names no token"))
     return found + _range_problems(config)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small, zero
 
 
 @dataclass(kw_only=True)
@@ -37,5 +37,5 @@ class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + not_positive(self, "randlora_alpha")
-        return found + outside_unit_interval(self, "randlora_dropout")
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "randlora_dropout")
+        return found if self.inference_mode else found + zero(self, "randlora_alpha")
