@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -66,6 +67,8 @@ always: what an adapter adds to the output of such a module would be lost."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRIED = 8
 """How many rows of a weight are enough to see how a layer uses it."""
+_ROUNDED = 0.01
+"""How far a layer that rounds its weight, its input and its output to bfloat16 may be off, as a share."""
 _SHOWN = 6
 """How many names a message gives."""
 _SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
@@ -117,37 +120,55 @@ def check_forward(module: nn.Module, name: str, key: str = "target_modules") -> 
 def _computes_as(layer: Any, kind: Any) -> bool:
     """Return whether a layer of a class of its own computes as torch's ``kind``, by values drawn for a trial.
 
-    An embedding may multiply what it looks up by its ``embed_scale``.
+    An embedding may multiply what it looks up by its ``embed_scale``. Numbers may be rounded to half precision.
     """
     if needs_no_trial(layer, kind):
         return True
-    if list(layer.children()):  # which its forward uses
+    if kind is nn.Embedding and list(layer.children()):  # for ids beyond its rows
         return False
-    own, random = type(layer), torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        trial, random = _with_drawn_weights(layer, kind), torch.Generator().manual_seed(1)
+        rows, *sizes = trial.weight.shape
+        given = torch.tensor([[2, 0, 1]]) % rows
+        if kind is not nn.Embedding:
+            shape = [3, 1, *sizes]
+            if kind in CONVOLUTIONS:
+                widths = zip(layer.kernel_size, layer.dilation, strict=True)
+                shape = [1, layer.in_channels, *((width - 1) * step + 2 for width, step in widths)]
+            given = 3 * torch.randn(shape, generator=random) / math.prod(sizes) ** 0.5  # so that a bias counts
+        try:
+            made, expected = type(layer).forward(trial, given), kind.forward(trial, given)
+            expected = expected * getattr(trial, "embed_scale", 1.0)
+            return made.shape == expected.shape and bool((made - expected).norm() <= _ROUNDED * expected.norm())
+        except Exception:  # whatever code the class has
+            return False
 
-    def draw(value: torch.Tensor | None) -> torch.Tensor | None:
-        return torch.randn(value.shape, generator=random) if value is not None and value.is_floating_point() else value
 
-    trial, given = object.__new__(own), torch.tensor([[2, 0, 1]])
-    parameters = dict(layer._parameters)
-    if kind in CONVOLUTIONS:
-        sizes = [(width - 1) * step + 2 for width, step in zip(layer.kernel_size, layer.dilation, strict=True)]
-        given = torch.randn(1, layer.in_channels, *sizes, generator=random)
-    else:  # a few rows of the weight are enough
-        parameters |= {
-            name: value[:_TRIED] for name in ("weight", "bias") if (value := parameters.get(name)) is not None
-        }
-    if kind is nn.Linear:
-        given = torch.randn(3, 1, layer.in_features, generator=random)
-    vars(trial).update(vars(layer), _parameters={name: draw(value) for name, value in parameters.items()})
-    vars(trial).update(_buffers={name: draw(value) for name, value in layer._buffers.items()}, padding_idx=None)
-    try:
-        made, expected = own.forward(trial, given), kind.forward(trial, given)
-    except Exception:  # whatever code the class has
-        return False
-    expected = expected * getattr(trial, "embed_scale", 1.0)
-    alike = isinstance(made, torch.Tensor) and made.shape == expected.shape
-    return alike and torch.allclose(made, expected, rtol=1e-3, atol=1e-3)
+def _with_drawn_weights(layer: Any, kind: Any) -> Any:
+    """Return a copy of a layer for a trial, with drawn weights that no norm leaves as they are."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(module: nn.Module, name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None or not value.is_floating_point():
+            return value
+        shape = list(getattr(value, "ds_shape", value.shape))  # DeepSpeed may have divided it
+        if module is layer and name in ("weight", "bias") and kind not in CONVOLUTIONS:
+            shape[0] = min(shape[0], _TRIED)
+        return 1 + 2 * torch.randn(shape, generator=random)
+
+    def twin(module: nn.Module) -> nn.Module:
+        new = object.__new__(type(module))
+        vars(new).update(vars(module), training=False)
+        for held in ("_parameters", "_buffers"):
+            vars(new)[held] = {name: draw(module, name, value) for name, value in vars(module)[held].items()}
+        vars(new)["_modules"] = {name: child and twin(child) for name, child in module._modules.items()}
+        return new
+
+    trial: Any = twin(layer)
+    size = {nn.Linear: "out_features", nn.Embedding: "num_embeddings"}.get(kind)
+    if size:
+        vars(trial).update({size: len(trial.weight)}, padding_idx=None)
+    return trial
 
 
 def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:

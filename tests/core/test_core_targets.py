@@ -40,6 +40,7 @@ from peftcli.core.targets import (
     _READ_PAST_CALLS,
     _layer_index,
     as_pattern,
+    check_forward,
     find_targets,
     module_matches,
     pattern_value,
@@ -278,6 +279,46 @@ def test_an_embedding_or_a_head_that_computes_otherwise_is_refused(config: Any) 
             inject(model, config)
     for own in (Gemma3TextScaledWordEmbedding(6, 4, 0, 3.0), BartScaledWordEmbedding(6, 4, 0, 3.0), FalconLinear(4, 6)):
         inject(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own}), config)
+
+
+def test_a_layer_of_a_class_of_its_own_is_adapted_where_it_computes_the_same() -> None:
+    class Shaped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).view(*x.shape[:-1], self.out_features)
+
+    class Rounded(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
+            return nn.functional.linear(x.bfloat16(), weight, bias).to(x.dtype)
+
+    class Unbiased(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    class WithBranch(nn.Linear):
+        def __init__(self, always: bool) -> None:
+            super().__init__(4, 4)
+            self.always, self.branch = always, nn.Linear(4, 4, bias=False)
+            nn.init.zeros_(self.branch.weight)
+
+        def forward(self, x: torch.Tensor, marked: bool = False) -> torch.Tensor:
+            y = super().forward(x)
+            return y + self.branch(x) if marked or self.always else y
+
+    class Small(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids.long())
+
+    divided: Any = FalconLinear(4, 6)
+    divided.weight.ds_shape = divided.weight.shape  # as DeepSpeed has it
+    divided.weight.data = torch.empty(0)
+    for own in (Shaped(4, 32), Rounded(4, 6), WithBranch(False), Small(2, 4), divided):
+        check_forward(own, "own")
+    with torch.device("meta"):
+        check_forward(FalconLinear(4, 6), "own")
+    for own in (Unbiased(4096, 6), WithBranch(True)):
+        with pytest.raises(AdapterError, match="computes otherwise"):
+            check_forward(own, "own")
 
 
 @pytest.mark.parametrize("values", [{"proj": 8, "body.proj": 16}, {"proj": 16, "body.proj": 8}, {"a.x": 8, "b.x": 8}])
