@@ -104,8 +104,10 @@ class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
         self.dropout = dropout_layer(config.lora_dropout)
         self.start(weight.shape[0], weight[0].numel(), name, config)
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return super().update(self.dropout(x))
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        kernel = self.delta()
+        z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
+        return y + z.to(y.dtype)
 
     def delta(self) -> torch.Tensor:
         return super().delta().reshape(base_module(self).weight.shape)
