@@ -76,7 +76,8 @@ def test_values_that_json_has_in_another_form_are_taken() -> None:
         ("vera", {"d_initial": 0}, "d_initial"),
         ("cartridge", {"num_virtual_tokens": 4, "num_frozen_tokens": 4}, "num_frozen_tokens"),
         ("cpt", {"cpt_token_ids": [5, 6], "cpt_tokens_type_mask": [0, 4]}, "cpt_tokens_type_mask"),
-        ("cpt", {"opt_projection_epsilon": 0, "opt_projection_format_epsilon": 0}, "opt_projection_epsilon"),
+        ("cpt", {"opt_projection_epsilon": 0, "opt_projection_format_epsilon": 0}, "opt_projection_format_epsilon"),
+        ("cpt", {"cpt_token_ids": [1, 2], "opt_projection_format_epsilon": 0}, "opt_projection_format_epsilon"),
         (
             "cpt",
             {"context": [{"prompt": "a", "completion": "b"}], "opt_projection_epsilon": 0},
