@@ -396,13 +396,16 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
         for own in filter(None, map(job.base.file, _PROCESSOR_FILES)):
             with storage_errors(output):
                 (output / own.name).write_bytes(own.read_bytes())
-        if not _reads_tokens(empty):
-            return
-    processor = job.base.processor() if job.task is None else job.task.processor
-    if "pad_token_id" in job.options and processor.pad_token_id is None:
+    processor = None
+    if job.task is not None:
+        processor = job.task.processor
+    elif _reads_tokens(empty) or job.source.has_tokenizer or job.base.file("tokenizer_config.json"):
+        processor = job.base.processor()
+    if processor is not None and "pad_token_id" in job.options and processor.pad_token_id is None:
         processor.pad_token = processor.convert_ids_to_tokens(job.options["pad_token_id"])
     with storage_errors(output):
-        processor.save_pretrained(output)
+        if processor is not None:
+            processor.save_pretrained(output)
         if empty.can_generate():
             _save_generation_config(job, output, processor, config)
         if isinstance(job.task, Exports):
@@ -410,7 +413,10 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
 
 
 def _save_generation_config(job: _Job, output: Path, processor: Any, config: Any) -> None:
-    """The adapter's generation config, else the base model's with the tokens that the adapter's answers end with."""
+    """The adapter's generation config, else the base model's with the tokens that the adapter's answers end with.
+
+    Without a processor, which knows these tokens, the base model's as it is.
+    """
     from transformers import GenerationConfig
 
     path = output / "generation_config.json"
@@ -419,6 +425,8 @@ def _save_generation_config(job: _Job, output: Path, processor: Any, config: Any
         return
     if theirs := job.base.file(path.name):
         path.write_bytes(theirs.read_bytes())
+    if processor is None:
+        return
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
     stops = missing_stops(getattr(processor, "tokenizer", processor), job.source.folder, named)

@@ -137,6 +137,25 @@ def test_a_model_of_no_known_task_is_merged_with_its_processor_and_not_compared(
     ).read_bytes()
 
 
+def test_what_a_model_of_no_known_task_writes_with_is_merged_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = {**sizes, "vocab_size": 320, "is_decoder": True, "add_cross_attention": True}
+    config = transformers.VisionEncoderDecoderConfig(
+        encoder=transformers.ViTConfig(**sizes, image_size=16, patch_size=8).to_dict(),
+        decoder=transformers.BertConfig(**decoder).to_dict(),
+    )
+    base, model = tmp_path / "base", transformers.VisionEncoderDecoderModel(config)
+    model.generation_config.max_length = 7
+    model.save_pretrained(base)
+    trainkit.tokenizer().save_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", base=str(base))
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert written.get_vocab() == trainkit.tokenizer().get_vocab()
+    assert written.chat_template == trainkit.tokenizer().chat_template
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "merged").max_length == 7
+
+
 RECORDS: dict[str, tuple[dict[str, Any], str | None, str | None, str]] = {
     "recorded": ({"recipe": {"task": "seq2seq_lm"}}, "CAUSAL_LM", "seq2seq_lm", "AutoModelForSeq2SeqLM"),
     "with settings": ({"recipe": {"task": {"type": "causal_lm"}}}, None, "causal_lm", "AutoModelForCausalLM"),
