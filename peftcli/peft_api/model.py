@@ -29,7 +29,11 @@ from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
 from peftcli.peft_api.new_adapter import check_name, set_trainable_as_new, start_adapter
-from peftcli.peft_api.prepare import may_checkpoint, prepare_model_for_gradient_checkpointing
+from peftcli.peft_api.prepare import (
+    may_checkpoint,
+    prepare_model_for_gradient_checkpointing,
+    require_input_gradients,
+)
 from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
 from peftcli.peft_api.shown_arguments import ShowsArguments
@@ -119,7 +123,7 @@ class PeftModel(SavedByTrainer):
         self.base_model = Tuner(model, {adapter_name: peft_config})
         self.train(model.training)
         if may_checkpoint(model):
-            prepare_model_for_gradient_checkpointing(model)
+            self.base_model.gradient_hook = require_input_gradients(model)
         self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_note_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]

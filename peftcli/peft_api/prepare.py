@@ -11,7 +11,9 @@ import torch
 from accelerate.utils.dataclasses import get_module_class_from_name
 from torch import nn
 from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.utils.hooks import RemovableHandle
 
+from peftcli.core.layer import model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 
@@ -52,11 +54,17 @@ def prepare_model_for_kbit_training(
 
 def prepare_model_for_gradient_checkpointing(model: Any) -> Any:
     """Make the input embeddings' outputs require gradients, so that checkpointed blocks over frozen ones pass them."""
+    require_input_gradients(model)
+    return model
+
+
+def require_input_gradients(model: Any) -> RemovableHandle | None:
+    """Do the same, and return what undoes it, of a model that is not one of transformers and has input embeddings."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    elif hasattr(model, "get_input_embeddings"):
-        model.get_input_embeddings().register_forward_hook(_require_gradients)
-    return model
+        return None
+    embeddings, _ = model_ends(model)
+    return None if embeddings is None else embeddings.register_forward_hook(_require_gradients)
 
 
 def may_checkpoint(model: nn.Module) -> bool:
@@ -114,8 +122,9 @@ def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
     return functools.partial(_or_policy, policies=policies)
 
 
-def _require_gradients(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
+def _require_gradients(module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    if module.training:
+        output.requires_grad_(True)
 
 
 def _is_trained_leaf(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
@@ -60,6 +61,8 @@ class Tuner(nn.Module):
         """Whether the model computes what the base model computes."""
         self.frozen: list[nn.Parameter] = []
         """The weights to unfreeze when adapters are enabled again: those that were trainable before."""
+        self.gradient_hook: RemovableHandle | None = None
+        """What lets gradients into the model's blocks while it has adapters; none in a model of transformers."""
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         with self.by_row(adapter_names, args, kwargs):
@@ -362,13 +365,19 @@ class Tuner(nn.Module):
             forget(self.model)  # type: ignore[arg-type]
         if untied:
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        self._remove_gradient_hook()
         return self.model
 
     def unload(self) -> nn.Module:
         """The base model without adapter layers. What ``merge_adapter`` has merged stays in its weights, as in PEFT."""
         self.folded, self.merged_adapters = None, []
         unload(self.model)
+        self._remove_gradient_hook()
         return self.model
+
+    def _remove_gradient_hook(self) -> None:
+        if self.gradient_hook is not None:
+            self.gradient_hook.remove()
 
     def added(self, name: str, config: AdapterConfig, trainable: bool) -> None:
         """Take note of an adapter that is in the model now, without being active."""

@@ -16,7 +16,7 @@ import peftcli
 
 
 class _Checkpointed(nn.Module):
-    """A model of nobody's library, which checkpoints its block."""
+    """A model of nobody's library, which checkpoints its block in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,8 @@ class _Checkpointed(nn.Module):
         return self.embedding
 
     def forward(self, ids: torch.Tensor) -> Any:
-        return checkpoint(self.block, self.embedding(ids), use_reentrant=True)
+        embedded = self.embedding(ids)
+        return checkpoint(self.block, embedded, use_reentrant=True) if self.training else self.block(embedded)
 
 
 @pytest.mark.parametrize("kind", ["vit", "custom"])
@@ -44,6 +45,27 @@ def test_gradients_reach_adapters_in_blocks_with_reentrant_checkpointing(kind: s
     output = model(inputs)
     (output.logits if kind == "vit" else output).sum().backward()
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+
+
+def test_a_model_of_nobodys_library_is_as_it_was_without_its_adapter() -> None:
+    base, ids = _Checkpointed(), torch.tensor([[1, 2]])
+    for name in ("merge_and_unload", "unload"):
+        model = peftcli.get_peft_model(base, peftcli.LoraConfig(target_modules=["block"], inference_mode=True))
+        assert not model.eval()(ids).requires_grad
+        base = getattr(model, name)()
+        assert not base.embedding._forward_hooks
+
+
+def _without_embeddings(model: nn.Module) -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("get_input_embeddings", [lambda model: None, _without_embeddings])
+def test_a_model_without_embeddings_takes_an_adapter(
+    get_input_embeddings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Checkpointed, "get_input_embeddings", get_input_embeddings)
+    peftcli.get_peft_model(_Checkpointed(), peftcli.LoraConfig(target_modules=["block"]))
 
 
 def test_a_state_that_lacks_what_is_beside_the_model_is_an_error() -> None:
