@@ -65,6 +65,16 @@ def test_the_update_is_the_scaled_product(base: nn.Module) -> None:
         torch.testing.assert_close(changed, base(x), atol=1e-5, rtol=1e-5)
 
 
+def test_the_update_of_a_convolution_is_computed_in_the_adapters_dtype() -> None:
+    config = AdaLoraConfig(init_r=4, target_r=2, init_lora_weights=False, lora_dropout=0.3)
+    layer = wrap(nn.Conv2d(5, 7, 3), "x", config).bfloat16().train()
+    x = torch.randn(2, 5, 6, 6, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    update = nn.functional.conv2d(nn.functional.dropout(x, 0.3), layer.delta())
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), layer.base_layer(x) + update)
+
+
 def test_the_penalty_is_the_mean_deviation_from_orthogonal() -> None:
     model, config = ours("llama", "adalora", init_r=3, target_r=3, orth_reg_weight=0.25)
     layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, AdaLoraLayer)]
