@@ -93,17 +93,19 @@ class AdapterConfig(PeftConfigMixin):
         """Convert values to the types that all code here relies on."""
         kind = cast("Any", type(self))
         for entry in fields(self):
-            value = plain(getattr(self, entry.name))
+            value, hint = plain(getattr(self, entry.name)), hints_of(kind)[entry.name]
             if isinstance(value, (list, tuple, range)):
                 value = list(value)
-                if entry.name in self.as_sets and fits(value, hints_of(kind)[entry.name]):
+                if entry.name in self.as_sets and fits(value, hint):
                     value = set(value)
-            elif section := section_class(hints_of(kind)[entry.name]):
+            elif isinstance(value, int) and not fits(value, hint) and fits(bool(value), hint):
+                value = bool(value)  # 1 is taken for True
+            elif section := section_class(hint):
                 value = read_section(section, value, entry.name) if isinstance(value, dict) else value
                 if value is not None and not isinstance(value, section):
                     told = f"expected a mapping or {section.__name__}, found {short_repr(value)}"
                     raise AdapterTypeError(told, key=entry.name)
-            if value is None and not fits(None, hints_of(kind)[entry.name]):
+            if value is None and not fits(None, hint):
                 value = default_of(entry)
             setattr(self, entry.name, value)
         name = kind.peft_type or self.peft_type
@@ -132,8 +134,7 @@ class AdapterConfig(PeftConfigMixin):
             value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
             is_setting = entry.metadata.get("file", True) and not section_class(hint)  # normalise() reads the sections
             given = list(value) if isinstance(value, set) else value
-            is_switch = isinstance(value, int) and fits(bool(value), hint)  # 1 is taken for True
-            if is_setting and not is_switch and not fits(given, hint):
+            if is_setting and not fits(given, hint):
                 raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=entry.name)
         for key, message in self.problems():
             if key not in later:

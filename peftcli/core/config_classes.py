@@ -54,5 +54,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (tuple, set, frozenset)):
-        return list(value) if isinstance(value, tuple) else sorted(value)
+        return list(value) if isinstance(value, tuple) else sorted(value, key=lambda one: (type(one).__name__, one))
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, PurePath) else value

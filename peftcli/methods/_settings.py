@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from peftcli.core.config_classes import plain
 from peftcli.errors import AdapterError
+from peftcli.guard.typed_fields import read_section
 
 Problems = list[tuple[str, str]]
 _NOTHING_LEARNT = "must not be 0: nothing would be learnt"
@@ -25,6 +27,7 @@ class Section:
         return []
 
     def __post_init__(self) -> None:
+        read_section(type(self), plain(vars(self)), self.key)  # the types
         for name, message in self.problems():
             raise AdapterError(message, key=f"{self.key}.{name}")
 

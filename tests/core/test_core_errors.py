@@ -22,6 +22,7 @@ from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations.config import EvaConfig
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
 
@@ -47,6 +48,7 @@ def _fingerprint(model: nn.Module) -> list[Any]:
         ("r", True),
         ("target_modules", [["q"]]),
         ("target_modules", [1]),
+        ("target_modules", {1, "q_proj"}),
         ("modules_to_save", [1]),
         ("layers_to_transform", ["0"]),
         ("layers_pattern", 3),
@@ -60,9 +62,16 @@ def test_a_value_of_another_type_is_told_by_its_key(key: str, value: Any) -> Non
     assert isinstance(caught.value, AdapterError)
 
 
+def test_a_value_of_another_type_in_a_section_is_told_by_its_key() -> None:
+    with pytest.raises(AdapterError, match=r"eva_config\.rho: expected float, found '2'"):
+        EvaConfig(rho="2")  # type: ignore[arg-type]
+
+
 def test_values_that_json_has_in_another_form_are_taken() -> None:
     given: Any = {"base_model_name_or_path": Path("base"), "trainable_token_indices": {"wte": (1, 2)}, "use_dora": 1}
-    config = LoraConfig(**given)
+    config = LoraConfig(**given, init_lora_weights=1)
+    assert config.use_dora is True
+    assert config.init_lora_weights is True
     assert config.base_model_name_or_path == "base"
     assert config.trainable_token_indices == {"wte": [1, 2]}
 
