@@ -294,7 +294,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("a setting that the method does not know", "a typo would leave the default in place, in silence"),
     ("`exclude_modules` that matches nothing", "a typo would train what was to be left out"),
     (
-        "`lora_alpha: 0`, and an r that is far larger than the layer",
+        "`lora_alpha: 0`, `randlora_alpha: 0`, `delora_lambda: 0` with its `init_weights`, no token in "
+        "`alora_invocation_tokens`, and an r that is far larger than the layer",
         "nothing would be learnt, or memory would be wasted",
     ),
     (
@@ -326,10 +327,12 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "that of other numbers",
     ),
     (
-        "a convolution whose class computes otherwise than torch's, as `WeightStandardizedConv2d` of BiT and the "
-        "causal convolutions of audio models",
-        "it changes its weight or its input before it uses them, so that an adapter there could not be merged; PEFT's "
-        "merged model answers otherwise than the one that was trained",
+        "a linear layer, an embedding or a convolution whose class computes otherwise than torch's, as "
+        "`OPTLearnedPositionalEmbedding`, the heads of Dory, the embeddings of Inkling, `WeightStandardizedConv2d` of "
+        "BiT and the causal convolutions of audio models",
+        "it changes its weight, its input or its output, so that an adapter there would be wrong, or could not be "
+        "merged; PEFT's merged model answers otherwise than the one that was trained. A parameter in "
+        "`target_parameters` may be of any class",
     ),
     (
         "`wavelet_family` of WaveFT, but for `db1` to `db10`, `sym2` and `sym3`",
