@@ -93,13 +93,15 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     Raises:
         AdapterError: an unknown name.
     """
-    unload(model, *_known(model, adapter_name))
+    names = _known(model, adapter_name)
+    was_active = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values() if layer.enabled)
+    unload(model, *names)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
     layers = list(adapter_layers(model).values())
-    active = list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
+    active = [name for name in was_active if name != adapter_name]
     if active:
         set_active(model, active)
-    elif layers:
+    elif layers and adapter_name in was_active:
         active = [layers[0].adapter]
         warnings.warn(f"{adapter_name} was active; now {active[0]} is", stacklevel=2)
         set_adapter(model, active)

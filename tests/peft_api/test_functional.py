@@ -12,6 +12,7 @@ from promises import config_of
 from torch import nn
 
 import peftcli
+from peftcli.core.inject import set_active, set_trainable
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state, file_tensors, load_state
 from peftcli.errors import AdapterError
@@ -67,6 +68,16 @@ def test_the_last_adapter_of_several_is_active_and_the_functions_switch_and_remo
         functional.set_adapter(model, "two")
     assert functional.delete_adapter(model, "default") == []
     assert not adapter_layers(model)
+
+
+def test_a_removed_adapter_that_was_not_active_leaves_the_others_disabled() -> None:
+    model = _injected(peftcli)
+    peftcli.inject_adapter_in_model(peftcli.LoraConfig(**_SETTINGS), model, "two")
+    set_active(model, [])
+    set_trainable(model, False)
+    assert functional.delete_adapter(model, "two") == []
+    assert _trained(model) == 0
+    assert not any(layer.enabled for layer in adapter_layers(model).values())
 
 
 def test_half_precision_weights_become_float32() -> None:
