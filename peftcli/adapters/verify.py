@@ -58,7 +58,7 @@ version of peftcli or torch may do in another order."""
 _ELSEWHERE = 0.002
 """The same for another kind of device."""
 _CODE = ("metric_code", "trust_metric_code")
-"""Settings of a task that are not recorded: an adapter names no code to run."""
+"""Settings of a task that are neither recorded nor read: an adapter names no code to run."""
 _BYTES = "bytes in base64"
 
 
@@ -421,6 +421,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         message = f"is nothing that training writes: {short_repr(values.get(wrong[0]))}"
         hint = "delete the file, and compare the adapter with PEFT: --with peft"
         raise AdapterError(message, file=str(path), key=wrong[0], hint=hint)
+    values["task"] = {name: value for name, value in values["task"].items() if name not in _CODE}  # once recorded
     settings = dict(values["task"])
     read_settings(settings.pop("type"), settings, str(path), "task")
     return values
