@@ -235,6 +235,22 @@ def test_without_run_json_the_config_says_what_there_is_to_say(tmp_path: Path) -
     assert read_info(folder)["recipe"]["task"] == "causal_lm"
 
 
+@pytest.mark.parametrize(
+    ("of_another", "task"),
+    [
+        ({"song": 1}, "causal_lm"),
+        ({"lora_alpha": 0}, "causal_lm"),
+        ({"init_lora_weights": "song"}, "causal_lm"),
+        ({"peft_type": "SONG"}, "causal_lm"),
+        ({"task_type": "SONG"}, ""),
+    ],
+)
+def test_an_adapter_that_peftcli_does_not_load_has_a_card(of_another: dict[str, Any], task: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "adapter", {**CONFIG, **of_another})
+    assert read_info(folder)["recipe"]["task"] == task
+    assert for_hub(folder, "me/mine")
+
+
 def test_a_name_without_an_owner_is_a_base_model_on_the_hub_only_where_it_is_of_transformers(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a", {**CONFIG, "base_model_name_or_path": "tiny"})
     assert front_matter(write_card(folder).read_text())["base_model"] == "tiny"
