@@ -148,10 +148,12 @@ class Inspection:
         views = {name: view for name, view in self._views.items() if split in (None, name)}
         names = sorted({name for view in views.values() for part in view.parts for name in part.store.files})
         files = [named[1]] if named[1] in names else [name for name in names if name.endswith(f"/{named[1]}")]
+        number, parts = int(named[2]), [part for view in views.values() for part in view.parts]
+        files = [file for file in files if any(len(part.rows_at(file, number)) for part in parts)]
         if len(files) > 1:
             raise UsageError(f"{place[:200]} may be of {', '.join(files[:5])}", hint="Give more of the file's path")
         for name, view in views.items() if files else ():
-            if (found := self._find(view, name, files[0], int(named[2]))) is not None:
+            if (found := self._find(view, name, files[0], number)) is not None:
                 return found
         raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
 
@@ -174,14 +176,10 @@ class Inspection:
     def _find(self, view: View, split: str, file: str, number: int) -> list[ShownRow] | None:
         before = 0
         for part, size in zip(view.parts, view.counts, strict=True):
-            store = part.store
-            rows = store.rows
-            of_file = rows["file"] == (store.files.index(file) if file in store.files else -1)
-            here = np.where(rows["line"] > 0, rows["line"], rows["number"]) == number
-            found = np.flatnonzero(here & part.mask & of_file)
+            store, found = part.store, part.rows_at(file, number)
             if len(found):
                 row = int(found[0])
-                if (outcome := store.outcomes[rows[row]["outcome"]]) != USED:
+                if (outcome := store.outcomes[store.rows[row]["outcome"]]) != USED:
                     error = next((str(error) for at, error in store.bad_rows() if at == row), "")
                     raise UsageError(error if outcome == BAD else f"{file}:{number} is left out: {outcome}")
                 at = np.flatnonzero(store.row_of[part.examples] == row) + before

@@ -263,11 +263,11 @@ def test_a_file_of_that_very_name_comes_before_one_whose_name_ends_so(
     cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder, rows in (("old", MESSAGES[:3]), ("new", MESSAGES[3:6]), (".", MESSAGES[6:9])):
+    for folder, rows in (("old", MESSAGES[:2]), ("new", MESSAGES[3:6]), (".", MESSAGES[6:9])):
         Path(folder).mkdir(exist_ok=True)
         Path(folder, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = "dataset: {mix: [old/rows.jsonl, new/rows.jsonl], eval: %s}\ntraining: {output_dir: out}\n"
-    for name, places in (("rows.jsonl", {"rows.jsonl:2": 7, "old/rows.jsonl:2": 1}), ("null", {})):
+    for name, places in (("rows.jsonl", {"rows.jsonl:2": 7, "old/rows.jsonl:2": 1}), ("null", {"rows.jsonl:3": 5})):
         Path("recipe.yaml").write_text(f"base_model: {base_folder()}\nmethod: {{type: lora}}\n" + dataset % name)
         for place, number in places.items():
             assert MESSAGES[number]["messages"][0]["content"] in cli("inspect", "recipe.yaml", "--row", place).out
