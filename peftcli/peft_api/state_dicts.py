@@ -154,7 +154,7 @@ def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | 
 def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None, nn.Module, str | None]:
     """Return the tuner, where there is one, the model that holds the adapter layers, and the adapter's name."""
     tuner, place = find_tuner(model)
-    if tuner is getattr(model, "_orig_mod", model):
+    if tuner is not None and tuner is getattr(model, "_orig_mod", model):
         tuner, place = None, tuner  # without a PeftModel around it, names begin inside the tuner
     if tuner is None:
         names = {layer.adapter for layer in adapter_layers(place).values()}

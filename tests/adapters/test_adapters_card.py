@@ -245,7 +245,9 @@ def test_without_run_json_the_config_says_what_there_is_to_say(tmp_path: Path) -
         ({"task_type": "SONG"}, ""),
     ],
 )
-def test_an_adapter_that_peftcli_does_not_load_has_a_card(of_another: dict[str, Any], task: str, tmp_path: Path) -> None:
+def test_an_adapter_that_peftcli_does_not_load_has_a_card(
+    of_another: dict[str, Any], task: str, tmp_path: Path
+) -> None:
     folder = make_folder(tmp_path / "adapter", {**CONFIG, **of_another})
     assert read_info(folder)["recipe"]["task"] == task
     assert for_hub(folder, "me/mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from contextlib import suppress
@@ -359,13 +360,23 @@ def test_what_a_template_writes_stays_the_same(text: str) -> None:
             assert render(tokenizer, CHAT, tools, prompt=True) == expected
 
 
+def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [
+        {"type": "function", "function": {**each, "arguments": json.dumps(each["arguments"], ensure_ascii=False)}}
+        for each in functions
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
 @pytest.mark.parametrize("name", mask_matrix.PUBLISHED)
 def test_what_well_known_templates_write_stays_the_same(name: str) -> None:
     tokenizer = mask_matrix.tokenizer(name)
     for shape in mask_matrix.SHAPES:
         messages, tools = mask_matrix.conversation(name, shape)
         expected = None
-        for given in (messages, [{**each, "content": each.get("content") or ""} for each in messages]):
+        filled = [{**each, "content": each.get("content") or ""} for each in messages]
+        for given in (messages, filled, [_with_arguments_as_text(each) for each in filled]):
             with suppress(Exception):
                 expected = expected or tokenizer.apply_chat_template(given, tools=tools, tokenize=False)
         if expected is None:

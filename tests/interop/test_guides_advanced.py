@@ -180,6 +180,7 @@ def test_an_adapter_in_the_modules_that_its_tensors_name(lib: ModuleType) -> Non
     assert lib.get_peft_model_state_dict(other).keys() == tensors.keys()
 
 
+@pytest.mark.filterwarnings("ignore:two was active; now one is")
 def test_the_functions_for_plain_models(lib: ModuleType) -> None:
     functional = part(lib, "functional")
     model = _dummy()
