@@ -83,6 +83,14 @@ def test_disabled_adapters_are_not_merged_and_stay_disabled(two: PeftModel) -> N
     assert torch.equal(logits(model, batch("llama")), logits(two, batch("llama")))
 
 
+def test_a_model_that_loses_its_values_while_it_is_merged_is_unmerged(two: PeftModel) -> None:
+    model = copy.deepcopy(two)
+    model.merge_adapter()
+    model.to("meta")
+    model.unmerge_adapter()
+    assert not model.get_model_status().merged_adapters
+
+
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_model_that_is_cast_while_it_is_merged_computes_when_it_is_unmerged(two: PeftModel, by_layer: bool) -> None:
     model = copy.deepcopy(two)

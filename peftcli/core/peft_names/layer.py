@@ -198,8 +198,10 @@ def name_of_size(module: Any, name: str) -> str:
 
 def put_back(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Set a weight or buffer of a module to what it was, in the dtype and on the device of what is there by now."""
-    tensor.data = tensor.data.to(getattr(module, name))
-    setattr(module, name, tensor)
+    there = getattr(module, name)
+    if tensor.is_meta == there.is_meta:  # else there is no value to put back
+        tensor.data = tensor.data.to(there)
+        setattr(module, name, tensor)
 
 
 def layers_at(module: Any) -> list[Any]:
