@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -384,6 +385,7 @@ def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None
     sizes = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 32}
     base = XLNetLMHeadModel(XLNetConfig(vocab_size=VOCABULARY, **sizes)).eval()
     assert max_positions(base.config) is None
+    assert max_positions(SimpleNamespace(max_position_embeddings=5)) == 5
     inputs, typed = _inputs(), ids(1, N, seed=1)
     expected = base(input_ids=torch.cat([typed.expand(2, -1), inputs["input_ids"]], 1)).logits
     model = _adapted("", "prompt_tuning", base=base)

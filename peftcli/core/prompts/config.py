@@ -95,6 +95,6 @@ def max_positions(config: Any, virtual_tokens: int = 0) -> int | None:
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:  # XLNet, which has no limit, says -1
         return None
-    if config.model_type in _AFTER_PADDING and config.pad_token_id is not None:
+    if getattr(config, "model_type", None) in _AFTER_PADDING and config.pad_token_id is not None:
         limit -= config.pad_token_id + 1
     return limit - virtual_tokens if virtual_tokens < limit else limit
