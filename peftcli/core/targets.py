@@ -268,8 +268,8 @@ def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> f
 
 def as_pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     """Return a pattern for ``pattern_value`` that gives each of these modules its value, and others ``default``."""
-    other = [name for name, value in values.items() if value != default]
-    needed = [name for name in values if any(module_matches(name, entry) for entry in other)]
+    other = {name for name, value in values.items() if value != default}
+    needed = [name for name in values if other & _endings(name)]
     return {name: values[name] for name in sorted(needed, key=len, reverse=True)}  # the first that matches counts
 
 
