@@ -392,10 +392,6 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
     _write_json(path, described)
-    if job.task is None:
-        for own in filter(None, map(job.base.file, _PROCESSOR_FILES)):
-            with storage_errors(output):
-                (output / own.name).write_bytes(own.read_bytes())
     processor = None
     if job.task is not None:
         processor = job.task.processor
@@ -406,6 +402,9 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     with storage_errors(output):
         if processor is not None:
             processor.save_pretrained(output)
+        if not any((output / name).exists() for name in _PROCESSOR_FILES):  # a tokenizer alone writes none
+            for own in filter(None, map(job.base.file, _PROCESSOR_FILES)):
+                (output / own.name).write_bytes(own.read_bytes())
         if empty.can_generate():
             _save_generation_config(job, output, processor, config)
         if isinstance(job.task, Exports):

@@ -159,6 +159,15 @@ def test_what_is_written(merged: Callable, tmp_path: Path) -> None:
     assert (folder / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
 
 
+def test_a_text_adapter_of_a_model_that_sees_keeps_what_prepares_pictures(merged: Callable, tmp_path: Path) -> None:
+    base, written = tmp_path / "base", {"image_processor_type": "Gemma3ImageProcessor", "do_resize": False}
+    build("gemma3_towers").save_pretrained(base)
+    trainkit.tokenizer().save_pretrained(base)
+    (base / "preprocessor_config.json").write_text(json.dumps(written))
+    merged(make_adapter(tmp_path / "adapter", base, target_modules=r".*language_model.*q_proj"))
+    assert json.loads((tmp_path / "merged/preprocessor_config.json").read_text()) == written
+
+
 @pytest.mark.slow  # a process that imports everything; test_what_is_written finds no trace of peftcli
 def test_plain_transformers_loads_it_without_peftcli(merged: Callable, tmp_path: Path) -> None:
     base = base_folder("llama_tied")
