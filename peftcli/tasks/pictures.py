@@ -67,6 +67,7 @@ def open_image(content: bytes, path: str = "") -> Image:
     from PIL import Image
 
     with opened_picture(content, path) as image:
+        image.load()  # which turns a TIFF
         upright = turned(image, orientation_of(image))
         if upright.mode.startswith(_NUMBERS):
             upright = Image.fromarray(_grey(np.asarray(upright), of_16_bits=";" in upright.mode))

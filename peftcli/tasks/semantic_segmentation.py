@@ -178,6 +178,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         with errors_of_row(row, reader.names["annotation"]):
             values, turn = stored_mask(held, mask.path)
             with opened_picture(content, file.path) as stored:
+                stored.load()  # which turns a TIFF
                 if turn == 1 and values.shape == stored.size[::-1]:  # it was not turned alone
                     turn = orientation_of(stored)
             values = upright(values, turn)

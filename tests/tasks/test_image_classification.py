@@ -78,13 +78,17 @@ def test_16_bits_of_grey_keep_their_shades(tmp_path: Path) -> None:
     assert (found[..., 0] == shades // 256).all()
 
 
-@pytest.mark.parametrize("kind", [b"\5", b"\2"], ids=["right", "odd"])
-def test_a_turned_picture_stands_upright(tmp_path: Path, kind: bytes) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("turned.jpg", b"\5"), ("turned.jpg", b"\2"), ("turned.tif", b"\5")],
+    ids=["right", "odd", "tiff"],
+)
+def test_a_turned_picture_stands_upright(tmp_path: Path, name: str, kind: bytes) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
     exif[0x011A] = 72.0  # dots of an inch: a fraction, or in odd files a text
     content = exif.tobytes().replace(b"\x01\x1a\0\5", b"\x01\x1a\0" + kind)
-    turned = pixels(saved(picture(), tmp_path / "turned.jpg", exif=content, quality=100))
+    turned = pixels(saved(picture(), tmp_path / name, exif=content, quality=100))
     assert turned.shape == (16, 12, 3)
     assert np.abs(turned[2, 6].astype(int) - RED).max() < 10  # the left of the file is on top
 

@@ -272,11 +272,12 @@ def test_a_mask_turns_with_its_picture(tmp_path: Path, orientation: int) -> None
     assert torch.equal(batch["_labels"][0] == 1, batch["pixel_values"][0, 0] > 0)
 
 
-def test_a_mask_that_was_drawn_on_the_upright_picture_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_mask_that_was_drawn_on_the_upright_picture_stays(tmp_path: Path, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     paths = row(tmp_path, np.arange(8 * 16).reshape(16, 8) < 64)  # upper half
-    Image.new("RGB", (16, 8)).save(paths["image"], exif=exif)
+    Image.new("RGB", (16, 8)).save(paths["image"], kind, exif=exif)
     labels = task().collate(encoded(task(), [paths]), training=False)["_labels"][0]
     assert labels[: SIDE // 2].all()
     assert not labels[SIDE // 2 :].any()
