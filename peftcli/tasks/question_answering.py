@@ -6,7 +6,6 @@ A row: ``{"question": "Where does Ada live?", "context": "Ada lives in Turin.", 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import string
@@ -136,8 +135,6 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         if len(found["input_ids"]) != 1 and room <= self.settings.stride:
             message = f"the question leaves {max(0, room)} of {self.max_length} tokens for the context"
             raise row.place.error(message, key=reader.names["question"], hint="Raise max_length or lower task.stride.")
-        # sources of a mix may have one name, as two columns of questions in one file have
-        of_row = repr((row.place.source, row.place.number, question, context))
         examples = []
         for number, ids in enumerate(found["input_ids"]):
             parts, offsets = found.sequence_ids(number), found["offset_mapping"][number]
@@ -150,7 +147,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
                 "token_type_ids": kinds,
                 "places": places,
                 "answer": (0, 0),
-                "row": hashlib.sha256(of_row.encode()).hexdigest(),
+                "row": f"{row.place.source} row {row.place.number}",
                 "context": context,
                 "answers": "",
             }
@@ -174,9 +171,9 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         return Loss(total, {"loss": total.detach()}, outputs)
 
     def _outputs(self, scores: torch.Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
-        """Of each window: its row, the answers that would be right, its likeliest answers, the score of none."""
+        """Of each window: its question, the answers that would be right, the context, its likeliest answers."""
         return [
-            (each.arrays["row"], each.arrays["answers"], each.arrays["context"], self._likeliest(each, score))
+            (_question(each), each.arrays["answers"], each.arrays["context"], self._likeliest(each, score))
             for each, score in zip(examples, scores, strict=True)
         ]
 
@@ -222,13 +219,13 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         return {"answer": text.strip(), "start": start, "end": start + len(text.strip()), "score": share}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        windows, known = dict[str, list[Any]](), dict[str, tuple[Any, str]]()
-        for row, answers, context, found in outputs:
-            windows.setdefault(row, []).append(found)
-            known[row] = json.loads(answers), context
+        windows, known = dict[Any, list[Any]](), dict[Any, list[str]]()
+        for question, answers, context, found in outputs:
+            windows.setdefault((question, context), []).append(found)
+            known[question, context] = json.loads(answers)
         scores = [
-            score_of(self._answer(context, windows[row])["answer"], answers)
-            for row, (answers, context) in known.items()
+            score_of(self._answer(context, windows[question, context])["answer"], answers)
+            for (question, context), answers in known.items()
         ]
         exact, f1 = (float(np.mean(each)) for each in zip(*scores, strict=True))
         return {"loss": float(sums["loss"]) / num_targets, "exact_match": exact, "f1": f1}
@@ -247,11 +244,12 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         )
 
     def describe(self, view: View) -> Description:
-        rows, empty = set[str](), set[str]()
+        rows, empty = set[Any](), set[Any]()
         for store, at in map(view.locate, range(len(view))):
-            rows.add(store.value("row", at))
+            row = store.folder, store.row_of[at]
+            rows.add(row)
             if store.value("answers", at) == "[]":
-                empty.add(store.value("row", at))
+                empty.add(row)
         if not rows:
             return Description()
         words = f"{len(rows):,}, of which {len(empty):,} have no answer in their context; {len(view):,} windows"
@@ -290,6 +288,12 @@ def _f1(found: list[str], wanted: list[str]) -> float:
         return float(found == wanted)
     shared = sum((Counter(found) & Counter(wanted)).values())
     return 2 * shared / (len(found) + len(wanted))
+
+
+def _question(window: Example) -> tuple[str, bytes]:
+    """What all windows of a question share. Two rows may have one name, as two columns of questions in a file have."""
+    ids, places = (np.asarray(window.arrays[name]) for name in ("input_ids", "places"))
+    return window.arrays["row"], ids[places[:, 0] == _NO_PLACE].tobytes()
 
 
 def _read_part(windows: Sequence[Example], start: int, text: str) -> tuple[int, int]:

@@ -192,9 +192,14 @@ def test_rows_of_one_line_are_measured_one_by_one(tmp_path: Path) -> None:
 
 
 def test_questions_of_two_columns_are_measured_one_by_one() -> None:
-    task = open_task(NAME, unanswerable=True)
-    examples = [encoded(task, [each])[0] for each in (ROW, {**ROW, "question": "Where is Turin?"}, ROW)]
-    assert len({each.arrays["row"] for each in examples}) == 2
+    task = open_task(NAME, max_length=40, stride=8, unanswerable=True)
+    tables = [table_of([{**LONG, "question": question}]) for question in ("Where is Oslo?", "Where is Rome?")]
+    outcomes = [outcome for table, rows in tables for outcome in task.encode(rows, task.read(table))]
+    windows = [example for outcome in outcomes for example in outcome.examples]
+    assert len({each.arrays["row"] for each in windows}) == 1  # each is row 1 of its source
+    with torch.no_grad():
+        outputs = task.loss(model_for(task), task.collate(windows, training=False)).outputs
+    assert len(outputs) > len({question for question, *_ in outputs}) == 2
 
 
 @pytest.mark.slow
