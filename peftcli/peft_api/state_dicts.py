@@ -155,7 +155,7 @@ def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None
     """Return the tuner, where there is one, the model that holds the adapter layers, and the adapter's name."""
     tuner, place = find_tuner(model)
     if tuner is not None and tuner is getattr(model, "_orig_mod", model):
-        tuner, place = None, tuner  # without a PeftModel around it, names begin inside the tuner
+        place, tuner = tuner, None  # without a PeftModel around it, names begin inside the tuner
     if tuner is None:
         names = {layer.adapter for layer in adapter_layers(place).values()}
         return None, place, "default" if name is None and len(names) > 1 and "default" in names else name
