@@ -94,10 +94,8 @@ class AdapterConfig(PeftConfigMixin):
         kind = cast("Any", type(self))
         for entry in fields(self):
             value, hint = plain(getattr(self, entry.name)), hints_of(kind)[entry.name]
-            if isinstance(value, (list, tuple, range)):
-                value = list(value)
-                if entry.name in self.as_sets and fits(value, hint):
-                    value = set(value)
+            if isinstance(value, list):
+                value = set(value) if entry.name in self.as_sets and fits(value, hint) else value
             elif isinstance(value, int) and not fits(value, hint) and fits(bool(value), hint):
                 value = bool(value)  # 1 is taken for True
             elif section := section_class(hint):

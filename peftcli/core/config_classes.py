@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -50,9 +50,16 @@ def config_class(values: dict[str, Any], file: str | None = None) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as JSON has it: the value of an enum, the text of a path, the sorted list of a set."""
-    if isinstance(value, dict):
+    """Return a setting as JSON has it: the value of an enum, the text of a path, the sorted list of a set.
+
+    Mappings and sequences of other kinds become dicts and lists, and what numpy and PyTorch have, numbers and lists.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, (tuple, set, frozenset)):
-        return list(value) if isinstance(value, tuple) else sorted(value, key=lambda one: (type(one).__name__, one))
+    if isinstance(value, Set):
+        value = sorted(value, key=lambda one: (type(one).__name__, one))
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(each) for each in value]
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, PurePath) else value

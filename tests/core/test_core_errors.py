@@ -6,8 +6,10 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -74,6 +76,21 @@ def test_values_that_json_has_in_another_form_are_taken() -> None:
     assert config.init_lora_weights is True
     assert config.base_model_name_or_path == "base"
     assert config.trainable_token_indices == {"wte": [1, 2]}
+
+
+def test_values_of_numpy_and_pytorch_and_other_collections_are_taken() -> None:
+    given: Any = {"r": np.int64(4), "lora_alpha": torch.tensor(8), "target_modules": {"q_proj": 1}.keys()}
+    given |= {"rank_pattern": MappingProxyType({"q": np.int64(2)}), "trainable_token_indices": {"wte": range(2)}}
+    assert (
+        LoraConfig(**given).to_dict()
+        == LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj"],
+            rank_pattern={"q": 2},
+            trainable_token_indices={"wte": [0, 1]},
+        ).to_dict()
+    )
 
 
 @pytest.mark.parametrize(
