@@ -72,6 +72,16 @@ def test_a_swapped_adapter_computes_and_is_saved_as_a_loaded_one(tmp_path: Path,
     torch.testing.assert_close(again(_IDS), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_without_task_type_is_swapped_into_a_new_model(tmp_path: Path) -> None:
+    """Its file notes the class of the base model, and a new config does not."""
+    saved = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
+    saved.save_pretrained(tmp_path)
+    new = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
+    randomise(new)
+    hotswap.hotswap_adapter(new, tmp_path, adapter_name="default")
+    torch.testing.assert_close(logits(new.eval(), batch("llama")), logits(saved.eval(), batch("llama")))
+
+
 def test_an_adapter_of_experts_is_swapped(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
     said = []

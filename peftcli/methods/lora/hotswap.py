@@ -30,7 +30,7 @@ _WIDENED = (LoraLinear, LoraConv, LoraEmbedding)
 _SCALED = ("lora_B.weight", "lora_B.bias", "lora_embedding_B")
 _MAY_DIFFER = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
-    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"),
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out"),
     *("peft_type", "peft_version", "init_lora_weights", *TARGETING, *SECTIONS.values()),
 }
 """Settings that do not matter, or that ``swap`` follows. What they say of tensors is checked by the tensors."""
