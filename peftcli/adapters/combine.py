@@ -1,4 +1,4 @@
-"""Combine adapter folders into one, from their files alone."""
+"""Combine adapter folders into one, from their files alone; those of text_to_image with their base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from peftcli.adapters.card import write_card
 from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter
 from peftcli.core.files import read_tensors, write_adapter
-from peftcli.errors import AdapterError, UsageError
+from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, UsageError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora.combine import combine
@@ -54,6 +54,7 @@ def combine_adapters(
 
     Raises:
         AdapterError: an adapter cannot be read, or they cannot be combined.
+        ModelError, HubError, NetworkError: the base model cannot be read, which adapters of text_to_image need.
         UsageError: settings that do not go together, or the output folder holds something.
         StorageError: it cannot be written.
     """
@@ -83,7 +84,12 @@ def combine_adapters(
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         if (task := sources[0].task) and TASKS[task].form:  # other libraries' files hold the weights too
-            opened = sources[0].open_task(open_base(sources[0].base))
+            try:
+                base = open_base(sources[0].base)
+            except (ModelError, HubError, NetworkError) as error:
+                error.message += f"; combining adapters of {task} needs their base model"
+                raise
+            opened = sources[0].open_task(base)
             assert isinstance(opened, Saves)
             opened.save(partial)
         write_card(partial)

@@ -46,7 +46,7 @@ def combine(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Combine several LoRA adapters into one: their weighted sum."""
+    """Combine several LoRA adapters into one: their weighted sum. Those of text_to_image need their base model."""
     parsed = [_parse_adapter(entry) for entry in adapters]
     progress_log(quiet)  # for the progress bars of downloads
     from peftcli.adapters.combine import combine_adapters

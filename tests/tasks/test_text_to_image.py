@@ -418,6 +418,16 @@ def test_combined_and_pushed_every_file_says_the_same(run: Trained, tmp_path: Pa
         assert json.loads(pushed[name])["base_model_name_or_path"] == "acme/base"  # type: ignore[arg-type]
 
 
+def test_combining_says_that_the_base_model_is_needed(run: Trained, tmp_path: Path) -> None:
+    adapter = shutil.copytree(run.folder, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    lost = {**config, "base_model_name_or_path": str(tmp_path / "lost")}
+    (adapter / "adapter_config.json").write_text(json.dumps(lost))
+    with pytest.raises(ModelError, match="combining adapters of text_to_image needs their base model"):
+        combine_adapters([str(adapter)], [0.5], tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
 @pytest.mark.slow
 def test_peft_reads_the_folder_of_each_part(run: Trained) -> None:
     import diffusers
