@@ -130,6 +130,11 @@ HARMONY = (
     "{% else %}{{ '<|open|>' + m.role + '<|A|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|open|>' }}{% endif %}"
 )
+# The model is asked with a part of the header, and writes its rest.
+PART_OF_HEADER = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+)
 
 
 def make_tokenizer(

@@ -173,17 +173,19 @@ class TextGenerator:
             (place for place, token in enumerate(ids, 1) if token in self._stops or self._says_end(ids[:place])), None
         )
         kept = ids[:ends]
-        text = self.tokenizer.decode(kept[self._lead(kept) :], skip_special_tokens=True)
-        text, _ = _before(text, self.stop_tokens.texts)
+        text, _ = _before(self._text(kept), self.stop_tokens.texts)
         text = text.strip() if self.form == "chat" else text
         return text, len(kept), "length" if ends is None else "stop"
 
-    def _lead(self, ids: list[int]) -> int:
-        """Return how many of an answer's ids stand before its text."""
-        lead = self.stop_tokens.lead
-        if not lead or lead not in self.tokenizer.decode(ids):
-            return 0
-        return bisect_left(range(len(ids)), True, key=lambda end: lead in self.tokenizer.decode(ids[:end]))
+    def _text(self, ids: list[int]) -> str:
+        """The text of an answer's ids, without what stands before it."""
+
+        def before(end: int) -> int:
+            return self.stop_tokens.before(self.tokenizer.decode(ids[:end])) or 0
+
+        lead = bisect_left(range(len(ids)), True, key=lambda end: before(end) > 0) if before(len(ids)) else 0
+        begun = self.tokenizer.decode(ids[:lead])[before(lead) :]  # of the token that the lead ends in
+        return begun + self.tokenizer.decode(ids[lead:], skip_special_tokens=True)
 
     def _says_end(self, ids: list[int]) -> bool:
         """Whether the text of the ids contains an end of the template that is not a token."""

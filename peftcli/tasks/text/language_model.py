@@ -41,7 +41,15 @@ from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
-from peftcli.tasks.text.stop_tokens import Form, StopTokens, configured_stops, missing_stops, prompt_form, stop_tokens
+from peftcli.tasks.text.stop_tokens import (
+    Form,
+    StopTokens,
+    configured_stops,
+    has_token,
+    missing_stops,
+    prompt_form,
+    stop_tokens,
+)
 from peftcli.tasks.text.token_loss import token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 
@@ -151,9 +159,10 @@ class LanguageModel(Task[Settings]):
             )
             return row.place.error(f"{message} model's {positions:,} positions{self._aside}", key="task.max_new_tokens")
         form = prompt_form({"data": {"format": reader.name}}, self.processor)
-        lead = self._stops_of(form).lead
-        if lead and lead in answer:  # which holds its thinking too
-            answer = answer.partition(lead)[2].strip()
+        stops = self._stops_of(form)
+        thinks = answer.lstrip().startswith(stops.thinking) or has_token(self.processor, stops.lead)
+        if thinks and stops.lead in answer:
+            answer = answer.partition(stops.lead)[2].strip()
         example.arrays |= {"prompt": ids, "answer": answer, "form": form}
         return outcome
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftcli.errors import DataError
 from peftcli.guard.adapter_folder import read_run
+from peftcli.tasks.text.formats import Message
 from peftcli.tasks.text.spans import Template, common_length
 
 if TYPE_CHECKING:
@@ -29,6 +30,15 @@ class StopTokens:
     lead: str = ""
     """After this, which the chat template writes before an answer's text, and after thinking if it has any, the text
     begins; empty: at once."""
+    thinking: tuple[str, ...] = ()
+    """What thinking begins with that ends with the lead."""
+
+    def before(self, answer: str) -> int | None:
+        """Return how many characters stand before an answer's text; None: the answer has to go on to say so."""
+        begun, heads = answer.lstrip(), (self.lead, *self.thinking)
+        if not begun.startswith(heads):
+            return None if any(head.startswith(begun) for head in heads) else 0
+        return answer.index(self.lead) + len(self.lead) if self.lead in answer else None
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
@@ -41,8 +51,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
     except DataError:  # no conversation was trained with such a template
         return StopTokens(eos)
     special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
-    between, found, texts = _thinking(template), list[list[int]](), list[str]()
-    inside = "".join(between)
+    thinking, found, texts = _thinking(template), list[list[int]](), list[str]()
+    inside = "".join(after for _, after in thinking)
     for closing in template.closings:
         marks = [number for number in tokenizer.encode(closing, add_special_tokens=False) if number in special]
         found += [marks] if marks else []
@@ -50,9 +60,18 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
     sure = [[number for number in marks if special[number] not in inside] for marks in found]
     firsts = {marks[0] for marks in sure if marks} or {marks[0] for marks in found}
     lead = template.lead
-    for other in between:
-        lead = lead[len(lead) - common_length(lead[::-1], other.rstrip()[::-1]) :].lstrip() or lead
-    return StopTokens(eos | firsts, tuple(texts), lead)
+    for _, after in thinking:
+        shared = lead[len(lead) - common_length(lead[::-1], after.rstrip()[::-1]) :]
+        if shared[:1].isspace() or has_token(tokenizer, shared):  # not the end of a word
+            lead = shared.lstrip()
+    ended = [head for head, after in thinking if lead and after.rstrip().endswith(lead)]
+    heads = (head for head in dict.fromkeys(ended) if head or has_token(tokenizer, lead))
+    return StopTokens(eos | firsts, tuple(texts), lead, tuple(heads))
+
+
+def has_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the text holds a special or added token, which no word of an answer is."""
+    return any(token in text for token in tokenizer.get_added_vocab() if token.strip())
 
 
 def prompt_form(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Form:
@@ -86,15 +105,22 @@ def missing_stops(tokenizer: PreTrainedTokenizerBase, folder: Path, configured: 
     return [] if stops == all_stops(StopTokens(), configured) else stops
 
 
-def _thinking(template: Template) -> list[str]:
-    """What the template writes between an answer's thinking and its text: no end, though it may look like one."""
-    between = []
+def _thinking(template: Template) -> list[tuple[str, str]]:
+    """What the template writes before an answer's thinking, and between it and the text.
+
+    The latter is no end, though it may look like one.
+    """
+    found = []
+    question: Message = {"role": "user", "content": _ASKED}
     for key in ("reasoning_content", "reasoning", "thinking"):
-        answer: dict[str, Any] = {"role": "assistant", "content": _SAID, key: _THOUGHT}
+        answer: Message = {"role": "assistant", "content": _SAID, key: _THOUGHT}
         try:
-            text = template.render([{"role": "user", "content": _ASKED}, answer])
+            text, prompt = template.render([question, answer]), template.render([question], prompt=True)
         except DataError:
             continue
         if text.find(_THOUGHT) < text.find(_SAID) and _THOUGHT in text:
-            between.append(text.partition(_THOUGHT)[2].partition(_SAID)[0])
-    return between
+            before, _, after = text.partition(_THOUGHT)
+            opening = before[common_length(before, prompt) :].strip()
+            special = template.markers.match(opening)  # other channels than thinking's begin so too
+            found.append((special.group() if special else opening, after.partition(_SAID)[0]))
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_templates import HARMONY, TEMPLATES, make_tokenizer
+from chat_templates import HARMONY, PART_OF_HEADER, TEMPLATES, make_tokenizer
 from classifierkit import encoded, open_task
 from taskkit import CASES
 from trainkit import MESSAGES, PROMPTS, base_folder, build, run_recipe, write_recipe, write_rows
@@ -185,12 +185,46 @@ def test_without_a_generation_prompt_the_model_is_asked_as_it_was_trained(templa
     assert ids == example.input_ids[:first]
 
 
-def test_what_is_wanted_of_a_text_with_thinking_is_the_text_after_it() -> None:
+@pytest.mark.parametrize(
+    ("template", "said", "text"),
+    [
+        (TEMPLATES["qwen3"], "<think>\nHm.\n</think>\n\nA </think> of mine.", "A </think> of mine."),
+        (TEMPLATES["qwen3"], "What is </think>?", "What is </think>?"),
+        (HARMONY, "analysis<|A|>Hm.<|end|><|open|>final<|A|>In France.", "In France."),
+        (HARMONY, "The final one.", "The final one."),
+        (PART_OF_HEADER, "assistant\nThe assistant said so.", "The assistant said so."),
+        (PART_OF_HEADER, "The assistant said so.", "The assistant said so."),
+        (PART_OF_HEADER.replace("'\n'", "'\n\"'"), 'assistant\n"In France.', "In France."),
+        (TEMPLATES["smollm"], "assistant</think>", "assistant</think>"),
+    ],
+)
+def test_what_stands_before_an_answer_is_cut_at_its_beginning_only(
+    template: str, said: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer(template)
+    answer = torch.tensor([tokenizer.encode(said + "</s>", add_special_tokens=False)])
+    monkeypatch.setattr(
+        "peftcli.tasks.text.generation.generate", lambda _, input_ids, **__: torch.cat([input_ids, answer], 1)
+    )
+    [found] = generator_of(build("llama"), tokenizer, {}).generate(["Where?"], GenerationSettings())
+    assert found.text == text
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "wanted"),
+    [
+        (TEMPLATES["qwen3"], "<think>\nHm.\n</think>\n\nIn France.", "In France."),
+        (TEMPLATES["qwen3"], "Hm.\n</think>\n\nIn France.", "In France."),
+        (PART_OF_HEADER, "The assistant said so.", "The assistant said so."),
+        (PART_OF_HEADER, "assistant professors", "assistant professors"),
+    ],
+)
+def test_what_is_wanted_of_a_text_with_thinking_is_the_text_after_it(template: str, said: str, wanted: str) -> None:
     task = open_task("causal_lm", "chat", generate_metrics=["exact_match"], max_new_tokens=8)
-    task.processor.chat_template = TEMPLATES["qwen3"]
-    said = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIn France."}
-    [example] = encoded(task, [{"messages": [{"role": "user", "content": "Where is Paris?"}, said]}])
-    assert example.arrays["answer"] == "In France."
+    task.processor = make_tokenizer(template)
+    turns = [{"role": "user", "content": "Where is Paris?"}, {"role": "assistant", "content": said}]
+    [example] = encoded(task, [{"messages": turns}])
+    assert example.arrays["answer"] == wanted
 
 
 @pytest.mark.parametrize("package", ["sacrebleu", "rouge_score"])

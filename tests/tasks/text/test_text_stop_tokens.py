@@ -63,12 +63,21 @@ def test_an_end_that_is_not_sure_is_better_than_none() -> None:
     assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == {"<|end|>", "</s>"}
 
 
+BRACKETS = (
+    "{% for m in messages %}{{ '<|U|>' if m.role == 'user' else '<|A|>' }}{% if m.role == 'assistant' %}"
+    "{{ '[thought: ' + m.reasoning + ']' if m.reasoning else '[none]' }}{% endif %}{{ m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|A|>' }}{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "lead"),
     [
         (HARMONY, "final<|A|>"),
         (HARMONY.replace("m.thinking %}", "false %}"), "final<|A|>"),
         ("qwen3", "</think>"),
+        (TEMPLATES["qwen3"].replace("think>", "thought>"), "</thought>"),
+        (BRACKETS, "[none]"),  # what both end with is no token
         ("smollm", ""),
         ("llama2", ""),
     ],
