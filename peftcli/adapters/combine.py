@@ -1,4 +1,4 @@
-"""Combine adapter folders into one, from their files alone; those of text_to_image with their base model."""
+"""Combine adapter folders into one, from their files alone; those of pipelines with their base model too."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def combine_adapters(
 
     Raises:
         AdapterError: an adapter cannot be read, or they cannot be combined.
-        ModelError, HubError, NetworkError: the base model cannot be read, which adapters of text_to_image need.
+        ModelError, HubError, NetworkError: the base model cannot be read, which adapters of pipelines need.
         UsageError: settings that do not go together, or the output folder holds something.
         StorageError: it cannot be written.
     """

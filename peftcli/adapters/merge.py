@@ -402,7 +402,7 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     with storage_errors(output):
         if processor is not None:
             processor.save_pretrained(output)
-        if not any((output / name).exists() for name in _PROCESSOR_FILES):  # a tokenizer alone writes none
+        if not any((output / name).exists() for name in _PROCESSOR_FILES):  # what reads texts alone writes none
             for own in filter(None, map(job.base.file, _PROCESSOR_FILES)):
                 (output / own.name).write_bytes(own.read_bytes())
         if empty.can_generate():
