@@ -364,6 +364,8 @@ def _given_seed(row: Row, number: int) -> int:
     given = row.values.get("seed")
     if given in (None, ""):
         return number
+    if isinstance(given, float) and given.is_integer():  # as tables have it whose other rows have none
+        given = int(given)
     with suppress(ValueError):
         if isinstance(given, str | int) and not isinstance(given, bool) and -(2**63) <= int(given) < 2**64:
             return int(given)

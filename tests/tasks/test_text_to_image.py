@@ -450,7 +450,7 @@ def test_the_merged_pipeline_is_a_whole_one(run: Trained, cli: Callable, tmp_pat
 
 
 def test_predict_writes_pictures(run: Trained, cli: Callable, tmp_path: Path) -> None:
-    rows = [{"text": "a red dog"}, {"text": "a red dog", "seed": 1}, {"text": "a blue cat", "seed": 1}]
+    rows = [{"text": "a red dog"}, {"text": "a red dog", "seed": 1.0}, {"text": "a blue cat", "seed": 1}]
     asked = trainkit.write_rows(tmp_path / "asked.jsonl", rows)
     cli("predict", run.folder, "--input", asked, "--output", tmp_path / "answers.jsonl", "--batch-size", 2)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -466,7 +466,7 @@ def test_predict_writes_pictures(run: Trained, cli: Callable, tmp_path: Path) ->
         assert f"asked.jsonl:2: {[*bad][-1]}: " in refused
 
 
-@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, str(2**64), 1.7, True, "one", [1]], ids=str)
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, str(2**64), 1.7, float("inf"), True, "one", [1]], ids=str)
 def test_a_seed_is_a_whole_number_that_torch_takes(tmp_path: Path, seed: Any) -> None:
     task = open_task()
     task._make = lambda _, prompts, seeds: [Image.new("RGB", (4, 4)) for _ in prompts]
