@@ -130,8 +130,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             raise row.place.error("holds no words")
         counted = self._labels(example.arrays["word_of"], tags)
         read = set(example.arrays["word_of"])
-        if size == example.size:  # words that have no piece were not cut: the tokenizer drops what they hold
-            tags = [tag if at in read else IGNORED for at, tag in enumerate(tags)]
+        kept = max(read) + 1 if size > example.size else len(tags)
+        # words of these that have no piece were not cut: the tokenizer drops what they hold
+        tags = [IGNORED if at < kept and at not in read else tag for at, tag in enumerate(tags)]
         example.arrays["tags"], example.num_targets = tags, sum(label != IGNORED for label in counted)
         lost = sum(tag != IGNORED and at not in read for at, tag in enumerate(tags)) if size > example.size else 0
         if not example.num_targets:

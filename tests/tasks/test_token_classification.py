@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,8 @@ def test_words_that_the_tokenizer_drops_are_no_end_of_an_entity() -> None:
     model.forward = lambda **_: transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
     [answer] = task.predict(model, table_of([{"tokens": row["tokens"]}])[1], PredictOptions())
     assert [each["text"] for each in answer["entities"]] == ["Ada \u200b Lovelace"]
+    task.settings = replace(task.settings, max_length=example.size - 1)  # a piece of the last word is cut
+    assert list(encoded(task, [row])[0].arrays["tags"]) == [1, IGNORED, 2]
 
 
 def test_tags_are_found_in_the_rows() -> None:
