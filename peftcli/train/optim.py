@@ -128,10 +128,12 @@ def build_optimizer(
         if name not in defaults:
             left = ", ".join(sorted(defaults.keys() - given.keys()))
             raise UsageError(f"{training.optim} has no such argument; it has {left}", key=key)
-        if isinstance(value, str) or (isinstance(defaults[name], bool) and not isinstance(value, bool)):
+        is_switch = isinstance(defaults[name], bool)
+        if isinstance(value, str) or (is_switch and value not in (0, 1)):
             raise UsageError(f"cannot be {value!r}; its default is {defaults[name]}", key=key)
+        given[name] = bool(value) if is_switch else value  # fused optimizers take no number for it
     try:
-        optimizer: torch.optim.Optimizer = build(parameters, **given, **training.optim_args)
+        optimizer: torch.optim.Optimizer = build(parameters, **given)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{training.optim} says: {error}", key="training.optim_args") from None
     return optimizer

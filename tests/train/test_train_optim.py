@@ -164,6 +164,15 @@ def test_optimizers_of_bitsandbytes_do_so_too(recipe: Path, tmp_path: Path, opti
     resumes_to_the_same_bytes(recipe, tmp_path, optim, "{min_8bit_size: 16}")
 
 
+@pytest.mark.parametrize(("given", "expected"), [(1, True), (0, False)])
+def test_a_switch_may_be_0_or_1(given: int, expected: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer([weight], Training(output_dir="out", learning_rate=1e-3, optim_args={"amsgrad": given}))
+    weight.sum().backward()
+    optimizer.step()
+    assert optimizer.defaults["amsgrad"] is expected
+
+
 def test_what_an_optimizer_does_not_take_is_named(recipe: Path) -> None:
     for settings, message in {
         (
