@@ -135,17 +135,20 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
 def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str]) -> Any:
     """Return the value that a variable would have in the file; None if it is not set."""
     value = _unquoted(variables.get(name, "none"))
-    return None if value in ("none", "None") else spelled(value) if isinstance(value, str) else value
+    return None if value in ("", "none", "None") else spelled(value) if isinstance(value, str) else value
 
 
 def _unquoted(value: Any) -> Any:
-    """Return what accelerate takes a value for, with quotes or without."""
+    """Return what accelerate takes a value for: numbers and words such as ``false`` mean the same with quotes."""
     if isinstance(value, dict):
         return {key: _unquoted(each) for key, each in value.items()}
+    if not isinstance(value, str) or ":" in value:  # which YAML may take for minutes and seconds
+        return value
     try:
-        return yaml.load(value, _Loader) if isinstance(value, str) else value
+        found = yaml.load(value, _Loader)
     except (ValueError, yaml.YAMLError):
         return value
+    return found if isinstance(found, bool | int | float) else value
 
 
 def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:

@@ -170,6 +170,13 @@ def test_a_missing_file_is_said(path: str, tmp_path: Path) -> None:
     assert "No such file" in found.message
 
 
+@pytest.mark.parametrize("text", ["10:30", "[1,2]", "{a: b}"])
+def test_quoted_text_stays_text(tmp_path: Path, text: str) -> None:
+    recipe = read(written(tmp_path, {**FSDP, "main_process_ip": text}), ["training.bf16=true"]).recipe
+    assert recipe is not None
+    assert recipe.launch.main_process_ip == text
+
+
 def test_no_without_quotes_is_one_process(tmp_path: Path) -> None:
     path = written(tmp_path, {"distributed_type": "NO", "num_processes": 1})
     (tmp_path / "accelerate.yaml").write_text("distributed_type: NO\n")
