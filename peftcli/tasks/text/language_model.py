@@ -146,7 +146,7 @@ class LanguageModel(Task[Settings]):
         try:
             prompt, answer = asked(reader(row))
             if decoder_only:
-                text, templated = prompt_text(prompt, self.processor, decoder_only=True)
+                text, templated = prompt_text(prompt, self.processor, decoder_only=True, trained=True)
                 ids = prompt_ids(text, self.processor, templated=templated, decoder_only=True)
             else:
                 ids = example.arrays["input_ids"]  # as it is trained, also where it was cut

@@ -54,7 +54,9 @@ def asked(example: ParsedRow) -> tuple[Prompt, str]:
     return ChatExample(before, example.tools), answer
 
 
-def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool) -> tuple[str, bool]:
+def prompt_text(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool, trained: bool = False
+) -> tuple[str, bool]:
     """The text that the model reads, and whether a chat template has written it, special tokens included.
 
     Args:
@@ -62,6 +64,8 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_o
         tokenizer: Has the template.
         decoder_only: Whether the answer follows in the same text. An encoder-decoder reads an instruction without
             headings, and a conversation without a template as its turns.
+        trained: Whether a trained answer followed this prompt, if it ends with an answer. None did: the model
+            continues that one, where the template has no generation prompt.
 
     Raises:
         UsageError: a conversation needs a template.
@@ -78,7 +82,11 @@ def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_o
     messages, tools = (prompt, None) if isinstance(prompt, list) else (prompt.messages, prompt.tools)
     if tokenizer.chat_template:
         text = render(tokenizer, messages, tools, prompt=True)
-        if decoder_only and text == render(tokenizer, messages, tools):
+        if not decoder_only or text != render(tokenizer, messages, tools):
+            return text, True
+        if messages[-1]["role"] == "assistant" and not trained:
+            text = text.removesuffix(str(tokenizer.eos_token or ""))
+        else:
             with suppress(DataError):  # of a template for other conversations than plain ones
                 text += _template(tokenizer, str(tokenizer.chat_template)).unasked(tools)
         return text, True

@@ -185,6 +185,15 @@ def test_without_a_generation_prompt_the_model_is_asked_as_it_was_trained(templa
     assert ids == example.input_ids[:first]
 
 
+@pytest.mark.parametrize("header", ["", "<|open|>assistant<|A|>"])
+def test_without_a_generation_prompt_an_answer_is_continued_unless_another_was_trained(header: str) -> None:
+    written = f"{{{{ '{header}' if m.role == 'assistant' else '' }}}}{{{{ m.content + '</s>' }}}}"
+    tokenizer = make_tokenizer(f"{{% for m in messages %}}{written}{{% endfor %}}")
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In"}]
+    assert prompt_text(turns, tokenizer, decoder_only=True) == (f"Where?</s>{header}In", True)
+    assert prompt_text(turns, tokenizer, decoder_only=True, trained=True) == (f"Where?</s>{header}In</s>{header}", True)
+
+
 @pytest.mark.parametrize(
     ("template", "said", "text"),
     [
