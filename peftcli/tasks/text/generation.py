@@ -253,21 +253,32 @@ def _text_stop(tokenizer: Any, ends: Sequence[str]) -> Any:
 def _streamer(tokenizer: Any, write: Callable[[str], None], stops: StopTokens, *, strip: bool) -> Any:
     """Return a streamer of an answer's text; with ``strip``, without the white space around it."""
     ends = stops.texts
+    longest = max(len(text.encode()) for text in (stops.lead, *stops.thinking))  # in tokens, at most
 
     class _Streamer(TextStreamer):
         begun, ended, held = False, False, ""
-        leads, first = bool(stops.lead), list[int]()
+        # the ids of an answer are held until it is clear where its text starts
+        starts, held_ids = not stops.lead, list[int]()
 
         def put(self, value: torch.Tensor) -> None:
-            if self.next_tokens_are_prompt or not self.leads:
+            if self.next_tokens_are_prompt or self.starts:
                 super().put(value)  # type: ignore[no-untyped-call]
                 return
-            self.first = [*self.first, *value.tolist()]
-            self.leads = stops.lead not in tokenizer.decode(self.first)
+            self.held_ids += value.tolist()
+            if len(self.held_ids) > longest and stops.lead not in tokenizer.decode(self.held_ids[-longest:]):
+                return  # still thinking
+            text = tokenizer.decode(self.held_ids).rstrip("\ufffd")
+            if (before := stops.before(text)) is None:
+                return
+            self.starts = True
+            if before:
+                self.on_finalized_text(text[before:])
+            else:
+                super().put(torch.tensor(self.held_ids))  # type: ignore[no-untyped-call]
 
         def end(self) -> None:
-            if self.leads:  # an answer without what the template writes before its text
-                super().put(torch.tensor(self.first))  # type: ignore[no-untyped-call]
+            if not self.starts:  # an answer that ends before that
+                super().put(torch.tensor(self.held_ids))  # type: ignore[no-untyped-call]
             super().end()  # type: ignore[no-untyped-call]
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

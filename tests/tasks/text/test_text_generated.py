@@ -25,9 +25,9 @@ from peftcli.methods import config_from_dict
 from peftcli.tasks import settings
 from peftcli.tasks.seq2seq_lm import Seq2SeqLM
 from peftcli.tasks.text.chat import IGNORED, chat_template, encode_marked, mark_chat
-from peftcli.tasks.text.formats import AlpacaExample, ChatExample
+from peftcli.tasks.text.formats import AlpacaExample, ChatExample, Message
 from peftcli.tasks.text.generated import METRICS, own_metric
-from peftcli.tasks.text.generation import GenerationSettings, generator_of
+from peftcli.tasks.text.generation import GeneratedText, GenerationSettings, generator_of
 from peftcli.tasks.text.prompts import prompt_ids, prompt_of, prompt_text
 
 WANTED = ["the old mill stands north of a river", "seven red foxes drink tea in winter", "a stone bridge"]
@@ -143,29 +143,42 @@ def test_what_is_wrong_with_it(tmp_path: Path, content: str | None, name: str, w
     assert caught.value.key == "task.metric_code"
 
 
+def streamed(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, asked: list[Message], ids: torch.Tensor
+) -> tuple[GeneratedText, list[str]]:
+    """The answer of a model that says these ids, and what is written after each, and at the end."""
+    written = [""]
+
+    def write(text: str) -> None:
+        written[-1] += text
+
+    def says(model: Any, input_ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
+        streamer.put(input_ids)
+        for each in ids[:, None]:
+            streamer.put(each)
+            written.append("")
+        streamer.end()
+        return torch.cat([input_ids, ids[None]], 1)
+
+    monkeypatch.setattr("peftcli.tasks.text.generation.generate", says)
+    [answer] = generator_of(build("llama"), tokenizer, {}).generate([asked], GenerationSettings(), stream=write)
+    return answer, written
+
+
 @pytest.mark.parametrize("thinking", ["", "Think.\nAnd again."])
 @pytest.mark.parametrize("template", [TEMPLATES["qwen3"], HARMONY, TEMPLATES["smollm"]], ids=["qwen3", "harmony", "no"])
 def test_an_answer_is_what_follows_thinking_and_header(
     template: str, thinking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, written = make_tokenizer(template), list[str]()
-    asked = [{"role": "user", "content": "Where is Paris?"}]
+    tokenizer = make_tokenizer(template)
+    asked: list[Message] = [{"role": "user", "content": "Where is Paris?"}]
     said = {"role": "assistant", "content": "In  France.", "thinking": thinking, "reasoning_content": thinking}
     [example] = encode_marked([mark_chat(ChatExample([*asked, said]), chat_template(tokenizer), "answers")], tokenizer)
     trained = torch.tensor([label for label in example.labels if label != IGNORED])
-
-    def says(model: Any, input_ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
-        for each in (input_ids, *trained[:, None]):
-            streamer.put(each)
-        streamer.end()
-        return torch.cat([input_ids, trained[None]], 1)
-
-    monkeypatch.setattr("peftcli.tasks.text.generation.generate", says)
-    generator = generator_of(build("llama"), tokenizer, {})
-    [answer] = generator.generate([asked], GenerationSettings(), stream=written.append)
+    answer, written = streamed(monkeypatch, tokenizer, asked, trained)
     assert (answer.text, answer.tokens, answer.finish_reason) == ("In  France.", len(trained), "stop")
     assert "".join(written) == "In  France."
-    assert generator.generate([], GenerationSettings()) == []
+    assert generator_of(build("llama"), tokenizer, {}).generate([], GenerationSettings()) == []
 
 
 @pytest.mark.parametrize(
@@ -211,12 +224,22 @@ def test_what_stands_before_an_answer_is_cut_at_its_beginning_only(
     template: str, said: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = make_tokenizer(template)
-    answer = torch.tensor([tokenizer.encode(said + "</s>", add_special_tokens=False)])
-    monkeypatch.setattr(
-        "peftcli.tasks.text.generation.generate", lambda _, input_ids, **__: torch.cat([input_ids, answer], 1)
-    )
-    [found] = generator_of(build("llama"), tokenizer, {}).generate(["Where?"], GenerationSettings())
-    assert found.text == text
+    ids = torch.tensor(tokenizer.encode(said + "</s>", add_special_tokens=False))
+    answer, written = streamed(monkeypatch, tokenizer, [{"role": "user", "content": "Where?"}], ids)
+    assert answer.text == text
+    assert "".join(written) == text
+    before = len(tokenizer.encode(said.removesuffix(text), add_special_tokens=False))
+    assert any(written[: before + 8]), "the text is written as it comes"
+
+
+def test_thinking_of_many_tokens_is_not_decoded_again_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, sizes = make_tokenizer("qwen3"), list[int]()
+    ids = torch.tensor(tokenizer.encode("<think>" + "Hm. " * 50 + "</think>Yes.</s>", add_special_tokens=False))
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: sizes.append(len(ids)) or decode(ids, **options))
+    answer, _ = streamed(monkeypatch, tokenizer, [{"role": "user", "content": "Where?"}], ids)
+    assert answer.text == "Yes."
+    assert sum(size > 20 for size in sizes) < 20
 
 
 @pytest.mark.parametrize(
