@@ -25,7 +25,7 @@ from peftcli.models.quantization import trained_quantization
 from peftcli.schema import BaseModel, Quantization, out_of_range
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
-from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS, virtual_tokens_of
+from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
 from peftcli.tasks.found import task_of_class
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class AdapterSource:
         row, settings = TASKS[self.task], self.recorded_settings
         if settings is None and hasattr(row.settings, "of_model"):
             settings = row.settings.of_model(base.config, self.model_options(base).get("num_labels"))
-        return row.open(row.settings() if settings is None else settings, base, virtual_tokens_of(self.config))
+        return row.open(row.settings() if settings is None else settings, base, self.config)
 
     def auto_class(self, base_config: Callable[[], PreTrainedConfig]) -> str:
         """Return the name of the transformers class that loads the base model.

@@ -38,7 +38,7 @@ from peftcli.schema import Format, Source
 from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
 from peftcli.system.secrets import redact_values
-from peftcli.tasks import TASK_FILE, TASKS, virtual_tokens_of
+from peftcli.tasks import TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor
 from peftcli.tasks.scores import scores_on
 from peftcli.tasks.text.unpadded import unpad
@@ -318,7 +318,7 @@ def _open_task(source: AdapterSource, opened: OpenBase, recorded: Mapping[str, A
     if recorded:
         settings = dict(recorded["task"])
         row = TASKS[settings.pop("type")]
-        return row.open(row.settings(**settings), opened, virtual_tokens_of(source.config))
+        return row.open(row.settings(**settings), opened, source.config)
     task = source.open_task(opened)
     if task is None:
         raise UsageError("the adapter's task is not known", file=str(source.folder))

@@ -88,14 +88,14 @@ class TaskRow:
         also = {name: getattr(recipe.dataset, name) for name in settings.UNDER_DATASET if name in names}
         return self.settings(**also | given)
 
-    def open(self, settings: Any, base: OpenBase, virtual_tokens: int = 0) -> Task[Any]:
+    def open(self, settings: Any, base: OpenBase, method: AdapterConfig | None = None) -> Task[Any]:
         """Bind the task to its settings and to the base model's processor. Imports torch.
 
-        ``virtual_tokens`` of the method leave fewer of the base model's positions to a row.
+        Virtual tokens of the method leave fewer of the base model's positions to a row.
         """
         task = cast("type[Task[Any]]", importlib.import_module(f"peftcli.tasks.{self.module}").TASK)
         opened = task(settings, base.processor(self.processor) if self.processor else None, base)
-        opened.virtual_tokens = virtual_tokens
+        opened.method, opened.virtual_tokens = method, int(getattr(method, "num_virtual_tokens", 0))
         return opened
 
 
@@ -109,12 +109,7 @@ def open_task(recipe: Recipe, base: OpenBase) -> Task[Any]:
     """Open the recipe's task, which must be known."""
     row, method = row_of(recipe), dict(recipe.method)
     config = METHODS[method.pop("type")].config_class().unchecked(**method)
-    return row.open(row.settings_of(recipe), base, virtual_tokens_of(config))
-
-
-def virtual_tokens_of(config: AdapterConfig) -> int:
-    """Return how many virtual tokens a method with this config puts before those of a row."""
-    return int(getattr(config, "num_virtual_tokens", 0))
+    return row.open(row.settings_of(recipe), base, config)
 
 
 def task_record(task: Task[Any], recipe: Recipe) -> dict[str, Any]:

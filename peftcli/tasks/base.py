@@ -73,6 +73,8 @@ class Task(ABC, Generic[Settings]):
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     identity: ClassVar[Sequence[str]] = ()
     """Columns whose values make two inputs equal, by which ``inspect`` finds duplicates. None: it does not look."""
+    method: AdapterConfig | None = None
+    """The config of the method. ``open`` sets it."""
     virtual_tokens: int = 0
     """How many tokens the method puts before those of a row, each at a position of its own. ``open`` sets it."""
     label_columns: ClassVar[Sequence[str]] = ()
@@ -332,8 +334,8 @@ class Probes(Protocol):
 class Limits(Protocol):
     """Has examples that may be too large for the base model."""
 
-    def refuse_size(self, largest: int) -> None:
-        """Check the size of the largest example.
+    def refuse_size(self, largest: int, *, of_target: bool = False) -> None:
+        """Check the size of the largest example, or of the largest target where that is apart.
 
         Raises:
             DataError: the base model cannot read it.

@@ -68,8 +68,9 @@ class Data:
         """
         if isinstance(self.task, Limits):
             views = [view for view in (self.train, self.eval) if view]
-            sizes = [view.sizes for view in views] + [view.targets for view in views if not self.task.targets_in_size]
-            self.task.refuse_size(max(int(each.max()) for each in sizes))
+            self.task.refuse_size(max(int(view.sizes.max()) for view in views))
+            if not self.task.targets_in_size:
+                self.task.refuse_size(max(int(view.targets.max()) for view in views), of_target=True)
 
     def skipped(self) -> Iterable[dict[str, Any]]:
         """The rows that could not be used: where each stands, and what is wrong with it."""
@@ -111,7 +112,7 @@ def load_data(
     """
     dataset, notes = recipe.dataset, list(task.notes)
     if isinstance(task, Scans) and task.needs_scan:
-        task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base, task.virtual_tokens)
+        task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base, task.method)
         if isinstance(task, Scans):
             tell(Message(task.found))
     for package, extra in task.packages.items():

@@ -56,7 +56,8 @@ def test_what_is_too_long_is_cut_and_counted() -> None:
 def test_no_row_is_longer_than_the_model_can_read() -> None:
     assert open_task(**LABELS).max_length == 64  # BERT's positions
     assert open_task(**LABELS, max_length=8).max_length == 8
-    assert ROW.open(ROW.settings(**LABELS), base_of("bert"), virtual_tokens=5).max_length == 59
+    method = config_from_dict({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5})
+    assert ROW.open(ROW.settings(**LABELS), base_of("bert"), method).max_length == 59
     task = open_task(**LABELS)
     task.base.config = transformers.RobertaConfig(max_position_embeddings=66, pad_token_id=1)
     assert task.max_length == 64  # the first two positions are not those of tokens

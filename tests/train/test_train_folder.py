@@ -743,8 +743,10 @@ def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:
         ("bart", "seq2seq_lm", 9, 900, {}, 64),
         ("gpt2", "causal_lm", 9, 256, {"type": "prompt_tuning", "num_virtual_tokens": 5}, 251),
         ("gpt2", "causal_lm", 9, 256, {"type": "prefix_tuning"}, 236),
+        ("bart", "seq2seq_lm", 9, 900, {"type": "prompt_tuning", "num_virtual_tokens": 5}, 64),
+        ("bart", "seq2seq_lm", 9, 900, {"type": "prefix_tuning", "num_virtual_tokens": 5}, 59),
     ],
-    ids=["training row", "evaluation row", "target", "virtual tokens", "prefix"],
+    ids=["training row", "evaluation row", "target", "virtual tokens", "prefix", "target without them", "with prefix"],
 )
 def test_examples_longer_than_the_models_positions_are_refused(
     tmp_path: Path, kind: str, task: str, at: int, max_length: int, method: dict[str, Any], positions: int

@@ -19,7 +19,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.layer import base_modules
-from peftcli.core.prompts.config import max_positions
+from peftcli.core.prompts.config import PrefixConfig, max_positions
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
@@ -240,11 +240,14 @@ class LanguageModel(Task[Settings]):
         ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.base.config.is_encoder_decoder else {})
 
-    def refuse_size(self, largest: int) -> None:
-        positions = self._positions
+    def refuse_size(self, largest: int, *, of_target: bool = False) -> None:
+        # the decoder of an encoder-decoder has the targets, and a prefix; its encoder has any other virtual tokens
+        beside = not self.base.config.is_encoder_decoder or of_target == isinstance(self.method, PrefixConfig)
+        positions = self._positions if beside else max_positions(self.base.config.get_text_config())
         if positions and largest > positions:
+            aside = self._aside if beside else ""
             raise DataError(
-                f"the longest example has {largest:,} tokens, and the base model {positions:,} positions{self._aside}",
+                f"the longest example has {largest:,} tokens, and the base model {positions:,} positions{aside}",
                 key="dataset.max_length",
                 hint=f"set dataset.max_length: {positions}, or less; dataset.overlong says what becomes of longer rows",
             )
