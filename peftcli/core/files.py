@@ -58,9 +58,8 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fo
     check_finite(tensors)
     # sorted, but not inside: of the patterns that match a module the first one counts
     described = dict(sorted({**describe(config, tensors), "inference_mode": True}.items()))
-    content = (json.dumps(described, indent=2) + "\n").encode()
     write_tensor_file(folder / WEIGHTS_FILE, tensors)
-    write_file(folder / CONFIG_FILE, content)
+    write_file(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
 
 
 def read_tensors(folder: Path, rename: Callable[[str], str] | None = None) -> dict[str, torch.Tensor]:

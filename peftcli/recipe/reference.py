@@ -82,7 +82,7 @@ def explain(key: str) -> Explanation:
 
 
 _NEAR = 0.65
-"""How similar a suggested name must be; there are so many names that every word resembles one a little."""
+"""How similar a suggested name must be; 1 is equal. With less than this, nearly any word gets a suggestion."""
 
 
 @cache
