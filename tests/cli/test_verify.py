@@ -129,13 +129,19 @@ def test_a_record_that_training_does_not_write_is_refused(tmp_path: Path, damage
     assert (caught.value.file, caught.value.key) == (str(tmp_path / RECORD_FILE), key)
 
 
-@pytest.mark.slow
-def test_other_readers_are_compared_without_rounding(cli: Callable, tmp_path: Path) -> None:
-    recipe = trainkit.write_recipe(tmp_path)
-    trainkit.run_recipe(recipe, "base_model.dtype=bfloat16", "training.bf16=true", "training.max_steps=3")
-    readers = ("--with", "peft", "--with", "transformers")
-    found = json.loads(cli("verify", tmp_path / "out", *readers, "--json").out)["readers"]
-    assert max(found.values()) < 1e-5
+@pytest.mark.parametrize(
+    ("method", "readers"),
+    [
+        pytest.param("method={type: lora}", ("peft", "transformers"), marks=pytest.mark.slow),
+        (trainkit.PROMPT_TUNING, ("peft",)),  # its weights, in float32, come before those of the base model
+    ],
+)
+def test_other_readers_are_compared_without_rounding(tmp_path: Path, method: str, readers: tuple[str, ...]) -> None:
+    halves = ("base_model.dtype=bfloat16", "training.bf16=true")
+    trainkit.run_recipe(trainkit.write_recipe(tmp_path), method, *halves, "training.max_steps=3", TRAINS[1])
+    compared = verify_adapter(str(tmp_path / "out"), readers=readers)
+    assert compared["allowed"] == 0.15, "it was trained in bfloat16"
+    assert max(compared["readers"].values()) < 1e-5
 
 
 @pytest.mark.slow
