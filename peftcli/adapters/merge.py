@@ -401,7 +401,7 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
         processor.pad_token = processor.convert_ids_to_tokens(job.options["pad_token_id"])
     with storage_errors(output):
         if processor is not None:
-            processor.save_pretrained(output)
+            tokens.save_processor(output, processor)
         if not any((output / name).exists() for name in _PROCESSOR_FILES):  # what reads texts alone writes none
             for own in filter(None, map(job.base.file, _PROCESSOR_FILES)):
                 (output / own.name).write_bytes(own.read_bytes())

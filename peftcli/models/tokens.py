@@ -204,7 +204,7 @@ def save_with_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, base: Ba
 
 
 def save_processor(folder: Path, processor: Any) -> list[str]:
-    """Write the files of a processor into an adapter folder; return their names.
+    """Write the files of a processor into a folder; return their names.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -212,10 +212,12 @@ def save_processor(folder: Path, processor: Any) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         processor.save_pretrained(scratch)
         config = Path(scratch) / "tokenizer_config.json"
-        described = json.loads(config.read_bytes())
-        for key in ("is_local", "local_files_only"):  # how it was loaded here
-            described.pop(key, None)
-        config.write_text(json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        if config.exists():  # what prepares only pictures or sounds has none
+            described = json.loads(config.read_bytes())
+            for key in ("is_local", "local_files_only"):  # how it was loaded here
+                described.pop(key, None)
+            text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False)
+            config.write_text(text + "\n", encoding="utf-8")
         files = {str(path.relative_to(scratch)): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
         for name, path in files.items():
             write_file(folder / name, path.read_bytes())

@@ -153,6 +153,8 @@ def test_what_is_written(merged: Callable, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    described = [json.loads((each / "tokenizer_config.json").read_text()) for each in (folder, base)]
+    assert described[0] == described[1], "and nothing of how it was loaded"
     mine, theirs = (AutoTokenizer.from_pretrained(each) for each in (folder, base))
     assert mine.chat_template == theirs.chat_template
     assert mine("a red fox")["input_ids"] == theirs("a red fox")["input_ids"]
