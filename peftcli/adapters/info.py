@@ -8,6 +8,7 @@ from typing import Any
 from peftcli.adapters.load import find_adapter
 from peftcli.core.config import AdapterConfig
 from peftcli.guard.safetensors_header import TensorEntry
+from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
 from peftcli.methods.lora.config import LoraConfig
 
@@ -34,6 +35,7 @@ def describe(adapter: str) -> dict[str, Any]:
     source = find_adapter(adapter)
     config, shapes = source.values, source.header
     saved = config.get("modules_to_save")
+    trained = mapping_at(source.record, "parameters").get("trainable")  # shared ones once, and no buffers
     return {
         "adapter": adapter,
         "method": next(name for name, row in METHODS.items() if row.peft_type == source.config.peft_type),
@@ -45,7 +47,7 @@ def describe(adapter: str) -> dict[str, Any]:
         },
         "modules_to_save": saved,
         "modules_adapted": len(_adapted(shapes, saved if isinstance(saved, list) else [])),
-        "parameters": sum(entry.numel for entry in shapes.values()),
+        "parameters": trained if isinstance(trained, int) else sum(entry.numel for entry in shapes.values()),
         "tensors": len(shapes),
         "dtypes": sorted({entry.dtype for entry in shapes.values()}),
         "bytes": max((entry.start + entry.size for entry in shapes.values()), default=0),

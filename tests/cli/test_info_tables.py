@@ -82,6 +82,8 @@ def test_an_adapter(cli, tmp_path: Path) -> None:
         "servers": [],
     }
     assert "target_modules: q_proj, v_proj\n" in cli("info", folder).out
+    (folder / "run.json").write_text('{"parameters": {"trainable": 80, "all": 800}}')
+    assert "parameters: 80\n" in cli("info", folder).out, "the file holds what is shared, and buffers, besides"
 
 
 @pytest.mark.parametrize(
