@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: T
         "transformers-pipeline": _compare_answers,
     }.get(reader, _compare_pictures if opened.is_pipeline and reader == "peft" else _compare_outputs)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the reader: whether it loads the same model is what is compared
             found, blame = find(reader, source, opened, task, model)
     except PeftcliError:
         raise
