@@ -269,7 +269,7 @@ TASKS: dict[str, TaskRow] = {
         usage=(
             "from PIL import Image",
             "",
-            'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")',
+            'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt").to(model.dtype)',
             "logits = model(**inputs).logits[0]",
             "print(model.config.id2label[int(logits.argmax())])",
         ),
@@ -293,7 +293,7 @@ TASKS: dict[str, TaskRow] = {
         usage=(
             "from PIL import Image",
             "",
-            'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")',
+            'inputs = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt").to(model.dtype)',
             "logits = model(**inputs).logits[0]  # (classes, height / 4, width / 4)",
             "print([model.config.id2label[int(each)] for each in logits.argmax(0).unique()])",
         ),
@@ -313,7 +313,7 @@ TASKS: dict[str, TaskRow] = {
             "from transformers import GenerationConfig",
             "",
             "# instead of numbers: the samples of a clip, as soundfile reads them",
-            'inputs = processor([0.1, -0.1] * 8000, sampling_rate=16000, return_tensors="pt")',
+            'inputs = processor([0.1, -0.1] * 8000, sampling_rate=16000, return_tensors="pt").to(model.dtype)',
             'settings = GenerationConfig.from_pretrained("path/to/this/adapter")',
             'inputs["prompt_ids"] = processor.get_prompt_ids("<prompt>", return_tensors="pt")',
             "tokens = model.generate(**inputs, generation_config=settings)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import trainkit
 import transformers
 from jsonschema import Draft202012Validator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from taskkit import CASES
 from trainkit import Child, Trained, at_step, read_run, run_recipe
 
@@ -73,6 +74,16 @@ def load(folder: Path, auto: str, **options: Any) -> Any:
     if hasattr(transformers, auto):
         return getattr(transformers, auto).from_pretrained(folder, **options)
     return open_base(BaseModel(name=str(folder))).model(auto, torch.float32, **options).model
+
+
+def in_float16(base: Path, folder: Path) -> Path:
+    """A copy of a base model, whose weights are float16; a pipeline's parts stay as they are."""
+    shutil.copytree(base, folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({key: tensor.half() for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    for path in folder.glob("config.json"):
+        path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "float16"'))
+    return folder
 
 
 def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
@@ -158,11 +169,15 @@ def test_the_cards_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _, run = runs(name)
+    base, half = run.recipe.base_model.name, in_float16(Path(run.recipe.base_model.name), tmp_path / "half")
     card = (run.folder / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    code = code.replace("path/to/this/adapter", str(run.folder))
-    exec(code.replace("path/to/the/base/model", run.recipe.base_model.name), {})
-    assert capsys.readouterr().out.strip()
+    shutil.copytree(run.folder, tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace(base, str(half)))
+    for folder, adapter in ((base, run.folder), (half, config.parent)):
+        exec(code.replace("path/to/this/adapter", str(adapter)).replace("path/to/the/base/model", str(folder)), {})
+        assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.grid(keep=2)
