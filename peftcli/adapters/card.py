@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -174,7 +173,7 @@ def render_card(
     task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
     name = base if base and not is_local(base) else _SOME_BASE
-    use = _filled(use, mapping_at(info, "task")) if use else None
+    use = use.filled(mapping_at(info, "task")) if use else None
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
@@ -188,7 +187,7 @@ def render_card(
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
-        _table("Results", ("metric", "first evaluation", "this adapter"), _result_rows(info)),
+        _results(info),
         "![Loss by step](loss.png)\n" if plot else "",
         _table("Versions", ("package", "version"), sorted(mapping_at(info, "versions").items())),
     ]
@@ -200,19 +199,6 @@ def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
     kind = str(mapping_at(info, "recipe", "method").get("type", ""))
     use = TASKS.get(str(mapping_at(info, "recipe").get("task") or ""))
     return kind, use, str(mapping_at(info, "base_model").get("name") or "")
-
-
-def _filled(use: TaskRow, settings: Mapping[str, Any]) -> TaskRow:
-    """The task with the recorded settings where its lines of Python name them, without lines that name an unset one."""
-    lines = list[str]()
-    for line in use.usage:
-        named = re.search(r'"<(\w+)>"', line)
-        value = settings.get(named[1]) if named else None
-        if named is None:
-            lines.append(line)
-        elif value is not None:
-            lines.append(line.replace(named[0], json.dumps(value, ensure_ascii=False)))
-    return replace(use, usage=tuple(lines))
 
 
 def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> dict[str, Any]:
@@ -357,13 +343,17 @@ def _setting_rows(method: Mapping[str, Any], recipe: Mapping[str, Any], info: Ma
     return [(key, _value(value)) for key, value in rows if value not in (None, {}, [], "")]
 
 
-def _result_rows(info: Mapping[str, Any]) -> list[_Row]:
-    """Metrics at the first evaluation, and of the adapter that was kept."""
+def _results(info: Mapping[str, Any]) -> str:
+    """The table of metrics: of the adapter that was kept, and before it of the first evaluation, if there was one."""
     measured = mapping_at(info, "eval")
     first, kept = mapping_at(measured, "first"), mapping_at(measured, "kept") or mapping_at(measured, "last")
-    rows = [(name, first.get(name), value) for name, value in kept.items()]
-    rows.append(("train_loss", None, info.get("train_loss")))
-    return [(name, _value(start), _value(end)) for name, start, end in rows if end is not None]
+    values = [(name, first.get(name), value) for name, value in kept.items()]
+    values.append(("train_loss", None, info.get("train_loss")))
+    lines: list[_Row] = [("metric", "first evaluation", "this adapter")]
+    lines += [(name, _value(start), _value(end)) for name, start, end in values if end is not None]
+    if not first:
+        lines = [(name, end) for name, _, end in lines]
+    return _table("Results", lines[0], lines[1:])
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[_Row]) -> str:

@@ -161,8 +161,10 @@ def summary(run: dict[str, Any], folder: str) -> str:
     if run["recipe"]["base_model"]["trust_remote_code"]:  # by the recipe's leave only
         use = f"peftcli evaluate {command_word(f'{folder}/recipe.yaml')} --adapter {word} dataset.eval=FILE"
     else:
-        use = TASKS[run["task"]["type"]].command(word)
+        use = TASKS[run["task"]["type"]].filled(run["task"]).command(word)
     lines += ["next:", f"  {use}"]
+    if not all(gate["passed"] for gate in run["gates"]):  # it is not good enough to be merged or shared
+        return "\n".join(lines)
     if run["mergeable"]:
         lines.append(f"  peftcli merge {word} --output {command_word(folder.rstrip('/') + '-merged')}")
     base = (

@@ -6,7 +6,12 @@ A new task is one file with a subclass of ``tasks.base.Task``, a settings class,
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, dataclass, fields
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.methods import METHODS
@@ -47,8 +52,8 @@ class TaskRow:
     summary: str
     usage: tuple[str, ...]
     """Lines of Python that use a loaded ``model`` and processor once, for the model card; in them
-    ``"path/to/this/adapter"`` is the adapter, and ``"<name>"`` the value of the task's setting of that name; the line
-    is left out where that is unset."""
+    ``"path/to/this/adapter"`` is the adapter, and ``"<name>"`` or ``"<name: default>"`` the value of the task's setting
+    of that name; a line without default is left out where that is unset."""
     loading: tuple[str, ...] = ()
     """Lines of Python that load base model and adapter, where no class of PEFT does; ``"path/to/the/base/model"`` is
     the base model."""
@@ -57,7 +62,7 @@ class TaskRow:
     form_loading: tuple[str, ...] = ()
     """Lines of Python that load that file."""
     example: str = '"Hello"'
-    """What ``peftcli predict`` answers, on a command line."""
+    """What ``peftcli predict`` answers, on a command line; ``"<name: default>"`` is as in ``usage``."""
     rate_factor: float = 1.0
     """What ``learning_rate: auto`` multiplies a method's rate with; see ``recipe.rates``."""
 
@@ -69,6 +74,12 @@ class TaskRow:
         return f"AutoPeft{self.auto_class.removeprefix('Auto')}" + "ForFeatureExtraction" * (
             self.auto_class == "AutoModel"
         )
+
+    def filled(self, settings: Mapping[str, Any]) -> TaskRow:
+        """The row with the values of settings in ``usage`` and ``example``."""
+        lines = [_filled(line, settings, partial(json.dumps, ensure_ascii=False)) for line in self.usage]
+        example = _filled(self.example, settings, lambda value: shlex.quote(" ".join(str(value).split())))
+        return replace(self, usage=tuple(line for line in lines if line is not None), example=example or "")
 
     def command(self, adapter: str) -> str:
         """A command line that uses an adapter of the task once."""
@@ -97,6 +108,14 @@ class TaskRow:
         opened = task(settings, base.processor(self.processor) if self.processor else None, base)
         opened.method, opened.virtual_tokens = method, int(getattr(method, "num_virtual_tokens", 0))
         return opened
+
+
+def _filled(line: str, settings: Mapping[str, Any], quote: Callable[[Any], str]) -> str | None:
+    """The line with the value of the setting that it names; None if that is unset, and no default is named."""
+    if (named := re.search(r'"<(\w+)(?:: (.+))?>"', line)) is None:
+        return line
+    value = settings.get(named[1]) or named[2]
+    return None if value is None else line.replace(named[0], quote(value))
 
 
 def row_of(recipe: Recipe) -> TaskRow:
@@ -330,7 +349,7 @@ TASKS: dict[str, TaskRow] = {
         reads=tuple((image, text) for image in PICTURES for text in CAPTIONS),
         pipeline_tag="text-to-image",
         summary="make pictures from texts: DreamBooth and captioned pictures (Stable Diffusion, Flux)",
-        example='"a photo of sks dog"',
+        example='"<instance_prompt: a photo of sks dog>"',
         loading=(
             "from pathlib import Path",
             "",
@@ -350,7 +369,11 @@ TASKS: dict[str, TaskRow] = {
             'pipeline = DiffusionPipeline.from_pretrained("path/to/the/base/model")',
             'pipeline.load_lora_weights("path/to/this/adapter")',
         ),
-        usage=('picture = pipeline("a photo of sks dog").images[0]', 'picture.save("picture.png")', "print(picture)"),
+        usage=(
+            'picture = pipeline("<instance_prompt: a photo of sks dog>").images[0]',
+            'picture.save("picture.png")',
+            "print(picture)",
+        ),
         rate_factor=0.5,
     ),
 }

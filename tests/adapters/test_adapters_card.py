@@ -119,6 +119,25 @@ def test_the_card_says_what_the_run_measured() -> None:
     assert "max_steps" not in card
 
 
+def test_without_an_evaluation_before_training_no_column_is_empty() -> None:
+    card = render_card({**RUN, "eval": {**RUN["eval"], "first": {}}})
+    assert "| metric | this adapter |\n| --- | --- |\n| eval_loss | 1.23457 |\n| train_loss | 1.05 |\n" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "command", "call"),
+    [
+        ({}, "'a photo of sks dog'", 'pipeline("a photo of sks dog")'),
+        ({"instance_prompt": 'my "cat"\n$HOME'}, """'my "cat" $HOME'""", r'pipeline("my \"cat\"\n$HOME")'),
+    ],
+)
+def test_the_prompt_of_pictures_is_that_of_training(settings: dict[str, Any], command: str, call: str) -> None:
+    run = {**with_method("lora", "text_to_image"), "task": {"type": "text_to_image", **settings}}
+    card = render_card(run)
+    assert f"peftcli predict path/to/this/adapter {command}\n" in card
+    assert call in python_blocks(card)[0]
+
+
 def test_no_plot_is_shown_that_is_not_there() -> None:
     assert "loss.png" not in render_card(RUN)
 

@@ -478,6 +478,12 @@ def test_the_next_commands_are_those_that_may_run_the_models_code(recipe: Path) 
     assert [line.split()[1] for line in following] == ["evaluate", "push"]
 
 
+def test_an_adapter_that_fails_a_gate_is_not_said_to_be_merged_or_pushed_next(recipe: Path) -> None:
+    done = run_recipe(recipe, *EVAL, "training.max_steps=1", "gates.eval_loss=< 0")
+    following = summary(done.run, str(done.folder)).partition("next:\n")[2].splitlines()
+    assert [line.split()[1] for line in following] == ["generate"]
+
+
 def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: Path) -> None:
     settings = ("training.eval_strategy=steps", "training.eval_steps=1", "training.early_stopping_patience=2")
     stuck = (*settings, "training.learning_rate=0")
