@@ -5,6 +5,7 @@ Uses rich on terminals only; elsewhere, plain lines without colours.
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import math
@@ -55,10 +56,20 @@ def discard(stream: TextIO) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print the answer as one JSON object: NaN and Inf become null, other values that are not JSON become strings."""
+    """Print the answer as one JSON object, on several lines."""
     global json_printed
     json_printed = True
-    _write(sys.stdout, json.dumps(redact_values(_finite(data)), indent=2, default=str, allow_nan=False))
+    out(json_text(data, indent=2))
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    r"""Return JSON for stdout: NaN and Inf become null, other values that are not JSON become strings.
+
+    A character that could control a terminal, or any but ASCII where stdout is not UTF-8, is escaped, as ``\u202e``.
+    """
+    in_ascii, values = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8", redact_values(_finite(data))
+    text = json.dumps(values, indent=indent, default=str, allow_nan=False, ensure_ascii=in_ascii)
+    return "".join(char if char == "\n" or _is_harmless(char) else json.dumps(char)[1:-1] for char in text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,6 @@ from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.recipe.data_checks import exists
 from peftcli.system.outputs import is_stream, refuse_input, require_writable
-from peftcli.system.secrets import redact_values
 
 
 def predict(
@@ -72,5 +70,5 @@ def predict(
     if as_json:
         return console.print_json({"rows": list(answers)})
     for answer in answers:
-        console.out(json.dumps(redact_values(answer)))
+        console.out(console.json_text(answer))
     return None

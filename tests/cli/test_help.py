@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -191,6 +192,17 @@ def test_output_that_the_terminal_cannot_encode() -> None:
     )
     assert ran.returncode == 2
     assert b"'\\xfc\\u4e2d'" in ran.stderr
+
+
+@pytest.mark.parametrize(("encoding", "readable"), [("utf-8", "é 中 👩"), ("ascii", ""), ("latin-1", "")])
+def test_json_is_readable_where_stdout_is_utf_8(monkeypatch: pytest.MonkeyPatch, encoding: str, readable: str) -> None:
+    shown, text = io.BytesIO(), "é 中 👩\x7f\xad\u202e\u2028\ud800\U000e0001\n"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    console.print_json({"a": text})
+    written = shown.getvalue().decode()
+    assert json.loads(written) == {"a": text}
+    assert readable in written
+    assert not set("\x7f\xad\u202e\u2028\U000e0001") & set(written)
 
 
 def test_clean() -> None:
