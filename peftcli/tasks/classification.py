@@ -104,9 +104,9 @@ class Classification(Task[Settings]):
         n - 1 keep their numbers.
         """
         declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
-        lengths, repeats, left_out = set[int](), False, LeftOut()
+        lengths, repeats, left_out, limited = set[int](), False, LeftOut(), False
         for table, rows in tables:
-            reader = self.read(table)
+            reader, limited = self.read(table), limited or table.source.limit is not None
             declared |= dict.fromkeys(reader.classes)
             for row in rows:
                 with left_out:
@@ -131,7 +131,9 @@ class Classification(Task[Settings]):
             raise DataError(f"names one class, {labels[0]!r}; a classifier needs two", key="task.labels")
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
-            raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=left_out.hint)
+            cut = "dataset.limit takes the first rows, which may be of one class: raise it, or leave it out"
+            hint = left_out.hint or (cut if limited else None)
+            raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
         return replace(self.settings, labels=labels, problem_type=kind or "single_label")
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,10 @@ def test_one_class_alone_is_refused() -> None:
     with pytest.raises(DataError, match="names one class, 'ham'") as caught:
         scanned(rows("ham", "spam"), labels=["ham"])
     assert caught.value.key == "task.labels"
+    table, found = table_of(rows("ham", "ham"))
+    limited = replace(table, source=replace(table.source, limit=2))
+    with pytest.raises(DataError, match=r"label 'ham'.*\n?.*dataset\.limit takes the first rows"):
+        open_task().scan([(limited, iter(found))])
 
 
 @pytest.mark.parametrize(
