@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject, set_active, set_trainable
 from peftcli.core.merge import merge
+from peftcli.methods.beft.config import BeftConfig
+from peftcli.methods.glora.config import GloraConfig
 from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import wrap
@@ -109,12 +112,17 @@ def test_an_output_that_is_zero_in_the_base_model_is_no_division_by_zero() -> No
     assert all(value.grad.isfinite().all() for value in layer.own_tensors().values())
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_among_several_adapters_it_takes_its_norm_with_the_models_own_weight(bias: Any) -> None:
-    model, configs = tiny("qwen2"), []
-    for number, settings in enumerate([{"bias": bias}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}]):
-        configs.append(LoraConfig(target_modules=["q_proj", "k_proj"], **settings))
-        inject(model, configs[-1], str(number))
+@pytest.mark.parametrize(
+    "first",
+    [LoraConfig(), LoraConfig(bias="lora_only"), BeftConfig(), GloraConfig(), GloraConfig(bias="glora_only")],
+    ids=lambda config: f"{config.peft_type}-{config.bias}" if hasattr(config, "bias") else config.peft_type,
+)
+def test_among_several_adapters_it_takes_its_norm_with_the_models_own_weight(first: Any) -> None:
+    model, names = tiny("qwen2"), ["q_proj", "k_proj"]
+    doras = [LoraConfig(target_modules=names, use_dora=True, use_rslora=rslora) for rslora in (False, True)]
+    configs = [replace(first, target_modules=names), *doras]
+    for number, config in enumerate(configs):
+        inject(model, config, str(number))
     set_trainable(model, True)
     randomise(model)
     model.eval()

@@ -39,7 +39,7 @@ def update(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     ``x`` is the input after dropout, which falls on all that differs from the base layer.
     """
     ratio = factor(layer).view(-1, *_places(layer))
-    bias = _bias(layer)
+    bias = _bias(layer, base_module(layer).bias)
     if not layer.training or isinstance(layer.lora_dropout, nn.Identity):
         plain = y if bias is None else y - bias.view(-1, *_places(layer))
     elif linear_view(layer) is not None:
@@ -68,7 +68,11 @@ def folded(layer: AdapterLayer, base: dict[str, torch.Tensor]) -> dict[str, torc
         return below
     weight = layer.merged_tensors(base | below)["weight"]
     ratio = _over_norm(layer, layer.merged_tensors(base)["weight"])
-    return below | {"weight": (ratio if _in_columns(layer) else ratio.view(-1, *[1] * (weight.ndim - 1))) * weight}
+    merged = below | {"weight": (ratio if _in_columns(layer) else ratio.view(-1, *[1] * (weight.ndim - 1))) * weight}
+    own = _bias(layer, base.get("bias"))
+    if own is not None and "bias" in below:
+        merged["bias"] = own + ratio * (below["bias"] - own)
+    return merged
 
 
 def _over_norm(layer: AdapterLayer, weight: torch.Tensor) -> torch.Tensor:
@@ -107,7 +111,7 @@ def _base_weight(layer: AdapterLayer) -> torch.Tensor:
     return widened(weight)
 
 
-def _bias(layer: AdapterLayer) -> torch.Tensor | None:
-    """Return the bias that the layer's base layer adds to rows of this adapter."""
+def _bias(layer: AdapterLayer, base: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the bias that the layer's base layer, whose own is ``base``, adds to rows of this adapter."""
     biases = [below.own_tensors()["bias"] for below in layers_below(layer) if isinstance(below, TrainedBias)]
-    return biases[0] if biases else base_module(layer).bias
+    return biases[0] if biases else base
