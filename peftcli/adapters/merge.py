@@ -442,22 +442,33 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float | None:
-    """The largest difference of logits between the merged model and base model + adapter, both in float32.
-
-    Weights stay as they are stored while that works; otherwise they are loaded in float32. None: the adapter's task is
-    not known, nor what the model reads.
-    """
-    if job.task is None and not _reads_tokens(job.base.empty_model(job.auto_class, **job.options)):
+    """As ``_compare``; None where neither the adapter's task is known nor what the model reads."""
+    try:
+        if job.task is None and not _reads_tokens(job.base.empty_model(job.auto_class, **job.options)):
+            raise _InputsUnknown
+        return _compare(job, output, tell)
+    except _InputsUnknown:
         tell(
             f"not verified: the adapter's task is not known, so {job.auto_class} gets no inputs to compare its outputs"
         )
         return None
+
+
+class _InputsUnknown(Exception):
+    """The adapter's task is not known, and its model does not take token ids alone."""
+
+
+def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
+    """The largest difference of logits between the merged model and base model + adapter, both in float32.
+
+    Weights stay as they are stored while that works; otherwise they are loaded in float32.
+    """
     written = open_base(BaseModel(name=str(output)))
     # a quantised model computes in a dtype of its own
     tolerance = 0.15 if job.dequantise else _TOLERANCE.get(_dtype_of(written.config), 0.15)
     dtypes = None if job.dequantise else (_one_dtype(job.base), _one_dtype(written))
     if dtypes and all(dtypes):
-        with suppress(RuntimeError):  # of a model that reads a weight without calling its module
+        with suppress(RuntimeError, _InputsUnknown):  # of a model that reads a weight without calling its module
             difference, allowed = _difference(job, written, dtypes, tolerance, tell)
             if difference <= allowed:
                 return difference
@@ -477,9 +488,13 @@ def _difference(
     """How much logits differ, computed in float32 with weights of these dtypes, and how much is allowed."""
     tell("verifying: base model with adapter")
     model: Any = job.load(dtypes[0]).eval()
-    inputs = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
+    rows = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
+    inputs = {name: value[:1] for name, value in rows.items()}  # a classifier without a pad token takes no more
     with computing_in_float32(model):
-        expected = scores_of(model(**on_device(inputs, model.device))).cpu()
+        try:
+            expected = scores_of(model(**on_device(inputs, model.device))).cpu()
+        except Exception as error:  # of whatever kind a model raises that lacks an input
+            raise error if job.task else _InputsUnknown from error
     del model
     gc.collect()  # its modules refer to one another
     tell("verifying: merged model")

@@ -30,7 +30,10 @@ def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def scores_of(outputs: Any) -> torch.Tensor:
-    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or hidden states."""
+    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or what comes first.
+
+    First come hidden states, or the logits of a model that has several heads.
+    """
     import torch
 
     if "sample" in outputs:
@@ -38,7 +41,7 @@ def scores_of(outputs: Any) -> torch.Tensor:
         return sample
     if "start_logits" in outputs:
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
-    found: torch.Tensor = outputs.logits if "logits" in outputs else outputs.last_hidden_state
+    found: torch.Tensor = outputs.logits if "logits" in outputs else outputs[0]
     return found
 
 

@@ -137,6 +137,44 @@ def test_a_model_of_no_known_task_is_merged_with_its_processor_and_not_compared(
     ).read_bytes()
 
 
+def _unfed(kind: str) -> Any:
+    """A model that reads texts, but not as a language model does."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "SiglipModel":
+        text, vision = {**sizes, "vocab_size": 320, "projection_size": 32}, {**sizes, "image_size": 16, "patch_size": 8}
+        return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    return getattr(transformers, kind)(transformers.BertConfig(**sizes, vocab_size=320))
+
+
+@pytest.mark.parametrize(
+    ("kind", "compared"), [("BertForPreTraining", True), ("BertForMultipleChoice", False), ("SiglipModel", False)]
+)
+def test_a_model_of_no_known_task_is_compared_where_it_takes_a_text_alone(
+    tmp_path: Path, kind: str, compared: bool
+) -> None:
+    base = _unfed(kind)
+    base.save_pretrained(tmp_path / "base")
+    trainkit.tokenizer().save_pretrained(tmp_path / "base")
+    adapted = type(base).from_pretrained(tmp_path / "base")
+    names = ["q_proj"] if kind == "SiglipModel" else ["query"]
+    config = peft.LoraConfig(target_modules=names, init_lora_weights=False)
+    peft.get_peft_model(adapted, config).save_pretrained(tmp_path / "adapter")
+    told = list[str]()
+    made = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", tell=told.append)
+    assert (made["max_logit_difference"] is not None) == compared
+    assert told[-1].startswith("not verified: the adapter's task is not known") != compared
+
+
+def test_a_classifier_without_a_pad_token_is_compared(base: Path, tmp_path: Path) -> None:
+    for name, removed in (("config.json", {"pad_token_id": None}), ("tokenizer_config.json", {"pad_token": None})):
+        (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), **removed}))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    config = peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    made = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert made["max_logit_difference"] < 1e-3
+
+
 def test_what_a_model_of_no_known_task_writes_with_is_merged_too(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     decoder = {**sizes, "vocab_size": 320, "is_decoder": True, "add_cross_attention": True}
