@@ -7,6 +7,7 @@ its tensors. ``verify_adapter`` loads the folder as anybody would, and compares.
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -406,6 +407,20 @@ def _from_json(value: Any) -> Any:
     return [_from_json(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _unreadable(rows: Rows) -> dict[str, Any]:
+    """What of the rows cannot be read, by its key in the record."""
+    found: dict[str, Any] = {} if rows["values"] else {"rows.values": []}
+    parts: list[tuple[str, Callable[[Any], Any], Any]]
+    parts = [("rows.day", datetime.date.fromisoformat, rows["day"] or "2026-01-31")]
+    parts += [(f"rows.values.{at}", _from_json, each) for at, each in enumerate(rows["values"])]
+    for key, read, value in parts:
+        try:
+            read(value)
+        except (TypeError, ValueError):
+            found[key] = value
+    return found
+
+
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     values = read_json_object(path, _MAX_RECORD)
@@ -417,10 +432,13 @@ def _read_record(folder: Path) -> dict[str, Any]:
         wrong = ["task"]
     if not wrong and values["dtype"] not in _TOLERANCE:
         wrong = ["dtype"]
-    if wrong:
-        message = f"is nothing that training writes: {short_repr(values.get(wrong[0]))}"
+    found = {key: values.get(key) for key in wrong}
+    if not found and values["rows"]:
+        found = _unreadable(values["rows"])
+    for key, value in found.items():
+        message = f"is nothing that training writes: {short_repr(value)}"
         hint = "delete the file, and compare the adapter with PEFT: --with peft"
-        raise AdapterError(message, file=str(path), key=wrong[0], hint=hint)
+        raise AdapterError(message, file=str(path), key=key, hint=hint)
     values["task"] = {name: value for name, value in values["task"].items() if name not in _CODE}  # once recorded
     settings = dict(values["task"])
     read_settings(settings.pop("type"), settings, str(path), "task")

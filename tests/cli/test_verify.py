@@ -112,6 +112,13 @@ RECORD: dict[str, Any] = {
 }
 
 
+def _rows(damage: dict[str, Any]) -> dict[str, Any]:
+    """A record of rows that are damaged."""
+    source = {"train": "a.jsonl", "format": "auto", "columns": {}}
+    rows = {"source": source, "columns": ["text"], "class_names": {}, "day": None, "values": [{"text": "a"}], **damage}
+    return {"rows": rows, "inputs": {}, "scores": {"shape": [0], "sha256": ""}}
+
+
 @pytest.mark.parametrize(
     ("damage", "key"),
     [
@@ -119,6 +126,10 @@ RECORD: dict[str, Any] = {
         ({"task": {"type": "song"}}, "task"),
         ({"dtype": "float8"}, "dtype"),
         ({"rows": 3}, "rows"),
+        (_rows({"day": "31.1.2026"}), "rows.day"),
+        (_rows({"values": []}), "rows.values"),
+        (_rows({"values": [{"text": "a"}, {"text": {"bytes in base64": "a"}}]}), "rows.values.1"),
+        (_rows({"values": [{"text": {"bytes in base64": 3}}]}), "rows.values.0"),
         ({"probe": {"shape": [1], "values": [0.5], "mean": 0.5}}, "probe"),
     ],
 )
