@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,15 @@ def test_a_cache_without_the_first_tokens_is_refused(kind: str, tokens: tuple[in
     assert torch.equal(adapter_state(model.get_base_model())["prompt_embeddings"], before)
 
 
-def test_a_recipe_starts_from_a_document(tmp_path: Path) -> None:
+def test_a_recipe_starts_from_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, text: warned.append(text))
     document = tmp_path / "document.txt"
     document.write_text("Reply to the word three: four. Reply to the word two: three.")
     recipe = trainkit.write_recipe(tmp_path)
     method = f"method={{type: cartridge, num_virtual_tokens: {N}, document: {document}}}"
     done = trainkit.run_recipe(recipe, method, "training.max_steps=1", "training.learning_rate=0")
+    assert not warned, "of a name of the cache that is deprecated"
     base = trainkit.build("llama")
     tokens = torch.tensor([trainkit.tokenizer()(document.read_text())["input_ids"]])
     expected = prefix_from_cache(base(input_ids=tokens, use_cache=True)[CACHE], N)

@@ -83,8 +83,8 @@ def start_from_tokens(model: Any, ids: torch.Tensor, count: int, adapter: str | 
     """Start an adapter's prefix from what the base model remembers of ``ids`` (1, T): see ``start_prefix``."""
     with evaluating(model), disabled(model):
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    cache = output.get("past_key_values")
-    values = prefix_from_cache(output["cache"] if cache is None else cache, count)  # transformers 5.24's name
+    cache = output.get("cache")  # transformers 5.24's name; it warns of the other one
+    values = prefix_from_cache(output["past_key_values"] if cache is None else cache, count)
     start_prefix(model, values, adapter)
     return values
 
