@@ -150,7 +150,7 @@ def _facts(view: View, rows: UsedRows, task: Task[Any]) -> dict[str, Any]:
         for index, name in enumerate(part.store.outcomes):
             outcomes[name] += int((mine["outcome"] == index).sum())
     uncut = np.concatenate([np.zeros(0, np.int64), *(mine["size"] for mine in records)])
-    sizes = view.sizes if task.targets_in_size else view.sizes + view.targets
+    sizes = task.sizes_with_targets(view)
     return {
         "rows": sum(map(len, records)),
         "used": len(rows),

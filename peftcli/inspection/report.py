@@ -216,6 +216,7 @@ def inspect(recipe: Recipe, tell: OnEvent = lambda event: None) -> Inspection:
 def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
     """The contents of a step and an epoch, and the share of a batch that is not padding, with and without packing."""
     efficiency: dict[str, float | None] = {"padded": None, "packed": None}
+    tokens = int(data.task.sizes_with_targets(data.train)[plan.epoch_examples].sum())
     for name, packing in {"padded": False, "packed": True}.items():
         if not packing or isinstance(data.task, Packs):
             other = replace(recipe, dataset=replace(recipe.dataset, packing=packing))
@@ -230,8 +231,8 @@ def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
         "steps": plan.total_steps,
         "epochs": round(plan.epoch(plan.total_steps), 4),
         "passes_per_epoch": [round(passes, 4) for passes in plan.passes],
-        "tokens_per_epoch": plan.tokens_per_epoch,
-        "tokens_per_step": round(plan.tokens_per_epoch / plan.steps_per_epoch, 1),
+        "tokens_per_epoch": tokens,
+        "tokens_per_step": round(tokens / plan.steps_per_epoch, 1),
         "efficiency": efficiency,
     }
 

@@ -64,7 +64,7 @@ class Task(ABC, Generic[Settings]):
     unit: ClassVar[str] = "examples"
     """What ``Example.size`` counts, in the plural: tokens, frames, patches."""
     targets_in_size: ClassVar[bool] = True
-    """Whether a size counts the targets too; else the account of the data adds them."""
+    """Whether a size counts the targets too; else what users read adds them."""
     flags: ClassVar[Mapping[str, int]] = {}
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
@@ -104,6 +104,10 @@ class Task(ABC, Generic[Settings]):
         That of a task that compares the rows of a batch is not.
         """
         return not isinstance(self, Gathers)
+
+    def sizes_with_targets(self, view: View) -> np.ndarray:
+        """The size of each example, with its targets: what users read as its tokens."""
+        return view.sizes if self.targets_in_size else view.sizes + view.targets
 
     @property
     def advice(self) -> Mapping[str, str]:

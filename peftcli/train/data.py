@@ -289,7 +289,7 @@ def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:
         "dropped": {name: count for name, count in outcomes.items() if count and name not in (USED, BAD)},
         **flags,
         "targets_cut": lost,
-        "tokens": int(view.sizes.sum()) + (0 if task.targets_in_size else int(view.targets.sum())),
+        "tokens": int(task.sizes_with_targets(view).sum()),
         "targets": int(view.targets.sum()),
     }
 

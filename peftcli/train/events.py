@@ -54,7 +54,7 @@ class StepResult:
     num_targets: int
     """Targets in the global batch."""
     num_tokens: int
-    """Size of the global batch in the task's unit, padding aside."""
+    """Size of the global batch in the task's unit, its targets included, padding aside."""
 
 
 @dataclass(frozen=True)

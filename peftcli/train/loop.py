@@ -199,7 +199,7 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         prepared.schedule.step()
         after_step(gradients.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)
-        num_tokens = int(plan.sizes[batch].sum())
+        num_tokens = int(plan.sizes[batch].sum()) + (0 if gradients.task.targets_in_size else num_targets)
         yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
 
 

@@ -99,9 +99,9 @@ class Plan:
         return [draws / size if size else 0.0 for draws, size in zip(self.draws, self.counts, strict=True)]
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of the first epoch, padding aside."""
-        return int(self.sizes[self._epoch(0).members].sum())
+    def epoch_examples(self) -> np.ndarray:
+        """Indices of the examples of the first epoch, each as often as it is seen."""
+        return self._epoch(0).members
 
     @property
     def efficiency(self) -> float:

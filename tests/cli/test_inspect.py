@@ -304,6 +304,7 @@ def test_an_encoder_decoder_shows_input_and_answer(cli: Callable, tmp_path: Path
     assert "the same with packing" not in ran.out
     found = look(cli, path)
     assert found["audit"]["batches"]["efficiency"]["packed"] is None
+    assert found["audit"]["batches"]["tokens_per_epoch"] == found["audit"]["train"]["tokens"]
     assert found["audit"]["train"]["targets"] == sum(
         len(row["labels"]) for row in look(cli, path, "--rows", 99)["rows"]
     )

@@ -117,14 +117,15 @@ def test_first_loss_of_an_encoder_decoder(t5_recipe: Path) -> None:
     done = run_recipe(t5_recipe, "training.train_sampling_strategy=sequential", "training.max_steps=1")
     model = AutoModelForSeq2SeqLM.from_pretrained(trainkit.base_folder("t5", chat=False))
     tokenizer = AutoTokenizer.from_pretrained(trainkit.base_folder("t5", chat=False))
-    total, count = 0.0, 0
+    total, count, read = 0.0, 0, 0
     for row in trainkit.PROMPTS[:4]:
         labels = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=torch.tensor([labels])).loss) * len(labels)
-        count += len(labels)
+        count, read = count + len(labels), read + ids.numel()
     assert done.metrics[0]["num_targets"] == count
+    assert done.metrics[0]["num_tokens"] == read + count
     assert done.losses[0] == pytest.approx(total / count, rel=1e-6)
 
 
