@@ -26,6 +26,7 @@ from transformers import (
     CLIPVisionConfig,
     DistilBertConfig,
     DistilBertModel,
+    EsmConfig,
     FSMTConfig,
     FSMTForConditionalGeneration,
     GPT2Config,
@@ -386,6 +387,8 @@ def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None
     base = XLNetLMHeadModel(XLNetConfig(vocab_size=VOCABULARY, **sizes)).eval()
     assert max_positions(base.config) is None
     assert max_positions(SimpleNamespace(max_position_embeddings=5)) == 5
+    for kind, positions in (("absolute", 1024), ("rotary", 1026)):  # only the first counts from the pad token's id
+        assert max_positions(EsmConfig(vocab_size=33, pad_token_id=1, position_embedding_type=kind)) == positions
     inputs, typed = _inputs(), ids(1, N, seed=1)
     expected = base(input_ids=torch.cat([typed.expand(2, -1), inputs["input_ids"]], 1)).logits
     model = _adapted("", "prompt_tuning", base=base)

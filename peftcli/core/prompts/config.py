@@ -95,6 +95,7 @@ def max_positions(config: Any, virtual_tokens: int = 0) -> int | None:
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:  # XLNet, which has no limit, says -1
         return None
-    if getattr(config, "model_type", None) in _AFTER_PADDING and config.pad_token_id is not None:
+    after_padding = getattr(config, "model_type", None) in _AFTER_PADDING and config.pad_token_id is not None
+    if after_padding and getattr(config, "position_embedding_type", None) != "rotary":  # ESM-2 has no table of them
         limit -= config.pad_token_id + 1
     return limit - virtual_tokens if virtual_tokens < limit else limit
