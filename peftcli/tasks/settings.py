@@ -215,7 +215,7 @@ class SemanticSegmentation(TaskSettings):
     labels: list[str] | None = None
     """Names of the classes, in the order of their values in the masks, the first of which is 0, or 1 with
     reduce_labels. Unset: the values of the training rows' masks."""
-    ignore_index: int = 255
+    ignore_index: int = field(default=255, metadata={"most": 65_535})  # the largest of a PNG
     """Value in the masks whose pixels count neither in the loss nor in the metrics."""
     reduce_labels: bool = False
     """Whether 0 in the masks is no class, and does not count either: the first label is then 1."""

@@ -76,6 +76,12 @@ def test_the_same_value_in_both_places_is_no_problem_and_another_is(problem: Cal
         ("task: {type: causal_lm, num_beams: 0}\n", "task.num_beams", "must be at least 1, not 0", None),
         ("task: {type: question_answering, stride: -1}\n", "task.stride", "must not be negative, found -1", None),
         ("task: {type: preference, beta: 0}\n", "task.beta", "must be above 0, not 0", None),
+        (
+            "task: {type: semantic_segmentation, ignore_index: 65536}\n",
+            "task.ignore_index",
+            "must be at most 65,535, found 65536",
+            None,
+        ),
         ("task: {type: preference, label_smoothing: 0.5}\n", "task.label_smoothing", "must be below 0.5", None),
         (
             "task: {type: sequence_classification, class_weights: {a: -1}}\n",
