@@ -124,8 +124,8 @@ def _computes_as(layer: Any, kind: Any) -> bool:
     """
     if needs_no_trial(layer, kind):
         return True
-    if kind is nn.Embedding and list(layer.children()):  # for ids beyond its rows
-        return False
+    if kind is nn.Embedding and (list(layer.children()) or len(layer._parameters) > 1):
+        return False  # it looks some ids up elsewhere: those beyond its rows, or a token of pictures
     with torch.device("cpu"):
         trial, random = _with_drawn_weights(layer, kind), torch.Generator().manual_seed(1)
         rows, *sizes = trial.weight.shape

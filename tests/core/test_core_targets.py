@@ -273,7 +273,15 @@ def test_an_embedding_or_a_head_that_computes_otherwise_is_refused(config: Any) 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return super().forward(ids + 1)
 
-    for own in (Shifted(6, 4), IdeficsDecoupledEmbedding(6, 1, 4), Scaled()):
+    class EndsPicture(nn.Embedding):  # as T5Gemma2's
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.end = nn.Parameter(torch.ones(4))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.where(ids[..., None] == 5, self.end, super().forward(ids))
+
+    for own in (Shifted(6, 4), IdeficsDecoupledEmbedding(6, 1, 4), EndsPicture(), Scaled()):
         model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own})
         with pytest.raises(AdapterError, match=f"own is a {type(own).__name__}, which computes otherwise"):
             inject(model, config)
