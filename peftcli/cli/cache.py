@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.data.rows import count_of
 from peftcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ def _list(as_json: bool) -> None:
         columns = ["key", "source", "rows", "features", "tokens", "size", "last used"]
         console.table(columns, [_row(entry) for entry in found])
     if left:
-        console.out(f"{_format_size(left)} in unfinished entries, of running or killed runs")
+        console.out(f"{console.format_size(left)} in unfinished entries, of running or killed runs")
     return console.out(
-        f"{_count_entries(len(found))}, {_format_size(total)}, in {root()}; only `peftcli cache clear` removes entries"
+        f"{_count_entries(len(found))}, {console.format_size(total)}, in {root()}; "
+        "only `peftcli cache clear` removes entries"
     )
 
 
@@ -74,7 +76,7 @@ def _clear(keys: list[str], older_than: float | None, as_json: bool) -> None:
         return console.print_json({"folder": str(root()), "bytes": cleared.bytes, "removed": removed, "kept": kept})
     for entry in cleared.kept:
         console.out(f"kept {entry.key[:12]} ({entry.source}): a run uses it")
-    return console.out(f"removed {_count_entries(len(cleared.removed))}, {_format_size(cleared.bytes)}")
+    return console.out(f"removed {_count_entries(len(cleared.removed))}, {console.format_size(cleared.bytes)}")
 
 
 def _dir(as_json: bool) -> None:
@@ -93,24 +95,15 @@ def _row(entry: Entry) -> list[str]:
     used = "in use" if entry.in_use else "damaged" if entry.damaged else _format_age(time.time() - entry.last_used)
     counts = (f"{count:,}" for count in (entry.rows, entry.features, entry.tokens))
     source = " ".join((entry.source or "-").split())  # on one line
-    return [entry.key[:12], source, *counts, _format_size(entry.bytes), used]
+    return [entry.key[:12], source, *counts, console.format_size(entry.bytes), used]
 
 
 def _format_age(seconds: float) -> str:
     for size, name in ((_DAY, "day"), (3600, "hour"), (60, "minute")):
         if (count := int(seconds // size)) > 0:
-            return f"{count} {name}{'s' if count > 1 else ''} ago"
+            return f"{count_of(count, name)} ago"
     return "just now"
 
 
 def _count_entries(count: int) -> str:
     return "1 entry" if count == 1 else f"{count:,} entries"
-
-
-def _format_size(count: int) -> str:
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"

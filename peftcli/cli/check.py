@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.data.rows import count_of
 from peftcli.errors import Problem, UsageError
 
 MEMORY_UNKNOWN = "memory: not known for this model"
@@ -65,8 +66,7 @@ def _print(path: Path, errors: list[Problem], warnings: list[Problem], would: di
         console.out(f"warning: {problem}")
     for problem in errors:
         console.out(str(problem))
-    count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
-    console.out(f"{path}: {count}" if errors else f"ok: {path}")
+    console.out(f"{path}: {count_of(len(errors), 'problem')}" if errors else f"ok: {path}")
     if memory := would.get("memory"):
         kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
         parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])

@@ -10,7 +10,10 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.data.rows import count_of
 from peftcli.errors import UsageError
+from peftcli.guard.files import command_word
+from peftcli.tasks import TASKS
 
 _MAX_WEIGHT = 3.4e38
 """The largest float32, the format of the result."""
@@ -50,6 +53,7 @@ def combine(
     parsed = [_parse_adapter(entry) for entry in adapters]
     progress_log(quiet)  # for the progress bars of downloads
     from peftcli.adapters.combine import combine_adapters
+    from peftcli.adapters.load import find_adapter
 
     names, weights = [name for name, _ in parsed], [weight for _, weight in parsed]
     combined = combine_adapters(names, weights, output, method=method, density=density, r=r, seed=seed)
@@ -61,7 +65,11 @@ def combine(
     else:
         console.out(f"relative error of the weighted sum {combined['error']:.3g}")
         console.out(f"worst module: {worst['error']:.3g} in {worst['module']}")
-    return console.out(f"{output}: r {combined['r']}, {combined['modules']} modules, {combined['bytes'] / 1e6:,.1f} MB")
+    modules, size = count_of(combined["modules"], "module"), console.format_size(combined["bytes"])
+    console.out(f"{output}: r {combined['r']}, {modules}, {size}")
+    if task := find_adapter(combined["output"]).task:
+        console.out(f"next:\n  {TASKS[task].command(command_word(combined['output']))}")
+    return None
 
 
 def _parse_adapter(entry: str) -> tuple[str, float]:

@@ -201,6 +201,16 @@ def shorten(cell: str, most: int = _MAX_CELL) -> str:
     return cell if len(cell) <= most else f"{cell[: most - 3]}..."
 
 
+def format_size(count: int) -> str:
+    """Return a number of bytes with a unit that suits it: 632 bytes, 19.6 MB."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
 def _write(stream: TextIO, text: str) -> None:
     encoding = stream.encoding or "utf-8"
     stream.write(clean(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -15,6 +15,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.system.outputs import is_stream, refuse_input, require_writable
@@ -94,7 +95,7 @@ def generate(
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
-        return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
+        return (tell if is_stream(target) else console.out)(f"{target}: {count_of(count, 'answer')}")
     if chats:
         return _chat(generator, settings)
     assert prompt is not None

@@ -229,12 +229,12 @@ def _show_audit(inspection: Inspection) -> None:
         # a bar of few rows is shown, too
         console.out(f"  {label.rjust(width)}  {mark * -(-count * _BAR // max(most, 1))} {count:,}")
     longest = ", ".join(f"{each['row']} ({each['tokens']:,})" for each in train["longest"][:3])
-    console.out(f"  the longest: {longest}")
+    console.out(f"  the longest: {longest}\n")
 
 
 def _show_findings(inspection: Inspection) -> None:
     count = len(inspection.findings)
-    console.out(f"\n{count or 'no'} {'finding' if count == 1 else 'findings'}")
+    console.out(f"{count or 'no'} {'finding' if count == 1 else 'findings'}")
     for each in inspection.findings:
         allowed = each.level == "error" and each.name in inspection.recipe.dataset.allow
         console.out(f"{each.level}{' (allowed)' if allowed else ''}: {each.name}: {each.message}")

@@ -10,6 +10,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.readers import kind_of
+from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.recipe.data_checks import exists
@@ -65,7 +66,7 @@ def predict(
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         if as_json:
             return console.print_json({"output": str(target), "rows": count})
-        return (tell if is_stream(target) else console.out)(f"{target}: {count} answers")
+        return (tell if is_stream(target) else console.out)(f"{target}: {count_of(count, 'answer')}")
     answers = predictor.answers(rows or predictor.rows(inputs or ()))
     if as_json:
         return console.print_json({"rows": list(answers)})

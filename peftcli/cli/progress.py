@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
+from peftcli.data.rows import count_of
 from peftcli.guard.files import command_word
 from peftcli.tasks import TASKS
 from peftcli.train.events import Evaluated, Event, Message, Ready, RowsRead, Stepped
@@ -71,7 +72,7 @@ class Progress:
                 self._log(f"evaluation after step {event.step}: {metrics}{best}")
 
     def _show_rows(self, event: RowsRead) -> None:
-        text = f"{event.source}: {event.count:,} rows read"
+        text = f"{event.source}: {count_of(event.count, 'row')} read"
         if self.redraws:
             if self.status is None:
                 self.status = console.rich_console(stderr=True).status("")
@@ -90,23 +91,24 @@ class Progress:
         run = event.run
         parameters, data = run["parameters"], run["data"]
         share = 100 * parameters["trainable"] / parameters["all"]
-        self._log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.2f} %)")
+        self._log(f"training {parameters['trainable']:,} of {parameters['all']:,} parameters ({share:.3g} %)")
         self.unit = data.get("unit", self.unit)
         left_out = sum(data["dropped"].values()) + data["skipped"]
         lost = f" ({data['targets_cut']:,} targets lost)" if data["targets_cut"] else ""
         split = f", {data['split']} split" if data["split"] else ""
         split += f" ({data['pieces_left_out']} lose pieces without targets)" if data["pieces_left_out"] else ""
+        examples = count_of(data["examples"], "example")
         self._log(
-            f"on {data['examples']:,} examples: {data['tokens']:,} {self.unit}, {data['targets']:,} of them targets; "
+            f"on {examples}: {data['tokens']:,} {self.unit}, {data['targets']:,} of them targets; "
             f"{left_out} left out, {data['truncated']} truncated{lost}{split}"
         )
         if (padding := 1 - data["efficiency"]) >= _SHOWN:
             self._log(f"{padding:.1%} of the {self.unit} of a batch are padding, which this model or method needs")
         where = f"{run['processes']} x {run['device']}" if run["processes"] > 1 else run["device"]
         if threads := run.get("threads"):
-            where += f" with {threads['count']} thread{'s' * (threads['count'] > 1)}, {_THREADS[threads['reason']]}"
+            where += f" with {count_of(threads['count'], 'thread')}, {_THREADS[threads['reason']]}"
         begin = f"resuming after step {event.start_step}" if event.start_step else "from the start"
-        self._log(f"{event.total_steps} steps on {where}; {begin}")
+        self._log(f"{count_of(event.total_steps, 'step')} on {where}; {begin}")
         self.total, self.first_step, self.started = event.total_steps, event.start_step, time.perf_counter()
         if self.redraws:
             self._start_bar()
@@ -148,15 +150,16 @@ def summary(run: dict[str, Any], folder: str) -> str:
     parameters, steps, evals = run["parameters"], run["steps"], run["eval"]
     share = 100 * parameters["trainable"] / parameters["all"]
     size = next(item["bytes"] for item in run["artefacts"] if item["path"] == "adapter_model.safetensors")
-    early = f" of {steps['total']}, stopped early" if steps["done"] < steps["total"] else ""
-    lines = [f"done: {steps['done']} steps{early}{_pace(run)}"]
+    early = f" of {steps['total']:,}, stopped early" if steps["done"] < steps["total"] else ""
+    lines = [f"done: {count_of(steps['done'], 'step')}{early}{_pace(run)}"]
     lines.append(f"  train loss  {run['train_loss']:.4f}")
     if evals["kept"]:
         before = f"{evals['first']['eval_loss']:.4f} before training, " if evals["first"] else ""
         lines.append(f"  eval loss   {before}{evals['kept']['eval_loss']:.4f} after")
     for gate in run["gates"]:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
-    lines.append(f"  adapter     {folder} ({parameters['trainable']:,} parameters, {share:.2f} %; {size / 1e6:.1f} MB)")
+    held = f"{parameters['trainable']:,} parameters, {share:.3g} %; {console.format_size(size)}"
+    lines.append(f"  adapter     {folder} ({held})")
     word = command_word(folder)
     if run["recipe"]["base_model"]["trust_remote_code"]:  # by the recipe's leave only
         use = f"peftcli evaluate {command_word(f'{folder}/recipe.yaml')} --adapter {word} dataset.eval=FILE"

@@ -8,6 +8,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.data.rows import count_of
 
 
 def push(
@@ -50,6 +51,6 @@ def push(
         return
     for name in pushed.files:
         tell(name)
-    visibility = "private" if pushed.private else "public"
-    tell(f"{'would upload' if dry_run else 'uploaded'} {len(pushed.files)} files, {pushed.bytes:,} bytes, {visibility}")
+    files, visibility = count_of(len(pushed.files), "file"), "private" if pushed.private else "public"
+    tell(f"{'would upload' if dry_run else 'uploaded'} {files}, {pushed.bytes:,} bytes, {visibility}")
     console.out(pushed.url)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.data.rows import count_of
 
 
 def status(
@@ -38,8 +39,8 @@ def _state(found: dict[str, Any]) -> str:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    steps, last = found["steps"], found["last"]
-    lines = [f"steps        {steps['done']} of {steps['total'] or '?'}, in {len(found['attempts'])} attempt(s)"]
+    steps, last, attempts = found["steps"], found["last"], count_of(len(found["attempts"]), "attempt")
+    lines = [f"steps        {steps['done']} of {steps['total'] or '?'}, in {attempts}"]
     if last and "loss" in last:
         lines.append(f"loss         {last['loss']:.4f} after step {last['step']}")
     lines += [f"{name:<12} {value:.4f}" for name, value in sorted((found["eval"] or {}).items())]

@@ -8,6 +8,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.data.rows import count_of
 
 
 def verify(
@@ -32,9 +33,10 @@ def verify(
     if as_json:
         return console.print_json(verified)
     if verified["tensors"]:
-        console.out(f"{adapter} is the trained model: {verified['tensors']} tensors are the same")
+        same = f"{count_of(verified['tensors'], 'tensor')} {'is' if verified['tensors'] == 1 else 'are'} the same"
+        console.out(f"{adapter} is the trained model: {same}")
     if verified["difference"] is not None:
-        of_rows = f"of {verified['rows']} rows " if verified["rows"] else ""
+        of_rows = f"of {count_of(verified['rows'], 'row')} " if verified["rows"] else ""
         console.out(f"{of_rows}the outputs differ by {verified['difference']:.2g} of their deviation")
     for reader, difference in verified["readers"].items():
         console.out(f"{reader} loads the same model: its outputs differ by {difference:.2g} of their deviation")

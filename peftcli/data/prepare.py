@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.data.cache import cached
-from peftcli.data.rows import Place, Reader, Row, Table
+from peftcli.data.rows import Place, Reader, Row, Table, count_of
 from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
@@ -76,7 +76,7 @@ def prepare(
     opened = open_source(source)
     if opened.left_out:
         first = ", ".join(opened.left_out[:3]) + (", ..." if len(opened.left_out) > 3 else "")
-        on_note(f"{opened.name}: {len(opened.left_out)} files of other kinds are left out: {first}")
+        on_note(f"{opened.name}: left out {count_of(len(opened.left_out), 'file')} of other kinds: {first}")
     fingerprint, times = state = opened.state()
     key = {
         "content": fingerprint,

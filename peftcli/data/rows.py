@@ -140,6 +140,11 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join([*shown[:_LISTED], *(["..."] if len(shown) > _LISTED else [])])[:300] or "none"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number and what it counts: 1 step, 2,000 steps."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def shortened(value: Any) -> str:
     """Return a value as errors show it."""
     text = repr(value)

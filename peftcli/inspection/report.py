@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from peftcli.data.findings import Finding, refuse, worst_first
+from peftcli.data.rows import count_of
 from peftcli.data.store import BAD, USED, View
 from peftcli.errors import UsageError
 from peftcli.inspection.audit import audit, leaks
@@ -206,7 +207,7 @@ def inspect(recipe: Recipe, tell: OnEvent = lambda event: None) -> Inspection:
     recipe = with_task(recipe, tell)
     task = open_task(recipe, open_base(recipe.base_model))
     data = load_data(recipe, task, keep_bad_rows=True, tell=tell)
-    tell(Message(f"looking at {len(data.train):,} examples"))
+    tell(Message(f"looking at {count_of(len(data.train), 'example')}"))
     inspection = Inspection(recipe, data, total_processes(recipe.launch))
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
         tell(warning(text))
@@ -284,7 +285,7 @@ def _batch_rows(batches: dict[str, Any], unit: str | None) -> list[list[str]]:
         [f"{'packed rows' if batches['packing'] else 'examples'} of a step", f"{batches['global_batch_size']:,}"],
         ["  batch size x micro-batches x processes", f"{size:,} x {accumulated:,} x {batches['processes']:,}"],
         ["steps", f"{batches['steps_per_epoch']:,}"],
-        ["steps in all", f"{batches['steps']:,} ({batches['epochs']:g} epochs)"],
+        ["steps in all", f"{batches['steps']:,} ({batches['epochs']:g} epoch{'s' * (batches['epochs'] != 1)})"],
     ]
     if unit is not None:
         rows += [

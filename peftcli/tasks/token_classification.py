@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Row, Table, listed, shortened
+from peftcli.data.rows import Row, Table, count_of, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -65,8 +65,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
 
     @property
     def found(self) -> str:
-        kind = "entities of {} types" if self.settings.scheme == "iob2" else "{} tags"
-        return f"{kind.format(len(self.names))}: {listed(self.names)}"
+        count = len(self.names)
+        kind = f"entities of {count_of(count, 'type')}" if self.settings.scheme == "iob2" else count_of(count, "tag")
+        return f"{kind}: {listed(self.names)}"
 
     @property
     def needs_scan(self) -> bool:

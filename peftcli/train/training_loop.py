@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from peftcli.core.weights import adapter_state
+from peftcli.data.rows import count_of
 from peftcli.errors import Diverged, OutOfMemory, UsageError
 from peftcli.system.signals import TIME_LIMIT, wants_save
 from peftcli.tasks.base import Illustrates
@@ -55,7 +56,7 @@ class TrainingLoop:
                 yield from self._steps()
             if self._is_over():
                 name, count = self.training.metric_for_best_model, self.progress.no_better
-                self.active.tell(Message(f"stopped early: {name} was no better in {count} evaluations"))
+                self.active.tell(Message(f"stopped early: {name} was no better in {count_of(count, 'evaluation')}"))
         except Exception as error:
             if lacks_memory(error):
                 raise self._too_large() from error

@@ -77,6 +77,7 @@ def test_the_default_is_the_weighted_sum(cli: Callable[..., Any], pair: list[str
 def test_the_error_is_said(cli: Callable[..., Any], pair: list[str], tmp_path: Path) -> None:
     first = cli("combine", *pair, "--output", tmp_path / "exact")
     assert first.out.splitlines()[0] == "equals the weighted sum exactly"
+    assert first.out.endswith(f'next:\n  peftcli generate {tmp_path}/exact --prompt "Hello"\n')
     ran = cli("combine", *pair, "--output", tmp_path / "svd", "--method", "svd", "--r", 2)
     assert ran.out.startswith("relative error of the weighted sum 0.")
     assert "in model.layers." in ran.out

@@ -108,6 +108,7 @@ def test_in_the_terminal(cli: Callable, recipe: Path) -> None:
     assert ran.code == 0, ran.err
     assert f"=== {recipe.parent}/train.jsonl:1 (example 0)\n" in ran.out
     assert "image: a, 3 x 4, L\nlabel:\n[[cat]]\ntaken: <b>at noon</b>\n" in ran.out
+    assert "\n\n\n" not in ran.out, "one blank line between two parts"
     assert "the rest is prompt" not in ran.out
     assert "class dog" in ran.out
     assert "rare_class: 1 of " in ran.out

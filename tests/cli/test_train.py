@@ -44,6 +44,8 @@ def test_the_answer_is_on_stdout_and_the_log_on_stderr(cli: Callable, recipe: Pa
     assert [line for line in lines if line.startswith("step 8/8  epoch 2.67  loss ")]
     assert [line for line in lines if line.startswith("evaluation after step 8: eval_loss ")]
     assert "training 3,712 of 38,432 parameters (9.66 %)" in lines
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert f"  adapter     {folder} (3,712 parameters, 9.66 %; {size / 1000:.1f} kB)" in ran.out.splitlines()
     assert ESCAPE not in ran.out + ran.err
     assert "\r" not in ran.err
 
@@ -60,9 +62,9 @@ def test_json_is_one_object_the_content_of_run_json(cli: Callable, recipe: Path)
 def test_a_number_of_rows_is_shown_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftcli.cli.progress._ROWS_INTERVAL", 0.0)
     progress = Progress()
-    for count, done in ((100, False), (200, False), (200, True)):
+    for count, done in ((1, False), (200, False), (200, True)):
         progress.show(RowsRead("a.jsonl", count, done))
-    assert capsys.readouterr().err == "a.jsonl: 100 rows read\na.jsonl: 200 rows read\n"
+    assert capsys.readouterr().err == "a.jsonl: 1 row read\na.jsonl: 200 rows read\n"
 
 
 def test_quiet(cli: Callable, recipe: Path) -> None:

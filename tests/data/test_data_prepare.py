@@ -249,4 +249,4 @@ def test_what_is_not_read_is_said(file: Path) -> None:
     notes: list[str] = []
     found = store(file.parent / "folder", on_note=notes.append)
     assert found.about["columns_not_read"] == ["id", "source"]
-    assert notes == [f"{file.parent}/folder: 1 files of other kinds are left out: b.jsonlines"]
+    assert notes == [f"{file.parent}/folder: left out 1 file of other kinds: b.jsonlines"]
