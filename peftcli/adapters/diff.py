@@ -72,9 +72,10 @@ class _Adapter:
     tensors: dict[str, torch.Tensor]
 
     def without(self, updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
-        """The tensors that are no part of ``updates``."""
+        """The tensors that are no part of ``updates``, by names that begin as those of updates do."""
         told = {name for update in updates.values() for name in update.tensors}
-        return {name: value for name, value in self.tensors.items() if name not in told}
+        prefix = self.config.file_prefix
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name not in told}
 
 
 @dataclass(frozen=True)
