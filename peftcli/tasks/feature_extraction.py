@@ -79,6 +79,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
     unit = "tokens"
     identity: ClassVar = ("input_ids",)
+    label_columns: ClassVar = ("score",)
     flags: ClassVar = {"truncated": _TRUNCATED}
 
     def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):

@@ -67,6 +67,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     name = "preference"
     columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
+    label_columns = ("good",)
     lower_is_better = ("loss", "nll", "kl", "reward_rejected")
 
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):

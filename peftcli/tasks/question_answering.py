@@ -63,6 +63,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
     unit = "tokens"
     reports = ("loss", "exact_match", "f1")
     identity = ("input_ids",)
+    label_columns = ("answer",)
 
     def __init__(self, settings: settings.QuestionAnswering, processor: Any, base: OpenBase):
         if not processor.is_fast:

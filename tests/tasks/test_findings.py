@@ -175,6 +175,45 @@ FOUND = {
         "2 of 2 rows have the same input as another row, and another label",
         ("train.jsonl:1", "train.jsonl:2"),
     ),
+    "an answer that is good and not good": Odd(
+        "preference",
+        lambda: (
+            [{"prompt": "who?", "completion": "Ada", "label": label} for label in (True, False)],
+            [{"prompt": "where?", "completion": "in Oslo", "label": True}],
+        ),
+        "labels_differ",
+        "warning",
+        "2 of 2 rows have the same input as another row, and another label",
+        ("train.jsonl:1", "train.jsonl:2"),
+        {"loss": "kto"},
+    ),
+    "a pair with two scores": Odd(
+        "feature_extraction",
+        lambda: (
+            [{"sentence1": "a cat", "sentence2": "a dog", "score": score} for score in (0.9, 0.1, 0.1)],
+            [{"sentence1": "a sun", "sentence2": "a moon", "score": 0.5}],
+        ),
+        "labels_differ",
+        "warning",
+        "3 of 3 rows have the same input as another row, and another label",
+        ("train.jsonl:1", "train.jsonl:2", "train.jsonl:3"),
+        {"loss": "cosine"},
+        exact=1,
+    ),
+    "a question with two answers": Odd(
+        "question_answering",
+        lambda: (
+            [
+                {"question": "who?", "context": "Ada met Kurt", "answers": {"text": [text], "answer_start": [start]}}
+                for text, start in (("Ada", 0), ("Kurt", 8))
+            ],
+            [{"question": "where?", "context": "in Oslo", "answers": {"text": ["Oslo"], "answer_start": [3]}}],
+        ),
+        "labels_differ",
+        "warning",
+        "2 of 2 rows have the same input as another row, and another label",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
     "small pictures": Odd(
         "text_to_image",
         lambda: _captioned("a red dog", "a blue cat", side=31),
