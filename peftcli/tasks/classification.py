@@ -72,6 +72,8 @@ class Classification(Task[Settings]):
         self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
         if self.labels and not self._weights.any():
             raise DataError("no class has a weight above 0: nothing would be learnt", key="task.class_weights")
+        if settings.labels_by_number and settings.problem_type == "single_label":
+            self._index |= places_of(self.labels)
 
     @abstractmethod
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
@@ -134,7 +136,8 @@ class Classification(Task[Settings]):
             cut = "dataset.limit takes the first rows, which may be of one class: raise it, or leave it out"
             hint = left_out.hint or (cut if limited else None)
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
-        return replace(self.settings, labels=labels, problem_type=kind or "single_label")
+        by_number = self.settings.labels_by_number and bool(self.labels or declared)
+        return replace(self.settings, labels=labels, problem_type=kind or "single_label", labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
         columns = {**self.input_columns(table), "label": ("label", "labels")}
@@ -346,6 +349,11 @@ def class_name(value: Any, reader: LabelReader) -> str:
     if isinstance(value, int):
         raise ValueError(f"{value} is not the number of a class; it marks rows without a label in some datasets")
     raise ValueError(f"expected a label, found {shortened(value)}")
+
+
+def places_of(labels: Sequence[str]) -> dict[str, int]:
+    """Return the numbers by which rows may give classes: number -> place; none where a class has one for a name."""
+    return {} if any(_number(name) is not None for name in labels) else {str(at): at for at in range(len(labels))}
 
 
 def _number(value: str | float) -> float | None:

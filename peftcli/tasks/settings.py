@@ -99,6 +99,9 @@ class Classification(TaskSettings):
     labels: list[str] | None = None
     """Names of the classes, in the order of the model's outputs. Unset: those of the training rows, in the order of
     their ClassLabel, else of first sight."""
+    labels_by_number: bool = field(default=True, metadata=MAY_DIFFER)
+    """Whether the label of a row may be a number, the place of its class in ``labels`` from 0, where no class has a
+    number for a name. Training sets it to false where it finds the names in the rows: their order says nothing."""
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
@@ -146,6 +149,9 @@ class TokenClassification(TaskSettings):
     labels: list[str] | None = None
     """Names of the tags, in the order of the model's outputs; or types of entities, as in [PER, ORG], which stand for O
     and B- and I- of each. Unset: those of the training rows, in the order of their ClassLabel, else of first sight."""
+    labels_by_number: bool = field(default=True, metadata=MAY_DIFFER)
+    """Whether a tag of a row may be a number, its place in ``labels`` from 0, where no tag has a number for a name.
+    Training sets it to false where it finds the tags in the rows: their order says nothing."""
     scheme: Literal["iob2", "none"] | None = None
     """What the tags mean. iob2: B-PER begins an entity, I-PER continues it, O is outside; whole entities are measured,
     and tags of BILOU, IOBES and BMES are turned into these. none: each word has a class of its own, as a part of

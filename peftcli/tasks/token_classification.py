@@ -23,7 +23,7 @@ from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, settings
 from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, encode_each, table_of
-from peftcli.tasks.classification import LabelReader
+from peftcli.tasks.classification import LabelReader, places_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Shown, Text
@@ -57,6 +57,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         self._index = {name: index for index, name in enumerate(self.labels)}
         if len(self._index) < len(self.labels):
             raise DataError("names a tag twice", key="task.labels")
+        if settings.labels_by_number:
+            self._index |= places_of(self.labels)
 
     @property
     def names(self) -> Sequence[str]:
@@ -87,7 +89,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
                     tags, _ = tags_of(words_of(row, reader), row, reader)
                     seen |= dict.fromkeys(tag for tag in tags if tag is not None)
         given = list(self.labels)
-        found = list(declared or seen)
+        found = given if given and seen.keys() <= places_of(given).keys() else list(declared or seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
         is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
@@ -109,7 +111,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
             message = f"in the training rows {what}; the model needs two tags"
             raise DataError(message, key="dataset.train", hint=left_out.hint)
-        return replace(self.settings, labels=labels, scheme=scheme)
+        by_number = self.settings.labels_by_number and labels in (list(self.labels), list(declared))
+        return replace(self.settings, labels=labels, scheme=scheme, labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
         tokens = "tokens" in table.source.columns or ("text" not in table.source.columns and "tokens" in table.columns)

@@ -49,6 +49,18 @@ def test_names_numbers_and_class_labels_give_one_mapping() -> None:
         assert [list(each.arrays["label"]) for each in found] == [[1.0], [2.0]]
 
 
+@pytest.mark.parametrize("numbers", [(1, 0), ("1", "0")])
+def test_numbers_count_given_names_and_those_of_a_class_label(numbers: tuple[Any, Any]) -> None:
+    names = ("ham", "spam")
+    given, declared = scanned(rows(*numbers), labels=list(names)), scanned(rows(0, 1), classes={"label": names})
+    for task in (given, declared):
+        assert task.labels == names
+        assert [list(each.arrays["label"]) for each in encoded(task, rows(*numbers))] == [[1.0], [0.0]]
+    for task in (scanned(rows("ham", "spam")), open_task(labels=["1", "2"], problem_type="single_label")):
+        [bad] = encoded(task, rows(0))  # the order of first sight says nothing, and 0 would be the name 1
+        assert "the label '0' is not one of the classes" in bad.message
+
+
 def test_numbers_that_are_no_indices_keep_the_order_of_first_sight() -> None:
     assert scanned(rows(5, 1, 3)).labels == ("5", "1", "3")
 

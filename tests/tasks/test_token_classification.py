@@ -156,6 +156,12 @@ def test_tags_are_found_in_the_rows() -> None:
     assert scanned([TEXT], NAME).labels == tuple(LABELS)
     numbers = [{"tokens": ["a", "b"], "ner_tags": [0, 1]}]
     assert scanned(numbers, NAME, classes={"ner_tags": tuple(LABELS)}).labels == tuple(LABELS)
+    given = scanned(numbers, NAME, labels=LABELS)
+    assert (given.labels, given.settings.scheme) == (tuple(LABELS), "iob2")
+    [example] = encoded(given, numbers)
+    assert names(given, example.arrays["tags"]) == LABELS[:2]
+    [bad] = encoded(task, numbers)
+    assert "the tag '0' is not one of B-PER" in bad.message
     parts = [{"tokens": ["sun", "shines"], "pos_tags": ["NOUN", "VERB"]}]
     assert scanned(parts, NAME).settings.scheme == "none"
 
