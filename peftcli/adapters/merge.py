@@ -47,9 +47,9 @@ from peftcli.tasks.scores import on_device, scores_of
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
-"""Largest difference of logits that rounding the merged weights explains, as a share of the logits' deviation."""
+"""Largest difference of outputs that rounding the merged weights explains, as a share of the outputs' deviation."""
 _SMALLEST = 0.1
-"""Logits that are smaller in the mean are compared as if they were as large: they may be small by chance."""
+"""Outputs that are smaller in the mean are compared as if they were as large: they may be small by chance."""
 _MAX_GENERATION_CONFIG = 1_000_000
 """Bytes. Whisper's has 4,000."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -94,13 +94,13 @@ def merge_adapter(
 
     ``base`` is used in place of the base model that the adapter names; ``dtype`` None keeps the base model's. With
     ``dequantize`` the weights of a quantised base model are made dense: one that is stored so, or the one that the
-    adapter was trained on. With ``verify`` the merged model's logits are compared with those of base model and adapter.
+    adapter was trained on. With ``verify`` the merged model's outputs are compared with those of base and adapter.
 
     Returns:
         What was written: folder, shards, bytes, dtype, untied, max_logit_difference.
 
     Raises:
-        AdapterError: the adapter cannot be merged, does not fit, its base model is stored quantised, or the logits
+        AdapterError: the adapter cannot be merged, does not fit, its base model is stored quantised, or the outputs
             differ.
         ModelError: the base model cannot be read.
         UsageError: the output folder holds something.
@@ -475,7 +475,7 @@ def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     difference, allowed = _difference(job, written, (torch.float32, torch.float32), tolerance, tell)
     if not difference <= allowed:
         raise AdapterError(
-            f"the merged model's logits differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
+            f"the merged model's outputs differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
             "nothing was written"
         )
     return difference
@@ -485,7 +485,7 @@ def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
 def _difference(
     job: _Job, written: OpenBase, dtypes: tuple[Any, Any], tolerance: float, tell: Callable[[str], None]
 ) -> tuple[float, float]:
-    """How much logits differ, computed in float32 with weights of these dtypes, and how much is allowed."""
+    """How much outputs differ, computed in float32 with weights of these dtypes, and how much is allowed."""
     tell("verifying: base model with adapter")
     model: Any = job.load(dtypes[0]).eval()
     rows = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
@@ -501,7 +501,7 @@ def _difference(
     merged = written.model(job.auto_class, dtypes[1]).model.eval()
     with computing_in_float32(merged):
         found = scores_of(merged(**on_device(inputs, merged.device))).cpu()
-    size = max(_SMALLEST, float(expected.square().mean().sqrt()))  # of small logits, as a regression's
+    size = max(_SMALLEST, float(expected.square().mean().sqrt()))  # of small outputs, as a regression's
     return float((found - expected).abs().max()), tolerance * min(size, max(1.0, float(expected.std(correction=0))))
 
 

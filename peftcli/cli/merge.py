@@ -9,6 +9,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.data.rows import count_of
 
 
 def merge(
@@ -26,7 +27,7 @@ def merge(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify", help="Compare the merged model's logits with those of base model and adapter."
+            "--verify/--no-verify", help="Compare the merged model's outputs with those of base model and adapter."
         ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -35,11 +36,14 @@ def merge(
     """Merge an adapter into its base model, as a checkpoint that transformers loads on its own."""
     tell = progress_log(quiet)
     from peftcli.adapters.merge import merge_adapter
+    from peftcli.models.hub_files import PIPELINE_FILE
 
     merged = merge_adapter(adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=tell)
     if as_json:
         return console.print_json(merged)
     if merged["max_logit_difference"] is not None:
-        console.out(f"verified: logits differ by at most {merged['max_logit_difference']:.2g}")
-    console.out(f"{output}: {merged['bytes'] / 1e6:,.0f} MB in {merged['shards']} file(s), {merged['dtype']}")
-    return console.out(f"load it with from_pretrained({str(output)!r})")
+        console.out(f"verified: the outputs differ by at most {merged['max_logit_difference']:.2g}")
+    size, files = console.format_size(merged["bytes"]), count_of(merged["shards"], "file")
+    console.out(f"{output}: {size} in {files}, {merged['dtype']}")
+    kind = "DiffusionPipeline." if Path(merged["output"], PIPELINE_FILE).exists() else ""
+    return console.out(f"load it with {kind}from_pretrained({merged['output']!r})")

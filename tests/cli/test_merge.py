@@ -363,7 +363,7 @@ def test_a_wrong_merge_is_caught(
     monkeypatch.setattr(LoraLinear, "delta", wrong)
     ran = cli("merge", adapter, "--output", tmp_path / "merged", "--dtype", dtype)
     assert ran.code == 4
-    assert "logits differ" in ran.err
+    assert "outputs differ" in ran.err
     assert ran.out == ""
     assert not list(tmp_path.glob("*merged*")) + list(tmp_path.glob(".*")), "nothing is left"
     unchecked = cli("merge", adapter, "--output", tmp_path / "merged", "--dtype", dtype, "--no-verify")
@@ -386,14 +386,14 @@ def test_a_merge_that_loses_the_update_of_small_logits_is_caught(
     save_adapter(model, config, tmp_path)
     assert cli("merge", tmp_path, "--output", tmp_path / "right").code == 0
     monkeypatch.setattr(LoraLinear, "delta", lambda self: torch.zeros_like(self.base_layer.weight))
-    assert "logits differ" in cli("merge", tmp_path, "--output", tmp_path / "wrong").err
+    assert "outputs differ" in cli("merge", tmp_path, "--output", tmp_path / "wrong").err
 
 
 def test_what_it_prints(cli: Callable, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base_folder(shard="40KB"))
     ran = cli("merge", adapter, "--output", tmp_path / "merged")
     assert ran.code == 0
-    assert ran.out.startswith("verified: logits differ by at most")
+    assert ran.out.startswith("verified: the outputs differ by at most")
     assert f"from_pretrained('{tmp_path}/merged')" in ran.out
     assert "shard 1 of" in ran.err
     assert "\x1b" not in ran.out + ran.err
