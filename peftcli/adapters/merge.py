@@ -459,7 +459,7 @@ class _InputsUnknown(Exception):
 
 
 def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
-    """The largest difference of logits between the merged model and base model + adapter, both in float32.
+    """The largest difference of outputs between the merged model and base model + adapter, both in float32.
 
     Weights stay as they are stored while that works; otherwise they are loaded in float32.
     """
