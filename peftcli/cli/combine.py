@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from peftcli.adapters.load import find_adapter
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.rows import count_of
@@ -53,7 +54,6 @@ def combine(
     parsed = [_parse_adapter(entry) for entry in adapters]
     progress_log(quiet)  # for the progress bars of downloads
     from peftcli.adapters.combine import combine_adapters
-    from peftcli.adapters.load import find_adapter
 
     names, weights = [name for name, _ in parsed], [weight for _, weight in parsed]
     combined = combine_adapters(names, weights, output, method=method, density=density, r=r, seed=seed)

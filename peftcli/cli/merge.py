@@ -10,6 +10,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.rows import count_of
+from peftcli.models.hub_files import PIPELINE_FILE
 
 
 def merge(
@@ -36,7 +37,6 @@ def merge(
     """Merge an adapter into its base model, as a checkpoint that transformers loads on its own."""
     tell = progress_log(quiet)
     from peftcli.adapters.merge import merge_adapter
-    from peftcli.models.hub_files import PIPELINE_FILE
 
     merged = merge_adapter(adapter, output, base=base, dtype=dtype, dequantize=dequantize, verify=verify, tell=tell)
     if as_json:
