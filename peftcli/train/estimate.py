@@ -6,6 +6,7 @@ what lives at once is counted. So every model, method and task is counted by the
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,7 +112,11 @@ def _without_logs() -> Iterator[None]:
 
 def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase, data: Data, plan: Plan) -> Estimate:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packages = resident_memory() if device.type == "cpu" else 0
+    packages = 0
+    if device.type == "cpu":
+        for package in data.task.packages:  # which an evaluation would import later
+            importlib.import_module(package)
+        packages = resident_memory()
     if recipe.base_model.attn_implementation is not None:
         model.set_attn_implementation(recipe.base_model.attn_implementation)
     sizes = Sizes(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_a_step_without_values_takes_what_one_with_them_does(
     assert known["step"] == pytest.approx(_HELD_BACK * measured, rel=0.05)
     parts = known["adapter"] + max(known["step"], known["evaluation"]) + known["saving"]
     assert known["peak"] == known["packages"] + known["weights"] + max(known["file"], parts)
+
+
+def test_packages_that_only_an_evaluation_imports_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_metrics.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("peftcli.tasks.classification.Classification.packages", {"of_metrics": "metrics"})
+    monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: int("of_metrics" in sys.modules))
+    known = preview(load_recipe(CASES["sequence_classification"].write(tmp_path), []))["memory"]
+    assert known["packages"] == 1
 
 
 def test_the_best_adapter_that_is_kept_is_counted(recipe: Path) -> None:
