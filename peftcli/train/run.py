@@ -261,8 +261,8 @@ def _refuse_other_content(run: Run, content: list[str]) -> None:
     if before != content and not expected:
         if "data" not in run.options.allow_change:
             raise UsageError(
-                "holds a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset or "
-                "transformers has changed; nothing was changed",
+                "holds a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset, "
+                "transformers or peftcli has changed; nothing was changed",
                 file=str(run.folder.path),
                 key="training.output_dir",
                 hint="choose another training.output_dir, or --overwrite; to resume it anyway: --allow-change data",
