@@ -36,8 +36,13 @@ from peftcli.system.outputs import expand_user
 
 _SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 """Files that describe a dataset and contain no rows. ``Dataset.save_to_disk`` writes them beside Arrow files."""
-_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
+_SPLIT_NAME = (
+    r"(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing|[ab])?)|(?P<validation>val(?:id(?:ation)?)?|dev|eval(?:uation)?))"
+)
+_SPLIT = re.compile(rf"(?<![a-z]){_SPLIT_NAME}(?![a-z])", re.IGNORECASE)
 """The name of a split in a path, as datasets finds it: a word of its own."""
+_SPLIT_FOLDER = re.compile(rf"{_SPLIT_NAME}(?:[ _-]?(?:set|images|\d+))?", re.IGNORECASE)
+"""A folder of media that is a split: ``test``, ``test_set``, ``val2017``. Others, such as test_tube, give a class."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FILE_ENDINGS = (
     *(*EXTENSIONS, *COMPRESSED),
@@ -221,15 +226,11 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
         there = display_name(", ".join(names[:5])[:200]) or "nothing"
         message = f"the folder contains no file that can be read; it contains: {there}"
         raise DataError(message, file=shown, hint=ACCEPTED)
-    splits = {
-        "train" if part[1].lower().startswith("train") else "other": name
-        for name in found
-        if (part := _SPLIT.search(name) if files else _split_folder(name))
-    }
+    split_of = _split_of_file if files else _split_of_medium
+    of_split = {split_of(name): name for name in found}
+    splits = [display_name(of_split[split]) for split in ("train", "validation", "test") if split in of_split]
     if len(splits) > 1:
-        message = (
-            f"the folder contains several splits: {display_name(splits['train'])} and {display_name(splits['other'])}"
-        )
+        message = f"the folder contains several splits: {' and '.join(splits)}"
         raise DataError(message, file=shown, hint="Give the file or subfolder of one split; dataset.mix takes several.")
 
     def called(name: str) -> str:
@@ -245,9 +246,16 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
     )
 
 
-def _split_folder(name: str) -> re.Match[str] | None:
-    """The folder of a medium that is called like a split; others, such as test_tube, give its class."""
-    return next(filter(None, map(_SPLIT.fullmatch, name.split("/")[:-1])), None)
+def _split_of_file(name: str) -> str | None:
+    """The split of a file of rows; ``train`` where its name says none."""
+    part = _SPLIT.search(name)
+    return part.lastgroup if part else "train"
+
+
+def _split_of_medium(name: str) -> str | None:
+    """The split that one of a medium's folders is named after."""
+    part = next(filter(None, map(_SPLIT_FOLDER.fullmatch, name.split("/")[:-1])), None)
+    return part and part.lastgroup
 
 
 def _walk(top: str, source: str) -> Iterator[str]:

@@ -63,6 +63,13 @@ def test_two_splits_in_one_folder_are_refused(tmp_path):
     assert rows(tmp_path / "train")[0].values["label"] == "cat"
 
 
+def test_folders_of_one_split_at_most_are_classes(tmp_path):
+    for label in ("control", "test", "train_station"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").write_bytes(b"")
+    assert [row.values["label"] for row in rows(tmp_path)] == ["control", "test", "train_station"]
+
+
 def test_a_folder_is_known_by_names_and_sizes_and_on_this_disk_by_times(photos, tmp_path_factory):
     opened, copy = open_source(Source(train=str(photos))), tmp_path_factory.mktemp("copy")
     before = fingerprint, times = opened.state()
