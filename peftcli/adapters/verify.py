@@ -370,7 +370,8 @@ def _examples(task: Task[Any], rows: Rows) -> list[Example]:
     source = Source(train=of["train"], format=of["format"], columns=of["columns"])
     classes = {name: tuple(names) for name, names in rows["class_names"].items()}
     table = Table(source, source.train, tuple(rows["columns"]), lambda: classes, values[0])
-    given = [Row(each, Place(source.train, number)) for number, each in enumerate(values, start=1)]
+    folder = Path(source.train).parent
+    given = [Row(each, Place(source.train, number), folder) for number, each in enumerate(values, start=1)]
     examples = list[Example]()
     with date.fixed_date(rows["day"]):
         for outcome in task.encode(given, task.read(table)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from peftcli.errors import DataError
@@ -42,6 +43,8 @@ class Row:
 
     values: dict[str, Any]
     place: Place
+    folder: Path = field(default=Path(), compare=False)
+    """The folder of its file, to which paths in the row are relative."""
 
 
 @dataclass(frozen=True)

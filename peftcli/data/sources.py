@@ -149,7 +149,7 @@ class ResolvedSource:
             named = {column: names for column, names in own.items() if names != declared[column]}
             for row in read_file(path, name, number + 1):
                 number += 1
-                yield _named(row, named) if isinstance(row, Row) else row
+                yield _named(replace(row, folder=path.parent), named) if isinstance(row, Row) else row
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:
         for number, values in enumerate(hub.rows(), start=1):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.rows import Place, Reader, Row
+from peftcli.data.rows import Reader, Row
 from peftcli.data.store import Column, Example
 from peftcli.errors import DataError
 
@@ -67,7 +67,7 @@ def file_of(row: Row, reader: Reader, column: str, what: str = "a picture") -> t
         path, content = "", value
     if not content and (not isinstance(path, str) or not path):
         raise row.place.error(f"expected a file or the bytes of {what}, found {value!r:.60}", key=key)
-    found = str(path or "") if content else _find(str(path), row.place)
+    found = str(path or "") if content else _find(str(path), row.folder)
     with errors_of_row(row, key):
         read = content or _read(found)
     return File(found, content or b"", digest_of(read)), read
@@ -107,7 +107,7 @@ def digest_of(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:8]
 
 
-def _find(path: str, place: Place) -> str:
-    """Return a path, which may be relative to the file that names it."""
-    beside = Path(place.source).parent / path
+def _find(path: str, folder: Path) -> str:
+    """Return a path, which may be relative to the folder of the file that names it."""
+    beside = folder / path
     return str(beside) if _is_file(beside) else path

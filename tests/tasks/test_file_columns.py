@@ -107,7 +107,7 @@ def as_parquet(folder: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
 @pytest.mark.parametrize("write", [as_csv, as_jsonl, as_parquet])
 def test_metadata_of_a_folder(tmp_path: Path, write: Write) -> None:
     """Names are relative to the metadata; a second file of a row has a name before ``_file_name``."""
-    train = tmp_path / "photos" / "train"
+    train = tmp_path / "two\u3000words" / "train"  # messages escape the blank of Japanese
     (train / "masks").mkdir(parents=True)
     scene = write_scene(train, 0)
     image, mask = Path(scene["image"]), Path(scene["annotation"])
