@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from peftcli.data.rows import Place, Row
@@ -15,7 +16,8 @@ from peftcli.data.text_rows import MAX_ROW, TextFile, decode, quote
 from peftcli.errors import DataError
 
 _UNIVERSAL = (None, "tokens", "lemmas", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
-_DOCUMENT = "-DOCSTART-"
+_DOCUMENT = ("-DOCSTART-", "#begin document", "#end document")
+"""Lines between documents begin with one of these."""
 _IOB = re.compile(r"O|[BIESLUM]-.+")
 """A tag of IOB, or of BILOU, IOBES or BMES."""
 _Line = tuple[int, list[str]]
@@ -27,8 +29,8 @@ def read_conll(text: TextFile, *, universal: bool) -> Iterator[Row | DataError]:
 
     ``universal``: it is a ``.conllu`` file.
     """
-    sentence, size, fault = list[_Line](), 0, None
-    for raw in text.lines():
+    sentence, size, fault, width = list[_Line](), 0, None, 0
+    for raw in chain(text.lines(), [b"\n"]):
         size += MAX_ROW + 1 if raw is None else len(raw)
         try:
             line = decode(raw or b"?").rstrip("\r\n")
@@ -37,12 +39,13 @@ def read_conll(text: TextFile, *, universal: bool) -> Iterator[Row | DataError]:
         if size > MAX_ROW:
             fault, sentence = fault or text.error("a sentence that is too long, perhaps without an empty line"), []
         if line.strip() and not line.startswith(_DOCUMENT):
-            sentence.append((text.line, line.split("\t") if "\t" in line else line.split()))
-        elif sentence or fault:
+            # A word may contain other blanks, as 10\u00a0000.
+            sentence.append((text.line, line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))))
+            continue
+        if fault or (sentence and (universal or not width or not _are_comments(sentence, width))):
             yield _row(text, sentence, fault, universal)
-            sentence, size, fault = [], 0, None
-    if sentence or fault:
-        yield _row(text, sentence, fault, universal)
+            width = len(sentence[-1][1]) if sentence else width
+        sentence, size, fault = [], 0, None
 
 
 def _row(text: TextFile, lines: list[_Line], fault: DataError | None, universal: bool) -> Row | DataError:
@@ -67,6 +70,11 @@ def _row(text: TextFile, lines: list[_Line], fault: DataError | None, universal:
         if name:
             values[name] = [columns[at] for _, columns in lines]
     return Row(values, place)
+
+
+def _are_comments(lines: list[_Line], width: int) -> bool:
+    """Whether lines between empty ones are comments: none has the ``width`` of the sentence before."""
+    return all(columns[0].startswith("#") and len(columns) != width for _, columns in lines)
 
 
 def _is_comment(lines: list[_Line]) -> bool:

@@ -42,6 +42,16 @@ def test_a_comment_is_no_word_and_a_hash_is_one(tmp_path: Path) -> None:
     assert read(tmp_path, "# SYM SYM\n1 CD CD\n") == [words]
 
 
+@pytest.mark.parametrize("end", ["#end document", "# of a file\n# the end"])
+def test_comments_between_empty_lines_are_no_sentence(tmp_path: Path, end: str) -> None:
+    rows = [{"tokens": ["Ada"], "tags": ["B-PER"]}, {"tokens": ["#1843"], "tags": ["O"]}]
+    assert read(tmp_path, f"#begin document (a)\nAda B-PER\n\n#1843 O\n\n{end}\n") == rows
+
+
+def test_a_word_may_contain_a_blank_that_separates_no_columns(tmp_path: Path) -> None:
+    assert read(tmp_path, " 10\u00a0000  O \n\u3000 O\n") == [{"tokens": ["10\u00a0000", "\u3000"], "tags": ["O", "O"]}]
+
+
 def test_words_alone(tmp_path: Path) -> None:
     assert read(tmp_path, "Ada\nsaw\n") == [{"tokens": ["Ada", "saw"]}]
 
