@@ -68,7 +68,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
         first=progress.first_eval,
         last=progress.last_eval,
         best=progress.best_eval,
-        best_step=progress.best_step,
+        best_step=progress.best_step if progress.best_eval else None,
         kept=kept,
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())

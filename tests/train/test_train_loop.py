@@ -421,6 +421,7 @@ def test_when_it_evaluates(recipe: Path, tmp_path: Path) -> None:
     assert steps("steps", "training.eval_strategy=steps", "training.eval_steps=3") == [3, 6, 8]
     assert steps("epoch", "training.eval_strategy=epoch", "training.eval_on_start=true") == [0, 3, 6, 8]
     assert steps("no") == []
+    assert read_run(tmp_path / "no")["eval"]["best_step"] is None
 
 
 def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
