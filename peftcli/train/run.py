@@ -362,6 +362,7 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
                 raise
             hint = "undo the changes that were allowed; or choose another training.output_dir"
             raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None
+    _check_best(run, state)
     progress = state.progress
     if progress.step > total:
         raise UsageError(
@@ -372,6 +373,36 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
     if progress.step == total and progress.pending is None:
         progress.pending = run.folder.line_of(progress.step)  # an earlier step than the last one, before
     return state
+
+
+_MEASURED = (
+    "base_model",
+    "task",
+    "method",
+    "dataset",
+    "data",
+    "recipe",
+    "training.metric_for_best_model",
+    "training.greater_is_better",
+)
+"""Keys and sections on which the metrics of an adapter depend, or which of two is better."""
+
+
+def _check_best(run: Run, state: State) -> None:
+    """Drop the best adapter so far where a change made its metrics untrue, or where the recipe does not want it."""
+    progress, wanted = state.progress, run.recipe.training.load_best_model_at_end
+    if not wanted:
+        state.best_adapter = None
+    # changes after the checkpoint, also those of an attempt that was killed before it saved one
+    since = [*run.changes, *(each for each in run.record.changes if each.step >= progress.step)]
+    keys = [each.key for each in since if is_allowed(Change(each.key, each.before, each.now), _MEASURED)]
+    if wanted and state.best_adapter is None:
+        keys.append("training.load_best_model_at_end")
+    if keys and progress.best_eval:
+        run.warn(
+            f"{keys[0]} has changed: the best evaluation so far, after step {progress.best_step}, no longer counts"
+        )
+        state.best_adapter, progress.best_eval, progress.best_step, progress.no_better = None, {}, -1, 0
 
 
 def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threads: ThreadsRecord | None) -> None:

@@ -41,6 +41,8 @@ class TrainingLoop:
         self.clock = _Clock(run.record, state.progress)
         self.pending_is_saved = False
         """Whether a checkpoint holds the state before the evaluation that is made."""
+        self.evaluated_step = -1
+        """The step of the last evaluation here."""
 
     def run(self) -> Iterator[None]:
         """Train to the end, pausing before the first step and after each one.
@@ -109,7 +111,9 @@ class TrainingLoop:
     def _is_over(self) -> bool:
         """Whether training ends early: evaluations have been no better for as long as the recipe waits."""
         patience, progress = self.training.early_stopping_patience, self.progress
-        return patience is not None and progress.no_better >= patience and progress.step < self.plan.total_steps
+        if patience is None or self.evaluated_step != progress.step:  # a resumed run may have less patience
+            return False
+        return progress.no_better >= patience and progress.step < self.plan.total_steps
 
     def _count(self, result: StepResult) -> dict[str, Any]:
         """Count a step. Returns its line of metrics.jsonl; empty where the step is not logged."""
@@ -179,7 +183,7 @@ class TrainingLoop:
     def _record_metrics(self, metrics: dict[str, float], defined: dict[str, float]) -> bool:
         """Keep the defined metrics, and the adapter if it is the best so far and the recipe wants the best."""
         training, progress = self.training, self.progress
-        progress.last_eval = defined
+        progress.last_eval, self.evaluated_step = defined, progress.step
         if progress.step == 0:
             progress.first_eval = defined
         name = training.metric_for_best_model

@@ -104,6 +104,60 @@ def test_an_allowed_change_is_noted_and_goes_on(recipe: Path) -> None:
     assert again.run == done.run, "the changed recipe is now the folder's"
 
 
+BEST = (
+    "training.eval_strategy=steps",
+    "training.eval_steps=2",
+    "training.load_best_model_at_end=true",
+    "training.greater_is_better=true",
+)
+"""With the loss so, the first evaluation is the best."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "method.lora_alpha=80",
+        "dataset.eval=train.jsonl",
+        "training.metric_for_best_model=token_accuracy",
+        "training.load_best_model_at_end=true",
+    ],
+)
+def test_the_best_before_a_change_that_makes_its_metrics_untrue_no_longer_counts(recipe: Path, change: str) -> None:
+    key, data = change.partition("=")[0], recipe.parent / "train.jsonl"
+    settings = (*BEST, f"{key}=false") if key.endswith("at_end") else BEST
+    stopped(recipe, *settings, step=5)
+    now, allowed = [*BEST, change.replace("train.jsonl", str(data))], [key, "data"]
+
+    def fail(event: Event) -> None:
+        if isinstance(event, Ready):
+            raise StorageError("before a checkpoint is saved")
+
+    with pytest.raises(StorageError):
+        run_recipe(recipe, *now, allow_change=allowed, on_event=fail)
+    done = run_recipe(recipe, *now)
+    assert any(text.endswith("the best evaluation so far, after step 2, no longer counts") for text in done.warnings)
+    best = done.run["eval"]["best_step"]
+    assert best > 5
+    values = {entry["step"]: entry["eval_loss"] for entry in done.metrics if "eval_loss" in entry}
+    assert done.run["eval"]["kept"]["eval_loss"] == values[best]
+
+
+def test_the_last_adapter_is_kept_where_the_best_is_no_longer_wanted(recipe: Path) -> None:
+    stopped(recipe, *BEST, step=5)
+    last = "training.load_best_model_at_end"
+    done = run_recipe(recipe, *BEST, f"{last}=false", allow_change=[last])
+    assert done.run["eval"]["kept"] == done.run["eval"]["last"]
+    assert done.weights == run_recipe(recipe, f"training.output_dir={recipe.parent}/whole").weights
+
+
+def test_less_patience_is_for_the_next_evaluation(recipe: Path) -> None:
+    stopped(recipe, *BEST, step=5)
+    done = run_recipe(
+        recipe, *BEST, "training.early_stopping_patience=1", allow_change=["training.early_stopping_patience"]
+    )
+    assert done.run["steps"]["done"] == 6
+
+
 def test_a_file_called_chatml_is_no_template(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(recipe.parent)
     Path("chatml").touch()
