@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import base_module, model_ends
+from peftcli.core.prompts.inputs import SoftPrompt
 from peftcli.errors import ModelError
 from peftcli.tasks.text.unpadded import lengths_in_row
 
@@ -22,9 +23,11 @@ def add_embedding_noise(model: nn.Module, alpha: float) -> None:
     Raises:
         ModelError: the model has no embedding of tokens.
     """
-    embedding = base_module(model_ends(model)[0])
-    if not isinstance(embedding, nn.Embedding):
+    embedding = model_ends(model)[0]
+    if not isinstance(base_module(embedding), nn.Embedding):
         raise ModelError("there is no embedding of tokens in the model", key="training.neftune_noise_alpha")
+    while isinstance(embedding, SoftPrompt):
+        embedding = embedding.base_layer
     embedding.register_forward_hook(partial(_noisy, alpha))
 
 

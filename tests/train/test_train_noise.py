@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models_tiny import ids, tiny
+from models_tiny import VOCABULARY, ids, tiny
 from trainkit import run_recipe, stopped_copy
 
+from peftcli.core.inject import inject
 from peftcli.errors import ModelError
+from peftcli.methods import METHODS
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.noise import add_embedding_noise
 
@@ -37,6 +40,26 @@ def test_the_noise_is_as_large_as_the_length_of_an_example_says(unpadded: bool) 
         assert part.mean().abs() < bound / 4
     model.eval()(input_ids=tokens, attention_mask=mask)
     assert not seen.pop().any()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", {"target_modules": ["embed_tokens"]}),
+        ("lora", {"modules_to_save": ["embed_tokens"]}),
+        ("lora", {"trainable_token_indices": [3, 5]}),
+        ("prompt_tuning", {"num_virtual_tokens": 2}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else next(iter(each)),
+)
+def test_each_token_gets_noise_whatever_trains_of_the_embedding(method: str, settings: dict[str, Any]) -> None:
+    model = tiny("llama")
+    inject(model, METHODS[method].config_class()(task_type="CAUSAL_LM", **settings))
+    add_embedding_noise(model, 5.0)
+    embedding = model.train().get_input_embeddings()
+    tokens = torch.tensor([[3, 4, 5, VOCABULARY + 1 if method == "prompt_tuning" else 6]])
+    differ = (embedding(tokens) != embedding(tokens)).any(-1)
+    assert torch.equal(differ, tokens < VOCABULARY)
 
 
 def test_a_run_with_noise_measures_without_and_resumes_to_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
