@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from peftcli.errors import Problem
-from peftcli.system.secrets import SECRET_NAME, known_secrets, redact, redactor
+from peftcli.system.secrets import PART, SECRET_NAME, known_secrets, redact, redactor
 
 MAX_PROBLEMS = 100
 NO_TEXT = "contains a character that is not text (NUL or half a surrogate pair)"
@@ -142,7 +142,8 @@ def resolve(value: Value, key: str, problems: Problems) -> Value:
     if not is_text(text):
         problems.add(NO_TEXT, value.place, key)
     if problems.redact(text) != text or problems.redact(key) != key:
-        origin = next((origin for secret, origin in known_secrets().items() if secret in text or secret in key), None)
+        known = known_secrets().items()
+        origin = next((origin for secret, origin in known if secret[:PART] in text or secret[:PART] in key), None)
         problems.add(
             f"looks like a token or password{f' (from {origin})' if origin else ''}, which a recipe must not contain; "
             "set HF_TOKEN in the environment, or log in with `hf auth login`",

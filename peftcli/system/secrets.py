@@ -7,8 +7,9 @@ A secret is:
   ``ssh://git@host``;
 - the value of an environment variable whose name ends in TOKEN, KEY, SECRET or PASSWORD, and the password of a URL in
   any environment variable. Values that are likely to occur elsewhere are not secrets: fewer than 8 characters, numbers,
-  paths that exist, a model's special tokens (``EOS_TOKEN=<|im_end|>``), and for KEY words without a digit, since such a
-  variable often names a column.
+  paths that exist, a model's special tokens (``EOS_TOKEN=<|im_end|>``), and for KEY words without a digit and paths,
+  since such a variable often names a column or an object of a store. A URL's password of words alone is one only
+  after its user's name.
 
 A secret is found as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a
 user name, as in ``Authorization: Basic``.
@@ -31,7 +32,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 _MIN_LENGTH = 8
-_PART = 16
+PART = 16
 """Characters that identify a longer secret: a message may contain only its beginning or end."""
 _HUB_TOKEN = r"(?<![A-Za-z0-9])hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[\w.-]{16,})"
 _USER_INFO = (  # not the 80 of host:80/path@2
@@ -40,6 +41,8 @@ _USER_INFO = (  # not the 80 of host:80/path@2
 _PASSWORD_OF_URL = re.compile(r"://(?P<user>[^/\s:@]*):(?!\d+[/?#])(?P<password>\S+)@")
 _SPECIAL_TOKEN = re.compile(r"<\S*>|\[\S*\]")
 _WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
+_PATH = re.compile(r"(?=.*[-_.])[\w.-]*(?:/[\w.-]+)+/?")
+"""Base64 contains either ``/`` or ``-`` and ``_``."""
 SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 """Names of environment variables that contain a secret."""
 _PERCENT, _CODE = re.compile("%[0-9A-F]{2}"), re.compile(r"\\u[0-9a-f]{4}")
@@ -100,8 +103,9 @@ def known_secrets() -> dict[str, str]:
         if SECRET_NAME.search(name) and _is_secret(name, value.strip()):
             found.setdefault(value.strip(), origin)
         if "://" in value and (url := _PASSWORD_OF_URL.search(value)):
-            pair = f"{url['user']}:{url['password']}"
-            found |= dict.fromkeys((pair, unquote(pair), url["password"], unquote(url["password"])), origin)
+            pair, password = f"{url['user']}:{url['password']}", url["password"]
+            alone = () if _WORD.fullmatch(password) else (password, unquote(password))
+            found |= dict.fromkeys((pair, unquote(pair), *alone), origin)
     found |= dict.fromkeys(_login_token(), "the hub's login")
     return {secret: origin for secret, origin in found.items() if len(secret) >= _MIN_LENGTH}
 
@@ -109,7 +113,7 @@ def known_secrets() -> dict[str, str]:
 def _is_secret(name: str, value: str) -> bool:
     if len(value) < _MIN_LENGTH or _SPECIAL_TOKEN.fullmatch(value):
         return False
-    if name.upper().endswith("KEY") and _WORD.fullmatch(value):
+    if name.upper().endswith("KEY") and (_WORD.fullmatch(value) or _PATH.fullmatch(value)):
         return False
     with suppress(ValueError):
         float(value)
@@ -135,11 +139,11 @@ def _login_token() -> Iterator[str]:
 def _pattern(known: tuple[str, ...]) -> re.Pattern[str]:
     """Compile a pattern of every secret; of the ``known`` ones the longest first, since one may contain another."""
     whole = map(re.escape, _known_forms(known))
-    long = [secret for secret in known if len(secret) > _PART]
+    long = [secret for secret in known if len(secret) > PART]
     # without those that begin with a user's name
-    parts = [re.escape(secret[:_PART]) + r"[^\s\"'<>]*" for secret in long if ":" not in secret]
+    parts = [re.escape(secret[:PART]) + r"[^\s\"'<>]*" for secret in long if ":" not in secret]
     # the end of a secret, in a text that was shortened in the middle
-    parts += [r"(?<=\.\.\.)[^\s\"'<>]{0,200}?" + re.escape(secret[-_PART:]) for secret in long]
+    parts += [r"(?<=\.\.\.)[^\s\"'<>]{0,200}?" + re.escape(secret[-PART:]) for secret in long]
     return re.compile("|".join([*whole, *parts, _HUB_TOKEN, _USER_INFO]))
 
 

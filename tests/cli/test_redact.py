@@ -35,6 +35,8 @@ def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPat
         ("APP_KEY", "/usr/bin/env"),
         ("APP_KEY", "completion"),
         ("APP_KEY", "user-messages"),
+        ("APP_KEY", "datasets/train-v2.jsonl"),
+        ("APP_KEY", "/projects/cache-1"),
         ("EOS_TOKEN", "<|endoftext|>"),
         ("MASK_TOKEN", "[MASKED-1]"),
         ("APP_KEYS", "xK9mL2pQ7"),
@@ -48,7 +50,9 @@ def test_a_value_that_is_no_secret(name: str, value: str, monkeypatch: pytest.Mo
 
 def test_a_word_is_a_password_but_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APP_PASSWORD", "sunshine")
-    assert redact("sunshine") == "***"
+    monkeypatch.setenv("DATABASE_URL", "postgres://app:postgres@db/x")
+    monkeypatch.setenv("APP_KEY", "wJalrXUt/K7MDENG+bPxRfiCY")
+    assert redact("sunshine, app:postgres, postgres, wJalrXUt/K7MDENG+bPxRfiCY") == "***, ***, postgres, ***"
 
 
 @pytest.mark.parametrize(

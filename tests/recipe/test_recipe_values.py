@@ -115,3 +115,5 @@ def test_secret_variables_are_not_read(problem, monkeypatch: pytest.MonkeyPatch)
     found = problem("  metric_for_best_model: ${PEFTCLI_T_API_KEY}\n")
     assert "is a secret" in found.message
     assert "hunter2" not in str(found)
+    monkeypatch.setenv("PEFTCLI_T_API_KEY", "0123456789abcdef-and-more")
+    assert "(from the environment variable PEFTCLI_T_API_KEY)" in problem("", "base_model=0123456789abcdef").message
