@@ -68,9 +68,10 @@ def test_a_number_of_rows_is_shown_once(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_quiet(cli: Callable, recipe: Path) -> None:
-    ran = cli("train", recipe, "--quiet")
+    ran = cli("train", recipe, "--quiet", trainkit.PROMPT_TUNING)
     assert ran.err == ""
     assert ran.out.startswith("done: 8 steps")
+    assert "(160 parameters, 0.459 %; 760 bytes)" in ran.out
 
 
 def test_quiet_shows_warnings(cli: Callable, recipe: Path) -> None:
