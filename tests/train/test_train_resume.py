@@ -688,7 +688,7 @@ def test_a_change_allows_no_other_rows(recipe: Path, monkeypatch: pytest.MonkeyP
     run = read_run(out)
     run["data"]["content"] = ["of another tokenizer"]
     (out / "run.json").write_text(json.dumps(run))
-    with pytest.raises(UsageError, match="encoded otherwise: .*, transformers or peftcli has changed"):
+    with pytest.raises(UsageError, match=r"encoded otherwise: .*, transformers or peftcli has changed"):
         run_recipe(recipe, "training.learning_rate=0.001", allow_change=["training.learning_rate"])
     changed = run_recipe(recipe, allow_change=["data"]).run["changes"]
     assert [change["key"] for change in changed] == ["data"]
