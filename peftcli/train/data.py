@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
 from peftcli.data.rows import Row, Table
 from peftcli.data.sources import eval_source, held_out, open_source
 from peftcli.data.store import BAD, USED, Part, Store, View
 from peftcli.errors import DataError, UsageError
-from peftcli.models.open import open_base
+from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import check_task
-from peftcli.schema import Recipe, Source
+from peftcli.schema import BaseModel, Recipe, Source
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Limits, Scans, Task, encoding, require_extra
@@ -93,6 +94,19 @@ class RunData:
         return self.examples.task
 
 
+def prepare_config(config: AdapterConfig, base: OpenBase) -> None:
+    """Let an adapter's config turn what it holds as text into ids: with the processor it names, or the base model's."""
+    config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor())
+
+
+def prepare_method(task: Task[Any]) -> Task[Any]:
+    """Let the task's method turn text into virtual tokens, which leave fewer positions to a row; return the task."""
+    if task.method is not None:
+        prepare_config(task.method, task.base)
+        task.virtual_tokens = getattr(task.method, "num_virtual_tokens", 0)
+    return task
+
+
 def load_data(
     recipe: Recipe,
     task: Task[Any],
@@ -111,6 +125,7 @@ def load_data(
         DataError: a row that cannot be used, or none that can.
     """
     dataset, notes = recipe.dataset, list(task.notes)
+    prepare_method(task)
     if isinstance(task, Scans) and task.needs_scan:
         task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base, task.method)
         if isinstance(task, Scans):

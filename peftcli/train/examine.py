@@ -23,7 +23,7 @@ from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
 from peftcli.train.checked import DeepCheck
-from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.data import load_data, plan_of, prepare_method, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
@@ -32,7 +32,7 @@ from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_setting
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.optim import check_optimizer
-from peftcli.train.setup import base_dtype, checkpoint_activations, prepare_config, uses_bf16
+from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
@@ -74,7 +74,9 @@ def examine(recipe: Recipe) -> DeepCheck:
     task = attempt("base_model", lambda: open_task(begun or recipe, base))
     options: dict[str, Any] = {}
     if task is not None:
-        data = attempt("dataset", lambda: load_data(recipe, task))
+        task.method = config or task.method
+        ready = attempt("method", partial(prepare_method, task))
+        data = attempt("dataset", lambda: load_data(recipe, task)) if ready else None
         if data is not None:
             options = data.task.model_options()
             attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
@@ -85,15 +87,12 @@ def examine(recipe: Recipe) -> DeepCheck:
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.rows_at_once))
             if config is not None:
                 attempt("method", partial(config.check_steps, plan.total_steps))
+                attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
             found.would |= {
                 "data": data.report,
                 "steps": plan.total_steps,
                 "warnings": notes + data.warnings + plan.repeated(data.names),
             }
-        if config is not None:
-            attempt("method", partial(prepare_config, config, base))
-            if data is not None:
-                attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))
     attempt("training", lambda: check_optimizer(with_rate(recipe).training))
     attempt("training", lambda: require_packages(recipe))
     if torch.cuda.is_available() or recipe.training.bf16 is False:  # or another machine, with a GPU, decides

@@ -28,13 +28,13 @@ from peftcli.schema import DIVIDED, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
-from peftcli.train.data import Data, load_data, plan_of
+from peftcli.train.data import Data, load_data, plan_of, prepare_config
 from peftcli.train.estimate import Estimate, estimate
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import checkpoint_activations, prepare_config
+from peftcli.train.setup import checkpoint_activations
 from peftcli.train.strategies import may_divide, supports_quantization
 
 _USED = 0.9

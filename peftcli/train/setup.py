@@ -30,14 +30,14 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError, UsageError
 from peftcli.models.conversions import warn_of_peft
-from peftcli.models.open import LoadedModel, OpenBase, open_base
+from peftcli.models.open import LoadedModel
 from peftcli.models.weights import BaseWeights
-from peftcli.schema import BaseModel, Recipe
+from peftcli.schema import Recipe
 from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
 from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, refuse_other_classes, with_trained_head
 from peftcli.tasks.scores import model_inputs, on_device
-from peftcli.train.data import Data
+from peftcli.train.data import Data, prepare_config
 from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import refuse_attention, use_liger_kernel
 from peftcli.train.launch import started_by_peftcli
@@ -193,11 +193,6 @@ def adapted_model(
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model, injection, notes
-
-
-def prepare_config(config: AdapterConfig, base: OpenBase) -> None:
-    """Let an adapter's config turn what it holds as text into ids: with the processor it names, or the base model's."""
-    config.prepare(lambda name: (open_base(BaseModel(name=name)) if name else base).processor())
 
 
 def checkpoint_activations(model: Any) -> None:

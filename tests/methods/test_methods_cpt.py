@@ -13,9 +13,10 @@ from models_tiny import batch, labelled, logits, tiny
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, DataError
 from peftcli.methods import config_from_dict
 from peftcli.methods.cpt.config import CPTConfig
+from peftcli.train.examine import examine
 
 IDS, KINDS = [50, 51, 52, 53, 54, 55], [1, 2, 3, 4, 0, 6]
 
@@ -109,6 +110,16 @@ def test_a_recipe_gives_the_context_as_text(tmp_path: Path) -> None:
     assert written["cpt_tokens_type_mask"] == [kind for kind, part in kinds for _ in part]
     assert written["num_virtual_tokens"] == len(written["cpt_token_ids"])
     assert "context" not in written
+    assert examine(done.recipe).would["parameters"]["trainable"] == done.run["parameters"]["trainable"]
+
+
+def test_a_context_of_text_takes_its_positions_from_the_rows(tmp_path: Path) -> None:
+    recipe = trainkit.write_recipe(tmp_path, base=trainkit.base_folder("gpt2"))
+    context = f"[{{prompt: '{'one ' * 40}', completion: ' two'}}]"
+    data = trainkit.write_rows(tmp_path / "rows.jsonl", [{"text": "one " * 200}])
+    rows = f"dataset={{train: {data}, eval: {data}, format: text, max_length: 200, allow: [answers_cut]}}"
+    with pytest.raises(DataError, match=r"200 tokens, and the base model \d+ positions besides those of \d\d+ virtual"):
+        trainkit.run_recipe(recipe, f"method={{type: cpt, context: {context}}}", rows)
 
 
 @pytest.mark.parametrize(
