@@ -23,9 +23,9 @@ def is_media(name: str) -> bool:
 
 def media_rows(files: Mapping[str, str], top: str) -> Iterator[Row]:
     """Yield one row per file, by names and paths; files directly in ``top`` have no label."""
-    for number, (name, path) in enumerate(files.items(), start=1):
+    for name, path in files.items():
         values = {_COLUMNS[path.rpartition(".")[2].lower()]: path}
         folder = path.rpartition("/")[0]
         if folder != top:
             values["label"] = folder.rpartition("/")[2]
-        yield Row(values, Place(name, number))
+        yield Row(values, Place(name, 1))

@@ -116,10 +116,12 @@ def _write(
     """Encodes every row. Gives the rows' format, None where no row is good, and the columns that it does not read."""
     batches, taken = _batches(opened.rows()), deque[list[Row | DataError]]()
     reader: Reader | None = None
-    columns = list[str]()
+    columns, last = list[str](), Place(opened.name, 0)
 
     def keep(batch: Sequence[Row | DataError], results: Sequence[Outcome | DataError]) -> None:
-        places, outcomes = _in_order(batch, iter(results), opened.name, writer.num_rows)
+        nonlocal last
+        places, outcomes = _in_order(batch, iter(results), last)
+        last = places[-1]
         if stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
@@ -213,15 +215,20 @@ def _size(value: Any, kind: type[str] | type[bytes]) -> int:
 
 
 def _in_order(
-    batch: Sequence[Row | DataError], results: Iterator[Outcome | DataError], described: str, before: int
+    batch: Sequence[Row | DataError], results: Iterator[Outcome | DataError], last: Place
 ) -> tuple[list[Place], list[Outcome | DataError]]:
-    """Place and outcome of every row of a batch, those that could not be read among them."""
+    """Place and outcome of every row of a batch, those that could not be read among them.
+
+    ``last`` is the place of the row before, by which a row that could not be read is numbered.
+    """
     places, outcomes = list[Place](), list[Outcome | DataError]()
-    for index, row in enumerate(batch):
+    for row in batch:
         if isinstance(row, DataError):
-            places.append(Place(row.file or described, before + index + 1, row.line))
+            file = row.file or last.source
+            last = Place(file, last.number + 1 if file == last.source else 1, row.line)
             outcomes.append(row)
         else:
-            places.append(row.place)
+            last = row.place
             outcomes.append(next(results))
+        places.append(last)
     return places, outcomes

@@ -89,16 +89,16 @@ def kind_of(name: str) -> tuple[str, str] | None:
     return None if kind is None else (kind, compression)
 
 
-def read_file(path: Path, source: str, first: int = 1) -> Iterator[Row | DataError]:
+def read_file(path: Path, source: str) -> Iterator[Row | DataError]:
     """Yield the rows of a file in order; for a bad row, the error about it.
 
-    ``source`` names the file in messages; ``first`` is the number of the first row.
+    ``source`` names the file in messages.
 
     Raises:
         DataError: the file, or the rest of it, cannot be read.
     """
     kind, compression = check_file(path, source)
-    text = TextFile(source, first)
+    text = TextFile(source)
     with _translated_errors(path, compression, text), ExitStack() as stack:
         text.stream = _open_uncompressed(path, compression, stack)
         if kind == ".parquet":
@@ -129,7 +129,7 @@ def read_stdin() -> Iterator[Row | DataError]:
     Raises:
         DataError: there are no rows.
     """
-    text = TextFile("standard input", 1)
+    text = TextFile("standard input")
     text.stream = cast(io.BufferedReader, sys.stdin.buffer)
     yield from read_lines(text)
     if not text.number:

@@ -22,7 +22,7 @@ class Place:
     source: str
     """File or hub id, as messages name it."""
     number: int
-    """Number of the row, from 1."""
+    """Number of the row in its source, from 1."""
     line: int | None = None
     """Line on which the row starts, from 1; None if the source has no lines."""
 

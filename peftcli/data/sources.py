@@ -143,12 +143,11 @@ class ResolvedSource:
         if not self.files:
             yield from media_rows(self._media, str(Path(self._source.train)))
             return
-        number, declared = 0, self.class_names()
+        declared = self.class_names()
         for name, path in self.files.items():
             own = _class_names(path)
             named = {column: names for column, names in own.items() if names != declared[column]}
-            for row in read_file(path, name, number + 1):
-                number += 1
+            for row in read_file(path, name):
                 yield _named(replace(row, folder=path.parent), named) if isinstance(row, Row) else row
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:

@@ -418,12 +418,15 @@ class Part:
             return np.arange(len(self.store))
         return np.flatnonzero(self.mask[self.store.row_of])
 
-    def rows_at(self, file: str, number: int) -> np.ndarray:
-        """Positions in the store of those of the rows that have this line, or without lines this number, in a file."""
+    def rows_at(self, file: str, number: int, *, is_line: bool) -> np.ndarray:
+        """Positions in the store of those of the rows that have this number in a file, or that start on this line.
+
+        The rows of a file without lines are always known by their numbers.
+        """
         store, rows = self.store, self.store.rows
         of_file = rows["file"] == (store.files.index(file) if file in store.files else -1)
-        here = np.where(rows["line"] > 0, rows["line"], rows["number"]) == number
-        return np.flatnonzero(here & self.mask & of_file)
+        key = "line" if is_line and rows["line"][of_file].any() else "number"
+        return np.flatnonzero((rows[key] == number) & self.mask & of_file)
 
     def bad_rows(self) -> Iterator[tuple[int, DataError]]:
         """Those of the rows that cannot be used, by their positions in the store."""

@@ -34,9 +34,9 @@ class TextFile:
 
     stream: io.BufferedReader
 
-    def __init__(self, source: str, first: int):
+    def __init__(self, source: str):
         self.source = source
-        self.number = first - 1
+        self.number = 0
         """Number of the last row."""
         self.line = 0
         """Number of the last line; for CSV and lists, of the line on which the row starts."""

