@@ -58,6 +58,7 @@ from peftcli.train.runs.checkpoint import Misfit, Progress, State, load_checkpoi
 from peftcli.train.runs.identity import Change, described, is_allowed
 from peftcli.train.runs.record import (
     AttemptRecord,
+    ChangeRecord,
     DataRecord,
     ErrorRecord,
     MemoryRecord,
@@ -394,7 +395,10 @@ def _check_best(run: Run, state: State) -> None:
     if not wanted:
         state.best_adapter = None
     # changes after the checkpoint, also those of an attempt that was killed before it saved one
-    since = [*run.changes, *(each for each in run.record.changes if each.step >= progress.step)]
+    since: list[Change | ChangeRecord] = [
+        *run.changes,
+        *(each for each in run.record.changes if each.step >= progress.step),
+    ]
     keys = [each.key for each in since if is_allowed(Change(each.key, each.before, each.now), _MEASURED)]
     if wanted and state.best_adapter is None:
         keys.append("training.load_best_model_at_end")
