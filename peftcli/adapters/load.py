@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +101,13 @@ class AdapterSource:
     def record(self) -> dict[str, Any]:
         """The content of the run.json of the run that trained the adapter; empty without one."""
         return read_run(self.folder)
+
+    @property
+    def day(self) -> str | None:
+        """The day that chat templates wrote in training, as 2026-01-31; None where no run.json says it."""
+        with suppress(TypeError, ValueError):
+            return date.fromisoformat(self.record.get("day", "")).isoformat()
+        return None
 
     @cached_property
     def header(self) -> Mapping[str, TensorEntry]:

@@ -16,6 +16,7 @@ from peftcli.errors import GateFailed
 from peftcli.models.open import open_base
 from peftcli.recipe import to_dict
 from peftcli.schema import Launch, Recipe
+from peftcli.system import date
 from peftcli.tasks import open_task
 from peftcli.tasks.base import Begins, FitsModel
 from peftcli.tasks.text.unpadded import unpad
@@ -50,8 +51,9 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     if source is not None and (odd := other_base(source, recipe.base_model)):
         tell(warning(odd))
     trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")
-    opened = source.open_task(base) if source is not None and trained else None
-    data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
+    with date.fixed_date(None if source is None else source.day):  # as training rendered its rows
+        opened = source.open_task(base) if source is not None and trained else None
+        data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
     task = data.task
     refuse(data.findings, recipe.dataset.allow)
     data.refuse_size()

@@ -14,6 +14,7 @@ from torch import distributed
 from trainkit import read_run, run_recipe, write_recipe
 
 from peftcli.errors import UsageError
+from peftcli.system import date
 
 EVALUATES = "training.eval_strategy=epoch"
 
@@ -37,6 +38,16 @@ def test_an_adapter_measures_as_in_training(cli: Callable, recipe: Path, method:
         base = json.loads(cli("evaluate", recipe, EVALUATES, "--json").out)
         assert base["eval"]["last"] == pytest.approx(done.run["eval"]["first"], rel=1e-6)
         assert base["adapter"] is None
+
+
+def test_rows_are_rendered_as_on_the_day_of_training(cli: Callable, recipe: Path) -> None:
+    dated = recipe.parent / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + trainkit.CHATML)
+    settings = (EVALUATES, f"base_model.chat_template={dated}", "training.max_steps=1")
+    with date.fixed_date("2024-07-26"):
+        done = run_recipe(recipe, *settings)
+    measured = json.loads(cli("evaluate", recipe, *settings, "--adapter", done.folder, "--json").out)
+    assert measured["data"]["content"] == done.run["data"]["content"][-1:]
 
 
 def test_a_new_head_is_the_one_that_training_starts_from(cli: Callable, tmp_path: Path) -> None:
