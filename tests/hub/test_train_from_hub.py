@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def test_it_goes_on_with_the_commit_that_it_began_with(hub: Hub, tmp_path: Path)
     other = {name: torch.zeros_like(value) for name, value in tensors.items()}
     _commit(hub, {**files, "model.safetensors": safetensors.torch.save(other, {"format": "pt"})})
     hub_files._folders.clear()  # as another process
+    shutil.copytree(tmp_path / "out", tmp_path / "changed")
+    change = "base_model.attn_implementation"
+    run_recipe(recipe, base, f"{change}=eager", f"training.output_dir={tmp_path}/changed", allow_change=[change])
+    assert read_run(tmp_path / "changed")["base_model"]["revision"] == first
     done = run_recipe(recipe, base)
     assert done.weights == whole.weights
     assert read_run(tmp_path / "out")["base_model"]["revision"] == first

@@ -242,7 +242,7 @@ def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
         return recipe
     keys = {change.key for change in changed}
     base, data, began = recipe.base_model, recipe.dataset, record.base_model.revision
-    if began is not None and not any(key.startswith("base_model") for key in keys):
+    if began is not None and not keys & {"base_model", "base_model.name", "base_model.revision"}:
         base = replace(base, revision=began)
     if not any(key.startswith(("dataset.train", "dataset.mix", "dataset.revision")) for key in keys):
         read = zip(data.mix, record.data.sources if len(data.mix) > 1 else [record.data] * len(data.mix), strict=True)
