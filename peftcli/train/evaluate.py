@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from peftcli.data.store import View
-from peftcli.errors import UsageError
+from peftcli.errors import PeftcliError, UsageError
 from peftcli.schema import Recipe
 from peftcli.tasks.base import Task
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
+from peftcli.train.launch import report_measuring
 from peftcli.train.sharded import is_sharded
 
 
@@ -87,8 +88,8 @@ def evaluate(
     """Compute the task's metrics over all examples, each name with the prefix ``eval_``.
 
     The result does not depend on the batch size or the number of processes, float error aside. All processes evaluate
-    together, ``batch_size`` examples at once in each. ``stopping`` says whether to give up; it is called before each
-    batch, by all processes equally often.
+    together, ``batch_size`` examples at once in each, and get the metrics that process 0 computes. ``stopping`` says
+    whether to give up; it is called before each batch, by all processes equally often.
 
     Returns:
         The metrics; None if it gave up.
@@ -119,8 +120,18 @@ def evaluate(
     reduced = _reduce(sums, accelerator)
     outputs = gather_object(outputs) if accelerator.num_processes > 1 else outputs
     outputs.sort(key=lambda each: each[0])
-    metrics = task.metrics(reduced, [output for _, output in outputs], int(examples.targets.sum()))
-    return {f"eval_{name}": float(value) for name, value in metrics.items()}
+    found: list[dict[str, float] | PeftcliError | None] = [None]
+    if accelerator.process_index == 0:  # a user's own metric may draw random numbers, and cost money
+        try:
+            with report_measuring():
+                metrics = task.metrics(reduced, [output for _, output in outputs], int(examples.targets.sum()))
+            found[0] = {f"eval_{name}": float(value) for name, value in metrics.items()}
+        except PeftcliError as error:
+            found[0] = error
+    broadcast_object_list(found)
+    if isinstance(found[0], PeftcliError):
+        raise found[0]
+    return found[0]
 
 
 def _reduce(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, np.ndarray]:

@@ -45,6 +45,8 @@ STATUS = "PEFTCLI_STATUS"
 """The variable that names the folder in which each process reports how it ended."""
 TRAINING = "training"
 """A file in that folder, once a process has begun to train."""
+MEASURING = "measuring"
+"""A file there while a process computes metrics, which may wait for a model that judges, as long as that takes."""
 
 
 def is_launched() -> bool:
@@ -205,16 +207,29 @@ def error_fields(error: PeftcliError) -> dict[str, Any]:
 
 def report_training() -> None:
     """Report to the launcher that this process trains from now on, and waits only for the others."""
-    if folder := os.environ.get(STATUS):
-        with suppress(OSError):
-            (Path(folder) / TRAINING).touch()
+    _mark(TRAINING)
 
 
 def report_trained() -> None:
     """Report to the launcher that this process has trained, and may wait for something else than the others."""
+    _mark(TRAINING, there=False)
+
+
+@contextmanager
+def report_measuring() -> Iterator[None]:
+    """Inside, the launcher lets this process wait for whatever it likes, and the others for this process."""
+    _mark(MEASURING)
+    try:
+        yield
+    finally:
+        _mark(MEASURING, there=False)
+
+
+def _mark(name: str, *, there: bool = True) -> None:
+    """Make a file in the launcher's folder, or remove it."""
     if folder := os.environ.get(STATUS):
         with suppress(OSError):
-            (Path(folder) / TRAINING).unlink(missing_ok=True)
+            (Path(folder) / name).touch() if there else (Path(folder) / name).unlink(missing_ok=True)
 
 
 def follow_parent() -> None:
@@ -302,7 +317,7 @@ class _Group:
                 living = {
                     number: self.processes[number].pid for number in range(len(self.processes)) if number not in ended
                 }
-                reason = watch.look(living, training=training)
+                reason = watch.look(living, training=training, measuring=(self.status / MEASURING).exists())
                 if reason is not None:
                     self.end()
                     return ProcessDied(reason, hint=GO_ON)
@@ -390,7 +405,12 @@ class Watch:
     """When the group was last looked at, and its CPU seconds and bytes read and written then."""
 
     def look(
-        self, living: dict[int, int], *, training: bool, everywhere: Callable[[float], float] | None = None
+        self,
+        living: dict[int, int],
+        *,
+        training: bool,
+        measuring: bool = False,
+        everywhere: Callable[[float], float] | None = None,
     ) -> str | None:
         """What is wrong with the processes (number -> pid); None if nothing is.
 
@@ -413,7 +433,7 @@ class Watch:
         waits_for_a_disk = any(state == "D" for state, _, _ in states.values())
         computes = computed - self.seen[1] > _IDLE_SHARE * (now - self.seen[0])
         paused = now - self.seen[0] > _LOOK_SECONDS  # this process too, as by the machine
-        if paused or waits_for_a_disk or computes or moved - self.seen[2] > _REDRAWN_BYTES:
+        if measuring or paused or waits_for_a_disk or computes or moved - self.seen[2] > _REDRAWN_BYTES:
             self.busy = now
         self.seen = now, computed, moved
         idle, limit = now - self.busy, _IDLE_SECONDS if training else _IDLE_BEFORE

@@ -37,6 +37,7 @@ from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.launch import (
     GO_ON,
+    MEASURING,
     STATUS,
     TRAINING,
     ErrorOfProcess,
@@ -344,7 +345,8 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         for left in self.status.glob("*.json"):  # of those that were lost
             left.unlink()
-        (self.status / TRAINING).unlink(missing_ok=True)
+        for name in (TRAINING, MEASURING):
+            (self.status / name).unlink(missing_ok=True)
         self.error = None
         self.tell(Message(f"{self.meeting.others + 1} machines are there; starting the processes"))
         started: dict[int, Any] = super()._start_workers(worker_group)
@@ -359,7 +361,8 @@ class Agent(LocalElasticAgent):
             for pid in pids.values():
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
-        if reason := self.watch.look(pids, training=training, everywhere=self.meeting.idle_everywhere):
+        measuring, everywhere = (self.status / MEASURING).exists(), self.meeting.idle_everywhere
+        if reason := self.watch.look(pids, training=training, measuring=measuring, everywhere=everywhere):
             raise ProcessDied(reason, hint=GO_ON)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.SUCCEEDED):  # of the latter a gate may have failed

@@ -18,6 +18,7 @@ from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writ
 from peftcli.tasks.base import Loss, Task
 from peftcli.train import evaluate as module
 from peftcli.train.evaluate import evaluate
+from peftcli.train.launch import MEASURING, STATUS
 
 CLASSES = 3
 
@@ -26,6 +27,7 @@ class Classes(Task[None]):
     """Rows of a number and a class; the model says a class."""
 
     columns = {"x": Column("float32", ()), "class": Column("int64", ())}  # noqa: RUF012
+    mark, marked = Path(), False
 
     def read(self, table: Any) -> Any: ...
 
@@ -45,7 +47,7 @@ class Classes(Task[None]):
 
     def metrics(self, sums: Any, outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         assert sums["confusion"].shape == (CLASSES, CLASSES)
-        self.seen = list(outputs)
+        self.seen, self.marked = list(outputs), self.mark.exists()
         accuracy = np.trace(sums["confusion"]) / num_targets
         return {"loss": float(sums["loss"]) / num_targets, "accuracy": accuracy}
 
@@ -81,8 +83,11 @@ def test_sums_of_any_shape_and_outputs_in_order_whatever_the_batch_size(view: Vi
 
 
 @pytest.mark.parametrize("processes", [2, 3, 20])
-def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process's share, put together as accelerate puts it together; some have no batch at all."""
+def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each process's share, put together as accelerate puts it together; some have no batch at all.
+
+    The first one alone computes metrics, and says so meanwhile, so that it may wait.
+    """
     reset_accelerate()
     single = Classes(None, None, None)  # type: ignore[arg-type]
     alone = evaluate(nn.Linear(1, 1), single, view, 1, Accelerator(cpu=True))
@@ -104,8 +109,11 @@ def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest
         return outputs
 
     monkeypatch.setattr(module, "gather_object", gather)
-    for index in range(processes):
+    monkeypatch.setenv(STATUS, str(tmp_path))
+    monkeypatch.setattr(Classes, "mark", tmp_path / MEASURING)
+    for index in reversed(range(processes)):
         task = Classes(None, None, None)  # type: ignore[arg-type]
         together = evaluate(nn.Linear(1, 1), task, view, 1, Process(index))  # type: ignore[arg-type]
+        assert (together is None, task.marked, Classes.mark.exists()) == (index > 0, index == 0, False)
     assert together == {name: pytest.approx(value) for name, value in (alone or {}).items()}
     assert task.seen == single.seen

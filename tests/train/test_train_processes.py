@@ -480,3 +480,12 @@ def test_a_group_is_busy_while_what_its_processes_have_started_computes(monkeypa
         found = [(watch.look({0: process.pid}, training=False), time.sleep(1.1))[0] for _ in range(2)]
         os.killpg(process.pid, signal.SIGKILL)
     assert found == [None, None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a watch reads /proc")
+@pytest.mark.parametrize("measuring", [True, False])
+def test_a_group_that_measures_may_wait(measuring: bool) -> None:
+    now = time.monotonic()
+    watch = Watch(busy=now - 60, seen=(now - 2, float("inf"), 2**62))  # nobody computes, or reads and writes
+    found = watch.look({0: os.getpid()}, training=True, measuring=measuring)
+    assert (found is None) is measuring
