@@ -67,6 +67,8 @@ def _print(path: Path, errors: list[Problem], warnings: list[Problem], would: di
     for problem in errors:
         console.out(str(problem))
     console.out(f"{path}: {count_of(len(errors), 'problem')}" if errors else f"ok: {path}")
+    if names := would.get("training_in_full"):
+        console.out(f"training in full: {', '.join(names)}")
     if memory := would.get("memory"):
         kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
         parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])

@@ -248,6 +248,19 @@ class OpenBase:
             message = f"has weights of {usual}, and transformers looks for {own} in a {type(model).__name__}"
             raise ModelError(message, key="base_model", hint="name a base model of another architecture")
 
+    def missing_poolers(self, model: PreTrainedModel) -> list[str]:
+        """Return the names of parameters of the model, which may be empty: of poolers that the files do not hold.
+
+        Raises:
+            ModelError: one of the files is missing or damaged.
+        """
+        poolers = tuple(f"{name}." for name in validate.find_heads(model)[1] if name.rpartition(".")[2] == "pooler")
+        if not poolers or not self.shards:
+            return []
+        if any("pooler" in key.split(".") for header in self.shards.values() for key in header):
+            return []
+        return [name for name, _ in model.named_parameters() if name.startswith(poolers)]
+
     def label_options(self, auto_class: str, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return ``num_labels`` if a head of these sizes is for other labels than the config says."""
         return label_options(partial(self.empty_model, auto_class), sizes)

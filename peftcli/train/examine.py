@@ -111,6 +111,8 @@ def examine(recipe: Recipe) -> DeepCheck:
             attempt("method", lambda: task.fit_model(model, config))
         config.task_type = row_of(recipe).task_type
         new = parameters_of_heads(model) if options else []  # taken to be new
+        if options and base.commit is None:  # or its files would be fetched
+            new += attempt("base_model", lambda: base.missing_poolers(model)) or []
         source = find_init_adapter(recipe)
 
         def adapted() -> Injection:
@@ -124,6 +126,7 @@ def examine(recipe: Recipe) -> DeepCheck:
         injection = attempt("method" if source is None else KEY, adapted)
         if injection is not None:
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
+            found.would["training_in_full"] = config.modules_to_save or []
         if found.errors:
             return found
         assert data is not None

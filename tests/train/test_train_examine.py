@@ -14,11 +14,13 @@ import transformers
 from classifierkit import classifier_base
 from taskkit import CASES
 
+from peftcli.cli.app import main
 from peftcli.errors import PeftcliError, PeftWarning
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.tasks import open_task
 from peftcli.train.examine import examine
+from peftcli.train.preview import preview
 
 
 def says_so(recipe: Path, *settings: str) -> str:
@@ -106,6 +108,20 @@ def test_weights_that_transformers_looks_for_elsewhere_are_named(tmp_path: Path)
     assert "transformers looks for transformer in a LlamaForQuestionAnswering" in says_so(
         recipe, f"base_model={trainkit.base_folder()}"
     )
+
+
+def test_a_pooler_that_the_base_model_lacks_is_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(classifier_base("bert"), tmp_path / "base")
+    transformers.BertForMaskedLM(transformers.BertConfig.from_pretrained(base)).save_pretrained(base)
+    recipe, settings = CASES["sequence_classification"].write(tmp_path), [f"base_model={base}"]
+    assert main(["check", "--deep", str(recipe), *settings]) == 0
+    assert "training in full: classifier, bert.pooler\n" in capsys.readouterr().out
+    would = preview(load_recipe(recipe, settings))
+    done = trainkit.run_recipe(recipe, *settings, "training.max_steps=1").run
+    assert would["parameters"] == {name: done["parameters"][name] for name in ("trainable", "all")}
+    assert would["training_in_full"] == ["classifier", "bert.pooler"]
 
 
 def test_a_token_that_pads_cannot_end_the_texts_of_an_encoder_decoder(tmp_path: Path) -> None:
