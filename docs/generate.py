@@ -179,7 +179,8 @@ def json_page() -> str:
     text = (
         "# JSON\n\nWith `--json` a command prints one JSON object on stdout and nothing else there: its answer, or an "
     )
-    text += "[error](#an-error).\nWhat it prints, and what `run.json` holds, has a JSON Schema (draft 2020-12), which "
+    text += "[error](#an-error).\nWhere stdout is not UTF-8, all but ASCII is escaped.\n"
+    text += "What it prints, and what `run.json` holds, has a JSON Schema (draft 2020-12), which "
     text += "`peftcli schema NAME` prints.\nThe names: " + ", ".join(f"`{name}`" for name in schemas) + ".\n"
     for name in ("error", "run", *(name for name in schemas if name not in ("error", "run"))):
         schema = schemas[name]
