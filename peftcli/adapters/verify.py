@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import torch
 from torch import nn
@@ -412,7 +412,8 @@ def _unreadable(rows: Rows) -> dict[str, Any]:
     """What of the rows cannot be read, by its key in the record."""
     found: dict[str, Any] = {} if rows["values"] else {"rows.values": []}
     parts: list[tuple[str, Callable[[Any], Any], Any]]
-    parts = [("rows.day", datetime.date.fromisoformat, rows["day"] or "2026-01-31")]
+    parts = [("rows.source.format", get_args(Format).index, rows["source"]["format"])]
+    parts += [("rows.day", datetime.date.fromisoformat, rows["day"] or "2026-01-31")]
     parts += [(f"rows.values.{at}", _from_json, each) for at, each in enumerate(rows["values"])]
     for key, read, value in parts:
         try:

@@ -126,6 +126,7 @@ def _rows(damage: dict[str, Any]) -> dict[str, Any]:
         ({"task": {"type": "song"}}, "task"),
         ({"dtype": "float8"}, "dtype"),
         ({"rows": 3}, "rows"),
+        (_rows({"source": {"train": "a.jsonl", "format": "song", "columns": {}}}), "rows.source.format"),
         (_rows({"day": "31.1.2026"}), "rows.day"),
         (_rows({"values": []}), "rows.values"),
         (_rows({"values": [{"text": "a"}, {"text": {"bytes in base64": "a"}}]}), "rows.values.1"),
