@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from peftcli.data.conll import read_conll
 from peftcli.data.rows import Place, Row
@@ -102,7 +102,7 @@ def read_file(path: Path, source: str) -> Iterator[Row | DataError]:
     with _translated_errors(path, compression, text), ExitStack() as stack:
         text.stream = _open_uncompressed(path, compression, stack)
         if kind == ".parquet":
-            yield from _read_parquet(text, packed=bool(compression))
+            yield from _read_parquet(text, stack.enter_context(_seekable(text.stream, compression)))
             return
         head = text.stream.peek()
         _check_is_text(head, source)
@@ -166,7 +166,7 @@ def check_regular(path: Path, source: str) -> int:
 
 
 def _open_uncompressed(path: Path, compression: str, stack: ExitStack) -> io.BufferedReader:
-    file: io.BufferedReader = io.BufferedReader(stack.enter_context(path.open("rb", buffering=0)), CHUNK)
+    file: io.BufferedReader = stack.enter_context(io.BufferedReader(path.open("rb", buffering=0), CHUNK))
     if compression == ".gz":
         return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=file)), CHUNK)
     if compression == ".zst":
@@ -218,41 +218,50 @@ def _check_is_text(head: bytes, source: str) -> None:
         raise DataError(f"does not match its extension: it is {found}", file=source, hint=ACCEPTED)
 
 
-def _read_parquet(text: TextFile, *, packed: bool) -> Iterator[Row | DataError]:
-    """Read batch by batch. Parquet needs random access, so a compressed file is unpacked into a temporary file."""
+@contextmanager
+def _seekable(stream: io.BufferedReader, compression: str) -> Iterator[IO[bytes]]:
+    """The stream, or where it unpacks a file, a temporary file with its content: parquet needs random access."""
+    with tempfile.TemporaryFile() if compression else nullcontext(stream) as file:
+        if compression:
+            shutil.copyfileobj(stream, file, CHUNK)
+        yield file
+
+
+def _read_parquet(text: TextFile, file: IO[bytes]) -> Iterator[Row | DataError]:
+    """Read batch by batch."""
     import pyarrow.parquet  # comes with datasets
 
-    with tempfile.TemporaryFile() if packed else nullcontext(text.stream) as file:
-        if packed:
-            shutil.copyfileobj(text.stream, file, CHUNK)
-        try:
-            metadata = pyarrow.parquet.read_metadata(file)
-            rows, as_dictionary = _batch_size(metadata, file, text.source)
-            options = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
-            with pyarrow.parquet.ParquetFile(
-                file, metadata=metadata, read_dictionary=as_dictionary, **options
-            ) as parquet:
-                names = parquet.schema_arrow.names
-                if len(set(names)) < len(names):
-                    raise DataError(f"two columns are named {quote(first_duplicate(names))}", file=text.source)
-                for batch in parquet.iter_batches(batch_size=rows):
-                    for values in table_rows(batch):
-                        text.number += 1
-                        place = Place(text.source, text.number)
-                        yield Row(values, place) if isinstance(values, dict) else place.error(values)
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a column has two names
-            file.seek(0)
-            found = detect_kind(file.read(64))
-            what = f"but {found}" if found not in ("parquet", None) else f"or is damaged: {first_line(error)}"
-            raise DataError(f"is not a parquet file, {what}", file=text.source) from error
+    try:
+        metadata = pyarrow.parquet.read_metadata(file)
+        rows, as_dictionary = _batch_size(metadata, file, text.source)
+        options = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
+        with pyarrow.parquet.ParquetFile(file, metadata=metadata, read_dictionary=as_dictionary, **options) as parquet:
+            names = parquet.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"two columns are named {quote(first_duplicate(names))}", file=text.source)
+            for batch in parquet.iter_batches(batch_size=rows):
+                for values in table_rows(batch):
+                    text.number += 1
+                    place = Place(text.source, text.number)
+                    yield Row(values, place) if isinstance(values, dict) else place.error(values)
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a column has two names
+        file.seek(0)
+        found = detect_kind(file.read(64))
+        what = f"but {found}" if found not in ("parquet", None) else f"or is damaged: {first_line(error)}"
+        raise DataError(f"is not a parquet file, {what}", file=text.source) from error
 
 
-def parquet_class_names(path: Path) -> dict[str, tuple[str, ...]]:
-    """The names of classes that a file which datasets wrote declares, by column."""
+def class_names_of(path: Path) -> dict[str, tuple[str, ...]]:
+    """The names of classes that a parquet file which datasets wrote declares, by column; other files declare none."""
+    kind, compression = kind_of(path.name) or ("", "")
+    if kind != ".parquet":
+        return {}
     import pyarrow.parquet  # comes with datasets
 
-    with suppress(pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
-        described = pyarrow.parquet.read_schema(path).metadata or {}
+    damaged = (pyarrow.ArrowException, OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
+    with suppress(*damaged), ExitStack() as stack:
+        file = stack.enter_context(_seekable(_open_uncompressed(path, compression, stack), compression))
+        described = pyarrow.parquet.read_schema(file).metadata or {}
         return class_names(json.loads(described[b"huggingface"])["info"]["features"])
     return {}
 

@@ -9,6 +9,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from peftcli.data.readers import (
     EXTENSIONS,
     check_file,
     check_regular,
+    class_names_of,
     kind_of,
-    parquet_class_names,
     read_file,
     read_stdin,
 )
@@ -87,10 +88,15 @@ class ResolvedSource:
         if self._hub is not None:
             return self._hub.class_names()
         found = dict[str, tuple[str, ...]]()
-        for path in self.files.values():
-            for column, names in _class_names(path).items():
+        for of_file in self._class_names.values():
+            for column, names in of_file.items():
                 found[column] = tuple(dict.fromkeys([*found.get(column, ()), *names]))
         return found
+
+    @cached_property
+    def _class_names(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Those of each file."""
+        return {name: class_names_of(path) for name, path in self.files.items()}
 
     def fingerprint(self) -> dict[str, str]:
         """Identify the content: file -> SHA-256 of the bytes, read at each call; or ``name@commit`` -> commit.
@@ -145,7 +151,7 @@ class ResolvedSource:
             return
         declared = self.class_names()
         for name, path in self.files.items():
-            own = _class_names(path)
+            own = self._class_names[name]
             named = {column: names for column, names in own.items() if names != declared[column]}
             for row in read_file(path, name):
                 yield _named(replace(row, folder=path.parent), named) if isinstance(row, Row) else row
@@ -312,10 +318,6 @@ def _near_files(path: Path) -> str:
     if not near and not others:
         return f"{folder} contains no file of that kind."
     return f"{'Similar names' if near else 'Files of data'} in {folder}: {', '.join(map(display_name, near or others))}"
-
-
-def _class_names(path: Path) -> dict[str, tuple[str, ...]]:
-    return parquet_class_names(path) if path.suffix == ".parquet" else {}
 
 
 def _named(row: Row, named: Mapping[str, Sequence[str]]) -> Row | DataError:

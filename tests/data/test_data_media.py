@@ -1,5 +1,6 @@
 """Folders of pictures and sounds as rows."""
 
+import gzip
 import os
 import shutil
 
@@ -106,6 +107,10 @@ def test_class_labels_of_a_parquet_file(tmp_path):
     made.to_parquet(tmp_path / "a.parquet")
     opened = open_source(Source(train=str(tmp_path / "a.parquet")))
     assert opened.class_names() == {"label": ("ham", "spam"), "topics": ("a", "b")}
+    for name in ("b.parquet.gz", "c.PARQUET"):
+        content = (tmp_path / "a.parquet").read_bytes()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert open_source(Source(train=str(tmp_path / name))).class_names() == opened.class_names()
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n')
     assert open_source(Source(train=str(tmp_path / "a.jsonl"))).class_names() == {}
 
