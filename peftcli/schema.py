@@ -253,7 +253,8 @@ class Training:
     eval_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between evaluations, with eval_strategy steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
-    """When to write a checkpoint that training can resume from. Unless ``no``, the last step has one too."""
+    """When to write a checkpoint that training can resume from. Unless ``no``, the last step has one too, and each that
+    early stopping may make the last."""
     save_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between checkpoints, with save_strategy steps."""
     save_total_limit: int = field(default=2, metadata={"least": 2})

@@ -76,7 +76,7 @@ class TrainingLoop:
             self._log_pending()
 
     def _steps(self) -> Iterator[None]:
-        training, plan = self.training, self.plan
+        training, plan, patience = self.training, self.plan, self.training.early_stopping_patience
         with closing(self.gradients), closing(fit(self.gradients)) as steps:
             for result in steps:
                 line = self._count(result)
@@ -87,7 +87,8 @@ class TrainingLoop:
                     self._log(line)
                 else:
                     self.progress.pending = line
-                    if saves or (last and training.save_strategy != "no"):
+                    ends = last or (patience is not None and self.progress.no_better + 1 >= patience)  # it may
+                    if saves or (ends and training.save_strategy != "no"):
                         self.save()  # or what fails from here on would lose the steps
                         self.pending_is_saved = True
                     self._log_pending()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from peftcli.adapters.verify import verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
-from peftcli.errors import Diverged, Interrupted, OutOfMemory, PeftWarning, UsageError
+from peftcli.errors import Diverged, Interrupted, OutOfMemory, PeftWarning, StorageError, UsageError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks.base import Batch
@@ -486,7 +486,9 @@ def test_an_adapter_that_fails_a_gate_is_not_said_to_be_merged_or_pushed_next(re
     assert [line.split()[1] for line in following] == ["generate"]
 
 
-def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: Path) -> None:
+def test_training_stops_where_evaluations_get_no_better(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ("training.eval_strategy=steps", "training.eval_steps=1", "training.early_stopping_patience=2")
     stuck = (*settings, "training.learning_rate=0")
     done = run_recipe(recipe, *stuck)
@@ -498,6 +500,13 @@ def test_training_stops_where_evaluations_get_no_better(recipe: Path, tmp_path: 
     with pytest.raises(Interrupted):
         run_recipe(recipe, *resumed, on_event=at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert run_recipe(recipe, *resumed).metrics == done.metrics
+    lost = [*stuck, "training.save_strategy=steps", f"training.output_dir={tmp_path}/lost"]
+    with monkeypatch.context() as patched:
+        patched.setattr("peftcli.train.run.finish", Mock(side_effect=StorageError("no space left")))
+        with pytest.raises(StorageError):
+            run_recipe(recipe, *lost)
+    found = run_recipe(recipe, *lost)
+    assert ([each["from_step"] for each in found.run["attempts"]], found.metrics) == ([0, 3], done.metrics)
     learning = (*settings, "training.learning_rate=1e-3", f"training.output_dir={tmp_path}/learning")
     assert run_recipe(recipe, *learning).run["steps"]["done"] == 8
 
