@@ -137,8 +137,7 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         report_outcome(None)
         return code
-    except BrokenPipeError:
-        console.discard(sys.stdout)
+    except console.StdoutClosed:
         return _BROKEN_PIPE
     except Exception as error:
         if debug:

@@ -150,6 +150,10 @@ def report_error(error: PeftcliError, as_json: bool = False) -> int:
     return error.exit_code
 
 
+class StdoutClosed(BrokenPipeError):
+    """Nobody reads standard output any more."""
+
+
 class _DebugHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         log(self.format(record))
@@ -189,10 +193,10 @@ class _RedactedAnswer(_RedactedStream):
 def _stdout_errors() -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
         discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise StdoutClosed from None
         raise StorageError(f"cannot be written: {error.strerror}", file="standard output") from None
 
 

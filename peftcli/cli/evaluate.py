@@ -44,9 +44,11 @@ def evaluate(
             result |= measure(settings, adapter, progress.show if is_main else lambda event: None)
         if not is_main:
             raise typer.Exit  # the main process prints the answer, and writes the report
+    try:
         if as_json:
             console.print_json(result)
         else:
             for name, value in sorted(result["eval"]["last"].items()):
                 console.out(f"{name} {value:.6g}")
-    raise_failed_gates(result["gates"])
+    finally:  # also where nobody reads the answer
+        raise_failed_gates(result["gates"])

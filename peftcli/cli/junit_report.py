@@ -53,7 +53,7 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
     run: dict[str, Any] = {}
     try:
         yield run
-    except typer.Exit:  # another process ran and wrote the report, or nothing ran
+    except (typer.Exit, console.StdoutClosed):  # another process ran and wrote the report, or nothing ran
         raise
     except Exception as error:
         failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the report contains the gates

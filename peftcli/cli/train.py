@@ -89,10 +89,12 @@ def train(
         if run is None:
             raise typer.Exit  # the main process prints the answer, and writes the report
         report |= run
-        if not progress.trained:
-            console.log(f"{settings.training.output_dir} is complete already; nothing was done")
+    if not progress.trained:
+        console.log(f"{settings.training.output_dir} is complete already; nothing was done")
+
+    from peftcli.train.finish import raise_failed_gates
+
+    try:
         console.print_json(run) if as_json else console.out(summary(run, settings.training.output_dir))
-
-        from peftcli.train.finish import raise_failed_gates
-
+    finally:  # also where nobody reads the answer
         raise_failed_gates(run["gates"])

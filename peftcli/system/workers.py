@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -56,7 +57,8 @@ def compute_ahead(function: Callable[[T], R], items: Iterable[T], num_workers: i
     try:
         for item in islice(rest, num_workers):
             workers.append(_start(function, [channel for _, channel in workers]))
-            workers[-1][1].send(item)
+            with suppress(*_GONE):  # receiving its result raises again
+                workers[-1][1].send(item)
         waiting = list(workers)
         while waiting:
             process, channel = waiting.pop(0)

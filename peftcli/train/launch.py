@@ -170,9 +170,12 @@ def conclude(error: PeftcliError | None, answer: Callable[[], str], afterwards: 
     if error is not None and error.exit_code != GateFailed.exit_code:
         raise error
     afterwards()
-    sys.stdout.write(answer())
-    if error is not None:
-        raise error
+    try:
+        sys.stdout.write(answer())
+        sys.stdout.flush()
+    finally:  # also where nobody reads the answer
+        if error is not None:
+            raise error
 
 
 def report_outcome(error: PeftcliError | None) -> int | None:

@@ -132,6 +132,12 @@ def test_one_json_object_even_when_a_command_fails_after_printing_it(
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [None, 1.5], "text": "\u2028é"}
 
 
+def test_a_broken_pipe_other_than_stdout_is_an_error(cli, failing) -> None:
+    failing(BrokenPipeError(32, "Broken pipe"))
+    ran = cli("schema")
+    assert (ran.code, ran.err) == (7, "error: Broken pipe\n")
+
+
 def test_a_bug_is_one_line_unless_debugged(cli, failing) -> None:
     failing(ZeroDivisionError("1 / 0 \x1b[31m"))
     ran = cli("schema")

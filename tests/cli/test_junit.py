@@ -15,6 +15,7 @@ import trainkit
 import typer
 from trainkit import write_recipe
 
+from peftcli.cli import console
 from peftcli.cli.junit import write_junit
 from peftcli.cli.junit_report import junit_report
 from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError, UsageError
@@ -243,6 +244,10 @@ def test_no_path_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def unread(_: str) -> None:
+    raise console.StdoutClosed
+
+
 # --- evaluate -------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +268,9 @@ def test_evaluate(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert facts["device"] == "cpu"
     assert facts["versions.torch"]
     assert suite.time > 0
+    monkeypatch.setattr(console, "out", unread)
+    assert cli("evaluate", tmp_path / "recipe.yaml", *settings, f"--junit={path}").code == (code or 141)
+    assert list(cases(path)) == [name]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +303,7 @@ MEASURED = "training.eval_strategy=epoch"
 
 
 @pytest.mark.parametrize(("gate", "code"), [("<= 100", 0), ("<= 0.01", 12)])
-def test_train(cli: Callable, tmp_path: Path, gate: str, code: int) -> None:
+def test_train(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: str, code: int) -> None:
     path, recipe = tmp_path / "junit.xml", write_recipe(tmp_path)
     trainkit.reset_accelerate()
     for _ in range(2):  # trained, and complete already
@@ -313,6 +321,9 @@ def test_train(cli: Callable, tmp_path: Path, gate: str, code: int) -> None:
     assert facts["recipe_sha256"] == run["recipe_sha256"]
     assert (facts["steps.done"], facts["parameters.trainable"]) == ("8", "3712")
     assert suite.time == pytest.approx(run["wall_seconds"], abs=1e-3)
+    monkeypatch.setattr(console, "out", unread)
+    assert cli("train", recipe, MEASURED, f"gates.eval_loss={gate}", "--junit", path).code == (code or 141)
+    assert list(cases(path)) == [name]
 
 
 def test_train_that_fails(cli: Callable, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from peftcli.errors import DataError, Interrupted, PeftcliError, Problem, ProcessDied, RecipeError
+from peftcli.system import workers
 from peftcli.system.workers import compute_ahead
 
 
@@ -95,6 +96,19 @@ def test_a_worker_that_is_killed_ends_the_rest() -> None:
     with pytest.raises(ProcessDied, match="SIGKILL"):
         list(results)
     assert children() == []
+
+
+def test_a_worker_that_is_killed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*args: Any) -> Any:
+        process, channel = original(*args)
+        process.kill()
+        process.join()
+        return process, channel
+
+    original = workers._start
+    monkeypatch.setattr(workers, "_start", start)
+    with pytest.raises(ProcessDied, match="SIGKILL"):
+        list(compute_ahead(lambda number: number, range(9), 2))
 
 
 def test_workers_leave_signals_to_their_parent_and_end_with_it(tmp_path: Path) -> None:
