@@ -10,6 +10,7 @@ import typer
 
 from peftcli.adapters.load import find_adapter
 from peftcli.cli import console
+from peftcli.cli.paths import path
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.rows import count_of
 from peftcli.errors import UsageError
@@ -36,7 +37,7 @@ Method = Literal[
 
 def combine(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="Folders or hub ids.")],
-    output: Annotated[Path, typer.Option(help="Folder for the new adapter; must be new or empty.")],
+    output: Annotated[Path, typer.Option(parser=path, help="Folder for the new adapter; must be new or empty.")],
     method: Annotated[
         Method, typer.Option(help="cat: exact, its r is the sum of all r; svd: the nearest adapter of the given r.")
     ] = "cat",

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import output_path, path
+from peftcli.cli.predict import check_target, print_count
 from peftcli.cli.quiet import Quiet, progress_log
-from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
-from peftcli.system.outputs import is_stream, refuse_input, require_writable
 from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
@@ -35,11 +35,18 @@ def generate(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help='A .jsonl file of {"prompt"} or {"messages"}; -: its lines on stdin.')
+        Path | None,
+        typer.Option(
+            "--input", parser=path, help='A .jsonl file of {"prompt"} or {"messages"}; -: its lines on stdin.'
+        ),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option("--output", help="File for the answers. After a stop, run the same command again to resume."),
+        typer.Option(
+            "--output",
+            parser=output_path,
+            help="File for the answers; -: stdout. After a stop, run the same command again to resume.",
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
     quantization: Annotated[
@@ -70,8 +77,7 @@ def generate(
 
     tell = progress_log(quiet)
     if target is not None:
-        refuse_input(target, source)
-        require_writable(target)
+        check_target(target, source, as_json=as_json)
     from peftcli.adapters.generate import first_batch, load_generator
     from peftcli.adapters.predict import predict_file, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
@@ -93,9 +99,7 @@ def generate(
     if source is not None and target is not None:
         predictor = text_predictor(generator, ask, settings, batch_size)
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
-        if as_json:
-            return console.print_json({"output": str(target), "rows": count})
-        return (tell if is_stream(target) else console.out)(f"{target}: {count_of(count, 'answer')}")
+        return print_count(target, count, tell, as_json=as_json)
     if chats:
         return _chat(generator, settings)
     assert prompt is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import path
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.tasks.shown import Image, Label, Part, Text, TokenText, side_by_side
 
@@ -49,7 +50,9 @@ def inspect(
         typer.Option(metavar="FILE:LINE|N", help="Show this row, or the example of this number; may be repeated."),
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token ends.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with rows and audit.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=path, help="Write a page with rows and audit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
 ) -> None:

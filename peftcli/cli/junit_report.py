@@ -10,19 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import path
 from peftcli.errors import GateFailed, PeftcliError, to_peftcli_error
 from peftcli.system.outputs import expand_user
 from peftcli.train.launch import started_by_peftcli
 from peftcli.train.runs.typed_json import flatten
 
-
-def _expand(path: Path | None) -> Path | None:
-    return path and expand_user(path)
-
-
 Junit = Annotated[
     Path | None,
-    typer.Option("--junit", metavar="FILE", callback=_expand, help="Write a JUnit report: each gate is a test case."),
+    typer.Option(
+        "--junit",
+        metavar="FILE",
+        parser=lambda text: expand_user(path(text)),
+        help="Write a JUnit report: each gate is a test case.",
+    ),
 ]
 
 _FACTS = (

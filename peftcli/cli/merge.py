@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import path
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.rows import count_of
 from peftcli.models.hub_files import PIPELINE_FILE
@@ -15,7 +16,7 @@ from peftcli.models.hub_files import PIPELINE_FILE
 
 def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder for the merged model; must be new or empty.")],
+    output: Annotated[Path, typer.Option(parser=path, help="Folder for the merged model; must be new or empty.")],
     base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import output_path, path
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.recipe.data_checks import exists
-from peftcli.system.outputs import is_stream, refuse_input, require_writable
+from peftcli.system.outputs import is_stdout, is_stream, refuse_input, require_writable
 
 
 def predict(
@@ -29,13 +31,17 @@ def predict(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", help="Rows as in training, without the label: a file or folder; -: JSON lines on stdin."
+            "--input",
+            parser=path,
+            help="Rows as in training, without the label: a file or folder; -: JSON lines on stdin.",
         ),
     ] = None,
     target: Annotated[
         Path | None,
         typer.Option(
-            "--output", help="File for the answers to --input. After a stop, run the same command again to resume."
+            "--output",
+            parser=output_path,
+            help="File for the answers to --input; -: stdout. After a stop, run the same command again to resume.",
         ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
@@ -51,8 +57,7 @@ def predict(
         raise UsageError("is for the answers to --input", key="--output")
     tell = progress_log(quiet)
     if target is not None:
-        refuse_input(target, source)
-        require_writable(target)
+        check_target(target, source, as_json=as_json)
     from peftcli.adapters.predict import load_predictor, predict_file
 
     for text in inputs or ():
@@ -64,12 +69,26 @@ def predict(
     )
     if target is not None:
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
-        if as_json:
-            return console.print_json({"output": str(target), "rows": count})
-        return (tell if is_stream(target) else console.out)(f"{target}: {count_of(count, 'answer')}")
+        return print_count(target, count, tell, as_json=as_json)
     answers = predictor.answers(rows or predictor.rows(inputs or ()))
     if as_json:
         return console.print_json({"rows": list(answers)})
     for answer in answers:
         console.out(console.json_text(answer))
     return None
+
+
+def check_target(target: Path, source: Path | None, *, as_json: bool) -> None:
+    """Raise UsageError or StorageError where the answers to ``source`` cannot be written to ``target``."""
+    refuse_input(target, source)
+    require_writable(target)
+    if as_json and is_stdout(target):
+        raise UsageError("is standard output, on which --json prints its object", file=str(target), key="--output")
+
+
+def print_count(target: Path, count: int, tell: Callable[[str], None], *, as_json: bool) -> None:
+    """Print how many answers were written to ``target``; as a line of the log where it may be standard output."""
+    if as_json:
+        console.print_json({"output": str(target), "rows": count})
+    else:
+        (tell if is_stream(target) else console.out)(f"{target}: {count_of(count, 'answer')}")

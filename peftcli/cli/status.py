@@ -8,11 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import path
 from peftcli.data.rows import count_of
 
 
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder: a recipe's training.output_dir.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=path, help="Run folder: a recipe's training.output_dir.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the status of a run: running, complete, interrupted or failed, and why."""

@@ -109,6 +109,11 @@ def refuse_input(path: Path, source: Path | None) -> None:
             raise UsageError("is the input too, which the answers would replace", file=str(path), key="--output")
 
 
+def is_stdout(path: Path) -> bool:
+    """Return whether a path like ``/dev/stdout`` names standard output."""
+    return _descriptor(path) == 1
+
+
 def expand_user(path: Path) -> Path:
     """Expand ``~``, which the shell does not expand in ``--output=~/x``."""
     with suppress(RuntimeError):  # no such user

@@ -82,7 +82,13 @@ def test_python_dash_m() -> None:
     assert ran.stderr.startswith("error: No such command 'chek'.")
 
 
-@pytest.mark.parametrize("args", [["chek"], ["check"], ["check", "--nope", "x"], ["schema", "x", "y"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["chek"], ["check"], ["check", "--nope", "x"], ["schema", "x", "y"], ["status", ""]),
+        *(["merge", "x", "--output", ""], ["predict", "x", "--input", ""], ["train", "x", "--junit", ""]),
+    ],
+)
 def test_usage_errors(cli, args: list[str]) -> None:
     ran = cli(*args)
     assert (ran.code, ran.out) == (2, "")

@@ -81,6 +81,10 @@ def test_rows_on_stdin_and_answers_on_stdout(
     assert cli(*asked, source, "--output", tmp_path / "out.jsonl").code == 0
     assert [json.loads(line) for line in cli(*asked, source).out.splitlines()] == lines(tmp_path / "out.jsonl")
 
+    for stdout in ("-", "/dev/stdout"):
+        ran = cli(*asked, source, "--output", stdout, "--json")
+        assert (ran.code, "is standard output" in ran.err) == (2, True)
+
     def answer_stdin(text: str, *options: str) -> Any:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         return cli(*asked, "-", *options)
