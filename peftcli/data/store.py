@@ -96,7 +96,9 @@ class Column:
             wanted = str if self.dtype == "str" else bytes
             if not isinstance(value, wanted):
                 raise ValueError(f"{shortened(value)} is no {self.dtype}")
-            return np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
+            # Paths of Linux are bytes, which Python reads as text so that they come back.
+            held = value.encode(errors="surrogateescape") if isinstance(value, str) else value
+            return np.frombuffer(held, np.uint8)
         found = np.asarray(value)
         if not found.size and found.dtype == np.float64:  # an empty list
             found = found.astype(self.stored)
@@ -318,7 +320,8 @@ class Store:
             start, end = index * size, (index + 1) * size
         found = self._elements(column, start, end)
         if kind.is_text:
-            return found.tobytes().decode() if kind.dtype == "str" else found.tobytes()
+            held = found.tobytes()
+            return held.decode(errors="surrogateescape") if kind.dtype == "str" else held
         if kind.varying > 1:
             return found.reshape(self._edges[column][index])
         return found.reshape([-1 if edge is None else edge for edge in kind.shape])

@@ -71,6 +71,16 @@ def test_folders_of_one_split_at_most_are_classes(tmp_path):
     assert [row.values["label"] for row in rows(tmp_path)] == ["control", "test", "train_station"]
 
 
+def test_names_that_are_no_extension_or_not_utf8(photos):
+    (photos / "cat" / "png").write_bytes(b"not a picture")
+    (photos / os.fsdecode(b"caf\xe9")).mkdir()
+    (photos / os.fsdecode(b"caf\xe9") / "a.png").write_bytes(b"")
+    opened = open_source(Source(train=str(photos)))
+    assert opened.left_out == ["cat/png"]
+    [error] = [row for row in opened.rows() if isinstance(row, DataError)]
+    assert (error.key, error.message) == ("label", "row 1: the name of its folder is not UTF-8")
+
+
 def test_a_folder_is_known_by_names_and_sizes_and_on_this_disk_by_times(photos, tmp_path_factory):
     opened, copy = open_source(Source(train=str(photos))), tmp_path_factory.mktemp("copy")
     before = fingerprint, times = opened.state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def arrays(size: int) -> dict[str, Any]:
         "frames": np.arange(3.0 * size).reshape(size, 3),
         "grid": np.full((size, size + 1, 2), size),
         "kept": size % 2 == 0,
-        "path": f"pictures/{size}-ü.png",
+        "path": f"pictures/{size}-ü{os.fsdecode(bytes([0xE9]))}.png",
         "file": bytes(range(size)),
     }
 
