@@ -150,7 +150,7 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as ``inspect --json`` prints it."""
-        return {name: getattr(self, name) for name in ("name", "level", "count", "rows")}
+        return {name: getattr(self, name) for name in ("name", "level", "count", "rows", "split")}
 
 
 class Records:

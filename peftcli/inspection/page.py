@@ -42,6 +42,8 @@ _HARMLESS = "\u200c\u200d\t"
 """The zero-width joiners are part of ordinary writing."""
 _LABEL, _LINE, _WIDTH = 96, 18, 360
 """The histogram's layout, in its own units: the start of bars, the height of one, and the total width."""
+_Ids = dict[tuple[str, str], str]
+"""The split and the place of a row -> the id of its element."""
 
 
 def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> None:
@@ -135,10 +137,10 @@ def _legend(rows: Sequence[ShownRow]) -> str:
 <span class="s">special token</span>, and <span class="n">\u23ce</span> for a newline."""
 
 
-def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str, str]]:
+def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], _Ids]:
     """The rows that fit on the page, and the id of the first row of each place."""
     parts: list[str] = []
-    ids: dict[str, str] = {}
+    ids: _Ids = {}
     size = 0
     for name, row in rows.items():
         part = _row(row, name, borders)
@@ -146,7 +148,7 @@ def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], dict[str
         if size > _MAX_CHARACTERS and parts:
             break
         parts.append(part)
-        ids.setdefault(row.place, name)
+        ids.setdefault((row.split, row.place), name)
     return parts, ids
 
 
@@ -208,18 +210,16 @@ def _spans(text: Text, tokens: Sequence[TokenText], borders: bool) -> Iterable[s
             yield f'<sub class="{hue}">{_html(label)}</sub>'
 
 
-def _findings(inspection: Inspection, ids: dict[str, str]) -> str:
+def _findings(inspection: Inspection, ids: _Ids) -> str:
     if not inspection.findings:
         return "<p>None.</p>"
     allow = inspection.recipe.dataset.allow
     return "\n".join(_finding(each, number, ids, allow) for number, each in enumerate(inspection.findings))
 
 
-def _finding(finding: Finding, number: int, ids: dict[str, str], allow: Sequence[str]) -> str:
-    places = [
-        f'<a href="#{ids[place]}">{_html(place)}</a>' if place in ids else f"<span>{_html(place)}</span>"
-        for place in finding.rows
-    ]
+def _finding(finding: Finding, number: int, ids: _Ids, allow: Sequence[str]) -> str:
+    links = [(ids.get((finding.split, place)), _html(place)) for place in finding.rows]
+    places = [f'<a href="#{name}">{place}</a>' if name else f"<span>{place}</span>" for name, place in links]
     more = ", ..." if finding.count > len(places) > 0 else ""
     allowed = " (allowed)" if finding.level == "error" and finding.name in allow else ""
     return (
@@ -238,12 +238,13 @@ def _audit(inspection: Inspection) -> str:
         parts.append(f"<figure>{caption}\n{_histogram(bars(train), unit)}</figure>")
         longest = [[each["row"], f"{each['tokens']:,}", each["outcome"]] for each in train["longest"]]
         parts.append(_table("longest rows", [["", unit, "outcome"], *longest]))
-    if pairs := train.get("duplicates", {}).get("pairs"):
-        listed = [[each["row"], each["like"], f"{each['alike']:.0%}"] for each in pairs]
-        parts.append(_table("near duplicates", [["row", "is like", "overlap"], *listed]))
-    if bad := train["bad_rows"]:
-        listed = [[each["row"], what_is_wrong(each)] for each in bad]
-        parts.append(_table("rows that cannot be used", [["", "why"], *listed]))
+    for kind, facts in (("", train), ("evaluation ", inspection.audit["eval"] or {})):
+        if pairs := facts.get("duplicates", {}).get("pairs"):
+            listed = [[each["row"], each["like"], f"{each['alike']:.0%}"] for each in pairs]
+            parts.append(_table(f"{kind}rows that are near duplicates", [["row", "is like", "overlap"], *listed]))
+        if bad := facts.get("bad_rows"):
+            listed = [[each["row"], what_is_wrong(each)] for each in bad]
+            parts.append(_table(f"{kind}rows that cannot be used", [["", "why"], *listed]))
     return "\n".join(parts)
 
 

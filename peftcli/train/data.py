@@ -159,7 +159,7 @@ def load_data(
     report = _report(train, evaluation, task, dataset.packing)
     findings = _findings(train, evaluation, task, skip_bad_rows=dataset.on_bad_row == "skip")
     report |= {
-        "findings": [{**each.as_dict(), "split": each.split} for each in findings],
+        "findings": [each.as_dict() for each in findings],
         "unit": task.unit,
         "content": [part.store.content for part in (*parts, *held)],
     }

@@ -122,8 +122,9 @@ def test_steps_and_tokens_are_those_of_the_run(cli: Callable, recipe: Path) -> N
 def test_findings_are_named_with_their_rows(cli: Callable, tmp_path: Path) -> None:
     rows = [*MESSAGES[:5], MESSAGES[2], *MESSAGES[5:9], MESSAGES[4], *MESSAGES[11:]]
     found = {each.pop("name"): each for each in look(cli, write_recipe(tmp_path, rows=rows))["findings"]}
-    assert found["exact_duplicates"] == {"level": "warning", "count": 1, "rows": [f"{tmp_path}/train.jsonl:6"]}
-    assert found["train_in_eval"] == {"level": "warning", "count": 1, "rows": [f"{tmp_path}/eval.jsonl:1"]}
+    for name, split, line in (("exact_duplicates", "train", 6), ("train_in_eval", "eval", 1)):
+        rows = [f"{tmp_path}/{split}.jsonl:{line}"]
+        assert found[name] == {"level": "warning", "count": 1, "rows": rows, "split": split}
 
 
 def test_an_error_gives_the_report_and_exit_code_3(cli: Callable, tmp_path: Path) -> None:

@@ -142,6 +142,16 @@ def test_findings_lead_to_their_rows(write: Callable) -> None:
     assert "expected a list of turns, found a string" in page
 
 
+def test_evaluation_rows_have_links_and_reasons_of_their_own(cli: Callable, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, rows=MESSAGES[:4])
+    file = write_rows(tmp_path / "eval.jsonl", [MESSAGES[0], {"messages": 4}])
+    cli("inspect", recipe, f"dataset.train={file}", "dataset.on_bad_row=skip", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f'<a href="#eval-0">{file}:1</a>' in page.partition("train_in_eval")[2]
+    assert page.count("expected a list of turns") == 2
+    assert "Evaluation rows that cannot be used" in page
+
+
 def test_it_is_a_document_with_a_language_and_headings(write: Callable) -> None:
     page = write()
     read = _Reader(page)
