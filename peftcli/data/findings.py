@@ -61,14 +61,21 @@ class Kind:
         return self.level == "error" or self.error_above is not None
 
     def finding(
-        self, count: int, total: int, places: Iterable[Place], *, split: str = "train", more: str = ""
+        self,
+        count: int,
+        total: int,
+        places: Iterable[Place],
+        *,
+        split: str = "train",
+        more: str = "",
+        unit: str = "rows",
     ) -> Finding:
-        """Return a finding of this kind about ``count`` of ``total`` rows.
+        """Return a finding of this kind about ``count`` of ``total`` rows, or of another ``unit``.
 
         At most ten of the ``places`` of its rows are read; ``more`` is added to the message.
         """
         listed = list(map(str, islice(places, _MAX_PLACES)))
-        return Finding(self, self.level_at(count / total), count, total, listed, more, split)
+        return Finding(self, self.level_at(count / total), count, total, listed, more, split, unit)
 
 
 def by_name(*kinds: Kind) -> dict[str, Kind]:
@@ -131,6 +138,8 @@ class Finding:
     """Added to the message."""
     split: str = "train"
     """The split of the rows: ``train`` or ``eval``."""
+    unit: str = "rows"
+    """What is counted, in the plural."""
 
     @property
     def name(self) -> str:
@@ -140,8 +149,8 @@ class Finding:
     @property
     def message(self) -> str:
         """One sentence for the user."""
-        rows = "rows" if self.split == "train" else "evaluation rows"
-        return f"{self.count} of {self.total} {rows} {self.kind.summary}{self.more}"
+        unit = self.unit if self.split == "train" else f"evaluation {self.unit}"
+        return f"{self.count} of {self.total} {unit} {self.kind.summary}{self.more}"
 
     @property
     def advice(self) -> str:

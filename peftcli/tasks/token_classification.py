@@ -313,10 +313,12 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         total, found = sum(counts.values()), list[Finding]()
         begun = [name for name in self.labels if not name.startswith("I-")]
         if missing := [name for name in begun if not counts[name]]:
-            found.append(FINDINGS["missing_classes"].finding(total, total, (), more=f" {listed(missing)}, in no word"))
+            more = f" {listed(missing)}"
+            found.append(FINDINGS["missing_classes"].finding(total, total, (), more=more, unit="words"))
         for name, count in counts.items():
             if count >= _UNBALANCED * total:
-                found.append(FINDINGS["unbalanced_classes"].finding(count, total, (), more=f": {name!r}, by words"))
+                more = f": {name!r}"
+                found.append(FINDINGS["unbalanced_classes"].finding(count, total, (), more=more, unit="words"))
         return found
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:

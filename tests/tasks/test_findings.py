@@ -92,7 +92,7 @@ FOUND = {
         lambda: (_tagged("sun", "O " * 18, "B-PER O"), _tagged("tea", "O B-PER")),
         "unbalanced_classes",
         "warning",
-        "19 of 20 rows are of one class: 'O', by words",
+        "19 of 20 words are of one class: 'O'",
         (),
     ),
     "a class of the recipe that no text has": Odd(
@@ -125,7 +125,7 @@ FOUND = {
         lambda: (_tagged("sun", "B-PER O", "B-LOC I-LOC"), _tagged("tea", "B-LOC O O")),
         "missing_classes",
         "warning",
-        "3 of 3 evaluation rows are of other classes than B-PER, in no word",
+        "3 of 3 evaluation words are of other classes than B-PER",
         (),
     ),
     "tags of BILOU": Odd(
