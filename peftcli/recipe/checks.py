@@ -99,6 +99,11 @@ def _names(recipe: Recipe, report: Report) -> None:
         report(keys, "applies to hub models, but base_model.name is local; leave it out")
     if "://" in recipe.base_model.name:
         report(("base_model.name",), "must be a path or a hub id, not a URL")
+    begins, key = recipe.training.init_adapter_from, "training.init_adapter_from"
+    if begins is not None and exists(begins):
+        start, out = (expand_user(Path(name)).resolve() for name in (begins, recipe.training.output_dir))
+        if start.is_relative_to(out) and not re.fullmatch(r"previous-\d+", (*start.relative_to(out).parts, "")[0]):
+            report((key,), "is in training.output_dir, where this run writes; give one of the two another folder")
 
 
 def _tokenizer(recipe: Recipe, report: Report) -> None:

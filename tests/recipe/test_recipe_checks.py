@@ -167,6 +167,16 @@ def test_a_link_that_leads_nowhere_is_not_suggested_in_its_own_place(problem, tm
     assert (found.message, found.suggestion) == (f"no such file: {tmp_path}/data.jsonl", None)
 
 
+@pytest.mark.parametrize("name", ["", "checkpoints/step-000100", "previous-1"])
+def test_a_run_does_not_begin_from_what_it_writes(problem, load, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    settings = (f"training.output_dir={tmp_path}/out", f"training.init_adapter_from={tmp_path}/out/{name}")
+    if name == "previous-1":  # it stays as it is
+        assert load("", *settings)
+    else:
+        assert "is in training.output_dir" in problem("", *settings).message
+
+
 def test_a_template_that_is_a_folder_or_a_pipe(problem, tmp_path: Path) -> None:
     (tmp_path / "a.jinja").mkdir()
     os.mkfifo(tmp_path / "b.jinja")
