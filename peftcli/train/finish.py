@@ -39,6 +39,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     state.prepared.make_whole()
     if curve is None:
         return
+    (run.replaces or folder).keep_lock()
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_finite(tensors, state.config, folder.path)

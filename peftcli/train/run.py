@@ -25,7 +25,7 @@ from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import AfterResume, layers_of, needs_base_weights, needs_batches
 from peftcli.data.findings import refuse
-from peftcli.errors import DataError, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
+from peftcli.errors import DataError, FolderBusy, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.models import hub_files
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import method_config, parse_duration
@@ -197,7 +197,7 @@ def record_outcome(run: Run) -> Iterator[None]:
         record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
         if len(record.attempts) > attempts_before:
             record.attempts[-1].end_step, record.attempts[-1].reason = record.steps.done, record.status
-        if run.is_main:
+        if run.is_main and not isinstance(ours, FolderBusy):  # or else it is another run's
             with contextlib.suppress(StorageError, OSError):
                 if ours.exit_code == PeftcliError.exit_code:
                     run.folder.note_bug(traceback.format_exc())

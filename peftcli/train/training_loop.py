@@ -216,6 +216,7 @@ class TrainingLoop:
         run, record = self.active, self.active.record
         keep, made_by = self.training.save_total_limit, digests(record.identity)
         if run.is_main:
+            (run.replaces or run.folder).keep_lock()
             run.folder.sync_metrics()
         path = save_checkpoint(run.folder.checkpoints, self.state, keep, run.accelerator, made_by)
         run.stop.saved = True

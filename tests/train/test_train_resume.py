@@ -21,7 +21,7 @@ import trainkit
 from trainkit import Child, files_of, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.errors import Interrupted, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
+from peftcli.errors import FolderBusy, Interrupted, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.system import date
 from peftcli.train.events import Event, Ready, Stepped
@@ -515,6 +515,34 @@ def test_a_folder_that_was_copied_goes_on_elsewhere(recipe: Path) -> None:
     done = run_recipe(recipe, f"training.output_dir={recipe.parent}/copy", resume="must")
     assert done.run["recipe"]["training"]["output_dir"] == f"{recipe.parent}/copy"
     assert done.weights == run_recipe(recipe).weights
+
+
+def test_a_lock_file_that_was_removed_lets_no_other_run_in(recipe: Path) -> None:
+    out, others = recipe.parent / "out", list[RunFolder]()
+
+    def remove(event: Event) -> None:
+        if isinstance(event, Stepped) and event.result.step == 1:
+            (out / ".lock").unlink()
+        if isinstance(event, Stepped) and event.result.step == 3:
+            with pytest.raises(FolderBusy):
+                RunFolder(out).lock()
+            (out / ".lock").unlink()
+            others.append(RunFolder(out))
+            others[0].lock()
+            (out / "run.json").write_text("of the other")
+
+    with pytest.raises(FolderBusy, match="another run is using this folder"):
+        run_recipe(recipe, *EVERY_TWO, on_event=remove)
+    assert (out / "run.json").read_text() == "of the other"
+    assert not (out / "checkpoints/step-000004").exists()
+    others[0].close()
+
+
+def test_a_line_of_another_hand_in_metrics_takes_none_away(recipe: Path) -> None:
+    out = stopped(recipe)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([*lines[:1], "# my note", *lines[1:], '{"step": 4, "lo']))
+    assert [entry["step"] for entry in run_recipe(recipe).metrics] == [*range(1, 9)]
 
 
 # --- more than one way on ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from peftcli.errors import FolderBusy, StorageError, UsageError
 from peftcli.guard.files import command_word, read_json_object
 from peftcli.system.disk import TEMPORARY, remove_folder, sha256, sync_folder, write_file
-from peftcli.system.outputs import expand_user, storage_errors
+from peftcli.system.outputs import expand_user, is_at, storage_errors
 from peftcli.system.secrets import redact, redact_values
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.typed_json import WrongValue
@@ -69,6 +69,17 @@ class RunFolder:
             except OSError as error:
                 self.close()
                 raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
+
+    def keep_lock(self) -> None:
+        """Lock the folder again if its lock file was removed.
+
+        Raises:
+            FolderBusy: another run has locked it since.
+            StorageError: it cannot be written.
+        """
+        if self._lock is None or not is_at(self._lock.fileno(), self.path / ".lock"):
+            self.close()
+            self.lock()
 
     def give_lock(self) -> tuple[int, dict[str, str]]:
         """The lock for a process to be started: the file descriptor to pass on, and the variable that names it."""
@@ -193,7 +204,7 @@ class RunFolder:
         write_file(self.path / "metrics.jsonl", lines.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, up to the first invalid one: a kill may cut the last one short."""
+        """The valid lines of metrics.jsonl: a kill may cut the last one short, and others may write there too."""
         file = self.path / "metrics.jsonl"
         entries = []
         try:
@@ -204,9 +215,9 @@ class RunFolder:
             try:
                 entry = json.loads(line)
                 if type(entry["step"]) is not int or type(entry.get("loss", 0.0)) not in (int, float):
-                    break
+                    continue
             except (ValueError, TypeError, KeyError, RecursionError):
-                break
+                continue
             entries.append(entry)
         return entries
 
