@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -69,9 +70,12 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if on_several_machines():
         use_interface_to(os.environ.get("MASTER_ADDR", ""))
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # or accelerate divides what the loop has divided
+    precision = "bf16" if uses_bf16(recipe) else "no"
+    if asked == 1 and is_initialized() and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # or accelerate refuses another precision than that of this process's last run
     with nullcontext() if asked == 1 else _nothing_on_stdout():
         accelerator = Accelerator(
-            mixed_precision="bf16" if uses_bf16(recipe) else "no",
+            mixed_precision=precision,
             cpu=not torch.cuda.is_available(),
             # evaluation runs out of step; and not every step uses all that trains
             kwargs_handlers=[
