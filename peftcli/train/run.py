@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import signal
+import time
 import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.outputs import expand_user
-from peftcli.system.signals import STARTED, Stop, handle_signals
+from peftcli.system.signals import Stop, handle_signals
 from peftcli.tasks import open_task, task_record
 from peftcli.tasks.base import Begins, Gathers, Task
 from peftcli.tasks.text.unpadded import unpad
@@ -76,13 +77,21 @@ from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import TrainingLoop
 
 
-def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    options: StartOptions = DEFAULTS,
+    on_event: OnEvent = lambda event: None,
+    started: float | None = None,
+) -> dict[str, Any]:
     """Train what a recipe describes and write its run folder; resume where an earlier run of it stopped.
+
+    The adapter is not verified, whatever training.verify says: call ``peftcli.train.fresh_process.verify_run``.
 
     Args:
         recipe: What to train.
         options: What to do about a run that is in the folder already.
         on_event: Receives what happens; see ``peftcli.train.events``.
+        started: From when training.max_time counts, on the monotonic clock; None: from this call.
 
     Returns:
         The content of run.json.
@@ -94,7 +103,7 @@ def train(recipe: Recipe, options: StartOptions = DEFAULTS, on_event: OnEvent = 
     save_on = signal.Signals[training.save_on_signal] if training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
         if training.max_time is not None:
-            stop.deadline = STARTED + parse_duration(training.max_time)
+            stop.deadline = (time.monotonic() if started is None else started) + parse_duration(training.max_time)
         recipe = with_accelerate_launch(recipe, os.environ)
         accelerator = start_accelerator(recipe)
         _refuse_other_recipes(recipe)

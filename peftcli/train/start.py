@@ -44,7 +44,7 @@ def start(recipe: Recipe, command: Sequence[str], options: StartOptions, tell: O
     from peftcli.train import fresh_process, run
 
     with launch.leave_group_on_exit():
-        finished = run.train(recipe, options, tell)
+        finished = run.train(recipe, options, tell, signals.STARTED)
     if not launch.is_main_process():
         return None
     if recipe.training.verify and not launch.started_by_peftcli():  # which verifies, when these processes have ended

@@ -7,6 +7,7 @@ The runs take turns, a step each. The first one to need gradients gets those of 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,11 +48,12 @@ def train_together(
     recipes: Mapping[str, Recipe],
     options: StartOptions = DEFAULTS,
     on_event: Callable[[str], OnEvent] = lambda name: lambda event: None,
+    started: float | None = None,
 ) -> dict[str, Outcome]:
     """Train what several recipes describe, as ``peftcli.train.run.train`` does for one; return how each run ended.
 
     If one run cannot start, none does. A run that fails later, as one that diverges, ends alone. ``on_event`` returns
-    what receives the events of the run of a name, as errors give it; the options are for each.
+    what receives the events of the run of a name, as errors give it; the options are for each, and so is ``started``.
 
     Raises:
         PeftcliError: they cannot be trained together, or one of them cannot start.
@@ -59,6 +61,7 @@ def train_together(
     tells = {name: on_event(name) for name in recipes}
     found = alike(recipes, options, tells)
     first = next(iter(found.values()))
+    started = time.monotonic() if started is None else started
     save_on = signal.Signals[first.training.save_on_signal] if first.training.save_on_signal else None
     with handle_signals("stopped before the first step", save_on) as stop:
         accelerator = start_accelerator(first)
@@ -66,7 +69,7 @@ def train_together(
         for name, recipe in found.items():
             own = Stop(message=stop.message)
             if recipe.training.max_time is not None:
-                own.deadline = STARTED + parse_duration(recipe.training.max_time)
+                own.deadline = started + parse_duration(recipe.training.max_time)
             stop.followers.append(own)
             group.add(Member(name, group), partial(steps_of, recipe, options, accelerator, own, tells[name]))
         group.start()
@@ -79,7 +82,7 @@ def start_together(
     recipes: Mapping[str, Recipe], options: StartOptions, on_event: Callable[[str], OnEvent]
 ) -> dict[str, Outcome]:
     """Train what several recipes describe, as ``train_together`` does, and verify what came of each."""
-    outcomes = train_together(recipes, options, on_event)
+    outcomes = train_together(recipes, options, on_event, STARTED)
     fresh_process.release_gpu_memory()
     for name, outcome in outcomes.items():
         if recipes[name].training.verify and not isinstance(outcome, PeftcliError):

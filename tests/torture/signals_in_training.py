@@ -176,7 +176,6 @@ def _slow_steps(seconds: float) -> None:
     from peftcli.train.plan import Plan
 
     peftcli.system.signals.STARTED = time.monotonic()  # the child was forked from a process that started long ago
-    importlib.import_module("peftcli.train.run").STARTED = peftcli.system.signals.STARTED
     global_batch = Plan.global_batch
 
     def slowly(self: Plan, step: int) -> list[int]:

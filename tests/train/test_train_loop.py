@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,10 +26,12 @@ from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, OutOfMemory, PeftWarning, StorageError, UsageError
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.recipe import load_recipe
 from peftcli.schema import Training
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import batches, loop
+from peftcli.train.run import train
 from peftcli.train.runs.checkpoint import Progress
 from peftcli.train.training_loop import TrainingLoop
 
@@ -411,6 +414,15 @@ def test_evaluation_of_the_base_model_by_hand(recipe: Path) -> None:
     expected = {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_token_accuracy": right / count}
     assert done.run["eval"]["first"] == pytest.approx(expected, rel=1e-6)
     assert done.run["data"]["eval"]["targets"] == count
+
+
+@pytest.mark.usefixtures("short")
+def test_runs_of_one_process_may_have_other_precisions_and_count_their_time_from_their_start(recipe: Path) -> None:
+    run_recipe(recipe)
+    settings = [f"training.output_dir={recipe.parent}/bf16", "training.bf16=true", "training.max_time=1h"]
+    with pytest.raises(Interrupted, match=r"training\.max_time"):
+        train(load_recipe(recipe, settings), started=time.monotonic() - 3601)
+    assert train(load_recipe(recipe, settings))["bf16"] is True
 
 
 def test_when_it_evaluates(recipe: Path, tmp_path: Path) -> None:
