@@ -121,7 +121,8 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         model.set_attn_implementation(recipe.base_model.attn_implementation)
     sizes = Sizes(device)
     sizes.place(model, base_dtype(recipe))
-    trained = [parameter for _, _, parameter in named_tensors(model).values()]
+    tensors = named_tensors(model)
+    trained = [parameter for _, _, parameter in tensors.values()]
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     saved = _saved_by_quantization(model, recipe)
     whole = sizes.live - values - sum(saved.values())
@@ -160,14 +161,13 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         file = whole if recipe.launch.cpu_ram_efficient_loading else whole - elsewhere
     elif elsewhere and saved:  # quantised on the GPU, whole, and divided then
         file = elsewhere
-    remembered = sum(each.numel() for each in trained) * state_bytes(training.optim)
     best = values if training.load_best_model_at_end and on_cpu else 0
     return Estimate(
         device=device.type,
         packages=packages,
         weights=whole - elsewhere,
         file=file,
-        adapter=2 * values + remembered + best,
+        adapter=2 * values + state_bytes(tensors, training) + best,
         step=round(step * _HELD_BACK) if on_cpu else step,
         evaluation=evaluation,
         saving=max((each.numel() * each.element_size() for each in trained), default=0) if on_cpu else 0,

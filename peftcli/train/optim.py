@@ -52,6 +52,22 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def keep_embeddings_exact(optimizer: Any, tensors: Mapping[str, tuple[AdapterLayer, str, nn.Parameter]]) -> None:
+    """Let an optimizer of bitsandbytes remember of embeddings that train in full 32 bits a number, as Trainer does."""
+    if not hasattr(optimizer, "mng"):
+        return
+    optimizer.mng = object.__new__(type(optimizer.mng))  # one of its own: that of all would keep what runs before left
+    optimizer.mng.initialize()
+    for layer, tensor, _ in tensors.values():
+        if _is_embedding(layer, tensor):
+            optimizer.mng.register_module_override(_owner(layer, tensor), "weight", {"optim_bits": 32})
+
+
+def _is_embedding(layer: AdapterLayer, tensor: str) -> bool:
+    """Whether a tensor that trains is the weight of an embedding."""
+    return isinstance(layer, TrainedCopy) and isinstance(_owner(layer, tensor), nn.Embedding)
+
+
 def _owner(layer: AdapterLayer, tensor: str) -> Any:
     """The module that holds a trained parameter, or for a layer that trains others of its own, the adapted one."""
     return layer.copy.get_submodule(tensor.rpartition(".")[0]) if isinstance(layer, TrainedCopy) else base_module(layer)
@@ -75,14 +91,16 @@ class _Optimizer:
     """Which of AdamW's settings it has."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that say which of its kinds is meant."""
+    adds: str = ""
+    """The argument with which it remembers 4 bytes more."""
 
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What an optimizer remembers in the shape of what it trains."""
 _ADAM, _BITSANDBYTES = ("betas", "eps"), "bitsandbytes.optim"
 _OPTIMIZERS = {
-    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM),
-    "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}),
+    "adamw_torch": _Optimizer("torch.optim", "AdamW", 8, _ADAM, adds="amsgrad"),
+    "adamw_torch_fused": _Optimizer("torch.optim", "AdamW", 8, _ADAM, {"fused": True}, adds="amsgrad"),
     "adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8}),
     "paged_adamw_8bit": _Optimizer(_BITSANDBYTES, "AdamW", 2, _ADAM, {"optim_bits": 8, "is_paged": True}),
     "paged_adamw_32bit": _Optimizer(_BITSANDBYTES, "AdamW", 8, _ADAM, {"is_paged": True}),
@@ -91,16 +109,26 @@ _OPTIMIZERS = {
     "paged_lion_8bit": _Optimizer(_BITSANDBYTES, "Lion", 1, ("betas",), {"optim_bits": 8, "is_paged": True}),
     "paged_lion_32bit": _Optimizer(_BITSANDBYTES, "Lion", 4, ("betas",), {"is_paged": True}),
     "adafactor": _Optimizer(
-        "transformers.optimization", "Adafactor", 0, fixed={"scale_parameter": False, "relative_step": False}
+        "transformers.optimization",
+        "Adafactor",
+        0,
+        fixed={"scale_parameter": False, "relative_step": False},
+        adds="beta1",
     ),
-    "sgd": _Optimizer("torch.optim", "SGD", 0),
+    "sgd": _Optimizer("torch.optim", "SGD", 0, adds="momentum"),
 }
 """training.optim -> what it is."""
 
 
-def state_bytes(optim: str) -> int:
-    """Return how many bytes the optimizer of this name remembers of each number that trains, about."""
-    return _OPTIMIZERS[optim].state_bytes
+def state_bytes(tensors: Mapping[str, tuple[AdapterLayer, str, nn.Parameter]], training: Training) -> int:
+    """Return how many bytes the optimizer remembers of the adapter's tensors, about."""
+    kind = _OPTIMIZERS[training.optim]
+    more = 4 if training.optim_args.get(kind.adds) else 0
+    in_full = 4 if kind.fixed.get("optim_bits") == 8 else 1  # times as much of embeddings
+    return sum(
+        parameter.numel() * (kind.state_bytes * (in_full if _is_embedding(layer, tensor) else 1) + more)
+        for layer, tensor, parameter in tensors.values()
+    )
 
 
 def build_optimizer(

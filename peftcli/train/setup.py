@@ -43,7 +43,7 @@ from peftcli.train.init_adapter import find_init_adapter
 from peftcli.train.kernels import refuse_attention, use_liger_kernel
 from peftcli.train.launch import started_by_peftcli
 from peftcli.train.loop import PreparedModel
-from peftcli.train.optim import build_optimizer, build_schedule, parameter_groups
+from peftcli.train.optim import build_optimizer, build_schedule, keep_embeddings_exact, parameter_groups
 from peftcli.train.plan import Plan
 from peftcli.train.sharded import load_by_first
 from peftcli.train.strategies import STAGES, is_dividing
@@ -281,6 +281,7 @@ def prepare(
             parameter.data = parameter.data.to(accelerator.device)
             torch.distributed.broadcast(parameter.data, 0)
     optimizer = build_optimizer(parameter_groups(tensors, recipe.training), recipe.training)
+    keep_embeddings_exact(optimizer, tensors)
     schedule = build_schedule(optimizer, recipe.training, plan.total_steps)
     # from here on each process draws its own dropout
     set_seed((recipe.training.seed + accelerator.process_index) % 2**32)

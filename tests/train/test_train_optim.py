@@ -21,7 +21,14 @@ from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe
 from peftcli.schema import Training
 from peftcli.train.events import Event, Stepped
-from peftcli.train.optim import _OPTIMIZERS, build_optimizer, build_schedule, parameter_groups
+from peftcli.train.optim import (
+    _OPTIMIZERS,
+    build_optimizer,
+    build_schedule,
+    keep_embeddings_exact,
+    parameter_groups,
+    state_bytes,
+)
 from peftcli.train.preview import preview
 
 STARTS = {
@@ -107,6 +114,36 @@ def test_what_trainer_does_not_decay_is_not_decayed(
     decayed = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     assert found == {each: 0.5 * (name in decayed) for name, each in model.named_parameters() if each.requires_grad}
     assert 0.0 in found.values()
+
+
+@pytest.mark.parametrize(
+    ("optim", "arguments"),
+    [
+        ("adamw_torch", {}),
+        ("adamw_torch", {"amsgrad": True}),
+        ("sgd", {}),
+        ("sgd", {"momentum": 0.9}),
+        ("adafactor", {}),
+        ("adafactor", {"beta1": 0.9}),
+        ("adamw_8bit", {"min_8bit_size": 16}),
+        ("lion_8bit", {"min_8bit_size": 16}),
+    ],
+)
+def test_it_is_known_before_what_an_optimizer_remembers(optim: str, arguments: dict[str, Any]) -> None:
+    """Those of 8 bits remember 32 of embeddings that train, as with Trainer."""
+    if "8bit" in optim:
+        pytest.importorskip("bitsandbytes")
+    model, training = tiny("llama"), Training(output_dir="out", learning_rate=0.1, optim=optim, optim_args=arguments)
+    inject(model, METHODS["lora"].config_class()(r=2, modules_to_save=["embed_tokens", "lm_head"]))
+    tensors = named_tensors(model)
+    optimizer = build_optimizer(parameter_groups(tensors, training), training)
+    keep_embeddings_exact(optimizer, tensors)
+    for _, _, parameter in tensors.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [(each, value) for each, state in optimizer.state.items() for value in state.values()]
+    sizes = [value.nbytes for each, value in kept if torch.is_tensor(value) and value.numel() == each.numel()]
+    assert sum(sizes) == state_bytes(tensors, training)
 
 
 def test_the_schedule_moves_all_rates_alike() -> None:
