@@ -40,6 +40,7 @@ from peftcli.system import signals
 from peftcli.system.cores import set_variables
 from peftcli.system.garbage import postponed_collection
 from peftcli.train.launch import is_main_process, launched_processes, report_outcome, started_by_peftcli
+from peftcli.train.schedulers import take_slurms_rank
 
 _BROKEN_PIPE = 141
 _SHARE_WORK = ("train", "evaluate")
@@ -126,6 +127,7 @@ def main(args: Sequence[str] | None = None) -> int:
     rest = [arg for arg in options if arg != "--debug"] + given[len(options) :]
     is_own = args is None or started_by_peftcli()  # and nothing is left to stop while this process ends
     try:
+        take_slurms_rank()
         set_variables()
         with (
             postponed_collection(),

@@ -17,7 +17,7 @@ from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
 from peftcli.system.outputs import require_writable
 from peftcli.train.options import StartOptions
-from peftcli.train.schedulers import take_slurms_rank, with_schedulers_place
+from peftcli.train.schedulers import with_schedulers_place
 
 
 def train(
@@ -56,7 +56,6 @@ def train(
     from peftcli.train import launch
 
     progress_log(quiet)
-    take_slurms_rank()
     options = StartOptions(resume, allow_change or (), overwrite)
     if together:
         words = [str(recipe), *(overrides or [])]

@@ -58,6 +58,13 @@ def test_help(cli) -> None:
     assert "\x1b" not in ran.out
 
 
+TASK_OF_SLURM = {
+    **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2"},
+    **{"SLURM_PROCID": "1", "SLURM_LOCALID": "1"},
+}
+"""The second of two on a node."""
+
+
 def test_commands_that_run_in_one_process(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in trainkit.ranks()[0].items():
         monkeypatch.setenv(name, value)
@@ -66,6 +73,11 @@ def test_commands_that_run_in_one_process(cli, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(ran.out)
     assert cli("train").err.startswith("error: Missing argument")
     monkeypatch.setenv("RANK", "1")
+    ran = cli("schema")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    monkeypatch.setattr(os, "environ", os.environ | TASK_OF_SLURM)
+    for name in trainkit.ranks()[0]:
+        os.environ.pop(name)
     ran = cli("schema")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
