@@ -10,6 +10,7 @@ from pathlib import Path
 from peftcli.recipe.values import NO_TEXT, Position, Problems, Value, is_text, resolve
 from peftcli.recipe.yaml_file import parse_text, read_file
 from peftcli.system.outputs import expand_user
+from peftcli.tasks.settings import UNDER_DATASET
 
 COMMAND_LINE = Position("command line")
 MAX_EXTENDS = 16
@@ -63,7 +64,20 @@ def _read_chain(path: Path, named_at: Position, below: tuple[str, ...], problems
         problems.add(f"more than {MAX_EXTENDS} recipes extend one another", named.place, "extends")
         return None
     base = _read_chain(base_path, named.place, chain, problems)
-    return None if base is None else _merge(base, tree)
+    return None if base is None else _merge(_without_other_names(base, tree), tree)
+
+
+def _without_other_names(below: Value, above: Value) -> Value:
+    """Return ``below`` without the settings of ``dataset`` or ``task`` that ``above`` gives in the other section."""
+    sections = below.data if isinstance(below.data, dict) else {}
+    for section, other in (("dataset", "task"), ("task", "dataset")):
+        given = above.data.get(other) if isinstance(above.data, dict) else None
+        old = sections.get(section)
+        if given and old and isinstance(given.data, dict) and isinstance(old.data, dict):
+            again = given.data.keys() & set(UNDER_DATASET)
+            left = {name: each for name, each in old.data.items() if name not in again}
+            sections = {**sections, section: replace(old, data=left)}
+    return replace(below, data=sections)
 
 
 def _merge(base: Value, top: Value) -> Value:
@@ -121,6 +135,7 @@ def _override(tree: Value, text: str, problems: Problems) -> Value:
     section = tree.data.get(path[0]) if isinstance(tree.data, dict) and len(path) == 1 else None
     if section and value.data and isinstance(value.data, dict):
         value = _merge_section(section, value, path[0])
+    tree = _without_other_names(tree, _set(Value({}, COMMAND_LINE), path, value))
     return _set(tree, path, value)
 
 

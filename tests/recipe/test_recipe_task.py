@@ -52,11 +52,19 @@ def test_settings_may_stand_under_dataset_too(task: Callable) -> None:
     assert (settings.max_length, settings.train_on, settings.packing) == (77, "all", False)
 
 
-def test_the_same_value_in_both_places_is_no_problem_and_another_is(problem: Callable, task: Callable) -> None:
-    assert task("task: {type: causal_lm, max_length: 77}\n", "dataset.max_length=77").dataset.max_length == 77
-    found = problem("task: {type: causal_lm, max_length: 77}\n", "dataset.max_length=78")
+def test_both_places_of_one_file_must_agree_and_a_later_layer_wins(
+    good: str, load: Callable, problems: Callable, write: Callable
+) -> None:
+    text = good.replace(BARE, "task: {type: causal_lm, max_length: 77}\n")
+    both = text.replace("held-out}", "held-out, max_length: %s}")
+    assert load(text=both % 77).dataset.max_length == 77
+    (found,) = problems(text=both % 78)
     assert (found.key, found.line, found.column) == ("task.max_length", 2, 37)
     assert found.message == "differs from dataset.max_length; give it only once"
+    assert load("", "dataset.max_length=5", text=both % 78).dataset.max_length == 5
+    assert load("", "dataset.max_length=5", "task.max_length=6", text=text).dataset.max_length == 6
+    write(text=text, name="base.yaml")
+    assert load(text="extends: base.yaml\ndataset: {max_length: 7}\n").dataset.max_length == 7
 
 
 @pytest.mark.parametrize(
