@@ -146,7 +146,8 @@ def _parse_value(written: str, key: str, problems: Problems) -> Value | None:
     own = Problems()
     document = parse_text(f"value: {written}", COMMAND_LINE.file, own)
     for problem in own.found:
-        problems.add(problem.message, COMMAND_LINE, key, problem.suggestion)
+        at = (problem.key or "value").replace("value", key, 1)
+        problems.add(problem.message, COMMAND_LINE, at, problem.suggestion)
     if document is None or own.found or not isinstance(document.data, dict):
         return None
     if list(document.data) != ["value"]:

@@ -31,7 +31,10 @@ _EXPLANATIONS = (
     (r"cannot start any token", "a value cannot start with this character; quote it"),
     (r"mapping values are not allowed here", "a second ': ' on this line; quote a value that contains one"),
     (r"could not find expected ':'", "a key without ':'"),
-    (r"expected <block end>", "this line does not fit the indentation of the lines above"),
+    (
+        r"expected <block end>",
+        "text after a closing quote or bracket, or a line that does not fit the indentation of those above",
+    ),
     (r"found unexpected end of stream|while scanning a quoted", "a quote that is never closed"),
     (r"expected ',' or '[\]}]'", "a [ or { that is never closed, or a missing comma"),
     (r"found undefined alias", "an alias whose anchor is not defined above it"),
@@ -197,7 +200,9 @@ def _read_text(path: Path, problems: Problems, named_at: Position) -> str | None
 
 
 def _explain(error: yaml.MarkedYAMLError) -> str:
-    found = error.problem or error.context or "cannot be read"
+    found, mark = error.problem or error.context or "cannot be read", error.problem_mark
+    if mark and mark.buffer and mark.buffer[mark.pointer - 1 : mark.pointer + 1] == "${":
+        return "not valid YAML: quote ${NAME} within [ ] or { }"
     for pattern, words in _EXPLANATIONS:
         if re.search(pattern, f"{error.context}; {found}"):
             return f"not valid YAML: {words}"

@@ -58,6 +58,13 @@ def test_base_model_overrides(load, good: str) -> None:
             "method.r=[1\nx: 2",
             "command line: method.r: not valid YAML: a [ or { that is never closed, or a missing comma",
         ),
+        ("base_model={name: ${B}}", "command line: base_model: not valid YAML: quote ${NAME} within [ ] or { }"),
+        (
+            "training.output_dir='a' b",
+            "command line: training.output_dir: not valid YAML: text after a closing quote or bracket, or a line that "
+            "does not fit the indentation of those above",
+        ),
+        ("training={seed: 1, seed: 1}", "command line: training.seed: given twice; first in line 1"),
         ("method.target_modules=[a]\nx: 2", "command line: method.target_modules: expected one value"),
     ],
 )
