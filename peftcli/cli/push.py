@@ -31,7 +31,7 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Upload an adapter and its model card to the hub."""
-    tell = progress_log(quiet and not dry_run)  # the list is the answer of a dry run
+    tell = progress_log(quiet)
     from dataclasses import asdict
 
     from peftcli.adapters import load, push
@@ -49,6 +49,8 @@ def push(
     if as_json:
         console.print_json(asdict(pushed))
         return
+    if dry_run:
+        tell = console.out  # the list is the answer
     for name in pushed.files:
         tell(name)
     files, visibility = count_of(len(pushed.files), "file"), "private" if pushed.private else "public"

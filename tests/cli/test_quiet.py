@@ -87,7 +87,7 @@ def test_push(told: Callable, cli: Callable, place: Path, hub: Any) -> None:
     to = ("push", place / "lora", "alice/tiny", "--base-model-id", "acme/base")
     assert told(*to)[-1].startswith("uploaded 4 files, ")
     ran = cli(*to, "--dry-run", "--quiet")
-    assert "adapter_model.safetensors\n" in ran.err, "what would be uploaded is the answer"
+    assert "adapter_model.safetensors\n" in ran.out, "what would be uploaded is the answer"
 
 
 def test_warnings_and_errors_are_shown(cli: Callable, tmp_path: Path) -> None:

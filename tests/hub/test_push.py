@@ -532,7 +532,7 @@ def test_the_command(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str])
     from peftcli.cli.app import main
 
     assert main(["push", str(folder), REPO, "--dry-run"]) == 0
-    assert "would upload 5 files" in capsys.readouterr().err
+    assert "would upload 5 files" in capsys.readouterr().out
     assert hub.requests == []
     assert main(["push", str(folder), REPO, "--message", "Hi", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
