@@ -160,13 +160,13 @@ class _DebugHandler(logging.Handler):
 
 
 class _RedactedStream:
-    """A text stream that removes the secrets from what is written to it."""
+    """A text stream that removes secrets from what is written to it, and escapes what it cannot encode."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        self._stream.write(_encodable(redact(text), self._stream))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -216,9 +216,14 @@ def format_size(count: int) -> str:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    encoding = stream.encoding or "utf-8"
-    stream.write(clean(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.write(_encodable(clean(text), stream) + "\n")
     stream.flush()
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Escape the characters that the encoding of ``stream`` does not contain."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _is_harmless(char: str) -> bool:

@@ -218,6 +218,14 @@ def test_output_that_the_terminal_cannot_encode() -> None:
     assert b"'\\xfc\\u4e2d'" in ran.stderr
 
 
+def test_other_libraries_write_what_the_terminal_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    with console.redacted_streams():
+        print("ü\u4e2d", flush=True)
+    assert shown.getvalue() == b"\\xfc\\u4e2d\n"
+
+
 @pytest.mark.parametrize(("encoding", "readable"), [("utf-8", "é 中 👩"), ("ascii", ""), ("latin-1", "")])
 def test_json_is_readable_where_stdout_is_utf_8(monkeypatch: pytest.MonkeyPatch, encoding: str, readable: str) -> None:
     shown, text = io.BytesIO(), "é 中 👩\x7f\xad\u202e\u2028\ud800\U000e0001\n"
