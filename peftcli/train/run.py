@@ -266,16 +266,22 @@ def _refuse_other_base(run: Run) -> None:
 
 def _refuse_other_content(run: Run, content: list[str]) -> None:
     """Refuse rows whose encoding differs from the one that the run began with, or between processes."""
-    before = run.record.data.content if run.record.attempts else content
-    expected = any(change.key.partition(".")[0] in ("data", "dataset", "base_model", "task") for change in run.changes)
+    before = run.record.data.content if run.record.data else content
+    sections = {change.key.partition(".")[0] for change in run.changes}
+    expected = sections & {"data", "dataset", "base_model", "task", "recipe"}
     if before != content and not expected:
         if "data" not in run.options.allow_change:
+            holds, file, key = "holds", str(run.folder.path), "training.output_dir"
+            hint = "choose another training.output_dir, or --overwrite; to resume it anyway: --allow-change data"
+            if not run.record.attempts:
+                holds, file, key = "is of", run.options.resume, "--resume"
+                hint = "to resume it anyway: --allow-change data"
             raise UsageError(
-                "holds a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset, "
+                f"{holds} a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset, "
                 "transformers or peftcli has changed; nothing was changed",
-                file=str(run.folder.path),
-                key="training.output_dir",
-                hint="choose another training.output_dir, or --overwrite; to resume it anyway: --allow-change data",
+                file=file,
+                key=key,
+                hint=hint,
             )
         run.changes.append(
             Change("data", *(hashlib.sha256(repr(each).encode()).hexdigest() for each in (before, content)))

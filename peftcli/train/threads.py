@@ -27,7 +27,7 @@ def use_threads(run: Run) -> ThreadsRecord | None:
     """
     if run.accelerator.device.type != "cpu":
         return None
-    before = run.record.threads.count if run.record.attempts and run.record.threads else None
+    before = run.record.threads.count if run.record.data and run.record.threads else None
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if any(name in os.environ for name in _BY_USER) and "PEFTCLI_THREADS" not in os.environ:
         chosen = ThreadsRecord(count=_MOST, reason="environment")

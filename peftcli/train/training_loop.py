@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -214,7 +215,10 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint."""
         run, record = self.active, self.active.record
-        keep, made_by = self.training.save_total_limit, digests(record.identity)
+        keep, made_by = (
+            self.training.save_total_limit,
+            {**digests(record.identity), "run": json.loads(record.content())},
+        )
         if run.is_main:
             (run.replaces or run.folder).keep_lock()
             run.folder.sync_metrics()

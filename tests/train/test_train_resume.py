@@ -582,6 +582,37 @@ def test_what_a_checkpoint_of_another_run_brings_is_noted(recipe: Path) -> None:
     assert [(change["key"], change["step"]) for change in run["changes"]] == [("recipe", 4)]
 
 
+def test_a_checkpoint_goes_on_elsewhere_as_its_own_run_would(recipe: Path) -> None:
+    dated, rate = recipe.parent / "dated.jinja", "training.learning_rate"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + trainkit.CHATML)
+    settings = (f"base_model.chat_template={dated}",)
+    with date.fixed_date("2024-07-26"):
+        out = stopped(recipe, *settings)
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, *settings, f"{rate}=0.001", allow_change=[rate], on_event=stop_after(6))
+    path = str(out / "checkpoints/step-000006")
+    other = (*settings, f"{rate}=0.001", f"training.output_dir={recipe.parent}/other")
+    done = run_recipe(recipe, *other, resume=path)
+    assert done.run["day"] == "2024-07-26"
+    assert done.run["exact"] is False
+    assert [(change["key"], change["step"]) for change in done.run["changes"]] == [(rate, 4)]
+    assert [attempt["from_step"] for attempt in done.run["attempts"]] == [6]
+    assert done.weights == run_recipe(recipe, *settings, f"{rate}=0.001").weights
+
+
+def test_other_versions_and_rows_than_those_of_a_checkpoint_are_noted_and_refused(recipe: Path) -> None:
+    path, other = stopped(recipe) / "checkpoints/step-000004", f"training.output_dir={recipe.parent}/other"
+    manifest = checkpoint.read_manifest(path)
+    manifest["run"]["versions"]["torch"], manifest["run"]["data"]["content"] = "1.0", ["of another tokenizer"]
+    (path / "MANIFEST.json").write_bytes(checkpoint._as_json(checkpoint._sealed(manifest)))
+    with pytest.raises(UsageError, match="is of a run whose rows were encoded otherwise") as caught:
+        run_recipe(recipe, other, resume=str(path))
+    assert caught.value.file == str(path)
+    done = run_recipe(recipe, other, resume=str(path), allow_change=["data"])
+    assert [change["key"] for change in done.run["changes"]] == ["versions.torch", "data"]
+    assert done.run["exact"] is False
+
+
 def test_a_file_that_cannot_be_read_now_is_no_damage(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peftcli.train.runs.checkpoint as module
 

@@ -91,10 +91,10 @@ class State:
         return self.prepared.config
 
 
-def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, str]) -> Path:
+def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, Any]) -> Path:
     """Write a checkpoint below ``folder``, then delete all but the ``keep`` newest.
 
-    All processes save together. ``made_by`` has hashes of recipe, data and base model.
+    All processes save together. ``made_by`` has hashes of recipe, data and base model, and run.json.
 
     Raises:
         StorageError: it cannot be written; the older checkpoints are untouched.
@@ -347,7 +347,7 @@ def _set_schedule(state: State) -> None:
         group["lr"] = rate
 
 
-def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: dict[str, str]) -> dict[str, Any]:
+def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: dict[str, Any]) -> dict[str, Any]:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())

@@ -33,7 +33,7 @@ from peftcli.train.runs.record import (
     RunRecord,
     SeedsRecord,
 )
-from peftcli.train.runs.typed_json import Missing
+from peftcli.train.runs.typed_json import Missing, WrongValue
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ def open_run(
             elif record.status != "complete":
                 # a kill may have come before this was recorded
                 record.resumable = bool(checkpoints(chosen.checkpoints))
-                if record.attempts:
+            if record.status != "complete":
+                if options.resume not in RESUME_MODES:
+                    changed += _take_checkpoint(Path(options.resume), record, options)
+                if record.data:
                     before, installed = record.versions, versions()  # with other packages the result may differ
                     other = [name for name in installed if before.get(name) != installed[name]]
                     changed += [Change(f"versions.{name}", before.get(name), installed[name]) for name in other]
@@ -238,9 +241,9 @@ def _description(recipe: Recipe, now: IdentityRecord) -> dict[str, Any]:
 
 def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
     """The recipe with what is on the hub at the commits that the run began with, whatever is the newest now."""
-    if not record.attempts:
-        return recipe
     keys = {change.key for change in changed}
+    if not record.data or "recipe" in keys:
+        return recipe
     base, data, began = recipe.base_model, recipe.dataset, record.base_model.revision
     if began is not None and not keys & {"base_model", "base_model.name", "base_model.revision"}:
         base = replace(base, revision=began)
@@ -284,7 +287,7 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
             if resume == "must" and found[0] is None:
                 raise StorageError("no whole checkpoint", file=str(folder), key="--resume must")
         else:
-            found[0] = _chosen(Path(resume), run)
+            found[0] = Path(resume)
     broadcast_object_list(found)
     checkpoint = found[0]
     if checkpoint is None or len({*gather_object([_seal(checkpoint)])}) == 1:
@@ -310,10 +313,20 @@ def _seal(checkpoint: Path) -> str | None:
         return None
 
 
-def _chosen(path: Path, run: Run) -> Path:
+_BEGAN_WITH = ("day", "versions", "data", "base_model", "device", "bf16", "threads")
+"""Fields of a RunRecord with what a run began with, beside its recipe."""
+
+
+def _take_checkpoint(path: Path, record: RunRecord, options: StartOptions) -> list[Change]:
+    """Take over what the checkpoint to resume from says of its run; return how that differs, all of it allowed.
+
+    Raises:
+        StorageError: it is damaged.
+        UsageError: it belongs to another run.
+    """
     if reason := find_damage(path):
         raise StorageError(f"damaged checkpoint: {reason}", file=str(path))
-    recorded = run.record.identity
+    recorded = record.identity
     manifest, wanted = read_manifest(path), dict[str, Any](digests(recorded))
     wanted["processes"], manifest["processes"] = recorded.processes, manifest.get("num_processes")
     other = [
@@ -322,12 +335,20 @@ def _chosen(path: Path, run: Run) -> Path:
         if manifest.get(name) != value
     ]
     names = [change.key for change in other]
-    if not set(names) <= set(run.options.allow_change):
+    if not set(names) <= set(options.allow_change):
         raise UsageError(
             f"was written with another {' and another '.join(names)}",
             file=str(path),
             key="--resume",
             hint=f"to resume it anyway: {' '.join(f'--allow-change {name}' for name in names)}",
         )
-    run.changes.extend(other)
-    return path
+    if "run" in manifest:  # one of an older version has none
+        try:
+            began = RunRecord.read(manifest["run"])
+        except WrongValue as error:
+            raise StorageError(f"was written by another version of peftcli: {error}", file=str(path)) from None
+        record.changes += [change for change in began.changes if change not in record.changes]
+        record.exact = record.exact and began.exact
+        for name in _BEGAN_WITH if not record.attempts else ():
+            setattr(record, name, getattr(began, name))
+    return other
