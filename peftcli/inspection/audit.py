@@ -61,7 +61,14 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
             "labels_differ": np.isin(hashes, first[repeats(first)]),
             "near_duplicates": np.isin(np.arange(len(rows)), pairs.later),
         }
-        findings += rows.findings((FINDINGS[name], mask) for name, mask in masks.items())
+        cut = rows.records("flags") & task.flags.get("truncated", 0) > 0
+        for name, mask in masks.items():
+            more = (
+                f"; {(mask & cut).sum()} of them are cut at max_length, and may differ after it"
+                if (mask & cut).any()
+                else ""
+            )
+            findings += [replace(each, more=more) for each in rows.findings([(FINDINGS[name], mask)])]
         facts["duplicates"] = {
             "exact": int(again.sum()),
             "near": len(pairs.later),

@@ -136,6 +136,15 @@ def test_a_split_row_is_one_row(part, causal) -> None:
     assert named(found)["exact_duplicates"] == ["a.jsonl:3"]
 
 
+def test_rows_that_are_alike_once_they_are_cut_are_said_to_be_cut(part, causal) -> None:
+    same = used([40], [50], flags=Flag.TRUNCATED)
+    [finding] = audit(View([part([same, used([40], [50]), same])]), causal).findings
+    assert (
+        finding.message
+        == "2 of 3 rows repeat an earlier row exactly; 1 of them are cut at max_length, and may differ after it"
+    )
+
+
 def test_chunks_do_not_show(part, causal, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     rows = [(some(rng, rng.randrange(1, 60)), some(rng, rng.randrange(1, 20))) for _ in range(60)]
