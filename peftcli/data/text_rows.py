@@ -388,15 +388,17 @@ class _CsvLines:
 
 def _record(header: list[str], record: list[str], text: TextFile) -> Row | DataError:
     if len(record) == len(header):
-        return text.row(dict(zip(header, record, strict=True)))
+        return text.row({name: value for name, value in zip(header, record, strict=True) if name})
     message = f"{len(record)} fields, but the header has {len(header)}: {quote(','.join(record))}"
     return text.error(message, hint="Put fields that hold commas in double quotes.")
 
 
 def _header(record: list[str], text: TextFile) -> list[str]:
+    """The names of the columns; a first one without a name, as pandas writes its index, is not read."""
     names = [name.strip() for name in record]
-    if "" in names:
-        raise text.error(f"column {names.index('') + 1} of the header has no name")
+    if "" in names[1:]:
+        hint = "Give it a name, or remove it."
+        raise text.error(f"column {names.index('', 1) + 1} of the header has no name", hint=hint)
     if len(set(names)) < len(names):
         raise text.error(f"the header names {quote(first_duplicate(names))} twice")
     if len(names) == 1 and (separator := next((mark for mark in ";\t" if mark in names[0]), None)):

@@ -161,6 +161,7 @@ def test_csv_fields_stay_as_they_are_written(tmp_path: Path) -> None:
     assert rows == [{"a": "=cmd|'/C calc'!A1", "b": "+1"}, {"a": "@SUM(1)", "b": "-2"}]
     assert values(write(tmp_path, "b.csv", GOOD["white space"][1])) == [{"a": " 1 ", "b": " 2 "}]
     assert values(write(tmp_path, "c.csv", "a,b\n007,1e5\n"))[0] == {"a": "007", "b": "1e5"}
+    assert values(write(tmp_path, "d.csv", ",a\n0,x\n")) == [{"a": "x"}]  # with the index that pandas writes
     assert values(write(tmp_path, "d.csv", GOOD["quoted newlines"][1]))[1] == {"a": "3\n4\r\n5", "b": "y"}
 
 
