@@ -350,16 +350,11 @@ def eval_source(dataset: Dataset) -> Source | None:
     name = dataset.eval or (dataset.train if dataset.eval_split else None)
     if name is None:
         return None
-    local, same = exists_locally(name), name == dataset.train
-    return Source(
-        train=name,
-        split="train" if local else dataset.eval_split or dataset.split,
-        name=dataset.name if same else None,
-        revision=dataset.revision if same else None,
-        streaming=dataset.streaming,
-        format=dataset.format,
-        columns=dataset.columns,
-    )
+    split = "train" if exists_locally(name) else dataset.eval_split or dataset.split
+    trained = [source for source in dataset.sources() if source.train == name]
+    if len(trained) == 1:
+        return replace(trained[0], split=split, weight=None, limit=None)
+    return Source(train=name, split=split, streaming=dataset.streaming, format=dataset.format, columns=dataset.columns)
 
 
 def held_out(count: int, fraction: float, seed: int) -> set[int]:

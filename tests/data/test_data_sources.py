@@ -315,6 +315,9 @@ def test_the_source_of_evaluation_rows(
 def test_a_split_of_the_same_hub_dataset() -> None:
     dataset = Dataset(train="owner/name", name="part", revision="v1", split="train", eval_split="valid")
     assert eval_source(dataset) == Source(train="owner/name", name="part", revision="v1", split="valid")
+    one = Source(train="owner/name", name="part", revision="v1", weight=2, limit=9)
+    mix = [Source(train="owner/other", revision="v2", weight=1), one]
+    assert eval_source(Dataset(mix=mix, eval="owner/name", eval_split="valid")) == eval_source(dataset)
 
 
 # --- the hub
