@@ -31,7 +31,7 @@ from typing import Any
 from peftcli.data.store import FORMAT, MANIFEST, Store, describe
 from peftcli.errors import StorageError, UsageError
 from peftcli.system.disk import sync_folder
-from peftcli.system.outputs import is_at, storage_errors
+from peftcli.system.outputs import expand_user, is_at, storage_errors
 
 DATA_PATH_VERSION = 9
 """To be raised with every change after which the same rows and settings give other examples or records."""
@@ -87,7 +87,7 @@ def root() -> Path:
         StorageError: there is no home folder.
     """
     if named := os.environ.get(_ROOT):
-        return Path(named).absolute()
+        return expand_user(Path(named)).absolute()
     if (xdg := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
         return xdg / "peftcli"
     try:

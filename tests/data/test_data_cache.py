@@ -139,6 +139,9 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for xdg, expected in ((str(tmp_path / "x"), tmp_path / "x"), ("", tmp_path / ".cache"), ("x", tmp_path / ".cache")):
         monkeypatch.setenv("XDG_CACHE_HOME", xdg)
         assert cache.root() == expected / "peftcli"
+    monkeypatch.setenv("PEFTCLI_CACHE", "~/c")
+    assert cache.root() == tmp_path / "c"
+    monkeypatch.setenv("PEFTCLI_CACHE", "")
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(StorageError, match=r"no home folder[^\n]*\nset PEFTCLI_CACHE"):
         cache.root()
