@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib.util import find_spec
-from logging import Handler, LogRecord
+from logging import LogRecord
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -143,7 +144,8 @@ class HubRows:
                 raise
             except Exception as error:  # every builder of datasets raises its own kinds
                 ours = _translate(error, source)
-                if named := re.search(r"(?:file|from) '[^']*[0-9a-f]{40}/([^']+)' with error", "".join(log)):
+                logged = "".join(record.getMessage() for record in log)
+                if named := re.search(r"(?:file|from) '[^']*[0-9a-f]{40}/([^']+)' with error", logged):
                     ours.file = f"{source.train}/{named[1]}"
                 if isinstance(ours, NetworkError) or (
                     isinstance(ours, DataError) and hub_requests.raised_by_huggingface_hub(error)
@@ -229,30 +231,20 @@ def _no_torchcodec() -> Iterator[None]:
 
 
 @contextmanager
-def _captured_log() -> Iterator[list[str]]:
+def _captured_log() -> Iterator[list[LogRecord]]:
     """Hold what datasets logs until the block ends without an error; yield it: only that log names a damaged file."""
     import datasets
 
-    logger, held = datasets.logging.get_logger(), _HeldLog()
+    logger, held = datasets.logging.get_logger(), BufferingHandler(sys.maxsize)
     logger.handlers, before = [held], logger.handlers
     try:
-        yield held.lines
+        yield held.buffer
     finally:
         logger.handlers = before
-    for record in held.records:
+    for record in held.buffer:
         for handler in before:
             if record.levelno >= handler.level:
                 handler.handle(record)
-
-
-class _HeldLog(Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.records, self.lines = list[LogRecord](), list[str]()
-
-    def emit(self, record: LogRecord) -> None:
-        self.records.append(record)
-        self.lines.append(record.getMessage())
 
 
 @contextmanager

@@ -200,6 +200,10 @@ def test_a_folder_with_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> 
     write(tmp_path / "b.jsonl")
     error = refused(tmp_path)
     assert (error.file, error.message) == (f"{tmp_path}/b.jsonl", "is empty")
+    (tmp_path / "b.jsonl").write_text('["x"]')
+    _, row = open_source(Source(train=str(tmp_path))).rows()
+    assert isinstance(row, DataError)
+    assert "one object per line" in (row.hint or "")  # also in the second file
 
 
 @pytest.mark.parametrize("name", ["a\nb.jsonl", "a\x1b[31m.jsonl", b"\xe9.jsonl".decode("utf-8", "surrogateescape")])
