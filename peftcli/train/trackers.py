@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -19,6 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from peftcli.errors import UsageError
 from peftcli.recipe import to_dict
 from peftcli.schema import Recipe
+from peftcli.system.outputs import expand_user
 from peftcli.tasks.base import require_extra
 from peftcli.train.events import Message
 from peftcli.train.launch import report_trained
@@ -40,7 +42,8 @@ class Trackers:
     def __init__(self, run: Run):
         """Start those of ``training.report_to``, in the main process."""
         folder, attempts = run.folder.path, run.record.attempts
-        name = run.recipe.training.run_name or folder.resolve().name
+        training = run.recipe.training
+        name = training.run_name or expand_user(Path(training.output_dir)).resolve().name
         begun = hashlib.sha256(f"{folder.resolve()} {attempts[0].start}".encode()).hexdigest()[:16]
         own: dict[str, dict[str, Any]] = {
             "tensorboard": {"logging_dir": str(folder / "tensorboard")},
@@ -52,7 +55,7 @@ class Trackers:
             key: value if isinstance(value, bool | int | float | str | None) else str(value)
             for key, value in flatten(to_dict(run.recipe)).items()
         }
-        names = run.recipe.training.report_to if run.is_main else []
+        names = training.report_to if run.is_main else []
         self._run, self._trackers = run, [_Tracker(each, own[each], settings) for each in names]
         for tracker in self._trackers:
             tracker.start()

@@ -78,6 +78,13 @@ def test_trackers_get_the_lines_of_metrics_and_their_failures_are_warnings(recip
     assert done.weights == run_recipe(recipe, f"training.output_dir={recipe.parent}/alone").weights
 
 
+@pytest.mark.usefixtures("short")
+def test_a_run_that_replaces_another_has_the_name_of_its_folder(recipe: Path, told: Told) -> None:
+    run_recipe(recipe)
+    run_recipe(recipe, "training.seed=3", "training.report_to=[wandb]", overwrite=True)
+    assert told["wandb"][0][1]["name"] == "out"
+
+
 class Slow(list[Any]):
     """A tracker that takes its time."""
 
