@@ -440,9 +440,10 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
     record.makes_up_for_quantization = began_so or needs_base_weights(config)
     record.device, record.bf16 = run.accelerator.device.type, run.accelerator.mixed_precision == "bf16"
     record.threads = threads or ABSENT
-    record.steps = StepsRecord(done=progress.step, total=total)
     if record.attempts and not record.attempts[-1].reason:  # it could not be recorded
-        record.attempts[-1].end_step, record.attempts[-1].reason = progress.step, "killed"
+        saved = record.steps.done if record.steps else 0
+        record.attempts[-1].end_step, record.attempts[-1].reason = max(saved, progress.step), "killed"
+    record.steps = StepsRecord(done=progress.step, total=total)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record.attempts.append(AttemptRecord(start=now, from_step=progress.step))
     if run.is_main:

@@ -469,6 +469,9 @@ def test_status_of_runs_that_ended(recipe: Path) -> None:
     assert found["checkpoints"] == ["step-000004"]
     run_recipe(recipe)
     assert (status(out)["status"], status(out)["resumable"]) == ("complete", False)
+    for name in ("step-000009", "step-1000000", "step-000009 (copy)"):
+        (out / "checkpoints" / name).mkdir()
+    assert status(out)["checkpoints"] == ["step-000004", "step-000009", "step-1000000"]
 
 
 def test_status_of_a_running_and_of_a_killed_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -569,6 +572,12 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones(recip
     assert done.run["attempts"][-1]["from_step"] == 5
     rates = [entry["learning_rate"] for entry in done.metrics[4:]]
     assert rates == pytest.approx([0.001 * left / 8 for left in (4, 3, 2, 1)])
+
+
+def test_a_checkpoint_that_was_set_aside_can_be_resumed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stopped(recipe) / "checkpoints/step-000004"
+    monkeypatch.chdir(path.rename(path.with_name(".left-step-000004-2")))
+    assert run_recipe(recipe, resume=".").run["attempts"][-1]["from_step"] == 4
 
 
 def test_what_a_checkpoint_of_another_run_brings_is_noted(recipe: Path) -> None:
@@ -802,6 +811,15 @@ def test_a_killed_attempt_is_accounted_for(recipe: Path) -> None:
     first, second = read_run(out)["attempts"]
     assert (first["reason"], first["end_step"]) == ("killed", second["from_step"])
     assert read_run(out)["wall_seconds"] > killed["wall_seconds"]
+
+
+def test_a_killed_attempt_ended_at_its_last_checkpoint(recipe: Path) -> None:
+    out = stopped(recipe, *EVERY_TWO, "training.save_total_limit=9", step=5)
+    run = read_run(out)
+    del run["attempts"][-1]["end_step"], run["attempts"][-1]["reason"]
+    (out / "run.json").write_text(json.dumps(run))
+    done = run_recipe(recipe, *EVERY_TWO, resume=str(out / "checkpoints/step-000002"))
+    assert [(each["from_step"], each["end_step"]) for each in done.run["attempts"]] == [(0, 5), (2, 8)]
 
 
 def test_a_checkpoint_that_was_to_be_replaced_is_found_again(recipe: Path) -> None:

@@ -34,6 +34,7 @@ from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
 from peftcli.system.outputs import storage_errors
 from peftcli.train.loop import LESS_LEARNING, PreparedModel
 from peftcli.train.optim import AVERAGES
+from peftcli.train.runs.folder import checkpoints
 
 _MANIFEST = "MANIFEST.json"
 _SEAL = "manifest_sha256"
@@ -44,7 +45,6 @@ _TRAINING_STATE = "training_state.safetensors"
 """State of the adapter that training needs and the adapter file does not contain; most methods have none."""
 
 _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
-_STEP = re.compile(r"step-\d{6,}")
 _LARGEST_JSON = 1 << 24
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """Errors that mean a file is gone, or is not a file any more."""
@@ -152,12 +152,6 @@ def write_finite(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, fol
         raise Diverged(f"the adapter {error.message}", hint=LESS_LEARNING) from None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints below ``folder``, newest first, unverified."""
-    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
 def tidy(folder: Path) -> None:
     """Remove what killed runs were writing and deleting. The run folder must be locked.
 
@@ -240,7 +234,8 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} is not a regular file"
             if file.stat().st_size != said["bytes"] or sha256(file) != said["sha256"]:
                 return f"{name} has changed"
-        if not path.name.endswith(f"-{manifest['step']:06d}") or _progress(path).step != manifest["step"]:
+        named = re.search(r"step-(\d{6,})", path.resolve().name)  # one that was set aside has more to its name
+        if named is None or not int(named[1]) == manifest["step"] == _progress(path).step:
             return "its step is not the one in its name"
     except OSError as error:
         if error.errno not in _NOT_THERE:

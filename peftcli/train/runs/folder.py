@@ -130,7 +130,7 @@ class RunFolder:
 
     def _ways_on(self) -> str:
         """What to do where run.json is damaged: its checkpoints may be whole."""
-        newest = sorted(self.checkpoints.glob("step-*"), key=lambda path: (len(path.name), path.name))[-1:]
+        newest = checkpoints(self.checkpoints)[:1]
         resume = "".join(f", with --resume {command_word(path)} to go on from its checkpoint" for path in newest)
         return f"choose another training.output_dir{resume}; or delete that folder"
 
@@ -277,6 +277,12 @@ class RunFolder:
         remove_folder(self.path, self.path.with_name(f"{self.path.name}.gone"))
         if self.path.exists():
             raise StorageError("cannot be removed", file=str(self.path))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints below ``folder``, newest first, unverified."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def refuse_without_product(folder: RunFolder, record: RunRecord) -> None:

@@ -22,8 +22,8 @@ from peftcli.system.signals import Stop
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.options import RESUME_MODES, StartOptions
 from peftcli.train.report import versions
-from peftcli.train.runs.checkpoint import checkpoints, find_damage, newest_whole, prune, read_manifest, tidy
-from peftcli.train.runs.folder import RunFolder, refuse_without_product
+from peftcli.train.runs.checkpoint import find_damage, newest_whole, prune, read_manifest, tidy
+from peftcli.train.runs.folder import RunFolder, checkpoints, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.runs.record import (
     AccountRecord,

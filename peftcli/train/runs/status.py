@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
-from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.folder import RunFolder, checkpoints
 from peftcli.train.runs.record import ErrorRecord, RunRecord
 from peftcli.train.runs.typed_json import to_json
 
@@ -28,7 +28,7 @@ def status(path: Path) -> dict[str, Any]:
     if record is None:
         raise UsageError("holds no run", file=str(path), hint="name the training.output_dir of a recipe")
     is_held = folder.is_locked()
-    metrics, checkpoints = folder.metrics(), sorted(entry.name for entry in folder.checkpoints.glob("step-*"))
+    metrics, found = folder.metrics(), [path.name for path in reversed(checkpoints(folder.checkpoints))]
     steps: dict[str, Any] = to_json(record.steps) if record.steps else {"done": 0, "total": None}
     state = record.status
     if state == "running":
@@ -41,10 +41,10 @@ def status(path: Path) -> dict[str, Any]:
         "status": state,
         "exit_code": record.exit_code if state == record.status else 137,
         "error": to_json(record.error),
-        "resumable": bool(checkpoints) and state != "complete",
+        "resumable": bool(found) and state != "complete",
         "pid": record.pid or None if state == "running" else None,
         "steps": steps,
-        "checkpoints": checkpoints,
+        "checkpoints": found,
         "last": metrics[-1] if metrics else None,
         "eval": (record.eval.kept or None) if record.eval else None,
         "gates": to_json(record.gates or []),
