@@ -81,8 +81,6 @@ class Run:
             setattr(self.record, name, value)
         if not step:
             self.record.changes, self.record.exact = [], True
-        if not self.changes:
-            return
         for change in self.changes if step else ():
             self.warn(f"{change}, since step {step}: the result is not exactly that of one recipe")
             self.record.changes.append(ChangeRecord(**asdict(change), step=step))
