@@ -6,7 +6,8 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,10 +161,8 @@ def build_optimizer(
         if isinstance(value, str) or (is_switch and value not in (0, 1)):
             raise UsageError(f"cannot be {value!r}; its default is {defaults[name]}", key=key)
         given[name] = bool(value) if is_switch else value  # fused optimizers take no number for it
-    try:
+    with _translated_errors(training):
         optimizer: torch.optim.Optimizer = build(parameters, **given)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{training.optim} says: {error}", key="training.optim_args") from None
     return optimizer
 
 
@@ -173,7 +172,22 @@ def check_optimizer(training: Training) -> None:
     Raises:
         UsageError: its package is not installed, or it does not take ``training.optim_args``.
     """
-    build_optimizer([nn.Parameter(torch.zeros(1))], training)
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+    optimizer = build_optimizer([weight], training)
+    may_need_gpu = _OPTIMIZERS[training.optim].module == _BITSANDBYTES or training.optim_args.get("capturable")
+    if not may_need_gpu:
+        with _translated_errors(training):
+            optimizer.step()
+
+
+@contextmanager
+def _translated_errors(training: Training) -> Iterator[None]:
+    """Inside, what an optimizer raises is an error of ``training.optim_args``."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{training.optim} says: {error}", key="training.optim_args") from None
 
 
 def build_schedule(

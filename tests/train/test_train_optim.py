@@ -218,6 +218,11 @@ def test_what_an_optimizer_does_not_take_is_named(recipe: Path) -> None:
         ("training.optim_args={lr: 1}",): r"optim_args\.lr: other settings of the recipe give adamw_torch its lr",
         ("training.optim=sgd", "training.optim_args={momentum: -1}"): r"optim_args: sgd says: Invalid momentum value",
         ("training.optim_args={amsgrad: 'no'}",): r"optim_args\.amsgrad: cannot be 'no'; its default is False",
+        (
+            "training.optim=adafactor",
+            "training.optim_args={eps: 0.1}",
+        ): r"optim_args: adafactor says: 'float' object is",
+        ("training.optim_args={differentiable: true}",): r"optim_args: adamw_torch says: a leaf Variable",
     }.items():
         with pytest.raises(UsageError, match=message):
             trainkit.run_recipe(recipe, *settings)
