@@ -31,6 +31,7 @@ from peftcli.train.fit_memory import choose_settings, is_fitted, settings_of, sm
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
+from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer
 from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
 from peftcli.train.sharded import check_divisible
@@ -139,6 +140,8 @@ def examine(recipe: Recipe) -> DeepCheck:
             found.would["chosen"] = settings_of(begun)
         if begun.training.gradient_checkpointing:
             attempt("training", partial(checkpoint_activations, model))
+        if begun.training.neftune_noise_alpha is not None:
+            attempt("training", partial(add_embedding_noise, model, begun.training.neftune_noise_alpha))
         needs = estimate(model, config, begun, base, data, plan_of(begun, data, processes))
         found.would["memory"] = needs and {**needs.as_dict(), "processes": processes // recipe.launch.num_machines}
     return found

@@ -146,6 +146,11 @@ def test_a_row_is_named_with_its_column_and_what_to_do(recipe: Path) -> None:
     assert "In the recipe: dataset: {format: " in found.message
 
 
+def test_noise_on_tokens_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    said = says_so(CASES["image_classification"].write(tmp_path), "training.neftune_noise_alpha=5")
+    assert "there is no embedding of tokens in the model" in said
+
+
 def test_layers_that_peft_takes_for_experts_are_named(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "vocab_size": 300, "head_dim": 8}
     counts = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2}
