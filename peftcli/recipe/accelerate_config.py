@@ -31,7 +31,6 @@ _ZERO_VARIABLES = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
 }
 """Variable of ``accelerate launch`` -> the file's key."""
@@ -45,6 +44,7 @@ _OTHER_VARIABLES = {
 _NOTHING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("fp8_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
     **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
+    "compute_environment": ("LOCAL_MACHINE", None),
     "enable_cpu_affinity": (False, None),
     "gpu_ids": ("all", None),
     "dynamo_backend": (None,),

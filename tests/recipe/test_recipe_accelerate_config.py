@@ -103,6 +103,7 @@ def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
         (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), ["training.bf16=true"], "fsdp_sharding_strategy: HYBRID_SHARD"),
         (fsdp(fsdp_activation_checkpointing=True), ["training.bf16=true"], "training.gradient_checkpointing: true"),
         ({"distributed_type": "NO", "num_processes": 1, "enable_cpu_affinity": True}, [], "enable_cpu_affinity"),
+        ({"distributed_type": "NO", "compute_environment": "AMAZON_SAGEMAKER"}, [], "compute_environment"),
         ({"distributed_type": "MEGATRON_LM", "num_processes": 2}, [], "distributed_type: MEGATRON_LM"),
         (zero(gradient_clipping=0.3), [], "gradient_clipping: 0.3, and the recipe has 1.0"),
         (zero(zero_stage=1), [], "zero_stage: 1; 2 can be had"),
