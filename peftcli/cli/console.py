@@ -77,10 +77,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     cells = [[clean(str(cell)) for cell in row] for row in rows]
     cells = [[*map(shorten, row[:-1]), *row[-1:]] for row in cells]
     if is_terminal(sys.stdout):
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        folded = (Column(name, overflow="fold") for name in columns)  # else what does not fit is cut
+        drawn = Table(*folded, box=None, pad_edge=False, header_style="bold")
         for row in cells:
             drawn.add_row(*(Text(cell) for cell in row))
         rich_console().print(drawn)

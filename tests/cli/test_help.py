@@ -246,6 +246,9 @@ def test_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(console, "is_terminal", lambda _: True)
     console.table(("name", "value"), [("[red]a", "\x1b[31m")])
     assert capsys.readouterr().out.split() == ["name", "value", "[red]a", "\\x1b[31m"]
+    monkeypatch.setenv("COLUMNS", "30")
+    console.table(("name", "link"), [("a", "https://example.org/a/page/of/a/method")])
+    assert "https://example.org/a/page/of/a/method" in "".join(capsys.readouterr().out.split())
 
 
 def test_commands_say_what_they_do(cli) -> None:
