@@ -11,8 +11,9 @@ A secret is:
   since such a variable often names a column or an object of a store. A URL's password of words alone is one only
   after its user's name.
 
-A secret is found as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a
-user name, as in ``Authorization: Basic``.
+Of a secret of several lines, such as a private key, each line of at least 16 characters is one too. A secret is found
+as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a user name, as in
+``Authorization: Basic``.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def known_secrets() -> dict[str, str]:
     for name, value in os.environ.items():
         origin = f"the environment variable {name}"
         if SECRET_NAME.search(name) and _is_secret(name, value.strip()):
-            found.setdefault(value.strip(), origin)
+            lines = [line for line in map(str.strip, value.splitlines()) if len(line) >= PART and "-----" not in line]
+            found = dict.fromkeys((value.strip(), *lines), origin) | found
         if "://" in value and (url := _PASSWORD_OF_URL.search(value)):
             pair, password = f"{url['user']}:{url['password']}", url["password"]
             alone = () if _WORD.fullmatch(password) else (password, unquote(password))

@@ -156,6 +156,18 @@ def test_a_secret_that_a_message_has_cut(monkeypatch: pytest.MonkeyPatch, cli: C
     assert "0123" not in ran.out + ran.err
 
 
+def test_each_line_of_a_private_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "-----BEGIN PRIVATE KEY-----",
+        "MIIEvQIBADANBgkqhkiG9w0BAQEF",
+        "AASCBKcwggSjAgEAAoIBAQDx",
+        "-----END PRIVATE KEY-----",
+    ]
+    monkeypatch.setenv("DEPLOY_KEY", "\n".join(lines))
+    assert [redact(line) for line in lines[1:3]] == ["***", "***"]
+    assert redact("\n".join(lines)) == "***"
+
+
 def test_values_and_keys_in_data() -> None:
     data = {"a": [TOKEN, 1, None, (TOKEN, 2.5)], TOKEN: {"b": f"x {TOKEN}"}, "n": True}
     assert redact_values(data) == {"a": ["***", 1, None, ["***", 2.5]], "***": {"b": "x ***"}, "n": True}
