@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ def parse_gate(text: str) -> tuple[str, float]:
         UsageError: the text is not a gate.
     """
     match = _GATE.fullmatch(text) if len(text) <= 100 else None
-    if match is None:
+    if match is None or not math.isfinite(float(match[2])):
         raise UsageError(f"expected an operator (<=, <, >=, > or ==) and a number, as in '<= 1.2', found {text[:60]!r}")
     return match[1], float(match[2])
 

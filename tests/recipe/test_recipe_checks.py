@@ -146,7 +146,7 @@ def test_gates(text: str, op: str, bound: float) -> None:
     assert parse_gate(text) == (op, bound)
 
 
-@pytest.mark.parametrize("text", ["", "1.2", "=< 1", "<= x", "<= 1 2", "!= 1", "<= nan", "<= 1e9999", "<" + " " * 9999])
+@pytest.mark.parametrize("text", ["", "1.2", "=< 1", "<= x", "<= 1 2", "!= 1", "<= nan", "<= 1e400", "<" + " " * 9999])
 def test_what_is_no_gate(text: str) -> None:
     with pytest.raises(UsageError, match="expected an operator"):
         parse_gate(text)
