@@ -65,11 +65,11 @@ def explain(key: str) -> Explanation:
         UsageError: the name is unknown.
     """
     known, key = _explainable(), re.sub(r"\[[0-9]+\]", "", key)
-    if key in known:
-        return known[key]
-    ends = [found for name, found in known.items() if name.endswith(f".{key}")]
-    if ends:
-        return min(ends, key=lambda found: found.key.count("."))
+    if found := _find(key, known):
+        return found
+    above = _find(key.rpartition(".")[0], known)
+    if above and (above.type or "").startswith("a mapping of names"):  # names of the user's: gates.eval_loss
+        return above
     alias = find_alias(key.rpartition(".")[2], key.partition(".")[0]) or ""
     suggestion = (
         alias.partition(":")[0]
@@ -79,6 +79,12 @@ def explain(key: str) -> Explanation:
     )
     hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
     raise UsageError(f"unknown setting, section, method or task: {key[:60]!r}", hint=hint)
+
+
+def _find(key: str, known: Mapping[str, Explanation]) -> Explanation | None:
+    """Find a key by its full or its last name."""
+    ends = [found for name, found in known.items() if name.endswith(f".{key}")]
+    return known.get(key) or min(ends, key=lambda found: found.key.count("."), default=None)
 
 
 _NEAR = 0.65

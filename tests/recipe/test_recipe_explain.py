@@ -67,6 +67,8 @@ def test_explain_a_setting() -> None:
     assert "Peak learning rate" in found.help
     assert found.example == "training:\n  learning_rate: auto"
     assert explain("learning_rate") == found
+    assert explain("gates.eval_loss") == explain("gates")
+    assert explain("columns.prompt").key == "dataset.columns"
     assert explain("training.output_dir").default == "(required)"
     assert explain("dataset.overlong").allowed == ("truncate", "drop", "error", "split")
     assert explain("training.bf16").type == "true, false or auto"
