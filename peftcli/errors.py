@@ -214,8 +214,7 @@ def to_peftcli_error(error: BaseException) -> PeftcliError | None:
     ):
         return OutOfMemory(
             "not enough memory",
-            hint="lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor; "
-            "lower dataset.max_length; or set training.gradient_checkpointing: true",
+            hint="use a device or a machine with more memory, or smaller batches and shorter rows where there are any",
         )
     if os.environ.get("WORLD_SIZE", "1") != "1" and any(phrase in text for phrase in _OTHER_ENDED):
         return ProcessDied(

@@ -156,6 +156,14 @@ def test_a_broken_pipe_other_than_stdout_is_an_error(cli, failing) -> None:
     assert (ran.code, ran.err) == (7, "error: Broken pipe\n")
 
 
+def test_too_little_memory_is_no_matter_of_training_alone(cli, failing) -> None:
+    failing(MemoryError())
+    ran = cli("schema")
+    assert ran.code == 8
+    assert "more memory" in ran.err
+    assert "train" not in ran.err
+
+
 def test_a_bug_is_one_line_unless_debugged(cli, failing) -> None:
     failing(ZeroDivisionError("1 / 0 \x1b[31m"))
     ran = cli("schema")
