@@ -30,10 +30,11 @@ from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 
 _VARIABLE = r"\$\{.+\}"
+_WITH_VARIABLE = {"type": "string", "pattern": _VARIABLE}
 _JSON_TYPES: dict[Any, tuple[str, str]] = {
     # The JSON type, and the strings that a recipe may contain instead.
-    int: ("integer", f"^{_VARIABLE}$"),
-    float: ("number", f"^{_VARIABLE}$"),
+    int: ("integer", _VARIABLE),
+    float: ("number", _VARIABLE),
     bool: ("boolean", f"^([yY]es|[nN]o|[oO]n|[oO]ff|{_VARIABLE})$"),
 }
 _EXTENDS = "Path of a recipe, relative to this one, whose settings this one inherits and overrides."
@@ -216,7 +217,8 @@ def json_schema() -> dict[str, Any]:
     properties["method"] = {"description": top["method"].help, **_kinds_schema(methods)}
     tasks = {name: (row.summary, task_settings(name)) for name, row in TASKS.items()}
     whole = {**_kinds_schema(tasks), "required": ["type"]}
-    properties["task"] = {"description": top["task"].help, "anyOf": [{"enum": list(TASKS)}, whole, {"type": "null"}]}
+    forms = [{"enum": list(TASKS)}, _WITH_VARIABLE, whole, {"type": "null"}]
+    properties["task"] = {"description": top["task"].help, "anyOf": forms}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "peftcli recipe",
@@ -243,7 +245,7 @@ def _kinds_schema(kinds: dict[str, tuple[str, dict[str, Setting]]]) -> dict[str,
     summaries = "; ".join(f"{name}: {summary}" for name, (summary, _) in kinds.items())
     return {
         "type": "object",
-        "properties": {"type": {"enum": list(kinds), "description": summaries}},
+        "properties": {"type": {"anyOf": [{"enum": list(kinds)}, _WITH_VARIABLE], "description": summaries}},
         "allOf": rules,
     }
 
@@ -286,7 +288,7 @@ def _branch_schema(hint: Any) -> dict[str, Any]:
         name, strings = _JSON_TYPES[hint]
         return {"type": [name, "string"], "pattern": strings}
     if literals := choices(hint):
-        return {"anyOf": [{"enum": literals}, {"type": "string", "pattern": f"^{_VARIABLE}$"}]}
+        return {"anyOf": [{"enum": literals}, _WITH_VARIABLE]}
     accepted = kinds(hint)
     if section := section_class(hint):
         return _section_schema(section)

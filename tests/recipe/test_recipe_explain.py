@@ -36,6 +36,8 @@ def test_what_describes_the_file_is_no_setting() -> None:
         ({"training": {"output_dir": "x", "learning_rate": "${LR}", "bf16": "no"}}, True),
         ({"method": {"type": "prompt_tuning", "num_virtual_tokens": 3}}, True),
         ({"extends": "x.yaml", "training": {}}, True),
+        ({"task": "${TASK}", "method": {"type": "${METHOD}", "r": 3}}, True),
+        ({"training": {"output_dir": "x", "learning_rate": "${DIGIT}e-5"}}, True),
         ({"training": {"output_dir": 7, "eval_strategy": "${EVALUATE:-no}"}}, True),
         ({"task": {"type": "sequence_classification", "labels": [0, 1]}}, True),
         ({"launch": None, "gates": None, "dataset": {"train": "x", "columns": None}}, True),
