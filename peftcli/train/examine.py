@@ -32,7 +32,7 @@ from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_setting
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.noise import add_embedding_noise
-from peftcli.train.optim import check_optimizer
+from peftcli.train.optim import check_optimizer, parameter_groups
 from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
@@ -126,6 +126,7 @@ def examine(recipe: Recipe) -> DeepCheck:
 
         injection = attempt("method" if source is None else KEY, adapted)
         if injection is not None:
+            attempt("training", lambda: parameter_groups(named_tensors(model), with_rate(recipe).training))
             found.would["parameters"] = {"trainable": injection.trainable, "all": injection.total}
             found.would["training_in_full"] = config.modules_to_save or []
         if found.errors:

@@ -133,6 +133,11 @@ def test_a_token_that_pads_cannot_end_the_texts_of_an_encoder_decoder(tmp_path: 
     assert "with which its tokenizer pads too" in says_so(recipe, f"base_model={base}")
 
 
+def test_a_method_that_loraplus_says_nothing_about_is_named(recipe: Path) -> None:
+    said = says_so(recipe, "method={type: ia3}", "training.loraplus_lr_ratio=4")
+    assert "training.loraplus_lr_ratio: LoRA+ needs layers with A and B" in said
+
+
 def test_a_row_is_named_with_its_column_and_what_to_do(recipe: Path) -> None:
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
     (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
