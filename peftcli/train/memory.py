@@ -8,7 +8,7 @@ from typing import Any
 
 from peftcli.errors import OutOfMemory, to_peftcli_error
 from peftcli.schema import Recipe
-from peftcli.tasks.base import Gathers, Task
+from peftcli.tasks.base import Task
 from peftcli.train.report import peak_memory_bytes
 
 _TO_GO_ON = ". To go on at the last checkpoint, add --allow-change KEY"
@@ -53,7 +53,7 @@ def _cheapest(recipe: Recipe, task: Task[Any], at_once: int) -> str:
     same = f"{fewer} with gradient_accumulation_steps: {steps * parts}, the same batch in smaller parts"
     changes = {
         # a task that compares the rows of a batch learns less from fewer
-        fewer if isinstance(task, Gathers) else same: parts > 1,
+        same if task.divides else fewer: parts > 1,
         "training.gradient_checkpointing: true, about a third slower": not training.gradient_checkpointing,
         "training.bf16: true": training.bf16 is False,
         "a smaller dataset.max_length": task.unit == "tokens",

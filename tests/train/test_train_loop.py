@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import trainkit
 from safetensors.torch import load, load_file, save_file
+from taskkit import CASES
 from trainkit import PROMPT_TUNING, Trained, at_step, read_run, run_recipe, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -26,11 +27,14 @@ from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, OutOfMemory, PeftWarning, StorageError, UsageError
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.schema import Training
+from peftcli.tasks import open_task
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import batches, loop
+from peftcli.train.memory import too_large_a_step
 from peftcli.train.run import train
 from peftcli.train.runs.checkpoint import Progress
 from peftcli.train.training_loop import TrainingLoop
@@ -559,6 +563,15 @@ def test_too_little_memory_names_the_batch_and_what_to_change(recipe: Path, monk
         r"not enough memory to evaluate, .*: a batch of 2 examples \| training\.per_device_eval_batch_size: 1",
         fails_at(3, "CUDA out of memory"),
     )
+
+
+@pytest.mark.parametrize(("loss", "same"), [("dpo", True), ("kto", False)])
+def test_smaller_parts_are_the_same_batch_unless_its_rows_are_compared(loss: str, same: bool, tmp_path: Path) -> None:
+    recipe = load_recipe(CASES["preference"].write(tmp_path), [f"task.loss={loss}"])
+    task = open_task(recipe, open_base(recipe.base_model))
+    hint = too_large_a_step(2, [9, 9, 9, 9], recipe, task, saved=False).hint
+    assert hint is not None
+    assert ("the same batch in smaller parts" in hint) is same
 
 
 def test_an_evaluation_that_fails_at_the_end_loses_no_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
