@@ -277,8 +277,8 @@ def _refuse_other_content(run: Run, content: list[str]) -> None:
                 holds, file, key = "is of", run.options.resume, "--resume"
                 hint = "to resume it anyway: --allow-change data"
             raise UsageError(
-                f"{holds} a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's dataset, "
-                "transformers or peftcli has changed; nothing was changed",
+                f"{holds} a run whose rows were encoded otherwise: the tokenizer, its chat template, the hub's "
+                "dataset, transformers or peftcli has changed; nothing was changed",
                 file=file,
                 key=key,
                 hint=hint,
