@@ -32,7 +32,7 @@ from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_setting
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.noise import add_embedding_noise
-from peftcli.train.optim import check_optimizer, parameter_groups
+from peftcli.train.optim import check_optimizer, parameter_groups, unfinished_warmup
 from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
@@ -92,7 +92,10 @@ def examine(recipe: Recipe) -> DeepCheck:
             found.would |= {
                 "data": data.report,
                 "steps": plan.total_steps,
-                "warnings": notes + data.warnings + plan.repeated(data.names),
+                "warnings": notes
+                + data.warnings
+                + plan.repeated(data.names)
+                + unfinished_warmup(recipe.training, plan.total_steps),
             }
     attempt("training", lambda: check_optimizer(with_rate(recipe).training))
     attempt("training", lambda: require_packages(recipe))

@@ -196,10 +196,20 @@ def build_schedule(
     """The schedule of that name in transformers, over ``total_steps`` steps."""
     from transformers import get_scheduler
 
-    warmup = training.warmup_steps
-    if warmup < 1:
-        warmup = math.ceil((warmup or training.warmup_ratio) * total_steps)
-    kind, warmup = training.lr_scheduler_type, int(warmup)
+    kind, warmup = training.lr_scheduler_type, _warmup(training, total_steps)
     if kind == "polynomial":  # which divides by the steps after the warm-up
         total_steps = max(total_steps, warmup + 1)
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+
+
+def unfinished_warmup(training: Training, total_steps: int) -> list[str]:
+    """A warning where the warm-up is longer than the run."""
+    if (warmup := _warmup(training, total_steps)) <= total_steps:
+        return []
+    return [f"the warm-up takes {warmup:,} steps and the run has {total_steps:,}: it ends below training.learning_rate"]
+
+
+def _warmup(training: Training, total_steps: int) -> int:
+    """The number of warm-up steps."""
+    steps = training.warmup_steps
+    return int(steps) if steps >= 1 else math.ceil((steps or training.warmup_ratio) * total_steps)

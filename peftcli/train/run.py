@@ -51,7 +51,7 @@ from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import report_training
 from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.noise import add_embedding_noise
-from peftcli.train.optim import check_optimizer
+from peftcli.train.optim import check_optimizer, unfinished_warmup
 from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import peak_memory_bytes
@@ -247,7 +247,8 @@ def read_data(run: Run) -> RunData:
     if isinstance(examples.task, Gathers):
         examples.task.refuse_rows(examples.train, plan.rows_at_once)
     method_config(recipe).check_steps(plan.total_steps)
-    for text in (*examples.warnings, *plan.repeated(examples.names)):
+    unfinished = unfinished_warmup(recipe.training, plan.total_steps)
+    for text in (*examples.warnings, *plan.repeated(examples.names), *unfinished):
         run.warn(text)
     return RunData(examples, plan)
 

@@ -156,6 +156,15 @@ def test_noise_on_tokens_is_refused_where_there_are_none(tmp_path: Path) -> None
     assert "there is no embedding of tokens in the model" in said
 
 
+@pytest.mark.parametrize(("steps", "longer"), [(4, False), (5, True)])
+def test_a_warmup_longer_than_the_run_is_named(steps: int, longer: bool, recipe: Path) -> None:
+    settings = ["training.max_steps=4", f"training.warmup_steps={steps}"]
+    told = "the warm-up takes 5 steps and the run has 4: it ends below training.learning_rate"
+    found = examine(load_recipe(recipe, settings)).would["warnings"]
+    assert [text for text in found if "warm-up" in text] == [told] * longer
+    assert (told in trainkit.run_recipe(recipe, *settings).warnings) is longer
+
+
 def test_layers_that_peft_takes_for_experts_are_named(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "vocab_size": 300, "head_dim": 8}
     counts = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 2}
