@@ -187,6 +187,17 @@ FOUND = {
         ("train.jsonl:1", "train.jsonl:2"),
         {"loss": "kto"},
     ),
+    "pairs whose prompt is in another column": Odd(
+        "preference",
+        lambda: (
+            [{"question": f"who is {name}?", "chosen": name, "rejected": "nobody"} for name in ("Ada", "Kurt")],
+            [{"question": "where?", "chosen": "in Oslo", "rejected": "in Rome"}],
+        ),
+        "no_prompt",
+        "error",
+        "2 of 2 rows are answers without a prompt; columns that are not read: question",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
     "a pair with two scores": Odd(
         "feature_extraction",
         lambda: (

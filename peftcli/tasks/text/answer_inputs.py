@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Row
+from peftcli.data.rows import Row, listed
 from peftcli.data.store import USED, Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.tasks.base import Batch
@@ -20,7 +20,7 @@ from peftcli.tasks.text.answers import AnswerReader
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder
-from peftcli.tasks.text.findings import record_findings
+from peftcli.tasks.text.findings import FINDINGS, record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.language_model import chat_fingerprint, date_notes
@@ -51,7 +51,10 @@ class AnswerInputs(TextInputs):
         return chat_fingerprint(self.processor) | {"max_length": self.max_length}
 
     def record_findings(self, records: Records) -> list[Finding]:
-        return record_findings(records)
+        unread = {name for part in records.parts for name in part.store.about.get("columns_not_read", ())}
+        more = f"; columns that are not read: {listed(sorted(unread))}" if unread else ""
+        without = records.with_flag(Flag.NO_PROMPT)
+        return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""

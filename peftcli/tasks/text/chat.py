@@ -58,7 +58,8 @@ def mark_pair(example: PairExample, train_on: str = "answers") -> MarkedText:
     """Join prompt and completion; the completion is trained, or both."""
     text = example.prompt + example.completion
     spans = None if train_on == "all" else ((len(example.prompt), len(text)),)
-    return MarkedText(text, spans, flags=Flag.DAMAGED if is_damaged(text) else NONE)
+    flags = Flag.DAMAGED if is_damaged(text) else NONE
+    return MarkedText(text, spans, flags=flags if example.prompt else flags | Flag.NO_PROMPT)
 
 
 def mark_chat(example: ChatExample, template: Template, train_on: str) -> MarkedText:

@@ -44,6 +44,14 @@ FINDINGS = by_name(
         "stops at the next turn's header, such as GLM, needs none: dataset.allow: [end_not_trained].",
         error_above=_HALF,
     ),
+    # Of answers to compare: without a prompt column, it is what both of them begin with.
+    Kind(
+        "no_prompt",
+        "warning",
+        "are answers without a prompt",
+        "Name the column of the prompts, as in dataset: {columns: {prompt: question}}.",
+        error_above=_HALF,
+    ),
     # Never intended: generation starts with one.
     Kind(
         "double_bos",

@@ -37,6 +37,8 @@ class Flag(enum.IntFlag):
     """The row was split, and pieces without a trained token are left out."""
     PROMPT_DIFFERS = 1024
     """A trained answer begins after another text than the one with which the chat template asks for an answer."""
+    NO_PROMPT = 2048
+    """The text before a completion is empty."""
 
 
 NONE = Flag(0)

@@ -64,6 +64,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "answers_cut": ("warning", True),
         "rows_dropped_overlong": ("warning", False),
         "end_not_trained": ("warning", True),
+        "no_prompt": ("warning", True),
         "double_bos": ("error", True),
         "markers_in_text": ("warning", False),
         "odd_turns": ("warning", False),
