@@ -46,7 +46,7 @@ from peftcli.tasks.text.unpadded import unpad
 
 RECORD_FILE = "verification.json"
 """Beside an adapter that was trained here; not pushed, since it holds rows of the data."""
-_VERSION = 2
+_VERSION = 3
 _ROWS, _LOOKED_AT = 4, 16
 """The rows that are kept are the smallest of the first ones."""
 _MAX_ROWS = 4_000_000
@@ -79,6 +79,8 @@ class Rows(TypedDict):
     class_names: dict[str, list[str]]
     day: str | None
     values: list[dict[str, Any]]
+    folders: list[str]
+    """The folder of each row, to which paths in it are relative."""
 
 
 class _Task(TypedDict):
@@ -133,17 +135,19 @@ def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
             "class_names": {name: list(names) for name, names in opened.class_names().items()},
             "day": day,
             "values": [],
+            "folders": [],
         }
     except (DataError, HubError, NetworkError):  # a source that cannot be read again
         return None
     sizes = dict[int, int]()
     for at, row in enumerate(found):
         with suppress(DataError, TypeError):  # a bad row, which training has skipped; values of other types
-            rows["values"] = [_to_json(row.values)]
+            rows["values"], rows["folders"] = [_to_json(row.values)], [str(row.folder)]
             if len(json.dumps(rows["values"])) <= _MAX_ROWS // _ROWS and (examples := _examples(task, rows)):
                 sizes[at] = sum(each.size for each in examples)
     chosen = sorted(sorted(sizes, key=lambda at: sizes[at])[:_ROWS])
     rows["values"] = [_to_json(found[at].values) for at in chosen]
+    rows["folders"] = [str(found[at].folder) for at in chosen]
     return rows if chosen else None
 
 
@@ -370,8 +374,8 @@ def _examples(task: Task[Any], rows: Rows) -> list[Example]:
     source = Source(train=of["train"], format=of["format"], columns=of["columns"])
     classes = {name: tuple(names) for name, names in rows["class_names"].items()}
     table = Table(source, source.train, tuple(rows["columns"]), lambda: classes, values[0])
-    folder = Path(source.train).parent
-    given = [Row(each, Place(source.train, number), folder) for number, each in enumerate(values, start=1)]
+    read = enumerate(zip(values, map(Path, rows["folders"]), strict=True), start=1)
+    given = [Row(each, Place(source.train, number), folder) for number, (each, folder) in read]
     examples = list[Example]()
     with date.fixed_date(rows["day"]):
         for outcome in task.encode(given, task.read(table)):
@@ -411,6 +415,8 @@ def _from_json(value: Any) -> Any:
 def _unreadable(rows: Rows) -> dict[str, Any]:
     """What of the rows cannot be read, by its key in the record."""
     found: dict[str, Any] = {} if rows["values"] else {"rows.values": []}
+    if len(rows["folders"]) != len(rows["values"]):
+        found["rows.folders"] = rows["folders"]
     parts: list[tuple[str, Callable[[Any], Any], Any]]
     parts = [("rows.source.format", get_args(Format).index, rows["source"]["format"])]
     parts += [("rows.day", datetime.date.fromisoformat, rows["day"] or "2026-01-31")]

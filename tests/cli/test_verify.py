@@ -17,6 +17,7 @@ import pytest
 import torch
 import trainkit
 from classifierkit import classifier_base
+from PIL import Image
 from trainkit import Child
 
 from peftcli.adapters.readers import READERS
@@ -96,8 +97,21 @@ def test_a_bad_row_leaves_the_others_to_compare(tmp_path: Path) -> None:
     assert kept["values"] == [rows[0], rows[2]]
 
 
+def test_rows_of_a_folder_keep_where_their_files_are(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,label\nx.png,{name}\n")
+    row = TASKS["image_classification"]
+    with open_base(BaseModel(name=str(classifier_base("vit")))) as base:
+        task = row.open(row.settings(labels=["a", "b"], problem_type="single_label"), base)
+        kept = few_rows(task, Source(train=str(tmp_path)), None)
+    assert kept is not None
+    assert kept["folders"] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
 RECORD: dict[str, Any] = {
-    "schema_version": 2,
+    "schema_version": 3,
     "task": {"type": "causal_lm"},
     "config": {},
     "tensors": {},
@@ -115,7 +129,8 @@ RECORD: dict[str, Any] = {
 def _rows(damage: dict[str, Any]) -> dict[str, Any]:
     """A record of rows that are damaged."""
     source = {"train": "a.jsonl", "format": "auto", "columns": {}}
-    rows = {"source": source, "columns": ["text"], "class_names": {}, "day": None, "values": [{"text": "a"}], **damage}
+    rows = {"source": source, "columns": ["text"], "class_names": {}, "day": None, "values": [{"text": "a"}]}
+    rows |= {"folders": ["data"], **damage}
     return {"rows": rows, "inputs": {}, "scores": {"shape": [0], "sha256": ""}}
 
 
@@ -129,7 +144,8 @@ def _rows(damage: dict[str, Any]) -> dict[str, Any]:
         (_rows({"source": {"train": "a.jsonl", "format": "song", "columns": {}}}), "rows.source.format"),
         (_rows({"day": "31.1.2026"}), "rows.day"),
         (_rows({"values": []}), "rows.values"),
-        (_rows({"values": [{"text": "a"}, {"text": {"bytes in base64": "a"}}]}), "rows.values.1"),
+        (_rows({"folders": []}), "rows.folders"),
+        (_rows({"values": [{"text": "a"}, {"text": {"bytes in base64": "a"}}], "folders": ["", ""]}), "rows.values.1"),
         (_rows({"values": [{"text": {"bytes in base64": 3}}]}), "rows.values.0"),
         ({"probe": {"shape": [1], "values": [0.5], "mean": 0.5}}, "probe"),
     ],
