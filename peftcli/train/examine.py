@@ -27,7 +27,7 @@ from peftcli.train.data import load_data, plan_of, prepare_method, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
-from peftcli.train.fit_memory import choose_settings, is_fitted, settings_of, smallest
+from peftcli.train.fit_memory import choose_settings, first_auto, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
@@ -84,7 +84,7 @@ def examine(recipe: Recipe) -> DeepCheck:
             attempt("training", partial(refuse_metrics, recipe, data))
             attempt("dataset", data.refuse_size)
             plan = plan_of(smallest(recipe), data, processes)
-            if isinstance(data.task, Gathers) and is_fitted(recipe):
+            if isinstance(data.task, Gathers) and first_auto(recipe) is None:
                 attempt("training", partial(data.task.refuse_rows, data.train, plan.rows_at_once))
             if config is not None:
                 attempt("method", partial(config.check_steps, plan.total_steps))
@@ -136,7 +136,7 @@ def examine(recipe: Recipe) -> DeepCheck:
             return found
         assert data is not None
         assert begun is not None
-        if not is_fitted(begun):
+        if first_auto(begun) is not None:
             fits = attempt("training", partial(choose_settings, begun, base, data, processes))
             if fits is None:
                 return found

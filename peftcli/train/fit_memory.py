@@ -61,11 +61,6 @@ def first_auto(recipe: Recipe) -> str | None:
     return next((f"{section}.{key}" for section, keys in _CHOSEN.items() for key in keys if given[key] == "auto"), None)
 
 
-def is_fitted(recipe: Recipe) -> bool:
-    """Whether nothing is left to choose."""
-    return first_auto(recipe) is None
-
-
 def smallest(recipe: Recipe) -> Recipe:
     """Return the recipe with an example at once, if that is not chosen yet: for what does not depend on the choice."""
     least = {
@@ -92,7 +87,7 @@ def with_chosen_settings(recipe: Recipe, accelerator: Accelerator, overwrite: bo
     Raises:
         UsageError: it is not known what the model needs, or there is nothing to choose from.
     """
-    if is_fitted(recipe):
+    if first_auto(recipe) is None:
         return recipe
     found: list[Settings | None] = [None]
     if accelerator.is_main_process:
