@@ -16,7 +16,7 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
-from peftcli.schema import Recipe
+from peftcli.schema import Recipe, Training
 from peftcli.tasks.base import Task
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import batches, collate
@@ -48,11 +48,15 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     if data.eval is None or recipe.training.eval_strategy == "no":
         return
     refuse_gates(recipe, data)
-    best, training = recipe.training.metric_for_best_model, recipe.training
-    best = best if best.startswith("eval_") else f"eval_{best}"
+    best, training = best_metric(recipe.training), recipe.training
     if _known(data, best, "training.metric_for_best_model") == ["eval_*"] and training.greater_is_better is None:
         message = f"whether a larger {best} is better is for you to say: true or false"
         raise UsageError(message, key="training.greater_is_better")
+
+
+def best_metric(training: Training) -> str:
+    """The metric that decides which evaluation is best, with the prefix ``eval_``, which the recipe may leave out."""
+    return f"eval_{training.metric_for_best_model.removeprefix('eval_')}"
 
 
 def refuse_gates(recipe: Recipe, data: Data) -> None:

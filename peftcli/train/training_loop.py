@@ -20,7 +20,7 @@ from peftcli.system.signals import TIME_LIMIT, wants_save
 from peftcli.tasks.base import Illustrates
 from peftcli.train.batches import num_workers
 from peftcli.train.data import RunData
-from peftcli.train.evaluate import evaluate
+from peftcli.train.evaluate import best_metric, evaluate
 from peftcli.train.events import Evaluated, Message, Stepped, StepResult
 from peftcli.train.loop import LESS_LEARNING, Gradients, fit
 from peftcli.train.memory import lacks_memory, too_large_a_step, too_large_an_evaluation
@@ -188,9 +188,7 @@ class TrainingLoop:
         progress.last_eval, self.evaluated_step = defined, progress.step
         if progress.step == 0:
             progress.first_eval = defined
-        name = training.metric_for_best_model
-        if name not in metrics:
-            name = f"eval_{name}"
+        name = best_metric(training)
         if name not in metrics:
             raise UsageError(
                 f"evaluation reports {', '.join(metrics)}, not {training.metric_for_best_model}",
