@@ -104,9 +104,6 @@ def batches(make: Callable[[T], Batch], items: Iterable[T], num_workers: int) ->
         DataError: a file cannot be read any more.
         ProcessDied: a worker was killed.
     """
-    if not num_workers:
-        yield from map(make, items)
-        return
 
     # torch would send tensors through shared memory, of which containers have little
     def make_arrays(item: T) -> Batch:
