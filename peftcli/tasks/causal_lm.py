@@ -17,7 +17,7 @@ from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import CausalEncoder
-from peftcli.tasks.text.language_model import LanguageModel
+from peftcli.tasks.text.language_model import LanguageModel, refuse_later_tokens
 from peftcli.tasks.text.token_loss import next_tokens, target_losses, token_loss
 
 _SAMPLE = 8
@@ -32,6 +32,9 @@ class CausalLM(LanguageModel[settings.CausalLM]):
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         # a causal model never predicts the first token
         return [Text(self.renderer.render(ids, [IGNORED, *labels[1:]]))]
+
+    def begin(self, model: nn.Module, from_adapter: bool) -> None:
+        refuse_later_tokens(model, self.probe())
 
     def join(self, examples: Sequence[Example]) -> Example:
         # the first label of each does not count, since it would be predicted from the previous example

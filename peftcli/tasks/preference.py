@@ -31,6 +31,7 @@ from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
+from peftcli.tasks.text.language_model import refuse_later_tokens
 from peftcli.tasks.text.reference import Reference
 from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
 from peftcli.tasks.text.token_loss import next_tokens, target_losses
@@ -92,6 +93,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         return super().fingerprint() | {"answers": list(self.answers)}
 
     def begin(self, model: nn.Module, from_adapter: bool) -> None:
+        refuse_later_tokens(model, self.probe())
         if self.settings.loss in _REFERRING:
             self.reference.begin(model, self.probe(), from_adapter)
             self.settings = replace(self.settings, reference=self.reference.kind)

@@ -15,7 +15,7 @@ from classifierkit import classifier_base
 from taskkit import CASES
 
 from peftcli.cli.app import main
-from peftcli.errors import PeftcliError, PeftWarning
+from peftcli.errors import ModelError, PeftcliError, PeftWarning
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.tasks import open_task
@@ -101,6 +101,23 @@ def test_an_encoder_is_no_language_model(recipe: Path, tmp_path: Path) -> None:
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"text": "some words"}] * 4)
     said = says_so(recipe, f"base_model={base}", "dataset.eval=null")
     assert "base_model: bert is an encoder" in said
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertGenerationConfig(vocab_size=300, **small).save_pretrained(base)
+    (error,) = examine(load_recipe(recipe, [f"base_model={base}", "dataset.eval=null"])).errors
+    assert "bert-generation is an encoder" in str(error)
+    transformers.XLMConfig(vocab_size=300, emb_dim=16, n_layers=1, n_heads=2).save_pretrained(base)
+    (error,) = examine(load_recipe(recipe, [f"base_model={base}", "dataset.eval=null"])).errors
+    assert "says causal: true in its config" in str(error)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "preference"])
+def test_a_model_that_sees_the_tokens_that_it_would_predict_is_not_trained(task: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    config = transformers.XLNetConfig(vocab_size=300, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    transformers.XLNetLMHeadModel(config).save_pretrained(base)
+    trainkit.tokenizer().save_pretrained(base)
+    with pytest.raises(ModelError, match="base_model: XLNetLMHeadModel sees the tokens that it would have to predict"):
+        trainkit.run_recipe(CASES[task].write(tmp_path), f"base_model={base}")
 
 
 def test_weights_that_transformers_looks_for_elsewhere_are_named(tmp_path: Path) -> None:
