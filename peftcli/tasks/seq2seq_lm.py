@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from peftcli.data.rows import Table
+from peftcli.errors import ModelError
 from peftcli.models.tokens import save_processor
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
@@ -34,6 +35,9 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     identity: ClassVar = ("input_ids", "labels")
 
     def __init__(self, settings: settings.Seq2SeqLM, processor: Any, base: OpenBase):
+        if not base.config.is_encoder_decoder:
+            hint = "name an encoder-decoder, as T5 or BART; decoders of texts are for the task causal_lm"
+            raise ModelError(f"{base.name} is no encoder-decoder", key="base_model", hint=hint)
         super().__init__(settings, processor, base)
         set_languages(processor, settings)
 

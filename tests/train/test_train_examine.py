@@ -102,21 +102,39 @@ def test_an_encoder_is_no_language_model(recipe: Path, tmp_path: Path) -> None:
     said = says_so(recipe, f"base_model={base}", "dataset.eval=null")
     assert "base_model: bert is an encoder" in said
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    transformers.BertGenerationConfig(vocab_size=300, **small).save_pretrained(base)
-    (error,) = examine(load_recipe(recipe, [f"base_model={base}", "dataset.eval=null"])).errors
-    assert "bert-generation is an encoder" in str(error)
-    transformers.XLMConfig(vocab_size=300, emb_dim=16, n_layers=1, n_heads=2).save_pretrained(base)
-    (error,) = examine(load_recipe(recipe, [f"base_model={base}", "dataset.eval=null"])).errors
-    assert "says causal: true in its config" in str(error)
+    others: dict[str, transformers.PreTrainedConfig] = {
+        "bert-generation is an encoder": transformers.BertGenerationConfig(vocab_size=300, **small),
+        "says causal: true in its config": transformers.XLMConfig(vocab_size=300, emb_dim=16, n_layers=1, n_heads=2),
+        "xlnet is an encoder": transformers.XLNetConfig(vocab_size=300, d_model=16, n_layer=1, n_head=2, d_inner=16),
+    }
+    for expected, config in others.items():
+        config.save_pretrained(base)
+        (error, *_) = examine(load_recipe(recipe, [f"base_model={base}", "dataset.eval=null"])).errors
+        assert expected in str(error)
+
+
+def test_a_model_of_sounds_in_a_prompt_is_no_encoder_decoder(tmp_path: Path) -> None:
+    base = shutil.copytree(trainkit.base_folder("t5"), tmp_path / "base")
+    transformers.VoxtralConfig().save_pretrained(base)
+    assert "is no encoder-decoder" in says_so(CASES["seq2seq_lm"].write(tmp_path), f"base_model={base}")
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "preference"])
 def test_a_model_that_sees_the_tokens_that_it_would_predict_is_not_trained(task: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    config = transformers.XLNetConfig(vocab_size=300, d_model=16, n_layer=1, n_head=2, d_inner=16)
-    transformers.XLNetLMHeadModel(config).save_pretrained(base)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        use_bidirectional_attention=True,
+    )
+    transformers.Gemma3ForCausalLM(config).save_pretrained(base)
     trainkit.tokenizer().save_pretrained(base)
-    with pytest.raises(ModelError, match="base_model: XLNetLMHeadModel sees the tokens that it would have to predict"):
+    with pytest.raises(ModelError, match="base_model: Gemma3ForCausalLM sees the tokens that it would have to predict"):
         trainkit.run_recipe(CASES[task].write(tmp_path), f"base_model={base}")
 
 
