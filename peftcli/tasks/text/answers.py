@@ -40,22 +40,23 @@ class AnswerReader(ExampleReader):
             DataError: the row does not hold what it needs, or both answers are the same.
         """
         values = {name: self.value(row, name) for name in self.answers}
-        prompt, tools = (row.values.get(self.names.get(name, "")) for name in ("prompt", "tools"))
+        prompt = row.values.get(self.names.get("prompt", ""))
+        beside: dict[str, str] = {name: self.names[name] for name in ("system", "tools") if name in self.names}
         texts = list(values.values())
         if len(texts) > 1 and texts[0] == texts[1]:
             raise row.place.error("chosen and rejected are the same", key=self.names[self.answer])
         if self.name == "messages":
-            return self._conversation(prompt, values, tools, row)
+            return self._conversation(prompt, values, beside, row)
         shared = 0
         if prompt is None and len(texts) > 1:
             shared = _shared(*texts) if all(isinstance(each, str) for each in texts) else 0
             prompt = texts[0][:shared] if shared else ""
         key, own = self.names[self.answer], values[self.answer]
-        names = {"prompt": self.names.get("prompt", "prompt"), "completion": key}
-        found = {names["prompt"]: prompt, key: own[shared:] if shared else own}
+        names = {**beside, "prompt": self.names.get("prompt", "prompt"), "completion": key}
+        found = {**row.values, names["prompt"]: prompt, key: own[shared:] if shared else own}
         return ExampleReader("prompt_completion", names)(replace(row, values=found))
 
-    def _conversation(self, prompt: Any, answers: dict[str, Any], tools: Any, row: Row) -> ChatExample:
+    def _conversation(self, prompt: Any, answers: dict[str, Any], beside: dict[str, str], row: Row) -> ChatExample:
         is_messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
         if not (prompt is None or isinstance(prompt, str) or is_messages):
             raise row.place.error("expected messages, or a text", key=self.names["prompt"])
@@ -71,9 +72,10 @@ class AnswerReader(ExampleReader):
         if len(wholes) > 1 and not (is_messages and prompt):
             before = max(before, common_length(*wholes.values()))
         key = self.names[self.answer]
-        values, names = {key: wholes[self.answer], "tools": tools}, {"messages": key, "tools": "tools"}
-        found = ExampleReader("messages", names)(replace(row, values=values))
+        values = row.values | {key: wholes[self.answer]}
+        found = ExampleReader("messages", {**beside, "messages": key})(replace(row, values=values))
         assert isinstance(found, ChatExample)
+        before += len(found.messages) - len(values[key])  # the turn of a column of system
         if not any(turn["role"] == "assistant" for turn in found.messages[before:]):
             raise row.place.error("has no assistant turn of its own after the prompt", key=key)
         return replace(found, untrained=frozenset() if self.whole else found.untrained | frozenset(range(before)))
@@ -116,8 +118,8 @@ def answer_reader(
     Raises:
         DataError: a column is missing.
     """
-    optional = [*optional, "tools", *(["prompt"] if len(answers) > 1 else [])]
-    columns = {"prompt": ("prompt",), **{name: (name,) for name in answers}, "tools": ("tools",), **more}
+    optional = [*optional, "system", "tools", *(["prompt"] if len(answers) > 1 else [])]
+    columns = {name: (name,) for name in ("prompt", *answers, "system", "tools")} | more
     found = table.reader("answers", optional=optional, **columns)
     messages = isinstance(table.first.get(found.names[answers[0]]), list)
     return AnswerReader("messages" if messages else "prompt_completion", found.names, tuple(answers), answers[0])

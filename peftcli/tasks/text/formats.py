@@ -224,7 +224,8 @@ def _text_example(row: dict[str, Any]) -> ParsedRow:
 
 
 def _pair(row: dict[str, Any]) -> ParsedRow:
-    return PairExample(_string(row, "prompt"), _answer(row, "completion"))
+    system, prompt = _optional(row, "system"), _string(row, "prompt")
+    return PairExample(f"{system}\n\n{prompt}" if system and prompt else prompt, _answer(row, "completion"))
 
 
 def _alpaca(row: dict[str, Any]) -> ParsedRow:
@@ -248,7 +249,7 @@ _SHAREGPT_ROLES = {
 
 def _messages(row: dict[str, Any]) -> ParsedRow:
     turns = _turns(row, "messages")
-    return _conversation("messages", turns, _tools(row), "")
+    return _conversation("messages", turns, _tools(row), _optional(row, "system"))
 
 
 def _sharegpt(row: dict[str, Any]) -> ParsedRow:
@@ -284,7 +285,8 @@ def _role(turn: Message, key: str, known: Iterable[str], where: str) -> str:
 def _conversation(
     column: str, turns: list[Message], tools: list[Any] | None, system: str, content: str = "content"
 ) -> ChatExample:
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    said: Message = {"role": "system", "content": system}
+    messages = [said] if system and turns[:1] != [said] else []
     shift = len(messages)
     untrained = set()
     for index, turn in enumerate(turns):
@@ -387,8 +389,8 @@ def _check_json(value: Any, key: str) -> None:
 
 FORMATS = {
     "text": Format(("text",), _text_example),
-    "prompt_completion": Format(("prompt", "completion"), _pair),
-    "messages": Format(("messages",), _messages, ("tools",)),
+    "prompt_completion": Format(("prompt", "completion"), _pair, ("system",)),
+    "messages": Format(("messages",), _messages, ("system", "tools")),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system")),
     "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools")),
 }

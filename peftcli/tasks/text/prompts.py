@@ -143,7 +143,9 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
             return _conversation(format, column, row, values)
     prompt = values.get("prompt")
     if isinstance(prompt, str) and prompt:
-        return prompt
+        pair = _read("prompt_completion", row, {**values, "completion": "."})
+        assert isinstance(pair, PairExample)
+        return pair.prompt
     if values.get("instruction"):
         read = _read("alpaca", row, {**values, "output": "."})
         assert isinstance(read, AlpacaExample)

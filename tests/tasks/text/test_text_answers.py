@@ -48,6 +48,18 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "the prompt as text": ({"prompt": ASK["content"], "chosen": [YES], "rejected": [NO]}, CHATS),
     "texts": ({"prompt": "sun", "chosen": " tea", "rejected": " moon"}, ["sun tea", "sun moon"]),
     "whole texts": ({"chosen": "sun mill tea", "rejected": "sun mill moon"}, ["sun mill tea", "sun mill moon"]),
+    "a column of system": (
+        {"system": "Count.", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "a column of system that the prompt repeats": (
+        {"system": "Count.", "prompt": [SYSTEM, ASK], "chosen": [YES], "rejected": [NO]},
+        [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "a column of system and texts": (
+        {"system": "moon", "prompt": "sun", "chosen": " tea", "rejected": " mill"},
+        ["moon\n\nsun tea", "moon\n\nsun mill"],
+    ),
     "nothing shared": ({"chosen": "tea", "rejected": "moon"}, ["tea", "moon"]),
     "one begins the other": ({"chosen": "sun tea", "rejected": "sun tea tea"}, ["sun tea", "sun tea tea"]),
 }
@@ -94,6 +106,7 @@ def test_every_form_gives_the_tokens_of_both_answers(form: str) -> None:
         ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK]}, "no assistant turn of its own"),
         ({"chosen": [ASK, YES], "rejected": "tea"}, "expected a list of turns"),
         ({"chosen": "tea", "rejected": 3}, "expected text, found a number"),
+        ({"system": 3, "prompt": "sun", "chosen": "tea", "rejected": "mill"}, "expected text, found a number"),
         ({"prompt": [ASK], "chosen": "tea", "rejected": "sun"}, "expected text, found a list"),
     ],
 )

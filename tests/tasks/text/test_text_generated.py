@@ -309,6 +309,8 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     assert prompt(question="Hi", answer="Ho", columns={"prompt": "question", "completion": "answer"}) == "Hi"
     assert prompt(prompt="Hi", columns={"prompt": "question"}) == "Hi"
     assert prompt(instruction="Add", input="1 2", output="3") == AlpacaExample("Add", "", "1 2")
+    assert prompt(prompt="Hi", system="Be kind.") == "Be kind.\n\nHi"
+    assert prompt(prompt=[user], system="Be kind.") == [{"role": "system", "content": "Be kind."}, user]
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
     result = {"role": "tool", "content": "3"}
@@ -344,6 +346,7 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
         {"conversations": 5},
         {"instruction": "Add", "input": [1]},
         {"instruction": "Add", "system": 5},
+        {"prompt": "Add", "system": 5},
     ):
         with pytest.raises(DataError, match="expected") as caught:
             prompt(**bad)
