@@ -69,6 +69,8 @@ _TIME = re.compile(r"<\|\d+\.\d+\|>")
 _NO_BLANKS = ("zh", "yue", "ja", "th", "lo", "my")
 """Languages written without blanks between words, in which Whisper's authors compare letters (appendix C of
 https://arxiv.org/abs/2212.04356)."""
+_MODELS = ("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speech_to_text", "speecht5", "whisper")
+"""Types of models that hear in an encoder, and whose answers begin with no prompt, or Whisper's."""
 _ALL_LANGUAGES = 51865
 """Tokens of the smallest Whisper model that knows several languages."""
 
@@ -99,6 +101,10 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
                 f"{base.name} labels each moment (CTC), another task; choose a model that writes the text, as Whisper",
                 key="base_model",
             )
+        if (kind := base.config.model_type) not in _MODELS:
+            message = f"{base.name} is of type {kind}, which this task does not train: it knows Whisper's prompts alone"
+            hint = "choose Whisper, Moonshine, Speech2Text, SpeechT5 or a speech-encoder-decoder"
+            raise ModelError(message, key="base_model", hint=hint)
         super().__init__(settings, processor, base)
 
     @cached_property

@@ -134,10 +134,18 @@ def test_what_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path) -> None:
     assert "expected a text" in str(blank)
 
 
-def test_a_model_that_labels_each_moment_is_refused(tmp_path: Path) -> None:
-    folder, row = shutil.copytree(whisper_base(), tmp_path / "ctc"), TASKS["speech_recognition"]
-    transformers.Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]).save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"^base_model: .*labels each moment \(CTC\), another task; choose"):
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (transformers.Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]), r".*labels each moment \(CTC\), another task;"),
+        (transformers.CanaryConfig(), ".* is of type canary, which this task does not train"),
+        (transformers.VoxtralConfig(), ".* is of type voxtral, which this task does not train"),
+    ],
+)
+def test_a_model_that_answers_in_another_way_is_refused(config: Any, says: str, tmp_path: Path) -> None:
+    folder, row = shutil.copytree(whisper_base(), tmp_path / "base"), TASKS["speech_recognition"]
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=f"^base_model: {says}"):
         row.open(row.settings(), open_base(BaseModel(name=str(folder))))
 
 
