@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import torch
 
 from peftcli.core.weights import adapter_state
 from peftcli.data.rows import count_of
-from peftcli.errors import Diverged, OutOfMemory, UsageError
+from peftcli.errors import Diverged, ModelError, OutOfMemory, UsageError, to_peftcli_error
 from peftcli.system.signals import TIME_LIMIT, wants_save
 from peftcli.tasks.base import Illustrates
 from peftcli.train.batches import num_workers
@@ -63,6 +64,10 @@ class TrainingLoop:
         except Exception as error:
             if lacks_memory(error):
                 raise self._too_large() from error
+            if self.progress.step == 0 and _is_of_model(error):
+                message = f"{type(self.state.model).__name__} does not take what this task gives it: {error}"
+                hint = "choose another base model for this task; run with --debug for the traceback"
+                raise ModelError(message, key="base_model", hint=hint) from error
             raise
         finally:
             self.clock.record_speed()
@@ -293,3 +298,11 @@ class _Clock:
 
 def _is_due(strategy: str, every: int, step: int, plan: Plan) -> bool:
     return step % every == 0 if strategy == "steps" else strategy == "epoch" and plan.ends_epoch(step)
+
+
+def _is_of_model(error: Exception) -> bool:
+    """Whether an unexpected exception comes from the base model's own code, which a task has called."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = max(at for at, name in enumerate(names) if name.startswith("peftcli."))
+    called = names[own + 1 : own + 2] == ["torch.nn.modules.module"]
+    return called and names[own].startswith("peftcli.tasks.") and to_peftcli_error(error) is None

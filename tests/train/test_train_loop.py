@@ -17,15 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trainkit
+from classifierkit import classifier_base
 from safetensors.torch import load, load_file, save_file
 from taskkit import CASES
 from trainkit import PROMPT_TUNING, Trained, at_step, read_run, run_recipe, write_recipe
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BrosConfig, BrosModel
 
 from peftcli.adapters.verify import verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
-from peftcli.errors import Diverged, Interrupted, OutOfMemory, PeftWarning, StorageError, UsageError
+from peftcli.errors import Diverged, Interrupted, ModelError, OutOfMemory, PeftWarning, StorageError, UsageError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
@@ -334,6 +335,15 @@ def test_a_huge_learning_rate_diverges(recipe: Path) -> None:
     run = diverged(recipe, *HUGE)
     assert "step 2" in run["error"]["message"]
     assert "learning_rate" in run["error"]["hint"]
+
+
+def test_a_model_that_takes_more_than_the_task_gives_is_named(tmp_path: Path) -> None:
+    base = shutil.copytree(classifier_base("bert"), tmp_path / "base")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BrosModel(BrosConfig(vocab_size=300, **small)).save_pretrained(base)
+    recipe = CASES["token_classification"].write(tmp_path)
+    with pytest.raises(ModelError, match="BrosForTokenClassification does not take what this task gives it: You"):
+        run_recipe(recipe, f"base_model={base}")
 
 
 def test_an_evaluation_that_is_not_finite(recipe: Path) -> None:
