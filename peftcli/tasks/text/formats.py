@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def example_reader(table: Table) -> ExampleReader:
             f"format {name} needs {' and '.join(missing)}; the columns are: {listed(known_as)}",
             file=table.described,
             key="dataset.format",
-            hint=_columns_hint({name: missing}, known_as),
+            hint=_columns_hint([name], known_as),
         )
     return ExampleReader(name, {key: renamed.get(key, key) for key in known})
 
@@ -152,52 +152,67 @@ def detect_format(columns: Iterable[str]) -> str:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
+        most = max(fitting, key=lambda name: len(FORMATS[name].needs))
         raise DataError(
             f"the columns {listed(columns)} fit the formats {' and '.join(fitting)}",
             key="dataset.format",
-            hint=f"Choose one in the recipe: dataset: {{format: {fitting[0]}}}",
+            hint=f"Choose one in the recipe: dataset: {{format: {most}}}",
         )
     needed = "; ".join(f"{name}: {', '.join(each.needs)}" for name, each in FORMATS.items())
-    missing = {name: [key for key in each.needs if key not in columns] for name, each in FORMATS.items()}
     raise DataError(
         f"no format fits the columns: {listed(columns)}",
         key="dataset.format",
-        hint=f"What a format needs: {needed}\n{_columns_hint(missing, columns)}",
+        hint=f"What a format needs: {needed}\n{_columns_hint(FORMATS, columns)}",
     )
 
 
 _OTHER_NAMES = {
-    "prompt": ("question", "query", "input", "source", "problem", "context"),
-    "completion": ("answer", "response", "output", "target", "summary", "solution", "label"),
+    "prompt": (
+        *("question", "query", "input", "inputs", "source", "problem"),
+        *("document", "article", "dialogue", "context"),
+    ),
+    "completion": (
+        *("answer", "answers", "response", "output", "target", "targets"),
+        *("summary", "highlights", "solution", "label"),
+    ),
     "messages": ("conversation", "chat", "dialog", "dialogue", "turns"),
     "instruction": ("question", "prompt", "query", "task"),
     "output": ("response", "answer", "completion", "target"),
+    "input": ("context",),
+    "system": ("system_prompt",),
     "conversations": ("conversation", "dialog"),
     "text": ("content", "document", "body", "sentence"),
 }
 """Other names of the formats' columns in datasets. For suggestions only."""
+_UNKNOWN = "YOUR_COLUMN"
 
 
-def _columns_hint(missing: dict[str, list[str]], columns: tuple[str, ...]) -> str:
-    """The recipe's setting that names the columns, for the format that they are closest to."""
-    best: tuple[int, str, dict[str, str]] = (0, "", {})
-    for name, keys in missing.items():
-        guess = {key: near for key in keys if (near := _near(key, columns))}
-        needs = len(FORMATS[name].needs)
-        whole = len(guess) == len(keys) and len(set(guess.values())) == len(guess)
-        score = (needs if whole else 0) + len(guess)
-        if guess and score > best[0]:
-            best = (score, name, guess)
-    name, guess = best[1] or "prompt_completion", best[2] or {"prompt": "YOUR_COLUMN", "completion": "YOUR_COLUMN"}
-    near = "".join(f"Closest to {key}: {column}. " for key, column in best[2].items())
-    written = ", ".join(f"{key}: {column}" for key, column in guess.items())
+def _columns_hint(formats: Iterable[str], columns: Sequence[str]) -> str:
+    """The recipe's setting that names the columns, for the one of the formats that they are closest to."""
+    guesses = {name: _guess(name, columns) for name in formats}
+    name = max(guesses, key=lambda each: (guesses[each].keys() >= {*FORMATS[each].needs}, len(guesses[each])))
+    name = name if guesses[name] or len(guesses) == 1 else "prompt_completion"
+    guess = dict.fromkeys(FORMATS[name].needs, _UNKNOWN) | guesses[name]
+    others = {key: column for key, column in guess.items() if key != column}
+    near = "".join(f"Closest to {key}: {column}. " for key, column in others.items() if column != _UNKNOWN)
+    written = ", ".join(f"{key}: {column}" for key, column in others.items())
     return f"{near}In the recipe: dataset: {{format: {name}, columns: {{{written}}}}}"
 
 
-def _near(key: str, columns: tuple[str, ...]) -> str | None:
+def _guess(name: str, columns: Sequence[str]) -> dict[str, str]:
+    """The columns of a format -> those that are there and are called so, or nearly so."""
+    keys, found = (*FORMATS[name].needs, *FORMATS[name].reads), dict[str, str]()
+    for key in keys:
+        others = [column for column in columns if column not in {*keys, *found.values()}]
+        if near := key if key in columns else _near(key, others):
+            found[key] = near
+    return found
+
+
+def _near(key: str, columns: Sequence[str]) -> str | None:
     lowered = {column.lower(): column for column in columns}
     near = difflib.get_close_matches(key, lowered, n=1, cutoff=0.75)
-    found = near[0] if near else next((name for name in _OTHER_NAMES[key] if name in lowered), None)
+    found = near[0] if near else next((name for name in _OTHER_NAMES.get(key, ()) if name in lowered), None)
     return lowered[found] if found else None
 
 

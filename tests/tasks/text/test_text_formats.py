@@ -151,7 +151,7 @@ def test_two_formats_fit() -> None:
     row = {"instruction": "a", "output": "b", "text": "c"}
     error = refused(row)
     assert "text and alpaca" in error.message
-    assert "format:" in str(error)
+    assert "{format: alpaca}" in str(error)
     assert examples(row, format="alpaca") == [AlpacaExample("a", "b")]
 
 
@@ -161,6 +161,18 @@ def test_two_formats_fit() -> None:
         ({"promt": "a", "completion": "b"}, "format: prompt_completion, columns: {prompt: promt}"),
         ({"question": "a", "answer": "b"}, "columns: {prompt: question, completion: answer}"),
         ({"conversation": []}, "columns: {messages: conversation}"),
+        (
+            {"instruction": "a", "context": "b", "response": "c"},
+            "format: alpaca, columns: {output: response, input: context}",
+        ),
+        (
+            {"system_prompt": "a", "question": "b", "response": "c"},
+            "columns: {prompt: question, completion: response, system: system_prompt}",
+        ),
+        ({"document": "a", "summary": "b"}, "columns: {prompt: document, completion: summary}"),
+        ({"dialogue": "a", "summary": "b"}, "columns: {prompt: dialogue, completion: summary}"),
+        ({"inputs": "a", "targets": "b", "task": "c"}, "columns: {prompt: inputs, completion: targets}"),
+        ({"query": "a", "notes": "b"}, "columns: {prompt: query, completion: YOUR_COLUMN}"),
         ({"foo": 1, "bar": 2}, "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"),
         ({f"column{index}": 1 for index in range(2000)}, "column11, ..."),
     ],
