@@ -131,7 +131,8 @@ class Dataset:
     messages: {messages: [{role, content}]}; alpaca: {instruction, input, output}; sharegpt: {conversations: [{from,
     value}]}."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of the columns in the file, by the format's names, as in {prompt: question}."""
+    """Names of the columns in the file, by the format's names, as in {prompt: question}. A name with a dot takes a key
+    of an object, as in {prompt: translation.en}."""
     max_length: int = field(default=1024, metadata=AT_LEAST_1)
     """Maximum length of an example, in tokens."""
     overlong: Literal["truncate", "drop", "error", "split"] = "truncate"

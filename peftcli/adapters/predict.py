@@ -15,7 +15,7 @@ from peftcli.adapters.generate import describe, first_batch, load_generator, lon
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.core.heads import widen_heads
-from peftcli.data.rows import Place, Row
+from peftcli.data.rows import Place, Row, add_keys
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
@@ -112,6 +112,8 @@ def _load(source: AdapterSource, opened: OpenBase, task: Any, with_adapter: bool
     columns = _columns(source)
 
     def answer(rows: Sequence[Row], **files: Any) -> list[dict[str, Any]]:
+        for row in rows:
+            add_keys(row.values, columns.values())
         there = {name for row in rows for name in row.values}
         renamed = {name: column for name, column in columns.items() if column in there}
         return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))

@@ -154,7 +154,7 @@ def _write(
         file = error.file or opened.name
         raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
     on_rows(opened.name, writer.num_rows, True)
-    read = reader.names.values() if reader else ()
+    read = {part for name in (reader.names.values() if reader else ()) for part in (name, name.partition(".")[0])}
     return {
         "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],

@@ -137,6 +137,14 @@ class Table:
                     )
 
 
+def add_keys(values: dict[str, Any], names: Iterable[str]) -> None:
+    """Give a row the columns of ``names`` that are keys of an object in it: translation.en is en of translation."""
+    for name in names:
+        column, _, key = name.partition(".")
+        if name not in values and isinstance(inner := values.get(column), dict) and key in inner:
+            values[name] = inner[key]
+
+
 def listed(names: Iterable[str]) -> str:
     """Return names as messages list them; of many, the first."""
     shown = [name if name.isprintable() else repr(name) for name in names]

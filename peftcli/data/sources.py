@@ -27,7 +27,7 @@ from peftcli.data.readers import (
     read_file,
     read_stdin,
 )
-from peftcli.data.rows import Place, Row
+from peftcli.data.rows import Place, Row, add_keys
 from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError
 from peftcli.schema import Dataset, Source
@@ -141,6 +141,8 @@ class ResolvedSource:
         empty = True
         for row in islice(found, self._source.limit):
             empty = False
+            if isinstance(row, Row):
+                add_keys(row.values, self._source.columns.values())
             yield row
         if empty:
             raise DataError("contains no rows", file=self.name)

@@ -253,6 +253,15 @@ def test_a_row_may_be_used_once_the_file_that_it_names_is_mended(file: Path, mon
     assert "once a file that they name is mended, run peftcli cache clear" in notes[0]
 
 
+def test_a_key_of_an_object_is_a_column(file: Path) -> None:
+    rows = [{"id": 1, "translation": {"en": "Hi", "fr": "Salut"}}, {"translation": {"en": "Ho"}}]
+    write_rows(file, rows)
+    found = store(file, stop=False, columns={"prompt": "translation.en", "completion": "translation.fr"})
+    assert (found.about["format"], found.about["columns_not_read"]) == ("prompt_completion", ["id"])
+    assert [(row, error.key) for row, error in found.bad_rows()] == [(1, "translation.fr")]
+    assert len(found) == 1
+
+
 def test_what_is_not_read_is_said(file: Path) -> None:
     rows = [{**row, "id": 1, "source": "x"} for row in CHATS]
     (file.parent / "folder").mkdir()

@@ -122,8 +122,8 @@ class Seq2SeqEncoder:
             raise DataError(
                 "a text alone has no source and target",
                 key="dataset.format",
-                hint="An encoder-decoder is trained on prompt and completion, or on instruction and output. In the recipe: "
-                "dataset: {format: prompt_completion, columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}}",
+                hint="An encoder-decoder is trained on prompt and completion, or on instruction and output. In the "
+                "recipe: dataset: {format: prompt_completion, columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}}",
             )
         self.reader, self.tokenizer, self.settings = reader, tokenizer, settings
         # A chat template has written the special tokens already.

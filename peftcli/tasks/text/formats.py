@@ -127,7 +127,10 @@ def example_reader(table: Table) -> ExampleReader:
         try:
             name = detect_format(known_as)
         except DataError as error:
-            raise DataError(error.message, file=table.described, key=error.key, hint=error.hint) from None
+            objects = {column: value for column, value in table.first.items() if isinstance(value, dict)}
+            keys = listed(f"{column}.{key}" for column, value in objects.items() for key in value)
+            hint = f"{error.hint}\nKeys of objects are columns too: {keys}." if objects else error.hint
+            raise DataError(error.message, file=table.described, key=error.key, hint=hint) from None
     chosen = FORMATS[name]
     known = (*chosen.needs, *chosen.reads)
     table.refuse_columns(known)

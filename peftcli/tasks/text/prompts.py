@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from peftcli.data.rows import Row
+from peftcli.data.rows import Row, add_keys
 from peftcli.data.text_rows import quote
 from peftcli.errors import DataError, UsageError
 from peftcli.tasks.text.formats import (
@@ -134,7 +134,8 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
     Raises:
         DataError: it has none.
     """
-    values = {**row.values, **{name: row.values[each] for name, each in columns.items() if each in row.values}}
+    add_keys(values := dict(row.values), columns.values())
+    values |= {name: values[each] for name, each in columns.items() if each in values}
     own = _ASKING.get(trained_on or "")
     if own and values.get(own):
         values = {name: value for name, value in values.items() if name == own or name not in _ASKING.values()}

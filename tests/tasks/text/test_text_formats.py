@@ -155,6 +155,13 @@ def test_two_formats_fit() -> None:
     assert examples(row, format="alpaca") == [AlpacaExample("a", "b")]
 
 
+def test_the_keys_of_objects_are_named_as_columns() -> None:
+    row = {"id": 1, "translation": {"en": "Hi", "fr": "Salut"}}
+    table = Table(Source(train="a.jsonl"), "a.jsonl", tuple(row), first=row)
+    with pytest.raises(DataError, match=r"Keys of objects are columns too: translation\.en, translation\.fr\."):
+        example_reader(table)
+
+
 @pytest.mark.parametrize(
     ("row", "written"),
     [

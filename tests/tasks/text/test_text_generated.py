@@ -308,6 +308,9 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     user = {"role": "user", "content": "Hi"}
     assert prompt(question="Hi", answer="Ho", columns={"prompt": "question", "completion": "answer"}) == "Hi"
     assert prompt(prompt="Hi", columns={"prompt": "question"}) == "Hi"
+    assert (
+        prompt(translation={"en": "Hi"}, columns={"prompt": "translation.en", "completion": "translation.fr"}) == "Hi"
+    )
     assert prompt(instruction="Add", input="1 2", output="3") == AlpacaExample("Add", "", "1 2")
     assert prompt(prompt="Hi", system="Be kind.") == "Be kind.\n\nHi"
     assert prompt(prompt=[user], system="Be kind.") == [{"role": "system", "content": "Be kind."}, user]
