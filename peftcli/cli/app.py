@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any
@@ -119,6 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
     console.open_closed_streams()
     console.json_printed = False
+    warnings.formatwarning = console.format_warning
     given = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = given[: given.index("--")] if "--" in given else given
     if not sys.stderr.isatty():

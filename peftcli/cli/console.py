@@ -12,17 +12,19 @@ import math
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from peftcli.errors import PeftcliError, StorageError
+from peftcli.errors import PeftcliError, PeftWarning, StorageError
 from peftcli.system.secrets import redact, redact_values
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _MAX_CELL = 200
+_USUAL_FORM = warnings.formatwarning
 json_printed = False
 """Whether the command's answer is out: an error comes after it then, and not in its place."""
 
@@ -38,6 +40,15 @@ def log(text: str) -> None:
         _write(sys.stderr, text)
     except OSError:
         discard(sys.stderr)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a Python warning as stderr gets it: peftcli's own as a command's other ones, without its line of code."""
+    if issubclass(category, PeftWarning):
+        return f"warning: {message}\n"
+    return _USUAL_FORM(message, category, filename, lineno, line)
 
 
 def open_closed_streams() -> None:

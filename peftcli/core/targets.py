@@ -191,11 +191,13 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         names = [name for name in body if linear_view(modules[name]) is not None]
         if not names:
             others = shortest_names(model, [name for name in body if _is_adaptable(modules[name], name, config)])
-            todo = f"name other layers, as in [{', '.join(others[:_SHOWN])}]" if others else "choose another method"
+            more = f", or {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+            todo = f"name other layers, as in [{', '.join(others[:_SHOWN])}]{more}"
+            todo = todo if others else "choose another method or another base model"
             text = f"no linear layer of {type(model).__name__} is left to adapt"
             raise NoMatchingPeftModuleError(text, key="target_modules", hint=todo)
         if getattr(config, "target_parameters", ()) is None and (experts := expert_parameters(modules)):
-            text = f"all-linear adapts no experts, whose weights are no layers; add target_parameters: {experts}"
+            text = f"all-linear adapts layers alone, not weights as those of experts; add target_parameters: {experts}"
             warnings.warn(text, PeftWarning, stacklevel=2)
     else:
         experts = expert_parameters(modules) if hasattr(config, "target_parameters") else []

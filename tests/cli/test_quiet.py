@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import trainkit
 from typer.main import get_command
 
 from peftcli.cli.app import app
+from peftcli.errors import PeftWarning
 
 BRIEF = ("dataset.limit=1", "training.max_steps=30", "training.learning_rate=1e-2")
 """So that answers come to an end soon."""
@@ -101,6 +103,12 @@ def test_warnings_and_errors_are_shown(cli: Callable, tmp_path: Path) -> None:
         ran = cli(command, recipe, "--quiet")
         assert ran.code == 3
         assert ran.err.startswith("error: ")
+
+
+def test_a_warning_of_python_that_is_peftclis_own_is_a_line_as_the_others(cli: Callable) -> None:
+    assert cli("--version").code == 0
+    assert warnings.formatwarning(PeftWarning("odd"), PeftWarning, "file.py", 3) == "warning: odd\n"
+    assert warnings.formatwarning("odd", UserWarning, "file.py", 3).startswith("file.py:3: UserWarning: odd")
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -343,6 +343,8 @@ def test_where_nothing_is_linear_the_error_names_what_the_method_adapts() -> Non
     with pytest.raises(NoMatchingPeftModuleError) as caught:
         inject(resnet(), LoraConfig())
     assert caught.value.hint == "name other layers, as in [convolution]"
+    with pytest.raises(NoMatchingPeftModuleError, match=r"as in \[0, 1, 2, 3, 4, 5\], or 2 more"):
+        inject(nn.Sequential(*(nn.Conv1d(2, 2, 1) for _ in range(8))), LoraConfig(target_modules="all-linear"))
     inject(resnet(), LoraConfig(target_modules=["convolution"]))
     with pytest.raises(NoMatchingPeftModuleError, match=r"no linear layer of .*\nchoose another method"):
         inject(resnet(), VeraConfig())
