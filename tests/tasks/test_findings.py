@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from taskkit import CASES
+from taskkit import CASES, PREFERRED
 from trainkit import scratch, write_rows
 
 Rows = Sequence[dict[str, Any]]
@@ -196,6 +196,14 @@ FOUND = {
         "no_prompt",
         "error",
         "2 of 2 rows are answers without a prompt; columns that are not read: question",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
+    "pictures beside answers": Odd(
+        "preference",
+        lambda: ([{**row, "images": ["a.jpg"]} for row in PREFERRED[:2]], PREFERRED[2:4]),
+        "pictures_not_read",
+        "warning",
+        "2 of 2 rows have a column of pictures, which the task does not read",
         ("train.jsonl:1", "train.jsonl:2"),
     ),
     "a pair with two scores": Odd(

@@ -6,7 +6,7 @@ Imported without numpy, like ``peftcli.data.findings``.
 from __future__ import annotations
 
 from peftcli.data.findings import Finding, Kind, Records, by_name
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag
 
 _HALF = 0.5
 
@@ -77,6 +77,12 @@ FINDINGS = by_name(
         "contain a text, thinking, a tool call or tools that the chat template leaves out",
         "Check the rows: the model does not see all of their content.",
     ),
+    Kind(
+        "pictures_not_read",
+        "warning",
+        "have a column of pictures, which the task does not read",
+        "Remove the rows that need their picture: the model answers from the text alone.",
+    ),
     # As with templates whose prompt opens a thinking that answers do not hold.
     Kind(
         "prompt_differs",
@@ -139,6 +145,8 @@ FINDINGS = by_name(
 )
 """The names are a promise: recipes allow them, scripts read them."""
 
+_PICTURES = {"image", "images"}
+"""Columns that usually hold pictures."""
 _OF_FLAGS = {
     "answers_cut": Flag.ANSWER_CUT,
     "end_not_trained": Flag.OPEN,
@@ -162,6 +170,9 @@ def record_findings(records: Records) -> list[Finding]:
         *records.findings(FINDINGS["no_trained_tokens"], records.with_outcome(NO_TARGET, CUT_OFF), more=more),
         *records.findings(FINDINGS["rows_dropped_overlong"], records.with_outcome(OVERLONG)),
     ]
+    pictured = [bool(_PICTURES & {*part.store.about.get("columns_not_read", ())}) for part in records.parts]
+    unread = [used & pictures for used, pictures in zip(records.with_flag(NONE), pictured, strict=True)]
+    findings += records.findings(FINDINGS["pictures_not_read"], unread, of_used=True)
     for name, flag in _OF_FLAGS.items():
         findings += records.findings(FINDINGS[name], records.with_flag(flag), of_used=True)
     return findings + records.findings(FINDINGS["rows_truncated"], truncated, of_used=True)

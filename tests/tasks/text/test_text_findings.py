@@ -69,6 +69,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "markers_in_text": ("warning", False),
         "odd_turns": ("warning", False),
         "turns_left_out": ("warning", False),
+        "pictures_not_read": ("warning", False),
         "encoding_damage": ("warning", False),
         "rows_truncated": ("info", False),
         "rows_split": ("info", False),
