@@ -102,6 +102,10 @@ def _paths(dataset: Dataset, report: Report) -> None:
 
 
 def _hub_settings(dataset: Dataset, report: Report) -> None:
+    streamed = [(f"{key}.split", each.split) for key, each in _sources_by_key(dataset) if each.streaming]
+    for key, split in [*streamed, *[("dataset.eval_split", dataset.eval_split or "")] * dataset.streaming]:
+        if "[" in split:
+            report((key,), "a part of a split cannot be streamed; leave streaming out, or take the first rows by limit")
     for key, source in _sources_by_key(dataset):
         if not exists(source.train):
             continue

@@ -81,6 +81,9 @@ def recipe(**parts: str) -> str:
             "mix[0].streaming",
             "applies to hub datasets, but dataset.mix[0].train is local; local files are always streamed",
         ),
+        ("train: org/a, split: 'x[:9]', streaming: true", 32, "split", "a part of a split cannot be streamed"),
+        ("mix: [{train: org/a, split: 'x[:9]', streaming: true}]", 39, "mix[0].split", "cannot be streamed"),
+        ("train: org/a, streaming: true, eval_split: 'x[9:]'", 54, "eval_split", "cannot be streamed"),
         # amounts
         ("train: org/a, limit: 0", 32, "limit", "must be at least 1, not 0"),
         ("mix: [{train: org/a, limit: -1}]", 39, "mix[0].limit", "must be at least 1, not -1"),
@@ -129,6 +132,7 @@ def test_what_data_settings_mean_together(
         "train: data/more.csv.gz",
         "train: org/data.v1",
         "train: squad, name: plain, revision: main, split: validation, streaming: true, limit: 1, eval_split: test",
+        "train: org/a, split: x+y, streaming: true, eval: org/b, eval_split: y",
         "mix: [org/a], eval: org/b, eval_fraction: null",
         "mix: [data], eval: org/b, eval_split: test",
         "train: data, eval: org/b, eval_split: test",
