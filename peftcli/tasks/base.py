@@ -361,6 +361,19 @@ class FitsModel(Protocol):
 
 
 @runtime_checkable
+class ChecksModel(Protocol):
+    """Cannot train every model that has its head: what a model computes decides."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check a model with its adapter, on its device, before it trains.
+
+        Raises:
+            ModelError: it cannot be trained for the task.
+        """
+        ...
+
+
+@runtime_checkable
 class Begins(Protocol):
     """Looks at the model as training begins."""
 

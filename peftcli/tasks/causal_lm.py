@@ -33,7 +33,7 @@ class CausalLM(LanguageModel[settings.CausalLM]):
         # a causal model never predicts the first token
         return [Text(self.renderer.render(ids, [IGNORED, *labels[1:]]))]
 
-    def begin(self, model: nn.Module, from_adapter: bool) -> None:
+    def check_model(self, model: nn.Module) -> None:
         refuse_later_tokens(model, self.probe())
 
     def join(self, examples: Sequence[Example]) -> Example:

@@ -92,8 +92,10 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"answers": list(self.answers)}
 
-    def begin(self, model: nn.Module, from_adapter: bool) -> None:
+    def check_model(self, model: nn.Module) -> None:
         refuse_later_tokens(model, self.probe())
+
+    def begin(self, model: nn.Module, from_adapter: bool) -> None:
         if self.settings.loss in _REFERRING:
             self.reference.begin(model, self.probe(), from_adapter)
             self.settings = replace(self.settings, reference=self.reference.kind)

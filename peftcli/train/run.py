@@ -38,7 +38,7 @@ from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import Stop, handle_signals
 from peftcli.tasks import open_task, task_record
-from peftcli.tasks.base import Begins, Gathers, Task
+from peftcli.tasks.base import Begins, ChecksModel, Gathers, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import RunData, load_data, plan_of, with_task
@@ -340,6 +340,8 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
         send = recipe.launch.cpu_ram_efficient_loading
         shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload, send=send)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
+    if isinstance(data.task, ChecksModel):
+        data.task.check_model(model)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
     # what a GPU computes in half precision is tried out in it
