@@ -295,6 +295,8 @@ def _translate(error: Exception, source: Source) -> DataError | HubError | Netwo
     if "Unknown split" in message or "Bad split" in message:
         text = f"no split {quote(source.split)}: {first_line(message, 300)}"
         return DataError(text, file=name, key="dataset.split")
+    if caused_by(StopIteration):
+        return DataError(f"the split {quote(source.split)} contains no rows", file=name)
     if "scripts are no longer supported" in message:
         hint = "Many have a copy: dataset: {revision: refs/convert/parquet}, without name. Or convert it to parquet."
         return DataError("has a loading script; datasets with one cannot be loaded", file=name, hint=hint)

@@ -152,7 +152,11 @@ def load_data(
     if only_eval and from_eval is None and dataset.eval_fraction is None:
         raise DataError("the recipe names no evaluation data", key="dataset.eval")
     parts = [Part(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
-    held = [Part(store_of(from_eval))] if from_eval else []
+    try:
+        held = [Part(store_of(from_eval))] if from_eval else []
+    except DataError as error:
+        error.key = "dataset.eval_split" if error.key == "dataset.split" else error.key
+        raise
     if dataset.eval_fraction is not None:
         parts, held = _split(parts, dataset.eval_fraction, recipe.training.seed)
     train, evaluation = View([] if only_eval else parts), View(held) if held else None

@@ -526,6 +526,8 @@ def test_the_hub_goes_away_between_commit_and_rows(hub: DatasetHub, offline: Any
         ({"train": "owner/mixed"}, DataError, None, "because column names don't match\nThe files of a split need"),
         ({"train": "owner/code"}, DataError, None, "has a loading script; datasets with one cannot be loaded"),
         ({"train": "owner/nothing"}, DataError, None, "cannot be loaded"),
+        ({"train": "owner/empty"}, DataError, None, "the split 'train' contains no rows"),
+        ({"train": "owner/empty", "streaming": True}, DataError, None, "the split 'train' contains no rows"),
     ],
 )
 def test_what_a_hub_dataset_has_not(
@@ -536,6 +538,7 @@ def test_what_a_hub_dataset_has_not(
     hub.commit("owner/mixed", {"a.jsonl": b'{"text": "a"}\n', "b.jsonl": b'{"text": "a", "n": 1}\n'})
     hub.commit("owner/code", {"code.py": b"import os\n"})
     hub.commit("owner/nothing", {"notes.md": b"\n"})
+    hub.commit("owner/empty", {"train.jsonl": b"", "notes.md": b"\n"})
     train = settings.pop("train", NAME)
     logged = BufferingHandler(100)
     logging.getLogger("datasets").addHandler(logged)

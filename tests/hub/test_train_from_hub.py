@@ -22,7 +22,7 @@ from trainkit import at_step, read_run, run_recipe, write_recipe
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.cli.app import main
-from peftcli.errors import Interrupted
+from peftcli.errors import DataError, Interrupted
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
@@ -104,6 +104,9 @@ def test_it_goes_on_with_the_dataset_that_it_began_with(
         assert (done.run["exact"], done.run["changes"], done.run["data"]["rows"]) == (True, [], count)
         assert first not in (done.folder / "recipe.yaml").read_text()
         del repo.refs["main"][-1]
+    with pytest.raises(DataError, match="no split 'tset'") as caught:
+        run_recipe(recipe, "dataset.train=acme/rows", "dataset.eval=acme/rows", "dataset.eval_split=tset")
+    assert caught.value.key == "dataset.eval_split"
 
 
 @pytest.mark.slow
