@@ -148,11 +148,15 @@ _GENERATE = (
 )
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
 # What sources usually call a task's columns, the likeliest first.
+TOKENS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 CAPTIONS = ("text", "caption", "prompt")
 PICTURES = ("image", "file_name", "img", "image_file_name")
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
+PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
+    *(("question", "sentence"), ("question", "passage")),
+)
 
 TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
@@ -203,7 +207,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.TokenClassification,
         module="token_classification",
         processor="tokenizer",
-        reads=(*(("tokens", tags) for tags in TAGS), ("text", "entities"), ("text", "spans")),
+        reads=(*((tokens, tags) for tokens in TOKENS for tags in TAGS), ("text", "entities"), ("text", "spans")),
         pipeline_tag="token-classification",
         summary="give each word of a text a tag: names, parts of speech (BERT, RoBERTa)",
         usage=(

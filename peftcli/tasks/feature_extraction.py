@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcli.data.findings import Finding
+from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.data.used_rows import Ragged, UsedRows, repeats
@@ -51,6 +51,8 @@ from peftcli.tasks.text.token_text import TokenRenderer
 
 _PAIR = {"anchor": ("anchor", "query"), "positive": ("positive",), "negative": ("negative",)}
 _SCORED = {"sentence1": ("sentence1",), "sentence2": ("sentence2",), "score": ("score",)}
+_LABELS = {"label", "score"}
+"""Columns that may say of a pair that its texts do not belong together."""
 _TRUNCATED = 1
 _TOP = (1, 5, 10)
 _CHUNK = 512
@@ -357,6 +359,11 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         names = list(_SCORED)[:2] if scores else [*list(_PAIR)[:2], *["negative"] * (len(texts) - 2)]
         shown = [Text(renderer.render(ids, [IGNORED] * len(ids)), name) for name, ids in zip(names, texts, strict=True)]
         return Shown([*shown, *(Label(f"{score:g}", "score") for score in scores)], {"input_ids": texts})
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        labelled = [bool(_LABELS & {*part.store.about.get("columns_not_read", ())}) for part in records.parts]
+        unread = [used & labels for used, labels in zip(records.with_flag(0), labelled, strict=True)]
+        return records.findings(FINDINGS["pairs_with_label"], unread, of_used=True)
 
     def findings(self, view: View) -> list[Finding]:
         if self.settings.loss == "cosine":

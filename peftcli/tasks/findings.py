@@ -86,6 +86,13 @@ EMBEDDINGS = by_name(
         "have a negative that is their anchor or their positive",
         "Give these rows another negative.",
     ),
+    # As of pairs that contradict one another.
+    Kind(
+        "pairs_with_label",
+        "warning",
+        "have a label or score, which is not read: every pair is trained as texts that belong together",
+        "Keep only the rows whose texts belong together, or train on scored pairs: sentence1, sentence2 and score.",
+    ),
     # Within a batch, such rows are no negatives of one another; in other words, they may be.
     Kind(
         "repeated_texts",

@@ -21,7 +21,7 @@ from peftcli.data.rows import Row, Table, count_of, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.tasks import TAGS, settings
+from peftcli.tasks import TAGS, TOKENS, settings
 from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, encode_each, table_of
 from peftcli.tasks.classification import LabelReader, places_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
@@ -34,6 +34,7 @@ from peftcli.tasks.text.token_text import TokenRenderer
 from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, joined_words, owners, tags_of, words_of
 
 _TRUNCATED, _CONVERTED, _PARTS = 1, 2, 4
+_TEXTS = ("text", "sentence")
 _SPANS = ("entities", "spans")
 _UNBALANCED = 0.95
 
@@ -69,7 +70,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def found(self) -> str:
         count = len(self.names)
         kind = f"entities of {count_of(count, 'type')}" if self.settings.scheme == "iob2" else count_of(count, "tag")
-        return f"{kind}: {listed(self.names)}"
+        numbers = all(map(str.isdecimal, self.labels))
+        return f"{kind}: {listed(self.names)}{'; if they mark entities, name them in task.labels' * numbers}"
 
     @property
     def needs_scan(self) -> bool:
@@ -115,8 +117,10 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return replace(self.settings, labels=labels, scheme=scheme, labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
-        tokens = "tokens" in table.source.columns or ("text" not in table.source.columns and "tokens" in table.columns)
-        inputs, label = ({"tokens": ("tokens",)}, "tags") if tokens else ({"text": ("text", "sentence")}, "entities")
+        renamed, there = table.source.columns, {*table.columns}
+        tagged = "tokens" in there or ({"words", *TAGS} & there and not {*_TEXTS} & there)
+        tokens = "tokens" in renamed or ("text" not in renamed and tagged)
+        inputs, label = ({"tokens": TOKENS}, "tags") if tokens else ({"text": _TEXTS}, "entities")
         columns = {**inputs, label: TAGS if tokens else _SPANS}
         found = table.reader("tags" if tokens else "entities", optional=() if labelled else (label,), **columns)
         classes = table.class_names().get(found.names.get(label, ""), ()) if labelled else ()

@@ -206,6 +206,17 @@ FOUND = {
         "2 of 2 rows have a column of pictures, which the task does not read",
         ("train.jsonl:1", "train.jsonl:2"),
     ),
+    "pairs that may contradict one another": Odd(
+        "feature_extraction",
+        lambda: (
+            [{"anchor": f"{name} sings", "positive": f"{name} is quiet", "label": 2} for name in ("Ada", "Kurt")],
+            [{"anchor": "a sun", "positive": "a moon"}],
+        ),
+        "pairs_with_label",
+        "warning",
+        "2 of 2 rows have a label or score, which is not read",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
     "a pair with two scores": Odd(
         "feature_extraction",
         lambda: (

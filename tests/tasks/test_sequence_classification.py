@@ -23,7 +23,10 @@ TEXTS = [{"text": " ".join(["sun"] * count)} for count in (1, 9, 3, 30, 2, 17, 5
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("text", "text_pair")],
+    [
+        *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
+        *(("question", "sentence"), ("question", "passage"), ("text", "text_pair")),
+    ],
 )
 def test_pairs_are_found_by_their_columns(one: str, other: str) -> None:
     task = open_task(**LABELS)

@@ -126,6 +126,15 @@ def test_rows_that_cannot_be_used(row: dict[str, Any], message: str) -> None:
     assert message in bad.message
 
 
+def test_rows_of_tags_have_words() -> None:
+    task = open_task(NAME, **IOB)
+    [example] = encoded(task, [{"words": ROWS[0]["tokens"], "tags": ROWS[0]["ner_tags"]}])
+    assert words_of(task, example) == ROWS[0]["tokens"]
+    with pytest.raises(DataError, match="no column 'tokens' or 'words'; the rows have: forms, tags") as caught:
+        encoded(task, [{"forms": ["a"], "tags": ["O"]}])
+    assert "columns: {tokens: ...}" in (caught.value.hint or "")
+
+
 def test_words_without_a_tag_do_not_count() -> None:
     task = open_task(NAME, **IOB)
     [example] = encoded(task, [{"tokens": ["Ada", "sun"], "ner_tags": ["B-PER", -100]}])
@@ -162,6 +171,7 @@ def test_tags_are_found_in_the_rows() -> None:
     assert names(given, example.arrays["tags"]) == LABELS[:2]
     [bad] = encoded(task, numbers)
     assert "the tag '0' is not one of B-PER" in bad.message
+    assert "2 tags: 0, 1; if they mark entities, name them in task.labels" in scanned(numbers, NAME).found
     parts = [{"tokens": ["sun", "shines"], "pos_tags": ["NOUN", "VERB"]}]
     assert scanned(parts, NAME).settings.scheme == "none"
 

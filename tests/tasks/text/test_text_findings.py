@@ -96,6 +96,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "captions_cut": ("warning", False),
         "positive_is_anchor": ("warning", False),
         "negative_is_positive": ("warning", False),
+        "pairs_with_label": ("warning", False),
         "repeated_texts": ("info", False),
         "anchors_in_eval": ("info", False),
     }
