@@ -272,13 +272,14 @@ def _messages(row: dict[str, Any]) -> ParsedRow:
 
 def _sharegpt(row: dict[str, Any]) -> ParsedRow:
     given, turns = _turns(row, "conversations"), []
-    if given and all("role" in turn and "from" not in turn for turn in given):  # messages under ShareGPT's column
+    if given and all("role" in turn and not {"from", "value"} & {*turn} for turn in given):  # messages
         return _conversation("conversations", given, _tools(row), _optional(row, "system"))
     for index, turn in enumerate(given):
         where = f"conversations[{index}]."
-        role = _role(turn, "from", _SHAREGPT_ROLES, where)
+        role = _role(turn, "role" if "role" in turn and "from" not in turn else "from", _SHAREGPT_ROLES, where)
         others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        turns.append({**others, "role": _SHAREGPT_ROLES[role], "content": turn.get("value")})
+        content = turn.get("content") if turn.get("value") is None else turn["value"]
+        turns.append({**others, "role": _SHAREGPT_ROLES[role], "content": content})
     return _conversation("conversations", turns, _tools(row), _optional(row, "system"), content="value")
 
 
@@ -296,7 +297,8 @@ def _role(turn: Message, key: str, known: Iterable[str], where: str) -> str:
     role = turn.get(key)
     if not isinstance(role, str) or role not in known:
         found = repr(role[:40]) if isinstance(role, str) else json_kind(role)
-        raise _Fault(where + key, f"unknown role: {found}; known are {', '.join(known)}")
+        there = "" if key in turn else f"; the turn has: {listed(turn)}"
+        raise _Fault(where + key, f"unknown role: {found}; known are {', '.join(known)}{there}")
     return role
 
 
@@ -383,18 +385,26 @@ def _is_call(call: Any) -> bool:
 
 
 def _tools(row: dict[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools:
-        try:
-            tools, fault = parse_json(tools)
-        except ValueError:
-            raise _Fault("tools", "is not JSON") from None
-        if fault:
-            raise _Fault("tools", fault)
+    tools = _parsed_tool(row.get("tools"))
+    if isinstance(tools, list):
+        tools = list(map(_parsed_tool, tools))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _Fault("tools", f"expected a list of objects, found {json_kind(tools)}")
     _check_json(tools, "tools")
     return tools or None
+
+
+def _parsed_tool(value: Any) -> Any:
+    """A value of the column of tools, parsed where it is JSON in a text."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        found, fault = parse_json(value)
+    except ValueError:
+        raise _Fault("tools", "is not JSON") from None
+    if fault:
+        raise _Fault("tools", fault)
+    return found
 
 
 def _check_json(value: Any, key: str) -> None:

@@ -74,6 +74,8 @@ def test_messages_keep_what_the_template_reads_and_lose_nulls() -> None:
     )
     [text] = examples({"messages": [user, answer], "tools": '[{"type": "function"}]'})
     assert text.tools == [{"type": "function"}]
+    [each] = examples({"messages": [user, answer], "tools": ['{"type": "function"}', {"type": "b"}]})
+    assert each.tools == [{"type": "function"}, {"type": "b"}]
 
 
 def test_contents_of_parts_are_one_text_where_all_are_text() -> None:
@@ -89,6 +91,13 @@ def test_messages_under_the_column_of_sharegpt() -> None:
     row = turns(("user", "a"), ("assistant", "b"))
     [example] = examples({"conversations": row["messages"]})
     assert example == ChatExample(row["messages"])
+
+
+@pytest.mark.parametrize("keys", [("role", "value"), ("from", "content")])
+def test_keys_of_messages_and_of_sharegpt_mixed(keys: tuple[str, str]) -> None:
+    row = turns(("user", "a"), ("assistant", "b"))
+    mixed = [dict(zip(keys, turn.values(), strict=True)) for turn in row["messages"]]
+    assert examples({"conversations": mixed}) == [ChatExample(row["messages"])]
 
 
 def test_train_false() -> None:
@@ -239,11 +248,13 @@ GOOD_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": 
         (turns(("user", "a"), ("assistant", " ")), "messages[1].content", "is empty"),
         (turns(("user", [{"type": "text"}]), ("assistant", "b")), "messages[0].content", "found a list"),
         ({"messages": [{"content": "a"}]}, "messages[0].role", "unknown role: null"),
+        ({"messages": [{"input": "a", "output": "b"}]}, "messages[0].role", "the turn has: input, output"),
         ({"messages": [*GOOD_CHAT, {"role": "user", "content": "a", "train": True}]}, "messages[2].train", "never"),
         ({"messages": [{**GOOD_CHAT[1], "train": "no"}]}, "messages[0].train", "expected true or false"),
         ({"messages": [{**GOOD_CHAT[1], "tool_calls": ["x"]}]}, "messages[0].tool_calls", "expected a list of"),
         ({"messages": GOOD_CHAT, "tools": "{"}, "tools", "is not JSON"),
         ({"messages": GOOD_CHAT, "tools": [1]}, "tools", "expected a list of objects"),
+        ({"messages": GOOD_CHAT, "tools": ["{"]}, "tools", "is not JSON"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0].from", "unknown role: 'robot'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "found null"),
         ({"conversations": [{"value": "a"}]}, "conversations[0].from", "unknown role: null"),
