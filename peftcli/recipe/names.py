@@ -15,15 +15,21 @@ _OTHER_TOOLS = {
     ),
     "base_model.revision": "model_revision revision_of_model",
     "base_model.dtype": "torch_dtype model_dtype",
-    "base_model.attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2",
+    "base_model.attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2 xformers_attention",
     "base_model.quantization": (
         "load_in_4bit load_in_8bit quantize quantization_bit quantization_config bnb_4bit_quant_type "
         "bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_bnb_nested_quant"
     ),
-    "base_model.name": "base_model.path",
+    "base_model.name": (
+        "base_model.path base_model.model base_model.model_name base_model.model_id base_model.model_path "
+        "base_model.model_name_or_path base_model.base_model_name_or_path base_model.pretrained_model_name_or_path"
+    ),
     "base_model.chat_template": "template chat_template_path chat_template_jinja chat_template_file",
     "base_model.new_tokens": "tokens add_tokens add_special_tokens new_special_tokens",
-    "task": "task_type",
+    "task": "task_type lora_task_type",
+    "task.labels": "num_labels id2label label2id",
+    "task.loss": "pref_loss",
+    "task.beta": "pref_beta",
     "method.type": "adapter peft_type finetuning_type fine_tune_type peft_method",
     "method.r": "lora_r lora_rank rank",
     "method.lora_alpha": "alpha",
@@ -78,11 +84,12 @@ _OTHER_TOOLS = {
     "training.use_liger_kernel": "enable_liger_kernel",
     "training.train_sampling_strategy: group_by_length": "group_by_length",
     "training.seed": "random_state random_seed",
-    "training.eval_strategy": "evaluation_strategy",
-    "training.eval_steps": "steps_per_eval",
-    "training.save_steps": "save_every",
+    "training.eval_strategy": "evaluation_strategy do_eval",
+    "training.eval_steps": "steps_per_eval evals_per_epoch",
+    "training.save_steps": "save_every saves_per_epoch",
     "training.logging_steps": "log_every steps_per_report",
     "training.dataloader_num_workers": "num_workers",
+    "launch.strategy": "deepspeed fsdp fsdp_config",
     "launch.num_processes": "devices num_gpus nproc_per_node",
     "launch.num_machines": "num_nodes nnodes",
     "launch.machine_rank": "node_rank",
@@ -92,6 +99,42 @@ _OTHER_TOOLS = {
 """Our key, or our key and value -> what axolotl, LLaMA-Factory, TRL, unsloth and others call it, some with their own
 section. They are suggested, never accepted."""
 ALIASES = {theirs: ours for ours, names in _OTHER_TOOLS.items() for theirs in names.split()}
+
+_REMEDIES = {
+    "leave it out": (
+        "do_train do_predict save_only_model logging_first_step plot_loss ddp_timeout ddp_find_unused_parameters "
+        "pad_to_sequence_len remove_unused_columns"
+    ),
+    "leave it out: it is found from the layers": "lora_fan_in_fan_out fan_in_fan_out",
+    "leave it out: the base model's tokenizer knows its tokens": "special_tokens eos_token pad_token bos_token",
+    "give --overwrite on the command line": "overwrite_output_dir overwrite_output",
+    "leave it out: a run resumes by itself; see --resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "run `peftcli push` after the training": "push_to_hub hub_model_id",
+    "set training.report_to: [wandb], and WANDB_PROJECT in the environment": "wandb_project use_wandb",
+}
+"""What to do -> keys of other tools that are no setting here."""
+REMEDIES = {theirs: remedy for remedy, names in _REMEDIES.items() for theirs in names.split()}
+
+_OTHER_TASKS = {
+    "causal_lm": "text_generation sft pt clm",
+    "seq2seq_lm": "text2text_generation translation summarization",
+    "sequence_classification": "text_classification",
+    "token_classification": "ner",
+    "feature_extraction": "sentence_similarity",
+    "preference.loss: dpo": "dpo",
+    "preference.loss: ipo": "ipo",
+    "preference.loss: orpo": "orpo",
+    "preference.loss: simpo": "simpo",
+    "preference.loss: kto": "kto",
+    "reward": "rm reward_modeling",
+    "semantic_segmentation": "image_segmentation",
+    "speech_recognition": "automatic_speech_recognition asr",
+}
+"""Our task, or one of its settings with a value -> what the hub and other tools call it. They are suggested, too."""
+TASK_ALIASES = {theirs: ours for ours, names in _OTHER_TASKS.items() for theirs in names.split()}
+
+METHOD_ALIASES = {"qlora": "{type: lora} with base_model.quantization: nf4"}
+"""Other tools' method -> the recipe that does the same."""
 
 _OTHER_VALUES = {
     "float32": "fp32 float",
@@ -121,14 +164,29 @@ _MAX_FILES = 2000
 
 def find_alias(name: str, section: str) -> str | None:
     """Return our key for another tool's spelling in a section, with ``: value`` if theirs means one value of it."""
-    spelled = name.lower().replace("-", "_")
+    spelled = _normalise(name)
     return ALIASES.get(f"{section}.{spelled}") or ALIASES.get(spelled)
+
+
+def find_task_alias(name: str) -> str | None:
+    """Return our task for another tool's name, with ``.setting: value`` if theirs means one value of a setting."""
+    return TASK_ALIASES.get(_normalise(name))
+
+
+def suggest_task(name: str, tasks: Iterable[str]) -> str | None:
+    """Return the task that another tool calls ``name``, as a recipe gives it, or a similar one."""
+    task, _, setting = (find_task_alias(name) or "").partition(".")
+    return f"{{type: {task}, {setting}}}" if setting else task or closest(name, tasks)
 
 
 def suggest_value(text: str, choices: Sequence[str]) -> str | None:
     """Return the choice that another tool calls ``text``, or that ``text`` resembles."""
-    found = VALUES.get(text.lower().replace("-", "_"))
+    found = VALUES.get(_normalise(text))
     return found if found in choices else closest(text, choices)
+
+
+def _normalise(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -137,7 +195,7 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         return None
     candidates = list(known)
     folded = {candidate.lower(): candidate for candidate in reversed(candidates)}
-    spelled = name.lower().replace("-", "_")
+    spelled = _normalise(name)
     found = difflib.get_close_matches(spelled, list(folded), 3, cutoff)
     found.sort(key=lambda each: sorted(each) != sorted(spelled))  # letters in another order first, as lroa for lora
     return folded[found[0]] if found else None

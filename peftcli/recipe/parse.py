@@ -16,7 +16,7 @@ from peftcli.errors import Problem, RecipeError
 from peftcli.methods import METHODS
 from peftcli.recipe.accelerate_config import with_accelerate_config
 from peftcli.recipe.checks import check
-from peftcli.recipe.names import closest, find_alias, suggest_value
+from peftcli.recipe.names import METHOD_ALIASES, REMEDIES, closest, find_alias, suggest_task, suggest_value
 from peftcli.recipe.settings import (
     Setting,
     branches,
@@ -139,8 +139,8 @@ class _Reader:
         name = self.setting(_TYPE, given["type"], "method.type") if "type" in given else ""
         if name not in METHODS:
             if "method.type" not in self.bad:
-                known = ", ".join(METHODS)
-                self.report(("method.type",), f"unknown method: {name[:60]!r}; known: {known}", closest(name, METHODS))
+                known, suggestion = ", ".join(METHODS), METHOD_ALIASES.get(name.lower()) or closest(name, METHODS)
+                self.report(("method.type",), f"unknown method: {name[:60]!r}; known: {known}", suggestion)
                 self.bad.add("method.type")
             return {"type": name}
         known_settings = method_settings(name)
@@ -163,7 +163,7 @@ class _Reader:
         if name not in TASKS:
             if key not in self.bad:
                 by_type = {str(row.task_type).lower(): task for task, row in reversed(TASKS.items())}  # the first one
-                suggestion = by_type.get(name.lower()) or closest(name, TASKS)
+                suggestion = by_type.get(name.lower()) or suggest_task(name, TASKS)
                 self.report((key,), f"unknown task: {name[:60]!r}; known: {', '.join(TASKS)}", suggestion)
             self.bad |= {"task", key}
             return {"type": name}
@@ -196,8 +196,8 @@ class _Reader:
             return {}
         if not isinstance(value.data, dict):
             meant = None
-            if path == "method" and isinstance(value.data, str) and value.data in METHODS:
-                meant = f"{{type: {value.data}}}"
+            if path == "method" and isinstance(value.data, str):
+                meant = f"{{type: {value.data}}}" if value.data in METHODS else METHOD_ALIASES.get(value.data.lower())
             elif path == "dataset" and isinstance(value.data, str) and isinstance(value.scalar, str):
                 meant = f"{{train: {value.data[:60]}}}"
             self.problem(f"expected a mapping of settings, found {value.describe()}", value.place, path, meant)
@@ -388,6 +388,8 @@ def _advice(name: str, known: dict[str, Setting], path: str, kind: str | None) -
     """
     own = (*known, "type") if kind else tuple(known)
     top = path.partition(".")[0]
+    if remedy := REMEDIES.get(name):
+        return f"unknown key; {remedy}", None
     if found := find_alias(name, top):
         section, _, last = found.partition(".")
         if section == top and last.partition(":")[0] in own:

@@ -13,7 +13,7 @@ from typing import Any
 from peftcli.errors import UsageError
 from peftcli.guard.typed_fields import section_class
 from peftcli.methods import METHODS
-from peftcli.recipe.names import closest, find_alias
+from peftcli.recipe.names import REMEDIES, closest, find_alias, find_task_alias
 from peftcli.recipe.settings import (
     Setting,
     branches,
@@ -71,14 +71,16 @@ def explain(key: str) -> Explanation:
     above = _find(key.rpartition(".")[0], known)
     if above and (above.type or "").startswith("a mapping of names"):  # names of the user's: gates.eval_loss
         return above
-    alias = find_alias(key.rpartition(".")[2], key.partition(".")[0]) or ""
+    last = key.rpartition(".")[2]
+    alias = find_alias(last, key.partition(".")[0]) or find_task_alias(last) or ""
     suggestion = (
         alias.partition(":")[0]
         or closest(key, (name for name in known if "." not in name), _NEAR)
         or closest(key, (name for name in known if "." in key), _NEAR)
         or closest(key, (name.rpartition(".")[2] for name in known), _NEAR)
     )
-    hint = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
+    meant = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
+    hint = REMEDIES.get(last) or meant
     raise UsageError(f"unknown setting, section, method or task: {key[:60]!r}", hint=hint)
 
 

@@ -110,6 +110,7 @@ def test_explain_whole_things(key: str, kind: str, row: str | None) -> None:
         ("loar", "lora"),
         ("dataset.mix[0].path", "dataset.train"),
         ("mask_history", "dataset.train_on"),
+        ("dpo", "preference.loss"),
         ("nothing", None),
     ],
 )

@@ -7,9 +7,9 @@ import pytest
 from peftcli.errors import RecipeError
 from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe, method_config
-from peftcli.recipe.names import ALIASES
+from peftcli.recipe.names import ALIASES, REMEDIES, TASK_ALIASES
 from peftcli.recipe.parse import _keys_by_name
-from peftcli.recipe.settings import method_settings, sections, settings
+from peftcli.recipe.settings import method_settings, sections, settings, task_settings
 from peftcli.tasks import TASKS
 
 
@@ -114,6 +114,9 @@ def test_every_wrong_item_of_a_list(problems) -> None:
         ("adapter: lora", "adapter", "method.type"),
         ("lora_alpha: 3", "lora_alpha", "method.lora_alpha"),
         ("gate: {}", "gate", "gates"),
+        ("pref_beta: 1", "pref_beta", "task.beta"),
+        ("  deepspeed: x", "training.deepspeed", "launch.strategy"),
+        ("  do_train: true", "training.do_train", None),
         ("  lr: 3", "training.lr", "learning_rate"),
         ("  sede: 3", "training.sede", "seed"),
         ("  max_length: 3", "training.max_length", "dataset.max_length"),
@@ -124,6 +127,21 @@ def test_every_wrong_item_of_a_list(problems) -> None:
 def test_unknown_keys_say_what_is_meant(problem, more: str, key: str, suggestion: str | None) -> None:
     found = problem(more + "\n")
     assert (found.key, found.suggestion, found.line) == (key, suggestion, 8)
+
+
+def test_a_key_without_equivalent_says_what_to_do(problem) -> None:
+    message = problem("", "training.overwrite_output_dir=true").message
+    assert message == "unknown key; give --overwrite on the command line"
+
+
+def test_another_name_of_the_base_models_name(problems) -> None:
+    found = problems("", "base_model={model_name_or_path: org/model}")
+    assert ("base_model.model_name_or_path", "name") in [(p.key, p.suggestion) for p in found]
+
+
+@pytest.mark.parametrize("method", ["qlora", "{type: QLoRA}"])
+def test_qlora_is_lora_and_quantization(problem, method: str) -> None:
+    assert problem("", f"method={method}").suggestion == "{type: lora} with base_model.quantization: nf4"
 
 
 @pytest.mark.parametrize(
@@ -149,12 +167,18 @@ def test_another_methods_setting_is_named(problem) -> None:
 def test_aliases_are_true() -> None:
     known = {"base_model", "task", "method.type"}
     known |= {f"{section}.{name}" for section, cls in sections().items() for name in settings(cls)}
+    known |= {f"task.{name}" for task in TASKS for name in task_settings(task)}
     known |= {f"method.{name}" for method in METHODS for name in method_settings(method)}
     known |= {"dataset.train_on: last_answer", "training.train_sampling_strategy: group_by_length"}
     for alias, key in ALIASES.items():
         assert key in known, key
         # of a method's own setting, the others' users are told what they have instead
         assert _keys_by_name().get(alias, "method.").startswith("method."), f"{alias} is a key of ours"
+    assert not REMEDIES.keys() & {*ALIASES, *_keys_by_name()}
+    for task in TASK_ALIASES.values():
+        name, _, setting = task.partition(".")
+        assert name in TASKS
+        assert not setting or setting.partition(":")[0] in task_settings(name)
 
 
 def test_an_unknown_method(problem) -> None:

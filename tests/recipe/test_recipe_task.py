@@ -73,6 +73,8 @@ def test_both_places_of_one_file_must_agree_and_a_later_layer_wins(
         ("task: causal\n", "task", "unknown task: 'causal'; known: ", "causal_lm"),
         ("task: CAUSAL_LM\n", "task", "unknown task: 'CAUSAL_LM'; known: ", "causal_lm"),
         ("task: {type: causel_lm}\n", "task.type", "unknown task: 'causel_lm'; known: ", "causal_lm"),
+        ("task: text-classification\n", "task", "unknown task: ", "sequence_classification"),
+        ("task: dpo\n", "task", "unknown task: 'dpo'; known: ", "{type: preference, loss: dpo}"),
         ("task: {max_length: 5}\n", "task.type", "is required", None),
         ("task: [causal_lm]\n", "task", "expected a mapping of settings, found a list", None),
         ("task: {type: causal_lm, max_lenght: 5}\n", "task.max_lenght", "unknown key", "max_length"),
