@@ -39,9 +39,9 @@ def rate_problems(reading: Reading) -> list[Problem]:
 
 
 def rate_warning(recipe: Recipe) -> str | None:
-    """What is odd with the learning rate: it is ten times as large as the usual one, or as small."""
+    """What is odd with the learning rate: it is more than ten times as large as the usual one, or as small."""
     given, usual = recipe.training.learning_rate, usual_rate(recipe)
-    if given == "auto" or not given or usual / _FAR < given < usual * _FAR:
+    if given == "auto" or not given or usual / _FAR <= given <= usual * _FAR:
         return None
     ratio, word = (given / usual, "large") if given > usual else (usual / given, "small")
     return f"{given:g} is {ratio:.0f} times as {word} as the usual {usual:g}"

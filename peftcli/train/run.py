@@ -31,7 +31,7 @@ from peftcli.models import hub_files
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.recipe import method_config, parse_duration
 from peftcli.recipe.accelerate_config import with_accelerate_launch
-from peftcli.recipe.rates import with_rate
+from peftcli.recipe.rates import rate_warning, with_rate
 from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
@@ -248,7 +248,8 @@ def read_data(run: Run) -> RunData:
         examples.task.refuse_rows(examples.train, plan.rows_at_once)
     method_config(recipe).check_steps(plan.total_steps)
     unfinished = unfinished_warmup(recipe.training, plan.total_steps)
-    for text in (*examples.warnings, *plan.repeated(examples.names), *unfinished):
+    odd_rate = [f"training.learning_rate: {text}" for text in [rate_warning(recipe)] if text]
+    for text in (*examples.warnings, *plan.repeated(examples.names), *unfinished, *odd_rate):
         run.warn(text)
     return RunData(examples, plan)
 

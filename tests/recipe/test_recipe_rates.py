@@ -43,9 +43,9 @@ def test_a_number_stays(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("factor", "words"), [(100, "100 times as large"), (0.02, "50 times as small"), (8, None), (0.2, None), (0, None)]
+    ("factor", "words"), [(100, "100 times as large"), (0.02, "50 times as small"), (10, None), (0.1, None), (0, None)]
 )
-def test_a_rate_that_is_ten_times_off(recipe: Recipe, factor: float, words: str | None) -> None:
+def test_a_rate_that_is_more_than_ten_times_off(recipe: Recipe, factor: float, words: str | None) -> None:
     given = replace(recipe, training=replace(recipe.training, learning_rate=factor * usual_rate(recipe)))
     warning = rate_warning(given)
     assert (warning is None) == (words is None)
@@ -58,6 +58,11 @@ def test_check_warns_where_it_stands(write: Callable, capsys: pytest.CaptureFixt
     assert main(["check", str(path)]) == 0
     out = capsys.readouterr().out
     assert f"warning: {path}:3:18: training.learning_rate: 0.5 is" in out
+
+
+def test_a_run_warns_too(tmp_path: Path) -> None:
+    run = run_recipe(write_recipe(tmp_path), "training.learning_rate=5e-6", "training.max_steps=1")
+    assert "training.learning_rate: 5e-06 is 100 times as small as the usual 0.0005" in run.warnings
 
 
 def test_a_run_records_the_number(tmp_path: Path) -> None:
