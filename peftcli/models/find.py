@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftcli.errors import ModelError
+from peftcli.errors import HubError, ModelError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.guard.files import irregular_kind, is_folder, short_name
 from peftcli.models import hub_files
@@ -56,19 +57,35 @@ def find_base(spec: BaseModel) -> FoundBase:
             raise ModelError(message, key="base_model")
         return FoundBase(path, on_hub=False)
     if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
-        raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model")
+        raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model", hint=_similar_folder(path))
     if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
         raise ModelError(
             "code from the hub runs at a pinned commit only",
             key="base_model.revision",
             hint="give the 40 digits of the commit whose code you have read",
         )
-    folder = hub_files.fetch(spec)
+    try:
+        folder = hub_files.fetch(spec)
+    except (HubError, NetworkError):
+        hint = _similar_folder(path) if "/" in spec.name else None
+        if hint is None:
+            raise
+        raise ModelError(f"no model folder {spec.name}", key="base_model", hint=hint) from None
     if not _describes_model(folder):
         hub_requests.refuse_partial_copy(folder, spec.name, "base_model")
         raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
     _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
     return FoundBase(folder, on_hub=True)
+
+
+def _similar_folder(path: Path) -> str | None:
+    """A hint that names the folder with a similar name beside where ``path`` should be; None: there is none."""
+    try:
+        names = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name[:100], names, 1, 0.7)
+    return f"did you mean {str(path.with_name(near[0]))!r}?" if near else None
 
 
 def _describes_model(folder: Path) -> bool:

@@ -295,3 +295,12 @@ def test_a_damaged_run_is_said(said: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(said)
     with pytest.raises(AdapterError, match=r"run\.json"):
         trained_quantization(read_run(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["models/tinny", "./models/tinny"])
+def test_a_misspelt_folder_is_no_matter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no model folder") as caught:
+        open_base(BaseModel(name=name))
+    assert caught.value.hint == "did you mean 'models/tiny'?"
