@@ -199,6 +199,23 @@ def test_a_given_state_is_written_as_the_model_that_holds_it(kind: str, tmp_path
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 3}}])
+def test_a_config_in_a_model_is_saved_as_that_of_the_models_state(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As ``save_pretrained`` of transformers writes both. Before it is in a model, a config is saved as it is."""
+    config = _config(init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], modules_to_save=None, **settings)
+    config.save_pretrained(tmp_path)
+    assert peftcli.LoraConfig.from_pretrained(tmp_path) == config
+    model = peftcli.inject_adapter_in_model(config, tiny("llama"))
+    randomise(model)
+    state = {f"base_model.model.{name}": value for name, value in get_peft_model_state_dict(model).items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    config.save_pretrained(tmp_path)
+    assert (config.r, config.init_lora_weights) == (2, "pissa")
+    for lib in (peft, peftcli):
+        read = lib.PeftModel.from_pretrained(tiny("llama"), tmp_path)
+        torch.testing.assert_close(logits(read, batch("llama")), logits(model, batch("llama")))
+
+
 def test_a_state_holds_what_the_file_holds_and_does_not_train() -> None:
     """As Trainer loads its best checkpoint, into a model that went on, or one of another start."""
     model = _with_batch_norm()

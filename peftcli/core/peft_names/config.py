@@ -44,6 +44,10 @@ class PeftConfigMixin:
         kept -= {key for key in self.unknown_to_peft if getattr(self, key) is None}
         return {key: value for key, value in dataclasses.asdict(self).items() if key in kept}
 
+    def as_saved(self: Any) -> Any:
+        """Return the config that fits the adapter's file: of an adapter in a model, maybe one with other settings."""
+        return self
+
     def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, str] | None = None) -> None:
         """Write all settings into the folder's ``adapter_config.json``: sorted, so equal configs give equal bytes.
 
@@ -51,7 +55,7 @@ class PeftConfigMixin:
             StorageError: the folder cannot be written.
         """
         changed = {} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict}
-        write_file(Path(save_directory) / CONFIG_FILE, _as_file(self.to_dict() | changed))
+        write_file(Path(save_directory) / CONFIG_FILE, _as_file(self.as_saved().to_dict() | changed))
 
     def push_to_hub(
         self: Any,
@@ -71,7 +75,7 @@ class PeftConfigMixin:
             HubError: the hub refused.
             NetworkError: the hub cannot be reached.
         """
-        content, repo_id = _as_file(self.to_dict()), full_repo_id(repo_id, token)
+        content, repo_id = _as_file(self.as_saved().to_dict()), full_repo_id(repo_id, token)
 
         def upload() -> str:
             from huggingface_hub import HfApi

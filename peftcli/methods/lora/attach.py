@@ -27,6 +27,7 @@ from peftcli.methods._token_rows import share_rows, wrap_rows
 from peftcli.methods.lora.alora import watch_input_ids
 from peftcli.methods.lora.arrow import find_experts
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.initialisations.residual import ResidualFromFile, ResidualLinear
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.parameters import LoraAttention
 from peftcli.methods.lora.targets import name_group, tied_group, token_modules
@@ -40,6 +41,8 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
     """
     _check_attentions(model)
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
+    residual = (ResidualLinear, ResidualFromFile)
+    config.subtracts_start = any(isinstance(layer, residual) for layer in layers.values())
     if config.bias == "all":
         train_other_biases(model, config, layers)
     if config.alora_invocation_tokens:

@@ -131,6 +131,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         default_factory=LoraRuntimeConfig, metadata={**BOOKKEEPING, "file": False}
     )
     """PEFT's settings that are not saved."""
+    subtracts_start: bool = field(default=False, metadata={**BOOKKEEPING, "file": False}, repr=False, compare=False)
+    """Whether layers in a model subtract what they started from, so that the adapter's file is one of twice the r."""
     megatron_config: Any = field(default=None, metadata=UNSUPPORTED)
     """Not supported: layers of Megatron."""
     megatron_core: str | None = field(default="megatron.core", metadata=UNSUPPORTED)
@@ -211,8 +213,11 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         if self.loftq_config:
             return replace(self, init_lora_weights="loftq")
         nothing: Any = dict.fromkeys(SECTIONS.values())
-        same = replace(self, init_lora_weights=True, **nothing)
-        return same.doubled() if is_residual(self.init_lora_weights) else same
+        same = replace(self, init_lora_weights=True, subtracts_start=False, **nothing)
+        return same.doubled() if self.subtracts_start or is_residual(self.init_lora_weights) else same
+
+    def as_saved(self) -> LoraConfig:
+        return self.plain() if self.subtracts_start else self
 
     def doubled(self) -> LoraConfig:
         """Return the config of twice the r and the same strength."""
