@@ -153,11 +153,11 @@ def _of_module(
         name: [t for layer in of[name] for t in {**layer.own_tensors(), **layer.fixed_tensors()}.values()]
         for name in names
     }
-    expected = [layer for layer in layers.values() if layer.adapter in active and layer.adapter not in merged]
+    expected = [layer for layer in layers.values() if layer.adapter in active]
     return TunerLayerStatus(
         name=("model." if tuner else "") + base_name(model, path),
         module_type=_module_type(innermost, module),
-        enabled=not off and all(layer.enabled for layer in expected),
+        enabled=not off and (bool(merged) or all(layer.enabled for layer in expected)),  # merging disables all
         active_adapters=active,
         merged_adapters=[name for name in merged if name in names],
         requires_grad={name: _common(values) for name, values in trains.items() if values},

@@ -57,6 +57,7 @@ def _first_alone(model: Any) -> None:
         # PEFT calls both irregular with modules_to_save
         (None, lambda model: model.set_adapter("two")),
         (None, lambda model: (model.merge_adapter(["two"]), model.merge_adapter(["one"]))),
+        (None, lambda model: (model.set_adapter("one"), model.merge_adapter(["two"]))),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
