@@ -96,7 +96,7 @@ def prepare(
     bad = next(store.bad_rows(), None)
     names_files = task.reads_files and opened.path and not times  # whose state is no part of the key
     if bad and stop_at_bad and not names_files:
-        raise bad[1]
+        raise _stopping(bad[1])
     if bad and stop_at_bad:  # what is wrong may have been mended: read again, and stop where it has not
         return cached({**key, "bad_rows": 0}, build, on_wait=on_note)
     if bad and names_files:
@@ -125,7 +125,7 @@ def _write(
         if stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
-                    raise outcome
+                    raise _stopping(outcome)
         writer.add(places, outcomes)
         on_rows(opened.name, writer.num_rows, False)
 
@@ -159,6 +159,12 @@ def _write(
         "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],
     }
+
+
+def _stopping(error: DataError) -> DataError:
+    """The error about a row that stops the command, with what to do."""
+    error.hint = error.hint or "Correct the row, or leave such rows out: dataset: {on_bad_row: skip}."
+    return error
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -112,6 +112,7 @@ def test_a_bad_row_stops_at_its_line_also_from_the_cache(file: Path, cached_befo
     with pytest.raises(DataError) as caught:
         store(file)
     assert (caught.value.file, caught.value.line) == (str(file), 6)
+    assert "dataset: {on_bad_row: skip}" in (caught.value.hint or "")
 
 
 def test_rows_are_numbered_file_by_file_also_where_some_are_bad(file: Path) -> None:
