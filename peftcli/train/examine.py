@@ -28,7 +28,7 @@ from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
 from peftcli.train.fit_memory import choose_settings, first_auto, settings_of, smallest
-from peftcli.train.init_adapter import KEY, find_init_adapter, with_init_settings
+from peftcli.train.init_adapter import KEY, find_init_adapter, its_base_named, with_init_settings
 from peftcli.train.kernels import check_liger_kernel, refuse_attention
 from peftcli.train.launch import total_processes
 from peftcli.train.noise import add_embedding_noise
@@ -122,7 +122,8 @@ def examine(recipe: Recipe) -> DeepCheck:
         def adapted() -> Injection:
             if source is not None:
                 refuse_other_classes(options, source.recorded_options, source.folder)
-                check_begin(model, config, source.header, find_weights(source.folder), new)
+                with its_base_named(source, recipe):
+                    check_begin(model, config, source.header, find_weights(source.folder), new)
             injection = inject(model, config, initialised=new)
             warn_of_peft(model, config, named_tensors(model))
             return injection

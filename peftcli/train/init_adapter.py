@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +103,18 @@ def init_hashes(recipe: Recipe) -> dict[str, str]:
     files = (source.folder / CONFIG_FILE, find_weights(source.folder))
     described = "".join(f"{path.name} {sha256(path)}\n" for path in files)
     return {str(recipe.training.init_adapter_from): hashlib.sha256(described.encode()).hexdigest()}
+
+
+@contextlib.contextmanager
+def its_base_named(source: AdapterSource, recipe: Recipe) -> Iterator[None]:
+    """Name the base model that the adapter was trained on in an AdapterError, where it is not the recipe's."""
+    try:
+        yield
+    except AdapterError as error:
+        own = source.config.base_model_name_or_path
+        if own and own != recipe.base_model.name:
+            error.message = f"was trained on {own}, not {recipe.base_model.name}: {error.message}"
+        raise
 
 
 def refuse_other_base(source: AdapterSource, recipe: Recipe, base_hash: str | None) -> None:

@@ -39,7 +39,7 @@ from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, refuse_other_classes, with_trained_head
 from peftcli.tasks.scores import model_inputs, on_device
 from peftcli.train.data import Data, prepare_config
-from peftcli.train.init_adapter import find_init_adapter
+from peftcli.train.init_adapter import find_init_adapter, its_base_named
 from peftcli.train.kernels import refuse_attention, use_liger_kernel
 from peftcli.train.launch import started_by_peftcli
 from peftcli.train.loop import PreparedModel
@@ -187,7 +187,8 @@ def adapted_model(
     prepare_config(config, task.base)
     if source is not None:
         refuse_other_classes(task.model_options(), source.recorded_options, source.folder)
-        injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
+        with its_base_named(source, recipe):
+            injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
     else:
         injection = inject(model, config, initialised=loaded.initialised)
         if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):

@@ -331,7 +331,7 @@ def test_failures(cli: Callable, lora: Path, plain: Path, tmp_path: Path) -> Non
         fails(2, option, lora, "--prompt", "a", option, value)
     fails(2, "--prompt: is not UTF-8 text", lora, "--prompt", "a\udcff")
     fails(2, "is not open for writing", lora, "--input", tmp_path / "x.jsonl", "--output", "/dev/fd/99999")
-    fails(2, "a chat needs a terminal", lora)
+    fails(2, "with --output, which may be - for stdin and stdout", lora)
     fails(2, "no tokens", plain, "--prompt", "")
     fails(3, "no such file", lora, "--input", tmp_path / "x.jsonl", "--output", tmp_path / "out.jsonl")
     fails(3, "in.jsonl:2", lora, *batch({"prompt": "a"}, {"question": "b"}))

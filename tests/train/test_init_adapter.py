@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "another model": (
         (f"base_model={trainkit.base_folder('gpt2')}",),
         "training.init_adapter_from",
-        "no module of GPT2LMHeadModel",
+        f"was trained on {trainkit.base_folder()}, not {trainkit.base_folder('gpt2')}: no module of GPT2LMHeadModel",
     ),
 }
 
