@@ -158,7 +158,7 @@ DIFFERS: dict[str, str] = {
     "of them changes that alone",
     "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too; where a "
     "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
-    "by itself in Mixtral and Qwen-MoE",
+    "by itself in Mixtral and Qwen-MoE; names that layers of experts had, as `w1`, are an error that names them too",
     "LoRA on dense layers or shared experts of a model with experts": "is read as it was trained; in Qwen3-Next, "
     "DeepSeek-V3, GLM-4-MoE, Laguna and others PEFT converts the names of these layers as those of older checkpoints "
     "and loads nothing there. `check --deep`, `train` and `save_pretrained` warn; `exclude_modules` leaves them out",

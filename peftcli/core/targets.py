@@ -368,12 +368,12 @@ def matching(
         matched = {name: entries & _endings(name) for name in names}
         found, unmatched = [name for name in names if matched[name]], sorted(entries.difference(*matched.values()))
     if unmatched and not (allow_unmatched and found):
-        entry, is_near = unmatched[0], bool(_near(unmatched[0], _endings_like(unmatched[0], names)))
+        entry = unmatched[0]
         nothing = f"no {what} of {type(model).__name__} matches {entry!r}"
         if any(entry in _endings(name) for name in names):  # of a list, it would match
             hint = f"a string is a regular expression for whole names; for their endings write a list: [{entry}]"
             raise NoMatchingPeftModuleError(nothing, key=key, hint=hint)
-        raise NoMatchingPeftModuleError(nothing + _closest(entry, names), key=key, hint=None if is_near else hint)
+        raise NoMatchingPeftModuleError(nothing + _closest(entry, names), key=key, hint=hint)
     return found
 
 
@@ -439,18 +439,9 @@ def _other_spellings(entry: str) -> list[str]:
 
 def _closest(entry: str, names: Iterable[str]) -> str:
     """Return the end of a message: the names that are like the entry, or else those that there are."""
-    endings = _endings_like(entry, names)
-    near = _near(entry, endings)
-    return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(endings[:12])}"
-
-
-def _endings_like(entry: str, names: Iterable[str]) -> list[str]:
-    """Return the endings of the names that have as many parts as the entry."""
     dots = entry.count(".")
-    return sorted({".".join(name.split(".")[-1 - dots :]) for name in names})
-
-
-def _near(entry: str, endings: list[str]) -> list[str]:
-    """Return those of the endings that may be meant."""
-    other = [name for name in _other_spellings(entry) if name in endings]
-    return other or difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)
+    found = {".".join(name.split(".")[-1 - dots :]) for name in names}  # of as many parts as the entry
+    endings = sorted({ending for ending in found if not ending.isdecimal()} or found)
+    near = [name for name in _other_spellings(entry) if name in endings]
+    near = near or difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)
+    return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(endings[:12])}"

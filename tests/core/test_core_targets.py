@@ -404,7 +404,7 @@ def test_the_weights_of_experts_are_named() -> None:
 
     def mixtral() -> nn.Module:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-        return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=4, **sizes))
+        return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=2, num_local_experts=4, **sizes))
 
     there = ["experts.gate_up_proj", "experts.down_proj"]
     with pytest.warns(PeftWarning, match=r"target_parameters: \['experts.gate_up_proj', 'experts.down_proj'\]"):
@@ -413,6 +413,7 @@ def test_the_weights_of_experts_are_named() -> None:
         warnings.simplefilter("error")
         all_of_it = inject(mixtral(), LoraConfig(target_modules="all-linear", target_parameters=there))
     assert all_of_it.trainable > 5 * few.trainable
-    with pytest.raises(NoMatchingPeftModuleError) as caught:
-        inject(mixtral(), LoraConfig(target_modules=["q_proj", "w1"]))
-    assert caught.value.hint == f"the weights of experts are no layers here: target_parameters: {there}"
+    for entry, other in (("w1", "there are: act_fn"), ("gate_proj", "closest: ")):
+        with pytest.raises(NoMatchingPeftModuleError, match=f"matches '{entry}'; {other}") as caught:
+            inject(mixtral(), LoraConfig(target_modules=["q_proj", entry]))
+        assert caught.value.hint == f"the weights of experts are no layers here: target_parameters: {there}"
