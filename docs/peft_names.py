@@ -182,7 +182,7 @@ DIFFERS: dict[str, str] = {
     "several OFT adapters active together": "are applied in the order in which merging folds them in; PEFT's forward "
     "pass has another order than its merging",
     "PeftModel.add_weighted_adapter": "the exact weighted sum, where PEFT's default is not; `combination_type` "
-    "selects the approximations",
+    "selects the approximations, of one adapter too, where PEFT always takes `linear`",
     "autocast_adapter_dtype": "True, as usual, also keeps copies of `modules_to_save` and LN tuning's weights in "
     "float32; PEFT's stay in the base model's half precision",
     "PeftModel.disable_adapter": "adapters that were merged are merged again afterwards, and frozen ones stay frozen; "
