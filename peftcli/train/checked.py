@@ -30,9 +30,9 @@ from peftcli.system.memory import free_memory, resident_memory
 from peftcli.train.runs.folder import RunFolder
 
 _NOT_READ = {
-    "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps",
-    "eval_steps", "save_strategy", "save_steps", "save_total_limit", "max_time", "save_on_signal",
+    "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "eval_steps",
+    "save_strategy", "save_steps", "save_total_limit", "max_time", "save_on_signal",
 }  # fmt: skip
 """Settings of ``training`` that a deep check does not read."""
 _LARGE = 64 << 20

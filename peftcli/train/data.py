@@ -159,6 +159,10 @@ def load_data(
         raise
     if dataset.eval_fraction is not None:
         parts, held = _split(parts, dataset.eval_fraction, recipe.training.seed)
+    if not held and recipe.training.eval_strategy == "steps":  # not the default, so it is meant
+        notes.append(
+            "training.eval_strategy: there is no evaluation data: give dataset.eval, eval_split or eval_fraction"
+        )
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
     report = _report(train, evaluation, task, dataset.packing)
     findings = _findings(train, evaluation, task, skip_bad_rows=dataset.on_bad_row == "skip")

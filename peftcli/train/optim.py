@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module
+from peftcli.data.rows import count_of
 from peftcli.errors import AdapterError, UsageError
 from peftcli.methods.learning_rates import rate_groups
 from peftcli.schema import Training
@@ -203,10 +204,11 @@ def build_schedule(
 
 
 def unfinished_warmup(training: Training, total_steps: int) -> list[str]:
-    """A warning where the warm-up is longer than the run."""
-    if (warmup := _warmup(training, total_steps)) <= total_steps:
+    """A warning where the warm-up is as long as the run, or longer; of one step, the rate is 0."""
+    if (warmup := _warmup(training, total_steps)) < max(total_steps, 1):
         return []
-    return [f"the warm-up takes {warmup:,} steps and the run has {total_steps:,}: it ends below training.learning_rate"]
+    steps = count_of(warmup, "step")
+    return [f"the warm-up takes {steps} and the run has {total_steps:,}: it ends below training.learning_rate"]
 
 
 def _warmup(training: Training, total_steps: int) -> int:

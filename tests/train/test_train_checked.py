@@ -59,6 +59,7 @@ def test_whatever_it_depends_on_makes_another_state(recipe: Path) -> None:
             "method.r=3",
             "dataset.max_length=77",
             "training.max_steps=3",
+            "training.warmup_steps=9",
             f"base_model={{name: {base}, new_tokens: [<a>]}}",
         )
     ]

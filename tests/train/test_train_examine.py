@@ -173,6 +173,13 @@ def test_a_method_that_loraplus_says_nothing_about_is_named(recipe: Path) -> Non
     assert "training.loraplus_lr_ratio: LoRA+ needs layers with A and B" in said
 
 
+@pytest.mark.parametrize(("strategy", "odd"), [("steps", True), ("epoch", False)])
+def test_evaluations_without_data_are_named(recipe: Path, strategy: str, odd: bool) -> None:
+    settings = ["dataset.eval=null", f"training.eval_strategy={strategy}"]
+    found = examine(load_recipe(recipe, settings)).would["warnings"]
+    assert any("there is no evaluation data" in text for text in found) is odd
+
+
 def test_a_row_is_named_with_its_column_and_what_to_do(recipe: Path) -> None:
     trainkit.write_rows(recipe.parent / "train.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
     (found, *_) = examine(load_recipe(recipe, ["dataset.eval=null"])).errors
@@ -191,10 +198,10 @@ def test_noise_on_tokens_is_refused_where_there_are_none(tmp_path: Path) -> None
     assert "there is no embedding of tokens in the model" in said
 
 
-@pytest.mark.parametrize(("steps", "longer"), [(4, False), (5, True)])
-def test_a_warmup_longer_than_the_run_is_named(steps: int, longer: bool, recipe: Path) -> None:
+@pytest.mark.parametrize(("steps", "longer"), [(3, False), (4, True), (5, True)])
+def test_a_warmup_as_long_as_the_run_is_named(steps: int, longer: bool, recipe: Path) -> None:
     settings = ["training.max_steps=4", f"training.warmup_steps={steps}"]
-    told = "the warm-up takes 5 steps and the run has 4: it ends below training.learning_rate"
+    told = f"the warm-up takes {steps} steps and the run has 4: it ends below training.learning_rate"
     found = examine(load_recipe(recipe, settings)).would["warnings"]
     assert [text for text in found if "warm-up" in text] == [told] * longer
     assert (told in trainkit.run_recipe(recipe, *settings).warnings) is longer
