@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from peftcli.adapters.load import find_adapter
+from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.core.config import AdapterConfig
+from peftcli.errors import AdapterError
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
@@ -35,7 +37,6 @@ def describe(adapter: str) -> dict[str, Any]:
     source = find_adapter(adapter)
     config, shapes = source.values, source.header
     saved = config.get("modules_to_save")
-    trained = mapping_at(source.record, "parameters").get("trainable")  # shared ones once, and no buffers
     return {
         "adapter": adapter,
         "method": next(name for name, row in METHODS.items() if row.peft_type == source.config.peft_type),
@@ -47,12 +48,21 @@ def describe(adapter: str) -> dict[str, Any]:
         },
         "modules_to_save": saved,
         "modules_adapted": len(_adapted(shapes, saved if isinstance(saved, list) else [])),
-        "parameters": trained if isinstance(trained, int) else sum(entry.numel for entry in shapes.values()),
+        "parameters": _parameters(source),
         "tensors": len(shapes),
         "dtypes": sorted({entry.dtype for entry in shapes.values()}),
         "bytes": max((entry.start + entry.size for entry in shapes.values()), default=0),
         "servers": _servers(source.config, shapes),
     }
+
+
+def _parameters(source: AdapterSource) -> int:
+    """How many parameters were trained, as run.json says: shared ones once, and no buffers; else how many are saved."""
+    with suppress(AdapterError):  # run.json is damaged
+        trained = mapping_at(source.record, "parameters").get("trainable")
+        if type(trained) is int and trained >= 0:
+            return trained
+    return sum(entry.numel for entry in source.header.values())
 
 
 def _servers(config: AdapterConfig, tensors: Iterable[str]) -> list[str]:

@@ -32,7 +32,7 @@ from peftcli.core.inject import is_reshaped
 from peftcli.core.layer import AdapterLayer, base_module, model_ends, modules_sharing
 from peftcli.core.merge import merge, outermost
 from peftcli.core.weights import base_weights
-from peftcli.errors import AdapterError, ModelError, UsageError
+from peftcli.errors import AdapterError, ModelError, UsageError, to_peftcli_error
 from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.models import tokens
@@ -489,12 +489,15 @@ def _difference(
     tell("verifying: base model with adapter")
     model: Any = job.load(dtypes[0]).eval()
     rows = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
-    inputs = {name: value[:1] for name, value in rows.items()}  # a classifier without a pad token takes no more
+    padded = getattr(getattr(model, "config", None), "pad_token_id", None) is not None
+    inputs = rows if padded else {name: value[:1] for name, value in rows.items()}  # classifiers take no more then
     with computing_in_float32(model):
         try:
             expected = scores_of(model(**on_device(inputs, model.device))).cpu()
         except Exception as error:  # of whatever kind a model raises that lacks an input
-            raise error if job.task else _InputsUnknown from error
+            if job.task is not None or to_peftcli_error(error) is not None:
+                raise
+            raise _InputsUnknown from error
     del model
     gc.collect()  # its modules refer to one another
     tell("verifying: merged model")
@@ -502,7 +505,8 @@ def _difference(
     with computing_in_float32(merged):
         found = scores_of(merged(**on_device(inputs, merged.device))).cpu()
     size = max(_SMALLEST, float(expected.square().mean().sqrt()))  # of small outputs, as a regression's
-    return float((found - expected).abs().max()), tolerance * min(size, max(1.0, float(expected.std(correction=0))))
+    deviation = max(1.0, float(expected.std(correction=0))) if expected.numel() > 1 else size
+    return float((found - expected).abs().max()), tolerance * min(size, deviation)
 
 
 def _one_dtype(base: OpenBase) -> torch.dtype | None:

@@ -61,6 +61,7 @@ _ELSEWHERE = 0.002
 _CODE = ("metric_code", "trust_metric_code")
 """Settings of a task that are neither recorded nor read: an adapter names no code to run."""
 _BYTES = "bytes in base64"
+_HINT = "delete the file, and compare the adapter with PEFT: --with peft"
 
 
 class _Source(TypedDict):
@@ -432,8 +433,10 @@ def _unreadable(rows: Rows) -> dict[str, Any]:
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     values = read_json_object(path, _MAX_RECORD)
-    if values.get("schema_version") != _VERSION:
-        raise AdapterError("was written by another version", file=str(path), key="schema_version")
+    if values.get("schema_version") == 2 and isinstance(rows := values.get("rows"), dict):  # had no folders
+        values["schema_version"], rows["folders"] = _VERSION, [""] * len(rows.get("values", ()))
+    if values.get("schema_version") not in (2, _VERSION):
+        raise AdapterError("was written by another version", file=str(path), key="schema_version", hint=_HINT)
     kinds = hints_of(_OfRows if values.get("rows") else _Record)
     wrong = [key for key, kind in kinds.items() if key not in values or not fits(values[key], kind)]
     if not wrong and values["task"]["type"] not in TASKS:
@@ -445,8 +448,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         found = _unreadable(values["rows"])
     for key, value in found.items():
         message = f"is nothing that training writes: {short_repr(value)}"
-        hint = "delete the file, and compare the adapter with PEFT: --with peft"
-        raise AdapterError(message, file=str(path), key=key, hint=hint)
+        raise AdapterError(message, file=str(path), key=key, hint=_HINT)
     values["task"] = {name: value for name, value in values["task"].items() if name not in _CODE}  # once recorded
     settings = dict(values["task"])
     read_settings(settings.pop("type"), settings, str(path), "task")

@@ -68,8 +68,10 @@ def combine(
         console.out(f"worst module: {worst['error']:.3g} in {worst['module']}")
     modules, size = count_of(combined["modules"], "module"), console.format_size(combined["bytes"])
     console.out(f"{output}: r {combined['r']}, {modules}, {size}")
-    if task := find_adapter(combined["output"]).task:
-        console.out(f"next:\n  {TASKS[task].command(command_word(combined['output']))}")
+    source = find_adapter(combined["output"])
+    if source.task:
+        row = TASKS[source.task].filled(source.task_values.get("settings", {}))
+        console.out(f"next:\n  {row.command(command_word(combined['output']))}")
     return None
 
 

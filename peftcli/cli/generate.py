@@ -69,7 +69,9 @@ def generate(
     if chats and as_json:
         raise UsageError("cannot print a chat as JSON", hint="give --prompt, or --input with --output", key="--json")
     if chats and not sys.stdin.isatty():
-        raise UsageError("a chat needs a terminal; give --prompt, or --input with --output, which may be - for stdin and stdout")
+        raise UsageError(
+            "a chat needs a terminal; give --prompt, or --input with --output, which may be - for stdin and stdout"
+        )
     if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
         raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
     if prompt is not None and not _is_text(prompt):

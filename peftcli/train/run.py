@@ -199,7 +199,11 @@ def record_outcome(run: Run) -> Iterator[None]:
     except BaseException as error:
         ours = run.stop.as_interrupted(error) or to_peftcli_error(error)
         if ours is None:
-            hint = f"the traceback is in {run.folder.path / 'train.log'}" if run.is_main else "run with --debug for the traceback"
+            hint = (
+                f"the traceback is in {run.folder.path / 'train.log'}"
+                if run.is_main
+                else "run with --debug for the traceback"
+            )
             ours = PeftcliError(f"{type(error).__name__}: {error}", hint=hint)
         record.status = "interrupted" if isinstance(ours, Interrupted) else "failed"
         record.exit_code, record.error = ours.exit_code, ErrorRecord.of(ours)
