@@ -512,6 +512,21 @@ def test_a_lock_that_a_process_was_given(tmp_path: Path, monkeypatch: pytest.Mon
     assert not folder.is_locked()
 
 
+def test_a_lock_that_a_process_was_given_is_taken_again_where_its_file_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = RunFolder(tmp_path), RunFolder(tmp_path)
+    folder.lock()
+    monkeypatch.setenv(*folder.give_lock()[1].popitem())
+    given.lock()
+    (tmp_path / ".lock").unlink()
+    given.keep_lock()
+    assert folder.is_locked()
+    given.close()
+    assert not folder.is_locked()
+    folder.close()
+
+
 def test_a_folder_that_was_copied_goes_on_elsewhere(recipe: Path) -> None:
     out = stopped(recipe)
     shutil.copytree(out, recipe.parent / "copy")
@@ -578,6 +593,14 @@ def test_a_checkpoint_that_was_set_aside_can_be_resumed(recipe: Path, monkeypatc
     path = stopped(recipe) / "checkpoints/step-000004"
     monkeypatch.chdir(path.rename(path.with_name(".left-step-000004-2")))
     assert run_recipe(recipe, resume=".").run["attempts"][-1]["from_step"] == 4
+
+
+def test_the_run_json_in_a_checkpoint_may_be_large(recipe: Path) -> None:
+    path = stopped(recipe) / "checkpoints/step-000004"
+    manifest = checkpoint.read_manifest(path)
+    manifest["run"]["data"]["content"] = ["f" * 64] * 500_000
+    (path / "MANIFEST.json").write_bytes(checkpoint._as_json(checkpoint._sealed(manifest)))
+    assert checkpoint.find_damage(path) is None
 
 
 def test_what_a_checkpoint_of_another_run_brings_is_noted(recipe: Path) -> None:

@@ -34,7 +34,7 @@ from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
 from peftcli.system.outputs import storage_errors
 from peftcli.train.loop import LESS_LEARNING, PreparedModel
 from peftcli.train.optim import AVERAGES
-from peftcli.train.runs.folder import checkpoints
+from peftcli.train.runs.folder import LARGEST_RUN, checkpoints
 
 _MANIFEST = "MANIFEST.json"
 _SEAL = "manifest_sha256"
@@ -45,7 +45,9 @@ _TRAINING_STATE = "training_state.safetensors"
 """State of the adapter that training needs and the adapter file does not contain; most methods have none."""
 
 _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safetensors"}
-_LARGEST_JSON = 1 << 24
+_LARGEST_PROGRESS = 1 << 24
+_LARGEST_MANIFEST = 2 * LARGEST_RUN
+"""It contains run.json, further indented."""
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """Errors that mean a file is gone, or is not a file any more."""
 
@@ -258,7 +260,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     if file.is_symlink():
         raise ValueError("it is a link")
-    content = read_small(file, _LARGEST_JSON)
+    content = read_small(file, _LARGEST_MANIFEST)
     manifest = json.loads(content)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError("not the manifest of a checkpoint")
@@ -320,7 +322,7 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
 
 def _progress(path: Path) -> Progress:
     """Read how far a checkpoint's run was."""
-    values = json.loads(read_small(path / _PROGRESS, _LARGEST_JSON))
+    values = json.loads(read_small(path / _PROGRESS, _LARGEST_PROGRESS))
     fresh = asdict(Progress())
     if not isinstance(values, dict) or values.keys() != fresh.keys():
         hint = "resume with the version that run.json has under versions; or choose another training.output_dir"

@@ -20,7 +20,8 @@ from peftcli.system.secrets import redact, redact_values
 from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.typed_json import WrongValue
 
-_LARGEST_RUN = 1 << 26
+LARGEST_RUN = 1 << 26
+"""Bytes of run.json."""
 _NEW, _OLD = ".overwrite", ".previous.moving"
 _MOVING_OUT, _MOVING_IN = "MOVING-OUT", "MOVING-IN"
 _OWN = re.compile(
@@ -50,7 +51,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             given = os.environ.get(_LOCK)
-            if given and os.path.samestat(os.fstat(int(given)), file.stat()):
+            if given and is_at(int(given), file):
                 self._lock = os.fdopen(os.dup(int(given)), "a")
                 return None
             self._lock = file.open("a")
@@ -122,7 +123,7 @@ class RunFolder:
                 self._refuse_foreign()
                 return None
             hint = self._ways_on()
-            return RunRecord.read(read_json_object(file, _LARGEST_RUN, StorageError, strict=False, hint=hint))
+            return RunRecord.read(read_json_object(file, LARGEST_RUN, StorageError, strict=False, hint=hint))
         except OSError as error:
             raise StorageError(f"cannot be read: {error.strerror}", file=error.filename or str(self.path)) from None
         except WrongValue as error:
