@@ -266,7 +266,8 @@ def read_settings(task: str, given: Any, file: str, under: str) -> Any:
         raise AdapterError(f"does not contain the settings of {task}", file=file)
     if given.get("metric_code"):
         raise AdapterError("names code to run, which an adapter may not", key=f"{under}.metric_code", file=file)
-    found = kind(**given)
+    # the names of an adapter that does not say it may be in an order of first sight
+    found = kind(**({"labels_by_number": False} if "labels_by_number" in known else {}) | given)
     for name, problem in out_of_range(found):
         raise AdapterError(problem, key=f"{under}.{name}", file=file)
     return found

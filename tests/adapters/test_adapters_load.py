@@ -243,6 +243,14 @@ def test_a_task_without_labels_needs_no_options(tmp_path: Path) -> None:
     assert find_adapter(str(tmp_path)).recorded_options == {}
 
 
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
+def test_numbers_count_no_names_of_a_task_file_that_does_not_say_so(task: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    for given, found in (({}, False), ({"labels_by_number": True}, True)):
+        (tmp_path / "task.json").write_text(json.dumps({"type": task, "settings": {"labels": ["B", "A"], **given}}))
+        assert find_adapter(str(tmp_path)).recorded_settings.labels_by_number is found
+
+
 def test_another_base_model_has_no_revision(base: Path, tmp_path: Path) -> None:
     values = {"peft_type": "LORA", "base_model_name_or_path": "org/model", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
