@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 import trainkit
 import transformers
 from classifierkit import classifier_base
@@ -19,6 +20,7 @@ from peftcli.errors import ModelError, PeftcliError, PeftWarning
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.tasks import open_task
+from peftcli.tasks.text.language_model import refuse_later_tokens
 from peftcli.train.examine import examine
 from peftcli.train.preview import preview
 
@@ -136,6 +138,12 @@ def test_a_model_that_sees_the_tokens_that_it_would_predict_is_not_trained(task:
     trainkit.tokenizer().save_pretrained(base)
     with pytest.raises(ModelError, match="base_model: Gemma3ForCausalLM sees the tokens that it would have to predict"):
         trainkit.run_recipe(CASES[task].write(tmp_path), f"base_model={base}")
+
+
+def test_the_probe_of_later_tokens_runs_without_a_cache_as_training_does() -> None:
+    config = transformers.xLSTMConfig(vocab_size=300, hidden_size=32, num_heads=2, num_hidden_layers=2)
+    model = transformers.xLSTMForCausalLM(config)  # whose cache, made anew, has not the shape of its heads
+    refuse_later_tokens(model, {"input_ids": torch.randint(300, (2, 8))})
 
 
 def test_weights_that_transformers_looks_for_elsewhere_are_named(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ from peftcli.tasks.text.stop_tokens import (
     prompt_form,
     stop_tokens,
 )
-from peftcli.tasks.text.token_loss import token_metrics
+from peftcli.tasks.text.token_loss import no_cache, token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 from peftcli.tasks.text.unpadded import rounds
 
@@ -368,6 +368,7 @@ def refuse_later_tokens(model: Any, probe: Batch) -> None:
     Leaves the modules' modes and the random state as they were.
     """
     given = on_device(probe, model.device)
+    given |= no_cache(model, given)  # as in training
     other = given["input_ids"].clone()
     other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
     with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

@@ -61,7 +61,7 @@ def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets:
         return head.forward(hidden[:1, :0])  # the logits of no position
 
     with head.replaced(instead):
-        model(**inputs, **_no_cache(model, inputs))
+        model(**inputs, **no_cache(model, inputs))
     return found[0]
 
 
@@ -70,12 +70,12 @@ def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: 
     given, counts = dict[str, Any](inputs), targets != IGNORED
     if is_unpadded(inner_model(model)):
         with only(counts):
-            return losses_of(model(**given, **_no_cache(model, inputs)).logits[0], targets[counts])
+            return losses_of(model(**given, **no_cache(model, inputs)).logits[0], targets[counts])
     kept = counts.any(dim=0).nonzero().squeeze(1)
     if "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters:
         # counted from the end, since a soft prompt lengthens the front
         given["logits_to_keep"] = kept - targets.shape[1]
-    logits = model(**given, **_no_cache(model, inputs)).logits
+    logits = model(**given, **no_cache(model, inputs)).logits
     if "logits_to_keep" not in given:
         logits = logits[:, -targets.shape[1] :][:, kept]
     return losses_of(logits[counts[:, kept]], targets[counts])
@@ -86,8 +86,11 @@ def inner_model(model: nn.Module) -> Any:
     return getattr(model, "module", model)
 
 
-def _no_cache(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, bool]:
-    """Arguments that turn the cache off, with which packed examples would not be looked for. Some models know none."""
+def no_cache(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Return arguments that turn the cache off, with which packed examples would not be looked for.
+
+    Some models know none.
+    """
     known = "use_cache" in inspect.signature(inner_model(model).forward).parameters
     return {"use_cache": False} if known or "position_ids" in inputs else {}
 
