@@ -165,14 +165,34 @@ def test_a_model_of_no_known_task_is_compared_where_it_takes_a_text_alone(
     assert told[-1].startswith("not verified: the adapter's task is not known") != compared
 
 
-def test_a_classifier_without_a_pad_token_is_compared(base: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_no_model_that_takes_other_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = _unfed("BertForPreTraining")
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["query"])
+    adapted = type(base).from_pretrained(tmp_path / "base")
+    peft.get_peft_model(adapted, config).save_pretrained(tmp_path / "adapter")
+
+    def full(self: Any, **inputs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(base), "forward", full)
+    with pytest.raises(MemoryError):
+        merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("classes", "dtype", "size"), [(3, "float32", 1), (1, "bfloat16", 1000)])
+def test_a_classifier_without_a_pad_token_is_compared(
+    base: Path, tmp_path: Path, classes: int, dtype: str, size: int
+) -> None:
     for name, removed in (("config.json", {"pad_token_id": None}), ("tokenizer_config.json", {"pad_token": None})):
         (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), **removed}))
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
+    model.score.weight.data *= size
     config = peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    made = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
-    assert made["max_logit_difference"] < 1e-3
+    made = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", dtype=dtype)
+    assert made["max_logit_difference"] < {1: 1e-3, 1000: 10}[size]
 
 
 def test_what_a_model_of_no_known_task_writes_with_is_merged_too(tmp_path: Path) -> None:

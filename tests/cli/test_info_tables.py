@@ -84,6 +84,10 @@ def test_an_adapter(cli, tmp_path: Path) -> None:
     assert "target_modules: q_proj, v_proj\n" in cli("info", folder).out
     (folder / "run.json").write_text('{"parameters": {"trainable": 80, "all": 800}}')
     assert "parameters: 80\n" in cli("info", folder).out, "the file holds what is shared, and buffers, besides"
+    (folder / "run.json").write_text('{"parameters": {"trainable": true}}')
+    assert "parameters: 88\n" in cli("info", folder).out
+    (folder / "run.json").write_text("damaged")
+    assert "parameters: 88\n" in cli("info", folder).out
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,15 @@ def test_a_record_that_training_does_not_write_is_refused(tmp_path: Path, damage
     assert (caught.value.file, caught.value.key) == (str(tmp_path / RECORD_FILE), key)
 
 
+def test_a_record_without_folders_of_rows_is_read(tmp_path: Path) -> None:
+    trainkit.run_recipe(trainkit.write_recipe(tmp_path), *TRAINS)
+    path = tmp_path / "out" / RECORD_FILE
+    values = json.loads(path.read_text())
+    del values["rows"]["folders"]
+    path.write_text(json.dumps({**values, "schema_version": 2}))
+    assert verify_adapter(str(path.parent))["difference"] < 1e-4
+
+
 @pytest.mark.parametrize(
     ("method", "readers"),
     [

@@ -405,11 +405,13 @@ def test_diffusers_makes_the_same_picture(run: Trained, tmp_path: Path, header: 
     np.testing.assert_allclose(picture(pipeline), ours(run.folder), atol=1e-5)
 
 
-def test_combined_and_pushed_every_file_says_the_same(run: Trained, tmp_path: Path) -> None:
+def test_combined_and_pushed_every_file_says_the_same(run: Trained, tmp_path: Path, cli: Callable[..., str]) -> None:
     """Diffusers' file holds the combined weights, and each part's config names the base model on the hub."""
     import diffusers
 
-    combine_adapters([str(run.folder)], [0.5], tmp_path / "half")
+    said = cli("combine", f"{run.folder}=0.5", "--output", tmp_path / "half")
+    assert f"next:\n  peftcli predict {tmp_path}/half " in said
+    assert "<" not in said, "the example is that of the recipe"
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_base("sd"))
     pipeline.load_lora_weights(tmp_path / "half")
     np.testing.assert_allclose(picture(pipeline), ours(tmp_path / "half"), atol=1e-5)
