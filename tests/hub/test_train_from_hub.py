@@ -27,6 +27,7 @@ from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
+from peftcli.train.runs import checkpoint
 
 NAME = "acme/tiny"
 _MODULES = {"": "Transformer", "1_Pooling": "Pooling"}
@@ -53,6 +54,12 @@ def test_it_goes_on_with_the_commit_that_it_began_with(hub: Hub, tmp_path: Path)
     change = "base_model.attn_implementation"
     run_recipe(recipe, base, f"{change}=eager", f"training.output_dir={tmp_path}/changed", allow_change=[change])
     assert read_run(tmp_path / "changed")["base_model"]["revision"] == first
+    shutil.copytree(tmp_path / "out", tmp_path / "older")
+    settings, path = (base, f"training.output_dir={tmp_path}/older"), tmp_path / "older/checkpoints/step-000004"
+    manifest = checkpoint.read_manifest(path) | {"recipe_sha256": "of another recipe"}
+    (path / "MANIFEST.json").write_bytes(checkpoint._as_json(checkpoint._sealed(manifest)))
+    run_recipe(recipe, *settings, resume=str(path), allow_change=["recipe"])
+    assert read_run(tmp_path / "older")["base_model"]["revision"] == first
     done = run_recipe(recipe, base)
     assert done.weights == whole.weights
     assert read_run(tmp_path / "out")["base_model"]["revision"] == first

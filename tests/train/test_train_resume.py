@@ -645,6 +645,16 @@ def test_other_versions_and_rows_than_those_of_a_checkpoint_are_noted_and_refuse
     assert done.run["exact"] is False
 
 
+def test_a_checkpoint_whose_run_json_is_of_another_version(recipe: Path) -> None:
+    path, other = stopped(recipe) / "checkpoints/step-000004", f"training.output_dir={recipe.parent}/other"
+    manifest = checkpoint.read_manifest(path)
+    del manifest["run"]["day"]
+    (path / "MANIFEST.json").write_bytes(checkpoint._as_json(checkpoint._sealed(manifest)))
+    with pytest.raises(StorageError, match="was written by another version of peftcli: .*day") as caught:
+        run_recipe(recipe, other, resume=str(path))
+    assert (caught.value.hint or "").startswith("resume with the version")
+
+
 def test_a_file_that_cannot_be_read_now_is_no_damage(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peftcli.train.runs.checkpoint as module
 

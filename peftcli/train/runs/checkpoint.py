@@ -48,6 +48,8 @@ _NEEDED = {WEIGHTS_FILE, CONFIG_FILE, _PROGRESS, _OPTIMIZER, "random-00000.safet
 _LARGEST_PROGRESS = 1 << 24
 _LARGEST_MANIFEST = 2 * LARGEST_RUN
 """It contains run.json, further indented."""
+OTHER_VERSION = "resume with the version that run.json has under versions; or choose another training.output_dir"
+"""What to do with a checkpoint that this version cannot read."""
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 """Errors that mean a file is gone, or is not a file any more."""
 
@@ -325,8 +327,7 @@ def _progress(path: Path) -> Progress:
     values = json.loads(read_small(path / _PROGRESS, _LARGEST_PROGRESS))
     fresh = asdict(Progress())
     if not isinstance(values, dict) or values.keys() != fresh.keys():
-        hint = "resume with the version that run.json has under versions; or choose another training.output_dir"
-        raise StorageError("was written by another version of peftcli", file=str(path), hint=hint)
+        raise StorageError("was written by another version of peftcli", file=str(path), hint=OTHER_VERSION)
     for name, value in fresh.items():
         if type(values[name]) is not type(value) and not (name == "pending" and isinstance(values[name], dict)):
             raise ValueError(f"{_PROGRESS}: {name} is wrong")

@@ -22,7 +22,7 @@ from peftcli.system.signals import Stop
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.options import RESUME_MODES, StartOptions
 from peftcli.train.report import versions
-from peftcli.train.runs.checkpoint import find_damage, newest_whole, prune, read_manifest, tidy
+from peftcli.train.runs.checkpoint import OTHER_VERSION, find_damage, newest_whole, prune, read_manifest, tidy
 from peftcli.train.runs.folder import RunFolder, checkpoints, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.runs.record import (
@@ -240,7 +240,7 @@ def _description(recipe: Recipe, now: IdentityRecord) -> dict[str, Any]:
 def _pinned(recipe: Recipe, record: RunRecord, changed: list[Change]) -> Recipe:
     """The recipe with what is on the hub at the commits that the run began with, whatever is the newest now."""
     keys = {change.key for change in changed}
-    if not record.data or "recipe" in keys:
+    if not record.data or ("recipe" in keys and not record.attempts):  # of a checkpoint whose recipe is not known
         return recipe
     base, data, began = recipe.base_model, recipe.dataset, record.base_model.revision
     if began is not None and not keys & {"base_model", "base_model.name", "base_model.revision"}:
@@ -344,7 +344,8 @@ def _take_checkpoint(path: Path, record: RunRecord, options: StartOptions) -> li
         try:
             began = RunRecord.read(manifest["run"])
         except WrongValue as error:
-            raise StorageError(f"was written by another version of peftcli: {error}", file=str(path)) from None
+            what = f"was written by another version of peftcli: {error}"
+            raise StorageError(what, file=str(path), hint=OTHER_VERSION) from None
         record.changes += [change for change in began.changes if change not in record.changes]
         record.exact = record.exact and began.exact
         for name in _BEGAN_WITH if not record.attempts else ():
