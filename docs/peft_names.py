@@ -290,6 +290,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "entries of the first two are left out",
     ),
     ("a file that lacks a tensor, or has one too many", "the model would compute with weights that nobody trained"),
+    (
+        "a file with a LoRA for each expert, as of transformers 4, where the model has all experts in one parameter",
+        "its tensors are not those of this model. PEFT converts Mixtral's and Qwen-MoE's: load it there, save it again",
+    ),
     ("weights that are not finite, when they are written, loaded or merged", "every later result would be NaN"),
     ("a setting that the method does not know", "a typo would leave the default in place, in silence"),
     ("`exclude_modules` that matches nothing", "a typo would train what was to be left out"),

@@ -18,7 +18,7 @@ from oracle import file_of, loaded_by_peft, ours, saved_by_peft, silence, theirs
 from torch import nn
 
 import peftcli
-from peftcli.core.files import load_adapter, read_config, save_adapter
+from peftcli.core.files import load_adapter, read_config, save_adapter, write_tensor_file
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state
@@ -299,6 +299,26 @@ def test_peft_takes_the_bias_of_lora_bias_for_a_damaged_tensor(tmp_path: Path) -
     model = theirs(kind, "lora", **settings)
     with pytest.warns(UserWarning, match="lora_B.bias.* A 1-D or zero-sized"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("more", [["q_proj"], []])
+def test_a_lora_for_each_expert_is_read_once_peft_has_converted_it(more: list[str], tmp_path: Path) -> None:
+    tensors = {}
+    for path in (f"{layer}.block_sparse_moe.experts.{expert}" for layer in range(2) for expert in range(4)):
+        for name, (out, inputs) in {"w1": (64, 32), "w2": (32, 64), "w3": (64, 32)}.items():
+            place = f"base_model.model.model.layers.{path}.{name}.lora_"
+            tensors |= {f"{place}A.weight": torch.randn(2, inputs), f"{place}B.weight": torch.randn(out, 2)}
+    for place in (f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_" for layer in range(2) if more):
+        tensors |= {f"{place}A.weight": torch.randn(2, 32), f"{place}B.weight": torch.randn(32, 2)}
+    write_tensor_file(tmp_path / "adapter_model.safetensors", tensors)
+    LoraConfig(r=2, target_modules=["w1", "w2", "w3", *more], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"a LoRA for each expert.*save it again"):
+        peftcli.PeftModel.from_pretrained(tiny("mixtral"), tmp_path)
+    converted = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path)
+    converted.save_pretrained(tmp_path / "again")
+    read = peftcli.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "again")
+    torch.testing.assert_close(logits(read, batch("mixtral")), logits(converted, batch("mixtral")))
 
 
 def test_peft_writes_unset_targets_beside_parameters_otherwise_for_mixtral() -> None:
