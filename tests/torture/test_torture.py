@@ -13,6 +13,7 @@ SAMPLES = [(campaign, trial) for campaign in campaigns() for trial in campaign.s
 
 
 @pytest.mark.grid(each=lambda campaign: campaign.name)
+@pytest.mark.filterwarnings("ignore:exclude_modules excludes none")  # a good adapter whose setting says nothing
 @pytest.mark.parametrize(
     ("campaign", "trial"), SAMPLES, ids=[f"{campaign.name}: {trial.name}"[:100] for campaign, trial in SAMPLES]
 )
