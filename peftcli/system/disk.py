@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -40,11 +41,17 @@ def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise StorageError(f"cannot write: {error.strerror}", file=str(path)) from None
+        raise cannot_write(path, error.errno, str(error.strerror)) from None
     except BaseException:  # a signal
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def cannot_write(path: Path, number: int | None, reason: str) -> StorageError:
+    """The error for a file that cannot be written, because of the operating system's error of this number."""
+    hint = "free space, then run the same command again" if number in (errno.ENOSPC, errno.EDQUOT) else None
+    return StorageError(f"cannot write: {reason}", file=str(path), hint=hint)
 
 
 def _read(pieces: Iterable[Any]) -> Iterator[Any]:

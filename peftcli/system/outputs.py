@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
-from peftcli.system.disk import sync_file, sync_folder
+from peftcli.system.disk import cannot_write, sync_file, sync_folder
 from peftcli.system.signals import check
 
 _MAX_NAME = 200
@@ -221,11 +221,12 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror or error}", file=str(path)) from None
+        raise cannot_write(path, error.errno, error.strerror or str(error)) from None
     except Exception as error:
         if (found := _LIBRARY_ERROR.search(str(error))) is None:
             raise
-        raise StorageError(f"cannot write: {os.strerror(int(found[1] or found[2]))}", file=str(path)) from None
+        number = int(found[1] or found[2])
+        raise cannot_write(path, number, os.strerror(number)) from None
 
 
 def _real_path(path: Path) -> Path:

@@ -426,7 +426,9 @@ def test_a_bug_leaves_its_traceback_in_train_log(recipe: Path, monkeypatch: pyte
     with pytest.raises(PeftcliError) as caught:
         run_recipe(recipe)
     assert caught.value.exit_code == 1
-    log = (recipe.parent / "out/train.log").read_text()
+    path = recipe.parent / "out/train.log"
+    assert caught.value.hint == f"the traceback is in {path}"
+    log = path.read_text()
     assert "ZeroDivisionError" in log
     assert "plan_of" in log
     assert "correct-horse" not in log

@@ -104,8 +104,19 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
         StorageError: it cannot be written; the older checkpoints are untouched.
         Diverged: the adapter contains NaN or Inf.
     """
+    temporary = folder / f".step-{state.progress.step:06d}.tmp"
+    try:
+        return _save(folder, temporary, state, keep, accelerator, made_by)
+    except StorageError:  # what there is of it may fill the disk
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _save(
+    folder: Path, temporary: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, Any]
+) -> Path:
     final = folder / f"step-{state.progress.step:06d}"
-    temporary = folder / f".{final.name}.tmp"
     if accelerator.is_main_process:
         with storage_errors(temporary):
             if temporary.exists():
