@@ -386,7 +386,7 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
                 raise
             hint = "undo the changes that were allowed; or choose another training.output_dir"
             raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None
-    _check_best(run, state)
+    _drop_untrue(run, state)
     progress = state.progress
     if progress.step > total:
         raise UsageError(
@@ -399,21 +399,17 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
     return state
 
 
-_MEASURED = (
-    "base_model",
-    "task",
-    "method",
-    "dataset",
-    "data",
-    "recipe",
-    "training.metric_for_best_model",
-    "training.greater_is_better",
-)
-"""Keys and sections on which the metrics of an adapter depend, or which of two is better."""
+_MEASURED = ("base_model", "task", "method", "dataset", "data", "recipe")
+"""Keys and sections on which the metrics of an adapter depend."""
+_CHOOSING = ("training.metric_for_best_model", "training.greater_is_better")
+"""Keys on which it depends which of two adapters is better."""
 
 
-def _check_best(run: Run, state: State) -> None:
-    """Drop the best adapter so far where a change made its metrics untrue, or where the recipe does not want it."""
+def _drop_untrue(run: Run, state: State) -> None:
+    """Drop what a change made untrue: the metrics before training, and the best adapter so far.
+
+    Of the latter also the one that the recipe does not want, or no longer calls the best.
+    """
     progress, wanted = state.progress, run.recipe.training.load_best_model_at_end
     if not wanted:
         state.best_adapter = None
@@ -422,7 +418,10 @@ def _check_best(run: Run, state: State) -> None:
         *run.changes,
         *(each for each in run.record.changes if each.step >= progress.step),
     ]
-    keys = [each.key for each in since if is_allowed(Change(each.key, each.before, each.now), _MEASURED)]
+    differing = [Change(each.key, each.before, each.now) for each in since]
+    if any(is_allowed(each, _MEASURED) for each in differing):
+        progress.first_eval = {}
+    keys = [each.key for each in differing if is_allowed(each, (*_MEASURED, *_CHOOSING))]
     if wanted and state.best_adapter is None:
         keys.append("training.load_best_model_at_end")
     if keys and progress.best_eval:

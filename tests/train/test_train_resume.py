@@ -125,8 +125,9 @@ BEST = (
 def test_the_best_before_a_change_that_makes_its_metrics_untrue_no_longer_counts(recipe: Path, change: str) -> None:
     key, data = change.partition("=")[0], recipe.parent / "train.jsonl"
     settings = (*BEST, f"{key}=false") if key.endswith("at_end") else BEST
-    stopped(recipe, *settings, step=5)
-    now, allowed = [*BEST, change.replace("train.jsonl", str(data))], [key, "data"]
+    first = "training.eval_on_start=true"
+    stopped(recipe, *settings, first, step=5)
+    now, allowed = [*BEST, first, change.replace("train.jsonl", str(data))], [key, "data"]
 
     def fail(event: Event) -> None:
         if isinstance(event, Ready):
@@ -135,11 +136,12 @@ def test_the_best_before_a_change_that_makes_its_metrics_untrue_no_longer_counts
     with pytest.raises(StorageError):
         run_recipe(recipe, *now, allow_change=allowed, on_event=fail)
     done = run_recipe(recipe, *now)
-    assert any(text.endswith("the best evaluation so far, after step 2, no longer counts") for text in done.warnings)
+    assert any(text.endswith("the best evaluation so far, after step 0, no longer counts") for text in done.warnings)
     best = done.run["eval"]["best_step"]
     assert best > 5
     values = {entry["step"]: entry["eval_loss"] for entry in done.metrics if "eval_loss" in entry}
     assert done.run["eval"]["kept"]["eval_loss"] == values[best]
+    assert bool(done.run["eval"]["first"]) is key.startswith("training."), "measured of the same model and rows"
 
 
 def test_the_last_adapter_is_kept_where_the_best_is_no_longer_wanted(recipe: Path) -> None:
