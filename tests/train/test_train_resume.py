@@ -654,7 +654,7 @@ def test_a_checkpoint_whose_run_json_is_of_another_version(recipe: Path) -> None
     manifest = checkpoint.read_manifest(path)
     del manifest["run"]["day"]
     (path / "MANIFEST.json").write_bytes(checkpoint._as_json(checkpoint._sealed(manifest)))
-    with pytest.raises(StorageError, match="was written by another version of peftcli: .*day") as caught:
+    with pytest.raises(StorageError, match=r"was written by another version of peftcli: .*day") as caught:
         run_recipe(recipe, other, resume=str(path))
     assert (caught.value.hint or "").startswith("resume with the version")
 
