@@ -8,11 +8,11 @@ A secret is:
 - the value of an environment variable whose name ends in TOKEN, KEY, SECRET or PASSWORD, and the password of a URL in
   any environment variable. Values that are likely to occur elsewhere are not secrets: fewer than 8 characters, numbers,
   paths that exist, a model's special tokens (``EOS_TOKEN=<|im_end|>``), and for KEY words without a digit and paths,
-  since such a variable often names a column or an object of a store. A URL's password of words alone is one only
+  since such a variable often names a column or an object of a store. A URL's password of at most 8 letters is one only
   after its user's name.
 
-Of a secret of several lines, such as a private key, each line of at least 16 characters is one too. A secret is found
-as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a user name, as in
+Of a secret of several lines, such as a private key, each line that looks like a part of a key is one too. A secret is
+found as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a user name, as in
 ``Authorization: Basic``.
 """
 
@@ -42,8 +42,15 @@ _USER_INFO = (  # not the 80 of host:80/path@2
 _PASSWORD_OF_URL = re.compile(r"://(?P<user>[^/\s:@]*):(?!\d+[/?#])(?P<password>\S+)@")
 _SPECIAL_TOKEN = re.compile(r"<\S*>|\[\S*\]")
 _WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
-_PATH = re.compile(r"(?=.*[-_.])[\w.-]*(?:/[\w.-]+)+/?")
-"""Base64 contains either ``/`` or ``-`` and ``_``."""
+_PATH = re.compile(
+    r"(?=.*[-_.])(?=\.{0,2}/|.*\.[a-z]\w{1,4}$|(?!.*(?:[A-Za-z]\d+[A-Za-z]|[A-Za-z\d]{16})))[\w.-]*(?:/[\w.-]+)+/?"
+)
+"""Base64 contains either ``/`` or ``-`` and ``_``. A token of two parts begins with no slash, ends in no suffix of a file,
+and has digits between letters or a part without a break."""
+_END_OF_LINE = re.compile(r"\s*(?:\n|\\n)\s*")
+"""JSON writes it with a backslash, and so do many a private key."""
+_KEY_LINE = re.compile(r"[A-Za-z\d+/=]{16,}|.*[A-Za-z\d+]{16,}.*")
+"""URLs contain long runs with ``/`` too."""
 SECRET_NAME = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 """Names of environment variables that contain a secret."""
 _PERCENT, _CODE = re.compile("%[0-9A-F]{2}"), re.compile(r"\\u[0-9a-f]{4}")
@@ -102,11 +109,12 @@ def known_secrets() -> dict[str, str]:
     for name, value in os.environ.items():
         origin = f"the environment variable {name}"
         if SECRET_NAME.search(name) and _is_secret(name, value.strip()):
-            lines = [line for line in map(str.strip, value.splitlines()) if len(line) >= PART and "-----" not in line]
+            lines = filter(_KEY_LINE.fullmatch, _END_OF_LINE.split(value.strip()))
             found = dict.fromkeys((value.strip(), *lines), origin) | found
         if "://" in value and (url := _PASSWORD_OF_URL.search(value)):
             pair, password = f"{url['user']}:{url['password']}", url["password"]
-            alone = () if _WORD.fullmatch(password) else (password, unquote(password))
+            is_common = url["user"] and password.isalpha() and len(password) <= _MIN_LENGTH
+            alone = () if is_common else (password, unquote(password))
             found |= dict.fromkeys((pair, unquote(pair), *alone), origin)
     found |= dict.fromkeys(_login_token(), "the hub's login")
     return {secret: origin for secret, origin in found.items() if len(secret) >= _MIN_LENGTH}

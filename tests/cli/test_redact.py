@@ -37,6 +37,8 @@ def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPat
         ("APP_KEY", "user-messages"),
         ("APP_KEY", "datasets/train-v2.jsonl"),
         ("APP_KEY", "/projects/cache-1"),
+        ("APP_KEY", "./data/a1b-2"),
+        ("APP_KEY", "wikitext-103-raw-v1/train"),
         ("EOS_TOKEN", "<|endoftext|>"),
         ("MASK_TOKEN", "[MASKED-1]"),
         ("APP_KEYS", "xK9mL2pQ7"),
@@ -46,6 +48,24 @@ def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPat
 def test_a_value_that_is_no_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     assert redact(f"a {value} b") == f"a {value} b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("APP_KEY", "glc_eyJvIjoiMTIzNDU2/LCJuIjoi", "glc_eyJvIjoiMTIzNDU2/LCJuIjoi"),
+        ("APP_KEY", "4/0AeanS0ZqV8_kT-3uX", "4/0AeanS0ZqV8_kT-3uX"),
+        ("APP_KEY", "s3cr3t-user/Tr0ub4dor_3/xyz", "s3cr3t-user/Tr0ub4dor_3/xyz"),
+        ("APP_URL", "redis://me:qwertyuiopasdfghjkl@h", "qwertyuiopasdfghjkl"),
+        ("APP_URL", "redis://:hunterab@h", "hunterab"),
+    ],
+    ids=["two parts", "a short part", "a user", "a long password", "no user"],
+)
+def test_what_only_looks_like_words_or_a_path(
+    name: str, value: str, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"a {secret} b") == "a *** b"
 
 
 def test_a_word_is_a_password_but_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +186,10 @@ def test_each_line_of_a_private_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPLOY_KEY", "\n".join(lines))
     assert [redact(line) for line in lines[1:3]] == ["***", "***"]
     assert redact("\n".join(lines)) == "***"
+    harmless = '"auth_uri": "https://accounts.google.com/o/oauth2/auth",'
+    account = json.dumps({"private_key": "\n".join(lines)}, indent=2)
+    monkeypatch.setenv("DEPLOY_KEY", account.replace("{", f"{{\n  {harmless}"))
+    assert [redact(line) for line in (harmless, *lines)] == [harmless, lines[0], "***", "***", lines[3]]
 
 
 def test_values_and_keys_in_data() -> None:
