@@ -12,7 +12,15 @@ from typing import Any
 
 from peftcli.data.rows import Row, Table
 from peftcli.data.text_rows import json_kind
-from peftcli.tasks.text.formats import ChatExample, ExampleReader, ParsedRow, example_reader, joined_parts
+from peftcli.tasks.text.formats import (
+    SYSTEM_ROLES,
+    ChatExample,
+    ExampleReader,
+    ParsedRow,
+    example_reader,
+    joined_parts,
+    without_odd_system,
+)
 from peftcli.tasks.text.spans import common_length
 
 PAIR = ("chosen", "rejected")
@@ -76,9 +84,12 @@ class AnswerReader(ExampleReader):
         found = ExampleReader("messages", {**beside, "messages": key})(replace(row, values=values))
         assert isinstance(found, ChatExample)
         before += len(found.messages) - len(values[key])  # the turn of a column of system
-        if not any(turn["role"] == "assistant" for turn in found.messages[before:]):
+        own = next((at for at, turn in enumerate(found.messages) if at >= before and turn["role"] == "assistant"), None)
+        if own is None:
             raise row.place.error("has no assistant turn of its own after the prompt", key=key)
-        return replace(found, untrained=frozenset() if self.whole else found.untrained | frozenset(range(before)))
+        no_prompt = all(turn["role"] in SYSTEM_ROLES for turn in found.messages[:own])
+        untrained = frozenset() if self.whole else found.untrained | frozenset(range(before))
+        return replace(found, untrained=untrained, no_prompt=no_prompt)
 
     def _parts(self, prompt: Any, answer: Any, name: str, row: Row) -> tuple[list[Any], list[Any]]:
         """The turns of the prompt, which the answer may repeat, and those after it."""
@@ -122,7 +133,8 @@ def answer_reader(
     columns = {name: (name,) for name in ("prompt", *answers, "system", "tools")} | more
     found = table.reader("answers", optional=optional, **columns)
     messages = isinstance(table.first.get(found.names[answers[0]]), list)
-    return AnswerReader("messages" if messages else "prompt_completion", found.names, tuple(answers), answers[0])
+    names = without_odd_system(table, found.names)
+    return AnswerReader("messages" if messages else "prompt_completion", names, tuple(answers), answers[0])
 
 
 def text_reader(table: Table, *, whole: bool) -> ExampleReader:

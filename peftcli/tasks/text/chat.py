@@ -103,6 +103,8 @@ def _flags(example: ChatExample, template: Template) -> Flag:
         flags |= Flag.MARKERS
     if has_odd_turns([message["role"] for message in example.messages]):
         flags |= Flag.ODD_TURNS
+    if example.no_prompt:
+        flags |= Flag.NO_PROMPT
     return flags
 
 

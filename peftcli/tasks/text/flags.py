@@ -38,7 +38,7 @@ class Flag(enum.IntFlag):
     PROMPT_DIFFERS = 1024
     """A trained answer begins after another text than the one with which the chat template asks for an answer."""
     NO_PROMPT = 2048
-    """The text before a completion is empty."""
+    """The text before a completion is empty, or no turn but the system's comes before an answer to compare."""
 
 
 NONE = Flag(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class ChatExample:
     tools: list[Any] | None = None
     untrained: frozenset[int] = frozenset()
     """Positions of messages that say ``train: false``."""
+    no_prompt: bool = False
+    """Whether this is an answer to compare, and no turn but the system's comes before it."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,13 @@ def example_reader(table: Table) -> ExampleReader:
             key="dataset.format",
             hint=_columns_hint([name], known_as),
         )
-    return ExampleReader(name, {key: renamed.get(key, key) for key in known})
+    return ExampleReader(name, without_odd_system(table, {key: renamed.get(key, key) for key in known}))
+
+
+def without_odd_system(table: Table, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns without ``system`` where the recipe does not name it and the first row has no text there."""
+    odd = "system" not in table.source.columns and not isinstance(table.first.get("system"), str | None)
+    return {key: name for key, name in names.items() if not (odd and key == "system")}
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -252,7 +260,8 @@ def _alpaca(row: dict[str, Any]) -> ParsedRow:
     )
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -305,8 +314,8 @@ def _role(turn: Message, key: str, known: Iterable[str], where: str) -> str:
 def _conversation(
     column: str, turns: list[Message], tools: list[Any] | None, system: str, content: str = "content"
 ) -> ChatExample:
-    said: Message = {"role": "system", "content": system}
-    messages = [said] if system and turns[:1] != [said] else []
+    begins = turns[0].get("role") if turns else None
+    messages: list[Message] = [{"role": "system", "content": system}] if system and begins not in SYSTEM_ROLES else []
     shift = len(messages)
     untrained = set()
     for index, turn in enumerate(turns):

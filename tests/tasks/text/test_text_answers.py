@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from classifierkit import encoded, open_task
+from classifierkit import encoded, open_task, table_of
 
 from peftcli.errors import DataError
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.answers import _shared
+from peftcli.tasks.text.flags import Flag
 
 ASK = {"role": "user", "content": "What follows seven?"}
 SYSTEM, MORE = {"role": "system", "content": "Count."}, {"role": "user", "content": "And then?"}
@@ -55,6 +56,19 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "a column of system that the prompt repeats": (
         {"system": "Count.", "prompt": [SYSTEM, ASK], "chosen": [YES], "rejected": [NO]},
         [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "a column of system beside another system turn, of parts": (
+        {
+            "system": "Sing.",
+            "prompt": [{**SYSTEM, "content": [{"text": "Count."}]}, ASK],
+            "chosen": [YES],
+            "rejected": [NO],
+        },
+        [[SYSTEM, *chat] for chat in CHATS],
+    ),
+    "a column of system that is no text": (
+        {"system": ["x"], "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        CHATS,
     ),
     "a column of system and texts": (
         {"system": "moon", "prompt": "sun", "chosen": " tea", "rejected": " mill"},
@@ -120,6 +134,18 @@ def test_what_cannot_be_compared_is_refused_with_its_row(row: dict[str, Any], sa
 
 
 @pytest.mark.parametrize(
+    ("before", "no_prompt"), [([], True), ([SYSTEM], True), ([ASK], False), ([NO, MORE], False), ([SYSTEM, ASK], False)]
+)
+def test_answers_that_follow_no_turn_are_known(before: list[Any], no_prompt: bool) -> None:
+    task = open_task("reward", "chat")
+    table, rows = table_of(
+        [{"question": "How many?", "chosen": [*before, YES], "rejected": [*before, {**YES, "content": "5"}]}]
+    )
+    [found] = task.encode(list(rows), task.read(table))
+    assert bool(found.flags & Flag.NO_PROMPT) is no_prompt
+
+
+@pytest.mark.parametrize(
     ("one", "other", "shared"),
     [
         ("sun mill tea", "sun mill team", "sun mill"),
@@ -133,8 +159,6 @@ def test_what_two_texts_begin_with(one: str, other: str, shared: str) -> None:
 
 
 def test_pairs_that_differ_beyond_the_cut_are_left_out() -> None:
-    from classifierkit import table_of
-
     task = open_task("reward", "chat", max_length=6)
     long = "sun " * 9
     table, rows = table_of([{"prompt": long, "chosen": "tea", "rejected": "moon"}, FORMS["texts"][0]])

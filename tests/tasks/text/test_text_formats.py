@@ -22,7 +22,8 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 def examples(*rows: dict[str, Any], lines: bool = True, **settings: Any) -> list[Any]:
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    read = example_reader(Table(Source(train="train.jsonl", **settings), "train.jsonl", columns))
+    table = Table(Source(train="train.jsonl", **settings), "train.jsonl", columns, first=rows[0])
+    read = example_reader(table)
     return [read(Row(row, Place("train.jsonl", at, at if lines else None))) for at, row in enumerate(rows, 1)]
 
 
@@ -85,6 +86,17 @@ def test_contents_of_parts_are_one_text_where_all_are_text() -> None:
     for other in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "image", "text": "alt"}):
         row = turns(("user", [*parts, other]), ("assistant", "c"))
         assert "expected text, found a list" in refused(row).message
+
+
+@pytest.mark.parametrize("own", [{"content": "Be brief."}, {"content": [{"text": "Be kind."}], "train": False}])
+def test_a_column_of_system_is_read_beside_no_system_turn_and_where_it_is_text(own: dict[str, Any]) -> None:
+    row = turns(("user", "a"), ("assistant", "b"))
+    said = {"role": "system", "content": "Be kind."}
+    for column, first in (("Be kind.", [said]), (["Be kind."], []), (None, [])):
+        assert examples({**row, "system": column}) == [ChatExample([*first, *row["messages"]])]
+    [example] = examples({"messages": [{"role": "system", **own}, *row["messages"]], "system": "Be kind."})
+    assert [turn["role"] for turn in example.messages] == ["system", "user", "assistant"]
+    assert "expected text, found a list" in refused({**row, "s": ["x"]}, columns={"system": "s"}).message
 
 
 def test_messages_under_the_column_of_sharegpt() -> None:
