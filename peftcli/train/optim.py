@@ -16,7 +16,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module
 from peftcli.data.rows import count_of
-from peftcli.errors import AdapterError, UsageError
+from peftcli.errors import AdapterError, UsageError, to_peftcli_error
 from peftcli.methods.learning_rates import rate_groups
 from peftcli.schema import Training
 from peftcli.tasks.base import require_extra
@@ -187,7 +187,9 @@ def _translated_errors(training: Training) -> Iterator[None]:
     """Inside, what an optimizer raises is an error of ``training.optim_args``."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
+        if to_peftcli_error(error) is not None:
+            raise
         raise UsageError(f"{training.optim} says: {error}", key="training.optim_args") from None
 
 

@@ -222,6 +222,7 @@ def test_what_an_optimizer_does_not_take_is_named(recipe: Path) -> None:
             "training.optim=adafactor",
             "training.optim_args={eps: 0.1}",
         ): r"optim_args: adafactor says: 'float' object is",
+        ("training.optim=adafactor", "training.optim_args={eps: []}"): r"optim_args: adafactor says: list index",
         ("training.optim_args={differentiable: true}",): r"optim_args: adamw_torch says: a leaf Variable",
     }.items():
         with pytest.raises(UsageError, match=message):
