@@ -56,6 +56,8 @@ class _Group(TyperGroup):
         resolved, count = super().resolve_command(ctx, args), launched_processes()
         if count > 1 and (name := resolved[0]) not in _SHARE_WORK:
             if not is_main_process():
+                if os.environ.get("SLURM_STEP_NUM_TASKS") == str(count):
+                    console.log(f"{name} runs in task 0 alone; to run it in each task, set SLURM_STEP_NUM_TASKS=1")
                 raise typer.Exit
             console.log(f"{name} runs in one of the {count} processes that were started")
         return resolved

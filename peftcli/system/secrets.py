@@ -12,8 +12,8 @@ A secret is:
   after its user's name.
 
 Of a secret of several lines, such as a private key, each line that looks like a part of a key is one too. A secret is
-found as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a user name, as in
-``Authorization: Basic``.
+found as it is, and as escaped in URLs, JSON, Python's ``repr``, HTML and base64; in base64 also after a user name, as
+in ``Authorization: Basic``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:[-_. ]+[A-Za-z]+)*")
 _PATH = re.compile(
     r"(?=.*[-_.])(?=\.{0,2}/|.*\.[a-z]\w{1,4}$|(?!.*(?:[A-Za-z]\d+[A-Za-z]|[A-Za-z\d]{16})))[\w.-]*(?:/[\w.-]+)+/?"
 )
-"""Base64 contains either ``/`` or ``-`` and ``_``. A token of two parts begins with no slash, ends in no suffix of a file,
+"""Base64 contains either ``/`` or ``-`` and ``_``. A token of two parts begins with no slash, ends in no file's suffix,
 and has digits between letters or a part without a break."""
 _END_OF_LINE = re.compile(r"\s*(?:\n|\\n)\s*")
 """JSON writes it with a backslash, and so do many a private key."""
