@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.paths import not_empty
 from peftcli.data.rows import count_of
 from peftcli.errors import Problem, UsageError
 
@@ -18,7 +19,10 @@ def check(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE... [KEY=VALUE]...", help="YAML recipes, and settings to override.", show_default=False
+            metavar="RECIPE... [KEY=VALUE]...",
+            parser=not_empty,
+            help="YAML recipes, and settings to override.",
+            show_default=False,
         ),
     ],
     deep: Annotated[

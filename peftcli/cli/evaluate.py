@@ -9,6 +9,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
+from peftcli.cli.paths import path
 from peftcli.cli.progress import Progress
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.system.outputs import require_writable
@@ -16,7 +17,7 @@ from peftcli.train.launch import is_main_process, leave_group_on_exit
 
 
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")
     ] = None,

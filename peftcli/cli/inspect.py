@@ -40,7 +40,7 @@ _COLUMN = 40
 
 
 def inspect(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
     rows: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="How many rows to show: 3; on a page 200.")

@@ -7,11 +7,16 @@ from pathlib import Path
 import typer
 
 
-def path(text: str) -> Path:
-    """Return the path that a word names. Refuse an empty word: it would mean the current folder."""
+def not_empty(text: str) -> str:
+    """Return a word that may name a path. Refuse an empty one: it would mean the current folder."""
     if not text:
         raise typer.BadParameter("the path is empty")
-    return Path(text)
+    return text
+
+
+def path(text: str) -> Path:
+    """Return the path that a word names. Refuse an empty word."""
+    return Path(not_empty(text))
 
 
 def output_path(text: str) -> Path:

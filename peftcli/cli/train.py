@@ -12,6 +12,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.check import MEMORY_UNKNOWN
 from peftcli.cli.junit_report import Junit, junit_report
+from peftcli.cli.paths import not_empty, path
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
@@ -21,7 +22,7 @@ from peftcli.train.schedulers import with_schedulers_place
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")
     ] = None,
@@ -29,6 +30,7 @@ def train(
         str,
         typer.Option(
             metavar="auto|never|must|CHECKPOINT",
+            parser=not_empty,
             help="auto: resume where a run of this recipe stopped; never: refuse to resume; must: resume or fail.",
         ),
     ] = "auto",

@@ -100,6 +100,8 @@ def test_python_dash_m() -> None:
     [
         *(["chek"], ["check"], ["check", "--nope", "x"], ["schema", "x", "y"], ["status", ""]),
         *(["merge", "x", "--output", ""], ["predict", "x", "--input", ""], ["train", "x", "--junit", ""]),
+        *([each, ""] for each in ("train", "check", "evaluate", "inspect")),
+        ["train", "x", "--resume", ""],
     ],
 )
 def test_usage_errors(cli, args: list[str]) -> None:
