@@ -106,10 +106,11 @@ class Classification(Task[Settings]):
         n - 1 keep their numbers.
         """
         declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
-        lengths, repeats, left_out, limited = set[int](), False, LeftOut(), False
+        lengths, repeats, left_out, limited, all_declare = set[int](), False, LeftOut(), False, True
         for table, rows in tables:
             reader, limited = self.read(table), limited or table.source.limit is not None
             declared |= dict.fromkeys(reader.classes)
+            all_declare = all_declare and bool(reader.classes)
             for row in rows:
                 with left_out:
                     label = self._label(row, reader)
@@ -136,8 +137,9 @@ class Classification(Task[Settings]):
             cut = "dataset.limit takes the first rows, which may be of one class: raise it, or leave it out"
             hint = left_out.hint or (cut if limited else None)
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
-        by_number = self.settings.labels_by_number and bool(self.labels or declared)
-        return replace(self.settings, labels=labels, problem_type=kind or "single_label", labels_by_number=by_number)
+        kind = kind or "single_label"
+        by_number = self.settings.labels_by_number and kind == "single_label" and bool(self.labels or all_declare)
+        return replace(self.settings, labels=labels, problem_type=kind, labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
         columns = {**self.input_columns(table), "label": ("label", "labels")}

@@ -100,8 +100,9 @@ class Classification(TaskSettings):
     """Names of the classes, in the order of the model's outputs. Unset: those of the training rows, in the order of
     their ClassLabel, else of first sight."""
     labels_by_number: bool = field(default=True, metadata=MAY_DIFFER)
-    """Whether the label of a row may be a number, the place of its class in ``labels`` from 0, where no class has a
-    number for a name. Training sets it to false where it finds the names in the rows: their order says nothing."""
+    """Whether the label of a row, if it is one class, may be a number, the place of its class in ``labels`` from 0,
+    where no class has a number for a name. Training sets it to false where it finds the names in the rows: their order
+    says nothing."""
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""

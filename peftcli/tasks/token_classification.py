@@ -80,18 +80,24 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
 
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.TokenClassification:
         """Find the names of the tags, and whether they mark entities."""
-        declared, seen, spans = dict[str, None](), dict[str, None](), False
+        declared, seen, spans, all_declare = dict[str, None](), dict[str, None](), False, True
         left_out = LeftOut()
         for table, rows in tables:
             reader = self.read(table)
             declared |= dict.fromkeys(reader.classes)
+            all_declare = all_declare and bool(reader.classes)
             spans = spans or "entities" in reader.names
             for row in rows:
                 with left_out:
                     tags, _ = tags_of(words_of(row, reader), row, reader)
                     seen |= dict.fromkeys(tag for tag in tags if tag is not None)
         given = list(self.labels)
-        found = given if given and seen.keys() <= places_of(given).keys() else list(declared or seen)
+        numbered = bool(given and seen) and seen.keys() <= places_of(given).keys()
+        if numbered and not any(map(settings.is_iob2, given)):
+            message = "the tags of the training rows are numbers, and types of entities have none"
+            hint = "Name the tags in the order of their numbers, as in [O, B-PER, I-PER], or set task.scheme: none."
+            raise DataError(message, key="task.labels", hint=hint)
+        found = given if numbered else list(declared or seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
         is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
@@ -113,7 +119,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
             message = f"in the training rows {what}; the model needs two tags"
             raise DataError(message, key="dataset.train", hint=left_out.hint)
-        by_number = self.settings.labels_by_number and labels in (list(self.labels), list(declared))
+        by_number = self.settings.labels_by_number and (
+            labels == list(self.labels) or (all_declare and labels == list(declared))
+        )
         return replace(self.settings, labels=labels, scheme=scheme, labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:

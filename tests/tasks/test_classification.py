@@ -61,6 +61,14 @@ def test_numbers_count_given_names_and_those_of_a_class_label(numbers: tuple[Any
         assert "the label '0' is not one of the classes" in bad.message
 
 
+def test_numbers_count_no_names_of_lists_and_none_that_another_source_declares() -> None:
+    assert not scanned(rows(["ham"], ["spam"]), labels=["ham", "spam"]).settings.labels_by_number
+    declared, plain = table_of(rows(0, 1), classes={"label": ("ham", "spam")}), table_of(rows("ham", "spam"))
+    for tables, by_number in (([declared], True), ([declared, plain], False)):
+        found = open_task().scan((table, iter(values)) for table, values in tables)
+        assert found.labels_by_number is by_number
+
+
 def test_numbers_that_are_no_indices_keep_the_order_of_first_sight() -> None:
     assert scanned(rows(5, 1, 3)).labels == ("5", "1", "3")
 

@@ -171,6 +171,15 @@ def test_tags_are_found_in_the_rows() -> None:
     assert names(given, example.arrays["tags"]) == LABELS[:2]
     [bad] = encoded(task, numbers)
     assert "the tag '0' is not one of B-PER" in bad.message
+    with pytest.raises(DataError, match="types of entities have none") as caught:
+        scanned(numbers, NAME, labels=["PER", "LOC"])
+    assert caught.value.key == "task.labels"
+    [example] = encoded(open_task(NAME, labels=["NOUN", "VERB"], scheme="none"), numbers)
+    assert list(example.arrays["tags"]) == [0, 1]
+    tables = [table_of(numbers, classes={"ner_tags": tuple(LABELS)}), table_of(ROWS)]
+    for several in (False, True):
+        found = open_task(NAME).scan((table, iter(rows)) for table, rows in tables[: 1 + several])
+        assert found.labels_by_number is not several
     assert "2 tags: 0, 1; if they mark entities, name them in task.labels" in scanned(numbers, NAME).found
     parts = [{"tokens": ["sun", "shines"], "pos_tags": ["NOUN", "VERB"]}]
     assert scanned(parts, NAME).settings.scheme == "none"
