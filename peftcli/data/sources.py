@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -42,8 +42,10 @@ _SPLIT_NAME = (
 )
 _SPLIT = re.compile(rf"(?<![a-z]){_SPLIT_NAME}(?![a-z])", re.IGNORECASE)
 """The name of a split in a path, as datasets finds it: a word of its own."""
-_SPLIT_FOLDER = re.compile(rf"{_SPLIT_NAME}(?:[ _-]?(?:set|images|\d+))?", re.IGNORECASE)
-"""A folder of media that is a split: ``test``, ``test_set``, ``val2017``. Others, such as test_tube, give a class."""
+_WHOLE_SPLIT = re.compile(
+    rf"(?:.*[^a-z])?{_SPLIT_NAME}(?:[ _-]?(?:set|images|of|\d))*(?:\.\w+)*", re.IGNORECASE | re.DOTALL
+)
+"""A folder or file that is a split: ``test_set``, ``val2017``, ``my-test.csv``. Others name it in passing: test_tube."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FILE_ENDINGS = (
     *(*EXTENSIONS, *COMPRESSED),
@@ -233,8 +235,11 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
         there = display_name(", ".join(names[:5])[:200]) or "nothing"
         message = f"the folder contains no file that can be read; it contains: {there}"
         raise DataError(message, file=shown, hint=ACCEPTED)
-    split_of = _split_of_file if files else _split_of_medium
-    of_split = {split_of(name): name for name in found}
+    split_of = _split_in_name if files else _split_of_folder
+    of_split = {split: name for name in found if (split := split_of(name))}
+    unnamed = [name for name in files if not _split_in_name(name)]
+    if unnamed and any(_whole_split(name.split("/")) for name in files):
+        of_split.setdefault("train", unnamed[-1])
     splits = [display_name(of_split[split]) for split in ("train", "validation", "test") if split in of_split]
     if len(splits) > 1:
         message = f"the folder contains several splits: {' and '.join(splits)}"
@@ -253,15 +258,20 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
     )
 
 
-def _split_of_file(name: str) -> str | None:
-    """The split of a file of rows; ``train`` where its name says none."""
+def _split_in_name(name: str) -> str | None:
+    """The split that the name of a file of rows mentions."""
     part = _SPLIT.search(name)
-    return part.lastgroup if part else "train"
+    return part and part.lastgroup
 
 
-def _split_of_medium(name: str) -> str | None:
-    """The split that one of a medium's folders is named after."""
-    part = next(filter(None, map(_SPLIT_FOLDER.fullmatch, name.split("/")[:-1])), None)
+def _split_of_folder(name: str) -> str | None:
+    """The split that one of a medium's folders is."""
+    return _whole_split(name.split("/")[:-1])
+
+
+def _whole_split(parts: Iterable[str]) -> str | None:
+    """The split that a folder or file of a path is."""
+    part = next(filter(None, map(_WHOLE_SPLIT.fullmatch, parts)), None)
     return part and part.lastgroup
 
 
