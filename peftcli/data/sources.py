@@ -45,7 +45,7 @@ _SPLIT = re.compile(rf"(?<![a-z]){_SPLIT_NAME}(?![a-z])", re.IGNORECASE)
 _WHOLE_SPLIT = re.compile(
     rf"(?:.*[^a-z])?{_SPLIT_NAME}(?:[ _-]?(?:set|images|of|\d))*(?:\.\w+)*", re.IGNORECASE | re.DOTALL
 )
-"""A folder or file that is a split: ``test_set``, ``val2017``, ``my-test.csv``. Others name it in passing: test_tube."""
+"""A folder or file that is a split: ``test_set``, ``val2017``, ``my-test.csv``. Others mention it: test_tube."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FILE_ENDINGS = (
     *(*EXTENSIONS, *COMPRESSED),

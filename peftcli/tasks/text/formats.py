@@ -170,10 +170,12 @@ def detect_format(columns: Iterable[str]) -> str:
             hint=f"Choose one in the recipe: dataset: {{format: {most}}}",
         )
     needed = "; ".join(f"{name}: {', '.join(each.needs)}" for name, each in FORMATS.items())
+    pairs = {"chosen", "rejected"} <= {*columns}
+    todo = "Answers to compare are for task: preference, or reward." if pairs else _columns_hint(FORMATS, columns)
     raise DataError(
         f"no format fits the columns: {listed(columns)}",
         key="dataset.format",
-        hint=f"What a format needs: {needed}\n{_columns_hint(FORMATS, columns)}",
+        hint=f"What a format needs: {needed}\n{todo}",
     )
 
 
@@ -183,11 +185,11 @@ _OTHER_NAMES = {
         *("document", "article", "dialogue", "context"),
     ),
     "completion": (
-        *("answer", "answers", "response", "output", "target", "targets"),
+        *("answer", "response", "output", "target", "targets"),
         *("summary", "highlights", "solution", "label"),
     ),
     "messages": ("conversation", "chat", "dialog", "dialogue", "turns"),
-    "instruction": ("question", "prompt", "query", "task"),
+    "instruction": ("question", "prompt", "query"),
     "output": ("response", "answer", "completion", "target"),
     "input": ("context",),
     "system": ("system_prompt",),
