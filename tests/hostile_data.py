@@ -197,6 +197,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, int | None, str]] = {
     "a quote without an end": ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', 3, "is not CSV: unexpected end of data"),
     "text behind a quote": ("a.csv", 'a,b\n"1"x,2\n', 2, "is not CSV: ',' expected after '\"'"),
     "a column name twice": ("a.csv", "a,b, a\n1,2,3\n", 1, "the header names 'a' twice"),
+    "one column, without a name": ("a.csv", '""\n1\n', 1, "column 1 of the header has no name"),
     "a column without a name": ("a.csv", "\na,\n1,2\n", 2, "column 2 of the header has no name"),
     "semicolons": ("a.csv", "a;b\n1;2\n", 1, "one column, 'a;b': fields are separated by commas, not by ';'"),
     "tabs": ("a.csv", "a\tb\n1\t2\n", 1, "not by '\\t'"),

@@ -394,11 +394,11 @@ def _record(header: list[str], record: list[str], text: TextFile) -> Row | DataE
 
 
 def _header(record: list[str], text: TextFile) -> list[str]:
-    """The names of the columns; a first one without a name, as pandas writes its index, is not read."""
+    """The names of the columns; a first of several without a name, as pandas writes its index, is not read."""
     names = [name.strip() for name in record]
-    if "" in names[1:]:
+    if "" in (names[1:] or names):
         hint = "Give it a name, or remove it."
-        raise text.error(f"column {names.index('', 1) + 1} of the header has no name", hint=hint)
+        raise text.error(f"column {names.index('', len(names) > 1) + 1} of the header has no name", hint=hint)
     if len(set(names)) < len(names):
         raise text.error(f"the header names {quote(first_duplicate(names))} twice")
     if len(names) == 1 and (separator := next((mark for mark in ";\t" if mark in names[0]), None)):
