@@ -40,6 +40,7 @@ from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_err
 from peftcli.system import signals
 from peftcli.system.cores import set_variables
 from peftcli.system.garbage import postponed_collection
+from peftcli.system.outputs import StdoutClosed
 from peftcli.train.launch import is_main_process, launched_processes, report_outcome, started_by_peftcli
 from peftcli.train.schedulers import take_slurms_rank
 
@@ -143,7 +144,7 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         report_outcome(None)
         return code
-    except console.StdoutClosed:
+    except StdoutClosed:
         return _BROKEN_PIPE
     except Exception as error:
         if debug:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError, PeftWarning, StorageError
+from peftcli.system.outputs import StdoutClosed
 from peftcli.system.secrets import redact, redact_values
 
 if TYPE_CHECKING:
@@ -160,10 +161,6 @@ def report_error(error: PeftcliError, as_json: bool = False) -> int:
         except OSError:
             discard(sys.stdout)
     return error.exit_code
-
-
-class StdoutClosed(BrokenPipeError):
-    """Nobody reads standard output any more."""
 
 
 class _DebugHandler(logging.Handler):

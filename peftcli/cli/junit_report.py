@@ -12,7 +12,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.paths import path
 from peftcli.errors import GateFailed, PeftcliError, to_peftcli_error
-from peftcli.system.outputs import expand_user
+from peftcli.system.outputs import StdoutClosed, expand_user
 from peftcli.train.launch import started_by_peftcli
 from peftcli.train.runs.typed_json import flatten
 
@@ -54,7 +54,7 @@ def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
     run: dict[str, Any] = {}
     try:
         yield run
-    except (typer.Exit, console.StdoutClosed):  # another process ran and wrote the report, or nothing ran
+    except (typer.Exit, StdoutClosed):  # another process ran and wrote the report, or nothing ran
         raise
     except Exception as error:
         failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the report contains the gates

@@ -211,16 +211,23 @@ def partial_file(path: Path, key: str = "") -> Iterator[PartialFile]:
                         file.close()
 
 
+class StdoutClosed(BrokenPipeError):
+    """Nobody reads standard output any more."""
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Translate errors of the operating system, raised by Python or by a library, while ``path`` is written.
 
     Raises:
-        StorageError: an error of the operating system occurred.
+        StdoutClosed: ``path`` is standard output, and nobody reads it.
+        StorageError: another error of the operating system occurred.
     """
     try:
         yield
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and is_stdout(path):
+            raise StdoutClosed from None
         raise cannot_write(path, error.errno, error.strerror or str(error)) from None
     except Exception as error:
         if (found := _LIBRARY_ERROR.search(str(error))) is None:

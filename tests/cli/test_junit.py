@@ -19,6 +19,7 @@ from peftcli.cli import console
 from peftcli.cli.junit import write_junit
 from peftcli.cli.junit_report import junit_report
 from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError, UsageError
+from peftcli.system.outputs import StdoutClosed
 
 PASSED = {"metric": "eval_loss", "gate": "<= 1.2", "value": 1.1, "passed": True}
 FAILED = {"metric": "eval_token_accuracy", "gate": ">= 0.5", "value": 0.25, "passed": False}
@@ -245,7 +246,7 @@ def test_no_path_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def unread(_: str) -> None:
-    raise console.StdoutClosed
+    raise StdoutClosed
 
 
 # --- evaluate -------------------------------------------------------------------------------------------------------

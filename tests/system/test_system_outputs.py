@@ -11,7 +11,7 @@ import pytest
 
 from peftcli.errors import FolderBusy, StorageError, UsageError
 from peftcli.system.disk import write_file
-from peftcli.system.outputs import new_folder, partial_file, write_output
+from peftcli.system.outputs import StdoutClosed, new_folder, partial_file, write_output
 
 
 @pytest.fixture
@@ -185,6 +185,20 @@ def test_a_pipe_and_a_device_are_written_as_they_are(tmp_path: Path) -> None:
         write_output(Path("/dev/full"), b"a")
     with pytest.raises(UsageError, match="is a folder"):
         write_output(tmp_path, b"a")
+
+
+def test_standard_output_that_nobody_reads() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    before = os.dup(1)
+    os.dup2(write, 1)
+    try:
+        with pytest.raises(StdoutClosed):
+            write_output(Path("/dev/stdout"), b"a")
+    finally:
+        os.dup2(before, 1)
+        for each in (before, write):
+            os.close(each)
 
 
 def test_an_unfinished_file_is_gone_on_with(tmp_path: Path) -> None:
