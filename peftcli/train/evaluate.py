@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,10 @@ from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
 from peftcli.train.launch import report_measuring
 from peftcli.train.sharded import is_sharded
+
+_LOOK_SECONDS = 0.02
+_evaluations = count()
+"""Numbers the evaluations of this process, equally in all processes."""
 
 
 def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded: bool) -> list[tuple[list[int], bool]]:
@@ -125,6 +131,7 @@ def evaluate(
     outputs = gather_object(outputs) if accelerator.num_processes > 1 else outputs
     outputs.sort(key=lambda each: each[0])
     found: list[dict[str, float] | PeftcliError | None] = [None]
+    store, key = _shared_store(), f"peftcli evaluation {next(_evaluations)}"
     if accelerator.process_index == 0:  # a user's own metric may draw random numbers, and cost money
         try:
             with report_measuring():
@@ -132,10 +139,19 @@ def evaluate(
             found[0] = {f"eval_{name}": float(value) for name, value in metrics.items()}
         except PeftcliError as error:
             found[0] = error
+        if store is not None:
+            store.set(key, "measured")
+    while store is not None and not store.check([key]):
+        time.sleep(_LOOK_SECONDS)
     broadcast_object_list(found)
     if isinstance(found[0], PeftcliError):
         raise found[0]
     return found[0]
+
+
+def _shared_store() -> Any:
+    """Torch's store of keys, by which processes wait longer than a collective lets them; None where one is alone."""
+    return torch.distributed.distributed_c10d._get_default_store() if torch.distributed.is_initialized() else None
 
 
 def _reduce(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, np.ndarray]:

@@ -86,7 +86,8 @@ def test_sums_of_any_shape_and_outputs_in_order_whatever_the_batch_size(view: Vi
 def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each process's share, put together as accelerate puts it together; some have no batch at all.
 
-    The first one alone computes metrics, and says so meanwhile, so that it may wait.
+    The first one alone computes metrics, and says so meanwhile, so that it may wait. The others wait for its word, in
+    no collective, which would end.
     """
     reset_accelerate()
     single = Classes(None, None, None)  # type: ignore[arg-type]
@@ -108,7 +109,19 @@ def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest
         outputs.extend(own)
         return outputs
 
+    class Together:
+        looks = 0
+
+        def check(self, keys: list[str]) -> bool:
+            self.looks += 1
+            return keys == getattr(self, "measured", None) or self.looks % 2 == 0
+
+        def set(self, key: str, value: str) -> None:
+            self.measured = [key]
+
+    store = Together()
     monkeypatch.setattr(module, "gather_object", gather)
+    monkeypatch.setattr(module, "_shared_store", lambda: store)
     monkeypatch.setenv(STATUS, str(tmp_path))
     monkeypatch.setattr(Classes, "mark", tmp_path / MEASURING)
     for index in reversed(range(processes)):
@@ -117,3 +130,4 @@ def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest
         assert (together is None, task.marked, Classes.mark.exists()) == (index > 0, index == 0, False)
     assert together == {name: pytest.approx(value) for name, value in (alone or {}).items()}
     assert task.seen == single.seen
+    assert store.looks == 2 * (processes - 1) + 1
