@@ -64,7 +64,7 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
         cut = rows.records("flags") & task.flags.get("truncated", 0) > 0
         for name, mask in masks.items():
             more = (
-                f"; {(mask & cut).sum()} of them are cut at max_length, and may differ after it"
+                f"; cut at max_length, after which they may differ: {(mask & cut).sum()} of them"
                 if (mask & cut).any()
                 else ""
             )

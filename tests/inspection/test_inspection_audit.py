@@ -141,7 +141,7 @@ def test_rows_that_are_alike_once_they_are_cut_are_said_to_be_cut(part, causal) 
     [finding] = audit(View([part([same, used([40], [50]), same])]), causal).findings
     assert (
         finding.message
-        == "2 of 3 rows repeat an earlier row exactly; 1 of them are cut at max_length, and may differ after it"
+        == "2 of 3 rows repeat an earlier row exactly; cut at max_length, after which they may differ: 1 of them"
     )
 
 
