@@ -4,11 +4,13 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from examplekit import COLUMNS, outcome
+from transformers import T5Config
 
 from peftcli.data import used_rows
 from peftcli.data.rows import Place
@@ -35,7 +37,7 @@ def causal(tokenizers) -> CausalLM:
 
 @pytest.fixture
 def seq2seq(tokenizers) -> Seq2SeqLM:
-    return Seq2SeqLM(settings.Seq2SeqLM(), tokenizers("smollm"), base=None)
+    return Seq2SeqLM(settings.Seq2SeqLM(), tokenizers("smollm"), base=SimpleNamespace(config=T5Config()))
 
 
 @pytest.fixture
