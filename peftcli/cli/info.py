@@ -107,5 +107,6 @@ def _devices() -> list[str]:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        if value not in (None, []) and (name, value) != ("r", 0):  # OFT's r is 0 where its blocks have a size
+        # soft prompts adapt no module, and OFT's r is 0 where its blocks have a size
+        if value not in (None, []) and (name, value) not in (("r", 0), ("modules_adapted", 0)):
             console.out(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
