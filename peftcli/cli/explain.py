@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,10 +22,14 @@ def explain(
 
     found = find_explanation(key)
     if as_json:
-        settings = [dict(zip(("name", "default", "help"), row, strict=True)) for row in found.settings]
-        console.print_json({**asdict(found), "settings": settings})
+        console.print_json(_as_dict(found))
     else:
         _print(found)
+
+
+def _as_dict(found: Explanation) -> dict[str, Any]:
+    settings = [dict(zip(("name", "default", "help"), row, strict=True)) for row in found.settings]
+    return {**asdict(found), "settings": settings}
 
 
 def _print(found: Explanation) -> None:
