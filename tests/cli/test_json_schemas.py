@@ -233,7 +233,8 @@ def test_evaluate(answer: Callable, fails: Callable, place: Path) -> None:
 
 
 def test_check(answer: Callable, fails: Callable, recipe: Path) -> None:
-    assert [warning["key"] for warning in answer("check", recipe)["warnings"]] == ["training.learning_rate"]
+    warnings = answer("check", recipe, "training.learning_rate=1")["warnings"]
+    assert [warning["key"] for warning in warnings] == ["training.learning_rate"]
     assert answer("check", recipe, "--deep")["errors"] == []
     recipe.write_text(recipe.read_text().replace("max_steps", "max_stesp").replace("train.jsonl", "trian.jsonl"))
     assert len(answer("check", recipe, code=2)["errors"]) == 2
