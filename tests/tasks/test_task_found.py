@@ -76,7 +76,7 @@ def test_a_task_that_reads_more_of_the_columns_goes_before(monkeypatch: pytest.M
 def test_rows_say_of_their_tasks_what_is_true() -> None:
     processor = SimpleNamespace(is_fast=True)
     for name, row in TASKS.items():
-        config = SimpleNamespace(architectures=None, is_encoder_decoder=name == "seq2seq_lm")
+        config = SimpleNamespace(architectures=None, model_type="whisper", is_encoder_decoder=name == "seq2seq_lm")
         base: Any = SimpleNamespace(processor=lambda kind: processor, config=config, file=lambda name: None)
         task = row.open(row.settings(), base)
         assert task.columns
