@@ -66,11 +66,12 @@ def find_base(spec: BaseModel) -> FoundBase:
         )
     try:
         folder = hub_files.fetch(spec)
-    except (HubError, NetworkError):
-        hint = _similar_folder(path) if "/" in spec.name else None
-        if hint is None:
-            raise
-        raise ModelError(f"no model folder {spec.name}", key="base_model", hint=hint) from None
+    except (HubError, NetworkError) as error:
+        if "/" in spec.name and (hint := _similar_folder(path)):
+            if isinstance(error, HubError):
+                raise ModelError(f"no model folder {spec.name}", key="base_model", hint=hint) from None
+            error.hint = "\n".join(filter(None, (hint, error.hint)))  # the network may be to blame all the same
+        raise
     if not _describes_model(folder):
         hub_requests.refuse_partial_copy(folder, spec.name, "base_model")
         raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
@@ -79,7 +80,7 @@ def find_base(spec: BaseModel) -> FoundBase:
 
 
 def _similar_folder(path: Path) -> str | None:
-    """A hint that names the folder with a similar name beside where ``path`` should be; None: there is none."""
+    """Suggest a folder whose name resembles that of ``path`` and that stands beside it; None without one."""
     try:
         names = [each.name for each in path.parent.iterdir() if each.is_dir()]
     except OSError:

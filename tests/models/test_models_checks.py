@@ -17,8 +17,9 @@ import trainkit
 from opened import load_config, load_model, load_tokenizer
 from safetensors.torch import load_file, save_file
 
-from peftcli.errors import AdapterError, ModelError, NetworkError, OutOfMemory
+from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, OutOfMemory, PeftcliError
 from peftcli.guard.adapter_folder import read_run
+from peftcli.models import hub_files
 from peftcli.models.guarded import harmless, translated_errors
 from peftcli.models.open import open_base
 from peftcli.models.quantization import trained_quantization
@@ -297,10 +298,25 @@ def test_a_damaged_run_is_said(said: str, tmp_path: Path) -> None:
         trained_quantization(read_run(tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["models/tinny", "./models/tinny"])
-def test_a_misspelt_folder_is_no_matter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "failed", "kind"),
+    [
+        ("./models/tinny", None, ModelError),
+        ("models/tinny", HubError("no such repository"), ModelError),
+        ("models/tinny", NetworkError("no answer", hint="try again"), NetworkError),  # which may be the reason
+    ],
+)
+def test_a_misspelt_folder_suggests_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, failed: PeftcliError | None, kind: type[PeftcliError]
+) -> None:
     (tmp_path / "models/tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="no model folder") as caught:
+
+    def fetch(spec: BaseModel) -> Path:
+        assert failed is not None
+        raise failed
+
+    monkeypatch.setattr(hub_files, "fetch", fetch)
+    with pytest.raises(kind) as caught:
         open_base(BaseModel(name=name))
-    assert caught.value.hint == "did you mean 'models/tiny'?"
+    assert (caught.value.hint or "").splitlines()[0] == "did you mean 'models/tiny'?"

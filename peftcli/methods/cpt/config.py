@@ -91,9 +91,8 @@ class CPTConfig(EmbeddedPromptConfig):
             if any(value < 0 for value in getattr(self, key) or ()):
                 found.append((key, "holds a negative number"))
         form, own = self.opt_projection_format_epsilon, self.opt_projection_epsilon
-        kinds = {
-            kind % OUTPUT for kind in self.cpt_tokens_type_mask or [INPUT]
-        }  # of text, what stands in prompts trains
+        # of examples that are given as text, what stands in prompts trains
+        kinds = {kind % OUTPUT for kind in self.cpt_tokens_type_mask or [INPUT]}
         if not any((0, form, own, form)[kind] for kind in kinds) and not self.inference_mode:
             trains = "opt_projection_epsilon" if INPUT in kinds else "opt_projection_format_epsilon"
             found.append((trains if any(kinds) else "cpt_tokens_type_mask", "no token of the context would train"))
