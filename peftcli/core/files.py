@@ -17,7 +17,7 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unchanged_on_error, unload
-from peftcli.core.layer import base_modules, base_paths
+from peftcli.core.layer import base_modules
 from peftcli.core.protocols import ReadsFiles, describe, layers_of
 from peftcli.core.targets import module_matches
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
@@ -263,9 +263,9 @@ def _computed(config: AdapterConfig, path: Path) -> AdapterError:
 
 def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
     """The entries of ``target_modules`` that no module of the model matches."""
-    entries, paths = getattr(config, "target_modules", None), base_paths(model)
+    entries, names = getattr(config, "target_modules", None), base_modules(model)
     listed = () if isinstance(entries, str) else entries or ()
-    return [entry for entry in sorted(listed) if not any(module_matches(path, entry) for path in paths)]
+    return [entry for entry in sorted(listed) if not any(module_matches(name, entry) for name in names)]
 
 
 def _read_names(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
@@ -287,13 +287,13 @@ def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mappin
     own = {path: {**module._parameters, **module._buffers} for path, module in base_modules(model).items()}
     base = {f"{path}.{name}" for path, tensors in own.items() for name, value in tensors.items() if value is not None}
     held = {name.rpartition(".")[0] for each in header if (name := each.removeprefix(config.file_prefix)) in base}
-    inside = tuple(f"{path}." for path in base_paths(model) if any(module_matches(path, entry) for entry in given))
+    inside = tuple(f"{path}." for path in base_modules(model) if any(module_matches(path, entry) for entry in given))
 
     def is_more(name: str) -> bool:
         longer = any(name.endswith(entry) for entry in given) and not f"{name}.".startswith(inside)
         return longer and any(f"{each}.".startswith(f"{name}.") for each in held)
 
-    if more := [name for name in base_paths(model) if is_more(name)]:
+    if more := [name for name in base_modules(model) if is_more(name)]:
         config.modules_to_save = [*given, *more]
 
 
@@ -322,9 +322,9 @@ def check_header(
             inject(empty, completed, adapter, initialised=initialised)
         check_state(empty, found, str(path), adapter)
     except AdapterError as error:
-        place, hint, paths = error.file or str(path.parent / CONFIG_FILE), error.hint, base_paths(model)
+        place, hint, names = error.file or str(path.parent / CONFIG_FILE), error.hint, base_modules(model)
         experts = (_EXPERT.match(name.removeprefix(config.file_prefix)) for name in header)
-        if any(expert and expert[1] not in paths for expert in experts):
+        if any(expert and expert[1] not in names for expert in experts):
             hint = (
                 "the file has a LoRA for each expert, as transformers 4 had them, and this model has the weights of "
                 "all experts in one parameter; load it with PEFT 0.21.2, which converts it, and save it again"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import base_module, base_modules, base_paths, cast, model_ends
+from peftcli.core.layer import base_module, base_modules, cast, model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import find_modules, module_matches
 from peftcli.errors import AdapterError
@@ -81,7 +81,7 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
     given = config.modules_to_save or []
     if config.inference_mode:  # whose file would hold the tensors of more, and is refused then
         guesses = [guess for guess in _PEFT_GUESSES if has_head and guess in given]
-        names = [name for name in base_paths(model) if name]
+        names = [name for name in base_modules(model) if name]
         guessed = [name for name in names if any(name.endswith(guess) for guess in guesses)]
         there = [entry for entry in given if any(module_matches(name, entry) for name in names)]
         given = [*dict.fromkeys([*(entry for entry in there if entry not in guesses), *guessed])]

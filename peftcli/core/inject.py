@@ -25,9 +25,9 @@ from peftcli.core.layer import (
     base_module,
     base_modules,
     base_name,
-    base_paths,
     check_not_offloaded,
     modules_sharing,
+    outer_modules,
     plain_dtype,
 )
 from peftcli.core.linear import linear_view
@@ -260,7 +260,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 def train_other_biases(model: nn.Module, config: Any, layers: Collection[str]) -> None:
     """Train every bias of the model outside of the modules ``layers`` that the adapter adapts (``bias: all``)."""
     inside = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
-    places = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
+    places = outer_modules(model)
     added = {base._parameters.get("bias") for base in map(base_module, places.values()) if not base._modules}
     new, trained = dict[nn.Module, nn.Module](), dict[torch.Tensor, nn.Parameter]()
     for name, module in places.items():
@@ -295,8 +295,8 @@ def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str
     total_before = num_weights(model)
     if is_first:
         model.requires_grad_(False)
-    paths = base_paths(model)
-    new = {model.get_submodule(paths[name]): layer for name, layer in [*layers.items(), *saved.items()]}
+    places = outer_modules(model)
+    new = {places[name]: layer for name, layer in [*layers.items(), *saved.items()]}
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
     _complete(model, config, layers)
     if isinstance(method, Attaches):
@@ -321,19 +321,19 @@ def _wrapped(
         raise AdapterError("names no module to adapt", key="target_modules")
     if not names:
         raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
-    paths = base_paths(model)
+    places = outer_modules(model)
     for name in saved:
         if not num_weights(modules[name]):
             raise AdapterError(f"{name} has nothing to train; leave it out", key="modules_to_save")
-        if any(is_quantised(module) for module in model.get_submodule(paths[name]).modules()):
+        if any(is_quantised(module) for module in places[name].modules()):
             raise AdapterError(
                 f"{name} is quantised, and cannot be trained in full",
                 key="modules_to_save",
                 hint=f"leave it out, or load the base model with llm_int8_skip_modules={[name]} in its "
                 "BitsAndBytesConfig, or with modules_to_not_convert in another quantization config",
             )
-    layers = {name: wrap(model.get_submodule(paths[name]), name, config) for name in names}
-    copies = {name: TrainedCopy(model.get_submodule(paths[name]), config.file_prefix) for name in saved}
+    layers = {name: wrap(places[name], name, config) for name in names}
+    copies = {name: TrainedCopy(places[name], config.file_prefix) for name in saved}
     for name, layer in [*layers.items(), *copies.items()]:
         if any(value.is_meta for value in layer.own_tensors().values()):
             check_not_offloaded(layer, name)
@@ -347,7 +347,7 @@ def _clear_names(model: nn.Module, entries: list[str] | None, saved: list[str]) 
     """
     clear: list[str] = []
     for entry in entries or ():
-        unclear = any(name.endswith(entry) and name not in saved for name in base_paths(model))
+        unclear = any(name.endswith(entry) and name not in saved for name in base_modules(model))
         clear += [name for name in saved if module_matches(name, entry)] if unclear else [entry]
     return list(dict.fromkeys(clear)) if entries else entries
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, EmptyLayer, base_module, base_paths, layers_at
+from peftcli.core.layer import AdapterLayer, EmptyLayer, base_module, layers_at, outer_modules
 from peftcli.errors import AdapterError
 
 
@@ -91,8 +91,7 @@ class Joined:
             AdapterError: it is not the base model with an adapter.
         """
         layers, own = dict[nn.Module, _Layer](), dict(self.base.named_modules())
-        for name, path in base_paths(model).items():
-            module = model.get_submodule(path)
+        for name, module in outer_modules(model).items():
             below, base = base_module(module), own.get(name)
             if base is None or any(
                 base._parameters.get(leaf) is not value for leaf, value in below._parameters.items()

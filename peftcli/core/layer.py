@@ -458,37 +458,34 @@ def _path_past(model: nn.Module, path: str, absent: Callable[[AdapterLayer], boo
     return without_wrappers(".".join(kept))
 
 
-def base_paths(model: nn.Module) -> dict[str, str]:
-    """Map the names of the base model's modules to their paths now, or to those of the adapter layers over them."""
-    found: dict[str, str] = {}
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what stands at each name of the base model: the module, or the outermost adapter layer over it."""
+    found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
 
-    def walk(module: nn.Module, name: str, path: str) -> None:
+    def walk(module: nn.Module, name: str) -> None:
         if module in seen:  # a module with several names counts under its first, as in named_modules
             return
         seen.add(module)
-        found[name] = path
-        while isinstance(module, AdapterLayer):
-            module, path = module.base_layer, f"{path}.base_layer"
-        for child, inner in module.named_children():
-            walk(inner, without_wrappers(f"{name}.{child}".lstrip(".")), f"{path}.{child}".lstrip("."))
+        found[name] = module
+        for child, inner in base_module(module).named_children():
+            walk(inner, without_wrappers(f"{name}.{child}".lstrip(".")))
 
-    walk(model, "", "")
+    walk(model, "")
     return found
 
 
 def base_modules(model: nn.Module) -> dict[str, Any]:
     """Return the base model's modules by name, as if it had no adapter."""
-    return {name: base_module(model.get_submodule(path)) for name, path in base_paths(model).items()}
+    return {name: base_module(module) for name, module in outer_modules(model).items()}
 
 
 def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
     """Return the other modules that share ``module``'s weight: name in the base model -> module."""
-    found = {name: model.get_submodule(path) for name, path in base_paths(model).items()}
     weight = module.weight
     return {
         name: other
-        for name, other in found.items()
+        for name, other in outer_modules(model).items()
         if base_module(other) is not module and getattr(base_module(other), "weight", None) is weight
     }
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
-from peftcli.core.layer import AdapterLayer, base_module, base_modules, base_paths, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_ends
 from peftcli.core.linear import linear_view, needs_no_trial
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
@@ -258,7 +258,7 @@ def find_modules(model: nn.Module, entries: Iterable[str], key: str) -> list[str
 
 def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
     """Return the shortest name endings that match these modules and no others, sorted."""
-    others = {ending for name in base_paths(model).keys() - set(names) if name for ending in _endings(name)}
+    others = {ending for name in base_modules(model).keys() - set(names) if name for ending in _endings(name)}
     own = (_endings(name) - others for name in names)
     return sorted({min(endings, key=len) for endings in own if endings})
 

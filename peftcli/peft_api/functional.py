@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.config import TARGETING, AdapterConfig
 from peftcli.core.inject import set_active, set_trainable, unload
-from peftcli.core.layer import adapter_layers, base_paths
+from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, module_matches, targets
 from peftcli.errors import AdapterError
@@ -130,7 +130,7 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     """
     if getattr(config, "target_parameters", None):
         raise AdapterError("cannot be found from a state_dict; leave one of them out", key="target_parameters")
-    modules = {name.removeprefix("_orig_mod."): name for name in base_paths(model)}
+    modules = {name.removeprefix("_orig_mod."): name for name in base_modules(model)}
     saved = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
     plain = [name.removeprefix(config.file_prefix).removeprefix("_orig_mod.") for name in names]
     owners = {_owner(name, modules) for name in plain if not name.endswith(".bias") and ".token_adapter." not in name}

@@ -19,7 +19,7 @@ from torch import nn
 
 from peftcli.core.files import read_tensor_file, write_tensor_file
 from peftcli.core.inject import inject, unload
-from peftcli.core.layer import base_module, base_paths
+from peftcli.core.layer import base_modules, outer_modules
 from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
 from peftcli.errors import AdapterError
@@ -218,9 +218,8 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[dict[str, LoraLay
 
 def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Module]:
     _check_start(config, init)
-    paths = base_paths(model)
-    modules = {name: model.get_submodule(paths[name]) for name in targets(model, config)}
-    return {name: module for name, module in modules.items() if linear_view(module) is not None}
+    modules = outer_modules(model)
+    return {name: modules[name] for name in targets(model, config) if linear_view(modules[name]) is not None}
 
 
 def _views(modules: Mapping[str, nn.Module]) -> dict[str, Linear]:
@@ -244,9 +243,9 @@ def _kept(
 
 def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
     """Leave what was found at the base model's layers, where the adapter's layers take it."""
-    paths = base_paths(model)
+    modules = base_modules(model)
     for name, value in statistics.items():
-        base_module(model.get_submodule(paths[name])).__dict__[STATISTIC] = value
+        modules[name].__dict__[STATISTIC] = value
 
 
 def base_of(model: Any) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import on_unload
-from peftcli.core.layer import AdapterLayer, base_module, base_paths
+from peftcli.core.layer import AdapterLayer, base_module, base_modules
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import find_targets
@@ -196,9 +196,9 @@ def describe(config: FrodConfig, tensors: Mapping[str, torch.Tensor]) -> dict[st
 
 def targets(model: nn.Module, config: FrodConfig) -> list[str]:
     """Return the names of the target modules, of which each kind has one number of inputs, or cannot share ``V``."""
-    names, paths, inputs = find_targets(model, config), base_paths(model), dict[str, int]()
+    names, modules, inputs = find_targets(model, config), base_modules(model), dict[str, int]()
     for name in names:
-        view = linear_view(model.get_submodule(paths[name]))
+        view = linear_view(modules[name])
         if view is not None and inputs.setdefault(kind_of(name), view.in_features) != view.in_features:
             found = sorted({inputs[kind_of(name)], view.in_features})
             raise AdapterError(f"modules like {name} have {found[0]} inputs and {found[1]}", key="target_modules")

@@ -18,8 +18,8 @@ from peftcli.core.layer import (
     adapter_layers,
     base_module,
     base_name,
-    base_paths,
     layers_at,
+    outer_modules,
 )
 from peftcli.core.targets import check_forward, find_modules
 from peftcli.errors import AdapterError, PeftWarning
@@ -105,7 +105,7 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
     Warns if no layer shares it, or if none that does is adapted.
     """
     group = tied_group(model)
-    at: dict[str, Any] = {name: model.get_submodule(base_paths(model)[name]) for name in group}
+    at: dict[str, Any] = outer_modules(model)
     saved = [name for name in find_modules(model, config.modules_to_save or (), "modules_to_save") if name in group]
     new: dict[nn.Module, AdapterLayer] = {}
     if saved:
@@ -149,7 +149,7 @@ def _train_rows(model: nn.Module, config: LoraConfig) -> None:
     for name, tokens in wanted.items():
         if together and name in tied[1:]:
             continue
-        module = model.get_submodule(base_paths(model)[name])
+        module = outer_modules(model)[name]
         rows = wrap_rows(module, tokens)
         replace_modules(model, {module: rows.train(module.training)})
         shared = share_rows(model, rows) if together and name in tied else {}

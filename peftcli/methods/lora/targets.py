@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcli.core.layer import base_module, base_modules, base_paths, model_ends, modules_sharing, name_in
+from peftcli.core.layer import base_module, base_modules, model_ends, modules_sharing, name_in
 from peftcli.core.targets import (
     check_pattern_keys,
     find_modules,
@@ -36,7 +36,7 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     _check_tokens(model, config, modules)
     if owners and config.target_modules in (None, "all-linear"):
         config.target_modules = shortest_names(model, modules)
-    return [name for name in base_paths(model) if name in owners or name in modules]
+    return [name for name in base_modules(model) if name in owners or name in modules]
 
 
 def find_parameters(model: nn.Module, entries: Iterable[str]) -> dict[str, list[str]]:
@@ -124,9 +124,9 @@ def _target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
 def _check_tokens(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:
     modules, group = token_modules(model, config), tied_group(model)
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
-    paths = base_paths(model)
+    layers = base_modules(model)
     for name, tokens in modules.items():
-        check_tokens(model.get_submodule(paths[name]), name, tokens, _TOKENS)
+        check_tokens(layers[name], name, tokens, _TOKENS)
         for key, names in (("modules_to_save", saved), ("target_modules", targets)):
             if name in names:
                 raise AdapterError(f"{name} is among {key} too; name it in one of them", key=_TOKENS)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_paths
+from peftcli.core.layer import AdapterLayer, base_modules
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import check_pattern_keys, find_targets, pattern_value
 from peftcli.errors import AdapterError
@@ -64,8 +64,8 @@ def targets(model: nn.Module, config: WaveFTConfig) -> list[str]:
     names = find_targets(model, config)
     check_pattern_keys(dict(config.n_frequency_pattern), names, "n_frequency_pattern", config)
     if config.proportional_parameters:
-        paths = base_paths(model)
-        views = [linear_view(model.get_submodule(paths[name])) for name in names]
+        modules = base_modules(model)
+        views = [linear_view(modules[name]) for name in names]
         total = sum(view.in_features * view.out_features for view in views if view)
         if config.n_frequency * len(names) > total:
             raise AdapterError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcli.core.files import read_config, read_tensors
 from peftcli.core.inject import on_unload
-from peftcli.core.layer import AdapterLayer, base_module, base_paths, model_ends
+from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_ends
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
@@ -99,11 +99,12 @@ def targets(model: Any, config: XLoraConfig) -> list[str]:
     config.hidden_size = width
     config.experts = [_read(name, place, config) for name, place in (config.adapters or {}).items()]
     adapted = {path for expert in config.experts for path in expert.updates}
-    names = [name for name in base_paths(model) if name in adapted]
+    modules = base_modules(model)
+    names = [name for name in modules if name in adapted]
     if missing := adapted.difference(names):
         raise AdapterError(f"an adapter adapts {min(missing)}, which the base model does not have", key="adapters")
     for path, weight in [item for expert in config.experts for item in expert.base.items()]:
-        own = base_module(model.get_submodule(base_paths(model)[path])).weight
+        own = modules[path].weight
         if own.shape != weight.shape or not (own.is_meta or torch.equal(own, weight.to(own))):
             raise AdapterError(f"an adapter holds other weights of {path} than the base model", key="adapters")
     return names
