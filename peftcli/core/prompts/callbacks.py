@@ -10,9 +10,6 @@ import torch
 
 from peftcli.core.prompts.inputs import without
 
-Seen = Callable[[torch.Tensor], torch.Tensor]
-"""Takes the placeholders out of ids (B, n + T)."""
-
 
 def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int) -> dict[str, Any]:
     """Return arguments of ``generate`` whose callbacks see no placeholders.
@@ -26,10 +23,16 @@ def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int
     def see(ids: torch.Tensor) -> torch.Tensor:  # a streamer gets them on the CPU
         return without(ids, start.to(ids.device), count)
 
+    def processor(given: Any) -> Any:
+        return lambda ids, scores: given(see(ids), scores)
+
+    def criterion(given: Any) -> Any:
+        return lambda ids, scores, **more: given(see(ids), scores, **more)
+
     changed: dict[str, Any] = {}
-    for key, kind in (("logits_processor", _Processor), ("stopping_criteria", _Criterion)):
+    for key, seeing in (("logits_processor", processor), ("stopping_criteria", criterion)):
         if given := inputs.get(key):
-            changed[key] = type(given)([each if _is_transformers(each) else kind(each, see) for each in given])
+            changed[key] = type(given)([each if _is_transformers(each) else seeing(each) for each in given])
     if allowed := inputs.get("prefix_allowed_tokens_fn"):
         changed["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, without(ids[None], start[row : row + 1], count)[0]
@@ -40,30 +43,8 @@ def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int
 
 
 def _is_transformers(given: Any) -> bool:
-    """Whether transformers wrote the class. ``generate`` tests the types of these, so they are not wrapped."""
+    """Whether transformers wrote the class. ``generate`` tests the types of these, so they are not replaced."""
     return type(given).__module__.startswith("transformers.")
-
-
-@dataclass
-class _Processor:
-    """Of logits. transformers looks at the names of its parameters."""
-
-    given: Any
-    see: Seen
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
-        return self.given(self.see(input_ids), scores)
-
-
-@dataclass
-class _Criterion:
-    """Says whether a text ends."""
-
-    given: Any
-    see: Seen
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> Any:
-        return self.given(self.see(input_ids), scores, **more)
 
 
 @dataclass
@@ -71,7 +52,7 @@ class _Streamer:
     """Is given the prompt, (B, T), and then each new token."""
 
     given: Any
-    see: Seen
+    see: Callable[[torch.Tensor], torch.Tensor]
 
     def put(self, value: torch.Tensor) -> None:
         self.given.put(self.see(value) if value.ndim > 1 else value)

@@ -80,11 +80,7 @@ class EmbeddedPromptConfig(SoftPromptConfig):
 class PrefixConfig(SoftPromptConfig):
     """A config of a method whose virtual tokens are keys and values in every attention layer."""
 
-    always_written: ClassVar[tuple[str, ...]] = (
-        *SoftPromptConfig.always_written,
-        "num_layers",
-        "num_attention_heads",
-    )
+    always_written: ClassVar[tuple[str, ...]] = (*SoftPromptConfig.always_written, "num_layers", "num_attention_heads")
 
 
 def max_positions(config: Any, virtual_tokens: int = 0) -> int | None:

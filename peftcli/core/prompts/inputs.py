@@ -43,17 +43,12 @@ class Insertion:
         """``value`` (B, T) or (B, T, D) with room for the virtual tokens: (B, n + T) or (B, n + T, D)."""
         slot = torch.arange(self.count + self.length, device=value.device)
         source = torch.where(slot >= self.start + self.count, slot - self.count, slot).clamp(max=self.length - 1)
-        value, virtual = value.expand(len(self.start), *value.shape[1:]), self.virtual
-        if value.ndim == 3:
-            source, virtual = source[..., None].expand(-1, -1, value.shape[2]), virtual[..., None]
-        return torch.where(virtual, filler, value.gather(1, source))
+        virtual = self.virtual if value.ndim == 2 else self.virtual[..., None]
+        return torch.where(virtual, filler, _tokens_at(value, source))
 
     def first(self, value: torch.Tensor) -> torch.Tensor:
         """Return the first token's part of each row of ``value``, (B, T) or (B, T, D): (B, 1) or (B, 1, D)."""
-        index = self.start.clamp(max=self.length - 1)
-        if value.ndim == 3:
-            index = index[..., None].expand(-1, -1, value.shape[2])
-        return value.expand(len(self.start), *value.shape[1:]).gather(1, index)
+        return _tokens_at(value, self.start.clamp(max=self.length - 1))
 
     def moved(self, index: torch.Tensor) -> torch.Tensor:
         """Indices of tokens, (B,) or (B, 1), where the tokens stand now."""
@@ -64,6 +59,8 @@ class Insertion:
 class SoftPrompt(AdapterLayer):
     """The base of the layers of all soft prompts. One soft prompt of a model can be active at a time."""
 
+    count: int
+    """Number of virtual tokens."""
     placeholders: torch.Tensor | None = None
     """While ``generate`` runs: where the virtual tokens start in each row (B, 1)."""
     task_ids: torch.Tensor | None = None
@@ -77,11 +74,6 @@ class SoftPrompt(AdapterLayer):
     """How many tokens, virtual ones included, the model has positions for; None: unknown."""
     counts = False
     """Whether positions are counted from the mask, padding aside, where the caller gives none."""
-
-    @property
-    def count(self) -> int:
-        """Number of virtual tokens."""
-        raise NotImplementedError
 
     def insertion(self, inputs: dict[str, Any]) -> Insertion:
         """Return where the virtual tokens go in the inputs of a forward call.
@@ -194,10 +186,12 @@ def without(values: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tens
     """
     first = start.repeat_interleave(values.shape[0] // start.shape[0], dim=0)
     slot = torch.arange(values.shape[1] - count, device=values.device)
-    source = torch.where(slot >= first, slot + count, slot)
-    if values.ndim == 3:
-        source = source[..., None].expand(-1, -1, values.shape[2])
-    return values.gather(1, source)
+    return _tokens_at(values, torch.where(slot >= first, slot + count, slot))
+
+
+def _tokens_at(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the parts of ``value``, (B, T) or (B, T, D), of the tokens at ``index`` (B, n)."""
+    return torch.take_along_dim(value, index if value.ndim == 2 else index[..., None], dim=1)
 
 
 def starts(mask: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +106,6 @@ class PrefixAttention(SoftPrompt):
         self._cache = next(name for name in CACHE if name in arguments)
         self._mask = next(name for name in MASK if name in arguments)
         self._true_hides: bool | None = None  # whether a mask of truth values hides what is true, as MPT's does
-
-    @property
-    def count(self) -> int:
-        return self.prefix.count
 
     def file_name(self, path: str, tensor: str) -> str:
         return tensor.removeprefix("prefix.")
@@ -275,23 +272,23 @@ def wrap(module: nn.Module, name: str, config: PrefixConfig) -> PrefixAttention:
     return PrefixAttention(module, pair, config.num_attention_heads)
 
 
-def insert_prefix(model: Any, layers: list[PrefixAttention], prefix: Prefix) -> None:
-    """Let all ``layers`` share ``prefix``, and every sequence that the model's decoder starts, start with it."""
-    decoder = model.get_decoder()
+def insert_prefix(model: Any, layers: Mapping[str, Any], prefix: Prefix) -> None:
+    """Let all ``layers``, which are PrefixAttention, share ``prefix``, and start the decoder's sequences with it."""
+    decoder, first = model.get_decoder(), base_module(next(iter(layers.values())))
     slides = "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ())
     if slides and not model.config.is_encoder_decoder:
         decoder = model.base_model  # a model of several towers may give its decoder a mask of each kind of attention
-    like = next(itertools.chain(base_module(layers[0]).parameters(), base_module(layers[0]).buffers()))
+    like = next(itertools.chain(first.parameters(), first.buffers()))
     prefix.to(like.device, adapter_dtype(like))
     # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding
-    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(base_module(layers[0]), "is_causal", False)
-    for layer in layers:
-        layer.prefix = prefix.train(layer.training)
+    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(first, "is_causal", False)
+    for layer in layers.values():
+        layer.prefix, layer.count = prefix.train(layer.training), prefix.count
         settle(layer, model, counts=counts)
     embedding = decoder.get_input_embeddings()
     names = {module: name for name, module in base_modules(decoder).items()}
-    hook_once(decoder, _Insert(names[base_module(layers[0])], names.get(base_module(embedding))))
-    hook_once(decoder, _Cut(names[base_module(layers[0])]), after=True)
+    hook_once(decoder, _Insert(names[first], names.get(base_module(embedding))))
+    hook_once(decoder, _Cut(names[first]), after=True)
     if isinstance(getattr(decoder, "pooler", None), nn.Module):
         hook_once(decoder.encoder, _CutForPooler(prefix), after=True)
 

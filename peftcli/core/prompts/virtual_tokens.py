@@ -52,11 +52,7 @@ class VirtualTokens(SoftPrompt):
 
     def __init__(self, base_layer: nn.Module, count: int, tasks: int = 1):
         super().__init__(base_layer)
-        self._count, self.tasks = count, tasks
-
-    @property
-    def count(self) -> int:
-        return self._count
+        self.count, self.tasks = count, tasks
 
     @property
     def first_id(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,12 +57,11 @@ def attach(model: nn.Module, config: CartridgeConfig, layers: Mapping[str, Adapt
     """Let the new layers share a cartridge, and the model's inputs make room for it."""
     assert config.num_layers is not None
     assert config.token_dim is not None
-    own = [cast("PrefixAttention", layer) for layer in layers.values()]
     kind = LoadedCartridge if config.inference_mode else Cartridge
     insert_prefix(
-        model, own, kind(config.num_virtual_tokens, config.num_layers, config.token_dim, config.num_frozen_tokens)
+        model, layers, kind(config.num_virtual_tokens, config.num_layers, config.token_dim, config.num_frozen_tokens)
     )
-    for layer in own if kind is Cartridge else ():
+    for layer in layers.values() if kind is Cartridge else ():
         layer.fixed = (_FROZEN,)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.prompts.prefix import Prefix, PrefixAttention, TrainedPrefix, insert_prefix
+from peftcli.core.prompts.prefix import Prefix, TrainedPrefix, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
 from peftcli.core.prompts.prefix import wrap as wrap
 from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
@@ -37,8 +37,7 @@ def attach(model: nn.Module, config: PrefixTuningConfig, layers: Mapping[str, Ad
     """Let the new layers share a prefix, and the model's inputs make room for it."""
     assert config.num_layers is not None
     assert config.token_dim is not None
-    own = [cast("PrefixAttention", layer) for layer in layers.values()]
-    insert_prefix(model, own, prefix(config, config.num_layers, config.token_dim))
+    insert_prefix(model, layers, prefix(config, config.num_layers, config.token_dim))
 
 
 @torch.no_grad()
