@@ -83,8 +83,8 @@ def inject(
     try:
         with unchanged_on_error(config):
             total_before = _insert(model, config, initialised)
-            new = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
-            _check_called(model, config, new)
+            added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
+            _check_called(model, config, added)
     except AdapterError:
         _remove(model, lambda layer: layer not in before)
         _take_back(model, changes_before)
@@ -93,7 +93,6 @@ def inject(
         raise
     _call_layers(model)
     _freeze_statistics(model)
-    added = {path: layer for path, layer in adapter_layers(model).items() if layer not in before}
     for layer in added.values():
         layer.adapter, layer.active_adapters = adapter, [adapter]
     trained = {parameter for layer in added.values() for parameter in layer.own_tensors().values()}
@@ -317,10 +316,9 @@ def _wrapped(
         saved = [name for name in saved if num_weights(modules[name])]
     config.modules_to_save = _clear_names(model, config.modules_to_save, saved)
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
-    if not names and not saved:
-        raise AdapterError("names no module to adapt", key="target_modules")
     if not names:
-        raise AdapterError("modules_to_save leaves no module to adapt", key="target_modules")
+        problem = "modules_to_save leaves no module to adapt" if saved else "names no module to adapt"
+        raise AdapterError(problem, key="target_modules")
     places = outer_modules(model)
     for name in saved:
         if not num_weights(modules[name]):

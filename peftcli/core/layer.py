@@ -229,10 +229,7 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         self.file_prefix = file_prefix
         self.copy = copy.deepcopy(base)
         self.optional = tuple(self._shared())
-        for value in (
-            *self.copy.parameters(),
-            *self.copy.buffers(),
-        ):  # a batch norm wants its statistics in float32, too
+        for value in (*self.copy.parameters(), *self.copy.buffers()):  # a batch norm wants statistics in float32, too
             if value.is_floating_point():
                 value.data = value.data.to(adapter_dtype(value))
         self.copy.requires_grad_(True)

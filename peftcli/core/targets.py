@@ -19,48 +19,29 @@ from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
 
-_READ_PAST_CALLS = {
-    "bailing_hybrid": ["conv1d"],
-    "bamba": ["conv1d", "out_proj"],
-    "conditional_detr": ["bbox_attention.k_proj"],
-    "data2vec-audio": ["kernel"],
-    "detr": ["bbox_attention.k_proj"],
-    "falcon_h1": ["conv1d", "out_proj"],
-    "falcon_mamba": ["conv1d", "dt_proj", "out_proj"],
-    "gemma3n_text": ["correction_coefs"],
-    "glm5_next_text": ["conv1d"],
-    "granitemoehybrid": ["conv1d", "out_proj"],
-    "inkling2_loop_text": ["conv1d"],
-    "inkling2_text": ["conv1d"],
-    "inkling_text": ["conv1d"],
-    "jamba": ["conv1d", "dt_proj"],
-    "kimi_linear": ["conv1d"],
-    "lara_mini": ["conv1d"],
-    "layoutlmv2": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
-    "layoutlmv3": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
-    "lfm2": ["conv"],
-    "lfm2_moe": ["conv"],
-    "lfm3": ["conv"],
-    "longcat_flash": ["classifier"],
-    "mamba": ["conv1d", "dt_proj", "out_proj"],
-    "mamba2": ["conv1d", "out_proj"],
-    "mobilebert": ["predictions.decoder", "predictions.dense"],
-    "nemotron_h": ["conv1d", "out_proj"],
-    "neomme": ["unembedding_projection"],
-    "olmo_hybrid": ["conv1d"],
-    "qwen3_5_moe_text": ["conv1d"],
-    "qwen3_5_text": ["conv1d"],
-    "qwen3_next": ["conv1d"],
-    "qwen4_exp_text": ["conv1d"],
-    "recurrent_gemma": ["conv_1d"],
-    "unispeech-sat": ["kernel"],
-    "wav2vec2": ["kernel"],
-    "wav2vec2-bert": ["kernel"],
-    "wav2vec2-conformer": ["kernel"],
-    "wavlm": ["k_proj", "kernel", "out_proj", "q_proj", "v_proj"],
-    "zamba": ["conv1d"],
-    "zamba2": ["conv1d", "out_proj"],
-}
+_READ_PAST_CALLS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((
+        "bailing_hybrid", "glm5_next_text", "inkling2_loop_text", "inkling2_text", "inkling_text", "kimi_linear",
+        "lara_mini", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "zamba",
+    ), ("conv1d",)),
+    **dict.fromkeys((
+        "bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2",
+    ), ("conv1d", "out_proj")),
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("conv1d", "dt_proj", "out_proj")),
+    "jamba": ("conv1d", "dt_proj"),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("conv",)),
+    "recurrent_gemma": ("conv_1d",),
+    **dict.fromkeys((
+        "data2vec-audio", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer",
+    ), ("kernel",)),
+    "wavlm": ("k_proj", "kernel", "out_proj", "q_proj", "v_proj"),
+    **dict.fromkeys(("conditional_detr", "detr"), ("bbox_attention.k_proj",)),
+    **dict.fromkeys(("layoutlmv2", "layoutlmv3"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
+    "gemma3n_text": ("correction_coefs",),
+    "longcat_flash": ("classifier",),
+    "mobilebert": ("predictions.decoder", "predictions.dense"),
+    "neomme": ("unembedding_projection",),
+}  # fmt: skip
 """model_type -> modules whose weights the model reads without calling them, in its kernels, in steps of generation or
 always: what an adapter adds to the output of such a module would be lost."""
 
@@ -71,7 +52,8 @@ _ROUNDED = 0.01
 """How far a layer that rounds its weight, its input and its output to bfloat16 may be off, as a share."""
 _SHOWN = 6
 """How many names a message gives."""
-_SPELLINGS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+_OTHER_NAME = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+_OTHER_NAME |= {name: other for other, name in _OTHER_NAME.items()}
 """Two names of one layer: transformers 5.24 renamed those of ViT, SegFormer and others, and kept BERT's."""
 
 
@@ -184,7 +166,7 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
         wanted = list(getattr(model, "usual_targets", ())) or wanted
         if isinstance(wanted, list):  # parts of a family's models differ, and modules were renamed
             there = {ending for name in modules for ending in _endings(name)}
-            spelled = [[entry, *_other_spellings(entry)] for entry in wanted]
+            spelled = [(entry, _OTHER_NAME.get(entry, entry)) for entry in wanted]
             wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
     if wanted == "all-linear":
         body = _body(model, modules, config)
@@ -433,15 +415,11 @@ def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterab
     return int(parts[numbers[0]]) if numbers else None
 
 
-def _other_spellings(entry: str) -> list[str]:
-    return [other for names in _SPELLINGS if entry in names for other in names if other != entry]
-
-
 def _closest(entry: str, names: Iterable[str]) -> str:
     """Return the end of a message: the names that are like the entry, or else those that there are."""
     dots = entry.count(".")
     found = {".".join(name.split(".")[-1 - dots :]) for name in names}  # of as many parts as the entry
     endings = sorted({ending for ending in found if not ending.isdecimal()} or found)
-    near = [name for name in _other_spellings(entry) if name in endings]
-    near = near or difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)
+    other = _OTHER_NAME.get(entry, "")
+    near = [other] if other in endings else difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(endings[:12])}"

@@ -91,10 +91,9 @@ def holds_its_file(model: nn.Module, adapter: str | None = None) -> bool:
 def file_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, torch.Tensor]]:
     """Return the file's tensors: name -> layer, the tensor's name in it, tensor. A shared tensor has one entry."""
     return {
-        name: (layer, tensor, value)
+        layer.file_name(path, tensor): (layer, tensor, value)
         for path, layer in _paths_in_file(model, adapter).items()
         for tensor, value in layer.file_tensors().items()
-        for name in [layer.file_name(path, tensor)]
     }
 
 

@@ -88,11 +88,8 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether the path is a folder, False for paths that the system refuses."""
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
+    """Return whether the path is a folder; False, unlike ``Path.is_dir``, for paths that the system refuses."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def irregular_kind(path: Path) -> str | None:

@@ -45,13 +45,7 @@ _BY_ITEM = frozenset((
     "sort", "sum", "unique",
 ))  # fmt: skip
 """Filters that do something with each item."""
-_CONTAINERS: tuple[type, ...] = (
-    list,
-    tuple,
-    dict,
-    set,
-    *(type(getattr({}, view)()) for view in ("keys", "values", "items")),
-)
+_CONTAINERS: tuple[type, ...] = (list, tuple, dict, set, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooMuch(Exception):
