@@ -68,8 +68,10 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
         if isinstance(method, Reshapes):
             method.after_merge(model, config)
     untied = tied and not _tied(model)
-    if untied:
-        _separate(model)
+    if untied:  # of modules that share the weight of one end, a checkpoint would hold one alone
+        for end in model_ends(model):
+            for module in modules_sharing(model, end).values():
+                module.weight = nn.Parameter(end.weight.detach().clone(), end.weight.requires_grad)
     return untied
 
 
@@ -162,13 +164,6 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
     layers = adapter_layers(model)
     below = {inner for layer in layers.values() for inner in layers_at(layer)[1:]}
     return {path: layer for path, layer in layers.items() if layer not in below}
-
-
-def _separate(model: nn.Module) -> None:
-    """Let no module share the weight of embedding or head: of those that do, a checkpoint would hold one alone."""
-    for end in model_ends(model):
-        for module in modules_sharing(model, end).values():
-            module.weight = nn.Parameter(end.weight.detach().clone(), end.weight.requires_grad)
 
 
 def _tied(model: nn.Module) -> bool:

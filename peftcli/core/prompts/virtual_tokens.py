@@ -189,9 +189,10 @@ def _with_placeholders(inputs: dict[str, Any], model: Any, layer: SoftPrompt) ->
     ids = inputs.get("input_ids")
     if ids is None:
         raise AdapterError("generation with virtual tokens needs input_ids")
-    if inputs.get("attention_mask") is None:
+    if inputs.get("attention_mask") is None:  # as transformers infers it: pad is padding unless it is EOS too
         pad, eos = (_setting(name, inputs, model) for name in ("pad_token_id", "eos_token_id"))
-        inputs["attention_mask"] = _mask_of(ids, pad, eos)
+        pads = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
+        inputs["attention_mask"] = (ids != pad).long() if pads else torch.ones_like(ids)
     insertion = layer.insertion(inputs)
     given = {key: inputs.get(key) for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids")}
     inputs |= inserted(given, insertion, _placeholder(ids, insertion, model.config))
@@ -348,10 +349,3 @@ def _restored(
     if task_ids is not None and len(task_ids) > 1:
         task_ids = task_ids.repeat_interleave(copies, dim=0)
     return {"input_ids": torch.where(insertion.virtual, layer.first_id + layer.numbers(insertion, task_ids), ids)}
-
-
-def _mask_of(ids: torch.Tensor, pad: int | None, eos: int | list[int] | None) -> torch.Tensor:
-    """The attention mask that transformers infers when none is given: pad is padding unless it is EOS too."""
-    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
-        return torch.ones_like(ids)
-    return (ids != pad).long()
