@@ -101,8 +101,8 @@ class AdapterConfig(PeftConfigMixin):
             elif section := section_class(hint):
                 value = read_section(section, value, entry.name) if isinstance(value, dict) else value
                 if value is not None and not isinstance(value, section):
-                    told = f"expected a mapping or {section.__name__}, found {short_repr(value)}"
-                    raise AdapterTypeError(told, key=entry.name)
+                    message = f"expected a mapping or {section.__name__}, found {short_repr(value)}"
+                    raise AdapterTypeError(message, key=entry.name)
             if value is None and not fits(None, hint):
                 value = default_of(entry)
             setattr(self, entry.name, value)
@@ -116,8 +116,8 @@ class AdapterConfig(PeftConfigMixin):
         """Return the settings that are wrong whatever the model, as ``(key, message)``."""
         found: list[tuple[str, str]] = []
         if self.task_type not in (None, *TaskType):
-            told = f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: "
-            found.append(("task_type", f"{told}{', '.join(TaskType)}."))
+            message = f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: "
+            found.append(("task_type", f"{message}{', '.join(TaskType)}."))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
@@ -189,13 +189,13 @@ class AdapterConfig(PeftConfigMixin):
         known = {entry.name for entry in fields(cls) if entry.metadata.get("file", True)}
         unknown = sorted(key for key in values.keys() - known if values[key] not in OFF)
         names = [short_name(key) for key in unknown]
-        told = [f"{name}={short_repr(values[key])}" for name, key in zip(names, unknown, strict=True)]
+        found = [f"{name}={short_repr(values[key])}" for name, key in zip(names, unknown, strict=True)]
         if unknown and unknown_keys == "refuse" and not _is_newer(values.get("peft_version")):
-            raise AdapterError(f"{cls.peft_type} with {told[0]} is not supported", key=names[0], file=file)
+            raise AdapterError(f"{cls.peft_type} with {found[0]} is not supported", key=names[0], file=file)
         if unknown:
             ignored = f"Unexpected keyword arguments {names} for class {cls.__name__}, these are ignored. A newer PEFT "
             place = f"{file}: " if file else ""
-            warnings.warn(one_line(f"{place}{ignored}may have written them: {', '.join(told)}"), stacklevel=2)
+            warnings.warn(one_line(f"{place}{ignored}may have written them: {', '.join(found)}"), stacklevel=2)
         given = read_fields(cls, {key: value for key, value in values.items() if key in known}, file)
         try:
             return cls(**given)

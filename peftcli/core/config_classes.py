@@ -44,9 +44,9 @@ def config_class(values: dict[str, Any], file: str | None = None) -> Any:
         return CONFIGS[name]()
     if isinstance(name, str) and name in NOT_HERE:
         raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
-    said = "no method is named" if name is None else f"no method is called {short_repr(name)}"
+    problem = "no method is named" if name is None else f"no method is called {short_repr(name)}"
     kind = AdapterTypeError if name is None else AdapterError
-    raise kind(f"{said}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)
+    raise kind(f"{problem}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)
 
 
 def plain(value: Any) -> Any:

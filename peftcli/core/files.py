@@ -262,7 +262,7 @@ def _computed(config: AdapterConfig, path: Path) -> AdapterError:
 
 
 def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """The entries of ``target_modules`` that no module of the model matches."""
+    """Return the entries of ``target_modules`` that no module of the model matches."""
     entries, names = getattr(config, "target_modules", None), base_modules(model)
     listed = () if isinstance(entries, str) else entries or ()
     return [entry for entry in sorted(listed) if not any(module_matches(name, entry) for name in names)]
@@ -346,7 +346,7 @@ def _check_sizes(model: nn.Module, config: AdapterConfig, stored: int) -> None:
     """
     most = max([_SMALL, stored, *(_WIDER * max(value.shape, default=0) for value in model.parameters())])
     for key in config.sizes:
-        said = getattr(config, key, None)
-        for number in said.values() if isinstance(said, dict) else [said]:
+        size = getattr(config, key, None)
+        for number in size.values() if isinstance(size, dict) else [size]:
             if isinstance(number, (int, float)) and number > most:
                 raise AdapterError(f"{number:,} is far larger than anything in the base model or the file", key=key)

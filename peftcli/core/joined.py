@@ -116,7 +116,7 @@ class Joined:
             self._sizes = []
 
     def _forward(self, base: nn.Module, forward: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The output of ``base`` for the tokens of all models, each adapted by its own."""
+        """Return the output of ``base`` for the tokens of all models, each adapted by its own."""
         sizes = [size for _, size in self._sizes]
         if x.shape[:2] == (1, sum(sizes)):
             axis = 1
@@ -160,7 +160,7 @@ class _Layer:
 
 
 class _Computed(EmptyLayer):
-    """Stands for a base layer whose output for one input is known already."""
+    """A base layer whose output for one input is known already."""
 
     known: tuple[torch.Tensor, torch.Tensor] | None = None
 

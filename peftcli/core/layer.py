@@ -250,7 +250,7 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         return dict(self.copy.named_parameters())
 
     def _shared(self) -> dict[str, nn.Parameter]:
-        """Other names of parameters that stand in the copy more than once."""
+        """Return the parameters that the copy holds under several names, by all names but the first."""
         own = self.own_tensors()
         return {name: value for name, value in self.copy.named_parameters(remove_duplicate=False) if name not in own}
 
@@ -418,7 +418,7 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As ``named_modules``, whose generators stand in one another: slow where adapters do, layer in layer."""
+    """Yield what ``named_modules`` does, whose nested generators are slow where adapter layers are nested too."""
     left, seen = [("", model)], set[nn.Module]()
     while left:
         path, module = left.pop()
@@ -500,6 +500,6 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
 
 
 def name_in(model: nn.Module, module: nn.Module) -> str:
-    """Return the name of a module of ``model`` as if it had no adapter. It leads to whatever stands there later."""
+    """Return the name that a module of ``model`` has without adapters."""
     wanted = base_module(module)
     return next(name for name, found in base_modules(model).items() if found is wanted)

@@ -132,7 +132,7 @@ def fold(model: nn.Module) -> Folded:
 
 
 def _changes(model: nn.Module) -> Iterator[WeightChange]:
-    """What the enabled adapters change; a bias alone also where a module around its layer holds it, as BERT's head."""
+    """Yield what the enabled adapters change; a bias also in a module around its layer that holds it, as in BERT."""
     around = [module for module in model.modules() if module._modules and "bias" in module._parameters]
     for name, layer in outermost(model).items():
         changes = layer.folded_weights(name)

@@ -87,7 +87,7 @@ def _parse_header(file: BufferedReader) -> dict[str, TensorEntry]:
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("its __metadata__ is no text by name")
-    entries = {name: _entry(name, said, 8 + size) for name, said in header.items()}
+    entries = {name: _entry(name, value, 8 + size) for name, value in header.items()}
     found = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)))
     end = 8 + size
     for name, entry in found.items():
@@ -99,15 +99,15 @@ def _parse_header(file: BufferedReader) -> dict[str, TensorEntry]:
     return found
 
 
-def _entry(name: str, said: Any, data: int) -> TensorEntry:
+def _entry(name: str, value: Any, data: int) -> TensorEntry:
     """Check the header's entry of one tensor; its offsets count from byte ``data`` of the file."""
     if len(name) > _MAX_NAME:
         raise ValueError(f"{short_name(name)} is a name of more than {_MAX_NAME:,} characters")
-    if not isinstance(said, dict):
-        raise ValueError(f"its header says {short_repr(said)} of {short_name(name)}")
-    dtype: Any = said.get("dtype")
-    shape: Any = said.get("shape")
-    offsets: Any = said.get("data_offsets")
+    if not isinstance(value, dict):
+        raise ValueError(f"its header says {short_repr(value)} of {short_name(name)}")
+    dtype: Any = value.get("dtype")
+    shape: Any = value.get("shape")
+    offsets: Any = value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{short_name(name)} has the dtype {short_repr(dtype)}, which is not known")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:

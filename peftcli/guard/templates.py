@@ -232,7 +232,7 @@ def _text(value: Any) -> str:
 
 
 def _passes(items: Iterable[Any]) -> Iterator[Any]:
-    """Look at the clock at each item."""
+    """Yield the items, and look at the clock at each."""
     budget = _budget.get()
     for item in items:
         budget.look()

@@ -170,8 +170,8 @@ class PeftLayerMixin:
         for tensor, value in self.file_tensors().items():
             name, place = self.file_name("layer", tensor), held.get(id(value))
             if not name.startswith(start) or place is None:
-                told = f"load_adapter of transformers cannot read {tensor}"
-                raise AdapterError(told, hint="use PeftModel.from_pretrained")
+                message = f"load_adapter of transformers cannot read {tensor}"
+                raise AdapterError(message, hint="use PeftModel.from_pretrained")
             places[name.removeprefix(start)] = place
         return {name: place for name, place in places.items() if name != place}
 

@@ -1,1 +1,1 @@
-"""Soft prompts: virtual tokens, prefixes, and where they stand in the inputs."""
+"""Soft prompts: virtual tokens, prefixes, and their places in the inputs."""

@@ -1,4 +1,4 @@
-"""What callers of ``generate`` give to look at the ids, which see them without the placeholders of virtual tokens."""
+"""Callbacks of ``generate`` that see the ids without the placeholders of virtual tokens."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def without_placeholders(inputs: dict[str, Any], start: torch.Tensor, count: int
 
 
 def _is_transformers(given: Any) -> bool:
-    """Whether transformers wrote the class. ``generate`` tests the types of these, so they are not replaced."""
+    """Return whether transformers wrote the class. ``generate`` tests the types of these, so they are not replaced."""
     return type(given).__module__.startswith("transformers.")
 
 
 @dataclass
 class _Streamer:
-    """Is given the prompt, (B, T), and then each new token."""
+    """A streamer, which gets the prompt, (B, T), and then each new token."""
 
     given: Any
     see: Callable[[torch.Tensor], torch.Tensor]

@@ -17,7 +17,7 @@ IGNORED = -100
 """The label of a position that does not count."""
 _UNCOUNTED = 1 << 30
 STATES = {"state": "use_cache", "cache_params": "use_cache", "mems": "use_mems"}
-"""Arguments with a state that virtual tokens cannot go on from, and the settings that leave each of them out."""
+"""Arguments with a state that virtual tokens cannot continue, and the settings that leave each of them out."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Insertion:
 
     @property
     def number(self) -> torch.Tensor:
-        """Which virtual token stands in each slot (B, n + T); below 0 or from n on, none."""
+        """The number of the virtual token in each slot (B, n + T); below 0 or from n on, there is none."""
         return torch.arange(self.count + self.length, device=self.start.device) - self.start
 
     @property
@@ -40,7 +40,7 @@ class Insertion:
         return (self.number >= 0) & (self.number < self.count)
 
     def spread(self, value: torch.Tensor, filler: torch.Tensor | int) -> torch.Tensor:
-        """``value`` (B, T) or (B, T, D) with room for the virtual tokens: (B, n + T) or (B, n + T, D)."""
+        """Return ``value`` (B, T) or (B, T, D) with room for the virtual tokens: (B, n + T) or (B, n + T, D)."""
         slot = torch.arange(self.count + self.length, device=value.device)
         source = torch.where(slot >= self.start + self.count, slot - self.count, slot).clamp(max=self.length - 1)
         virtual = self.virtual if value.ndim == 2 else self.virtual[..., None]
@@ -51,7 +51,7 @@ class Insertion:
         return _tokens_at(value, self.start.clamp(max=self.length - 1))
 
     def moved(self, index: torch.Tensor) -> torch.Tensor:
-        """Indices of tokens, (B,) or (B, 1), where the tokens stand now."""
+        """Return indices of tokens, (B,) or (B, 1), as they are after the insertion."""
         start = self.start if index.ndim == 2 else self.start[:, 0]
         return torch.where(index >= start, index + self.count, index)
 
@@ -68,7 +68,7 @@ class SoftPrompt(AdapterLayer):
     chunks = True
     """Whether the first forward pass may be cut into chunks."""
     decodes = False
-    """Whether the virtual tokens of an encoder-decoder stand before what the decoder reads."""
+    """Whether the virtual tokens of an encoder-decoder are put before what the decoder reads."""
     by_row = False
     longest: int | None = None
     """How many tokens, virtual ones included, the model has positions for; None: unknown."""
@@ -104,7 +104,7 @@ class SoftPrompt(AdapterLayer):
         return tensor
 
     def rows_of(self, task_ids: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-        """The task of each row (B, 1), from what the caller gave; None: there are no tasks.
+        """Return the task of each row (B, 1), from what the caller gave; None: there are no tasks.
 
         Raises:
             AdapterError: they do not fit.
@@ -122,7 +122,7 @@ def inserted(
     *,
     token_labels: bool = True,
 ) -> dict[str, Any]:
-    """The inputs with room for the virtual tokens, which get ``ids`` (B, n + T) or ``vectors`` (B, n + T, D).
+    """Return the inputs with room for the virtual tokens, which get ``ids`` (B, n + T) or ``vectors`` (B, n + T, D).
 
     Args:
         inputs: of a forward call, by name.
@@ -159,7 +159,7 @@ def inserted(
 
 
 def continued(model: nn.Module, inputs: dict[str, Any], past: int, count: int) -> dict[str, Any]:
-    """The inputs of a later step, whose mask and positions may not count the virtual tokens that the cache holds."""
+    """Return what changes in the inputs of a later step, so that they count the virtual tokens in the cache."""
     mask, new = inputs.get("attention_mask"), tokens_of(inputs).shape[1]
     out: dict[str, Any] = {}
     if (place := inputs.get("cache_position")) is not None:  # of transformers before 5.24 or so
@@ -175,12 +175,12 @@ def continued(model: nn.Module, inputs: dict[str, Any], past: int, count: int) -
 
 
 def extended(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """The mask (B, T) with the virtual tokens: (B, n + T)."""
+    """Return the mask (B, T) with the virtual tokens: (B, n + T)."""
     return Insertion(starts(mask), mask.shape[1], count).spread(mask, 1)
 
 
 def without(values: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tensor:
-    """Values (B, n + T) or (B, n + T, D) without those of the virtual tokens: (B, T) or (B, T, D).
+    """Return values (B, n + T) or (B, n + T, D) without those of the virtual tokens: (B, T) or (B, T, D).
 
     Of several rows that come from one example, beams or samples, all start where it does.
     """
@@ -200,12 +200,12 @@ def starts(mask: torch.Tensor) -> torch.Tensor:
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its row, padding aside: (B, T)."""
+    """Return the position of each token in its row, padding not counted: (B, T)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def bound(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
+    """Return all arguments of a call by name."""
     signature = inspect.signature(function)
     arguments = signature.bind_partial(*args, **kwargs).arguments
     for name, parameter in signature.parameters.items():
@@ -225,10 +225,10 @@ def tokens_of(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def cached_length(inputs: dict[str, Any]) -> int:
-    """How many tokens the cache holds that the inputs bring along; of a cache that does not count them, very many.
+    """Return how many tokens the cache in the inputs holds; a very large number if the cache does not count them.
 
     Raises:
-        AdapterError: the model remembers in another way.
+        AdapterError: the model keeps another kind of state.
     """
     if any(inputs.get(name) is not None for name in STATES):
         todo = "set use_cache=False, of XLNet use_mems=False"
@@ -252,7 +252,7 @@ def hook_once(module: nn.Module, hook: Any, *, after: bool = False) -> None:
 
 
 def active_at(module: nn.Module, kind: type[SoftPrompt]) -> Any:
-    """The enabled layer of that kind among the adapter layers that stand at ``module``; None if there is none.
+    """Return the enabled layer of that kind among the adapter layers at ``module``, or None.
 
     Raises:
         AdapterError: there are two.
@@ -264,12 +264,12 @@ def active_at(module: nn.Module, kind: type[SoftPrompt]) -> Any:
 
 
 def soft_prompt(model: nn.Module) -> SoftPrompt | None:
-    """The model's active soft prompt, unless it has none."""
+    """Return the model's active soft prompt, or None."""
     return next((module for module in model.modules() if isinstance(module, SoftPrompt) and module.enabled), None)
 
 
 def position_tables(model: Any) -> list[nn.Embedding]:
-    """The model's embeddings of positions, if it has any."""
+    """Return the model's embeddings of positions."""
     rows = getattr(model.config, "max_position_embeddings", None) or 0
     words = base_module(model.get_input_embeddings())
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
@@ -277,8 +277,8 @@ def position_tables(model: Any) -> list[nn.Embedding]:
     return [table for table in tables if 0 < rows <= table.weight.shape[0] <= rows + 2]
 
 
-def settle(layer: SoftPrompt, model: Any, *, counts: bool) -> None:
-    """Tell the layer what the model's positions are like. ``counts``: whether they start after the padding."""
+def set_positions(layer: SoftPrompt, model: Any, *, counts: bool) -> None:
+    """Set how the layer counts positions in this model. ``counts``: whether they start after the padding."""
     tables = position_tables(model)
     layer.longest = max_positions(model.config) if tables else None
     layer.counts = counts and all(table.padding_idx is None for table in tables)  # those with one count by themselves

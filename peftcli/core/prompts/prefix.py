@@ -28,7 +28,7 @@ from peftcli.core.prompts.inputs import (
     hook_once,
     inserted,
     positions,
-    settle,
+    set_positions,
     starts,
     takes,
     tokens_of,
@@ -59,7 +59,7 @@ class Prefix(nn.Module):
         """Whether the outputs at its positions are removed again."""
 
     def pair(self, index: int) -> torch.Tensor:
-        """A layer's keys, and behind them its values: (n, 2 * width)."""
+        """Return a layer's keys, followed by its values: (n, 2 * width)."""
         raise NotImplementedError
 
     def whole(self) -> torch.Tensor:
@@ -136,7 +136,7 @@ class PrefixAttention(SoftPrompt):
     def _start(self, mask: Any, batch: int, length: int) -> torch.Tensor:
         """Return where the prefix starts in each row (B, 1).
 
-        When checkpointing calls the layer again, perhaps after other batches, its own mask tells.
+        When checkpointing calls the layer again, perhaps after other batches, its own mask is read.
         """
         start = self.prefix.start
         if start is None and (mask is None or hasattr(mask, "rows")):
@@ -201,7 +201,7 @@ class Attention:
 
 
 def find_attention(model: Any) -> Attention:
-    """The self-attention layers of the model's decoder, or of its encoder if it has nothing else.
+    """Return the self-attention layers of the model's decoder, or of its encoder if it has nothing else.
 
     Raises:
         AdapterError: not every layer has attention that keeps keys and values alone, or there are several stacks.
@@ -284,7 +284,7 @@ def insert_prefix(model: Any, layers: Mapping[str, Any], prefix: Prefix) -> None
     counts = hasattr(model, "prepare_inputs_for_generation") or getattr(first, "is_causal", False)
     for layer in layers.values():
         layer.prefix, layer.count = prefix.train(layer.training), prefix.count
-        settle(layer, model, counts=counts)
+        set_positions(layer, model, counts=counts)
     embedding = decoder.get_input_embeddings()
     names = {module: name for name, module in base_modules(decoder).items()}
     hook_once(decoder, _Insert(names[first], names.get(base_module(embedding))))
@@ -356,7 +356,7 @@ class _CutForPooler:
 
 
 def _cut(output: Any, start: torch.Tensor, length: int, count: int) -> Any:
-    """``output`` with every (B, n + T, D) in it cut to (B, T, D)."""
+    """Return ``output`` with every (B, n + T, D) in it cut to (B, T, D)."""
     if isinstance(output, torch.Tensor):
         return without(output, start, count) if output.ndim == 3 and output.shape[1] == length else output
     if isinstance(output, dict):
@@ -374,7 +374,7 @@ def keeps_keys(module: nn.Module) -> bool:
 
 
 def _key_size(attention: Any, config: Any) -> tuple[int, int]:
-    """Number of heads that have keys of their own, and the size of all their keys together."""
+    """Return the number of heads that have keys of their own, and the size of all their keys together."""
     config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = next(getattr(attention, name) for name in _SIZE if hasattr(attention, name))
@@ -385,7 +385,7 @@ def _key_size(attention: Any, config: Any) -> tuple[int, int]:
 
 
 def _start_in(mask: Any, length: int, true_hides: bool) -> torch.Tensor:
-    """Where each row's left padding ends (B, 1), by a layer's mask: a token sees itself, padding does not."""
+    """Return where each row's left padding ends (B, 1), by a layer's mask: a token sees itself, padding does not."""
     if not isinstance(mask, torch.Tensor):
         raise AdapterError(
             f"a prefix cannot train with checkpointed activations and a {type(mask).__name__}; set attn_implementation "

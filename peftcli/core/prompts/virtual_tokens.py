@@ -31,7 +31,7 @@ from peftcli.core.prompts.inputs import (
     hook_once,
     inserted,
     positions,
-    settle,
+    set_positions,
     soft_prompt,
     starts,
     takes,
@@ -116,7 +116,7 @@ def attach(model: nn.Module, config: EmbeddedPromptConfig, layers: Mapping[str, 
 
 
 def input_embedding_name(model: Any) -> str:
-    """Path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it.
+    """Return the path of the module that embeds the ids of the input: an encoder-decoder's encoder reads it.
 
     Raises:
         AdapterError: the model reads no ids.
@@ -131,7 +131,7 @@ def insert_virtual_tokens(model: Any, layer: VirtualTokens, *, token_labels: boo
     whether labels of the inputs' shape are labels of tokens.
     """
     layer.token_labels = token_labels
-    settle(layer, model, counts=_generates(model))
+    set_positions(layer, model, counts=_generates(model))
     reader = _reader(model)
     path = name_in(reader, _embedding(model))
     hook_once(reader, _Insert(path, encodes=reader is not model))
@@ -183,7 +183,7 @@ def _setting(name: str, inputs: dict[str, Any], model: Any) -> Any:
 
 
 def _with_placeholders(inputs: dict[str, Any], model: Any, layer: SoftPrompt) -> tuple[dict[str, Any], torch.Tensor]:
-    """The arguments of ``generate`` with placeholders for the virtual tokens, and where these start in each row."""
+    """Return arguments of ``generate`` with placeholders for the virtual tokens, and where these start in each row."""
     if inputs.get("inputs") is not None:
         inputs["input_ids"] = inputs.pop("inputs")
     ids = inputs.get("input_ids")
@@ -204,7 +204,7 @@ def _with_placeholders(inputs: dict[str, Any], model: Any, layer: SoftPrompt) ->
 
 
 def _placeholder(ids: torch.Tensor, insertion: Insertion, config: Any) -> torch.Tensor:
-    """Return the first token of each row that does not stand for a part of an image or sound: (B, 1)."""
+    """Return the first token of each row that is not a part of an image or sound: (B, 1)."""
     names = [f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index")]
     media = [value for name in names if (value := getattr(config, name, None)) is not None]
     is_text = ~torch.isin(ids, torch.tensor(media, dtype=ids.dtype, device=ids.device))
@@ -306,7 +306,7 @@ class _Cut:
 
 
 def _active(embedding: Any) -> VirtualTokens | None:
-    """The active virtual tokens over an input embedding."""
+    """Return the active virtual tokens over an input embedding, or None."""
     layer: VirtualTokens | None = active_at(embedding, VirtualTokens)
     while layer is not None and embedding is not layer:
         if embedding.enabled and not isinstance(embedding, SoftPrompt):
@@ -320,12 +320,12 @@ def _generates(model: nn.Module) -> bool:
 
 
 def _reader(model: Any) -> Any:
-    """The module that takes the input ids."""
+    """Return the module that takes the input ids."""
     return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
 
 
 def _embedding(model: Any) -> nn.Module:
-    """The input embedding of the reader of ``model``. T5's encoder has its own, which shares the model's weight."""
+    """Return the input embedding of the reader of ``model``. T5's encoder has its own, which shares its weight."""
     reader = _reader(model)
     owners, inside = [reader, model], base_modules(reader).values()  # FSMT's encoder leaves it to the model to say
     if hasattr(reader, "get_encoder"):
@@ -340,7 +340,7 @@ def _embedding(model: Any) -> nn.Module:
 def _restored(
     inputs: dict[str, Any], start: torch.Tensor, past: int, task_ids: torch.Tensor | None, layer: VirtualTokens
 ) -> dict[str, Any]:
-    """The ids (B, T) with the virtual tokens where ``generate`` put placeholders."""
+    """Return the ids (B, T) with the virtual tokens where ``generate`` put placeholders."""
     ids = inputs.get("input_ids")
     if ids is None:
         return {}
