@@ -311,17 +311,16 @@ def _wrapped(
     saved = find_modules(model, config.modules_to_save or (), "modules_to_save")
     inside = tuple(f"{name}." for name in saved)  # trained in full already
     saved = [name for name in saved if not name.startswith(inside)]
-    modules = base_modules(model)
+    places = outer_modules(model)
     if config.inference_mode:  # PEFT takes modules without weights too
-        saved = [name for name in saved if num_weights(modules[name])]
+        saved = [name for name in saved if num_weights(base_module(places[name]))]
     config.modules_to_save = _clear_names(model, config.modules_to_save, saved)
     names = [name for name in targets(model, config) if not f"{name}.".startswith(inside)]
     if not names:
         problem = "modules_to_save leaves no module to adapt" if saved else "names no module to adapt"
         raise AdapterError(problem, key="target_modules")
-    places = outer_modules(model)
     for name in saved:
-        if not num_weights(modules[name]):
+        if not num_weights(base_module(places[name])):
             raise AdapterError(f"{name} has nothing to train; leave it out", key="modules_to_save")
         if any(is_quantised(module) for module in places[name].modules()):
             raise AdapterError(

@@ -222,8 +222,6 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             kind = type(base).__name__
             raise AdapterTypeError(f"{key} cannot be applied to modules of type {kind}; name the modules in it")
-        if any(is_quantised(module) for module in base.modules()):
-            raise AdapterError("a quantised layer cannot be trained in full", key=key)
         if adapter_layers(base):
             raise AdapterError("a module with layers of another adapter cannot be trained in full", key=key)
         self.file_prefix = file_prefix
