@@ -13,7 +13,7 @@ from peftcli.core.config_classes import CONFIGS, TaskType, plain
 from peftcli.core.peft_names.config import PeftConfigMixin
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
-from peftcli.guard.patterns import Pattern, PatternError, check_patterns
+from peftcli.guard.patterns import Pattern, check_patterns
 from peftcli.guard.typed_fields import OFF, default_of, fits, hints_of, read_fields, read_section, section_class
 
 BOOKKEEPING = {"recipe": False}
@@ -255,8 +255,8 @@ class TargetedConfig(AdapterConfig):
                     Pattern(value)
                 elif entry.name.endswith("_pattern") and isinstance(value, dict):
                     check_patterns(value)
-            except PatternError as error:
-                found.append((entry.name, str(error)))
+            except AdapterError as error:
+                found.append((entry.name, error.message))
         return found
 
     def usual_targets(self, model_type: str) -> list[str] | str:
@@ -295,8 +295,8 @@ class LayeredConfig(TargetedConfig):
             found.append(("layers_to_transform", "needs target_modules as a list of names"))
         try:
             check_patterns(as_list(self.layers_pattern))
-        except PatternError as error:
-            found.append(("layers_pattern", str(error)))
+        except AdapterError as error:
+            found.append(("layers_pattern", error.message))
         if self.layers_pattern and self.layers_to_transform is None:
             found.append(("layers_pattern", "means nothing without layers_to_transform"))
         if any(index < 0 for index in as_list(self.layers_to_transform)):

@@ -17,7 +17,7 @@ from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_en
 from peftcli.core.linear import linear_view, needs_no_trial
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
-from peftcli.guard.patterns import PLAIN_NAME, Pattern, PatternError, ends_with
+from peftcli.guard.patterns import PLAIN_NAME, Pattern, ends_with
 
 _READ_PAST_CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((
@@ -247,7 +247,7 @@ def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """Return the value whose key (a name ending or regular expression) matches the module's name, or ``default``."""
-    return next((value for key, value in patterns.items() if _pattern_matches(key, name)), default)
+    return next((value for key, value in patterns.items() if ends_with(name, key)), default)
 
 
 def as_pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -270,15 +270,8 @@ def check_pattern_keys(
     """
     names = list(names)
     for pattern, expression in () if config.inference_mode else zip(patterns, expressions or patterns, strict=True):
-        if not any(_pattern_matches(expression, name) for name in names):
+        if not any(ends_with(name, expression) for name in names):
             raise AdapterError(f"no adapted module matches {pattern!r}{_closest(pattern, names)}", key=key)
-
-
-def _pattern_matches(pattern: str, name: str) -> bool:
-    try:
-        return ends_with(name, pattern)
-    except PatternError as error:
-        raise AdapterError(str(error)) from None
 
 
 def expert_parameters(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -342,8 +335,8 @@ def matching(
         try:
             pattern = Pattern(wanted)
             found = [name for name in names if pattern.fullmatch(name)]
-        except PatternError as error:
-            raise AdapterError(str(error), key=key) from None
+        except AdapterError as error:
+            raise AdapterError(error.message, key=key) from None
         unmatched = [] if found else [wanted]
     else:
         entries = set(wanted)
@@ -388,8 +381,8 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     expressions = [entry for entry in ranks if not PLAIN_NAME.fullmatch(entry)]
     try:
         indices = {name: _layer_index(name.split("."), ranks, expressions) for name in names}
-    except PatternError as error:
-        raise AdapterError(str(error), key="layers_pattern") from None
+    except AdapterError as error:
+        raise AdapterError(error.message, key="layers_pattern") from None
     missing = wanted - set(indices.values())
     if missing:
         there = sorted(index for index in set(indices.values()) if index is not None)

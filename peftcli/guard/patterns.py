@@ -17,6 +17,7 @@ from typing import Any
 
 import regex
 
+from peftcli.errors import AdapterError
 from peftcli.guard.files import short_repr
 
 try:
@@ -35,10 +36,6 @@ _OF_REGEX_ALONE = re.compile(r"\{[^}]*[deis][^}]*\}|\[:\^?\w*:\]")
 """Fuzzy matches and POSIX classes."""
 
 
-class PatternError(ValueError):
-    """The pattern is not a regular expression, or takes too long."""
-
-
 @dataclass
 class _Clock:
     left: float
@@ -50,7 +47,7 @@ class Pattern:
     """A regular expression with its share of time.
 
     Raises:
-        PatternError: as ``check_patterns``.
+        AdapterError: as ``check_patterns``.
     """
 
     text: str
@@ -61,13 +58,13 @@ class Pattern:
         try:
             self._expression = regex.compile(self.text)
         except (regex.error, RecursionError) as error:
-            raise PatternError(f"{short_repr(self.text)} is not a regular expression: {error}") from None
+            raise AdapterError(f"{short_repr(self.text)} is not a regular expression: {error}") from None
 
     def fullmatch(self, text: str) -> bool:
         """Return whether the pattern matches all of ``text``, as ``re.fullmatch`` does.
 
         Raises:
-            PatternError: the time is used up.
+            AdapterError: the time is used up.
         """
         start = time.thread_time()
         try:
@@ -75,7 +72,7 @@ class Pattern:
                 raise TimeoutError
             return self._expression.fullmatch(text, timeout=self.clock.left) is not None
         except (TimeoutError, MemoryError):
-            raise PatternError(f"{short_repr(self.text)} takes too long to match; write it more simply") from None
+            raise AdapterError(f"{short_repr(self.text)} takes too long to match; write it more simply") from None
         finally:
             self.clock.left -= time.thread_time() - start
 
@@ -84,7 +81,7 @@ def ends_with(name: str, pattern: str) -> bool:
     """Return whether the pattern matches the name, or its end after a dot.
 
     Raises:
-        PatternError: as ``check_patterns``, or the time is used up.
+        AdapterError: as ``check_patterns``, or the time is used up.
     """
     if not PLAIN_NAME.fullmatch(pattern):
         return _ending(pattern).fullmatch(name)
@@ -98,13 +95,13 @@ def check_patterns(patterns: Iterable[str]) -> None:
     """Refuse patterns for ``ends_with`` that cannot be read or would take long together; give them new time.
 
     Raises:
-        PatternError: one is not a regular expression, or too long, or has syntax that only `regex` knows.
+        AdapterError: one is not a regular expression, or too long, or has syntax that only `regex` knows.
     """
     parts, expressions = 0, [pattern for pattern in patterns if not PLAIN_NAME.fullmatch(pattern)]
     for pattern in expressions:
         parts += _count_parts(pattern)
         if parts > _MAX_PARTS_TOGETHER:
-            raise PatternError(
+            raise AdapterError(
                 f"{short_repr(pattern)}, and all before it, take too long to match; write them more simply"
             )
     clock = _Clock(_SECONDS)
@@ -121,17 +118,17 @@ def _ending(pattern: str) -> Pattern:
 def _count_parts(pattern: str) -> int:
     """Return how many parts the pattern has, repetitions written out."""
     if len(pattern) > _MAX_CHARACTERS:
-        raise PatternError(f"a pattern of {len(pattern)} characters; at most {_MAX_CHARACTERS}")
+        raise AdapterError(f"a pattern of {len(pattern)} characters; at most {_MAX_CHARACTERS}")
     if found := _OF_REGEX_ALONE.search(pattern):
-        raise PatternError(f"{short_repr(pattern)} contains {short_repr(found[0])}, which is not supported in patterns")
+        raise AdapterError(f"{short_repr(pattern)} contains {short_repr(found[0])}, which is not supported in patterns")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sets that a later Python may read otherwise
             parts = _length(_parser.parse(pattern))
     except (re.error, RecursionError, OverflowError, ValueError) as error:
-        raise PatternError(f"{short_repr(pattern)} is not a regular expression: {error}") from None
+        raise AdapterError(f"{short_repr(pattern)} is not a regular expression: {error}") from None
     if parts > _MAX_PARTS:
-        raise PatternError(f"{short_repr(pattern)} repeats its parts too often")
+        raise AdapterError(f"{short_repr(pattern)} repeats its parts too often")
     return parts
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftcli.errors import AdapterError
 from peftcli.guard import patterns
-from peftcli.guard.patterns import Pattern, PatternError, check_patterns, ends_with
+from peftcli.guard.patterns import Pattern, check_patterns, ends_with
 
 BOMBS = [
     r"(a*)*b",
@@ -35,7 +36,7 @@ LONG = "model.layers.0.self_attn." + "a" * 60
 @pytest.mark.parametrize("pattern", BOMBS)
 def test_no_pattern_takes_long(pattern: str) -> None:
     start = time.thread_time()
-    with suppress(PatternError):
+    with suppress(AdapterError):
         assert not Pattern(pattern).fullmatch(LONG)
     assert time.thread_time() - start < 5
 
@@ -60,7 +61,7 @@ def test_no_pattern_takes_long(pattern: str) -> None:
     ],
 )
 def test_what_is_no_pattern_is_said(pattern: str, said: str) -> None:
-    with pytest.raises(PatternError, match=re.escape(said)):
+    with pytest.raises(AdapterError, match=re.escape(said)):
         Pattern(pattern).fullmatch("aa")
 
 
@@ -132,7 +133,7 @@ def test_all_names_share_the_time_of_a_pattern() -> None:
     pattern = Pattern(SLOW)
     pattern.clock.left = 0.3
     start = time.thread_time()
-    with pytest.raises(PatternError, match="takes too long to match; write it more simply"):
+    with pytest.raises(AdapterError, match="takes too long to match; write it more simply"):
         all(not pattern.fullmatch(f"model.layers.{number}.self_attn.q_proj") for number in range(1000))
     assert time.thread_time() - start < 1
 
@@ -143,7 +144,7 @@ def test_all_patterns_of_a_setting_share_their_time(monkeypatch: pytest.MonkeyPa
     start = time.thread_time()
     check_patterns(slow)
     for pattern in slow:
-        with pytest.raises(PatternError, match="takes too long"):
+        with pytest.raises(AdapterError, match="takes too long"):
             ends_with(f"{pattern[0]}{LONG}", pattern)
     assert time.thread_time() - start < 1
     check_patterns(slow)
@@ -158,5 +159,5 @@ def test_a_usual_pattern_has_time_for_many_names() -> None:
 def test_many_patterns_are_refused_before_they_are_tried() -> None:
     check_patterns([f"model.layers.{number}.q_proj" for number in range(100_000)])
     check_patterns([rf"layers\.{number}\..*_proj" for number in range(1000)])
-    with pytest.raises(PatternError, match="take too long to match"):
+    with pytest.raises(AdapterError, match="take too long to match"):
         check_patterns([rf"layers\.{number}\..*_proj.*" for number in range(20_000)])
