@@ -67,9 +67,9 @@ def one_line(text: str) -> str:
     """Return a message with untrusted parts on one line, no longer than a paragraph."""
     text = "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text[:_MAX_MESSAGE]
+        for char in text[: _MAX_MESSAGE + 1]
     )
-    return text if len(text) < _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
 
 
 def open_regular(path: Path) -> BufferedReader:
