@@ -89,12 +89,7 @@ class _Routing:
     def forward(self, path: str, layer: AdapterLayer, forward: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What ``layer`` computes of its adapter's rows, and what stands below it of the others, in their order."""
         self.called.add(path)
-        if len(set(self.names)) == 1:
-            if self.names[0] != layer.adapter:
-                return layer.base_layer(x, *args, **kwargs)
-            with _given(layer, self.places):
-                return forward(x, *args, **kwargs)
-        rows = self._rows_of(path, x)
+        rows = self.names if len(set(self.names)) == 1 else self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]
         if all(own):
             with _given(layer, self.places):
