@@ -29,9 +29,11 @@ class SavedByTrainer(nn.Module):
 
     @property
     def __class__(self) -> Any:
+        kind: Any = type(self)
         if torch._guards.TracingContext.try_get() is not None:  # the compiler finds no attributes in a disguise
-            return type(self)
-        return _known_to_trainer(type(self), forward_inside(self))
+            return kind
+        known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        return kind if known is None else _disguise(kind, known, forward_inside(self))
 
     @__class__.setter
     def __class__(self, new: type) -> None:
@@ -75,17 +77,12 @@ def _asked(model: Any, name: str) -> bool:
     return bool(getattr(model.get_base_model(), name, False))
 
 
-def _known_to_trainer(kind: type, shown: Callable[..., Any] | None) -> type:
-    """A class for ``isinstance`` alone: ``kind`` and ``PreTrainedModel``. ``kind`` while nobody has that class yet.
+@functools.cache
+def _disguise(kind: Any, known: type, shown: Callable[..., Any] | None) -> type:
+    """A class for ``isinstance`` alone: ``kind`` and ``known``, the ``PreTrainedModel`` of transformers.
 
     Its ``forward`` has the arguments of ``shown``: by them Trainer finds the labels.
     """
-    known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return kind if known is None else _disguise(kind, known, shown)
-
-
-@functools.cache
-def _disguise(kind: Any, known: type, shown: Callable[..., Any] | None) -> type:
     described = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     if shown is not None:
         described["forward"] = functools.wraps(shown)(lambda *args, **kwargs: kind.forward(*args, **kwargs))
