@@ -174,16 +174,13 @@ def render_card(
     kind, use, base = _subject(info)
     name = base if base and not is_local(base) else _SOME_BASE
     use = use.filled(mapping_at(info, "task")) if use else None
+    lines = use.form_loading if use and form else use.loading if use else ()  # of a model that no class of PEFT loads
+    loading = [line.replace(json.dumps(_SOME_BASE), json.dumps(name)) for line in lines]
+    loading = loading or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)]
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
-        _usage(
-            kind,
-            use,
-            adapter,
-            _other(use, name, form)
-            or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)],
-        ),
+        _usage(kind, use, adapter, loading),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
@@ -233,23 +230,30 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
 
 
 def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
-    text = "## How to use it\n\n"
+    """Commands and Python that load the adapter and call it once."""
+    text, library = "## How to use it\n\n", "peft"
     if use:
         text += f"With peftcli, on the command line:\n\n```bash\n{use.command(adapter)}\n```\n\n"
     if kind in METHODS and METHODS[kind].soft_prompt:
+        library = "peftcli"
         text += (
             "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
             " run on transformers 5, and then generate other text.\n\n"
         )
-        return text + _python("peftcli", use, adapter, loading)
-    libraries = "diffusers" if use and use.loading else "PEFT and transformers"
-    return text + f"With {libraries}, in Python:\n\n" + _python("peft", use, adapter, loading)
-
-
-def _other(use: TaskRow | None, name: str, form: bool) -> list[str]:
-    """Lines of Python that load a model that no class of PEFT loads."""
-    lines = use.form_loading if use and form else use.loading if use else ()
-    return [line.replace(json.dumps(_SOME_BASE), json.dumps(name)) for line in lines]
+    else:
+        text += f"With {'diffusers' if use and use.loading else 'PEFT and transformers'}, in Python:\n\n"
+    if not any(line.startswith(("model = ", "pipeline = ")) for line in loading):
+        auto_class = use.peft_class if use else "AutoPeftModel"
+        loading = [
+            f"from {library} import {auto_class}",
+            f"from transformers import {_processor_class(_processor(use))}",
+            "",
+            f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
+            *loading,
+        ]
+    calls = use.usage if use else ('inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))")
+    lines = [line.replace(json.dumps(_SOMEWHERE), json.dumps(adapter)) for line in (*loading, *calls)]
+    return text + "```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def _model(info: Mapping[str, Any], use: TaskRow | None, name: str, adapter: str) -> list[str]:
@@ -305,24 +309,6 @@ def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
             " first if it has fewer rows than that."
         )
     return text + "\n"
-
-
-def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
-    """A Python block that loads the adapter and calls it once."""
-    auto_class = use.peft_class if use else "AutoPeftModel"
-    loads = [
-        f"from {library} import {auto_class}",
-        f"from transformers import {_processor_class(_processor(use))}",
-        "",
-        f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
-    ]
-    lines = [
-        *([] if any(line.startswith(("model = ", "pipeline = ")) for line in loading) else loads),
-        *loading,
-        *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
-    ]
-    written = "\n".join(line.replace(json.dumps(_SOMEWHERE), json.dumps(adapter)) for line in lines)
-    return f"```python\n{written}\n```\n"
 
 
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
