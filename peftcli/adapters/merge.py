@@ -124,17 +124,16 @@ def merge_adapter(
             untied = _merge_whole(job, partial)
         _write_companions(job, partial, untied)
         difference = _verify(job, partial, tell) if verify else None
-    return {**_written(output), "base_model": name, "untied": untied, "max_logit_difference": difference}
-
-
-def _written(output: Path) -> dict[str, Any]:
-    shards = sorted(output.rglob("*.safetensors"))
-    dtype = open_base(BaseModel(name=str(output))).config.dtype
+    shards = [shard.stat().st_size for shard in output.rglob("*.safetensors")]
+    stored_in = open_base(BaseModel(name=str(output))).config.dtype
     return {
         "output": str(output),
-        "dtype": str(dtype).removeprefix("torch.") if dtype else None,
+        "dtype": str(stored_in).removeprefix("torch.") if stored_in else None,
         "shards": len(shards),
-        "bytes": sum(shard.stat().st_size for shard in shards),
+        "bytes": sum(shards),
+        "base_model": name,
+        "untied": untied,
+        "max_logit_difference": difference,
     }
 
 
@@ -143,16 +142,17 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
     if reason := source.config.merge_problem():
         raise AdapterError(reason, file=str(source.folder))
     source.config.inference_mode = True
-    spec = source.base if dequantize else replace(source.base, quantization=None)
+    spec = source.base
     same_base = f"{command} --base {shlex.quote(source.base_name)}" if source.base_name else command
     if source.record.get("makes_up_for_quantization") and not dequantize:
         raise AdapterError(
             f"it corrects the error of the quantised weights of {spec.name}, and fits no others",
             hint=f"merge into those weights, made dense: {same_base} --dequantize",
         )
-    base = open_base(spec, processors=source.folder)
-    if dequantize and not base.quantization:  # the place alone is another one
-        base = open_base(replace(spec, quantization=source.trained_quantization), processors=source.folder)
+    if dequantize:
+        base = open_trained_base(source)
+    else:
+        base = open_base(replace(spec, quantization=None), processors=source.folder)
     how = base.quantization
     if how and not dequantize:
         raise AdapterError(
@@ -172,6 +172,14 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
         dequantize,
         source.open_task(base),
     )
+
+
+def open_trained_base(source: AdapterSource) -> OpenBase:
+    """Open the base model, quantised as it was trained, also where another place is given for it."""
+    opened = open_base(source.base, processors=source.folder)
+    if opened.quantization or not source.trained_quantization:
+        return opened
+    return open_base(replace(source.base, quantization=source.trained_quantization), processors=source.folder)
 
 
 def _refuse_name(output: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, get_args
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from peftcli.adapters.load import AdapterSource, find_adapter, read_settings
+from peftcli.adapters.merge import open_trained_base
 from peftcli.adapters.predict import load_for_task
 from peftcli.adapters.readers import compare_reader, require_readers
 from peftcli.adapters.sketches import Sketch, difference, hash_of, sketch
@@ -34,7 +34,7 @@ from peftcli.errors import AdapterError, DataError, HubError, ModelError, Networ
 from peftcli.guard.files import read_json_object, short_repr
 from peftcli.guard.typed_fields import fits, hints_of
 from peftcli.models.hub_files import base_hash
-from peftcli.models.open import OpenBase, open_base
+from peftcli.models.open import OpenBase
 from peftcli.schema import Format, Source
 from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
@@ -239,11 +239,11 @@ def verify_adapter(
         raise UsageError(f"has no {RECORD_FILE}: nothing says what the trained model was", file=name, hint=hint)
     if recorded:
         _compare_files(source, recorded)
-    with _open_trained_base(source) as opened:
+    with open_trained_base(source) as opened:
         task = _open_task(source, opened, recorded)
-        loaded = load_for_task(source, opened, task, getattr(torch, recorded.get("dtype", "float32")))
+        dtype = getattr(torch, recorded.get("dtype", "float32"))
+        model: Any = load_for_task(source, opened, task, dtype).model
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = loaded.model
     model = model.to(here).eval()
     unpad(model, source.config)  # as in training, or bfloat16 rounds otherwise
     result: dict[str, Any] = {
@@ -309,14 +309,6 @@ def _refuse_difference(
         if now.get(key) != then.get(key):
             message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
             raise AdapterError(message, file=file, key=key)
-
-
-def _open_trained_base(source: AdapterSource) -> OpenBase:
-    """Open the base model, quantised as it was trained, also where another place is given for it."""
-    opened = open_base(source.base, processors=source.folder)
-    if opened.quantization or not source.trained_quantization:
-        return opened
-    return open_base(replace(source.base, quantization=source.trained_quantization), processors=source.folder)
 
 
 def _open_task(source: AdapterSource, opened: OpenBase, recorded: Mapping[str, Any]) -> Task[Any]:
