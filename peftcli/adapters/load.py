@@ -337,14 +337,14 @@ def adapter_folder(
     if subfolder and (not _SUBFOLDER.fullmatch(subfolder) or ".." in subfolder.split("/")):
         raise AdapterError(f"{subfolder!r} is not a folder of a repository", key="subfolder")
     what = f"no folder {adapter} here; on the hub: {adapter}"
-    files = [f"{subfolder}/{name}" if subfolder else name for name in SHARED_FILES]
+    inside = f"{subfolder}/" if subfolder else ""
+    files = [inside + name for name in SHARED_FILES]
     snapshot = hub_requests.download_files(adapter, files, revision, what=what, **options)
-    folder = snapshot / (subfolder or "")
+    folder = snapshot / inside
     if not (folder / WEIGHTS_FILE).is_file():
         hub_requests.refuse_partial_copy(snapshot, what)
         place = f"{subfolder} of {adapter}" if subfolder else adapter
-        pickle = f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
-        hint = _PICKLED if pickle in (hub_requests.listed_files(snapshot) or ()) else None
+        hint = _PICKLED if inside + _PICKLE in (hub_requests.listed_files(snapshot) or ()) else None
         raise AdapterError(f"no {WEIGHTS_FILE} in {place} on the hub", hint=hint)
     return folder
 
