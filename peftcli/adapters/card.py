@@ -41,7 +41,7 @@ _SETTINGS = (
 
 _NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 _COUNTS = ("rows", "used", "truncated", "tokens", "targets")
-_SOMEWHERE, _SOME_BASE = "path/to/this/adapter", "path/to/the/base/model"
+_ADAPTER_PLACEHOLDER, _BASE_PLACEHOLDER = "path/to/this/adapter", "path/to/the/base/model"
 _MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
 
@@ -157,7 +157,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 def render_card(
     info: Mapping[str, Any],
     *,
-    adapter: str = _SOMEWHERE,
+    adapter: str = _ADAPTER_PLACEHOLDER,
     plot: bool = False,
     processor: bool = False,
     form: bool = False,
@@ -172,10 +172,10 @@ def render_card(
     method.pop("type", None)
     task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
-    name = base if base and not is_local(base) else _SOME_BASE
+    name = base if base and not is_local(base) else _BASE_PLACEHOLDER
     use = use.filled(mapping_at(info, "task")) if use else None
     lines = use.form_loading if use and form else use.loading if use else ()  # of a model that no class of PEFT loads
-    loading = [line.replace(json.dumps(_SOME_BASE), json.dumps(name)) for line in lines]
+    loading = [line.replace(json.dumps(_BASE_PLACEHOLDER), json.dumps(name)) for line in lines]
     loading = loading or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)]
     sections = [
         _front_matter(_head(kind, use, base, tags)),
@@ -252,7 +252,7 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
             *loading,
         ]
     calls = use.usage if use else ('inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))")
-    lines = [line.replace(json.dumps(_SOMEWHERE), json.dumps(adapter)) for line in (*loading, *calls)]
+    lines = [line.replace(json.dumps(_ADAPTER_PLACEHOLDER), json.dumps(adapter)) for line in (*loading, *calls)]
     return text + "```python\n" + "\n".join(lines) + "\n```\n"
 
 

@@ -15,7 +15,7 @@ from peftcli.core.files import read_tensors
 from peftcli.methods.updates import Update, UpdateUnknown, distance, find_updates
 
 _T = TypeVar("_T")
-_OF_THE_FILE = ("auto_mapping", "inference_mode", "peft_version", "runtime_config")
+_IGNORED = ("auto_mapping", "inference_mode", "peft_version", "runtime_config")
 """Fields of a config that say nothing of the adapter."""
 
 
@@ -103,7 +103,7 @@ def _differences(one: AdapterConfig, other: AdapterConfig) -> list[dict[str, Any
     described = [
         {entry.name: _shown(getattr(config, entry.name)) for entry in fields(config)} for config in (one, other)
     ]
-    keys = [key for key in {**described[0], **described[1]} if key not in _OF_THE_FILE]
+    keys = [key for key in {**described[0], **described[1]} if key not in _IGNORED]
     values = {key: tuple(values.get(key) for values in described) for key in keys}
     return [{"key": key, "a": a, "b": b} for key, (a, b) in values.items() if a != b]
 

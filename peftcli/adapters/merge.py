@@ -209,7 +209,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         return None
     places = {key: shard for shard, header in shards.items() for key in header}
     model = job.base.empty_model(job.auto_class, **job.options)
-    longer = _made_longer(model, job)
+    longer = _grow_embeddings(model, job)
     shapes = {name: tuple(value.shape) for name, value in _every_tensor(model)}
     load_adapter(model, job.source.config, job.source.folder)  # real weights, into a model on the meta device
     layers = outermost(model)
@@ -315,7 +315,7 @@ class _MergedTensors:
         return merged
 
 
-def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
+def _grow_embeddings(model: nn.Module, job: _Job) -> dict[str, int] | None:
     """Let the empty model hold the adapter's tokens; return the rows of each tensor that got more.
 
     None: a tensor changed in another way.

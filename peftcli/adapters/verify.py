@@ -112,7 +112,7 @@ class _Record(TypedDict):
     probe: Sketch | None
 
 
-class _OfRows(_Record):
+class _RecordWithRows(_Record):
     """The same where rows were kept."""
 
     inputs: dict[str, Sketch]
@@ -429,7 +429,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         values["schema_version"], rows["folders"] = _VERSION, [""] * len(rows.get("values", ()))
     if values.get("schema_version") not in (2, _VERSION):
         raise AdapterError("was written by another version", file=str(path), key="schema_version", hint=_HINT)
-    kinds = hints_of(_OfRows if values.get("rows") else _Record)
+    kinds = hints_of(_RecordWithRows if values.get("rows") else _Record)
     wrong = [key for key, kind in kinds.items() if key not in values or not fits(values[key], kind)]
     if not wrong and values["task"]["type"] not in TASKS:
         wrong = ["task"]

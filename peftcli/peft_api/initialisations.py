@@ -131,7 +131,7 @@ def preprocess_corda(
         watched = hooked_model or model
         return covariances(watched, _targets(watched, lora_config, "corda"), run_model)
 
-    _leave(model, _kept(settings.cache_file or settings.covariance_file, shapes, learn))
+    _leave_at_layers(model, _read_or_learn(settings.cache_file or settings.covariance_file, shapes, learn))
 
 
 def preprocess_loraga(
@@ -151,7 +151,7 @@ def preprocess_loraga(
     modules = _targets(model, lora_config, "lora_ga")
     views = {name: linear_view(module) for name, module in modules.items()}
     shapes = {name: (view.out_features, view.in_features) for name, view in views.items() if view}
-    _leave(model, _kept(cache_file, shapes, lambda: gradients(model, modules, train_step)))
+    _leave_at_layers(model, _read_or_learn(cache_file, shapes, lambda: gradients(model, modules, train_step)))
 
 
 def replace_lora_weights_loftq(
@@ -224,10 +224,10 @@ def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Mo
     return {name: module for name, module in modules.items() if linear_view(module) is not None}
 
 
-def _kept(
+def _read_or_learn(
     file: str | Path | None, shapes: Mapping[str, tuple[int, ...]], learn: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """What a file of an earlier run holds; without one what ``learn`` gives, which is written to it."""
+    """Return what the file of an earlier run holds; without one what ``learn`` returns, which is written to it."""
     if file is None or not Path(file).exists():
         found = learn()
         if file is not None:
@@ -239,7 +239,7 @@ def _kept(
     return found
 
 
-def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
+def _leave_at_layers(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
     """Leave what was found at the base model's layers, where the adapter's layers take it."""
     paths = base_paths(model)
     for name, value in statistics.items():

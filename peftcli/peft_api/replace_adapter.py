@@ -50,11 +50,11 @@ def replace_adapter(
         AdapterError: it does not fit. The model is as it was then.
     """
     config, folder = source.config, source.folder
-    content, was = _content(config), _content(old)
+    new_content, old_content = _content(config), _content(old)
     names = {rename(each) if rename else each for each in source.header}
     if names == adapter_state(model, name).keys():  # so its modules are the same, whatever names them
-        content, was = ({**each, **dict.fromkeys(_NAMED)} for each in (content, was))
-    if content == was and holds_its_file(model, name):
+        new_content, old_content = ({**each, **dict.fromkeys(_NAMED)} for each in (new_content, old_content))
+    if new_content == old_content and holds_its_file(model, name):
         # an optimizer may hold the weights: they stay the same objects
         load_state(model, read_tensors(folder, rename), str(folder / WEIGHTS_FILE), name)
         set_trainable(model, trainable, name)

@@ -46,12 +46,12 @@ class SavedByTrainer(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass; Trainer asks every model that it knows."""
-        return _asked(self, "is_activation_checkpointing")
+        return _flag_of_base(self, "is_activation_checkpointing")
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """The same under transformers' old name."""
-        return _asked(self, "is_gradient_checkpointing")
+        return _flag_of_base(self, "is_gradient_checkpointing")
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -73,7 +73,7 @@ def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
     return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
 
 
-def _asked(model: Any, name: str) -> bool:
+def _flag_of_base(model: Any, name: str) -> bool:
     return bool(getattr(model.get_base_model(), name, False))
 
 
