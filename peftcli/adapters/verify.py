@@ -84,12 +84,6 @@ class Rows(TypedDict):
     """The folder of each row, to which paths in it are relative."""
 
 
-class _Task(TypedDict):
-    """The task, with its settings beside its type."""
-
-    type: str
-
-
 class _Base(TypedDict):
     """The base model."""
 
@@ -99,7 +93,8 @@ class _Base(TypedDict):
 class _Record(TypedDict):
     """What verification.json holds."""
 
-    task: _Task
+    task: dict[str, Any]
+    """The task's settings beside its type."""
     config: dict[str, Any]
     tensors: dict[str, str]
     files: dict[str, str]
@@ -208,7 +203,7 @@ def mark_verified(folder: Path) -> None:
 
 
 def needs_verification(folder: Path) -> bool:
-    """Whether a folder has a record that was not found to be the same yet."""
+    """Return whether a folder has a record that was not compared with it yet, or was found to differ."""
     return (folder / RECORD_FILE).is_file() and not _read_record(folder).get("verified")
 
 
@@ -380,7 +375,7 @@ def _examples(task: Task[Any], rows: Rows) -> list[Example]:
 
 
 def _batch(task: Task[Any], rows: Rows) -> Batch:
-    """What a task makes of rows."""
+    """Return the batch that a task makes of rows."""
     return task.collate(_examples(task, rows), training=False)
 
 
@@ -406,7 +401,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _unreadable(rows: Rows) -> dict[str, Any]:
-    """What of the rows cannot be read, by its key in the record."""
+    """Return what of the rows cannot be read, by its key in the record."""
     found: dict[str, Any] = {} if rows["values"] else {"rows.values": []}
     if len(rows["folders"]) != len(rows["values"]):
         found["rows.folders"] = rows["folders"]
@@ -431,7 +426,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise AdapterError("was written by another version", file=str(path), key="schema_version", hint=_HINT)
     kinds = hints_of(_RecordWithRows if values.get("rows") else _Record)
     wrong = [key for key, kind in kinds.items() if key not in values or not fits(values[key], kind)]
-    if not wrong and values["task"]["type"] not in TASKS:
+    if not wrong and str(values["task"].get("type")) not in TASKS:
         wrong = ["task"]
     if not wrong and values["dtype"] not in _TOLERANCE:
         wrong = ["dtype"]
