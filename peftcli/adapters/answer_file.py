@@ -79,7 +79,7 @@ def write_answers(
 
 
 def content_key(loaded_from: dict[str, Any]) -> list[Any]:
-    """What a loaded model follows from, but for the content of a base model that is a folder."""
+    """Return what identifies a loaded model, but for the content of a base model that is a folder."""
     adapter = loaded_from.get("adapter")
     files = [Path(adapter) / name for name in SHARED_FILES if name not in _DOCUMENTATION] if adapter else []
     return [loaded_from, [(str(path), sha256(path)) for path in files if path.is_file()]]

@@ -64,7 +64,7 @@ def write_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> Path:
 
 
 def has_own_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> bool:
-    """Whether the folder's README.md is missing, or as ``write_card`` writes it: nobody's text is lost with it."""
+    """Return whether README.md is missing, or as ``write_card`` writes it: nobody's text is lost with it."""
     path = folder / "README.md"
     try:
         info = read_info(folder)
@@ -123,7 +123,7 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None, tags: 
 
 
 def was_local(folder: Path) -> bool:
-    """Whether the run that made an adapter folder read its base model from files of the machine.
+    """Return whether the run that made an adapter folder read its base model from files of the machine.
 
     Raises:
         AdapterError: a file of the folder cannot be read.
@@ -132,13 +132,13 @@ def was_local(folder: Path) -> bool:
 
 
 def is_local(base: str) -> bool:
-    """Whether a base model's name is a file or folder of this machine and no hub id."""
+    """Return whether a base model's name is a file or folder of this machine and no hub id."""
     path_like = _is_absolute(base) or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base
     return path_like or (bool(base) and os.path.lexists(base))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What the folder knows of its adapter, in the shape of run.json.
+    """Return what the folder says of its adapter, in the shape of run.json.
 
     Raises:
         AdapterError: a file of the folder cannot be read.
@@ -199,7 +199,7 @@ def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
 
 
 def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> dict[str, Any]:
-    """What the front matter says."""
+    """Return the content of the front matter."""
     head: dict[str, Any] = {"library_name": "peft"}
     found = {kind.replace("_", "-"), "peftcli", *tags} - {""}
     if base and not is_local(base) and ("/" in base or "transformers" in tags):  # models of others have an owner
@@ -296,7 +296,7 @@ def _processor_class(kind: str) -> str:
 
 
 def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
-    """What is in the adapter's own processor that the base model's lacks."""
+    """Say what the adapter's own processor has that the base model's lacks."""
     tokens = settings.get("new_tokens")
     new = ", ".join(_code(str(token)) for token in tokens) if isinstance(tokens, list) else ""
     parts = [f"the special tokens {new}"] * bool(new) + ["the chat template"] * bool(settings.get("chat_template"))
@@ -439,7 +439,7 @@ def _read_card(path: Path) -> str:
 
 
 def _beside(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Which files that the card mentions are in the folder."""
+    """Return which files that the card mentions are in the folder."""
     processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     own = any((folder / name).is_file() for name in processors)
     use = _subject(info)[1]

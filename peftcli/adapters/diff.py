@@ -94,7 +94,7 @@ def _without(
 
 
 def _in_both(two: Sequence[Mapping[str, _T]], size: Callable[[_T], Any]) -> dict[str, tuple[_T, _T]]:
-    """What has the same name and size in both."""
+    """Return what has the same name and size in both."""
     a, b = two
     return {name: (a[name], b[name]) for name in a if name in b and size(a[name]) == size(b[name])}
 

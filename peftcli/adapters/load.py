@@ -274,7 +274,7 @@ def read_settings(task: str, given: Any, file: str, under: str) -> Any:
 
 
 def other_base(source: AdapterSource, spec: BaseModel) -> str | None:
-    """What to say of a base model that is not the one of the adapter's run; None: it is, or that is not known.
+    """Return what to say of a base model that is not that of the adapter's run; None: it is, or that is not known.
 
     Other weights than the run's, quantised or not, count only where the adapter corrects the error of those.
     """
@@ -350,5 +350,5 @@ def adapter_folder(
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form ``user/name``."""
+    """Return whether a text has the form ``user/name``."""
     return "/" in text and hub_requests.is_repo_id(text)

@@ -450,7 +450,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float | None:
-    """As ``_compare``; None where neither the adapter's task is known nor what the model reads."""
+    """Do as ``_compare``; return None where neither the adapter's task is known nor what the model reads."""
     try:
         if job.task is None and not _reads_tokens(job.base.empty_model(job.auto_class, **job.options)):
             raise _InputsUnknown
@@ -493,7 +493,7 @@ def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
 def _difference(
     job: _Job, written: OpenBase, dtypes: tuple[Any, Any], tolerance: float, tell: Callable[[str], None]
 ) -> tuple[float, float]:
-    """How much outputs differ, computed in float32 with weights of these dtypes, and how much is allowed."""
+    """Return how much outputs differ, computed in float32 with weights of these dtypes, and how much is allowed."""
     tell("verifying: base model with adapter")
     model: Any = job.load(dtypes[0]).eval()
     rows = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
@@ -524,7 +524,7 @@ def _one_dtype(base: OpenBase) -> torch.dtype | None:
 
 
 def _reads_tokens(model: Any) -> bool:
-    """Whether a model whose task is not known reads a text, and no picture or sound."""
+    """Return whether a model whose task is not known reads a text, and no picture or sound."""
     return bool(model.main_input_name == "input_ids")
 
 

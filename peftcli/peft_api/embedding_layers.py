@@ -46,7 +46,7 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
 
 
 def _is_resized(model: Any, config: AdapterConfig) -> bool:
-    """Whether the model has another number of tokens than its checkpoint, as far as this machine knows that one."""
+    """Return whether the model has another number of tokens than its checkpoint, as far as this machine has that."""
     name = config.base_model_name_or_path
     if not name or not hasattr(getattr(model, "config", None), "get_text_config"):
         return False

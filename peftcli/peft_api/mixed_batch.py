@@ -87,7 +87,7 @@ class _Routing:
     """Paths of the layers that the model has called."""
 
     def forward(self, path: str, layer: AdapterLayer, forward: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """What ``layer`` computes of its adapter's rows, and what stands below it of the others, in their order."""
+        """Return what ``layer`` computes of its adapter's rows, and what is below it of the others, in their order."""
         self.called.add(path)
         rows = self.names if len(set(self.names)) == 1 else self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]

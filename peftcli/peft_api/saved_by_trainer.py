@@ -68,7 +68,7 @@ def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None
 
 
 def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
-    """Where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
+    """Return where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
     own = expand_user(Path(folder, name))
     return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
 
