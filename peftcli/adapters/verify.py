@@ -420,8 +420,9 @@ def _unreadable(rows: Rows) -> dict[str, Any]:
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     values = read_json_object(path, _MAX_RECORD)
-    if values.get("schema_version") == 2 and isinstance(rows := values.get("rows"), dict):  # had no folders
-        values["schema_version"], rows["folders"] = _VERSION, [""] * len(rows.get("values", ()))
+    rows = values.get("rows")
+    if values.get("schema_version") == 2 and isinstance(rows, dict) and isinstance(rows.get("values"), list):
+        values["schema_version"], rows["folders"] = _VERSION, [""] * len(rows["values"])  # it had no folders
     if values.get("schema_version") not in (2, _VERSION):
         raise AdapterError("was written by another version", file=str(path), key="schema_version", hint=_HINT)
     kinds = hints_of(_RecordWithRows if values.get("rows") else _Record)
