@@ -9,15 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods._settings import (
-    Problems,
-    not_positive,
-    outside_unit_interval,
-    pattern_not_positive,
-    pattern_too_small,
-    problems_of_sections,
-    too_small,
-)
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, problems_of_sections, too_small
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -233,11 +225,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
 def _own_problems(config: LoraConfig) -> Problems:
     """Return the problems of all settings but ``init_lora_weights``: ``(key, message)`` each."""
-    found = too_small(config, r=1) + not_positive(config, "lora_alpha") + outside_unit_interval(config, "lora_dropout")
-    found += pattern_too_small(config, "rank_pattern") + pattern_not_positive(config, "alpha_pattern")
-    if config.bias not in ("none", "all", "lora_only"):
-        found.append(("bias", f"must be none, all or lora_only, not {config.bias!r}"))
-    found += _conflicts(config)
+    found = too_small(config, r=1, rank_pattern=1) + not_positive(config, "lora_alpha", "alpha_pattern")
+    found += outside_unit_interval(config, "lora_dropout") + _conflicts(config)
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
         wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]

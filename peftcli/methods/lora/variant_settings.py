@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from peftcli.methods._settings import Problems, Section, negative, not_one_of, not_positive, too_large, too_small
+from peftcli.methods._settings import Problems, Section, negative, not_positive, too_large, too_small
 from peftcli.methods.lora.initialisations.config import is_residual
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class VeloraConfig(Section):
     """
 
     def problems(self) -> Problems:
-        found = not_positive(self, "num_groups", "scale")
-        return found + not_one_of(self, "init_type", "batch_average", "batch_average_once", "random")
+        return super().problems() + not_positive(self, "num_groups", "scale")
 
 
 def variant_of(config: LoraConfig) -> str | None:
