@@ -79,10 +79,7 @@ class TiedHead(LoraLayer):
     def file_name(self, path: str, tensor: str) -> str:
         return super().file_name(path if tensor.endswith(".weight") else self.place, tensor)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         z = F.linear(self.lora_dropout(x.to(self.lora_embedding_B.dtype)), self.lora_embedding_B.T)
         return y + (self.scaling * F.linear(z, self.lora_embedding_A.T)).to(y.dtype)
 

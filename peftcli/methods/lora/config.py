@@ -142,10 +142,6 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         self.init_lora_weights = init if init in get_args(Name) else self.init_lora_weights  # OLoRA, as PEFT takes it
         self.loftq_config = self.loftq_config or None  # PEFT writes {}
         super().normalise()
-        if self.layer_replication:
-            self.layer_replication = [
-                list(pair) if isinstance(pair, tuple) else pair for pair in self.layer_replication
-            ]
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
@@ -173,9 +169,6 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         if self.alora_invocation_tokens:
             return "aLoRA cannot be merged: the tokens before the invocation need the base weights"
         return None
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return [] if self.target_parameters else super().usual_targets(model_type)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None, **options: Any) -> AdapterConfig:

@@ -7,8 +7,6 @@ that the disabled layer is the base layer exactly.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,10 +40,8 @@ class KasaLinear(LoraLinear):
         # parameters, since training on several devices sends buffers around at each step
         self.weak_A, self.weak_B = (nn.Parameter(part.detach().clone(), requires_grad=False) for part in pair)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = super().forward(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = super().adapt(x, y)
         a, b = self._taken(self.weak_A, self.weak_B)
         return y - F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
 

@@ -109,10 +109,7 @@ def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
 
 
 def _target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
-    wanted = config.target_modules
-    if wanted is None:
-        wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
-    names = find_targets(model, config) if wanted else []  # none: target_parameters alone
+    names = find_targets(model, config) if config.target_modules or not config.target_parameters else []
     if not config.ensure_weight_tying:
         return names
     group = tied_group(model)

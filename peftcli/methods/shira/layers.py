@@ -22,9 +22,9 @@ class ShiraLinear(DeltaLinear):
         super().__init__(module, name, "SHiRA")
         columns = self.view.in_features
         count = config.r * (columns + self.view.out_features)
+        places = drawn_places(self, name, "r", count, config.random_seed).sort().values
         start = torch.zeros if config.init_weights else torch.randn
         self.shira_weight = nn.Parameter(start(count, **factory_kwargs(self)))
-        places = drawn_places(self, name, "r", count, config.random_seed).sort().values
         if config.mask_fn is not None and not config.inference_mode:
             places = self._masked(name, config)
         self.register_buffer("shira_indices", torch.stack([places // columns, places % columns]).int())

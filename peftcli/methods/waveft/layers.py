@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_paths
-from peftcli.core.linear import linear_view
-from peftcli.core.targets import check_pattern_keys, find_targets, pattern_value
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
@@ -37,10 +36,10 @@ class WaveFTLinear(DeltaLinear):
 
     def allocate(self, name: str, count: int, config: WaveFTConfig) -> None:
         """Make ``count`` trained coefficients."""
+        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.waveft_spectrum = nn.Parameter(torch.zeros(count, **factory_kwargs(self)))
         if not config.init_weights:
             nn.init.normal_(self.waveft_spectrum, std=0.01)
-        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("filters", synthesis(MOMENTS[config.wavelet_family]).to(places.device), persistent=False)
 
@@ -59,21 +58,6 @@ class WaveFTLinear(DeltaLinear):
         return whole[first : first + rows, first : first + columns]
 
 
-def targets(model: nn.Module, config: WaveFTConfig) -> list[str]:
-    """Return the names of the target modules."""
-    names = find_targets(model, config)
-    check_pattern_keys(dict(config.n_frequency_pattern), names, "n_frequency_pattern", config)
-    if config.proportional_parameters:
-        paths = base_paths(model)
-        views = [linear_view(model.get_submodule(paths[name])) for name in names]
-        total = sum(view.in_features * view.out_features for view in views if view)
-        if config.n_frequency * len(names) > total:
-            raise AdapterError(
-                f"asks for {config.n_frequency} x {len(names)} of the {total} numbers of the layers", key="n_frequency"
-            )
-    return names
-
-
 def attach(model: nn.Module, config: WaveFTConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Share out the coefficients of ``proportional_parameters``, rounded as PEFT rounds: its files need the counts."""
     if not config.proportional_parameters:
@@ -81,6 +65,9 @@ def attach(model: nn.Module, config: WaveFTConfig, layers: Mapping[str, AdapterL
     given: dict[str, Any] = dict(layers)
     sizes = {name: layer.view.in_features * layer.view.out_features for name, layer in given.items()}
     total, budget = sum(sizes.values()), config.n_frequency * len(sizes)
+    if budget > total:
+        text = f"asks for {config.n_frequency} x {len(sizes)} of the {total} numbers of the layers"
+        raise AdapterError(text, key="n_frequency")
     for name, layer in given.items():
         layer.allocate(name, max(1, round(sizes[name] / total * budget)), config)
 
