@@ -72,7 +72,7 @@ class AdaLoraLayer(AdapterLayer):
             getattr(self, f"uncertainty_{tensor}").lerp_((now - importance).abs(), 1 - beta2)
 
     def scores(self) -> torch.Tensor:
-        """How important each direction is: (r,)."""
+        """Return the importance of each direction: (r,)."""
         score = {name: getattr(self, f"importance_{name}") * getattr(self, f"uncertainty_{name}") for name in _TENSORS}
         return score["lora_E"].squeeze(1) + score["lora_A"].mean(1) + score["lora_B"].mean(0)
 
@@ -151,7 +151,7 @@ def _mask(config: AdaLoraConfig, name: str, left: int) -> list[bool]:
 
 
 def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
-    """How far A's rows and B's columns are from being orthogonal, on average over the matrices, times the weight."""
+    """Return how far A's rows and B's columns are from orthogonal, on average over the matrices, times the weight."""
     layers = [layer for layer in _layers(model).values() if layer.lora_A.requires_grad]
     if not config.orth_reg_weight or not layers:
         return None
@@ -242,7 +242,7 @@ def _layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
 
 
 def _budget(config: AdaLoraConfig, step: int, last: int, start: int, num_layers: int) -> int:
-    """How many directions the model may have at this step: ``start`` of them fall to the target along a cubic."""
+    """Return how many directions the model may have at this step: from ``start`` to the target along a cubic."""
     target = config.target_r * num_layers
     left = 1 - (step - config.tinit) / (last - config.tinit)
     return int((start - target) * left**3 + target)

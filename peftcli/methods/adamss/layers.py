@@ -197,7 +197,7 @@ class AdamssLinear(DeltaLinear):
                 importance.lerp_(now, 1 - self.config.asa_importance_beta)
 
     def score(self, number: int) -> torch.Tensor:
-        """How important a subspace is: a scalar."""
+        """Return the importance of a subspace: a scalar."""
         found = [self._averages(tensor, number) for tensor in ("adamss_A", "adamss_B")]
         return torch.stack([(importance * uncertainty).mean() for importance, uncertainty in found]).sum()
 

@@ -224,7 +224,7 @@ def shared_basis(weights: list[torch.Tensor], ridge: float) -> torch.Tensor:
 
 
 def num_places(inputs: int, rate: float) -> int:
-    """How many numbers of ``S`` train."""
+    """Return how many numbers of ``S`` train."""
     count = min(int(inputs * inputs * rate), inputs * inputs - inputs)
     return max(1, count) if rate > 0 and inputs > 1 else count
 

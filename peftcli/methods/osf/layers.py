@@ -61,7 +61,7 @@ class OSFLinear(WeightDeltaLinear):
 
 
 def kept_directions(side: int, name: str, config: OSFConfig) -> int:
-    """How many singular directions of a weight, whose smaller side is ``side``, stay as they are.
+    """Return how many singular directions of a weight, whose smaller side is ``side``, stay as they are.
 
     Raises:
         AdapterError: none of them, or all.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -77,9 +78,8 @@ def synthesis(moments: int) -> torch.Tensor:
     """The filters of the four quarters: (4, 1, 2 * moments, 2 * moments)."""
     low = _daubechies(moments)
     high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=low.dtype).repeat(moments)
-    return torch.stack([torch.outer(a, b) for a, b in ((low, low), (high, low), (low, high), (high, high))]).unsqueeze(
-        1
-    )
+    pairs = ((low, low), (high, low), (low, high), (high, high))
+    return torch.stack([torch.outer(a, b) for a, b in pairs]).unsqueeze(1)
 
 
 def _daubechies(moments: int) -> torch.Tensor:
@@ -88,17 +88,11 @@ def _daubechies(moments: int) -> torch.Tensor:
     Its polynomial is ``(1 + z)^n`` times that half of ``P(y) = sum of C(n-1+k, k) y^k`` whose roots are inside the unit
     circle, where ``y = (2 - z - 1/z) / 4`` (Daubechies, Ten Lectures on Wavelets, chapter 6).
     """
-    order = moments - 1
-    coefficients = [math.comb(order + k, k) for k in range(moments)]
-    companion = torch.diag(torch.ones(max(order - 1, 0), dtype=torch.float64), -1)[:order, :order]
-    for k in range(order):
-        companion[0, k] = -coefficients[order - 1 - k] / coefficients[order]
-    half = 1 - 2 * torch.linalg.eigvals(companion)
-    roots = [min(half_ + root, half_ - root, key=abs) for half_, root in zip(half, (half**2 - 1).sqrt(), strict=True)]
-    polynomial = torch.ones(1, dtype=torch.complex128)
-    for root in [*roots, *[torch.tensor(-1.0)] * moments]:
-        polynomial = F.pad(polynomial, (0, 1)) - F.pad(polynomial, (1, 0)) * root
-    return math.sqrt(2) * polynomial.real / polynomial.real.sum()
+    coefficients = [math.comb(moments - 1 + k, k) for k in range(moments)]
+    half = 1 - 2 * np.roots(coefficients[::-1]).astype(complex)
+    roots = [min(one + root, one - root, key=abs) for one, root in zip(half, np.sqrt(half**2 - 1), strict=True)]
+    polynomial = np.poly([*roots, *[-1] * moments]).real
+    return torch.from_numpy(math.sqrt(2) * polynomial / polynomial.sum())
 
 
 wrap = WaveFTLinear
