@@ -139,7 +139,7 @@ def factory_kwargs(layer: nn.Module) -> dict[str, Any]:
     return {"device": offloaded_to_run_on(layer) or weight.device, "dtype": adapter_dtype(weight)}
 
 
-def rounded(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def in_base_dtype(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the tensor in the dtype of a base weight, unless that is quantised, as PEFT has it before it widens it."""
     return tensor.to(weight.dtype) if weight.is_floating_point() else tensor
 
@@ -173,6 +173,6 @@ def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Te
     weight = stored_weight(layers[0])
     device = "cpu" if weight.is_meta else weight.device
     for name, tensor in tensors.items():
-        parameter = nn.Parameter(rounded(tensor, weight).to(device, adapter_dtype(weight)), requires_grad=False)
+        parameter = nn.Parameter(in_base_dtype(tensor, weight).to(device, adapter_dtype(weight)), requires_grad=False)
         for layer in layers:
             setattr(layer, name, parameter)

@@ -15,7 +15,7 @@ from peftcli.core.layer import AdapterLayer, base_module, version_of
 from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, rounded, stored_weight
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods._product import base_product, layer_below
 from peftcli.methods.frod.config import FrodConfig
 
@@ -159,7 +159,7 @@ def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLay
             weights = [dense_weight(layer) for _, layer in sorted(found.items())]
             basis = shared_basis(weights, config.regularization_alpha)
         places = _drawn_places(len(basis), config.sparse_rate, generator)
-        basis = rounded(basis, stored_weight(group[0])).to(**factory_kwargs(group[0])).contiguous()
+        basis = in_base_dtype(basis, stored_weight(group[0])).to(**factory_kwargs(group[0])).contiguous()
         shared = Places(places.to(basis.device), torch.tensor(basis.shape, device=basis.device))
         frozen = nn.Parameter(basis, requires_grad=False)
         for layer in group:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs, rounded, stored_weight
+from peftcli.methods._linear import SharingLinear, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods.unilora.config import UniLoraConfig
 
 _PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
@@ -72,7 +72,7 @@ def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -
         device = "cpu" if weight.is_meta else weight.device
         for which, shape in layer.shapes.items():
             places, scale = next(parts)
-            scale = rounded(scale, weight)
+            scale = in_base_dtype(scale, weight)
             layer.register_buffer(f"unilora_indices_{which}", places.view(shape).to(device))
             layer.register_buffer(f"unilora_scales_{which}", scale.view(shape).to(device, like["dtype"]))
 
