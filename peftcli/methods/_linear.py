@@ -56,6 +56,18 @@ class SharingLinear(DeltaLinear):
     def file_name(self, path: str, tensor: str) -> str:
         return f"base_model.{tensor}" if tensor in self.shared else super().file_name(path, tensor)
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices (r, in) and (out, r) that an input goes through, where ``delta`` is their product."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.factors()
+        return F.linear(F.linear(x, first), second)
+
+    def delta(self) -> torch.Tensor:
+        first, second = self.factors()
+        return second @ first
+
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the columns and rows of ``share_projections`` that the layer uses: (rows, in) and (out, r)."""
         device = next(self.parameters(recurse=False)).device

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
@@ -36,11 +35,8 @@ class UniLoraLinear(SharingLinear):
         self.shapes = {"A": (config.r, self.view.in_features), "B": (self.view.out_features, config.r)}
         self.saves_fixed = config.save_indices
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self._matrix("A")), self._matrix("B"))
-
-    def delta(self) -> torch.Tensor:
-        return self._matrix("B") @ self._matrix("A")
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._matrix("A"), self._matrix("B")
 
     def _matrix(self, which: str) -> torch.Tensor:
         indices, scales = getattr(self, f"unilora_indices_{which}"), getattr(self, f"unilora_scales_{which}")
