@@ -88,7 +88,7 @@ class FrodLinear(WeightDeltaLinear):
         dropped = self.dropout(x)
         z = dropped.to(self.frod_lambda_l.dtype) @ self.frod_V
         left = self._left()
-        turned = (self.frod_lambda_l * z + self._turned(z)).to(left.dtype)
+        turned = (self.frod_lambda_l * z + self._sparse_product(z)).to(left.dtype)
         if dropped is x and not isinstance(layer_below(self), AdapterLayer):  # U has W's part
             self.base_weight_to(torch.device("cpu"))
             bias = self.base_layer.bias
@@ -119,7 +119,7 @@ class FrodLinear(WeightDeltaLinear):
         middle = self._sparse().to_dense() + self.frod_lambda_l.diag()
         return self.view.as_stored(left.to(dense) @ middle @ self.frod_V.T - dense)
 
-    def _turned(self, z: torch.Tensor) -> torch.Tensor:
+    def _sparse_product(self, z: torch.Tensor) -> torch.Tensor:
         """``S z``."""
         sparse = self._sparse()
         with torch.autocast(z.device.type, enabled=False):  # there are no sparse products in half precision

@@ -42,10 +42,10 @@ class KasaLinear(LoraLinear):
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y = super().adapt(x, y)
-        a, b = self._taken(self.weak_A, self.weak_B)
+        a, b = self._remaining(self.weak_A, self.weak_B)
         return y - F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
 
-    def _taken(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _remaining(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weak directions that other enabled KaSA layers below have not taken away yet, weakest last."""
         below = [layer.r for layer in layers_below(self) if isinstance(layer, KasaLinear)]
         kept = max(self.r - max(below, default=0), 0)
@@ -62,7 +62,7 @@ class KasaLinear(LoraLinear):
         # weights that come one by one are not known before
         known = not self.weak_A.is_meta and not stored_weight(self.base_layer).is_meta
         pair = (self.weak_A, self.weak_B) if known else weakest(widened(weight), self.r)
-        a, b = self._taken(*pair)
+        a, b = self._remaining(*pair)
         return merged | {"weight": merged["weight"] - b @ a}
 
     def penalty(self) -> torch.Tensor:

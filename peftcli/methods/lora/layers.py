@@ -56,14 +56,14 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
         check_size(r, (view.out_features, view.in_features), name)
     elif weight is not None and weight.ndim > 1:
         check_size(r, weight.flatten(1).shape, name)
-    if isinstance(base, nn.MultiheadAttention):
+    if projects or isinstance(base, nn.MultiheadAttention):
         check_attention(name, config)
+    if isinstance(base, nn.MultiheadAttention):
         return LoraAttention(module, name, config)
     below = with_bias(module, config.bias)
     own = config.plain() if config.inference_mode else config
     layer: LoraLayer
     if projects:
-        check_attention(name, config)
         layer = LoraOutputProjection(below, name, own)
     elif variant is not None:
         layer = VARIANT_LAYERS[variant](below, name, own)
