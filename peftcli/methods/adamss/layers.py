@@ -85,8 +85,7 @@ class AdamssLinear(DeltaLinear):
         return 1 <= rank <= most if self.config.use_dynamic_rank else rank == most
 
     def _weight(self) -> torch.Tensor:
-        bias = base_module(self).bias if self.has_bias else None
-        return _with_bias(dense_weight(self), bias)
+        return _with_bias(dense_weight(self), getattr(base_module(self), "bias", None))
 
     def _find(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Return the singular vectors of ``weight``, (out, in), left and right, and the outputs of each subspace."""
