@@ -111,9 +111,8 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         kept = at[saved[0]].copy.weight
         for layer in [*new.values(), *(at[name] for name in saved)]:
             layer.copy.weight = kept
-        if (
-            len(group) == 2
-        ):  # PEFT ties the embeddings of an encoder and a decoder by itself, and their names confuse it
+        # PEFT ties the embeddings of an encoder and a decoder by itself, and their names confuse it
+        if len(group) == 2:
             name_group(config, group, "modules_to_save")
     elif group and group[0] in layers:
         source = at[group[0]]

@@ -185,9 +185,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     def file_dict(self) -> dict[str, Any]:
         plain = self.plain()
-        init = (
-            "mica" if self.init_lora_weights == "mica" else plain.init_lora_weights
-        )  # who trains it on leaves B alone
+        # who trains a mica adapter on leaves B alone
+        init = "mica" if self.init_lora_weights == "mica" else plain.init_lora_weights
         return {**super(LoraConfig, plain).file_dict(), "init_lora_weights": init}
 
     def plain(self) -> LoraConfig:

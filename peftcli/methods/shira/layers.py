@@ -32,10 +32,8 @@ class ShiraLinear(DeltaLinear):
     def _masked(self, name: str, config: ShiraConfig) -> torch.Tensor:
         """Return the places that the config's own function chooses, as indices into the flat weight (out, in)."""
         seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
-        mask, shape = (
-            config.mask_fn(base_module(self), config.r, **seed),
-            (self.view.out_features, self.view.in_features),
-        )
+        mask = config.mask_fn(base_module(self), config.r, **seed)
+        shape = (self.view.out_features, self.view.in_features)
         if not isinstance(mask, torch.Tensor) or mask.shape != shape or not ((mask == 0) | (mask == 1)).all():
             raise AdapterError(f"must return a tensor {shape} of zeros and ones for {name}", key="mask_fn")
         places = mask.flatten().nonzero().flatten()
