@@ -13,8 +13,6 @@ sys.path.insert(0, str(ROOT / "docs"))
 import house  # noqa: E402
 
 ALLOWED = {
-    "peftcli.adapters.card": 1,
-    "peftcli.adapters.generate": 6,
     "peftcli.adapters.load": 2,
     "peftcli.cli.app": 1,
     "peftcli.cli.cache": 3,

@@ -15,8 +15,8 @@ from peftcli.system.secrets import redact_values
 from peftcli.system.signals import current
 
 T = TypeVar("T")
-_TELLING = ("README.md", "loss.png")
-"""Files of an adapter from which no answer follows."""
+_DOCUMENTATION = ("README.md", "loss.png")
+"""Files of an adapter that no answer depends on."""
 
 
 def _in_order(lines: Sequence[bytes], order: Sequence[int]) -> bytes:
@@ -79,9 +79,9 @@ def write_answers(
 
 
 def content_key(loaded_from: dict[str, Any]) -> list[Any]:
-    """What a loaded model follows from, but for the content of a base model that is a folder."""
+    """Return what identifies a loaded model, but for the content of a base model that is a folder."""
     adapter = loaded_from.get("adapter")
-    files = [Path(adapter) / name for name in SHARED_FILES if name not in _TELLING] if adapter else []
+    files = [Path(adapter) / name for name in SHARED_FILES if name not in _DOCUMENTATION] if adapter else []
     return [loaded_from, [(str(path), sha256(path)) for path in files if path.is_file()]]
 
 

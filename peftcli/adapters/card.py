@@ -41,7 +41,7 @@ _SETTINGS = (
 
 _NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 _COUNTS = ("rows", "used", "truncated", "tokens", "targets")
-_SOMEWHERE, _SOME_BASE = "path/to/this/adapter", "path/to/the/base/model"
+_ADAPTER_PLACEHOLDER, _BASE_PLACEHOLDER = "path/to/this/adapter", "path/to/the/base/model"
 _MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
 
@@ -64,7 +64,7 @@ def write_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> Path:
 
 
 def has_own_card(folder: Path, tags: Collection[str] = _TRANSFORMERS) -> bool:
-    """Whether the folder's README.md is missing, or as ``write_card`` writes it: nobody's text is lost with it."""
+    """Return whether README.md is missing, or as ``write_card`` writes it: nobody's text is lost with it."""
     path = folder / "README.md"
     try:
         info = read_info(folder)
@@ -123,7 +123,7 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None, tags: 
 
 
 def was_local(folder: Path) -> bool:
-    """Whether the run that made an adapter folder read its base model from files of the machine.
+    """Return whether the run that made an adapter folder read its base model from files of the machine.
 
     Raises:
         AdapterError: a file of the folder cannot be read.
@@ -132,13 +132,13 @@ def was_local(folder: Path) -> bool:
 
 
 def is_local(base: str) -> bool:
-    """Whether a base model's name is a file or folder of this machine and no hub id."""
+    """Return whether a base model's name is a file or folder of this machine and no hub id."""
     path_like = _is_absolute(base) or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base
     return path_like or (bool(base) and os.path.lexists(base))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What the folder knows of its adapter, in the shape of run.json.
+    """Return what the folder says of its adapter, in the shape of run.json.
 
     Raises:
         AdapterError: a file of the folder cannot be read.
@@ -157,7 +157,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 def render_card(
     info: Mapping[str, Any],
     *,
-    adapter: str = _SOMEWHERE,
+    adapter: str = _ADAPTER_PLACEHOLDER,
     plot: bool = False,
     processor: bool = False,
     form: bool = False,
@@ -172,18 +172,15 @@ def render_card(
     method.pop("type", None)
     task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
-    name = base if base and not is_local(base) else _SOME_BASE
+    name = base if base and not is_local(base) else _BASE_PLACEHOLDER
     use = use.filled(mapping_at(info, "task")) if use else None
+    lines = use.form_loading if use and form else use.loading if use else ()  # of a model that no class of PEFT loads
+    loading = [line.replace(json.dumps(_BASE_PLACEHOLDER), json.dumps(name)) for line in lines]
+    loading = loading or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)]
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
-        _usage(
-            kind,
-            use,
-            adapter,
-            _other(use, name, form)
-            or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)],
-        ),
+        _usage(kind, use, adapter, loading),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
@@ -202,7 +199,7 @@ def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:
 
 
 def _head(kind: str, use: TaskRow | None, base: str, tags: Collection[str]) -> dict[str, Any]:
-    """What the front matter says."""
+    """Return the content of the front matter."""
     head: dict[str, Any] = {"library_name": "peft"}
     found = {kind.replace("_", "-"), "peftcli", *tags} - {""}
     if base and not is_local(base) and ("/" in base or "transformers" in tags):  # models of others have an owner
@@ -233,23 +230,30 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
 
 
 def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
-    text = "## How to use it\n\n"
+    """Commands and Python that load the adapter and call it once."""
+    text, library = "## How to use it\n\n", "peft"
     if use:
         text += f"With peftcli, on the command line:\n\n```bash\n{use.command(adapter)}\n```\n\n"
     if kind in METHODS and METHODS[kind].soft_prompt:
+        library = "peftcli"
         text += (
             "With peftcli in Python. Some releases of PEFT repeat the virtual tokens at each generated token when they"
             " run on transformers 5, and then generate other text.\n\n"
         )
-        return text + _python("peftcli", use, adapter, loading)
-    libraries = "diffusers" if use and use.loading else "PEFT and transformers"
-    return text + f"With {libraries}, in Python:\n\n" + _python("peft", use, adapter, loading)
-
-
-def _other(use: TaskRow | None, name: str, form: bool) -> list[str]:
-    """Lines of Python that load a model that no class of PEFT loads."""
-    lines = use.form_loading if use and form else use.loading if use else ()
-    return [line.replace(json.dumps(_SOME_BASE), json.dumps(name)) for line in lines]
+    else:
+        text += f"With {'diffusers' if use and use.loading else 'PEFT and transformers'}, in Python:\n\n"
+    if not any(line.startswith(("model = ", "pipeline = ")) for line in loading):
+        auto_class = use.peft_class if use else "AutoPeftModel"
+        loading = [
+            f"from {library} import {auto_class}",
+            f"from transformers import {_processor_class(_processor(use))}",
+            "",
+            f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
+            *loading,
+        ]
+    calls = use.usage if use else ('inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))")
+    lines = [line.replace(json.dumps(_ADAPTER_PLACEHOLDER), json.dumps(adapter)) for line in (*loading, *calls)]
+    return text + "```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def _model(info: Mapping[str, Any], use: TaskRow | None, name: str, adapter: str) -> list[str]:
@@ -292,7 +296,7 @@ def _processor_class(kind: str) -> str:
 
 
 def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
-    """What is in the adapter's own processor that the base model's lacks."""
+    """Say what the adapter's own processor has that the base model's lacks."""
     tokens = settings.get("new_tokens")
     new = ", ".join(_code(str(token)) for token in tokens) if isinstance(tokens, list) else ""
     parts = [f"the special tokens {new}"] * bool(new) + ["the chat template"] * bool(settings.get("chat_template"))
@@ -305,24 +309,6 @@ def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
             " first if it has fewer rows than that."
         )
     return text + "\n"
-
-
-def _python(library: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
-    """A Python block that loads the adapter and calls it once."""
-    auto_class = use.peft_class if use else "AutoPeftModel"
-    loads = [
-        f"from {library} import {auto_class}",
-        f"from transformers import {_processor_class(_processor(use))}",
-        "",
-        f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
-    ]
-    lines = [
-        *([] if any(line.startswith(("model = ", "pipeline = ")) for line in loading) else loads),
-        *loading,
-        *(use.usage if use else ['inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))"]),
-    ]
-    written = "\n".join(line.replace(json.dumps(_SOMEWHERE), json.dumps(adapter)) for line in lines)
-    return f"```python\n{written}\n```\n"
 
 
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
@@ -453,7 +439,7 @@ def _read_card(path: Path) -> str:
 
 
 def _beside(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Which files that the card mentions are in the folder."""
+    """Return which files that the card mentions are in the folder."""
     processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     own = any((folder / name).is_file() for name in processors)
     use = _subject(info)[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from peftcli.core.files import read_tensors
 from peftcli.methods.updates import Update, UpdateUnknown, distance, find_updates
 
 _T = TypeVar("_T")
-_OF_THE_FILE = ("auto_mapping", "inference_mode", "peft_version", "runtime_config")
+_IGNORED = ("auto_mapping", "inference_mode", "peft_version", "runtime_config")
 """Fields of a config that say nothing of the adapter."""
 
 
@@ -35,19 +35,19 @@ def compare(a: str, b: str) -> dict[str, Any]:
     Raises:
         AdapterError: an adapter cannot be read, or its tensors do not fit its config.
     """
-    one, other = _read(a), _read(b)
+    adapters = [(source.config, read_tensors(source.folder)) for source in map(find_adapter, (a, b))]
     reason = None
-    updates: tuple[dict[str, Update], dict[str, Update]] = ({}, {})
+    updates: list[dict[str, Update]] = [{}, {}]
     try:
-        updates = find_updates(one.config, one.tensors), find_updates(other.config, other.tensors)
+        updates = [find_updates(config, tensors) for config, tensors in adapters]
     except UpdateUnknown as error:
         reason = error.message
-    rest = one.without(updates[0]), other.without(updates[1])
-    modules = {name: _of_updates(*pair) for name, pair in _in_both(*updates, lambda update: update.shape).items()}
-    tensors = {name: _of_tensors(*pair) for name, pair in _in_both(*rest, torch.Tensor.size).items()}
+    rest = [_without(*adapter, changed) for adapter, changed in zip(adapters, updates, strict=True)]
+    modules = {name: _of_updates(*pair) for name, pair in _in_both(updates, lambda update: update.shape).items()}
+    tensors = {name: _of_tensors(*pair) for name, pair in _in_both(rest, torch.Tensor.size).items()}
     names = [{*changed, *others} - {*modules, *tensors} for changed, others in zip(updates, rest, strict=True)]
     only_a, only_b = sorted(names[0]), sorted(names[1])
-    config = _differences(one.config, other.config)
+    config = _differences(*(config for config, _ in adapters))
     parts = [*modules.values(), *tensors.values()]
     norms = [[own[name].norm() for name in own.keys() - modules.keys()] for own in updates]
     alone = [_Difference(norm, 0.0, 0.0, norm) for norm in norms[0]]
@@ -64,18 +64,6 @@ def compare(a: str, b: str) -> dict[str, Any]:
         "tensors": [{"tensor": name, **part.described()} for name, part in tensors.items()],
         **_together([*parts, *alone]).described(),
     }
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    config: AdapterConfig
-    tensors: dict[str, torch.Tensor]
-
-    def without(self, updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
-        """The tensors that are no part of ``updates``, by names that begin as those of updates do."""
-        told = {name for update in updates.values() for name in update.tensors}
-        prefix = self.config.file_prefix
-        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name not in told}
 
 
 @dataclass(frozen=True)
@@ -97,13 +85,17 @@ class _Difference:
         }
 
 
-def _read(adapter: str) -> _Adapter:
-    source = find_adapter(adapter)
-    return _Adapter(source.config, read_tensors(source.folder))
+def _without(
+    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], updates: Mapping[str, Update]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that are no part of ``updates``, by names that begin as those of updates do."""
+    parts = {name for update in updates.values() for name in update.tensors}
+    return {name.removeprefix(config.file_prefix): value for name, value in tensors.items() if name not in parts}
 
 
-def _in_both(a: Mapping[str, _T], b: Mapping[str, _T], size: Callable[[_T], Any]) -> dict[str, tuple[_T, _T]]:
-    """What has the same name and size in both."""
+def _in_both(two: Sequence[Mapping[str, _T]], size: Callable[[_T], Any]) -> dict[str, tuple[_T, _T]]:
+    """Return what has the same name and size in both."""
+    a, b = two
     return {name: (a[name], b[name]) for name in a if name in b and size(a[name]) == size(b[name])}
 
 
@@ -111,7 +103,7 @@ def _differences(one: AdapterConfig, other: AdapterConfig) -> list[dict[str, Any
     described = [
         {entry.name: _shown(getattr(config, entry.name)) for entry in fields(config)} for config in (one, other)
     ]
-    keys = [key for key in {**described[0], **described[1]} if key not in _OF_THE_FILE]
+    keys = [key for key in {**described[0], **described[1]} if key not in _IGNORED]
     values = {key: tuple(values.get(key) for values in described) for key in keys}
     return [{"key": key, "a": a, "b": b} for key, (a, b) in values.items() if a != b]
 

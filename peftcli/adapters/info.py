@@ -57,7 +57,7 @@ def describe(adapter: str) -> dict[str, Any]:
 
 
 def _parameters(source: AdapterSource) -> int:
-    """How many parameters were trained, as run.json says: shared ones once, and no buffers; else how many are saved."""
+    """Count the parameters that were trained, by run.json: shared ones once, no buffers; else those that are saved."""
     with suppress(AdapterError):  # run.json is damaged
         trained = mapping_at(source.record, "parameters").get("trainable")
         if type(trained) is int and trained >= 0:

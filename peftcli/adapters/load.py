@@ -274,7 +274,7 @@ def read_settings(task: str, given: Any, file: str, under: str) -> Any:
 
 
 def other_base(source: AdapterSource, spec: BaseModel) -> str | None:
-    """What to say of a base model that is not the one of the adapter's run; None: it is, or that is not known.
+    """Return what to say of a base model that is not that of the adapter's run; None: it is, or that is not known.
 
     Other weights than the run's, quantised or not, count only where the adapter corrects the error of those.
     """
@@ -337,18 +337,18 @@ def adapter_folder(
     if subfolder and (not _SUBFOLDER.fullmatch(subfolder) or ".." in subfolder.split("/")):
         raise AdapterError(f"{subfolder!r} is not a folder of a repository", key="subfolder")
     what = f"no folder {adapter} here; on the hub: {adapter}"
-    files = [f"{subfolder}/{name}" if subfolder else name for name in SHARED_FILES]
+    inside = f"{subfolder}/" if subfolder else ""
+    files = [inside + name for name in SHARED_FILES]
     snapshot = hub_requests.download_files(adapter, files, revision, what=what, **options)
-    folder = snapshot / (subfolder or "")
+    folder = snapshot / inside
     if not (folder / WEIGHTS_FILE).is_file():
         hub_requests.refuse_partial_copy(snapshot, what)
         place = f"{subfolder} of {adapter}" if subfolder else adapter
-        pickle = f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
-        hint = _PICKLED if pickle in (hub_requests.listed_files(snapshot) or ()) else None
+        hint = _PICKLED if inside + _PICKLE in (hub_requests.listed_files(snapshot) or ()) else None
         raise AdapterError(f"no {WEIGHTS_FILE} in {place} on the hub", hint=hint)
     return folder
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form ``user/name``."""
+    """Return whether a text has the form ``user/name``."""
     return "/" in text and hub_requests.is_repo_id(text)

@@ -124,17 +124,16 @@ def merge_adapter(
             untied = _merge_whole(job, partial)
         _write_companions(job, partial, untied)
         difference = _verify(job, partial, tell) if verify else None
-    return {**_written(output), "base_model": name, "untied": untied, "max_logit_difference": difference}
-
-
-def _written(output: Path) -> dict[str, Any]:
-    shards = sorted(output.rglob("*.safetensors"))
-    dtype = open_base(BaseModel(name=str(output))).config.dtype
+    shards = [shard.stat().st_size for shard in output.rglob("*.safetensors")]
+    stored_in = open_base(BaseModel(name=str(output))).config.dtype
     return {
         "output": str(output),
-        "dtype": str(dtype).removeprefix("torch.") if dtype else None,
+        "dtype": str(stored_in).removeprefix("torch.") if stored_in else None,
         "shards": len(shards),
-        "bytes": sum(shard.stat().st_size for shard in shards),
+        "bytes": sum(shards),
+        "base_model": name,
+        "untied": untied,
+        "max_logit_difference": difference,
     }
 
 
@@ -143,16 +142,17 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
     if reason := source.config.merge_problem():
         raise AdapterError(reason, file=str(source.folder))
     source.config.inference_mode = True
-    spec = source.base if dequantize else replace(source.base, quantization=None)
+    spec = source.base
     same_base = f"{command} --base {shlex.quote(source.base_name)}" if source.base_name else command
     if source.record.get("makes_up_for_quantization") and not dequantize:
         raise AdapterError(
             f"it corrects the error of the quantised weights of {spec.name}, and fits no others",
             hint=f"merge into those weights, made dense: {same_base} --dequantize",
         )
-    base = open_base(spec, processors=source.folder)
-    if dequantize and not base.quantization:  # the place alone is another one
-        base = open_base(replace(spec, quantization=source.trained_quantization), processors=source.folder)
+    if dequantize:
+        base = open_trained_base(source)
+    else:
+        base = open_base(replace(spec, quantization=None), processors=source.folder)
     how = base.quantization
     if how and not dequantize:
         raise AdapterError(
@@ -172,6 +172,14 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
         dequantize,
         source.open_task(base),
     )
+
+
+def open_trained_base(source: AdapterSource) -> OpenBase:
+    """Open the base model, quantised as it was trained, also where another place is given for it."""
+    opened = open_base(source.base, processors=source.folder)
+    if opened.quantization or not source.trained_quantization:
+        return opened
+    return open_base(replace(source.base, quantization=source.trained_quantization), processors=source.folder)
 
 
 def _refuse_name(output: Path) -> None:
@@ -201,7 +209,7 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
         return None
     places = {key: shard for shard, header in shards.items() for key in header}
     model = job.base.empty_model(job.auto_class, **job.options)
-    longer = _made_longer(model, job)
+    longer = _grow_embeddings(model, job)
     shapes = {name: tuple(value.shape) for name, value in _every_tensor(model)}
     load_adapter(model, job.source.config, job.source.folder)  # real weights, into a model on the meta device
     layers = outermost(model)
@@ -307,7 +315,7 @@ class _MergedTensors:
         return merged
 
 
-def _made_longer(model: nn.Module, job: _Job) -> dict[str, int] | None:
+def _grow_embeddings(model: nn.Module, job: _Job) -> dict[str, int] | None:
     """Let the empty model hold the adapter's tokens; return the rows of each tensor that got more.
 
     None: a tensor changed in another way.
@@ -442,7 +450,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float | None:
-    """As ``_compare``; None where neither the adapter's task is known nor what the model reads."""
+    """Do as ``_compare``; return None where neither the adapter's task is known nor what the model reads."""
     try:
         if job.task is None and not _reads_tokens(job.base.empty_model(job.auto_class, **job.options)):
             raise _InputsUnknown
@@ -485,7 +493,7 @@ def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
 def _difference(
     job: _Job, written: OpenBase, dtypes: tuple[Any, Any], tolerance: float, tell: Callable[[str], None]
 ) -> tuple[float, float]:
-    """How much outputs differ, computed in float32 with weights of these dtypes, and how much is allowed."""
+    """Return how much outputs differ, computed in float32 with weights of these dtypes, and how much is allowed."""
     tell("verifying: base model with adapter")
     model: Any = job.load(dtypes[0]).eval()
     rows = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
@@ -516,7 +524,7 @@ def _one_dtype(base: OpenBase) -> torch.dtype | None:
 
 
 def _reads_tokens(model: Any) -> bool:
-    """Whether a model whose task is not known reads a text, and no picture or sound."""
+    """Return whether a model whose task is not known reads a text, and no picture or sound."""
     return bool(model.main_input_name == "input_ids")
 
 

@@ -89,10 +89,7 @@ def load_predictor(
         task = source.open_task(opened)
         if not isinstance(task, Predicts):
             return _text_predictor(source, with_adapter, batch_size, merge_for, tell)
-
-        def load() -> Predictor:
-            return _load(source, opened, task, with_adapter, batch_size)
-
+        load = partial(_load, source, opened, task, with_adapter, batch_size)
         first = merge_for[:batch_size] if len(merge_for) >= _WORTH_MERGING * batch_size else ()
         if not first or not with_adapter or opened.is_pipeline:
             return load()

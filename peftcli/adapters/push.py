@@ -98,7 +98,7 @@ def push(
 def _contents(
     folder: Path, repo_id: str, base_model_id: str | None, tags: Sequence[str] = ()
 ) -> dict[str, Path | bytes]:
-    """What is uploaded: name in the repository -> local file, or changed content."""
+    """Return what is uploaded: name in the repository -> local file, or changed content."""
     config = read_method_config(folder)
     read_header(find_weights(folder))
     files: dict[str, Path | bytes] = {name: folder / name for name in SHARED_FILES if (folder / name).is_file()}
@@ -218,7 +218,7 @@ class _Push:
         return None
 
     def _is_at(self, api: HfApi, revision: str | None) -> bool:
-        """Whether the files at ``revision`` are those of this push."""
+        """Return whether the files at ``revision`` are those of this push."""
         from huggingface_hub.hf_api import RepoFile
 
         entries = api.get_paths_info(self.repo_id, list(self.contents), revision=revision)

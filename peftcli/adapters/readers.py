@@ -48,6 +48,8 @@ _TEXTS = ("Hello", "A longer text, beside which the first one is padded.")
 """What readers of texts are compared by."""
 _Blame = tuple[str, str]
 """The file that a difference comes from, and what is known of it."""
+_Compared = tuple[float, Callable[[], _Blame]]
+"""A difference, and what finds its blame."""
 
 
 def require_readers(readers: Sequence[str]) -> None:
@@ -104,9 +106,7 @@ def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: T
     return found
 
 
-def _compare_outputs(
-    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
-) -> tuple[float, Callable[[], _Blame]]:
+def _compare_outputs(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
     """Compare the outputs for the task's example inputs."""
     if not isinstance(task, Probes):
         raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
@@ -114,9 +114,7 @@ def _compare_outputs(
     return _difference_of_outputs(other, model, inputs), lambda: _blame(source, opened, model, other, inputs)
 
 
-def _compare_answers(
-    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
-) -> tuple[float, Callable[[], _Blame]]:
+def _compare_answers(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
     """Compare the answers of transformers' pipeline with those of ``predict``."""
     if source.task is None or not has_pipeline(source.task, opened):
         message = f"transformers has no pipeline that answers as {source.task} does"
@@ -173,9 +171,7 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
     return importlib.import_module(reader).PeftModel.from_pretrained(base, source.folder)
 
 
-def _compare_embeddings(
-    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
-) -> tuple[float, Callable[[], _Blame]]:
+def _compare_embeddings(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
     """Compare the embeddings of the merged model in sentence-transformers with those of ``predict``."""
     if not (isinstance(task, Exports) and isinstance(task, Predicts)):
         message = f"the merged model of {source.task} is not one of {reader}"
@@ -191,9 +187,7 @@ def _compare_embeddings(
     return difference(sketch(now.float().cpu()), sketch(expected)), lambda: blamed
 
 
-def _compare_pictures(
-    reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any
-) -> tuple[float, Callable[[], _Blame]]:
+def _compare_pictures(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
     """Compare a picture of diffusers' pipeline, with the adapter in a form for other readers, with one of peftcli.
 
     diffusers reads its own file, and PEFT the folder of each part.

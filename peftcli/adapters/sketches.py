@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -67,9 +67,5 @@ def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> float:
         return math.inf
     if "values" not in then:
         return 0.0
-    pairs = zip(_numbers(now), _numbers(then), strict=True)
-    return max(abs(one - other) for one, other in pairs) / (then["deviation"] or 1.0)
-
-
-def _numbers(sketch: Mapping[str, Any]) -> Iterator[float]:
-    yield from (*sketch["values"], sketch["mean"], sketch["deviation"])
+    numbers = ((*each["values"], each["mean"], each["deviation"]) for each in (now, then))
+    return max(abs(one - other) for one, other in zip(*numbers, strict=True)) / (then["deviation"] or 1.0)

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, get_args
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from peftcli.adapters.load import AdapterSource, find_adapter, read_settings
+from peftcli.adapters.merge import open_trained_base
 from peftcli.adapters.predict import load_for_task
 from peftcli.adapters.readers import compare_reader, require_readers
 from peftcli.adapters.sketches import Sketch, difference, hash_of, sketch
@@ -34,7 +34,7 @@ from peftcli.errors import AdapterError, DataError, HubError, ModelError, Networ
 from peftcli.guard.files import read_json_object, short_repr
 from peftcli.guard.typed_fields import fits, hints_of
 from peftcli.models.hub_files import base_hash
-from peftcli.models.open import OpenBase, open_base
+from peftcli.models.open import OpenBase
 from peftcli.schema import Format, Source
 from peftcli.system import date
 from peftcli.system.disk import sha256, write_file
@@ -84,12 +84,6 @@ class Rows(TypedDict):
     """The folder of each row, to which paths in it are relative."""
 
 
-class _Task(TypedDict):
-    """The task, with its settings beside its type."""
-
-    type: str
-
-
 class _Base(TypedDict):
     """The base model."""
 
@@ -99,7 +93,8 @@ class _Base(TypedDict):
 class _Record(TypedDict):
     """What verification.json holds."""
 
-    task: _Task
+    task: dict[str, Any]
+    """The task's settings beside its type."""
     config: dict[str, Any]
     tensors: dict[str, str]
     files: dict[str, str]
@@ -112,7 +107,7 @@ class _Record(TypedDict):
     probe: Sketch | None
 
 
-class _OfRows(_Record):
+class _RecordWithRows(_Record):
     """The same where rows were kept."""
 
     inputs: dict[str, Sketch]
@@ -208,7 +203,7 @@ def mark_verified(folder: Path) -> None:
 
 
 def needs_verification(folder: Path) -> bool:
-    """Whether a folder has a record that was not found to be the same yet."""
+    """Return whether a folder has a record that was not compared with it yet, or was found to differ."""
     return (folder / RECORD_FILE).is_file() and not _read_record(folder).get("verified")
 
 
@@ -239,11 +234,11 @@ def verify_adapter(
         raise UsageError(f"has no {RECORD_FILE}: nothing says what the trained model was", file=name, hint=hint)
     if recorded:
         _compare_files(source, recorded)
-    with _open_trained_base(source) as opened:
+    with open_trained_base(source) as opened:
         task = _open_task(source, opened, recorded)
-        loaded = load_for_task(source, opened, task, getattr(torch, recorded.get("dtype", "float32")))
+        dtype = getattr(torch, recorded.get("dtype", "float32"))
+        model: Any = load_for_task(source, opened, task, dtype).model
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = loaded.model
     model = model.to(here).eval()
     unpad(model, source.config)  # as in training, or bfloat16 rounds otherwise
     result: dict[str, Any] = {
@@ -309,14 +304,6 @@ def _refuse_difference(
         if now.get(key) != then.get(key):
             message = f"is {now.get(key)!r:.100}; in training it was {then.get(key)!r:.100}"
             raise AdapterError(message, file=file, key=key)
-
-
-def _open_trained_base(source: AdapterSource) -> OpenBase:
-    """Open the base model, quantised as it was trained, also where another place is given for it."""
-    opened = open_base(source.base, processors=source.folder)
-    if opened.quantization or not source.trained_quantization:
-        return opened
-    return open_base(replace(source.base, quantization=source.trained_quantization), processors=source.folder)
 
 
 def _open_task(source: AdapterSource, opened: OpenBase, recorded: Mapping[str, Any]) -> Task[Any]:
@@ -388,7 +375,7 @@ def _examples(task: Task[Any], rows: Rows) -> list[Example]:
 
 
 def _batch(task: Task[Any], rows: Rows) -> Batch:
-    """What a task makes of rows."""
+    """Return the batch that a task makes of rows."""
     return task.collate(_examples(task, rows), training=False)
 
 
@@ -414,7 +401,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _unreadable(rows: Rows) -> dict[str, Any]:
-    """What of the rows cannot be read, by its key in the record."""
+    """Return what of the rows cannot be read, by its key in the record."""
     found: dict[str, Any] = {} if rows["values"] else {"rows.values": []}
     if len(rows["folders"]) != len(rows["values"]):
         found["rows.folders"] = rows["folders"]
@@ -433,13 +420,14 @@ def _unreadable(rows: Rows) -> dict[str, Any]:
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     values = read_json_object(path, _MAX_RECORD)
-    if values.get("schema_version") == 2 and isinstance(rows := values.get("rows"), dict):  # had no folders
-        values["schema_version"], rows["folders"] = _VERSION, [""] * len(rows.get("values", ()))
+    rows = values.get("rows")
+    if values.get("schema_version") == 2 and isinstance(rows, dict) and isinstance(rows.get("values"), list):
+        values["schema_version"], rows["folders"] = _VERSION, [""] * len(rows["values"])  # it had no folders
     if values.get("schema_version") not in (2, _VERSION):
         raise AdapterError("was written by another version", file=str(path), key="schema_version", hint=_HINT)
-    kinds = hints_of(_OfRows if values.get("rows") else _Record)
+    kinds = hints_of(_RecordWithRows if values.get("rows") else _Record)
     wrong = [key for key, kind in kinds.items() if key not in values or not fits(values[key], kind)]
-    if not wrong and values["task"]["type"] not in TASKS:
+    if not wrong and str(values["task"].get("type")) not in TASKS:
         wrong = ["task"]
     if not wrong and values["dtype"] not in _TOLERANCE:
         wrong = ["dtype"]

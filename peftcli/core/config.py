@@ -14,7 +14,16 @@ from peftcli.core.peft_names.config import PeftConfigMixin
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, check_patterns
-from peftcli.guard.typed_fields import OFF, default_of, fits, hints_of, read_fields, read_section, section_class
+from peftcli.guard.typed_fields import (
+    OFF,
+    choices_of,
+    default_of,
+    fits,
+    hints_of,
+    read_fields,
+    read_section,
+    section_class,
+)
 
 BOOKKEEPING = {"recipe": False}
 """Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
@@ -118,6 +127,7 @@ class AdapterConfig(PeftConfigMixin):
         if self.task_type not in (None, *TaskType):
             message = f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: "
             found.append(("task_type", f"{message}{', '.join(TaskType)}."))
+        found += other_choices(self)
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
@@ -221,6 +231,24 @@ class AdapterConfig(PeftConfigMixin):
                 are_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
                 out[entry.name] = sorted(value) if are_names and not entry.metadata.get("ordered") else value
         return out
+
+
+def not_one_of(config: object, key: str, *choices: object) -> list[tuple[str, str]]:
+    """Return the setting if it is not one of the choices: ``(key, message)``."""
+    value = getattr(config, key)
+    shown = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+    return [] if value in choices else [(key, f"must be one of {shown}, not {value!r}")]
+
+
+def other_choices(config: Any) -> list[tuple[str, str]]:
+    """Return the settings that are none of their Literal: ``(key, message)`` each."""
+    found: list[tuple[str, str]] = []
+    kind: Any = type(config)
+    for key, hint in hints_of(kind).items():
+        choices = choices_of(hint)
+        if choices and getattr(config, key) is not None:
+            found += not_one_of(config, key, *choices)
+    return found
 
 
 def _is_newer(version: object) -> bool:

@@ -156,7 +156,11 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the ``merged_tensors`` of this layer and of the adapter layers below it that are enabled."""
         below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
-        return below | self.merged_tensors(base | below) if self.enabled else below
+        return below | self.folded_over(base, below) if self.enabled else below
+
+    def folded_over(self, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what this layer makes of the base layer's tensors and those that layers below have changed."""
+        return self.merged_tensors(base | below)
 
     def folded_weights(self, name: str) -> list[WeightChange]:
         """Return what ``folded`` changes on the layer's module, called ``name``. Nothing is in place yet.

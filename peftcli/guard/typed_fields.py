@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import fields
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from peftcli.errors import AdapterError, AdapterTypeError
@@ -65,6 +65,23 @@ def section_class(hint: Any) -> type | None:
     """Return the dataclass among the types of a field, whose value is then a mapping with settings of its own."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+@functools.cache
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Return the values that a field may have, None aside, if a Literal says them; empty where others are right too."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not any(get_origin(one) is Literal for one in members):
+        return ()
+    found: list[Any] = []
+    for one in members:
+        if get_origin(one) is Literal:
+            found += get_args(one)
+        elif one is bool:
+            found += [True, False]
+        elif one is not NoneType:
+            return ()
+    return tuple(found)
 
 
 @functools.cache

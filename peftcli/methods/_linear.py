@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,18 @@ class SharingLinear(DeltaLinear):
     def file_name(self, path: str, tensor: str) -> str:
         return f"base_model.{tensor}" if tensor in self.shared else super().file_name(path, tensor)
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices (r, in) and (out, r) that an input goes through, where ``delta`` is their product."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.factors()
+        return F.linear(F.linear(x, first), second)
+
+    def delta(self) -> torch.Tensor:
+        first, second = self.factors()
+        return second @ first
+
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the columns and rows of ``share_projections`` that the layer uses: (rows, in) and (out, r)."""
         device = next(self.parameters(recurse=False)).device
@@ -74,12 +86,9 @@ class WeightDelta(AdapterLayer):
         """Return what the adapter adds to the base weight ``weight``, both in the layer's own orientation."""
         raise NotImplementedError
 
-    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
-        if not self.enabled:
-            return below
+    def folded_over(self, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight = widened(base["weight"])
-        return below | {"weight": below.get("weight", weight) + self.delta_of(weight)}
+        return {"weight": below.get("weight", weight) + self.delta_of(weight)}
 
 
 class WeightDeltaLinear(WeightDelta, DeltaLinear):
@@ -87,6 +96,17 @@ class WeightDeltaLinear(WeightDelta, DeltaLinear):
 
     def delta(self) -> torch.Tensor:
         return self.view.as_stored(self.delta_of(self.view.as_stored(dense_weight(self))))
+
+
+def by_kind(kinds: Mapping[type | tuple[type, ...], Callable[..., Any]], otherwise: Callable[..., Any]) -> Any:
+    """Return a ``wrap`` that makes the layer of the first of the ``kinds`` that the base module is of."""
+
+    def wrap(module: nn.Module, name: str, config: Any) -> AdapterLayer:
+        base = base_module(module)
+        make = next((make for kind, make in kinds.items() if isinstance(base, kind)), otherwise)
+        return make(module, name, config)
+
+    return wrap
 
 
 def with_bias(module: nn.Module, bias: str) -> nn.Module:
@@ -131,6 +151,11 @@ def factory_kwargs(layer: nn.Module) -> dict[str, Any]:
     return {"device": offloaded_to_run_on(layer) or weight.device, "dtype": adapter_dtype(weight)}
 
 
+def in_base_dtype(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in the dtype of a base weight, unless that is quantised, as PEFT has it before it widens it."""
+    return tensor.to(weight.dtype) if weight.is_floating_point() else tensor
+
+
 def check_drawn(r: int, layers: Iterable[Any]) -> None:
     """Raise AdapterError for an r that is too large for tensors that all layers share and no file need hold."""
     widest = max(side for layer in layers for side in (layer.view.in_features, layer.view.out_features))
@@ -160,8 +185,6 @@ def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Te
     weight = stored_weight(layers[0])
     device = "cpu" if weight.is_meta else weight.device
     for name, tensor in tensors.items():
-        # PEFT rounds them to the base model's dtype before it widens them again
-        rounded = tensor.to(weight.dtype) if weight.is_floating_point() else tensor
-        parameter = nn.Parameter(rounded.to(device, adapter_dtype(weight)), requires_grad=False)
+        parameter = nn.Parameter(in_base_dtype(tensor, weight).to(device, adapter_dtype(weight)), requires_grad=False)
         for layer in layers:
             setattr(layer, name, parameter)

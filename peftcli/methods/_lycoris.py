@@ -68,15 +68,13 @@ class LycorisConv(LycorisLayer, DeltaConv):
     def __init__(self, module: nn.Module, name: str, config: LycorisConfig):
         super().__init__(module)
         self.take(name, config)
-        self.start(base_module(module).weight.shape, self._window(config), config)
+        window: tuple[int, ...] = base_module(self).kernel_size
+        taken_apart = config.use_effective_conv2d and any(side > 1 for side in window)
+        # a 1-d window is written with a second side of 1
+        self.start(base_module(module).weight.shape, (*window, 1)[:2] if taken_apart else (), config)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         return self.thinned(super().update(x), 1 - base_module(self).weight.ndim)
-
-    def _window(self, config: LycorisConfig) -> tuple[int, ...]:
-        """The kernel's window, when it is taken apart too; a 1-d one is written with a second side of 1."""
-        window: tuple[int, ...] = base_module(self).kernel_size
-        return (*window, 1)[:2] if config.use_effective_conv2d and any(side > 1 for side in window) else ()
 
 
 def free(*shape: int, **like: object) -> nn.Parameter:

@@ -6,14 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import (
-    Problems,
-    not_positive,
-    outside_unit_interval,
-    pattern_not_positive,
-    pattern_too_small,
-    too_small,
-)
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -38,6 +31,6 @@ class LycorisConfig(ExcludingConfig, LayeredConfig):
     """An alpha of their own for some layers: name ending or regular expression -> alpha."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + not_positive(self, "alpha")
-        found += outside_unit_interval(self, "rank_dropout", "module_dropout") + pattern_too_small(self, "rank_pattern")
-        return found + pattern_not_positive(self, "alpha_pattern")
+        found = super().problems() + too_small(self, r=1, rank_pattern=1)
+        found += not_positive(self, "alpha", "alpha_pattern")
+        return found + outside_unit_interval(self, "rank_dropout", "module_dropout")

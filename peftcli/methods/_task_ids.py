@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,10 @@ def check_task_ids(task_ids: Any, tasks: int, rows: int) -> None:
         raise AdapterError(f"{task_ids.tolist()}: the adapter's tasks are 0 to {tasks - 1}", key="task_ids")
 
 
-def take_task_ids(model: nn.Module, layers: Iterable[TaskLayer]) -> None:
+def attach(model: nn.Module, config: Any, layers: Mapping[str, Any]) -> None:
     """Let the model's forward take ``task_ids``, for the new ``layers`` and those of other adapters in it."""
     shared = next((layer.task_ids for layer in _layers(model) if "task_ids" in vars(layer)), TaskIds())
-    for layer in layers:
+    for layer in layers.values():
         layer.task_ids = shared
     hook_once(model, _take)
     hook_once(model, _forget, after=True)

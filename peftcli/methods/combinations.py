@@ -122,14 +122,14 @@ class Combination:
         return Update(left.clamp(-limit, limit), right.clamp(-limit, limit))
 
     def _drop_small(self, values: torch.Tensor) -> torch.Tensor:
-        """Of each tensor, the largest values."""
+        """Keep the largest values of each tensor."""
         flat = values.flatten(1)
         count = int((self.density or 0) * flat.shape[1])
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.abs().topk(count).indices, True)
         return (flat * kept).view_as(values)
 
     def _drop_some(self, values: torch.Tensor) -> torch.Tensor:
-        """Of each tensor, values at random, enlarged so that their expectation stays."""
+        """Drop values of each tensor at random, and enlarge the others, so that the expectation stays."""
         density = self.density or 0
         share = torch.full(values.shape, density, dtype=values.dtype)  # drawn on the CPU: the same on every device
         kept = [torch.bernoulli(each, generator=self.generator) for each in share]

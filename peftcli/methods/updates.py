@@ -124,7 +124,7 @@ def svd(matrix: torch.Tensor, driver: str | None = None) -> tuple[torch.Tensor, 
 
 
 def effective_r(values: torch.Tensor) -> float:
-    """How many directions an update with these singular values uses: the exponential of their entropy.
+    """Return how many directions an update with these singular values uses: the exponential of their entropy.
 
     From 1, where one direction is all of it, to their number, where all count alike (Roy and Vetterli, "The effective
     rank"); 0 where there is no update.

@@ -69,11 +69,9 @@ class AutoPeftModel:
             base_options.setdefault("token", base_options.pop("use_auth_token"))
         download = {key: base_options[key] for key in DOWNLOAD_OPTIONS if key in base_options}
         source = find(pretrained_model_name_or_path, {"revision": revision, "subfolder": subfolder, **download})
-        if isinstance(config, AdapterConfig):
-            own = config
-        else:
-            own = source.config
-            base_options |= {} if config is None else {"config": config}
+        own = config if isinstance(config, AdapterConfig) else source.config
+        if config is not None and own is not config:
+            base_options["config"] = config
         _check_library(source, import_allowlist)
         model, initialised = cls._load_base(source, base_options)
         load_adapter(

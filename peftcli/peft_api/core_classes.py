@@ -21,7 +21,7 @@ class _Renaming(type):
             return False
         try:
             return bool(module.adapter_state_dict_load_map(module.adapter))
-        except AdapterError:  # which whoever asks for the map shall get
+        except AdapterError:  # it is raised again to whoever asks for the map
             return True
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from peftcli.adapters.load import is_hub_id
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import TrainedCopy, adapter_layers, base_module, model_ends
+from peftcli.core.layer import TrainedCopy, adapter_layers, base_module
 from peftcli.core.weights import base_weights
 from peftcli.errors import AdapterError
 
@@ -34,10 +34,8 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
         return {}
     found = {parameter: name for name, parameter in reversed(base_weights(model, adapter, config.file_prefix).items())}
     copied = [base_module(each) for each in adapter_layers(model, adapter).values() if isinstance(each, TrainedCopy)]
-    ends = map(base_module, filter(None, model_ends(model)))
-    frozen = {value for end in ends for value in end.parameters()}
-    frozen -= {value for each in copied for value in each.parameters()}  # the file holds the copy
-    found = {value: name for value, name in found.items() if value in frozen}
+    for value in (value for each in copied for value in each.parameters()):
+        found.pop(value, None)  # the file holds the copy
     if save == "auto" and not _is_resized(model, config):
         rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
         found = {value: name for value, name in found.items() if not rows and any(part in name for part in _TARGETS)}
@@ -48,7 +46,7 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
 
 
 def _is_resized(model: Any, config: AdapterConfig) -> bool:
-    """Whether the model has another number of tokens than its checkpoint, as far as this machine knows that one."""
+    """Return whether the model has another number of tokens than its checkpoint, as far as this machine has that."""
     name = config.base_model_name_or_path
     if not name or not hasattr(getattr(model, "config", None), "get_text_config"):
         return False

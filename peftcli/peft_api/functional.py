@@ -130,16 +130,16 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     """
     if getattr(config, "target_parameters", None):
         raise AdapterError("cannot be found from a state_dict; leave one of them out", key="target_parameters")
-    modules = {name.removeprefix("_orig_mod."): name for name in base_modules(model)}
+    modules = base_modules(model)
     saved = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
     plain = [name.removeprefix(config.file_prefix).removeprefix("_orig_mod.") for name in names]
     owners = {_owner(name, modules) for name in plain if not name.endswith(".bias") and ".token_adapter." not in name}
-    found = sorted(modules[owner] for owner in owners if owner and not f"{modules[owner]}.".startswith(saved))
+    found = sorted(owner for owner in owners if owner and not f"{owner}.".startswith(saved))
     if not found:
         raise AdapterError(f"holds no tensor of a module of {type(model).__name__}", key="state_dict")
     completed = copy.deepcopy(config)
-    said = targets(model, completed)
-    for others, what in ((set(said).difference(found), "config"), (set(found).difference(said), "state_dict")):
+    named = targets(model, completed)
+    for others, what in ((set(named).difference(found), "config"), (set(found).difference(named), "state_dict")):
         if others:
             warnings.warn(f"only the {what} adapts {', '.join(sorted(others))}", RuntimeWarning, stacklevel=3)
     narrowed = copy.deepcopy(config)

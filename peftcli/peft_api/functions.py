@@ -42,14 +42,14 @@ def get_peft_model(
         AdapterError: the config does not fit the model.
     """
     if any(layer.adapter != adapter_name for layer in adapter_layers(model).values()):
-        told = (
+        text = (
             "You are trying to modify a model that has an adapter already. It stays, switched off; unload() removes it"
         )
-        warnings.warn(told, PeftWarning, stacklevel=2)
+        warnings.warn(text, PeftWarning, stacklevel=2)
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            told = f"revision: {peft_config.revision} in the config becomes {revision}"
-            warnings.warn(told, PeftWarning, stacklevel=2)
+            text = f"revision: {peft_config.revision} in the config becomes {revision}"
+            warnings.warn(text, PeftWarning, stacklevel=2)
         peft_config.revision = revision
     kind: type[PeftModel] = PeftMixedModel if mixed else PeftModel
     return kind.class_of(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

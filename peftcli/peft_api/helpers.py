@@ -170,10 +170,8 @@ def update_signature(model: Any, method: str = "all") -> None:
     """Let ``forward`` and ``generate`` of a PeftModel, or one of them, show the arguments of the model inside."""
     if method not in ("forward", "generate", "all"):
         raise AdapterError(f"must be forward, generate or all, not {method!r}", key="method")
-    if method in ("forward", "all"):
-        update_forward_signature(model)
-    if method in ("generate", "all"):
-        update_generate_signature(model)
+    for name in ("forward", "generate") if method == "all" else (method,):
+        _show_arguments(model, name)
 
 
 def update_forward_signature(model: Any) -> None:

@@ -44,7 +44,7 @@ def hotswap_adapter(
         raise AdapterError(f"needs a PeftModel, not a {type(place).__name__}", hint="hotswap_adapter_from_state_dict")
     tuner.check_known([adapter_name])
     source = find(model_name_or_path, options)
-    check_same(_lora(tuner.peft_config[adapter_name]), _lora(source.config))
+    check_hotswap_configs_compatible(tuner.peft_config[adapter_name], source.config)
     hotswap_adapter_from_state_dict(model, read_tensors(source.folder), adapter_name, _lora(source.config))
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from peftcli.core.files import read_tensor_file, write_tensor_file
 from peftcli.core.inject import inject, unload
 from peftcli.core.layer import base_modules, outer_modules
-from peftcli.core.linear import Linear, linear_view
+from peftcli.core.linear import linear_view
 from peftcli.core.targets import targets
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
@@ -35,7 +35,6 @@ from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
 from peftcli.schema import BaseModel
 
-_KEY = "init_lora_weights"
 _WHILE_LEARNING = "eva-directions"
 """Name of the adapter that a base model has while its directions are learnt."""
 
@@ -123,7 +122,8 @@ def preprocess_corda(
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
     modules, settings = _targets(model, lora_config, "corda"), lora_config.corda_config or CordaConfig()
-    shapes = {name: (view.in_features,) * 2 for name, view in _views(modules).items()}
+    views = {name: linear_view(module) for name, module in modules.items()}
+    shapes = {name: (view.in_features,) * 2 for name, view in views.items() if view}
 
     def learn() -> dict[str, torch.Tensor]:
         if run_model is None:
@@ -131,7 +131,7 @@ def preprocess_corda(
         watched = hooked_model or model
         return covariances(watched, _targets(watched, lora_config, "corda"), run_model)
 
-    _leave(model, _kept(settings.cache_file or settings.covariance_file, shapes, learn))
+    _leave_at_layers(model, _read_or_learn(settings.cache_file or settings.covariance_file, shapes, learn))
 
 
 def preprocess_loraga(
@@ -149,8 +149,9 @@ def preprocess_loraga(
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
     modules = _targets(model, lora_config, "lora_ga")
-    shapes = {name: (view.out_features, view.in_features) for name, view in _views(modules).items()}
-    _leave(model, _kept(cache_file, shapes, lambda: gradients(model, modules, train_step)))
+    views = {name: linear_view(module) for name, module in modules.items()}
+    shapes = {name: (view.out_features, view.in_features) for name, view in views.items() if view}
+    _leave_at_layers(model, _read_or_learn(cache_file, shapes, lambda: gradients(model, modules, train_step)))
 
 
 def replace_lora_weights_loftq(
@@ -200,7 +201,7 @@ def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.M
 
 def _check_start(config: LoraConfig, init: str) -> None:
     if config.init_lora_weights != init:
-        raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key=_KEY)
+        raise AdapterError(f"must be {init!r}, not {config.init_lora_weights!r}", key="init_lora_weights")
 
 
 @contextmanager
@@ -222,14 +223,10 @@ def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Mo
     return {name: modules[name] for name in targets(model, config) if linear_view(modules[name]) is not None}
 
 
-def _views(modules: Mapping[str, nn.Module]) -> dict[str, Linear]:
-    return {name: view for name, module in modules.items() if (view := linear_view(module)) is not None}
-
-
-def _kept(
+def _read_or_learn(
     file: str | Path | None, shapes: Mapping[str, tuple[int, ...]], learn: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """What a file of an earlier run holds; without one what ``learn`` gives, which is written to it."""
+    """Return what the file of an earlier run holds; without one what ``learn`` returns, which is written to it."""
     if file is None or not Path(file).exists():
         found = learn()
         if file is not None:
@@ -241,7 +238,7 @@ def _kept(
     return found
 
 
-def _leave(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
+def _leave_at_layers(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
     """Leave what was found at the base model's layers, where the adapter's layers take it."""
     modules = base_modules(model)
     for name, value in statistics.items():

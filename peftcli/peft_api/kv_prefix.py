@@ -93,5 +93,5 @@ def _prefix_of(model: PeftModel, name: str | None, count: int | None) -> tuple[s
     config = model.active_peft_config if name is None else model.peft_config.get(name)
     if not isinstance(config, PrefixConfig):
         raise AdapterError("names no cartridge and no prefix of this model", key="adapter_name")
-    [own, *_] = [each for each, found in model.peft_config.items() if found is config]
+    own = model.active_adapters[0] if name is None else name
     return own, config.num_virtual_tokens if count is None else count

@@ -15,23 +15,23 @@ Weights = torch.Tensor | Sequence[float]
 
 def task_arithmetic(task_tensors: Tensors, weights: Weights) -> torch.Tensor:
     """Return the weighted sum."""
-    return _merged(Combination("linear"), task_tensors, weights)
+    return _merge(Combination("linear"), task_tensors, weights)
 
 
 def magnitude_prune(task_tensors: Tensors, weights: Weights, density: float) -> torch.Tensor:
     """Return the weighted sum of what is left of each tensor without its smallest values."""
-    return _merged(Combination("magnitude_prune", density=density), task_tensors, weights)
+    return _merge(Combination("magnitude_prune", density=density), task_tensors, weights)
 
 
 def ties(task_tensors: Tensors, weights: Weights, density: float, majority_sign_method: str = "total") -> torch.Tensor:
     """Return the mean of the weighted values whose sign has the majority, small ones left out."""
     how = Combination("ties", density=density, majority_sign=majority_sign_method)
-    return _merged(how, task_tensors, weights)
+    return _merge(how, task_tensors, weights)
 
 
 def dare_linear(task_tensors: Tensors, weights: Weights, density: float) -> torch.Tensor:
     """Return the weighted sum of what is left of each tensor without values that are drawn, the others enlarged."""
-    return _merged(Combination("dare_linear", density=density), task_tensors, weights)
+    return _merge(Combination("dare_linear", density=density), task_tensors, weights)
 
 
 def dare_ties(
@@ -39,7 +39,7 @@ def dare_ties(
 ) -> torch.Tensor:
     """Return what ``ties`` does, with values dropped at random as in ``dare_linear``."""
     how = Combination("dare_ties", density=density, majority_sign=majority_sign_method)
-    return _merged(how, task_tensors, weights)
+    return _merge(how, task_tensors, weights)
 
 
 def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = False) -> torch.Tensor:
@@ -53,7 +53,7 @@ def prune(tensor: torch.Tensor, density: float, method: str, rescale: bool = Fal
     if method not in ("magnitude", "random"):
         raise AdapterError(f"must be magnitude or random, not {method!r}", key="method")
     how = Combination("magnitude_prune" if method == "magnitude" else "dare_linear", density=density)
-    pruned = _merged(how, [tensor], [1.0])
+    pruned = _merge(how, [tensor], [1.0])
     return pruned if method == "magnitude" or rescale else pruned * density
 
 
@@ -72,6 +72,6 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     return (task_tensors * majority_sign_mask).sum(0) / majority_sign_mask.sum(0).clamp(min=1)
 
 
-def _merged(how: Combination, tensors: Tensors, weights: Weights) -> torch.Tensor:
+def _merge(how: Combination, tensors: Tensors, weights: Weights) -> torch.Tensor:
     how.check()
     return how.merged(torch.stack(list(tensors)), [float(weight) for weight in weights])

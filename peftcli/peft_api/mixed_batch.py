@@ -87,17 +87,12 @@ class _Routing:
     """Paths of the layers that the model has called."""
 
     def forward(self, path: str, layer: AdapterLayer, forward: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """What ``layer`` computes of its adapter's rows, and what stands below it of the others, in their order."""
+        """Return what ``layer`` computes of its adapter's rows, and what is below it of the others, in their order."""
         self.called.add(path)
-        if len(set(self.names)) == 1:
-            if self.names[0] != layer.adapter:
-                return layer.base_layer(x, *args, **kwargs)
-            with _given(layer, self.places):
-                return forward(x, *args, **kwargs)
-        rows = self._rows_of(path, x)
+        rows = self.names if len(set(self.names)) == 1 else self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]
         if all(own):
-            with _given(layer, self.places):
+            with _with_rows(layer, self.places):
                 return forward(x, *args, **kwargs)
         if not any(own):
             return layer.base_layer(x, *args, **kwargs)
@@ -106,11 +101,11 @@ class _Routing:
         parts, places = [], []
         for compute, chosen in ((forward, True), (layer.base_layer, False)):
             index = [i for i, mine in enumerate(own) if mine is chosen]
-            with self._only([rows[i] for i in index], index), _given(layer, self.places):
+            with self._only([rows[i] for i in index], index), _with_rows(layer, self.places):
                 parts.append(compute(x[index], *args, **kwargs))
             places += index
         order = torch.tensor(places, device=x.device).argsort()
-        return _joined(parts, order, path)
+        return _join(parts, order, path)
 
     def _rows_of(self, path: str, x: Any) -> list[str]:
         """The adapter of each row of ``x``."""
@@ -137,7 +132,7 @@ class _Routing:
 
 
 @contextmanager
-def _given(layer: AdapterLayer, rows: list[int] | None) -> Iterator[None]:
+def _with_rows(layer: AdapterLayer, rows: list[int] | None) -> Iterator[None]:
     """Inside, the layer knows which rows of the batch it gets."""
     layer.rows = rows
     try:
@@ -171,12 +166,12 @@ def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLaye
             )
 
 
-def _joined(parts: list[Any], order: torch.Tensor, path: str) -> Any:
+def _join(parts: list[Any], order: torch.Tensor, path: str) -> Any:
     """The outputs for two parts of the rows as one, with row i where ``order[i]`` says."""
     if all(isinstance(part, torch.Tensor) for part in parts):
         return torch.cat(parts)[order]
     if all(part is None for part in parts):
         return None
     if all(isinstance(part, tuple) and len(part) == len(parts[0]) for part in parts):
-        return tuple(_joined(list(each), order, path) for each in zip(*parts, strict=True))
+        return tuple(_join(list(each), order, path) for each in zip(*parts, strict=True))
     raise AdapterError(f"{path} gives a {type(parts[0]).__name__}, whose rows cannot come from different adapters")

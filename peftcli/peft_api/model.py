@@ -229,8 +229,12 @@ class PeftModel(SavedByTrainer):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
-        model = self.get_base_model()
-        copies = 1 if adapter_names is None else _rows_of_an_example(model, kwargs)
+        model: Any = self.get_base_model()
+        copies = 1
+        if adapter_names is not None:  # generate makes several rows of each: beams, or samples
+            settings = kwargs.get("generation_config") or model.generation_config
+            counts = (kwargs.get(key) or getattr(settings, key) for key in ("num_beams", "num_return_sequences"))
+            copies = max(count or 1 for count in counts)
         with self.base_model.by_row(adapter_names, args, kwargs, copies):
             return generate(model, *args, **kwargs)
 
@@ -249,7 +253,9 @@ class PeftModel(SavedByTrainer):
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
         self.base_model.check_new(adapter_name)
-        model, is_reference = self.get_base_model(), _is_reference(self, adapter_name, peft_config)
+        model = self.get_base_model()
+        # TRL adds a copy of ``default``, whose weights it copies by names that only PEFT has
+        is_reference = adapter_name == "ref" and self.peft_config.get("default") is peft_config
         peft_config = self._with_task_type(peft_config)
         start_adapter(
             model,
@@ -371,7 +377,10 @@ class PeftModel(SavedByTrainer):
                 shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
                 text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
                 warnings.warn(text, PeftWarning, stacklevel=2)
-            model = self if state_dict is None else self._holding(state_dict)
+            model: Any = self
+            if state_dict is not None:  # a copy that holds its tensors
+                model = shallow_copy(self)
+                model.base_model.model = holding(self.get_base_model(), state_dict)
             for name in names:
                 folder = Path(save_directory) / ("" if name == "default" else name)
                 model._save(name, folder, path_initial_model_for_weight_conversion, save_embedding_layers)
@@ -567,13 +576,6 @@ class PeftModel(SavedByTrainer):
         model: Any = self.get_base_model()
         return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
 
-    def _holding(self, state: Mapping[str, torch.Tensor]) -> PeftModel:
-        """A copy that holds the tensors of ``state``: ``holding``."""
-        model = shallow_copy(self)
-        assert isinstance(model, PeftModel)
-        model.base_model.model = holding(self.get_base_model(), state)
-        return model
-
 
 def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[PeftModel] = PeftModel) -> PeftModel:
     """Wrap a model that holds an adapter already in ``kind``'s class for the adapter.
@@ -587,29 +589,18 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
     return wrapped
 
 
-def _is_reference(model: PeftModel, name: str, config: AdapterConfig) -> bool:
-    """Whether TRL adds its reference: a copy of ``default``, whose weights it copies by names that only PEFT has."""
-    return name == "ref" and model.peft_config.get("default") is config
+def _names_in_state(model: PeftModel, *, fixed: bool) -> set[str]:
+    """The names in ``model`` of what trains; with ``fixed`` also of what the adapters' files hold besides.
 
-
-def _rows_of_an_example(model: Any, kwargs: dict[str, Any]) -> int:
-    """How many rows ``generate`` makes of each row that it is given: beams, or samples."""
-    settings = kwargs.get("generation_config") or model.generation_config
-    return max(kwargs.get(key) or getattr(settings, key) or 1 for key in ("num_beams", "num_return_sequences"))
-
-
-def _adapter_names(model: PeftModel) -> set[str]:
-    """The names that the adapters' parameters have in ``model``."""
-    layers = adapter_layers(model).values()
-    owned = {id(parameter) for layer in layers for parameter in layer.own_tensors().values()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
-
-
-def _fixed_names(model: PeftModel) -> set[str]:
-    """The names in ``model`` of what the adapters' files hold and does not train: statistics of a norm, for one."""
-    layers = [layer for layer in adapter_layers(model).values() if layer.saves_fixed]
-    fixed = {id(value) for layer in layers for value in layer.fixed_tensors().values()}
-    return {name for name, value in (*model.named_parameters(), *model.named_buffers()) if id(value) in fixed}
+    That is for example the statistics of a norm.
+    """
+    found = set[int]()
+    for layer in adapter_layers(model).values():
+        found |= {id(value) for value in layer.own_tensors().values()}
+        if fixed and layer.saves_fixed:
+            found |= {id(value) for value in layer.fixed_tensors().values()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, value in tensors if id(value) in found} | _trained_outside(model)
 
 
 def _trained_outside(model: PeftModel) -> set[str]:
@@ -626,7 +617,7 @@ def _trained_outside(model: PeftModel) -> set[str]:
 
 def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     assert isinstance(model, PeftModel)
-    names = {prefix + name for name in _adapter_names(model) | _fixed_names(model) | _trained_outside(model)}
+    names = {prefix + name for name in _names_in_state(model, fixed=True)}
     for name in [name for name in state if name.startswith(prefix) and name not in names]:
         del state[name]
 
@@ -639,7 +630,7 @@ def _note_prefix(model: nn.Module, _state: Any, prefix: str, *_arguments: Any) -
 def _expect_adapter(model: nn.Module, keys: Any) -> None:
     """Drop what is missing of the base model; ``keys`` also has what modules beside this one, around it, miss."""
     assert isinstance(model, PeftModel)
-    names, prefix = _adapter_names(model) | _trained_outside(model), model.prefix_in_state
+    names, prefix = _names_in_state(model, fixed=False), model.prefix_in_state
     keys.missing_keys[:] = [
         name for name in keys.missing_keys if not name.startswith(prefix) or name.removeprefix(prefix) in names
     ]

@@ -101,10 +101,10 @@ def _warn_of_untied(model: nn.Module, config: AdapterConfig, adapter: str) -> No
     reason = f"no implementation exists to tie the adapters of {config.peft_type}"
     if "ensure_weight_tying" in settings:
         reason = "`ensure_weight_tying` is not set to True"
-    told = f"{' and '.join(trained)} share a weight, and the adapter of {' and '.join(changed)} changes it there only"
+    text = f"{' and '.join(trained)} share a weight, and the adapter of {' and '.join(changed)} changes it there only"
     if len(changed) == len(trained):
-        told = f"{' and '.join(trained)} share a weight, and each gets an adapter of its own"
-    warnings.warn(f"{told}: {reason}", PeftWarning, stacklevel=4)
+        text = f"{' and '.join(trained)} share a weight, and each gets an adapter of its own"
+    warnings.warn(f"{text}: {reason}", PeftWarning, stacklevel=4)
 
 
 def _name_of(model: nn.Module) -> str:

@@ -41,11 +41,10 @@ def create_loraplus_optimizer(
         AdapterError: the adapter has no B.
     """
     plain, larger, embedding = rate_groups(named_tensors(base_of(model)), lr, loraplus_lr_ratio, loraplus_lr_embedding)
-    vectors = [value for value in larger["params"] if value.ndim == 1]
-    matrices = [value for value in larger["params"] if value.ndim > 1]
-    groups = [group | {"weight_decay": loraplus_weight_decay} for group in (plain, embedding, larger)]
-    groups[2]["params"] = matrices
-    groups.append(larger | {"params": vectors, "weight_decay": 0.0})
+    matrices = larger | {"params": [value for value in larger["params"] if value.ndim > 1]}
+    vectors = larger | {"params": [value for value in larger["params"] if value.ndim == 1], "weight_decay": 0.0}
+    groups = [group | {"weight_decay": loraplus_weight_decay} for group in (plain, embedding, matrices)]
+    groups.append(vectors)
     return optimizer_cls(groups, lr=lr, **options)  # type: ignore[call-arg]
 
 

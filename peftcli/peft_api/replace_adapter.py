@@ -50,11 +50,11 @@ def replace_adapter(
         AdapterError: it does not fit. The model is as it was then.
     """
     config, folder = source.config, source.folder
-    content, was = _content(config), _content(old)
+    new_content, old_content = _content(config), _content(old)
     names = {rename(each) if rename else each for each in source.header}
     if names == adapter_state(model, name).keys():  # so its modules are the same, whatever names them
-        content, was = ({**each, **dict.fromkeys(_NAMED)} for each in (content, was))
-    if content == was and holds_its_file(model, name):
+        new_content, old_content = ({**each, **dict.fromkeys(_NAMED)} for each in (new_content, old_content))
+    if new_content == old_content and holds_its_file(model, name):
         # an optimizer may hold the weights: they stay the same objects
         load_state(model, read_tensors(folder, rename), str(folder / WEIGHTS_FILE), name)
         set_trainable(model, trainable, name)
@@ -81,23 +81,13 @@ def replacing(model: nn.Module, name: str) -> Iterator[None]:
 
     An adapter of a ``PeftModel`` stays: only the ``PeftModel`` itself can replace it.
     """
-    others = {layer.adapter for layer in adapter_layers(model).values()} - {name, ""}
-    with _without_old(model, name):
-        yield
-    if others:
-        set_active(model, [name])
-        for other in others:
-            set_trainable(model, False, other)
-
-
-@contextmanager
-def _without_old(model: nn.Module, name: str) -> Iterator[None]:
-    old = list(adapter_layers(model, name).values())
-    if not old or any(isinstance(module, Tuner) for module in model.modules()):
-        yield
-        return
-    told = f"You are trying to modify a model that has an adapter already. {name!r} is replaced; a new name keeps both"
-    warnings.warn(told, PeftWarning, stacklevel=3)
+    others = {layer.adapter for layer in adapter_layers(model).values()} - {name}
+    is_held = any(isinstance(module, Tuner) for module in model.modules())
+    old = [] if is_held else list(adapter_layers(model, name).values())
+    if old:
+        text = f"{name!r} is replaced; a new name keeps both"
+        text = f"You are trying to modify a model that has an adapter already. {text}"
+        warnings.warn(text, PeftWarning, stacklevel=3)
     for layer in old:
         layer.adapter = f"{name} (replaced)"  # no name of an adapter has brackets
     try:
@@ -106,7 +96,12 @@ def _without_old(model: nn.Module, name: str) -> Iterator[None]:
         for layer in old:
             layer.adapter = name
         raise
-    unload(model, f"{name} (replaced)")
+    if old:
+        unload(model, f"{name} (replaced)")
+    if others:
+        set_active(model, [name])
+        for other in others:
+            set_trainable(model, False, other)
 
 
 def _content(config: AdapterConfig) -> dict[str, Any]:

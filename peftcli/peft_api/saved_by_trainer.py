@@ -29,9 +29,11 @@ class SavedByTrainer(nn.Module):
 
     @property
     def __class__(self) -> Any:
+        kind: Any = type(self)
         if torch._guards.TracingContext.try_get() is not None:  # the compiler finds no attributes in a disguise
-            return type(self)
-        return _known_to_trainer(type(self), forward_inside(self))
+            return kind
+        known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        return kind if known is None else _disguise(kind, known, forward_inside(self))
 
     @__class__.setter
     def __class__(self, new: type) -> None:
@@ -44,12 +46,12 @@ class SavedByTrainer(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass; Trainer asks every model that it knows."""
-        return _asked(self, "is_activation_checkpointing")
+        return _flag_of_base(self, "is_activation_checkpointing")
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """The same under transformers' old name."""
-        return _asked(self, "is_gradient_checkpointing")
+        return _flag_of_base(self, "is_gradient_checkpointing")
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -66,26 +68,21 @@ def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None
 
 
 def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
-    """Where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
+    """Return where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
     own = expand_user(Path(folder, name))
     return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
 
 
-def _asked(model: Any, name: str) -> bool:
+def _flag_of_base(model: Any, name: str) -> bool:
     return bool(getattr(model.get_base_model(), name, False))
-
-
-def _known_to_trainer(kind: type, shown: Callable[..., Any] | None) -> type:
-    """A class for ``isinstance`` alone: ``kind`` and ``PreTrainedModel``. ``kind`` while nobody has that class yet.
-
-    Its ``forward`` has the arguments of ``shown``: by them Trainer finds the labels.
-    """
-    known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return kind if known is None else _disguise(kind, known, shown)
 
 
 @functools.cache
 def _disguise(kind: Any, known: type, shown: Callable[..., Any] | None) -> type:
+    """A class for ``isinstance`` alone: ``kind`` and ``known``, the ``PreTrainedModel`` of transformers.
+
+    Its ``forward`` has the arguments of ``shown``: by them Trainer finds the labels.
+    """
     described = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     if shown is not None:
         described["forward"] = functools.wraps(shown)(lambda *args, **kwargs: kind.forward(*args, **kwargs))

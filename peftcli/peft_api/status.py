@@ -99,7 +99,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if tuner is not None:
         active, off = list(tuner.active_adapters), tuner.disabled
     return [
-        _of_module(place, module, found, tuner, _active(found, tuner) or active, off)
+        _layer_status(place, module, found, tuner, _active(found, tuner) or active, off)
         for module, found in layers.items()
         if any(type(layer) is not TrainedBias for layer in found.values())
     ]
@@ -136,7 +136,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _of_module(
+def _layer_status(
     model: nn.Module,
     module: nn.Module,
     layers: dict[str, AdapterLayer],

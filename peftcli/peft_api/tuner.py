@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -316,15 +316,8 @@ class Tuner(nn.Module):
         if before and names == before:
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
             return
-        self.unmerge_adapter()
-        try:
-            set_active(self.model, names)
+        with self._enabled_alone(names):
             self.folded = fold(self.model)
-        except AdapterError:
-            self.switch()
-            if before:
-                self.merge_adapter(before)
-            raise
         self.merged_adapters = names
 
     def unmerge_adapter(self) -> None:
@@ -351,16 +344,9 @@ class Tuner(nn.Module):
             AdapterError: a method cannot be merged, the base model is quantised, or a merged weight is not finite. The
                 model is as it was then.
         """
-        before, names = self.merged_adapters, self._mergeable(adapter_names)
-        self.unmerge_adapter()
-        try:
-            set_active(self.model, names)
+        names = self._mergeable(adapter_names)
+        with self._enabled_alone(names):
             untied = merge(self.model, *(self.peft_config[name] for name in names), dequantise=dequantize)
-        except AdapterError:
-            self.switch()
-            if before:
-                self.merge_adapter(before)
-            raise
         if dequantize:
             forget(self.model)  # type: ignore[arg-type]
         if untied:
@@ -414,6 +400,20 @@ class Tuner(nn.Module):
         """Raise AdapterError while adapters are merged."""
         if self.folded:
             raise AdapterError("adapters are merged; call unmerge_adapter() first")
+
+    @contextmanager
+    def _enabled_alone(self, names: Sequence[str]) -> Iterator[None]:
+        """Unmerge all adapters and enable these alone. After an AdapterError inside, all is as it was before."""
+        before = self.merged_adapters
+        self.unmerge_adapter()
+        try:
+            set_active(self.model, names)
+            yield
+        except AdapterError:
+            self.switch()
+            if before:
+                self.merge_adapter(before)
+            raise
 
     def _mergeable(self, names: Sequence[str] | None) -> list[str]:
         if names is None and not (self.folded or self.disabled):

@@ -10,7 +10,7 @@ from peftcli.core.quantised import FLOATS
 from peftcli.core.weights import file_tensors
 
 
-def cast_weights(model: nn.Module, adapter: str | None = None, *, as_base: bool = False) -> None:
+def cast_weights(model: nn.Module, adapter: str, *, as_base: bool = False) -> None:
     """Hold the adapter's weights in float32 or wider, or in the dtypes of the layers that they adapt."""
     for layer in adapter_layers(model, adapter).values():
         found = [value.dtype for value in base_module(layer).parameters() if value.dtype in FLOATS]
@@ -20,7 +20,7 @@ def cast_weights(model: nn.Module, adapter: str | None = None, *, as_base: bool 
                 value.data = value.data.to(base if as_base else adapter_dtype(value))
 
 
-def empty_state(model: nn.Module, adapter: str | None = None) -> None:
+def empty_state(model: nn.Module, adapter: str) -> None:
     """Move the tensors that the adapter's file holds to the meta device, to be filled by ``load_state``."""
     for _, _, value in file_tensors(model, adapter).values():
         empty = torch.empty_like(value, device="meta")

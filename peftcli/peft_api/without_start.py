@@ -17,8 +17,6 @@ from peftcli.methods.lora.combine import combine
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import pairs
 
-_KEY = "path_initial_model_for_weight_conversion"
-
 
 def without_start(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], start: str | Path
@@ -36,7 +34,8 @@ def without_start(
         AdapterError: the adapter is of another method, or does not fit the one in the folder.
     """
     if not isinstance(config, LoraConfig):
-        raise AdapterError(f"works for LORA, not {config.peft_type}", key=_KEY)
+        key = "path_initial_model_for_weight_conversion"
+        raise AdapterError(f"works for LORA, not {config.peft_type}", key=key)
     if describe(config, tensors)["r"] != config.r:
         return config, tensors
     source = find_adapter(str(start))

@@ -147,6 +147,7 @@ def _rows(damage: dict[str, Any]) -> dict[str, Any]:
         (_rows({"folders": []}), "rows.folders"),
         (_rows({"values": [{"text": "a"}, {"text": {"bytes in base64": "a"}}], "folders": ["", ""]}), "rows.values.1"),
         (_rows({"values": [{"text": {"bytes in base64": 3}}]}), "rows.values.0"),
+        ({"schema_version": 2, **_rows({"values": 3})}, "rows"),
         ({"probe": {"shape": [1], "values": [0.5], "mean": 0.5}}, "probe"),
     ],
 )

@@ -215,7 +215,7 @@ WRONG: dict[str, tuple[AdapterConfig, str]] = {
         LoraConfig.unchecked(alpha_pattern={"q_proj": 0}),
         "alpha_pattern: q_proj: must be above 0",
     ),
-    "bias": (LoraConfig.unchecked(bias="some"), "bias: must be none, all or lora_only"),  # type: ignore[arg-type]
+    "bias": (LoraConfig.unchecked(bias="some"), "bias: must be one of none, all, lora_only"),  # type: ignore[arg-type]
     "init": (LoraConfig.unchecked(init_lora_weights="pisa"), "init_lora_weights: 'pisa' is not supported"),  # type: ignore[arg-type]
     "virtual tokens": (PromptTuningConfig.unchecked(num_virtual_tokens=0), "num_virtual_tokens: must be at least 1"),
     "prompt init": (PromptTuningConfig.unchecked(prompt_tuning_init="WORDS"), "prompt_tuning_init: must be"),  # type: ignore[arg-type]

@@ -116,6 +116,17 @@ def test_a_plain_prefix_starts_so_too_and_one_that_a_network_makes_does_not() ->
         initialize_kv_prefix_from_past_key_values(made, past_key_values=_read(made, ids(1, 9)))
 
 
+def test_the_adapter_that_is_named_starts_though_another_has_the_same_config() -> None:
+    config = CartridgeConfig(num_virtual_tokens=N, task_type="CAUSAL_LM")
+    model = _wrapped(config)
+    model.add_adapter("other", config)
+    before = adapter_state(model.get_base_model(), "default")["prompt_embeddings"].clone()
+    read = _read(model, ids(1, N))
+    values = initialize_kv_prefix_from_past_key_values(model, adapter_name="other", past_key_values=read)
+    assert torch.equal(adapter_state(model.get_base_model(), "other")["prompt_embeddings"], values)
+    assert torch.equal(adapter_state(model.get_base_model(), "default")["prompt_embeddings"], before)
+
+
 @pytest.mark.parametrize(
     ("kind", "tokens", "message"),
     [

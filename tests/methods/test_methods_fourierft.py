@@ -15,6 +15,7 @@ import peftcli
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
+from peftcli.methods import METHODS
 from peftcli.methods.fourierft.config import FourierFTConfig
 from peftcli.methods.fourierft.layers import FourierFTLinear
 
@@ -61,6 +62,14 @@ def test_more_places_than_numbers_are_refused() -> None:
     with pytest.raises(AdapterError, match=r"asks for 1000 of the 512 numbers of .*v_proj") as caught:
         inject(tiny("llama"), FourierFTConfig())
     assert caught.value.key == "n_frequency"
+
+
+@pytest.mark.parametrize(("method", "key"), [("fourierft", "n_frequency"), ("waveft", "n_frequency"), ("shira", "r")])
+def test_more_than_fit_into_memory_are_refused_before_they_are_made(method: str, key: str) -> None:
+    config = METHODS[method].config_class()(target_modules=["0"], **{key: 10**13})
+    with pytest.raises(AdapterError, match="of the 12 numbers of 0") as caught:
+        inject(nn.Sequential(nn.Linear(4, 3)), config)
+    assert caught.value.key == key
 
 
 def test_init_weights_starts_from_no_update() -> None:

@@ -40,7 +40,7 @@ def test_the_update_mixes_the_weights_principal_directions(dropout: float) -> No
 
 def test_an_embeddings_update_is_looked_up() -> None:
     base, config, ids = nn.Embedding(9, 6), TinyLoraConfig(**SETTINGS), torch.tensor([[3, 0, 3]])
-    layer = TinyLoraEmbedding(base, config)
+    layer = TinyLoraEmbedding(base, "x", config)
     attach(base, config, {"x": layer})
     with torch.no_grad():
         merged = layer.merged_tensors({"weight": base.weight})["weight"]

@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file
 from peftcli.errors import AdapterError
 from peftcli.methods._conv import DeltaConv
-from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs
+from peftcli.methods._linear import DeltaLinear, by_kind, factory_kwargs
 from peftcli.methods.adalora.config import AdaLoraConfig
 from peftcli.methods.updates import Update
 
@@ -72,7 +72,7 @@ class AdaLoraLayer(AdapterLayer):
             getattr(self, f"uncertainty_{tensor}").lerp_((now - importance).abs(), 1 - beta2)
 
     def scores(self) -> torch.Tensor:
-        """How important each direction is: (r,)."""
+        """Return the importance of each direction: (r,)."""
         score = {name: getattr(self, f"importance_{name}") * getattr(self, f"uncertainty_{name}") for name in _TENSORS}
         return score["lora_E"].squeeze(1) + score["lora_A"].mean(1) + score["lora_B"].mean(0)
 
@@ -99,24 +99,18 @@ class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
     """AdaLoRA over a convolution: its kernel as a matrix, ``in`` being input channels times kernel size."""
 
     def __init__(self, module: nn.Module, name: str, config: AdaLoraConfig):
-        super().__init__(module, config.bias)
+        super().__init__(module, config.bias, config.lora_dropout)
         weight = base_module(module).weight
-        self.dropout = dropout_layer(config.lora_dropout)
         self.start(weight.shape[0], weight[0].numel(), name, config)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        kernel = self.delta()
-        z: torch.Tensor = base_module(self)._conv_forward(self.dropout(x.to(kernel.dtype)), kernel, None)
-        return y + z.to(y.dtype)
+        return y + self.update(self.dropout(x.to(self.lora_E.dtype))).to(y.dtype)
 
     def delta(self) -> torch.Tensor:
         return super().delta().reshape(base_module(self).weight.shape)
 
 
-def wrap(module: nn.Module, name: str, config: AdaLoraConfig) -> AdaLoraLayer:
-    """Return the AdaLoRA layer over ``module``."""
-    kind = AdaLoraConv2d if isinstance(base_module(module), nn.Conv2d) else AdaLoraLinear
-    return kind(module, name, config)
+wrap = by_kind({nn.Conv2d: AdaLoraConv2d}, otherwise=AdaLoraLinear)
 
 
 def updates(config: AdaLoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Update]:
@@ -157,7 +151,7 @@ def _mask(config: AdaLoraConfig, name: str, left: int) -> list[bool]:
 
 
 def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
-    """How far A's rows and B's columns are from being orthogonal, on average over the matrices, times the weight."""
+    """Return how far A's rows and B's columns are from orthogonal, on average over the matrices, times the weight."""
     layers = [layer for layer in _layers(model).values() if layer.lora_A.requires_grad]
     if not config.orth_reg_weight or not layers:
         return None
@@ -248,7 +242,7 @@ def _layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
 
 
 def _budget(config: AdaLoraConfig, step: int, last: int, start: int, num_layers: int) -> int:
-    """How many directions the model may have at this step: ``start`` of them fall to the target along a cubic."""
+    """Return how many directions the model may have at this step: from ``start`` to the target along a cubic."""
     target = config.target_r * num_layers
     left = 1 - (step - config.tinit) / (last - config.tinit)
     return int((start - target) * left**3 + target)

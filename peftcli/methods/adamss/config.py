@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from peftcli.core.config import LayeredConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import Problems, not_one_of, not_positive, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,9 @@ class AdamssConfig(LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, num_subspaces=1, subspace_rank=1)
-        found += not_one_of(self, "init_weights", "orthogonal", None) + outside_unit_interval(self, "svd_threshold")
+        found += outside_unit_interval(self, "svd_threshold")
+        if self.init_weights is True:
+            found.append(("init_weights", "must be one of orthogonal, false, not True"))
         if not self.use_asa:
             return found
         found += too_small(self, asa_target_subspaces=1, mask_interval=1, init_warmup=0)

@@ -85,8 +85,7 @@ class AdamssLinear(DeltaLinear):
         return 1 <= rank <= most if self.config.use_dynamic_rank else rank == most
 
     def _weight(self) -> torch.Tensor:
-        bias = base_module(self).bias if self.has_bias else None
-        return _with_bias(dense_weight(self), bias)
+        return _with_bias(dense_weight(self), getattr(base_module(self), "bias", None))
 
     def _find(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Return the singular vectors of ``weight``, (out, in), left and right, and the outputs of each subspace."""
@@ -197,7 +196,7 @@ class AdamssLinear(DeltaLinear):
                 importance.lerp_(now, 1 - self.config.asa_importance_beta)
 
     def score(self, number: int) -> torch.Tensor:
-        """How important a subspace is: a scalar."""
+        """Return the importance of a subspace: a scalar."""
         found = [self._averages(tensor, number) for tensor in ("adamss_A", "adamss_B")]
         return torch.stack([(importance * uncertainty).mean() for importance, uncertainty in found]).sum()
 

@@ -79,12 +79,12 @@ class AdaptedAttention(AdapterLayer):
         if any(part in how for part in _NO_MASK):
             raise AdapterError(f"LLaMA-Adapter does not work with attn_implementation {how}; set sdpa or eager")
         keeper = _Keeper()
-        attention(**_positionless(inputs, prompt, prompt, self._biases) | {self._cache: keeper, self._mask: None})
+        attention(**_without_positions(inputs, prompt, prompt, self._biases) | {self._cache: keeper, self._mask: None})
         if keeper.kept is None:
             raise AdapterError(f"{type(attention).__name__} gives its keys to no cache; LLaMA-Adapter needs them")
         mask = x.new_zeros(1, 1, x.shape[1], prompt.shape[1])  # without one, the first tokens would not see all
         given = {"position_embeddings", "position_ids"} & inputs.keys()  # the queries have theirs
-        changed = _positionless(inputs, x, prompt, self._biases) | {name: inputs[name] for name in given}
+        changed = _without_positions(inputs, x, prompt, self._biases) | {name: inputs[name] for name in given}
         training, attention.training = attention.training, False  # the term has no dropout of its own
         try:
             found = attention(**changed | {self._cache: _Keeper(keeper.kept, len(x)), self._mask: mask})
@@ -113,7 +113,9 @@ class _Keeper:
         return 0
 
 
-def _positionless(inputs: Mapping[str, Any], x: torch.Tensor, prompt: torch.Tensor, biases: set[str]) -> dict[str, Any]:
+def _without_positions(
+    inputs: Mapping[str, Any], x: torch.Tensor, prompt: torch.Tensor, biases: set[str]
+) -> dict[str, Any]:
     """Return the arguments of the attention for ``x`` and the keys of ``prompt``, with nothing that depends on a place.
 
     Positions are all 0, by which nothing is rotated, and what is added to scores and outputs is 0. ``biases`` are

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out
 from peftcli.methods.boft.config import BOFTConfig
 
@@ -89,10 +89,7 @@ class BOFTConv(BOFTLayer, RotatedConv):
         super().start(features, name, config)
 
 
-def wrap(module: nn.Module, name: str, config: BOFTConfig) -> AdapterLayer:
-    """Return the BOFT layer over ``module``."""
-    kind = BOFTConv if isinstance(base_module(module), nn.Conv2d) else BOFTLinear
-    return kind(module, name, config)
+wrap = by_kind({nn.Conv2d: BOFTConv}, otherwise=BOFTLinear)
 
 
 def block_sizes(features: int, name: str, config: BOFTConfig) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, LayeredConfig
 from peftcli.methods._families import MLP_OUTPUTS
-from peftcli.methods._settings import Problems, not_one_of, pattern_too_small, too_small
+from peftcli.methods._settings import Problems, too_small
 
 
 @dataclass(kw_only=True)
@@ -29,5 +29,4 @@ class C3AConfig(BiasConfig, LayeredConfig):
     """How the kernels start. true: at zero, from no update at all; false is xavier_uniform."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, block_size=1) + pattern_too_small(self, "block_size_pattern")
-        return found + not_one_of(self, "init_weights", True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
+        return super().problems() + too_small(self, block_size=1, block_size_pattern=1)

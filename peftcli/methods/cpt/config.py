@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from peftcli.core.config import BOOKKEEPING
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import not_one_of, too_small
+from peftcli.methods._settings import too_small
 
 INPUT_FORMAT, INPUT, OUTPUT_FORMAT, OUTPUT = 1, 2, 3, 4
 """Types of the tokens of the first example. In each further one they are 4 higher; 0 is a token of no example."""
@@ -78,7 +78,6 @@ class CPTConfig(EmbeddedPromptConfig):
         found = super().problems() + too_small(
             self, opt_projection_epsilon=0, opt_projection_format_epsilon=0, opt_loss_decay_factor=0
         )
-        found += not_one_of(self, "opt_weighted_loss_type", "none", "decay")
         ids = self.cpt_token_ids
         if self.task_type != "CAUSAL_LM":
             found.append(("task_type", f"CPT trains causal language models only, not {self.task_type}"))

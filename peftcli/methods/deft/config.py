@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_one_of, not_positive, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -36,4 +36,4 @@ class DeftConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "deft_dropout")
-        return found + not_one_of(self, "decomposition_method", "relu", "qr") + not_positive(self, "alpha")
+        return found + not_positive(self, "alpha")

@@ -6,14 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import (
-    Problems,
-    outside_unit_interval,
-    pattern_too_small,
-    pattern_zero,
-    too_small,
-    zero,
-)
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small, zero
 
 
 @dataclass(kw_only=True)
@@ -38,8 +31,8 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1)
-        found += outside_unit_interval(self, "module_dropout") + pattern_too_small(self, "rank_pattern")
+        found = super().problems() + too_small(self, r=1, rank_pattern=1)
+        found += outside_unit_interval(self, "module_dropout")
         if self.init_weights and not self.inference_mode:  # else B is not zero, and lambda leaves 0
-            found += zero(self, "delora_lambda") + pattern_zero(self, "lambda_pattern")
+            found += zero(self, "delora_lambda", "lambda_pattern")
         return found

@@ -47,10 +47,8 @@ class DeloraLinear(DeltaLinear):
 
     def _scales(self) -> torch.Tensor:
         """Return the factor of each direction: (r,)."""
-        norms = self.delora_A.norm(dim=1).clamp(min=_SMALLEST_NORM) * self.delora_B.norm(dim=0).clamp(
-            min=_SMALLEST_NORM
-        )
-        return self.delora_lambda / len(norms) / norms
+        norms = [norm.clamp(min=_SMALLEST_NORM) for norm in (self.delora_A.norm(dim=1), self.delora_B.norm(dim=0))]
+        return self.delora_lambda / len(self.delora_A) / (norms[0] * norms[1])
 
 
 wrap = DeloraLinear

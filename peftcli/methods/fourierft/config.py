@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._families import MLP_OUTPUTS
-from peftcli.methods._settings import Problems, not_positive, pattern_too_small, too_small
+from peftcli.methods._settings import Problems, not_positive, too_small
 
 
 @dataclass(kw_only=True)
@@ -32,5 +32,5 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all. false: the spectrum starts at random."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
-        return found + pattern_too_small(self, "n_frequency_pattern")
+        found = super().problems() + too_small(self, n_frequency=1, n_frequency_pattern=1)
+        return found + not_positive(self, "scaling")

@@ -20,9 +20,9 @@ class FourierFTLinear(DeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: FourierFTConfig):
         super().__init__(module, name, "FourierFT", config.bias)
         count = int(pattern_value(config.n_frequency_pattern, name, config.n_frequency))
+        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         start = torch.zeros if config.init_weights else torch.randn
         self.fourierft_spectrum = nn.Parameter(start(count, **factory_kwargs(self)))
-        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.register_buffer("places", places, persistent=False)
         self.scaling = config.scaling
 

@@ -45,11 +45,8 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     for dropout, beside other adapters and while the adapter is disabled, which is slow."""
 
     def problems(self) -> Problems:
-        found = (
-            super().problems()
-            + not_positive(self, "regularization_alpha")
-            + outside_unit_interval(self, "frod_dropout")
-        )
+        found = super().problems() + not_positive(self, "regularization_alpha")
+        found += outside_unit_interval(self, "frod_dropout")
         if not 0 <= self.sparse_rate <= 1:
             found.append(("sparse_rate", f"must be in [0, 1], not {self.sparse_rate}"))
         return found

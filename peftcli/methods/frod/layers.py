@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import on_unload
-from peftcli.core.layer import AdapterLayer, base_module, base_modules
-from peftcli.core.linear import dense_weight, linear_view
+from peftcli.core.layer import AdapterLayer, base_module, version_of
+from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
-from peftcli.core.targets import find_targets
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, stored_weight
+from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods._product import base_product, layer_below
 from peftcli.methods.frod.config import FrodConfig
 
@@ -71,7 +70,7 @@ class FrodLinear(WeightDeltaLinear):
                 lengths = dense_weight(self).norm(dim=0)
             else:
                 self.frod_U, lengths = decompose(self.frod_V, dense_weight(self))
-                self.seen = self._filled()
+                self.seen = version_of(self.frod_V)
             self.frod_lambda_l.copy_(lengths)
             if not config.init_weights:
                 self.frod_lambda_l.add_(torch.randn_like(lengths), alpha=0.1)
@@ -89,7 +88,7 @@ class FrodLinear(WeightDeltaLinear):
         dropped = self.dropout(x)
         z = dropped.to(self.frod_lambda_l.dtype) @ self.frod_V
         left = self._left()
-        turned = (self.frod_lambda_l * z + self._turned(z)).to(left.dtype)
+        turned = (self.frod_lambda_l * z + self._sparse_product(z)).to(left.dtype)
         if dropped is x and not isinstance(layer_below(self), AdapterLayer):  # U has W's part
             self.base_weight_to(torch.device("cpu"))
             bias = self.base_layer.bias
@@ -120,7 +119,7 @@ class FrodLinear(WeightDeltaLinear):
         middle = self._sparse().to_dense() + self.frod_lambda_l.diag()
         return self.view.as_stored(left.to(dense) @ middle @ self.frod_V.T - dense)
 
-    def _turned(self, z: torch.Tensor) -> torch.Tensor:
+    def _sparse_product(self, z: torch.Tensor) -> torch.Tensor:
         """``S z``."""
         sparse = self._sparse()
         with torch.autocast(z.device.type, enabled=False):  # there are no sparse products in half precision
@@ -134,15 +133,11 @@ class FrodLinear(WeightDeltaLinear):
 
     def _left(self) -> torch.Tensor:
         """``U``, found anew when ``V`` was filled from a file."""
-        if self.frod_U is None or self._filled() != self.seen:
+        if self.frod_U is None or version_of(self.frod_V) != self.seen:
             with torch.inference_mode(False), torch.no_grad():  # it serves in training later
                 self.frod_U = decompose(self.frod_V, dense_weight(self))[0].to(self.frod_V.device)
-            self.seen = self._filled()
+            self.seen = version_of(self.frod_V)
         return self.frod_U
-
-    def _filled(self) -> int | None:
-        """A number that grows when ``V`` is written to."""
-        return None if self.frod_V.is_inference() else self.frod_V._version
 
 
 def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLayer]) -> None:
@@ -153,17 +148,18 @@ def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLay
         chosen.setdefault(kind_of(name), {})[_place(name, number)] = layer
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     for kind, found in sorted(chosen.items()):
-        group: list[Any] = [layer for name, layer in layers.items() if kind_of(name) == kind]
+        names = [name for name in layers if kind_of(name) == kind]
+        group: list[Any] = [layers[name] for name in names]
+        if len(inputs := sorted({layer.view.in_features for layer in group})) > 1:  # they cannot share V
+            text = f"modules like {names[-1]} have {inputs[0]} inputs and {inputs[1]}"
+            raise AdapterError(text, key="target_modules")
         if config.inference_mode and config.save_projection:  # a file has it, and finding it takes long
             basis = torch.eye(group[0].view.in_features)
         else:
             weights = [dense_weight(layer) for _, layer in sorted(found.items())]
             basis = shared_basis(weights, config.regularization_alpha)
         places = _drawn_places(len(basis), config.sparse_rate, generator)
-        stored = stored_weight(group[0])
-        # PEFT rounds it to the base model's dtype before it widens it again
-        rounded = basis.to(stored.dtype) if stored.is_floating_point() else basis
-        basis = rounded.to(**factory_kwargs(group[0])).contiguous()
+        basis = in_base_dtype(basis, stored_weight(group[0])).to(**factory_kwargs(group[0])).contiguous()
         shared = Places(places.to(basis.device), torch.tensor(basis.shape, device=basis.device))
         frozen = nn.Parameter(basis, requires_grad=False)
         for layer in group:
@@ -192,17 +188,6 @@ def describe(config: FrodConfig, tensors: Mapping[str, torch.Tensor]) -> dict[st
             hint="make it with inference_mode=False",
         )
     return config.file_dict()
-
-
-def targets(model: nn.Module, config: FrodConfig) -> list[str]:
-    """Return the names of the target modules, of which each kind has one number of inputs, or cannot share ``V``."""
-    names, modules, inputs = find_targets(model, config), base_modules(model), dict[str, int]()
-    for name in names:
-        view = linear_view(modules[name])
-        if view is not None and inputs.setdefault(kind_of(name), view.in_features) != view.in_features:
-            found = sorted({inputs[kind_of(name)], view.in_features})
-            raise AdapterError(f"modules like {name} have {found[0]} inputs and {found[1]}", key="target_modules")
-    return names
 
 
 def decompose(basis: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,7 +224,7 @@ def shared_basis(weights: list[torch.Tensor], ridge: float) -> torch.Tensor:
 
 
 def num_places(inputs: int, rate: float) -> int:
-    """How many numbers of ``S`` train."""
+    """Return how many numbers of ``S`` train."""
     count = min(int(inputs * inputs * rate), inputs * inputs - inputs)
     return max(1, count) if rate > 0 and inputs > 1 else count
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig
-from peftcli.methods._settings import Problems, not_one_of, too_small
+from peftcli.methods._settings import Problems, too_small
 
 
 @dataclass(kw_only=True)
@@ -31,9 +31,6 @@ class GloraConfig(BiasConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1)
-        found += not_one_of(self, "config_A_B", "lora", "vector", "constant", "none")
-        found += not_one_of(self, "config_C", "lora", "vector", "none")
-        found += not_one_of(self, "config_D_E", "vector", "constant", "none")
         if self.config_A_B == self.config_C == self.config_D_E == "none":
             found.append(("config_A_B", "with config_C and config_D_E none too, there is nothing to train"))
         return found

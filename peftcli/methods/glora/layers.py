@@ -69,17 +69,14 @@ class GloraLinear(AdapterLayer):
         shift = None if bias is None else self._shift(weight, bias)
         return y + F.linear(x.to(weight.dtype), self._delta(weight), shift).to(y.dtype)
 
-    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        below = self.base_layer.folded(base) if isinstance(self.base_layer, AdapterLayer) else {}
-        if not self.enabled:
-            return below
+    def folded_over(self, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         own = self.base_layer.own_tensors() if isinstance(self.base_layer, TrainedBias) else base
         stored = widened(base["weight"])
         weight = self.view.as_stored(stored)
         changed = {"weight": below.get("weight", stored) + self.view.as_stored(self._delta(weight))}
         if "bias" in base:
             changed["bias"] = below.get("bias", base["bias"]) + self._shift(weight, own["bias"])
-        return below | changed
+        return changed
 
     def _delta(self, weight: torch.Tensor) -> torch.Tensor:
         return (weight * self.glora_A() + self.glora_B()).expand(weight.shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import UNSUPPORTED, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_one_of, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -28,5 +28,4 @@ class HiraConfig(FanInConfig, ExcludingConfig, LayeredConfig):
     """Not supported: it does nothing in PEFT."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "hira_dropout")
-        return found + not_one_of(self, "init_weights", True, False, "gaussian")
+        return super().problems() + too_small(self, r=1) + outside_unit_interval(self, "hira_dropout")

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.layer import base_module
 from peftcli.core.targets import CONVOLUTIONS
 from peftcli.methods._conv import WeightDeltaConv
-from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, check_ungrouped, dropout_layer, factory_kwargs
+from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, by_kind, check_ungrouped, factory_kwargs
 from peftcli.methods.hira.config import HiraConfig
 
 
@@ -35,17 +35,13 @@ class HiraConv(WeightDeltaConv):
     """The same over a convolution's kernel, with ``A: (r, in, k...)`` and ``B: (out, r, 1...)``."""
 
     def __init__(self, module: nn.Module, name: str, config: HiraConfig):
-        super().__init__(module)
+        super().__init__(module, dropout=config.hira_dropout)
         weight = base_module(module).weight
         check_ungrouped(module, name, "HiRA")
         like, ones = factory_kwargs(self), [1] * (weight.ndim - 2)
         self.hira_A = nn.Parameter(torch.empty(config.r, *weight.shape[1:], **like))
         self.hira_B = nn.Parameter(torch.empty(weight.shape[0], config.r, *ones, **like))
-        self.dropout = dropout_layer(config.hira_dropout)
         _start(self.hira_A, self.hira_B, config)
-
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return super().update(self.dropout(x))
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * (self.hira_B.flatten(1) @ self.hira_A.flatten(1)).view(weight.shape)
@@ -54,7 +50,7 @@ class HiraConv(WeightDeltaConv):
 class HiraEmbedding(WeightDelta):
     """The same over an embedding, with ``A: (r, V)`` and ``B: (D, r)``; ``A`` starts at zero."""
 
-    def __init__(self, module: nn.Module, config: HiraConfig):
+    def __init__(self, module: nn.Module, name: str, config: HiraConfig):
         super().__init__(module)
         like, (vocabulary, width) = factory_kwargs(self), base_module(module).weight.shape
         start = torch.zeros if config.init_weights else torch.randn
@@ -71,13 +67,7 @@ class HiraEmbedding(WeightDelta):
         return weight * (self.hira_embedding_B @ self.hira_embedding_A).T
 
 
-def wrap(module: nn.Module, name: str, config: HiraConfig) -> AdapterLayer:
-    """Return the HiRA layer over ``module``."""
-    if isinstance(base_module(module), CONVOLUTIONS):
-        return HiraConv(module, name, config)
-    if isinstance(base_module(module), nn.Embedding):
-        return HiraEmbedding(module, config)
-    return HiraLinear(module, name, config)
+wrap = by_kind({CONVOLUTIONS: HiraConv, nn.Embedding: HiraEmbedding}, otherwise=HiraLinear)
 
 
 def _start(a: nn.Parameter, b: nn.Parameter, config: HiraConfig) -> None:

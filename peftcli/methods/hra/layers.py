@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module, widened
-from peftcli.methods._linear import factory_kwargs
+from peftcli.core.layer import widened
+from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
 from peftcli.methods.hra.config import HRAConfig
 
@@ -44,10 +44,7 @@ class HRAConv(HRALayer, RotatedConv):
     """HRA over a convolution."""
 
 
-def wrap(module: nn.Module, name: str, config: HRAConfig) -> AdapterLayer:
-    """Return the HRA layer over ``module``."""
-    kind = HRAConv if isinstance(base_module(module), nn.Conv2d) else HRALinear
-    return kind(module, name, config)
+wrap = by_kind({nn.Conv2d: HRAConv}, otherwise=HRALinear)
 
 
 def _orthogonalised(vectors: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.methods._linear import factory_kwargs
+from peftcli.core.layer import base_module
+from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.loha.config import LoHaConfig
 
@@ -54,10 +54,7 @@ class LoHaConv(LoHaLayer, LycorisConv):
         return super().delta().view(base_module(self).weight.shape)
 
 
-def wrap(module: nn.Module, name: str, config: LoHaConfig) -> AdapterLayer:
-    """Return the LoHa layer over ``module``."""
-    kind = LoHaConv if isinstance(base_module(module), CONVOLUTIONS) else LoHaLinear
-    return kind(module, name, config)
+wrap = by_kind({CONVOLUTIONS: LoHaConv}, otherwise=LoHaLinear)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftcli.methods._lycoris_settings import LycorisConfig
-from peftcli.methods._settings import Problems, not_one_of
+from peftcli.methods._settings import Problems
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class LoKrConfig(LycorisConfig):
     """Which matrix starts at zero. true: the first; lycoris: the second; false: none, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + not_one_of(self, "init_weights", True, False, "lycoris")
+        found = super().problems()
         if self.decompose_factor < 1 and self.decompose_factor != -1:
             found.append(("decompose_factor", f"must be at least 1, or -1, not {self.decompose_factor}"))
         return found

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.lokr.config import LoKrConfig
 
@@ -79,10 +78,7 @@ class LoKrConv(LoKrLayer, LycorisConv):
     """LoKr over a convolution."""
 
 
-def wrap(module: nn.Module, name: str, config: LoKrConfig) -> AdapterLayer:
-    """Return the LoKr layer over ``module``."""
-    kind = LoKrConv if isinstance(base_module(module), CONVOLUTIONS) else LoKrLinear
-    return kind(module, name, config)
+wrap = by_kind({CONVOLUTIONS: LoKrConv}, otherwise=LoKrLinear)
 
 
 def factors(side: int, first: int) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from torch import nn
 
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
@@ -79,13 +78,13 @@ class ALoraLinear(LoraLinear):
         raise AdapterError("aLoRA cannot be merged: the tokens before the invocation need the base weights", key=_KEY)
 
 
-def watch_input_ids(model: nn.Module) -> None:
-    """Let every call of the model find the invocation tokens, until its adapters are unloaded."""
-    watch_calls(model, _find, _keep)
+def find_invocations(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tell the layers, before a call of the model, where they are on.
 
-
-def _find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tell the layers where they are on. ``alora_offsets``, PEFT's, counts from the end of each row; None: nowhere."""
+    ``alora_offsets``, PEFT's, counts from the end of each row; None: nowhere.
+    """
     offsets = kwargs.pop("alora_offsets", None)
     ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
     cache = _cache_in(kwargs)
@@ -104,7 +103,7 @@ def _find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return args, kwargs
 
 
-def _keep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def keep_active(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Note on the cache which rows are active, and forget the batch, unless a backward pass may compute it again."""
     cache = _cache_in(output) if isinstance(output, dict) else None
     if isinstance(output, tuple):  # of return_dict=False

@@ -15,7 +15,6 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, version_of
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
@@ -86,12 +85,8 @@ class ArrowLayer(AdapterLayer):
         raise AdapterError("Cannot merge an active Arrow router adapter", key=_KEY)
 
 
-def find_experts(model: nn.Module) -> None:
-    """Let every call of the model tell the routers which other LoRA layers are over their modules."""
-    watch_calls(model, _tell_experts)
-
-
-def _tell_experts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def find_experts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the routers, before a call of the model, which other LoRA layers are over their modules."""
     layers = list(adapter_layers(model).values())
     experts: dict[nn.Module, dict[str, LoraLinear]] = {}
     for layer in reversed(layers):  # the innermost, which came first, before the others

@@ -24,8 +24,9 @@ from peftcli.core.layer import (
 from peftcli.core.targets import check_forward, find_modules
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import share_rows, wrap_rows
-from peftcli.methods.lora.alora import watch_input_ids
+from peftcli.methods.lora.alora import find_invocations, keep_active
 from peftcli.methods.lora.arrow import find_experts
+from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.residual import ResidualFromFile, ResidualLinear
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
@@ -46,9 +47,9 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
     if config.bias == "all":
         train_other_biases(model, config, layers)
     if config.alora_invocation_tokens:
-        watch_input_ids(model)
+        watch_calls(model, find_invocations, keep_active)
     if config.arrow_config:
-        find_experts(model)
+        watch_calls(model, find_experts)
     unbiased = (name for name, layer in layers.items() if base_module(layer).bias is None)
     if config.lora_bias and not config.inference_mode and (name := next(unbiased, None)):
         told = f"lora_bias: {name} has no bias in the base model, so this adapter cannot be merged"
@@ -79,10 +80,7 @@ class TiedHead(LoraLayer):
     def file_name(self, path: str, tensor: str) -> str:
         return super().file_name(path if tensor.endswith(".weight") else self.place, tensor)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         z = F.linear(self.lora_dropout(x.to(self.lora_embedding_B.dtype)), self.lora_embedding_B.T)
         return y + (self.scaling * F.linear(z, self.lora_embedding_A.T)).to(y.dtype)
 
@@ -113,9 +111,8 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
         kept = at[saved[0]].copy.weight
         for layer in [*new.values(), *(at[name] for name in saved)]:
             layer.copy.weight = kept
-        if (
-            len(group) == 2
-        ):  # PEFT ties the embeddings of an encoder and a decoder by itself, and their names confuse it
+        # PEFT ties the embeddings of an encoder and a decoder by itself, and their names confuse it
+        if len(group) == 2:
             name_group(config, group, "modules_to_save")
     elif group and group[0] in layers:
         source = at[group[0]]

@@ -9,15 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods._settings import (
-    Problems,
-    not_positive,
-    outside_unit_interval,
-    pattern_not_positive,
-    pattern_too_small,
-    problems_of_sections,
-    too_small,
-)
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, problems_of_sections, too_small
 from peftcli.methods.lora.initialisations.config import (
     SECTIONS,
     CordaConfig,
@@ -150,10 +142,6 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         self.init_lora_weights = init if init in get_args(Name) else self.init_lora_weights  # OLoRA, as PEFT takes it
         self.loftq_config = self.loftq_config or None  # PEFT writes {}
         super().normalise()
-        if self.layer_replication:
-            self.layer_replication = [
-                list(pair) if isinstance(pair, tuple) else pair for pair in self.layer_replication
-            ]
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
@@ -182,9 +170,6 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
             return "aLoRA cannot be merged: the tokens before the invocation need the base weights"
         return None
 
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return [] if self.target_parameters else super().usual_targets(model_type)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None, **options: Any) -> AdapterConfig:
         if values.get("arrow_config"):
@@ -200,9 +185,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
     def file_dict(self) -> dict[str, Any]:
         plain = self.plain()
-        init = (
-            "mica" if self.init_lora_weights == "mica" else plain.init_lora_weights
-        )  # who trains it on leaves B alone
+        # who trains a mica adapter on leaves B alone
+        init = "mica" if self.init_lora_weights == "mica" else plain.init_lora_weights
         return {**super(LoraConfig, plain).file_dict(), "init_lora_weights": init}
 
     def plain(self) -> LoraConfig:
@@ -233,11 +217,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
 def _own_problems(config: LoraConfig) -> Problems:
     """Return the problems of all settings but ``init_lora_weights``: ``(key, message)`` each."""
-    found = too_small(config, r=1) + not_positive(config, "lora_alpha") + outside_unit_interval(config, "lora_dropout")
-    found += pattern_too_small(config, "rank_pattern") + pattern_not_positive(config, "alpha_pattern")
-    if config.bias not in ("none", "all", "lora_only"):
-        found.append(("bias", f"must be none, all or lora_only, not {config.bias!r}"))
-    found += _conflicts(config)
+    found = too_small(config, r=1, rank_pattern=1) + not_positive(config, "lora_alpha", "alpha_pattern")
+    found += outside_unit_interval(config, "lora_dropout") + _conflicts(config)
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
         wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]

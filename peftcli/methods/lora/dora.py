@@ -7,24 +7,16 @@ one layer, each takes its norm with the base model's own weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, layers_below, version_of, widened
 from peftcli.core.linear import dense_weight, linear_view
+from peftcli.methods.lora.fused import Switch
 
-
-@dataclass
-class Cache:
-    """Whether layers in evaluation mode keep their ``factor`` until a weight changes, for the whole process."""
-
-    enabled: bool = False
-
-
-CACHE = Cache()
+CACHE = Switch(enabled=False)
+"""Whether layers in evaluation mode keep their ``factor`` until a weight changes."""
 
 
 def add_magnitude(layer: AdapterLayer) -> None:
@@ -61,14 +53,13 @@ def factor(layer: AdapterLayer) -> torch.Tensor:
     return vars(layer)["kept_factor"][1]
 
 
-def folded(layer: AdapterLayer, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``AdapterLayer.folded`` of a layer that holds a magnitude."""
-    below = layer.base_layer.folded(base) if isinstance(layer.base_layer, AdapterLayer) else {}
-    if not layer.enabled:
-        return below
+def folded_over(
+    layer: AdapterLayer, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return ``AdapterLayer.folded_over`` of a layer that holds a magnitude."""
     weight = layer.merged_tensors(base | below)["weight"]
     ratio = _over_norm(layer, layer.merged_tensors(base)["weight"])
-    merged = below | {"weight": (ratio if _in_columns(layer) else ratio.view(-1, *[1] * (weight.ndim - 1))) * weight}
+    merged = {"weight": (ratio if _in_columns(layer) else ratio.view(-1, *[1] * (weight.ndim - 1))) * weight}
     own = _bias(layer, base.get("bias"))
     if own is not None and "bias" in below:
         merged["bias"] = own + ratio * (below["bias"] - own)

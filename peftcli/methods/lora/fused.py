@@ -19,12 +19,13 @@ from peftcli.core.linear import PLAIN_WEIGHTS
 
 @dataclass
 class Switch:
-    """Whether plain layers compute their update so, for the whole process."""
+    """What is on or off for the whole process."""
 
-    enabled: bool = True
+    enabled: bool
 
 
-FUSED = Switch()
+FUSED = Switch(enabled=True)
+"""Whether plain layers compute their update in this way."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r)."""

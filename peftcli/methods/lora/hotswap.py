@@ -63,7 +63,7 @@ def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:
         for tensor, value in layer.own_tensors().items():
             if tensor in _R:
                 owner, _, leaf = tensor.rpartition(".")
-                padded = _padded(value.detach(), _R[tensor], r, _groups(layer))
+                padded = _pad(value.detach(), _R[tensor], r, _groups(layer))
                 setattr(layer.get_submodule(owner), leaf, nn.Parameter(padded, value.requires_grad))
         layer.r = r
     for config in configs:
@@ -111,7 +111,7 @@ def swap(
         value = tensors[name].to(place.device, place.dtype)
         if tensor in _SCALED:
             value = value * (size_of(new, names[layer])[1] / layer.full_scaling)
-        values[name], shape = _filled_up(value, tensor, list(place.shape), layer, r or layer.r)
+        values[name], shape = _fill_up(value, tensor, list(place.shape), layer, r or layer.r)
         if list(values[name].shape) != shape:
             wrong.append(f"shape: {name} is {tuple(tensors[name].shape)}, the model has {tuple(place.shape)}")
     if wrong:
@@ -133,7 +133,7 @@ def _groups(layer: LoraLayer) -> int:
     return getattr(base_module(layer), "groups", 1)
 
 
-def _filled_up(
+def _fill_up(
     value: torch.Tensor, tensor: str, shape: list[int], layer: LoraLayer, r: int
 ) -> tuple[torch.Tensor, list[int]]:
     """Return the value of a layer's tensor with zeros up to size r, and the shape that it must have then."""
@@ -141,11 +141,11 @@ def _filled_up(
         groups, dimension = _groups(layer), _R[tensor]
         shape[dimension] = r // (groups if dimension else 1)
         if value.ndim == len(shape) and value.shape[dimension] < shape[dimension]:
-            value = _padded(value, dimension, r, groups)
+            value = _pad(value, dimension, r, groups)
     return value, shape
 
 
-def _padded(value: torch.Tensor, dimension: int, r: int, groups: int) -> torch.Tensor:
+def _pad(value: torch.Tensor, dimension: int, r: int, groups: int) -> torch.Tensor:
     """Return A or B with zeros up to ``r``. Of a convolution with groups each has its part of the rows of A."""
     if dimension == 1:
         return torch.cat([value, value.new_zeros(len(value), r // groups - value.shape[1], *value.shape[2:])], dim=1)

@@ -7,8 +7,6 @@ that the disabled layer is the base layer exactly.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,14 +40,12 @@ class KasaLinear(LoraLinear):
         # parameters, since training on several devices sends buffers around at each step
         self.weak_A, self.weak_B = (nn.Parameter(part.detach().clone(), requires_grad=False) for part in pair)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = super().forward(x, *args, **kwargs)
-        if not self.enabled:
-            return y
-        a, b = self._taken(self.weak_A, self.weak_B)
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = super().adapt(x, y)
+        a, b = self._remaining(self.weak_A, self.weak_B)
         return y - F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
 
-    def _taken(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _remaining(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weak directions that other enabled KaSA layers below have not taken away yet, weakest last."""
         below = [layer.r for layer in layers_below(self) if isinstance(layer, KasaLinear)]
         kept = max(self.r - max(below, default=0), 0)
@@ -66,7 +62,7 @@ class KasaLinear(LoraLinear):
         # weights that come one by one are not known before
         known = not self.weak_A.is_meta and not stored_weight(self.base_layer).is_meta
         pair = (self.weak_A, self.weak_B) if known else weakest(widened(weight), self.r)
-        a, b = self._taken(*pair)
+        a, b = self._remaining(*pair)
         return merged | {"weight": merged["weight"] - b @ a}
 
     def penalty(self) -> torch.Tensor:

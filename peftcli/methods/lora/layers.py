@@ -36,7 +36,6 @@ from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates
 from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.lora.variants import LAYERS as VARIANT_LAYERS
-from peftcli.methods.lora.variants import check_variant
 from peftcli.methods.lora.variants import penalty as penalty
 
 
@@ -45,27 +44,29 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
     if config.arrow_config:
         return ArrowLayer(module, name, config)
     check_initialisation(module, name, config)
-    check_variant(module, name, config)
-    variant = variant_of(config)
+    base, view, variant = base_module(module), linear_view(module), variant_of(config)
+    projects = isinstance(base, NonDynamicallyQuantizableLinear)  # an attention's output
+    if variant and (view is None or projects):
+        raise AdapterError(f"adapts linear layers; {name} is a {type(base).__name__}", key=variant)
     if named_parameters(module, name, config):
         return wrap_parameters(with_bias(module, config.bias), name, config)
-    base, view = base_module(module), linear_view(module)
     weight = getattr(base, "weight", None)
     r, _ = size_of(config, name)
     if view is not None:  # a quantised weight has another shape
         check_size(r, (view.out_features, view.in_features), name)
     elif weight is not None and weight.ndim > 1:
         check_size(r, weight.flatten(1).shape, name)
-    if isinstance(base, nn.MultiheadAttention):
+    if projects or isinstance(base, nn.MultiheadAttention):
         check_attention(name, config)
+    if isinstance(base, nn.MultiheadAttention):
         return LoraAttention(module, name, config)
     below = with_bias(module, config.bias)
+    own = config.plain() if config.inference_mode else config
     layer: LoraLayer
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        check_attention(name, config)
-        layer = LoraOutputProjection(below, name, config.plain() if config.inference_mode else config)
+    if projects:
+        layer = LoraOutputProjection(below, name, own)
     elif variant is not None:
-        layer = VARIANT_LAYERS[variant](below, name, config.plain() if config.inference_mode else config)
+        layer = VARIANT_LAYERS[variant](below, name, own)
     elif view is not None:
         layer = linear_layer(below, name, config)
     elif isinstance(base, CONVOLUTIONS):

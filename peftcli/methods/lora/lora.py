@@ -51,15 +51,15 @@ class LoraLayer(AdapterLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         pair = self.fused_pair() if self.enabled else None
-        if pair is not None:
-            base: Any = self._modules["base_layer"]  # an attribute of a module takes a microsecond
-            given, more = self.lora_dropout(x) if self.drops() else x, args or kwargs
-            if given is x and torch.is_grad_enabled() and not more and is_frozen(base):
-                return adapted_linear(x, base, pair, self.scaling)
-            return add_update(base(x, *args, **kwargs), given, pair, self.scaling)
-        y = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
-            return y
+        if pair is None:
+            return super().forward(x, *args, **kwargs)
+        base: Any = self._modules["base_layer"]  # an attribute of a module takes a microsecond
+        given, more = self.lora_dropout(x) if self.drops() else x, args or kwargs
+        if given is x and torch.is_grad_enabled() and not more and is_frozen(base):
+            return adapted_linear(x, base, pair, self.scaling)
+        return add_update(base(x, *args, **kwargs), given, pair, self.scaling)
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
         z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
         return y + z.to(y.dtype)
@@ -90,8 +90,9 @@ class LoraLayer(AdapterLayer):
             raise AdapterError("cannot be merged: a base layer has no bias to add lora_B's to", key="lora_bias")
         return merged | {"bias": base["bias"] + self.scaling * bias}
 
-    def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return super().folded(base) if self.lora_magnitude_vector is None else dora.folded(self, base)
+    def folded_over(self, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        plain = self.lora_magnitude_vector is None
+        return super().folded_over(base, below) if plain else dora.folded_over(self, base, below)
 
 
 class LoraLinear(LoraLayer):
@@ -194,11 +195,8 @@ class LoraEmbedding(LoraLayer):
         # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
         self.output_scale = getattr(base_layer, "embed_scale", 1.0)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        if not self.enabled:
-            return y
-        z = self.scaling * self.output_scale * (F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T)
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = self.scaling * self.output_scale * (F.embedding(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T)
         if self.lora_magnitude_vector is not None:
             return (dora.factor(self) * (y + z)).to(y.dtype)
         return y + z.to(y.dtype)

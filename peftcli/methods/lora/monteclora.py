@@ -29,10 +29,9 @@ class Sampler(nn.Module):
     gaussian_var_prior: torch.Tensor
     expert_weights: torch.Tensor
 
-    def __init__(self, r: int, config: MontecloraConfig, like: torch.Tensor):
+    def __init__(self, r: int, config: MontecloraConfig, **place: Any):
         super().__init__()
         self.config, count = config, config.num_samples
-        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.std_prior = nn.Parameter(torch.rand(r, **place))
         self.expert_weights_prior = nn.Parameter(torch.rand(count, **place))
         self.register_buffer("gaussian_var_prior", torch.eye(r, **place))
@@ -93,8 +92,7 @@ class MontecloraLinear(LoraLinear):
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
         assert config.monteclora_config
-        like = torch.empty(0, **factory_kwargs(base_layer))
-        self.lora_monteclora_sampler = Sampler(self.r, config.monteclora_config, like)
+        self.lora_monteclora_sampler = Sampler(self.r, config.monteclora_config, **factory_kwargs(base_layer))
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:

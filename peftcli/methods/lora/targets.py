@@ -27,7 +27,10 @@ _TOKENS = "trainable_token_indices"
 def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Return the names of the modules that LoRA wraps, in the model's order: see ``core.protocols.FindsTargets``."""
     owners = find_parameters(model, config.target_parameters or ())
-    modules = _target_modules(model, config)
+    modules = find_targets(model, config) if config.target_modules or not config.target_parameters else []
+    group = tied_group(model) if config.ensure_weight_tying else []
+    if any(name in group for name in modules):
+        modules = [group[0], *(name for name in modules if name not in group)]
     if both := [name for name in modules if name in owners]:
         raise AdapterError(f"{both[0]} is among target_modules too; name it in one of them", key="target_parameters")
     adapted = [*modules, *(f"{name}.{parameter}" for name, own in owners.items() for parameter in own)]
@@ -106,19 +109,6 @@ def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
             raise AdapterError(f"{type(model).__name__} has no input embedding; name the module", key=_TOKENS)
         return {name_in(model, embedding): wanted}
     return {name: tokens for entry, tokens in wanted.items() for name in find_modules(model, [entry], _TOKENS)}
-
-
-def _target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
-    wanted = config.target_modules
-    if wanted is None:
-        wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
-    names = find_targets(model, config) if wanted else []  # none: target_parameters alone
-    if not config.ensure_weight_tying:
-        return names
-    group = tied_group(model)
-    if not any(name in group for name in names):
-        return names
-    return [group[0], *(name for name in names if name not in group)]
 
 
 def _check_tokens(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:

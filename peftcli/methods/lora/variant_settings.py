@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from peftcli.methods._settings import Problems, Section, negative, not_one_of, not_positive, too_large, too_small
+from peftcli.methods._settings import Problems, Section, negative, not_positive, too_large, too_small
 from peftcli.methods.lora.initialisations.config import is_residual
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class VeloraConfig(Section):
     """
 
     def problems(self) -> Problems:
-        found = not_positive(self, "num_groups", "scale")
-        return found + not_one_of(self, "init_type", "batch_average", "batch_average_once", "random")
+        return super().problems() + not_positive(self, "num_groups", "scale")
 
 
 def variant_of(config: LoraConfig) -> str | None:
@@ -146,7 +145,14 @@ def variant_problems(config: LoraConfig) -> Problems:
         found.append((key, f"does not go with init_lora_weights: {init}"))
     if config.target_parameters:
         found.append((key, "does not go with target_parameters: it adapts linear layers"))
-    return found + (_OWN[key](config) if key in _OWN else [])
+    if key == "use_qalora":
+        found += too_small(config, qalora_group_size=1)
+    if key in ("use_bdlora", "use_qalora"):  # whose A or B has another shape
+        if not isinstance(init, bool) and not config.inference_mode:
+            found.append((key, f"needs init_lora_weights: true or false, not {init}"))
+        if config.lora_bias:
+            found.append((key, "does not go with lora_bias"))
+    return found + (_alora(config) if key == "alora_invocation_tokens" else [])
 
 
 def _alora(config: LoraConfig) -> Problems:
@@ -158,24 +164,3 @@ def _alora(config: LoraConfig) -> Problems:
     if config.bias != "none":
         found.append((key, "does not go with bias: that changes the tokens before the invocation too"))
     return found
-
-
-def _bdlora(config: LoraConfig) -> Problems:
-    return _with_plain_start("use_bdlora", config)
-
-
-def _qalora(config: LoraConfig) -> Problems:
-    return too_small(config, qalora_group_size=1) + _with_plain_start("use_qalora", config)
-
-
-def _with_plain_start(key: str, config: LoraConfig) -> Problems:
-    """Return what does not go with an A or B of another shape."""
-    found = []
-    if not isinstance(config.init_lora_weights, bool) and not config.inference_mode:
-        found.append((key, f"needs init_lora_weights: true or false, not {config.init_lora_weights}"))
-    if config.lora_bias:
-        found.append((key, "does not go with lora_bias"))
-    return found
-
-
-_OWN = {"alora_invocation_tokens": _alora, "use_bdlora": _bdlora, "use_qalora": _qalora}

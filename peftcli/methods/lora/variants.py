@@ -6,11 +6,8 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import adapter_layers, base_module
-from peftcli.core.linear import linear_view
-from peftcli.errors import AdapterError
+from peftcli.core.layer import adapter_layers
 from peftcli.methods.lora.alora import ALoraLinear
 from peftcli.methods.lora.bdlora import BdLoraLinear
 from peftcli.methods.lora.config import LoraConfig
@@ -19,7 +16,6 @@ from peftcli.methods.lora.kasa import KasaLinear
 from peftcli.methods.lora.lora import LoraLinear
 from peftcli.methods.lora.monteclora import MontecloraLinear
 from peftcli.methods.lora.qalora import QaLoraLinear
-from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.lora.velora import VeloraLinear
 
 LAYERS: dict[str, type[LoraLinear]] = {
@@ -32,13 +28,6 @@ LAYERS: dict[str, type[LoraLinear]] = {
     "loftq_config": LoftQLinear,
 }
 """The field that switches a variant on -> its layer."""
-
-
-def check_variant(module: nn.Module, name: str, config: LoraConfig) -> None:
-    """Raise AdapterError for a module that the config's variant does not adapt."""
-    variant, base = variant_of(config), base_module(module)
-    if variant and (linear_view(module) is None or isinstance(base, NonDynamicallyQuantizableLinear)):
-        raise AdapterError(f"adapts linear layers; {name} is a {type(base).__name__}", key=variant)
 
 
 def penalty(model: nn.Module, config: LoraConfig) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_one_of, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -30,5 +30,4 @@ class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     started at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1, mini_r=1) + outside_unit_interval(self, "miss_dropout")
-        return found + not_one_of(self, "init_weights", True, False, "bat", "mini")
+        return super().problems() + too_small(self, r=1, mini_r=1) + outside_unit_interval(self, "miss_dropout")

@@ -20,7 +20,6 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     learning_rate = 2e-2
     sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "num_tasks", "num_ranks")
     always_written: ClassVar[tuple[str, ...]] = (*TextPromptConfig.always_written, "num_tasks", "num_ranks")
-    inits: ClassVar[tuple[str, ...]] = ("RANDOM", "TEXT", *_FROM_SOURCE)
 
     prompt_tuning_init: Literal["RANDOM", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"] = (
         "RANDOM"

@@ -47,20 +47,16 @@ class MultitaskTokens(VirtualTokens):
 def wrap(module: Any, name: str, config: MultitaskPromptTuningConfig) -> MultitaskTokens:
     """Virtual tokens over the input embedding ``module``, started as the config says."""
     config.fit(module)
-    tensors = _start(module, config)
-    if config.prompt_tuning_init_state_dict_path and not config.inference_mode:
-        tensors |= _from_source(tensors, config, module.weight.device)
-    return MultitaskTokens(module, tensors)
-
-
-def _start(module: Any, config: MultitaskPromptTuningConfig) -> dict[str, torch.Tensor]:
     tasks, ranks, device = config.num_tasks, config.num_ranks, module.weight.device
     shared = start(module, config)
-    return {
+    tensors = {
         "prompt_embeddings": shared,
         "prefix_task_cols": 0.02 * torch.randn(tasks, len(shared), ranks, device=device),
         "prefix_task_rows": 0.02 * torch.randn(tasks, ranks, shared.shape[1], device=device),
     }
+    if config.prompt_tuning_init_state_dict_path and not config.inference_mode:
+        tensors |= _from_source(tensors, config, device)
+    return MultitaskTokens(module, tensors)
 
 
 def _from_source(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out, neumann, skew_of
 from peftcli.methods.oft.config import OFTConfig
 
@@ -85,7 +85,7 @@ class OFTConv(OFTLayer, RotatedConv):
 class OFTEmbedding(AdapterLayer):
     """OFT over an embedding: what is looked up is rotated."""
 
-    def __init__(self, module: nn.Module, config: OFTConfig):
+    def __init__(self, module: nn.Module, name: str, config: OFTConfig):
         super().__init__(module)
         self.oft_embedding_R = Rotation(base_module(module).weight.shape[1], config, factory_kwargs(self))
 
@@ -96,13 +96,7 @@ class OFTEmbedding(AdapterLayer):
         return {"weight": self.oft_embedding_R(widened(base["weight"]), False)}
 
 
-def wrap(module: nn.Module, name: str, config: OFTConfig) -> AdapterLayer:
-    """Return the OFT layer over ``module``."""
-    if isinstance(base_module(module), nn.Conv2d):
-        return OFTConv(module, name, config)
-    if isinstance(base_module(module), nn.Embedding):
-        return OFTEmbedding(module, config)
-    return OFTLinear(module, name, config)
+wrap = by_kind({nn.Conv2d: OFTConv, nn.Embedding: OFTEmbedding}, otherwise=OFTLinear)
 
 
 def after_step(model: nn.Module, config: OFTConfig, step: int, total: int) -> None:

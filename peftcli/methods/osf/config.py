@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import UNSUPPORTED, TargetedConfig
-from peftcli.methods._settings import Problems
+from peftcli.methods._settings import Problems, not_positive
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _GATED = [*_ATTENTION, "gate_proj", "down_proj", "up_proj"]
@@ -46,14 +46,7 @@ class OSFConfig(TargetedConfig):
     """Not supported: rank_pattern says the same."""
 
     def problems(self) -> Problems:
-        given = {
-            "effective_rank": self.effective_rank,
-            **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()},
-        }
-        wrong = {key: value for key, value in given.items() if value is not None and value <= 0}
-        return super().problems() + [
-            (key.partition(".")[0], f"must be above 0, not {value}") for key, value in wrong.items()
-        ]
+        return super().problems() + not_positive(self, "effective_rank", "rank_pattern")
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         return _TARGETS.get(model_type, "all-linear")

@@ -36,12 +36,14 @@ class OSFLinear(WeightDeltaLinear):
             return
         u, s, v = torch.linalg.svd(dense_weight(self), full_matrices=False)
         for key, value in {"U": u[:, self.kept :], "S": s[self.kept :], "V": v[self.kept :]}.items():
-            self.register_buffer(f"start_{key}", _copied(value), persistent=False)
+            self.register_buffer(f"start_{key}", _contiguous_copy(value), persistent=False)
             if config.init_weights:
                 self.osf_svd_params[f"{key}_low"].data.copy_(value)
         # of a square matrix of singular vectors, the weaker ones say as well what is not along the stronger
-        self.register_buffer("strong_U", _copied(u[:, : self.kept]) if rows > columns else None, persistent=False)
-        self.register_buffer("strong_V", _copied(v[: self.kept]) if columns > rows else None, persistent=False)
+        self.register_buffer(
+            "strong_U", _contiguous_copy(u[:, : self.kept]) if rows > columns else None, persistent=False
+        )
+        self.register_buffer("strong_V", _contiguous_copy(v[: self.kept]) if columns > rows else None, persistent=False)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.update(x.to(self.start_S.dtype)).to(y.dtype)
@@ -49,8 +51,8 @@ class OSFLinear(WeightDeltaLinear):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         u, s, v = (self.osf_svd_params[key].to(x.dtype) for key in ("U_low", "S_low", "V_low"))
         if torch.is_grad_enabled():
-            u = _held(u, self.start_U, self.strong_U)
-            v = _held(v.T, self.start_V.T, None if self.strong_V is None else self.strong_V.T).T
+            u = _restrict_gradients(u, self.start_U, self.strong_U)
+            v = _restrict_gradients(v.T, self.start_V.T, None if self.strong_V is None else self.strong_V.T).T
         return (x @ v.T * s) @ u.T - (x @ self.start_V.T * self.start_S) @ self.start_U.T
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -61,7 +63,7 @@ class OSFLinear(WeightDeltaLinear):
 
 
 def kept_directions(side: int, name: str, config: OSFConfig) -> int:
-    """How many singular directions of a weight, whose smaller side is ``side``, stay as they are.
+    """Return how many singular directions of a weight, whose smaller side is ``side``, stay as they are.
 
     Raises:
         AdapterError: none of them, or all.
@@ -73,12 +75,12 @@ def kept_directions(side: int, name: str, config: OSFConfig) -> int:
     return kept
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
+def _contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a part of a matrix, one after another, as processes send them."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _held(vectors: torch.Tensor, start: torch.Tensor, strong: torch.Tensor | None) -> torch.Tensor:
+def _restrict_gradients(vectors: torch.Tensor, start: torch.Tensor, strong: torch.Tensor | None) -> torch.Tensor:
     """``vectors`` (n, k), with gradients that have nothing along ``strong`` (n, r), or only what is along ``start``."""
     free = start @ (start.T @ vectors) if strong is None else vectors - strong @ (strong.T @ vectors)
     return free + (vectors - free).detach()

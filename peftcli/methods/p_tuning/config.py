@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
-from peftcli.methods._settings import not_one_of, outside_unit_interval, too_small
+from peftcli.methods._settings import outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -26,8 +26,7 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
     """Dropout between the LSTM's layers."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + not_one_of(self, "encoder_reparameterization_type", "MLP", "LSTM")
-        found += too_small(self, encoder_hidden_size=1, encoder_num_layers=1)
+        found = super().problems() + too_small(self, encoder_hidden_size=1, encoder_num_layers=1)
         found += outside_unit_interval(self, "encoder_dropout")
         if self.inference_mode:  # a file's settings of a network that it does not hold change nothing
             return found

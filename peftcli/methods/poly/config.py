@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import ExcludingConfig
-from peftcli.methods._settings import Problems, not_one_of, too_small
+from peftcli.methods._settings import Problems, too_small
 
 
 @dataclass(kw_only=True)
@@ -32,12 +32,8 @@ class PolyConfig(ExcludingConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1, n_skills=1, n_splits=1, n_tasks=1)
-        return found + not_one_of(self, "poly_type", "poly")
+        return super().problems() + too_small(self, r=1, n_skills=1, n_splits=1, n_tasks=1)
 
     def merge_problem(self) -> str | None:
-        return (
-            "Poly's update depends on the row's task, so it cannot be merged into a weight"
-            if self.n_tasks > 1
-            else None
-        )
+        one_task = self.n_tasks == 1
+        return None if one_task else "Poly's update depends on the row's task, so it cannot be merged into a weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch.distributions import RelaxedBernoulli
 
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
-from peftcli.methods._task_ids import TaskLayer, take_task_ids
+from peftcli.methods._task_ids import TaskLayer
+from peftcli.methods._task_ids import attach as attach
 from peftcli.methods.poly.config import PolyConfig
 
 
@@ -74,8 +74,3 @@ class PolyLinear(TaskLayer, DeltaLinear):
 
 
 wrap = PolyLinear
-
-
-def attach(model: nn.Module, config: PolyConfig, layers: Mapping[str, Any]) -> None:
-    """Let the model's forward take the rows' tasks."""
-    take_task_ids(model, layers.values())

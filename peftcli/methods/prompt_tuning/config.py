@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 
@@ -13,8 +13,6 @@ from peftcli.core.prompts.config import EmbeddedPromptConfig
 class TextPromptConfig(EmbeddedPromptConfig):
     """A config of a method whose virtual tokens can start as the embeddings of a text."""
 
-    inits: ClassVar[tuple[str, ...]]
-    """What prompt_tuning_init may be."""
     prompt_tuning_init: str
 
     prompt_tuning_init_text: str | None = field(default=None, metadata={"prose": True})
@@ -29,9 +27,6 @@ class TextPromptConfig(EmbeddedPromptConfig):
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
-        if self.prompt_tuning_init not in self.inits:
-            choice = f"{', '.join(self.inits[:-1])} or {self.inits[-1]}"
-            found.append(("prompt_tuning_init", f"must be {choice}, not {self.prompt_tuning_init!r}"))
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text and not self.inference_mode:
             found.append(("prompt_tuning_init_text", "prompt_tuning_init: TEXT needs it"))
         if self.tokenizer_kwargs and self.prompt_tuning_init != "TEXT":
@@ -58,7 +53,6 @@ class PromptTuningConfig(TextPromptConfig):
 
     peft_type = "PROMPT_TUNING"
     learning_rate = 2e-2
-    inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     """How the vectors start. RANDOM: normal; SAMPLE_VOCAB: embeddings of random tokens of the vocabulary;

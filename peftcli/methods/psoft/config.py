@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_one_of, not_positive, outside_unit_interval, too_large, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_large, too_small
 
 
 @dataclass(kw_only=True)
@@ -53,8 +53,6 @@ class PsoftConfig(FanInConfig, ExcludingConfig, LayeredConfig):
         found = super().problems() + too_small(self, r=1, num_cayley_neumann_terms=1, psoft_svd_lowrank_niter=0)
         found += too_large(self, num_cayley_neumann_terms=100, psoft_svd_lowrank_niter=1000)
         found += not_positive(self, "psoft_alpha") + outside_unit_interval(self, "psoft_dropout")
-        found += not_one_of(self, "ab_svd_init", "psoft_init", "pissa_init")
-        found += not_one_of(self, "psoft_svd", "full", "lowrank")
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             found.append(("cayley_neumann_eps", f"must be in (0, 1), not {self.cayley_neumann_eps}"))
         return found

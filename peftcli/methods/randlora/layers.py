@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
@@ -45,15 +44,12 @@ class RandLoraLinear(SharingLinear):
         self.saves_fixed = config.save_projection
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = self._factors()
-        return self.scaling * F.linear(F.linear(x, first), second)
+        return self.scaling * super().update(x)
 
     def delta(self) -> torch.Tensor:
-        first, second = self._factors()
-        return self.scaling * (second @ first)
+        return self.scaling * super().delta()
 
-    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two matrices that an input goes through: (n * r, in) and (out, n * r)."""
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:  # (n * r, in) and (out, n * r)
         device, count = self.randlora_lambda.device, self.randlora_lambda.shape[1]
         a, b = self.randlora_A[..., : self.short].to(device), self.randlora_B[: self.long, :count].to(device)
         # PEFT's A counts r first and its B the bases first, so the pairs that meet are not those of the paper; the

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import TargetedConfig
-from peftcli.methods._settings import Problems, not_one_of
+from peftcli.methods._settings import Problems
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class RoadConfig(TargetedConfig):
     """Start from no rotation; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + not_one_of(self, "variant", "road_1", "road_2", "road_4")
+        found = super().problems()
         if self.group_size < 2 or self.group_size % 2:
             found.append(("group_size", f"must be even and at least 2, not {self.group_size}"))
         return found

@@ -22,9 +22,9 @@ class ShiraLinear(DeltaLinear):
         super().__init__(module, name, "SHiRA")
         columns = self.view.in_features
         count = config.r * (columns + self.view.out_features)
+        places = drawn_places(self, name, "r", count, config.random_seed).sort().values
         start = torch.zeros if config.init_weights else torch.randn
         self.shira_weight = nn.Parameter(start(count, **factory_kwargs(self)))
-        places = drawn_places(self, name, "r", count, config.random_seed).sort().values
         if config.mask_fn is not None and not config.inference_mode:
             places = self._masked(name, config)
         self.register_buffer("shira_indices", torch.stack([places // columns, places % columns]).int())
@@ -32,10 +32,8 @@ class ShiraLinear(DeltaLinear):
     def _masked(self, name: str, config: ShiraConfig) -> torch.Tensor:
         """Return the places that the config's own function chooses, as indices into the flat weight (out, in)."""
         seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
-        mask, shape = (
-            config.mask_fn(base_module(self), config.r, **seed),
-            (self.view.out_features, self.view.in_features),
-        )
+        mask = config.mask_fn(base_module(self), config.r, **seed)
+        shape = (self.view.out_features, self.view.in_features)
         if not isinstance(mask, torch.Tensor) or mask.shape != shape or not ((mask == 0) | (mask == 1)).all():
             raise AdapterError(f"must return a tensor {shape} of zeros and ones for {name}", key="mask_fn")
         places = mask.flatten().nonzero().flatten()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_one_of, not_positive, outside_unit_interval, too_small
+from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,7 @@ class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, u=1) + outside_unit_interval(self, "tinylora_dropout")
-        found += not_positive(self, "init_v_bound") + not_one_of(self, "init_weights", True, False, "uniform")
+        found += not_positive(self, "init_v_bound")
         if not 0 <= self.weight_tying <= 1:
             found.append(("weight_tying", f"must be in [0, 1], not {self.weight_tying}"))
         return found

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import DeltaLinear, dropout_layer, factory_kwargs, stored_weight
+from peftcli.methods._linear import DeltaLinear, by_kind, dropout_layer, factory_kwargs, stored_weight
 from peftcli.methods.tinylora.config import TinyLoraConfig
 
 
@@ -86,7 +86,7 @@ class TinyLoraLinear(TinyLoraLayer, DeltaLinear):
 class TinyLoraEmbedding(TinyLoraLayer):
     """TinyLoRA over an embedding, with ``A: (r, D)`` and ``B: (V, r)``."""
 
-    def __init__(self, module: nn.Module, config: TinyLoraConfig):
+    def __init__(self, module: nn.Module, name: str, config: TinyLoraConfig):
         super().__init__(module)
         self.decompose(widened(base_module(module).weight.detach()), config)
         self.dropout = dropout_layer(config.tinylora_dropout)
@@ -103,11 +103,7 @@ class TinyLoraEmbedding(TinyLoraLayer):
         return {"weight": widened(base["weight"]) + delta / scale}
 
 
-def wrap(module: nn.Module, name: str, config: TinyLoraConfig) -> AdapterLayer:
-    """Return the TinyLoRA layer over ``module``."""
-    if isinstance(base_module(module), nn.Embedding):
-        return TinyLoraEmbedding(module, config)
-    return TinyLoraLinear(module, name, config)
+wrap = by_kind({nn.Embedding: TinyLoraEmbedding}, otherwise=TinyLoraLinear)
 
 
 def attach(model: nn.Module, config: TinyLoraConfig, layers: Mapping[str, Any]) -> None:

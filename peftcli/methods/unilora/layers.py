@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs, stored_weight
+from peftcli.methods._linear import SharingLinear, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods.unilora.config import UniLoraConfig
 
 _PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
@@ -36,11 +35,8 @@ class UniLoraLinear(SharingLinear):
         self.shapes = {"A": (config.r, self.view.in_features), "B": (self.view.out_features, config.r)}
         self.saves_fixed = config.save_indices
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self._matrix("A")), self._matrix("B"))
-
-    def delta(self) -> torch.Tensor:
-        return self._matrix("B") @ self._matrix("A")
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._matrix("A"), self._matrix("B")
 
     def _matrix(self, which: str) -> torch.Tensor:
         indices, scales = getattr(self, f"unilora_indices_{which}"), getattr(self, f"unilora_scales_{which}")
@@ -72,8 +68,7 @@ def attach(model: nn.Module, config: UniLoraConfig, layers: Mapping[str, Any]) -
         device = "cpu" if weight.is_meta else weight.device
         for which, shape in layer.shapes.items():
             places, scale = next(parts)
-            # PEFT rounds the scales to the base model's dtype
-            scale = scale.to(weight.dtype) if weight.is_floating_point() else scale
+            scale = in_base_dtype(scale, weight)
             layer.register_buffer(f"unilora_indices_{which}", places.view(shape).to(device))
             layer.register_buffer(f"unilora_scales_{which}", scale.view(shape).to(device, like["dtype"]))
 

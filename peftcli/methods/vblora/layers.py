@@ -39,17 +39,9 @@ class VBLoraLayer(SharingLinear):
         """Weights and indices of the vectors in the pieces of ``A`` or ``B``: (..., topk) each."""
         raise NotImplementedError
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self._a()), self._b())
-
-    def delta(self) -> torch.Tensor:
-        return self._b() @ self._a()
-
-    def _a(self) -> torch.Tensor:
-        return self._mixed("vblora_logits_A").flatten(1)
-
-    def _b(self) -> torch.Tensor:
-        return self._mixed("vblora_logits_B").transpose(1, 2).flatten(0, 1)
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = (self._mixed(tensor) for tensor in _LOGITS)
+        return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 
     def _mixed(self, tensor: str) -> torch.Tensor:
         """The pieces of ``A`` or ``B``: (..., length)."""

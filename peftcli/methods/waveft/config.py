@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
 from peftcli.methods._families import MLP_OUTPUTS
-from peftcli.methods._settings import Problems, not_one_of, not_positive, pattern_too_small, too_small
+from peftcli.methods._settings import Problems, not_one_of, not_positive, too_small
 
 MOMENTS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 """Wavelet -> how many moments of it vanish. These are Daubechies'; symlets 2 and 3 are the same ones."""
@@ -41,8 +41,10 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     """Start from no update at all; false starts at random."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, n_frequency=1) + not_positive(self, "scaling")
+        found = (
+            super().problems() + too_small(self, n_frequency=1, n_frequency_pattern=1) + not_positive(self, "scaling")
+        )
         found += not_one_of(self, "wavelet_family", *MOMENTS)
         if self.proportional_parameters and self.n_frequency_pattern:
             found.append(("n_frequency_pattern", "means nothing with proportional_parameters"))
-        return found + pattern_too_small(self, "n_frequency_pattern")
+        return found

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, base_modules
-from peftcli.core.linear import linear_view
-from peftcli.core.targets import check_pattern_keys, find_targets, pattern_value
+from peftcli.core.layer import AdapterLayer
+from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
@@ -37,10 +37,10 @@ class WaveFTLinear(DeltaLinear):
 
     def allocate(self, name: str, count: int, config: WaveFTConfig) -> None:
         """Make ``count`` trained coefficients."""
+        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.waveft_spectrum = nn.Parameter(torch.zeros(count, **factory_kwargs(self)))
         if not config.init_weights:
             nn.init.normal_(self.waveft_spectrum, std=0.01)
-        places = drawn_places(self, name, "n_frequency", count, config.random_loc_seed)
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("filters", synthesis(MOMENTS[config.wavelet_family]).to(places.device), persistent=False)
 
@@ -59,21 +59,6 @@ class WaveFTLinear(DeltaLinear):
         return whole[first : first + rows, first : first + columns]
 
 
-def targets(model: nn.Module, config: WaveFTConfig) -> list[str]:
-    """Return the names of the target modules."""
-    names = find_targets(model, config)
-    check_pattern_keys(dict(config.n_frequency_pattern), names, "n_frequency_pattern", config)
-    if config.proportional_parameters:
-        modules = base_modules(model)
-        views = [linear_view(modules[name]) for name in names]
-        total = sum(view.in_features * view.out_features for view in views if view)
-        if config.n_frequency * len(names) > total:
-            raise AdapterError(
-                f"asks for {config.n_frequency} x {len(names)} of the {total} numbers of the layers", key="n_frequency"
-            )
-    return names
-
-
 def attach(model: nn.Module, config: WaveFTConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Share out the coefficients of ``proportional_parameters``, rounded as PEFT rounds: its files need the counts."""
     if not config.proportional_parameters:
@@ -81,6 +66,9 @@ def attach(model: nn.Module, config: WaveFTConfig, layers: Mapping[str, AdapterL
     given: dict[str, Any] = dict(layers)
     sizes = {name: layer.view.in_features * layer.view.out_features for name, layer in given.items()}
     total, budget = sum(sizes.values()), config.n_frequency * len(sizes)
+    if budget > total:
+        text = f"asks for {config.n_frequency} x {len(sizes)} of the {total} numbers of the layers"
+        raise AdapterError(text, key="n_frequency")
     for name, layer in given.items():
         layer.allocate(name, max(1, round(sizes[name] / total * budget)), config)
 
@@ -90,9 +78,8 @@ def synthesis(moments: int) -> torch.Tensor:
     """The filters of the four quarters: (4, 1, 2 * moments, 2 * moments)."""
     low = _daubechies(moments)
     high = low.flip(0) * torch.tensor([1.0, -1.0], dtype=low.dtype).repeat(moments)
-    return torch.stack([torch.outer(a, b) for a, b in ((low, low), (high, low), (low, high), (high, high))]).unsqueeze(
-        1
-    )
+    pairs = ((low, low), (high, low), (low, high), (high, high))
+    return torch.stack([torch.outer(a, b) for a, b in pairs]).unsqueeze(1)
 
 
 def _daubechies(moments: int) -> torch.Tensor:
@@ -101,17 +88,11 @@ def _daubechies(moments: int) -> torch.Tensor:
     Its polynomial is ``(1 + z)^n`` times that half of ``P(y) = sum of C(n-1+k, k) y^k`` whose roots are inside the unit
     circle, where ``y = (2 - z - 1/z) / 4`` (Daubechies, Ten Lectures on Wavelets, chapter 6).
     """
-    order = moments - 1
-    coefficients = [math.comb(order + k, k) for k in range(moments)]
-    companion = torch.diag(torch.ones(max(order - 1, 0), dtype=torch.float64), -1)[:order, :order]
-    for k in range(order):
-        companion[0, k] = -coefficients[order - 1 - k] / coefficients[order]
-    half = 1 - 2 * torch.linalg.eigvals(companion)
-    roots = [min(half_ + root, half_ - root, key=abs) for half_, root in zip(half, (half**2 - 1).sqrt(), strict=True)]
-    polynomial = torch.ones(1, dtype=torch.complex128)
-    for root in [*roots, *[torch.tensor(-1.0)] * moments]:
-        polynomial = F.pad(polynomial, (0, 1)) - F.pad(polynomial, (1, 0)) * root
-    return math.sqrt(2) * polynomial.real / polynomial.real.sum()
+    coefficients = [math.comb(moments - 1 + k, k) for k in range(moments)]
+    half = 1 - 2 * np.roots(coefficients[::-1]).astype(complex)
+    roots = [min(one + root, one - root, key=abs) for one, root in zip(half, np.sqrt(half**2 - 1), strict=True)]
+    polynomial = np.poly([*roots, *[-1] * moments]).real
+    return torch.from_numpy(math.sqrt(2) * polynomial / polynomial.sum())
 
 
 wrap = WaveFTLinear

@@ -61,7 +61,7 @@ class CordaConfig(Section):
     """Changes nothing here: nothing temporary is kept."""
 
     def problems(self) -> Problems:
-        found = not_one_of(self, "corda_method", "ipm", "kpm")
+        found = super().problems()
         if self.use_float16_for_covariance:
             found.append(("use_float16_for_covariance", "is not supported: squares overflow in float16"))
         return found
@@ -83,9 +83,7 @@ class LoraGAConfig(Section):
     """Larger starts smaller."""
 
     def problems(self) -> Problems:
-        found = not_one_of(self, "direction", "ArBr", "A2rBr", "ArB2r", "random")
-        found += not_one_of(self, "scale", "stable", "weight_svd", "gd_scale", "unit")
-        return found + not_positive(self, "stable_gamma")
+        return super().problems() + not_positive(self, "stable_gamma")
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from peftcli.methods.lora.initialisations.config import FAST_PISSA
+from peftcli.methods.lora.initialisations.config import FAST_PISSA, FROM_DATA
 from peftcli.methods.lora.initialisations.gaussian import gaussian
 from peftcli.methods.lora.initialisations.kaiming import kaiming, random
 from peftcli.methods.lora.initialisations.mica import mica
@@ -20,7 +20,7 @@ DRAWN: dict[bool | str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     False: random,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
-    **dict.fromkeys(("eva", "corda", "lora_ga", "loftq"), kaiming),  # until the data or the weights are known
+    **dict.fromkeys((*FROM_DATA, "loftq"), kaiming),  # until the data or the weights are known
 }
 FROM_WEIGHT: dict[str, Callable[[torch.Tensor, int, float], Pair]] = {"pissa": pissa, "olora": olora, "mica": mica}
 
