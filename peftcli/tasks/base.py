@@ -192,17 +192,14 @@ class Scans(Protocol):
         Raises:
             DataError: the rows do not say it.
         """
-        ...
 
     @property
     def needs_scan(self) -> bool:
         """Whether the settings lack what only the data says, as the names of labels."""
-        ...
 
     @property
     def found(self) -> str:
         """What ``scan`` has found, for the user."""
-        ...
 
 
 def refuse_virtual_tokens(config: AdapterConfig | None, does: str) -> None:
@@ -256,11 +253,9 @@ class Packs(Protocol):
 
     def join(self, examples: Sequence[Example]) -> Example:
         """Join examples to one row."""
-        ...
 
     def samples(self) -> Sequence[Example]:
         """Two short examples of equal length, for the check that the model keeps packed examples apart."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,11 +286,9 @@ class Predicts(Protocol):
     @property
     def arguments(self) -> Sequence[str]:
         """The columns that texts or files on the command line fill, row after row."""
-        ...
 
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows that have the columns of training, but for the label: one JSON object a row, in order."""
-        ...
 
 
 @runtime_checkable
@@ -304,7 +297,6 @@ class Shows(Protocol):
 
     def show(self, example: Example) -> Shown:
         """Show an example as texts, labels, pictures and facts."""
-        ...
 
 
 @runtime_checkable
@@ -313,7 +305,6 @@ class Audits(Protocol):
 
     def findings(self, view: View) -> list[Finding]:
         """Examine all examples, of the training rows or of the evaluation rows. No finding may be an error."""
-        ...
 
 
 @runtime_checkable
@@ -322,7 +313,6 @@ class Describes(Protocol):
 
     def describe(self, view: View) -> Description:
         """Describe all examples, of the training rows or of the evaluation rows."""
-        ...
 
 
 @runtime_checkable
@@ -331,7 +321,6 @@ class Probes(Protocol):
 
     def probe(self) -> Batch:
         """A small batch without targets, the same each time. The model's ``logits`` of it are compared."""
-        ...
 
 
 @runtime_checkable
@@ -344,7 +333,6 @@ class Limits(Protocol):
         Raises:
             DataError: the base model cannot read it.
         """
-        ...
 
 
 @runtime_checkable
@@ -357,7 +345,6 @@ class FitsModel(Protocol):
         ``config`` is a new adapter's, which may be changed to train what is new; None where one is loaded or none is.
         Returns what the user should know.
         """
-        ...
 
 
 @runtime_checkable
@@ -370,7 +357,6 @@ class ChecksModel(Protocol):
         Raises:
             ModelError: it cannot be trained for the task.
         """
-        ...
 
 
 @runtime_checkable
@@ -382,7 +368,6 @@ class Begins(Protocol):
 
         A resumed run begins with the same one again.
         """
-        ...
 
 
 @runtime_checkable
@@ -391,7 +376,6 @@ class Illustrates(Protocol):
 
     def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
         """Write files into the folder of a run, in one process, after an evaluation at this step."""
-        ...
 
 
 @runtime_checkable
@@ -400,7 +384,6 @@ class Saves(Protocol):
 
     def save(self, folder: Path) -> list[str]:
         """Write the files that a reader needs besides adapter and base model, and return their names."""
-        ...
 
 
 @runtime_checkable
@@ -409,7 +392,6 @@ class EndsAnswers(Protocol):
 
     def stops(self, folder: Path, model: nn.Module) -> list[int]:
         """Return the tokens that end an answer of the finished adapter, where the model's own config lacks some."""
-        ...
 
 
 @runtime_checkable
@@ -422,11 +404,9 @@ class Gathers(Protocol):
         Raises:
             DataError: nothing would be learnt.
         """
-        ...
 
     def take_part(self, device: torch.device) -> None:
         """Take part in the comparison of a micro-batch of which this process has no rows."""
-        ...
 
 
 @runtime_checkable
@@ -435,7 +415,6 @@ class KnowsStep(Protocol):
 
     def of_step(self, examples: Sequence[Example]) -> Batch:
         """Return what is computed from all examples of a step, and added to each of its training batches."""
-        ...
 
 
 @runtime_checkable
@@ -444,7 +423,6 @@ class Exports(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write such files beside a merged model."""
-        ...
 
 
 def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]) -> str:
