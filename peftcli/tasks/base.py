@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -143,17 +143,30 @@ class Task(ABC, Generic[Settings]):
             DataError: they are not there.
         """
 
-    @abstractmethod
     def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        """Turn rows into examples.
+        """Turn rows into examples: each by ``encode_row``, unless the task encodes many at once.
 
         Returns:
-            For each row its examples (or the reason why it has none), or the error that it is:
-            ``row.place.error(message)``.
+            For each row its examples (or the reason why it has none), or the error that it is.
 
         Raises:
             DataError: no row of the source can be encoded.
         """
+        found = list[Outcome | DataError]()
+        for row in rows:
+            try:
+                found.append(self.encode_row(row, reader))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
+        """Turn a row into its examples, or the reason why it has none.
+
+        Raises:
+            DataError: the row cannot be encoded: ``row.place.error(message)``.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
@@ -214,17 +227,6 @@ def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:
     for each in fields(settings):
         if each.name in names and getattr(settings, each.name) != each.default:
             raise DataError(message, key=f"task.{each.name}")
-
-
-def encode_each(rows: Sequence[Row], encode: Callable[[Row], Outcome]) -> list[Outcome | DataError]:
-    """Return what ``encode`` makes of each row, or the DataError that it raises."""
-    found = list[Outcome | DataError]()
-    for row in rows:
-        try:
-            found.append(encode(row))
-        except DataError as error:
-            found.append(error)
-    return found
 
 
 class LeftOut:

@@ -80,8 +80,8 @@ class Classification(Task[Settings]):
         """Name the columns of the model's inputs: the task's name -> the names that sources give it."""
 
     @abstractmethod
-    def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        """Turn rows into examples that lack their labels, one each."""
+    def encode_inputs(self, row: Row, reader: Reader) -> Outcome:
+        """Turn a row into an example that lacks its label."""
 
     @abstractmethod
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
@@ -147,17 +147,11 @@ class Classification(Task[Settings]):
         classes = table.class_names().get(found.names["label"], ()) if labelled else ()
         return LabelReader(found.name, found.names, tuple(classes))
 
-    def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
-        outcomes = self.encode_inputs(rows, reader)
-        for at, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-            try:
-                target = self._target(row, reader)
-            except DataError as error:
-                outcomes[at] = error
-                continue
-            if isinstance(outcome, Outcome):
-                outcome.examples[0].arrays["label"] = target
-        return outcomes
+    def encode_row(self, row: Row, reader: Any) -> Outcome:
+        target = self._target(row, reader)
+        outcome = self.encode_inputs(row, reader)
+        outcome.examples[0].arrays["label"] = target
+        return outcome
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         held = np.stack([np.asarray(each.arrays["label"], np.float32) for each in examples])  # (B, 1) or (B, C)
@@ -274,11 +268,8 @@ class Classification(Task[Settings]):
     def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch."""
         rows = list(rows)
-        examples = list[Example]()
-        for outcome in self.encode_inputs(rows, self.read(table_of(rows, options.columns), labelled=False)):
-            if isinstance(outcome, DataError):
-                raise outcome
-            examples += outcome.examples
+        reader = self.read(table_of(rows, options.columns), labelled=False)
+        examples = [self.encode_inputs(row, reader).examples[0] for row in rows]
         for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):
             yield self._answer(logits)
 

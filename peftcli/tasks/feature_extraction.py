@@ -29,7 +29,7 @@ from peftcli.data.used_rows import Ragged, UsedRows, repeats
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, encode_each, number_in, refuse_unread, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, refuse_unread, table_of
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.gather import gathered, process
@@ -39,14 +39,7 @@ from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id
 from peftcli.tasks.text.inputs import TextInputs
-from peftcli.tasks.text.sentence_transformers import (
-    Pooling,
-    longest,
-    lowers,
-    prompts,
-    read_pooling,
-    write_modules,
-)
+from peftcli.tasks.text.sentence_transformers import Pooling, longest, lowers, prompts, read_pooling, write_modules
 from peftcli.tasks.text.token_text import TokenRenderer
 
 _PAIR = {"anchor": ("anchor", "query"), "positive": ("positive",), "negative": ("negative",)}
@@ -162,10 +155,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         optional = () if triplets and not numbered else ("negative",)
         return table.reader("triplets" if triplets else "pairs", optional=optional, **_PAIR, **numbered)
 
-    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
         texts = [text for column in reader.names if column != "score" for text in _texts(row, reader, column)]
         if self.settings.loss == "triplet" and len(texts) < len(_PAIR):
             raise row.place.error("expected a text, found none", key=[*reader.names.values()][-1])

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
-from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import PICTURES, settings
-from peftcli.tasks.base import Batch, encode_each, require_extra, write_task
+from peftcli.tasks.base import Batch, require_extra, write_task
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.pictures import check_image, noise, open_image, pixels, shown_image
@@ -42,8 +41,11 @@ class ImageClassification(Classification[settings.ImageClassification]):
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
         return {"image": PICTURES}
 
-    def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: _outcome(row, reader))
+    def encode_inputs(self, row: Row, reader: Reader) -> Outcome:
+        file, content = file_of(row, reader, "image")
+        with errors_of_row(row, reader.names["image"]):
+            check_image(content, file.path)
+        return Outcome([Example(file.arrays(), 1, 1)], size=1)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         files = [File.of(each) for each in examples]
@@ -62,13 +64,6 @@ class ImageClassification(Classification[settings.ImageClassification]):
     def save(self, folder: Path) -> list[str]:
         names = [Path(name).name for name in self.processor.save_pretrained(folder)]
         return [write_task(folder, self.name, self.settings, {}), *names]
-
-
-def _outcome(row: Row, reader: Reader) -> Outcome:
-    file, content = file_of(row, reader, "image")
-    with errors_of_row(row, reader.names["image"]):
-        check_image(content, file.path)
-    return Outcome([Example(file.arrays(), 1, 1)], size=1)
 
 
 TASK = ImageClassification

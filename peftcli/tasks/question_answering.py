@@ -25,7 +25,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, encode_each, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, table_of
 from peftcli.tasks.scores import logits_of, model_inputs, scores_of
 from peftcli.tasks.shown import Description, Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -98,10 +98,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
             answers=("answers", "answer"),
         )
 
-    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
         answers = _answers(row, reader)
         if not answers and self.settings.unanswerable is False:
             raise row.place.error("has no answer; task.unanswerable is false", key=reader.names["answers"])

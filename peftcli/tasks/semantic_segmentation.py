@@ -31,7 +31,6 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
-    encode_each,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -168,10 +167,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             annotation=("annotation", "mask", "annotation_file_name", "mask_file_name", "label", "label_file_name"),
         )
 
-    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
         (file, content), (mask, held) = (file_of(row, reader, column) for column in ("image", "annotation"))
         with errors_of_row(row, reader.names["image"]):
             image = open_image(content, file.path)

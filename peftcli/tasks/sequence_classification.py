@@ -12,9 +12,7 @@ import numpy as np
 
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
-from peftcli.errors import DataError
 from peftcli.tasks import PAIRS, settings
-from peftcli.tasks.base import encode_each
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.shown import Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -44,10 +42,7 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
                 return {"text": (one,), "text_pair": (other,)}
         return {"text": _ALONE}
 
-    def encode_inputs(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+    def encode_inputs(self, row: Row, reader: Reader) -> Outcome:
         columns = [column for column in ("text", "text_pair") if column in reader.names]
         texts = [reader.text(row, column) for column in columns]
         for column, text in zip(columns, texts, strict=True) if self.base.config.is_encoder_decoder else ():

@@ -31,17 +31,7 @@ from peftcli.errors import DataError, ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TRANSCRIPTS, settings
-from peftcli.tasks.base import (
-    Batch,
-    Loss,
-    PredictOptions,
-    Task,
-    encode_each,
-    refuse_unread,
-    require_extra,
-    table_of,
-    write_task,
-)
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, refuse_unread, require_extra, table_of, write_task
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.scores import model_inputs, on_device
@@ -244,10 +234,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             text=TRANSCRIPTS,
         )
 
-    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
         text = self._spoken(row, reader)
         return self._heard(row, reader, text, self._labels(text, row, reader))
 

@@ -38,7 +38,6 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
-    encode_each,
     refuse_unread,
     refuse_virtual_tokens,
     require_extra,
@@ -142,10 +141,7 @@ class TextToImage(Task[settings.TextToImage]):
         optional = () if self.settings.instance_prompt is None else ("text",)
         return table.reader("pictures", optional=optional, image=PICTURES, text=CAPTIONS)
 
-    def encode(self, rows: Sequence[Row], reader: Reader) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: Reader) -> Outcome:
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
         prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
         file, content = file_of(row, reader, "image")
         with errors_of_row(row, reader.names["image"]):

@@ -22,7 +22,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, TOKENS, settings
-from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, encode_each, table_of
+from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, table_of
 from peftcli.tasks.classification import LabelReader, places_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of, model_inputs
@@ -134,10 +134,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         classes = table.class_names().get(found.names.get(label, ""), ()) if labelled else ()
         return LabelReader(found.name, found.names, tuple(classes))
 
-    def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
-        return encode_each(rows, lambda row: self._outcome(row, reader))
-
-    def _outcome(self, row: Row, reader: LabelReader) -> Outcome:
+    def encode_row(self, row: Row, reader: Any) -> Outcome:
         words, example, size = self._example(words_of(row, reader), joins="text" in reader.names)
         own, whole = tags_of(words, row, reader)
         named = [tag and as_iob2(tag) for tag in own] if self.settings.scheme == "iob2" else own

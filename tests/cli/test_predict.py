@@ -123,15 +123,15 @@ def test_a_stopped_file_goes_on(cli: Callable, texts: Path, tmp_path: Path, monk
     args = ("predict", texts, "--input", source, "--batch-size", 1)
     assert cli(*args, "--output", tmp_path / "whole.jsonl").code == 0
     asked: list[int] = []
-    encode = SequenceClassification.encode_inputs
+    predict = SequenceClassification.predict
 
-    def stopped(self: Any, rows: Any, reader: Any) -> Any:
+    def stopped(self: Any, model: Any, rows: Any, options: Any) -> Any:
         asked.append(len(rows))
         if len(asked) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return encode(self, rows, reader)
+        return predict(self, model, rows, options)
 
-    monkeypatch.setattr(SequenceClassification, "encode_inputs", stopped)
+    monkeypatch.setattr(SequenceClassification, "predict", stopped)
     ran = cli(*args, "--output", tmp_path / "out.jsonl")
     assert ran.code == 75
     assert not (tmp_path / "out.jsonl").exists()
