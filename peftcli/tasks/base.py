@@ -289,7 +289,7 @@ class Predicts(Protocol):
     def arguments(self) -> Sequence[str]:
         """The columns that texts or files on the command line fill, row after row."""
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows that have the columns of training, but for the label: one JSON object a row, in order."""
 
 

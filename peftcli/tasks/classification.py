@@ -265,9 +265,8 @@ class Classification(Task[Settings]):
             found.append(FINDINGS["missing_classes"].finding(len(rows), len(rows), (), more=more))
         return found
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch."""
-        rows = list(rows)
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self.encode_inputs(row, reader).examples[0] for row in rows]
         for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):

@@ -375,9 +375,8 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             lines["negatives"] = f"{found.negatives:,}"
         return Description(counts, lines, [Shared("anchors", FINDINGS["anchors_in_eval"], found.anchors)])
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """The embedding of each row's ``text``, or the similarity of the texts of each row of pairs."""
-        rows = list(rows)
         reader = _predicted(rows, options.columns)
         texts = [[each for column in reader.names for each in _texts(row, reader, column)] for row in rows]
         flat = [self._example([text], row)[0] for row, each in zip(rows, texts, strict=True) for text in each]

@@ -253,9 +253,8 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         words = f"{len(rows):,}, of which {len(empty):,} have no answer in their context; {len(view):,} windows"
         return Description({"questions": len(rows), "unanswerable": len(empty)}, {"questions": words})
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; windows of similar size share a batch."""
-        rows = list(rows)
         reader = self.read(table_of(rows, options.columns), labelled=False)
         windows = [self._windows(row, reader) for row in rows]
         flat = [example for examples in windows for example in examples]

@@ -8,7 +8,7 @@ A row: ``{"prompt": "What is 2 + 2?", "chosen": " 4", "rejected": " 5"}``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,9 +78,8 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         facts = [Facts({"margin": f"{margin:g}"})] if margin else []
         return Shown([*self.shown_answers(example, PAIR), *facts])
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Score texts, prompts with completions, or conversations, in their order; a longer one is cut."""
-        rows = list(rows)
         table = table_of(rows, options.columns)
         try:
             reader = text_reader(table, whole=True)

@@ -306,12 +306,11 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         """Two pictures of noise."""
         return pixels(self, noise())
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order. The mask of each, and the picture with the mask over it, become files.
 
         A mask is as large as its picture and has the values of the training rows' masks.
         """
-        rows = list(rows)
         reader = self.read(table_of(rows, options.columns), labelled=False)
         folder = options.beside.with_name(f"{options.beside.name}.masks")
         for start in range(0, len(rows), options.batch_size):

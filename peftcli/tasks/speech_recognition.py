@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -359,9 +359,8 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         basic: Callable[[str], str] = BasicTextNormalizer(split_letters=self._letters_are_words)
         return basic
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
-        rows = list(rows)
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self._heard(row, reader).examples[0] for row in rows]
         order = sorted(range(len(rows)), key=lambda at: examples[at].size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -262,9 +262,8 @@ class TextToImage(Task[settings.TextToImage]):
             path = folder / "samples" / f"step-{step:06}-{number}.png"
             write_file(path, png(self._make(model, [prompt], [number])[0]))
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Make a picture of each row's text, by its seed: that of the row, else its number."""
-        rows = list(rows)
         columns = {name: column for name, column in options.columns.items() if name == "text"}
         reader = table_of(rows, columns).reader("prompts", text=CAPTIONS)
         folder = options.beside.with_name(f"{options.beside.name}.images")

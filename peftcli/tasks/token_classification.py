@@ -330,9 +330,8 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
                 found.append(FINDINGS["unbalanced_classes"].finding(count, total, (), more=more, unit="words"))
         return found
 
-    def predict(self, model: nn.Module, rows: Iterable[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch."""
-        rows = list(rows)
         reader = self.read(table_of(rows, options.columns), labelled=False)
         joins = "text" in reader.names
         words, examples, _ = zip(*(self._example(words_of(row, reader), joins=joins) for row in rows), strict=True)
