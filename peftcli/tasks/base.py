@@ -24,6 +24,7 @@ from peftcli.errors import AdapterError, DataError, PeftcliError
 from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE
+from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.settings import TaskSettings
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Task(ABC, Generic[Settings]):
     """Whether a size counts the targets too; else what users read adds them."""
     flags: ClassVar[Mapping[str, int]] = {}
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
+    findings_of_flags: ClassVar[Mapping[str, int]] = {}
+    """Names of findings, each about the used rows with a flag -> bit of ``Outcome.flags``."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """Names of metrics of which a smaller value is better, or patterns of them."""
     reads_files: ClassVar[bool] = False
@@ -133,7 +136,9 @@ class Task(ABC, Generic[Settings]):
 
     def record_findings(self, records: Records) -> list[Finding]:
         """What the outcomes and flags of rows show; errors among it stop a run."""
-        return []
+        flags = self.findings_of_flags.items()
+        found = [records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags]
+        return [each for some in found for each in some]
 
     @abstractmethod
     def read(self, table: Table) -> Reader:
@@ -229,24 +234,9 @@ def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:
             raise DataError(message, key=f"task.{each.name}")
 
 
-class LeftOut:
-    """In ``with`` of this, a row that cannot be read is left out of a scan; errors of the scan name the first one."""
-
-    def __init__(self) -> None:
-        self.first: DataError | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, DataError):
-            self.first = self.first or error
-        return isinstance(error, DataError)
-
-    @property
-    def hint(self) -> str | None:
-        """What was left out."""
-        return f"Rows that cannot be read were left out. The first: {self.first}" if self.first else None
+def left_out(error: DataError | None) -> str | None:
+    """The hint of a scan's error, where rows that cannot be read were left out; ``error`` is that of the first one."""
+    return f"Rows that cannot be read were left out. The first: {error}" if error else None
 
 
 @runtime_checkable

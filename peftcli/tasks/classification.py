@@ -23,7 +23,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of
 from peftcli.tasks.shown import Description
@@ -106,19 +106,22 @@ class Classification(Task[Settings]):
         n - 1 keep their numbers.
         """
         declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
-        lengths, repeats, left_out, limited, all_declare = set[int](), False, LeftOut(), False, True
+        lengths, repeats, first_error, limited, all_declare = set[int](), False, None, False, True
         for table, rows in tables:
             reader, limited = self.read(table), limited or table.source.limit is not None
             declared |= dict.fromkeys(reader.classes)
             all_declare = all_declare and bool(reader.classes)
             for row in rows:
-                with left_out:
+                try:
                     label = self._label(row, reader)
-                    lists, floats = lists or isinstance(label, list), floats or isinstance(label, float)
-                    if isinstance(label, list):
-                        lengths.add(len(label))
-                        repeats = repeats or len(set(label)) < len(label)
-                    seen |= {str(name): _number(name) for name in (label if isinstance(label, list) else [label])}
+                except DataError as error:
+                    first_error = first_error or error
+                    continue
+                lists, floats = lists or isinstance(label, list), floats or isinstance(label, float)
+                if isinstance(label, list):
+                    lengths.add(len(label))
+                    repeats = repeats or len(set(label)) < len(label)
+                seen |= {str(name): _number(name) for name in (label if isinstance(label, list) else [label])}
         if len(lengths) == 1 and (repeats or lengths == {2}) and seen.keys() <= {"0", "1", "True", "False"}:
             message = "of the training rows have a 0 or 1 for each class; give the names of a row's classes"
             raise DataError(f"the labels {message}", key="dataset.train")
@@ -135,7 +138,7 @@ class Classification(Task[Settings]):
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
             cut = "dataset.limit takes the first rows, which may be of one class: raise it, or leave it out"
-            hint = left_out.hint or (cut if limited else None)
+            hint = left_out(first_error) or (cut if limited else None)
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
         kind = kind or "single_label"
         by_number = self.settings.labels_by_number and kind == "single_label" and bool(self.labels or all_declare)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.data.findings import Finding, Records
+from peftcli.data.findings import Finding
 from peftcli.data.rows import Reader, Row, Table, listed
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
@@ -27,10 +27,10 @@ from peftcli.system.disk import write_file
 from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import (
     Batch,
-    LeftOut,
     Loss,
     PredictOptions,
     Task,
+    left_out,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -85,6 +85,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     reports = ("loss", "mean_iou", "mean_accuracy", "overall_accuracy", "iou_*")
     identity = ("digest",)
     label_columns = ("mask_digest",)
+    findings_of_flags: ClassVar = {"binary_masks": _BINARY}
     reads_files = True
 
     def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
@@ -140,18 +141,20 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.SemanticSegmentation:
         """Find how many classes the masks have. Their names are their numbers."""
-        seen, left_out = set[int](), LeftOut()
+        seen, first_error = set[int](), None
         for table, rows in tables:
             reader = self.read(table)
             for row in rows:
-                with left_out:
+                try:
                     file, content = file_of(row, reader, "annotation")
                     seen |= set(np.unique(stored_mask(content, file.path)[0]).tolist())
+                except DataError as error:
+                    first_error = first_error or error
         first = int(self.settings.reduce_labels)
         classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
         held = f"the masks of the training rows hold the values {_listed(seen)}"
         if len(classes) < 2:
-            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out.hint
+            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out(first_error)
             message = f"{held}, of which {len(classes)} count; the model needs two classes"
             raise DataError(message, key="dataset.train", hint=hint)
         if 2 * len(classes) < max(classes) - first + 1:
@@ -285,9 +288,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         shares = [f"{name} {count / pixels.sum():.1%}" for name, count in zip(self.labels, pixels, strict=True)]
         counts = dict(zip(self.labels, pixels.tolist(), strict=True))
         return Description({"classes": counts}, {"classes": listed(shares)})
-
-    def record_findings(self, records: Records) -> list[Finding]:
-        return records.findings(FINDINGS["binary_masks"], records.with_flag(_BINARY), of_used=True)
 
     def findings(self, view: View) -> list[Finding]:
         """Look for classes without a pixel, and for one that nearly all pixels are of."""

@@ -78,6 +78,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     unit = "frames"
     identity = ("digest",)
     label_columns = ("labels",)
+    findings_of_flags: ClassVar = {"silent_clips": _SILENT}
     reads_files = True
     lower_is_better = ("loss", "wer", "cer")
     reports = ("loss", "wer", "cer")
@@ -221,10 +222,8 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         }
 
     def record_findings(self, records: Records) -> list[Finding]:
-        return [
-            *records.findings(FINDINGS["clips_too_long"], records.with_outcome(TOO_LONG)),
-            *records.findings(FINDINGS["silent_clips"], records.with_flag(_SILENT), of_used=True),
-        ]
+        too_long = records.findings(FINDINGS["clips_too_long"], records.with_outcome(TOO_LONG))
+        return too_long + super().record_findings(records)
 
     def read(self, table: Table, *, labelled: bool = True) -> Reader:
         return table.reader(

@@ -23,7 +23,6 @@ from torch import nn
 
 from peftcli.core.inject import disabled
 from peftcli.data.cache import root
-from peftcli.data.findings import Finding, Records
 from peftcli.data.media import is_media
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome
@@ -46,7 +45,6 @@ from peftcli.tasks.base import (
 )
 from peftcli.tasks.diffusers_files import write_parts
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
-from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.pictures import open_image, png, shown_image
 from peftcli.tasks.scores import model_inputs
 from peftcli.tasks.shown import Shown, Text, TokenText
@@ -78,6 +76,7 @@ class TextToImage(Task[settings.TextToImage]):
     unit = "pictures"
     reports = ("loss",)
     identity = ("digest", "prompt")
+    findings_of_flags: ClassVar = {"small_pictures": _SMALL, "no_caption": _NO_CAPTION, "captions_cut": _CUT}
     packages: ClassVar = {"diffusers": "diffusion", "PIL": "diffusion"}
 
     def __init__(self, settings: settings.TextToImage, processor: Any, base: OpenBase):
@@ -154,13 +153,6 @@ class TextToImage(Task[settings.TextToImage]):
             for each in self.tokenizers
         )
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
-
-    def record_findings(self, records: Records) -> list[Finding]:
-        flags = {"small_pictures": _SMALL, "no_caption": _NO_CAPTION, "captions_cut": _CUT}
-        found = [
-            records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags.items()
-        ]
-        return [each for some in found for each in some]
 
     def show(self, example: Example) -> Shown:
         """The picture and its prompt."""

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.data.findings import Finding, Records
+from peftcli.data.findings import Finding
 from peftcli.data.rows import Row, Table, count_of, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, TOKENS, settings
-from peftcli.tasks.base import Batch, LeftOut, Loss, PredictOptions, Task, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out, table_of
 from peftcli.tasks.classification import LabelReader, places_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of, model_inputs
@@ -49,6 +49,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     identity = ("input_ids",)
     label_columns = ("tags",)
     flags: ClassVar = {"truncated": _TRUNCATED}
+    findings_of_flags: ClassVar = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
 
     def __init__(self, settings: settings.TokenClassification, processor: Any, base: OpenBase):
@@ -81,16 +82,18 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.TokenClassification:
         """Find the names of the tags, and whether they mark entities."""
         declared, seen, spans, all_declare = dict[str, None](), dict[str, None](), False, True
-        left_out = LeftOut()
+        first_error = None
         for table, rows in tables:
             reader = self.read(table)
             declared |= dict.fromkeys(reader.classes)
             all_declare = all_declare and bool(reader.classes)
             spans = spans or "entities" in reader.names
             for row in rows:
-                with left_out:
+                try:
                     tags, _ = tags_of(words_of(row, reader), row, reader)
                     seen |= dict.fromkeys(tag for tag in tags if tag is not None)
+                except DataError as error:
+                    first_error = first_error or error
         given = list(self.labels)
         numbered = bool(given and seen) and seen.keys() <= places_of(given).keys()
         if numbered and not any(map(settings.is_iob2, given)):
@@ -118,7 +121,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if len(labels) < 2:
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
             message = f"in the training rows {what}; the model needs two tags"
-            raise DataError(message, key="dataset.train", hint=left_out.hint)
+            raise DataError(message, key="dataset.train", hint=left_out(first_error))
         by_number = self.settings.labels_by_number and (
             labels == list(self.labels) or (all_declare and labels == list(declared))
         )
@@ -308,13 +311,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         total = max(1, sum(counts.values()))
         shares = [f"{name} {counts[name] / total:.1%}" for name in self.labels]
         return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
-
-    def record_findings(self, records: Records) -> list[Finding]:
-        flags = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
-        found = [
-            records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags.items()
-        ]
-        return [each for some in found for each in some]
 
     def findings(self, view: View) -> list[Finding]:
         """Look for tags that no word has, and for one that nearly all words have."""
