@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
 from peftcli.models.open import OpenBase
+from peftcli.models.tokens import save_processor
 from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import Batch, require_extra, write_task
 from peftcli.tasks.classification import LABEL, Classification
@@ -53,8 +54,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
 
     def show(self, example: Example) -> Shown:
         file = File.of(example)
-        image = open_image(file.read(), file.path)
-        picture = shown_image(image, file.path, image.size, image.mode)
+        picture = shown_image(open_image(file.read(), file.path), file.path)
         return Shown([picture, Label(self.label_text(example))])
 
     def probe(self) -> Batch:
@@ -62,8 +62,7 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return pixels(self, noise())
 
     def save(self, folder: Path) -> list[str]:
-        names = [Path(name).name for name in self.processor.save_pretrained(folder)]
-        return [write_task(folder, self.name, self.settings, {}), *names]
+        return [write_task(folder, self.name, self.settings, {}), *save_processor(folder, self.processor)]
 
 
 TASK = ImageClassification

@@ -112,13 +112,11 @@ def check_image(content: bytes, path: str = "") -> None:
             _grey(np.asarray(image), of_16_bits=False)
 
 
-def shown_image(image: Image, path: str, size: tuple[int, int], mode: str) -> shown.Image:
-    """A picture as ``inspect`` shows it.
-
-    ``image``, which is drawn, is made smaller; ``size`` (width, height) and ``mode`` are those of the file's picture.
-    """
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return shown.Image(path, *size, mode, png(image.convert("RGB")))
+def shown_image(image: Image, path: str, drawn: Image | None = None) -> shown.Image:
+    """A file's picture as ``inspect`` shows it; ``drawn`` is shown in its place."""
+    small = (drawn or image).copy()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return shown.Image(path, *image.size, image.mode, png(small.convert("RGB")))
 
 
 def png(image: Image) -> bytes:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from peftcli.data.store import Example
 from peftcli.tasks.base import Batch
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 _POSITIONS, _OF_HIDDEN_STATES = 32, 3
 """Places in a text whose logits are compared, and the dimensions of hidden states: rows, positions, width."""
@@ -34,15 +33,11 @@ def scores_of(outputs: Any) -> torch.Tensor:
 
     First come hidden states, or the logits of a model that has several heads.
     """
-    import torch
-
     if "sample" in outputs:
-        sample: torch.Tensor = outputs.sample
-        return sample
+        return outputs.sample
     if "start_logits" in outputs:
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
-    found: torch.Tensor = outputs.logits if "logits" in outputs else outputs[0]
-    return found
+    return outputs.logits if "logits" in outputs else outputs[0]
 
 
 def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
@@ -50,8 +45,6 @@ def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
 
     Of long texts it is what a language model says at a few places.
     """
-    import torch
-
     model.eval()
     device = next(model.parameters()).device
     inputs = model_inputs(on_device(batch, device))
@@ -77,8 +70,6 @@ def _few_positions(model: Any, length: int) -> Iterator[list[int]]:
 
     The logits of all may take more memory than training does.
     """
-    import torch
-
     head = getattr(model, "get_output_embeddings", lambda: None)()
     seen: list[int] = []
     if head is None or length <= _POSITIONS:
@@ -103,8 +94,6 @@ def logits_of(
     model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
 ) -> list[torch.Tensor]:
     """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
-    import torch
-
     device = next(model.parameters()).device
 
     def compute(some: Sequence[Example]) -> torch.Tensor:
@@ -115,11 +104,11 @@ def logits_of(
 
 
 def in_batches(
-    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], torch.Tensor]
-) -> list[torch.Tensor]:
+    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], Iterable[Any]]
+) -> list[Any]:
     """What ``compute`` gives for each example, in order. Examples of similar size share a batch."""
     order = sorted(range(len(examples)), key=lambda at: examples[at].size)
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Any] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)

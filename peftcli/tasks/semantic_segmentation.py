@@ -23,6 +23,7 @@ from peftcli.data.rows import Reader, Row, Table, listed
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
+from peftcli.models.tokens import save_processor
 from peftcli.system.disk import write_file
 from peftcli.tasks import PICTURES, settings
 from peftcli.tasks.base import (
@@ -128,8 +129,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     def save(self, folder: Path) -> list[str]:
         if hasattr(self.processor, "do_reduce_labels"):
             self.processor.do_reduce_labels = self.settings.reduce_labels
-        names = [Path(name).name for name in self.processor.save_pretrained(folder)]
-        return [write_task(folder, self.name, self.settings, self._config_options()), *names]
+        own = write_task(folder, self.name, self.settings, self._config_options())
+        return [own, *save_processor(folder, self.processor)]
 
     @property
     def needs_scan(self) -> bool:
@@ -272,7 +273,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         """The picture with its mask over it, and how many of its pixels each class has."""
         file, classes = File.of(example), self._read_mask(example)
         image = open_image(file.read(), file.path)
-        picture = shown_image(_overlay(image, classes), file.path, image.size, image.mode)
+        picture = shown_image(image, file.path, drawn=_overlay(image, classes))
         pixels = np.asarray(example.arrays["pixels"])
         shares = [f"{self.labels[at]} {pixels[at] / pixels.sum():.0%}" for at in np.flatnonzero(pixels)]
         return Shown([picture, Label(", ".join(shares))])
@@ -282,8 +283,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return np.sum([store.value("pixels", at) for store, at in map(view.locate, range(len(view)))], axis=0)
 
     def describe(self, view: View) -> Description:
-        if not len(view):
-            return Description()
         pixels = self._pixels(view)
         shares = [f"{name} {count / pixels.sum():.1%}" for name, count in zip(self.labels, pixels, strict=True)]
         counts = dict(zip(self.labels, pixels.tolist(), strict=True))
@@ -291,8 +290,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def findings(self, view: View) -> list[Finding]:
         """Look for classes without a pixel, and for one that nearly all pixels are of."""
-        if not len(view):
-            return []
         pixels, found, rows = self._pixels(view), list[Finding](), len(view)
         ignored = self.settings.ignore_index - self.settings.reduce_labels
         if missing := [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]:

@@ -157,9 +157,8 @@ class TextToImage(Task[settings.TextToImage]):
     def show(self, example: Example) -> Shown:
         """The picture and its prompt."""
         file = File.of(example)
-        image = open_image(file.read(), file.path)
-        prompt = Text([TokenText(example.arrays["prompt"])], "prompt")
-        return Shown([shown_image(image.copy(), file.path, image.size, image.mode), prompt])
+        picture = shown_image(open_image(file.read(), file.path), file.path)
+        return Shown([picture, Text([TokenText(example.arrays["prompt"])], "prompt")])
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -246,8 +245,7 @@ class TextToImage(Task[settings.TextToImage]):
         return {name: value for name, value in given.items() if value is not None}
 
     def _make(self, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        pictures: list[Image] = model.pictures(prompts, seeds, self.resolution, **self._making)
-        return pictures
+        return model.pictures(prompts, seeds, self.resolution, **self._making)
 
     def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
         for number, prompt in enumerate(self.settings.sample_prompts):
