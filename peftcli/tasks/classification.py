@@ -233,11 +233,10 @@ class Classification(Task[Settings]):
     def _classes(self, view: View) -> np.ndarray:
         """Which classes each example is of: (N, C), true and false."""
         rows = np.stack([store.value("label", at) for store, at in map(view.locate, range(len(view)))])
-        held: np.ndarray = rows > 0
-        return held if self.settings.problem_type == "multi_label" else rows == np.arange(len(self.labels))
+        return rows > 0 if self.settings.problem_type == "multi_label" else rows == np.arange(len(self.labels))
 
     def describe(self, view: View) -> Description:
-        if not self.labels or not len(view):
+        if not self.labels:
             return Description()
         counts = dict(zip(self.labels, self._classes(view).sum(axis=0).tolist(), strict=True))
         shares = [f"{name} {count / len(view):.0%}" for name, count in counts.items()]
@@ -254,7 +253,7 @@ class Classification(Task[Settings]):
 
     def findings(self, view: View) -> list[Finding]:
         """Look for classes without rows, and for one that nearly all rows are of."""
-        if not self.labels or not len(view):
+        if not self.labels:
             return []
         rows, found = self._classes(view), list[Finding]()
         counts = rows.sum(axis=0)
@@ -294,9 +293,9 @@ class Classification(Task[Settings]):
                 return value
             if isinstance(value, int) and self.settings.problem_type == "regression":
                 return float(value)
-            return (
-                [class_name(each, reader) for each in value] if isinstance(value, list) else class_name(value, reader)
-            )
+            if isinstance(value, list):
+                return [class_name(each, reader) for each in value]
+            return class_name(value, reader)
         except ValueError as error:
             raise row.place.error(str(error), key=key) from None
 

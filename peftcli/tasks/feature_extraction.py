@@ -72,8 +72,6 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     arguments: ClassVar = ("text",)
     columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
-    unit = "tokens"
-    identity: ClassVar = ("input_ids",)
     label_columns: ClassVar = ("score",)
     flags: ClassVar = {"truncated": _TRUNCATED}
 
@@ -87,19 +85,15 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             if settings.loss not in (None, loss):
                 refuse_unread(settings, [name], f"is a setting of {loss}")
         if settings.pooling is None or settings.normalize is None:
-            self.settings = self._completed(settings)
+            in_folder = read_pooling(self.base)
+            usual = "last" if _reads_one_way(self.base.config) else "mean"
+            pooling: Any = settings.pooling or (in_folder.mode if in_folder else usual)
+            normalize = in_folder is None or in_folder.normalize if settings.normalize is None else settings.normalize
+            self.settings = replace(settings, pooling=pooling, normalize=normalize)
 
     @property
     def packages(self) -> Mapping[str, str]:
         return {"sklearn": "metrics"} if self.settings.loss == "cosine" else {}
-
-    def _completed(self, settings: settings.FeatureExtraction) -> settings.FeatureExtraction:
-        """The settings with what the base model's folder says."""
-        found = read_pooling(self.base)
-        usual = "last" if _reads_one_way(self.base.config) else "mean"
-        mode: Any = settings.pooling or (found.mode if found else usual)
-        normalize = (found is None or found.normalize) if settings.normalize is None else settings.normalize
-        return replace(settings, pooling=mode, normalize=normalize)
 
     @property
     def max_length(self) -> int:

@@ -9,7 +9,7 @@ from peftcli.data.rows import listed
 from peftcli.errors import UsageError
 from peftcli.tasks import TASKS, TaskRow
 
-_BARE = "AutoModel"
+_HEADLESS = "AutoModel"
 """Its architectures are those of every task: a model that was saved without a head says nothing."""
 
 
@@ -26,7 +26,7 @@ def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     architecture = (config.architectures or [type(config).__name__])[0]
     classes = {name: _classes(row, config) for name, row in TASKS.items()}
     by_model = [
-        name for name, known in classes.items() if architecture in known and TASKS[name].auto_class != _BARE
+        name for name, known in classes.items() if architecture in known and TASKS[name].auto_class != _HEADLESS
     ] or [name for name, known in classes.items() if known]
     matches = {name: match for name, row in TASKS.items() if (match := _match(row, columns))}
     by_columns = [name for name, match in matches.items() if not any(match < other for other in matches.values())]
@@ -50,7 +50,7 @@ def task_of_class(name: str) -> str | None:
 
     for task, row in TASKS.items():
         mapping = getattr(getattr(transformers, row.auto_class, None), "_model_mapping", None)
-        known = mapping._model_mapping.values() if mapping is not None and row.auto_class != _BARE else ()
+        known = mapping._model_mapping.values() if mapping is not None and row.auto_class != _HEADLESS else ()
         if any(name in each if isinstance(each, (list, tuple)) else name == each for each in known):
             return task
     return None

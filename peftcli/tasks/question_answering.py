@@ -60,9 +60,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         "context": Column("str"),
         "answers": Column("str"),
     }
-    unit = "tokens"
     reports = ("loss", "exact_match", "f1")
-    identity = ("input_ids",)
     label_columns = ("answer",)
 
     def __init__(self, settings: settings.QuestionAnswering, processor: Any, base: OpenBase):
@@ -248,8 +246,6 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
             rows.add(row)
             if store.value("answers", at) == "[]":
                 empty.add(row)
-        if not rows:
-            return Description()
         words = f"{len(rows):,}, of which {len(empty):,} have no answer in their context; {len(view):,} windows"
         return Description({"questions": len(rows), "unanswerable": len(empty)}, {"questions": words})
 

@@ -29,8 +29,6 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
     name = "sequence_classification"
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "label": LABEL}
-    unit = "tokens"
-    identity = ("input_ids",)
     flags: ClassVar = {"truncated": _TRUNCATED}
 
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:

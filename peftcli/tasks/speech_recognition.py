@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,7 +34,7 @@ from peftcli.tasks import TRANSCRIPTS, settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, refuse_unread, require_extra, table_of, write_task
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
-from peftcli.tasks.scores import model_inputs, on_device
+from peftcli.tasks.scores import in_batches, model_inputs, on_device
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
@@ -234,16 +234,12 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         )
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
-        text = self._spoken(row, reader)
-        return self._heard(row, reader, text, self._labels(text, row, reader))
-
-    def _spoken(self, row: Row, reader: Reader) -> str:
         text = reader.text(row, "text", blank=False)
         if bool(_TIME.search(text)) != self.settings.timestamps and self.is_whisper:
             message = "has no times such as <|0.00|>" if self.settings.timestamps else "has times such as <|0.00|>"
             hint = f"task.timestamps is {str(self.settings.timestamps).lower()}."
             raise row.place.error(message, key=reader.names["text"], hint=hint)
-        return text
+        return self._heard(row, reader, text, self._labels(text, row, reader))
 
     def _labels(self, text: str, row: Row, reader: Reader) -> list[int]:
         """The tokens that the decoder is trained to say. It starts by itself: the model shifts them."""
@@ -323,8 +319,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
         if self.prompt:
             options["prompt_ids"] = torch.tensor(self.prompt, device=inputs["input_features"].device)
-        found: list[list[int]] = model.generate(**inputs, **options).tolist()
-        return found
+        return model.generate(**inputs, **options).tolist()
 
     def _said(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -351,24 +346,17 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         if self.is_whisper and (self.generation.language in (None, "en") or self.settings.mode == "translate"):
-            english: Callable[[str], str] = EnglishTextNormalizer(
-                getattr(self.tokenizer, "english_spelling_normalizer", None) or {}
-            )
-            return english
-        basic: Callable[[str], str] = BasicTextNormalizer(split_letters=self._letters_are_words)
-        return basic
+            return EnglishTextNormalizer(getattr(self.tokenizer, "english_spelling_normalizer", None) or {})
+        return BasicTextNormalizer(split_letters=self._letters_are_words)
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self._heard(row, reader).examples[0] for row in rows]
-        order = sorted(range(len(rows)), key=lambda at: examples[at].size)
-        short = [at for at in order if examples[at].size <= self.longest * _FRAMES]
-        batches = [short[start : start + options.batch_size] for start in range(0, len(short), options.batch_size)]
-        found = dict[int, dict[str, Any]]()
-        for chosen in [*batches, *([at] for at in order[len(short) :])]:
-            found |= zip(chosen, self._answers(model, [examples[at] for at in chosen]), strict=True)
-        yield from (found[at] for at in range(len(rows)))
+        limit, answers = self.longest * _FRAMES, partial(self._answers, model)
+        short = iter(in_batches([each for each in examples if each.size <= limit], options.batch_size, answers))
+        long = iter(in_batches([each for each in examples if each.size > limit], 1, answers))
+        yield from (next(short if each.size <= limit else long) for each in examples)
 
     @torch.inference_mode()
     def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -394,8 +382,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return Shown([Facts(facts), transcript], {"labels": ids, "text": example.arrays["text"], "seconds": seconds})
 
     def describe(self, view: View) -> Description:
-        if not len(view):
-            return Description()
         seconds = view.sizes / _FRAMES
         words = f"{seconds.sum() / 60:.1f} minutes; a clip {seconds.min():.1f} to {seconds.max():.1f} s"
         return Description({"seconds": float(seconds.sum())}, {"sound": words})

@@ -45,8 +45,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     name = "token_classification"
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
-    unit = "tokens"
-    identity = ("input_ids",)
     label_columns = ("tags",)
     flags: ClassVar = {"truncated": _TRUNCATED}
     findings_of_flags: ClassVar = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}

@@ -32,8 +32,6 @@ class AnswerInputs(TextInputs):
 
     answer_columns: ClassVar = {"input_ids": Column(), "labels": Column(), "sizes": Column()}
     """The tokens of all answers, one after another; the same where they are trained; how many each answer has."""
-    unit = "tokens"
-    identity: ClassVar[Sequence[str]] = ("input_ids",)
     flags: ClassVar[Mapping[str, int]] = {"truncated": Flag.TRUNCATED}
 
     @property

@@ -26,6 +26,8 @@ class TextInputs:
     name: ClassVar[str]
     """The task's in ``TASKS``."""
     text_columns: ClassVar = {"input_ids": Column(), "token_type_ids": Column("int8")}
+    unit = "tokens"
+    identity: ClassVar[Sequence[str]] = ("input_ids",)
 
     settings: Any
     processor: Any
