@@ -68,6 +68,8 @@ class Task(ABC, Generic[Settings]):
     """Whether a size counts the targets too; else what users read adds them."""
     flags: ClassVar[Mapping[str, int]] = {}
     """Facts of rows that run.json counts: name -> bit of ``Outcome.flags``. ``truncated`` says that a row was cut."""
+    versions: ClassVar[Sequence[str]] = ("transformers",)
+    """Packages whose version decides what ``encode`` gives."""
     findings_of_flags: ClassVar[Mapping[str, int]] = {}
     """Names of findings, each about the used rows with a flag -> bit of ``Outcome.flags``."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
@@ -127,7 +129,7 @@ class Task(ABC, Generic[Settings]):
         described = self.processor.to_json_string() if self.processor is not None else ""
         return {
             "processor": hashlib.sha256(described.encode()).hexdigest(),
-            "versions": {"transformers": version("transformers")},
+            "versions": {name: version(name) for name in self.versions},
         }
 
     def model_options(self) -> dict[str, Any]:

@@ -68,7 +68,9 @@ class Classification(Task[Settings]):
         if len(self._index) < len(self.labels):
             raise DataError("names a class twice", key="task.labels")
         if self.labels and (unknown := [name for name in weights if name not in self._index]):
-            raise DataError(f"{unknown[0]!r} is not one of the classes: {self._listed}", key="task.class_weights")
+            raise DataError(
+                f"{unknown[0]!r} is not one of the classes: {listed(self.labels)}", key="task.class_weights"
+            )
         self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
         if self.labels and not self._weights.any():
             raise DataError("no class has a weight above 0: nothing would be learnt", key="task.class_weights")
@@ -92,7 +94,7 @@ class Classification(Task[Settings]):
         if self.settings.problem_type == "regression":
             return "the labels are numbers, which the model learns to predict (regression)"
         several = ", of which a row may have several" if self.settings.problem_type == "multi_label" else ""
-        return f"{len(self.labels)} classes{several}: {self._listed}"
+        return f"{len(self.labels)} classes{several}: {listed(self.labels)}"
 
     @property
     def needs_scan(self) -> bool:
@@ -313,7 +315,7 @@ class Classification(Task[Settings]):
         names = label if isinstance(label, list) else [str(label)]
         if unknown := [name for name in names if name not in self._index]:
             raise row.place.error(
-                f"the label {shortened(unknown[0])} is not one of the classes: {self._listed}",
+                f"the label {shortened(unknown[0])} is not one of the classes: {listed(self.labels)}",
                 key=key,
                 hint="The classes are those of the training rows, unless task.labels names them.",
             )
@@ -322,10 +324,6 @@ class Classification(Task[Settings]):
         if kind == "multi_label":
             return [float(name in names) for name in self.labels]
         return [float(self._index[names[0]])]
-
-    @property
-    def _listed(self) -> str:
-        return listed(self.labels)
 
 
 def class_name(value: Any, reader: LabelReader) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -88,6 +87,10 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     label_columns = ("mask_digest",)
     findings_of_flags: ClassVar = {"binary_masks": _BINARY}
     reads_files = True
+    versions = ("transformers", "pillow")
+    advice: ClassVar = {
+        "no pixel counts": "Set task.ignore_index to a value that no class has, or task.reduce_labels to false."
+    }
 
     def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
         require_extra("PIL", "vision")
@@ -96,16 +99,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         """Names of the classes, in the order of the model's outputs."""
         if len(set(self.labels)) < len(self.labels):
             raise DataError("names a class twice", key="task.labels")
-
-    @property
-    def advice(self) -> Mapping[str, str]:
-        return {
-            "no pixel counts": "Set task.ignore_index to a value that no class has, or task.reduce_labels to false."
-        }
-
-    def fingerprint(self) -> dict[str, Any]:
-        found = super().fingerprint()
-        return found | {"versions": found["versions"] | {"pillow": version("pillow")}}
 
     def model_options(self) -> dict[str, Any]:
         return self.settings.model_options() | self._config_options()

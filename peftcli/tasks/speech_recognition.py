@@ -82,6 +82,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     reads_files = True
     lower_is_better = ("loss", "wer", "cer")
     reports = ("loss", "wer", "cer")
+    advice: ClassVar = {TOO_LONG: FINDINGS["clips_too_long"].advice}
     packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
 
     def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):
@@ -207,10 +208,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             message = f"has {len(found)} tokens; {self.base.name} reads {longest} at most before an answer"
             raise DataError(message, key="task.prompt")
         return found
-
-    @property
-    def advice(self) -> Mapping[str, str]:
-        return {TOO_LONG: FINDINGS["clips_too_long"].advice}
 
     def fingerprint(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,6 +72,7 @@ class TextToImage(Task[settings.TextToImage]):
         "height": Column("int64", ()),
     }
     reads_files = True
+    versions = ("transformers", "pillow")
     unit = "pictures"
     reports = ("loss",)
     identity = ("digest", "prompt")
@@ -120,10 +120,8 @@ class TextToImage(Task[settings.TextToImage]):
         return found
 
     def fingerprint(self) -> dict[str, Any]:
-        found = super().fingerprint()
-        versions = found["versions"] | {"pillow": version("pillow")}
         tokenizers = list(map(tokenizer_fingerprint, self.tokenizers))
-        return found | {"versions": versions, "resolution": self.resolution, "tokenizers": tokenizers}
+        return super().fingerprint() | {"resolution": self.resolution, "tokenizers": tokenizers}
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
         """Refuse methods that this task cannot be trained with.
