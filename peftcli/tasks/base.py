@@ -236,7 +236,7 @@ def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:
             raise DataError(message, key=f"task.{each.name}")
 
 
-def left_out(error: DataError | None) -> str | None:
+def left_out_hint(error: DataError | None) -> str | None:
     """The hint of a scan's error, where rows that cannot be read were left out; ``error`` is that of the first one."""
     return f"Rows that cannot be read were left out. The first: {error}" if error else None
 

@@ -23,7 +23,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out_hint, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of
 from peftcli.tasks.shown import Description
@@ -140,7 +140,7 @@ class Classification(Task[Settings]):
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
             cut = "dataset.limit takes the first rows, which may be of one class: raise it, or leave it out"
-            hint = left_out(first_error) or (cut if limited else None)
+            hint = left_out_hint(first_error) or (cut if limited else None)
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
         kind = kind or "single_label"
         by_number = self.settings.labels_by_number and kind == "single_label" and bool(self.labels or all_declare)

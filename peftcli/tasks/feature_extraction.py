@@ -371,7 +371,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """The embedding of each row's ``text``, or the similarity of the texts of each row of pairs."""
-        reader = _predicted(rows, options.columns)
+        reader = _reader_of_rows(rows, options.columns)
         texts = [[each for column in reader.names for each in _texts(row, reader, column)] for row in rows]
         flat = [self._example([text], row)[0] for row, each in zip(rows, texts, strict=True) for text in each]
         device = next(model.parameters()).device
@@ -450,7 +450,7 @@ def _key(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8).digest()) >> 1
 
 
-def _predicted(rows: Sequence[Row], renamed: Mapping[str, str]) -> Reader:
+def _reader_of_rows(rows: Sequence[Row], renamed: Mapping[str, str]) -> Reader:
     """Find the texts of rows that are to be answered: pairs, scored or not, else single texts."""
     columns = table_of(rows, {}).columns
     for known in (_PAIR, _SCORED):

@@ -135,7 +135,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         if self.settings.loss == "kto":
             batch["_good"] = torch.tensor([int(each.arrays["good"]) for each in examples], dtype=torch.bool)
             if len(examples) > 1:
-                batch |= self._mismatched(examples)
+                batch |= self._mismatch(examples)
         return batch
 
     def of_step(self, examples: Sequence[Example]) -> Batch:
@@ -145,9 +145,9 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         tokens = [int(each.arrays["sizes"][0]) - 1 for each in examples]  # the first token is not predicted
         return {"_tokens": torch.tensor(float(np.mean(tokens)))}
 
-    def _mismatched(self, examples: Sequence[Example]) -> Batch:
+    def _mismatch(self, examples: Sequence[Example]) -> Batch:
         """Each prompt with the answer of the row before: how far the model is from the reference, whatever is asked."""
-        prompts, answers, targets = zip(*map(_at_answer, examples), strict=True)
+        prompts, answers, targets = zip(*map(_split_at_answer, examples), strict=True)
         rows = list(zip(prompts, answers[-1:] + answers[:-1], targets[-1:] + targets[:-1], strict=True))
         ids = [np.concatenate([prompt, answer])[: self.max_length] for prompt, answer, _ in rows]
         labels = [np.concatenate([np.full(len(prompt), IGNORED), kept])[: self.max_length] for prompt, _, kept in rows]
@@ -253,7 +253,7 @@ def _log1mexp(value: torch.Tensor) -> torch.Tensor:
     return torch.where(value > -_HALF, torch.log(-torch.expm1(value)), torch.log1p(-value.exp()))
 
 
-def _at_answer(example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split_at_answer(example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The tokens before the answer, those from its first one on, and the labels of these."""
     ids, labels = (np.asarray(example.arrays[name]) for name in ("input_ids", "labels"))
     first = int(np.flatnonzero(labels != IGNORED)[0])

@@ -30,7 +30,7 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
-    left_out,
+    left_out_hint,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -148,7 +148,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
         held = f"the masks of the training rows hold the values {_listed(seen)}"
         if len(classes) < 2:
-            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out(first_error)
+            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out_hint(first_error)
             message = f"{held}, of which {len(classes)} count; the model needs two classes"
             raise DataError(message, key="dataset.train", hint=hint)
         if 2 * len(classes) < max(classes) - first + 1:
@@ -312,10 +312,10 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
                 examples.append(Example(file.arrays(), 1, 0))
             scores = logits_of(model, examples, self.collate_inputs, options.batch_size)
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):
-                classes = self._placed(logits, image.size[::-1])
+                classes = self._place_on_picture(logits, image.size[::-1])
                 yield self._answer(classes, image, folder / f"{number:05}.png")
 
-    def _placed(self, logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    def _place_on_picture(self, logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
         """The classes of a picture of this size (H, W), from logits (C, h, w) of what the model has seen of it.
 
         What the image processor has cut off is ``IGNORED``; what it has padded is no part of the picture.

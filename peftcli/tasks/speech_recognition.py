@@ -236,7 +236,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             message = "has no times such as <|0.00|>" if self.settings.timestamps else "has times such as <|0.00|>"
             hint = f"task.timestamps is {str(self.settings.timestamps).lower()}."
             raise row.place.error(message, key=reader.names["text"], hint=hint)
-        return self._heard(row, reader, text, self._labels(text, row, reader))
+        return self._encode_sound(row, reader, text, self._labels(text, row, reader))
 
     def _labels(self, text: str, row: Row, reader: Reader) -> list[int]:
         """The tokens that the decoder is trained to say. It starts by itself: the model shifts them."""
@@ -253,7 +253,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             raise row.place.error(message, key=reader.names["text"], hint="Cut clip and text into pieces.")
         return found
 
-    def _heard(self, row: Row, reader: Reader, text: str = "", labels: Sequence[int] = ()) -> Outcome:
+    def _encode_sound(self, row: Row, reader: Reader, text: str = "", labels: Sequence[int] = ()) -> Outcome:
         """The example of a row, whose sound is read to the end if the model can hear it."""
         with errors_of_row(row, reader.names["audio"]):
             value = reader.value(row, "audio")
@@ -311,14 +311,14 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         logits, counts = model(**inputs, use_cache=False).logits, batch["labels"] != IGNORED
         found = token_loss(losses_of(logits[counts], batch["labels"][counts]))
         heard = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_input_ids")}
-        return with_texts(found, batch.get("_texts"), lambda: map(self._said, self._generate(model, heard)))
+        return with_texts(found, batch.get("_texts"), lambda: map(self._text_of, self._generate(model, heard)))
 
     def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
         if self.prompt:
             options["prompt_ids"] = torch.tensor(self.prompt, device=inputs["input_features"].device)
         return model.generate(**inputs, **options).tolist()
 
-    def _said(self, ids: Sequence[int]) -> str:
+    def _text_of(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
@@ -349,7 +349,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
-        examples = [self._heard(row, reader).examples[0] for row in rows]
+        examples = [self._encode_sound(row, reader).examples[0] for row in rows]
         limit, answers = self.longest * _FRAMES, partial(self._answers, model)
         short = iter(in_batches([each for each in examples if each.size <= limit], options.batch_size, answers))
         long = iter(in_batches([each for each in examples if each.size > limit], 1, answers))
@@ -363,7 +363,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         inputs = _as_computed(model, on_device(batch, next(model.parameters()).device))
         answers = list[dict[str, Any]]()
         for ids in self._generate(model, inputs, **({"return_timestamps": True} if long else {})):
-            answer: dict[str, Any] = {"text": self._said(ids)}
+            answer: dict[str, Any] = {"text": self._text_of(ids)}
             if self.settings.timestamps:
                 parts = self.tokenizer.decode(ids, skip_special_tokens=True, output_offsets=True)["offsets"]
                 answer["chunks"] = [{"timestamp": list(part["timestamp"]), "text": part["text"]} for part in parts]

@@ -171,10 +171,10 @@ class TextToImage(Task[settings.TextToImage]):
             if not found:
                 raise DataError("contains no pictures", file=given.class_data_dir, key="task.class_data_dir")
         else:
-            found = self._made(model, given.class_prompt)
-        self.priors = [_stored(path) for path in found]
+            found = self._class_pictures(model, given.class_prompt)
+        self.priors = [_read_stored(path) for path in found]
 
-    def _made(self, model: nn.Module, prompt: str) -> list[Path]:
+    def _class_pictures(self, model: nn.Module, prompt: str) -> list[Path]:
         """The base model's pictures of a prompt, kept in the cache. The processes of a machine share the work."""
         decisive = (self.base.name, self.base.commit, _weights(self.base.folder), self.resolution, self._making)
         key = hashlib.sha256(repr((*decisive, prompt)).encode()).hexdigest()
@@ -356,7 +356,7 @@ def _given_seed(row: Row, number: int) -> int:
     raise row.place.error(message, key="seed")
 
 
-def _stored(path: Path) -> _Stored:
+def _read_stored(path: Path) -> _Stored:
     content = path.read_bytes()
     return _Stored(File(str(path), b"", digest_of(content)), *open_image(content, str(path)).size)
 

@@ -22,7 +22,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, TOKENS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out_hint, table_of
 from peftcli.tasks.classification import LabelReader, places_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of, model_inputs
@@ -119,7 +119,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if len(labels) < 2:
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
             message = f"in the training rows {what}; the model needs two tags"
-            raise DataError(message, key="dataset.train", hint=left_out(first_error))
+            raise DataError(message, key="dataset.train", hint=left_out_hint(first_error))
         by_number = self.settings.labels_by_number and (
             labels == list(self.labels) or (all_declare and labels == list(declared))
         )

@@ -86,7 +86,7 @@ def test_an_answer_lies_where_the_model_has_seen_the_picture(
     opened.processor = image_processor(processor)(**settings)
     mask = np.add.outer(np.arange(size[0]) // 20, np.arange(size[1]) // 20) % 3
     seen = opened._resized([mask])[0].clamp(min=0)
-    found = opened._placed(nn.functional.one_hot(seen, 3).permute(2, 0, 1).float(), size)
+    found = opened._place_on_picture(nn.functional.one_hot(seen, 3).permute(2, 0, 1).float(), size)
     kept = found != IGNORED
     assert (found == mask)[kept].mean() > 0.9  # all but the pixels at borders
     assert kept.all() == (processor == "DPT")

@@ -302,7 +302,7 @@ class SlowPriors:
     noted: Path
 
     def __call__(self) -> None:
-        make, find = TextToImage._make, TextToImage._made
+        make, find = TextToImage._make, TextToImage._class_pictures
 
         def noting(task: Any, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
             (self.noted / f"{os.environ['RANK']} makes {seeds[0]}").touch(exist_ok=False)
@@ -313,7 +313,7 @@ class SlowPriors:
                 time.sleep(0.01)
             return find(task, model, prompt)
 
-        TextToImage._make, TextToImage._made = noting, waiting
+        TextToImage._make, TextToImage._class_pictures = noting, waiting
 
 
 @pytest.mark.slow
