@@ -45,7 +45,7 @@ class File:
         Raises:
             DataError: it is not.
         """
-        content = self.held or _read(self.path)
+        content = self.held or read_file(self.path)
         if digest_of(content) != self.digest:
             raise DataError(
                 "has changed since the rows were read",
@@ -69,7 +69,7 @@ def file_of(row: Row, reader: Reader, column: str, what: str = "a picture") -> t
         raise row.place.error(f"expected a file or the bytes of {what}, found {value!r:.60}", key=key)
     found = str(path or "") if content else _find(str(path), row.folder)
     with errors_of_row(row, key):
-        read = content or _read(found)
+        read = content or read_file(found)
     return File(found, content or b"", digest_of(read)), read
 
 
@@ -92,7 +92,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """Read a file.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
     file = Path(path)
     if not _is_file(file):
         raise DataError("no such file", file=path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}...")

@@ -43,7 +43,7 @@ from peftcli.tasks.base import (
     write_task,
 )
 from peftcli.tasks.diffusers_files import write_parts
-from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
+from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of, read_file
 from peftcli.tasks.pictures import open_image, png, shown_image
 from peftcli.tasks.scores import model_inputs
 from peftcli.tasks.shown import Shown, Text, TokenText
@@ -357,7 +357,7 @@ def _given_seed(row: Row, number: int) -> int:
 
 
 def _read_stored(path: Path) -> _Stored:
-    content = path.read_bytes()
+    content = read_file(str(path))
     return _Stored(File(str(path), b"", digest_of(content)), *open_image(content, str(path)).size)
 
 

@@ -141,6 +141,14 @@ def test_settings_of_class_pictures_need_a_class_prompt(key: str, value: Any) ->
     assert open_task(class_prompt="a dog", **{key: value})
 
 
+def test_a_class_picture_that_is_no_file_is_an_error_of_data(tmp_path: Path) -> None:
+    (tmp_path / "dog.png").mkdir()
+    task = open_task(class_prompt="a dog", class_data_dir=str(tmp_path))
+    with pytest.raises(DataError, match="no such file") as caught:
+        task.begin(torch.nn.Module(), False)
+    assert caught.value.file == str(tmp_path / "dog.png")
+
+
 def test_rows_without_prompts_need_one_of_the_recipe() -> None:
     rows = [{"image": str(picture_files(12)[0])}]
     with pytest.raises(DataError, match="no column 'text' or 'caption' or 'prompt'"):
