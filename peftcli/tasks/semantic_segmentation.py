@@ -49,7 +49,7 @@ from peftcli.tasks.pictures import (
     shown_image,
     turned,
 )
-from peftcli.tasks.scores import logits_of, model_inputs
+from peftcli.tasks.scores import model_inputs, on_device, scores_of
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:
@@ -221,12 +221,9 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         resized = processed(self.processor, pictures, **plain)["pixel_values"].long()  # (B, 3, H, W)
         return torch.where(resized[:, 1] > 0, (resized[:, 1] - 1) * _BYTE + resized[:, 0], IGNORED)
 
-    def collate_inputs(self, examples: Sequence[Example]) -> Batch:
-        """Put the pictures of examples into one batch."""
-        return pixels(self, [open_image(file.read(), file.path) for file in map(File.of, examples)])
-
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
-        return self.collate_inputs(examples) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
+        pictures = [open_image(file.read(), file.path) for file in map(File.of, examples)]
+        return pixels(self, pictures) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
 
     def _read_mask(self, example: Example) -> np.ndarray:
         """The classes of a picture's pixels."""
@@ -303,14 +300,15 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         """
         reader = self.read(table_of(rows, options.columns), labelled=False)
         folder = options.beside.with_name(f"{options.beside.name}.masks")
+        device = next(model.parameters()).device
         for start in range(0, len(rows), options.batch_size):
-            examples, images = list[Example](), list["Image"]()
+            images = list["Image"]()
             for row in rows[start : start + options.batch_size]:
                 file, content = file_of(row, reader, "image")
                 with errors_of_row(row, reader.names["image"]):
                     images.append(open_image(content, file.path))
-                examples.append(Example(file.arrays(), 1, 0))
-            scores = logits_of(model, examples, self.collate_inputs, options.batch_size)
+            with torch.inference_mode():
+                scores = scores_of(model(**on_device(pixels(self, images), device))).float().cpu()
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):
                 classes = self._place_on_picture(logits, image.size[::-1])
                 yield self._answer(classes, image, folder / f"{number:05}.png")
