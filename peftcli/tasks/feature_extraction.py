@@ -88,7 +88,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             in_folder = read_pooling(self.base)
             usual = "last" if _reads_one_way(self.base.config) else "mean"
             pooling: Any = settings.pooling or (in_folder.mode if in_folder else usual)
-            normalize = in_folder is None or in_folder.normalize if settings.normalize is None else settings.normalize
+            normalize = (in_folder is None or in_folder.normalize) if settings.normalize is None else settings.normalize
             self.settings = replace(settings, pooling=pooling, normalize=normalize)
 
     @property
