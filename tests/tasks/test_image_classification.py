@@ -204,5 +204,5 @@ def test_numbers_that_are_no_grey_are_an_error() -> None:
 
 def test_what_is_too_long_for_a_path_is_an_error_of_its_row() -> None:
     with pytest.raises(DataError, match=r"x{255}\.\.\.: no such file|no such file") as caught:
-        files._read("x" * 3000)
+        files.read_file("x" * 3000)
     assert len(str(caught.value.file)) < 300
