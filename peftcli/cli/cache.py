@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.options import Json
 from peftcli.data.rows import count_of
 from peftcli.errors import UsageError
 
@@ -27,7 +28,7 @@ def cache(
         float | None,
         typer.Option("--older-than", metavar="DAYS", min=0, help="With clear: only entries unused for this many days."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List or clear the cache of tokenized datasets, or print its folder."""
     actions = ("list", "clear", "dir")
@@ -37,10 +38,13 @@ def cache(
         raise UsageError(f"{what} takes neither KEY nor --older-than", hint="use them with peftcli cache clear")
     if what == "clear":
         _clear(keys or [], older_than, as_json)
-    elif what == "dir":
-        _dir(as_json)
-    else:
+    elif what == "list":
         _list(as_json)
+    else:
+        from peftcli.data.cache import root
+
+        folder = str(root())
+        console.print_json({"folder": folder}) if as_json else console.out(folder)
 
 
 def _list(as_json: bool) -> None:
@@ -77,13 +81,6 @@ def _clear(keys: list[str], older_than: float | None, as_json: bool) -> None:
     for entry in cleared.kept:
         console.out(f"kept {entry.key[:12]} ({entry.source}): a run uses it")
     return console.out(f"removed {_count_entries(len(cleared.removed))}, {console.format_size(cleared.bytes)}")
-
-
-def _dir(as_json: bool) -> None:
-    from peftcli.data.cache import root
-
-    folder = str(root())
-    return console.print_json({"folder": folder}) if as_json else console.out(folder)
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import not_empty
+from peftcli.cli.options import Json, not_empty
 from peftcli.data.rows import count_of
 from peftcli.errors import Problem, UsageError
 
@@ -28,7 +28,7 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read data, model config and tokenizer, and check names of metrics.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find every mistake in recipes, without training."""
     from dataclasses import asdict

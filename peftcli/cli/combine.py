@@ -10,8 +10,7 @@ import typer
 
 from peftcli.adapters.load import find_adapter
 from peftcli.cli import console
-from peftcli.cli.paths import path
-from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.options import Json, Quiet, path, progress_log
 from peftcli.data.rows import count_of
 from peftcli.errors import UsageError
 from peftcli.guard.files import command_word
@@ -48,7 +47,7 @@ def combine(
         int | None, typer.Option("--r", help="r of the result, for svd; by default the largest r of the adapters.")
     ] = None,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Seed of the values that dare drops.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Combine several LoRA adapters into one: their weighted sum. Those of text_to_image need their base model."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.options import Json
 
 _MAX_VALUE = 60
 
@@ -14,7 +15,7 @@ _MAX_VALUE = 60
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Adapter folder or hub id.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show the differences between two adapters: settings, modules, and the change of each weight."""
     from peftcli.adapters.diff import compare

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftcli.cli import console
 from peftcli.cli.junit_report import Junit, junit_report
-from peftcli.cli.paths import path
+from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
 from peftcli.cli.progress import Progress
-from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.system.outputs import require_writable
 from peftcli.train.launch import is_main_process, leave_group_on_exit
 
 
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     adapter: Annotated[
         str | None, typer.Option(help="Adapter folder or hub id; by default the base model alone is evaluated.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:

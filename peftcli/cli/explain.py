@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.options import Json
 
 if TYPE_CHECKING:
     from peftcli.recipe import Explanation
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def explain(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A setting, section, method or task: training.seed, lora.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Explain a setting, a section, a method or a task."""
     from peftcli.recipe import explain as find_explanation

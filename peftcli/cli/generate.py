@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import output_path, path
+from peftcli.cli.options import Adapter, Base, Json, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
-from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.system.secrets import safe_length
@@ -32,7 +31,7 @@ _FIRST_OF_A_CHAT = "Hello"
 
 
 def generate(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    adapter: Adapter,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     source: Annotated[
         Path | None,
@@ -48,7 +47,7 @@ def generate(
             help="File for the answers; -: stdout. After a stop, run the same command again to resume.",
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
+    base: Base = None,
     quantization: Annotated[
         Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
         typer.Option(help="Quantization of the base model; by default as in training."),
@@ -59,7 +58,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input per batch.")] = 8,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate text with an adapter: for one prompt, a file of prompts, or in a chat on a terminal."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.options import Json
 from peftcli.methods import METHODS
 
 _PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
@@ -20,7 +21,7 @@ def info(
     updates: Annotated[
         bool, typer.Option("--updates/--no-updates", help="Show how much an adapter changes each weight.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show an adapter, the methods, the tasks or the versions installed."""
     tables = {"methods": _methods, "tasks": _tasks}

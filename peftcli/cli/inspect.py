@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import path
-from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.options import Json, Quiet, RecipeFile, path, progress_log
 from peftcli.tasks.shown import Image, Label, Part, Text, TokenText, side_by_side
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ _COLUMN = 40
 
 
 def inspect(
-    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")],
+    recipe: RecipeFile,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
     rows: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="How many rows to show: 3; on a page 200.")
@@ -53,7 +52,7 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", parser=path, help="Write a page with rows and audit.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show which tokens a recipe trains, and audit its whole dataset."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import path
+from peftcli.cli.options import path
 from peftcli.errors import GateFailed, PeftcliError, to_peftcli_error
 from peftcli.system.outputs import StdoutClosed, expand_user
 from peftcli.train.launch import started_by_peftcli

@@ -8,16 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import path
-from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.options import Adapter, Base, Json, Quiet, path, progress_log
 from peftcli.data.rows import count_of
 from peftcli.models.hub_files import PIPELINE_FILE
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    adapter: Adapter,
     output: Annotated[Path, typer.Option(parser=path, help="Folder for the merged model; must be new or empty.")],
-    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
+    base: Base = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Number format of the merged weights; by default the base model's."),
@@ -32,7 +31,7 @@ def merge(
             "--verify/--no-verify", help="Compare the merged model's outputs with those of base model and adapter."
         ),
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge an adapter into its base model, as a checkpoint that transformers loads on its own."""

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import output_path, path
-from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.options import Adapter, Base, Json, Quiet, output_path, path, progress_log
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
@@ -20,7 +19,7 @@ from peftcli.system.outputs import is_stdout, is_stream, refuse_input, require_w
 
 
 def predict(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    adapter: Adapter,
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -44,10 +43,10 @@ def predict(
             help="File for the answers to --input; -: stdout. After a stop, run the same command again to resume.",
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
+    base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer rows with an adapter, whatever its task: one JSON object per row, in order."""

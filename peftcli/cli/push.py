@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.options import Json, Quiet, progress_log
 from peftcli.data.rows import count_of
 
 
@@ -27,7 +27,7 @@ def push(
         typer.Option(metavar="USER/NAME", help="Hub id of the base model, if the adapter was trained from a folder."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Upload an adapter and its model card to the hub."""

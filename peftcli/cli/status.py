@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.paths import path
+from peftcli.cli.options import Json, path
 from peftcli.data.rows import count_of
 
 
@@ -16,7 +16,7 @@ def status(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", parser=path, help="Run folder: a recipe's training.output_dir.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show the status of a run: running, complete, interrupted or failed, and why."""
     from peftcli.train.runs.status import status as read_status

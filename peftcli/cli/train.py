@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,9 +11,8 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.check import MEMORY_UNKNOWN
 from peftcli.cli.junit_report import Junit, junit_report
-from peftcli.cli.paths import not_empty, path
+from peftcli.cli.options import Overrides, Quiet, RecipeFile, not_empty, progress_log
 from peftcli.cli.progress import Progress, summary
-from peftcli.cli.quiet import Quiet, progress_log
 from peftcli.cli.train_together import train_together
 from peftcli.system.outputs import require_writable
 from peftcli.train.options import StartOptions
@@ -22,10 +20,8 @@ from peftcli.train.schedulers import with_schedulers_place
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     resume: Annotated[
         str,
         typer.Option(

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.quiet import Quiet, progress_log
+from peftcli.cli.options import Adapter, Base, Json, Quiet, progress_log
 from peftcli.data.rows import count_of
 
 
 def verify(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    adapter: Adapter,
     readers: Annotated[
         list[str] | None,
         typer.Option(
@@ -21,8 +21,8 @@ def verify(
             help="Load it with this library too, and compare. Repeatable.",
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    base: Base = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Load an adapter folder, and compare it with the model that was trained."""
