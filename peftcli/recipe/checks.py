@@ -7,7 +7,6 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def _ranges(recipe: Recipe, report: Report) -> None:
 
 def _sizes(recipe: Recipe, report: Report) -> None:
     """Check that all numbers fit their types, and that a batch fits into memory."""
-    for key, value in _numbers(asdict(recipe), ""):
+    for key, value in _numbers(dataclasses.asdict(recipe), ""):
         if isinstance(value, float) and abs(value) > _MAX_FLOAT:
             report((key,), f"must be at most {_MAX_FLOAT:g}, the largest number of float32, found {value:g}")
         elif isinstance(value, int) and value > _MAX_SIZE and key.startswith("method.") and not _SEED.search(key):

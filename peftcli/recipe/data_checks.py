@@ -60,12 +60,6 @@ def exists(path: str) -> bool:
         return False
 
 
-def _sources_by_key(dataset: Dataset) -> list[tuple[str, Source]]:
-    """Return the training datasets, each with the key of its settings."""
-    keys = [f"dataset.mix[{index}]" for index in range(len(dataset.mix))] or ["dataset"]
-    return list(zip(keys, dataset.sources(), strict=True))
-
-
 def _train_or_mix(dataset: Dataset, report: Report) -> None:
     keys = ("dataset.train", "dataset.mix")
     if dataset.train is None and not dataset.mix:
@@ -102,11 +96,13 @@ def _paths(dataset: Dataset, report: Report) -> None:
 
 
 def _hub_settings(dataset: Dataset, report: Report) -> None:
-    streamed = [(f"{key}.split", each.split) for key, each in _sources_by_key(dataset) if each.streaming]
+    keys = [f"dataset.mix[{index}]" for index in range(len(dataset.mix))] or ["dataset"]
+    sources = list(zip(keys, dataset.sources(), strict=True))
+    streamed = [(f"{key}.split", each.split) for key, each in sources if each.streaming]
     for key, split in [*streamed, *[("dataset.eval_split", dataset.eval_split or "")] * dataset.streaming]:
         if "[" in split:
             report((key,), "a part of a split cannot be streamed; leave streaming out, or take the first rows by limit")
-    for key, source in _sources_by_key(dataset):
+    for key, source in sources:
         if not exists(source.train):
             continue
         for name, default in _HUB_SETTINGS.items():
@@ -115,9 +111,9 @@ def _hub_settings(dataset: Dataset, report: Report) -> None:
                 report((f"{key}.{name}", f"{key}.train"), f"applies to hub datasets, but {key}.train is local{more}")
     evaluated = "train" if dataset.eval is None else "eval"
     if dataset.eval_split is not None and exists(getattr(dataset, evaluated) or ""):
-        keys = ("dataset.eval_split", f"dataset.{evaluated}")
+        named = ("dataset.eval_split", f"dataset.{evaluated}")
         more = "; dataset.eval_fraction holds rows of it out" if evaluated == "train" else ""
-        report(keys, f"applies to hub datasets, but dataset.{evaluated} is local{more}")
+        report(named, f"applies to hub datasets, but dataset.{evaluated} is local{more}")
 
 
 def _mix(dataset: Dataset, report: Report) -> None:

@@ -102,7 +102,7 @@ class _Reader:
         self.places: dict[str, Position] = {}
 
     def recipe(self) -> Recipe:
-        top = self.children(self.tree)
+        top = dict(self.tree.children)
         known = settings(Recipe)
         self.refuse_unknown(top, known, "")
         self.require(top, known, "", Position(self.tree.place.file, 1, 1))
@@ -112,7 +112,7 @@ class _Reader:
         parts = {name: self.section(cls, top.get(name), name) for name, cls in sections().items()}
         if "method" in top and parts["training"]["init_adapter_from"] is not None:
             # what is not given is as that adapter has it
-            given = {"type", *self.children(top["method"])}
+            given = {"type", *top["method"].children}
             method = {name: value for name, value in method.items() if name in given}
         self.share_settings(task, parts["dataset"])
         return Recipe(
@@ -204,9 +204,6 @@ class _Reader:
             return None
         return value.data
 
-    def children(self, value: Value) -> dict[str, Value]:
-        return dict(value.data) if isinstance(value.data, dict) else {}
-
     def refuse_unknown(
         self, given: dict[str, Value], known: dict[str, Setting], path: str, kind: str | None = None
     ) -> None:
@@ -231,8 +228,7 @@ class _Reader:
             self.bad.add(key)
         if isinstance(value.data, list):
             self.places |= {f"{key}[{index}]": item.place for index, item in enumerate(value.data)}
-        elif isinstance(value.data, dict):
-            self.places |= {f"{key}.{name}": item.place for name, item in value.data.items()}
+        self.places |= {f"{key}.{name}": item.place for name, item in value.children.items()}
         if entry.items:
             return self.items(entry.items, value, entry.hint, key)
         alone = entry.section and only_required(entry.section)
@@ -376,8 +372,8 @@ def _find_item(value: Value, hint: Any, key: str, loc: Sequence[int | str]) -> _
     for part in loc:
         if isinstance(value.data, list) and isinstance(part, int):
             value, hint, key = value.data[part], item_hint(hint, list), f"{key}[{part}]"
-        elif isinstance(value.data, dict) and str(part) in value.data:
-            value, hint, key = value.data[str(part)], item_hint(hint, dict), f"{key}.{part}"
+        elif str(part) in value.children:
+            value, hint, key = value.children[str(part)], item_hint(hint, dict), f"{key}.{part}"
     return _Item(value, hint, key)
 
 

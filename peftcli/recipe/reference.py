@@ -97,7 +97,7 @@ _NEAR = 0.65
 @cache
 def _explainable() -> dict[str, Explanation]:
     example = "extends: base.yaml"
-    out = {"extends": Explanation("extends", "setting", _EXTENDS, "a string", _format_default(None), example=example)}
+    out = {"extends": Explanation("extends", "setting", _EXTENDS, "a string", "(unset)", example=example)}
     for name, entry in settings(Recipe).items():
         if entry.section:
             children = settings(entry.section)
@@ -159,23 +159,20 @@ def _explain_setting(key: str, entry: Setting, section: str | None = None) -> Ex
         kind="setting",
         help=entry.help,
         type=describe_type(entry.hint),
-        default="(required)" if entry.required else _format_default(entry.default),
+        default=_default(entry),
         allowed=tuple(choices(entry.hint)),
         example=f"{section or first}:\n  {line}" if first else line,
     )
 
 
 def _rows(children: dict[str, Setting]) -> tuple[tuple[str, str, str], ...]:
-    return tuple(
-        (name, "(required)" if entry.required else _format_default(entry.default), entry.help)
-        for name, entry in children.items()
-    )
+    return tuple((name, _default(entry), entry.help) for name, entry in children.items())
 
 
 def _example(entry: Setting) -> str:
     """Return an example value: the default, or one of the right type."""
     if not entry.required and entry.default not in (None, {}, []):
-        return _format_default(entry.default)
+        return _default(entry)
     if found := choices(entry.hint):
         return found[0]
     accepted = kinds(entry.hint)
@@ -190,10 +187,12 @@ def _example(entry: Setting) -> str:
     return "..."
 
 
-def _format_default(default: Any) -> str:
-    if default is None:
+def _default(entry: Setting) -> str:
+    if entry.required:
+        return "(required)"
+    if entry.default is None:
         return "(unset)"
-    return default if isinstance(default, str) else json.dumps(default)
+    return entry.default if isinstance(entry.default, str) else json.dumps(entry.default)
 
 
 def json_schema() -> dict[str, Any]:

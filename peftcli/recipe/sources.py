@@ -45,11 +45,10 @@ def read_tree(path: Path, overrides: Sequence[str], problems: Problems) -> Value
 def _read_chain(path: Path, named_at: Position, below: tuple[str, ...], problems: Problems) -> Value | None:
     """Merge the file at ``path`` over the file that it extends. ``below`` is the chain of files so far."""
     tree = read_file(path, problems, named_at)
-    if tree is None or not isinstance(tree.data, dict) or "extends" not in tree.data:
+    if tree is None or "extends" not in tree.children:
         return tree
-    own = {name: value for name, value in tree.data.items() if name != "extends"}
-    named = tree.data["extends"]
-    tree = replace(tree, data=own)
+    named = tree.children["extends"]
+    tree = replace(tree, data={name: value for name, value in tree.children.items() if name != "extends"})
     if not isinstance(named.data, str) or not named.data:
         problems.add(f"expected the path of a recipe, found {named.describe()}", named.place, "extends")
         return None
@@ -69,13 +68,12 @@ def _read_chain(path: Path, named_at: Position, below: tuple[str, ...], problems
 
 def _without_other_names(below: Value, above: Value) -> Value:
     """Return ``below`` without the settings of ``dataset`` or ``task`` that ``above`` gives in the other section."""
-    sections = below.data if isinstance(below.data, dict) else {}
+    sections = below.children
     for section, other in (("dataset", "task"), ("task", "dataset")):
-        given = above.data.get(other) if isinstance(above.data, dict) else None
-        old = sections.get(section)
-        if given and old and isinstance(given.data, dict) and isinstance(old.data, dict):
-            again = given.data.keys() & set(UNDER_DATASET)
-            left = {name: each for name, each in old.data.items() if name not in again}
+        given, old = above.children.get(other), sections.get(section)
+        if given and old and old.children:
+            again = given.children.keys() & set(UNDER_DATASET)
+            left = {name: each for name, each in old.children.items() if name not in again}
             sections = {**sections, section: replace(old, data=left)}
     return replace(below, data=sections)
 
@@ -98,13 +96,12 @@ def _merge_section(below: Value, value: Value, section: str) -> Value:
     if not (isinstance(below.data, dict) or isinstance(value.data, dict)):
         return value
     below, value = _in_full(below, section), _in_full(value, section)
-    if section == "base_model" and isinstance(below.data, dict) and isinstance(value.data, dict):
-        name, other = below.data.get("name"), value.data.get("name")
-        if name and other and name.data != other.data:
-            kept = {
-                key: each for key, each in below.data.items() if key not in _OF_ONE_MODEL or each.place == COMMAND_LINE
-            }
-            below = replace(below, data=kept)
+    name, other = below.children.get("name"), value.children.get("name")
+    if section == "base_model" and name and other and name.data != other.data:
+        kept = {
+            key: each for key, each in below.children.items() if key not in _OF_ONE_MODEL or each.place == COMMAND_LINE
+        }
+        below = replace(below, data=kept)
     return _merge(below, value)
 
 
@@ -132,8 +129,8 @@ def _override(tree: Value, text: str, problems: Problems) -> Value:
         return tree
     if path == ["base_model", "name"]:
         path = path[:1]
-    section = tree.data.get(path[0]) if isinstance(tree.data, dict) and len(path) == 1 else None
-    if section and value.data and isinstance(value.data, dict):
+    section = tree.children.get(path[0]) if len(path) == 1 else None
+    if section and value.children:
         value = _merge_section(section, value, path[0])
     tree = _without_other_names(tree, _set(Value({}, COMMAND_LINE), path, value))
     return _set(tree, path, value)
@@ -148,11 +145,11 @@ def _parse_value(written: str, key: str, problems: Problems) -> Value | None:
     for problem in own.found:
         at = (problem.key or "value").replace("value", key, 1)
         problems.add(problem.message, COMMAND_LINE, at, problem.suggestion)
-    if document is None or own.found or not isinstance(document.data, dict):
+    if document is None or own.found:
         return None
-    if list(document.data) != ["value"]:
+    if list(document.children) != ["value"]:
         problems.add("expected one value", COMMAND_LINE, key)
-    return _at_command_line(document.data["value"])
+    return _at_command_line(document.children["value"])
 
 
 def _at_command_line(value: Value) -> Value:
@@ -169,12 +166,11 @@ def _set(tree: Value, path: list[str], value: Value) -> Value:
     name, *rest = path
     if not isinstance(tree.data, dict):
         tree = Value({}, COMMAND_LINE, key_place=COMMAND_LINE)
-    children = tree.data if isinstance(tree.data, dict) else {}
-    old = children.get(name)
+    old = tree.children.get(name)
     if rest:
         new = _set(_in_full(old, name) if old else Value({}, COMMAND_LINE, key_place=COMMAND_LINE), rest, value)
     elif old and isinstance(old.data, dict) and isinstance(value.data, str):
         new = _merge_section(old, value, name)
     else:
         new = value
-    return replace(tree, data={**children, name: new})
+    return replace(tree, data={**tree.children, name: new})

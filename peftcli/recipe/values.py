@@ -48,6 +48,11 @@ class Value:
     """Whether a problem of this value is reported already."""
 
     @property
+    def children(self) -> dict[str, Value]:
+        """The values of a mapping; none of a scalar or a list."""
+        return self.data if isinstance(self.data, dict) else {}
+
+    @property
     def scalar(self) -> Scalar:
         """The scalar that the text means by itself."""
         return read_scalar(self.data) if self.plain and isinstance(self.data, str) else str(self.data)

@@ -97,7 +97,8 @@ def parse_text(text: str, file: str, problems: Problems) -> Value | None:
         return None
     except yaml.reader.ReaderError as error:
         character = f"a character that YAML does not allow (0x{error.character:02x})"
-        problems.add(f"{character}; write it as an escape in double quotes", _place_of(text, error.position, file))
+        line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
+        problems.add(f"{character}; write it as an escape in double quotes", Position(file, line, column))
         return None
     except (AttributeError, ValueError, RecursionError, TypeError, IndexError, OverflowError):
         # PyYAML raises these on some malformed input.
@@ -173,10 +174,9 @@ class _Converter:
         sources = value.data if isinstance(value.data, list) else [value]
         out: dict[str, Value] = {}
         for source in sources:
-            if isinstance(source.data, dict):
-                out = {**source.data, **out}
-            else:
+            if not isinstance(source.data, dict):
                 self.problems.add("<< takes a mapping or a list of mappings", place)
+            out = {**source.children, **out}
         return out
 
 
@@ -213,7 +213,3 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 
 def _place_at(file: str, mark: Any) -> Position:
     return Position(file) if mark is None else Position(file, mark.line + 1, mark.column + 1)
-
-
-def _place_of(text: str, index: int, file: str) -> Position:
-    return Position(file, text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index))
