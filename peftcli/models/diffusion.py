@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +93,7 @@ class _StableDiffusion(Family):
     def predict(
         self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        return model.part("unet")(noisy, steps, told["states"]).sample
+        return model.get_submodule("unet")(noisy, steps, told["states"]).sample
 
 
 class _StableDiffusionXL(Family):
@@ -110,7 +110,7 @@ class _StableDiffusionXL(Family):
         self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
         more = {"text_embeds": told["pooled"], "time_ids": sizes.to(noisy.dtype)}
-        return model.part("unet")(noisy, steps, told["states"], added_cond_kwargs=more).sample
+        return model.get_submodule("unet")(noisy, steps, told["states"], added_cond_kwargs=more).sample
 
 
 class _StableDiffusion3(Family):
@@ -128,7 +128,7 @@ class _StableDiffusion3(Family):
     def predict(
         self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        return model.part("transformer")(noisy, told["states"], told["pooled"], steps).sample
+        return model.get_submodule("transformer")(noisy, told["states"], told["pooled"], steps).sample
 
 
 class _Flux(Family):
@@ -144,7 +144,7 @@ class _Flux(Family):
     ) -> torch.Tensor:
         pipeline, (count, channels, height, width) = model.pipeline, noisy.shape
         like: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
-        packed = model.part("transformer")(
+        packed = model.get_submodule("transformer")(
             pipeline._pack_latents(noisy, count, channels, height, width),
             told["states"],
             told["pooled"],
@@ -193,10 +193,6 @@ class DiffusionModel(nn.Module):
             if isinstance(family, _StableDiffusionXL) and getattr(pipeline.vae.config, "latents_mean", None):
                 message = "scales latents by latents_mean and latents_std, which is not supported"
                 raise ModelError(message, file="vae", key="base_model")
-
-    def part(self, name: str) -> Any:
-        """One of the parts that may be adapted."""
-        return self.get_submodule(name)
 
     @property
     def device(self) -> torch.device:
@@ -276,7 +272,7 @@ class DiffusionModel(nn.Module):
     def gradient_checkpointing_enable(self, options: Mapping[str, Any] | None = None) -> None:
         """Keep fewer activations and compute them again."""
         for name in self.trained:
-            part = self.part(name)
+            part: Any = self.get_submodule(name)
             if hasattr(part, "enable_gradient_checkpointing"):
                 part.enable_gradient_checkpointing()
             else:  # of transformers, under the name of 5.24 and later, or the one before
@@ -291,7 +287,8 @@ class DiffusionModel(nn.Module):
             if not isinstance(value, list) or value == [None, None]:
                 continue
             if name in self.trained:
-                self.part(name).save_pretrained(folder / name)
+                part: Any = self.get_submodule(name)
+                part.save_pretrained(folder / name)
             elif source.is_dir():
                 for path in sorted(source.iterdir()):
                     if path.suffix in _COPIED and ".fp16." not in path.name:
@@ -304,13 +301,10 @@ class DiffusionModel(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DiffusionModel:
         """Move the frozen parts along."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for part in self._frozen():
-            part._apply(fn)
+        for name, part in self.pipeline.components.items() if self.pipeline is not None else ():
+            if isinstance(part, nn.Module) and name not in self.trained:
+                part._apply(fn)
         return self
-
-    def _frozen(self) -> Iterable[nn.Module]:
-        parts = self.pipeline.components if self.pipeline is not None else {}
-        return [part for name, part in parts.items() if isinstance(part, nn.Module) and name not in self.trained]
 
 
 @dataclass(frozen=True)
@@ -381,12 +375,12 @@ def noise_of(scheduler: Any) -> _Noise:
             hint = "known are flow matching (FlowMatch...) and schedulers with betas, such as EulerDiscreteScheduler"
             raise ModelError(message, file="scheduler", key="base_model", hint=hint)
         flow: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        return lambda clean, noise, times: _flow(flow, clean, noise, times)
+        return partial(_flow, flow)
     discrete: Any = diffusers.DDPMScheduler.from_config(scheduler.config)
     kind = discrete.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(f"predicts {kind}, which is not known", file="scheduler", key="base_model")
-    return lambda clean, noise, times: _discrete(discrete, kind, clean, noise, times)
+    return partial(_discrete, discrete, kind)
 
 
 def _discrete(

@@ -28,7 +28,8 @@ def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
     Raises:
         StorageError: the disk is full, read-only or fails; or a piece cannot be read from another file.
     """
-    temporary = temporary_name(path)
+    name = os.fsencode(path.name)[:_MAX_NAME].decode(errors="ignore")
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     pieces = [content] if isinstance(content, bytes) else _read(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,13 +39,11 @@ def write_file(path: Path, content: bytes | Iterable[Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # a signal, too
         with suppress(OSError):
             temporary.unlink()
-        raise cannot_write(path, error.errno, str(error.strerror)) from None
-    except BaseException:  # a signal
-        with suppress(OSError):
-            temporary.unlink()
+        if isinstance(error, OSError):
+            raise cannot_write(path, error.errno, str(error.strerror)) from None
         raise
 
 
@@ -59,12 +58,6 @@ def _read(pieces: Iterable[Any]) -> Iterator[Any]:
         yield from pieces
     except OSError as error:
         raise StorageError(f"cannot read: {error.strerror or error}", file=error.filename) from None
-
-
-def temporary_name(path: Path) -> Path:
-    """Return the hidden name, in the same folder, of a file or folder that this process has not completed."""
-    name = os.fsencode(path.name)[:_MAX_NAME].decode(errors="ignore")
-    return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -190,7 +190,7 @@ def partial_file(path: Path, key: str = "") -> Iterator[PartialFile]:
     partial = target.with_name(f"{_partial_prefix(target.name)}{digest}.partial")
     with _parents(target, path):
         with storage_errors(path):
-            file = FileIO(partial, "r+", opener=_open_partial)
+            file = FileIO(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         with file:
             if _lock(file.fileno()) is False or not is_at(file.fileno(), partial):
                 raise FolderBusy("another process is writing this file", file=str(path))
@@ -240,10 +240,6 @@ def _real_path(path: Path) -> Path:
     """Resolve the links of a path."""
     with storage_errors(path):
         return Path(os.path.realpath(path))
-
-
-def _open_partial(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _create_partial_folder(target: Path) -> tuple[Path, int]:
