@@ -23,7 +23,7 @@ ALLOWED = {
     "peftcli.cli.explain": 1,
     "peftcli.cli.generate": 4,
     "peftcli.cli.info": 3,
-    "peftcli.cli.inspect": 11,
+    "peftcli.cli.inspect": 5,
     "peftcli.cli.junit_report": 1,
     "peftcli.cli.merge": 1,
     "peftcli.cli.predict": 1,

@@ -240,7 +240,7 @@ def test_a_split_row_says_which_part_it_is(cli: Callable, tmp_path: Path) -> Non
 def test_a_very_long_row_is_shortened_in_its_middle(
     cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcli.cli.inspect._MAX_TOKENS", 10)
+    monkeypatch.setattr("peftcli.cli.inspect_output._MAX_TOKENS", 10)
     path = write_recipe(tmp_path, rows=[chat("sun " * 30 + "?", "tea"), *MESSAGES])
     out = cli("inspect", path, "--rows", 1).out
     assert re.search(r"^--- \d+ tokens are not shown; ", out, re.MULTILINE)
