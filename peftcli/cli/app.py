@@ -124,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> int:
     console.open_closed_streams()
     console.json_printed = False
     warnings.formatwarning = console.format_warning
-    given = list(sys.argv[1:] if args is None else args) or ["--help"]
+    given = list(sys.argv[1:] if args is None else args)
     options = given[: given.index("--")] if "--" in given else given
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars, which redraw

@@ -80,8 +80,7 @@ def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:
 def _run_case(error: Mapping[str, Any] | None, seconds: float | None) -> ElementTree.Element:
     case = _element("testcase", name="run", time=f"{seconds or 0:.3f}")
     if error is not None:
-        place = {name: error.get(name) for name in ("line", "key")}
-        only = {"message": error["message"], "file": error.get("file") or "", **place}
+        only = {name: error.get(name) for name in ("message", "line", "key")} | {"file": error.get("file") or ""}
         lines = [str(Problem(**each)) for each in error.get("problems") or [only]]
         text = "\n".join(filter(None, [*lines, error.get("hint")]))
         case.append(_element("error", text, message=error["message"], type=error["kind"]))

@@ -71,11 +71,11 @@ def train_together(
     if not (as_json and errors):  # stdout is the error's object
         _print_runs(recipes, shown, outcomes, as_json=as_json)
     if errors:
-        told = min(errors, key=lambda error: isinstance(error, Interrupted))
+        raised = min(errors, key=lambda error: isinstance(error, Interrupted))
         for error in errors:
-            if error is not told:
+            if error is not raised:
                 console.log(f"error: {error}")
-        raise told
+        raise raised
 
     from peftcli.train.finish import raise_failed_gates
 

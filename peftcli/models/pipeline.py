@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from peftcli.errors import ModelError
 from peftcli.guard.adapter_folder import DTYPES
-from peftcli.guard.files import read_json_object, short_repr
+from peftcli.guard.files import short_repr
 from peftcli.models import hub_files, validate
 from peftcli.models.base import LoadedModel, OpenBase
 from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family, quiet_diffusers
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("diffusers", "transformers")
 """Where the classes of parts may be from: a part of any other name is code."""
-_MAX_JSON_BYTES = 1 << 24
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that are not loaded: they look at pictures."""
 _DEFAULT_SAMPLE_SIZE = 128
@@ -46,7 +45,7 @@ class OpenPipeline(OpenBase):
         super().__init__(spec, found, template, processors)
         if importlib.util.find_spec("diffusers") is None:
             raise ModelError("a pipeline needs the package diffusers: pip install 'peftcli[diffusion]'")
-        index = read_json_object(self.folder / PIPELINE_FILE, _MAX_JSON_BYTES, ModelError, strict=False)
+        index = validate.read_config(self.folder / PIPELINE_FILE)
         self.family = self._family(index)
         self.parts = dict(self._parts(index))
         """Name of a part that is loaded -> library and class."""
@@ -110,7 +109,7 @@ class OpenPipeline(OpenBase):
         return self.pixels_per_latent * (1 if self.family.denoiser == "unet" else 2)
 
     def _config_of(self, part: str) -> dict[str, Any]:
-        return read_json_object(self.folder / part / "config.json", _MAX_JSON_BYTES, ModelError, strict=False)
+        return validate.read_config(self.folder / part / "config.json")
 
     def part(self, name: str) -> Any:
         """Load one part without weights.

@@ -169,8 +169,9 @@ def grow(model: Any, rows: int) -> None:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
     for name, module in _vocabulary(model).items():
-        for tensor in _rows_of(module):
-            tensor.data[before[name] :] = _mean(tensor.data[: before[name]])
+        for tensor in (module.weight, getattr(module, "bias", None)):
+            if tensor is not None:
+                tensor.data[before[name] :] = _mean(tensor.data[: before[name]])
 
 
 def grown(value: torch.Tensor, rows: int) -> torch.Tensor:
@@ -281,11 +282,6 @@ def _believed(ids: Collection[int], rows: int) -> int:
     """How many rows the largest of an adapter's tokens needs; 0 where it is too far beyond the others."""
     beyond = sorted(token for token in set(ids) if token >= rows)
     return beyond[-1] + 1 if beyond and beyond[-1] < rows + len(beyond) + _MAX_GAP else 0
-
-
-def _rows_of(module: Any) -> list[torch.Tensor]:
-    """The tensors of an embedding or head that have a row for each token."""
-    return [tensor for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None]
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:

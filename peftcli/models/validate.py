@@ -64,13 +64,16 @@ def check_folder(folder: Path, *, trusted: bool = False) -> dict[Path, dict[str,
     Raises:
         ModelError: a file is not regular, is not JSON, or has counts that take memory as soon as they are read.
     """
-    read = _configs(folder)
+    config = folder / "config.json"
+    read = {config: read_config(config)} if os.path.lexists(config) else {}
+    if "configuration_files" in read.get(config, {}):  # transformers of some versions read another one in its place
+        read |= {path: read_config(path) for path in sorted(folder.glob("config.*.json"))}
     for path, values in read.items():
         _refuse_counts(values, str(path))
     for path in sorted(folder.iterdir()) + sorted(folder.glob("additional_chat_templates/*")):
         if path.name in _OBJECTS:
             if path not in read:
-                read[path] = read_json_object(path, _MAX_JSON_BYTES, ModelError, strict=False)
+                read[path] = read_config(path)
         elif path.name in _FILES:
             with read_errors(path, ModelError), open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -96,14 +99,9 @@ def check_config(read: dict[Path, dict[str, Any]], *, trusted: bool) -> None:
             weights_name(values, str(path))
 
 
-def _configs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Read config.json, and the files that it may name in its place for versions of transformers."""
-    path = folder / "config.json"
-    found = {path: read_json_object(path, _MAX_JSON_BYTES, ModelError, strict=False)} if os.path.lexists(path) else {}
-    if found and "configuration_files" in found[path]:
-        for other in sorted(folder.glob("config.*.json")):
-            found[other] = read_json_object(other, _MAX_JSON_BYTES, ModelError, strict=False)
-    return found
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a small file of a model that must hold a JSON object; raise ModelError if it does not."""
+    return read_json_object(path, _MAX_JSON_BYTES, ModelError, strict=False)
 
 
 def _refuse_own_code(values: dict[str, Any], file: str) -> None:
@@ -134,7 +132,9 @@ def _refuse_attention(values: dict[str, Any], file: str) -> None:
 
 def _refuse_counts(values: dict[str, Any], file: str) -> None:
     for key, value in _settings(values):
-        most = _MAX_LABELS if key.endswith("num_labels") else _MAX_LAYERS if _counts_layers(key) else None
+        name = key.rpartition(".")[2]
+        counts_layers = name.endswith("layers") or name in ("n_layer", "num_layer")
+        most = _MAX_LABELS if name.endswith("num_labels") else _MAX_LAYERS if counts_layers else None
         if most and isinstance(value, (int, float)) and not 0 <= value <= most:
             raise ModelError(f"{short_repr(value)} is not a plausible value", file=file, key=short_name(key))
 
@@ -221,10 +221,10 @@ def find_initialised(
     body, heads = find_heads(model)
     names = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     missing, loaded = set(info["missing_keys"]), names - set(info["missing_keys"])
-    new = [head for head in heads if not any(_is_in(key, head) for key in loaded)]
+    new = [head for head in heads if not any(key.startswith(f"{head}.") for key in loaded)]
     sizes = {key: (tuple(stored), tuple(needed)) for key, stored, needed in info["mismatched_keys"]}
-    replaced = {key for key in sizes if new_labels and any(_is_in(key, head) for head in heads)}
-    initialised = {key for key in missing if any(_is_in(key, head) for head in new)}
+    replaced = {key for key in sizes if new_labels and any(key.startswith(f"{head}.") for head in heads)}
+    initialised = {key for key in missing if any(key.startswith(f"{head}.") for head in new)}
     # what the body itself holds, as Wav2Vec2's mask embedding, is for pretraining
     lost = {key for key in missing - initialised if key.rpartition(".")[0] != body or body is None}
     damage = [f"{key} is {sizes[key][0]}, not {sizes[key][1]}" for key in sorted(sizes.keys() - replaced)]
@@ -267,10 +267,6 @@ def has_stack(module: nn.Module) -> bool:
     return any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
-def _is_in(key: str, module: str) -> bool:
-    return key.startswith(f"{module}.")
-
-
 def no_weights(folder: str, names: Iterable[str]) -> ModelError:
     """Return the error for a model without safetensors whose folder has files of these names."""
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")))
@@ -301,11 +297,6 @@ def _would_block(path: Path) -> bool:
 def _is_plain(name: object) -> bool:
     """Whether it is a file name and not a path."""
     return isinstance(name, str) and Path(name).name == name and name.isprintable()
-
-
-def _counts_layers(key: str) -> bool:
-    name = key.rpartition(".")[2]
-    return name.endswith("layers") or name in ("n_layer", "num_layer")
 
 
 def _settings(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

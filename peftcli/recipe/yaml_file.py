@@ -45,7 +45,7 @@ _EXPLANATIONS = (
 class _Refused(Exception):
     """Reading stops, with a message and its place in the file."""
 
-    def __init__(self, message: str, mark: Any = None):
+    def __init__(self, message: str, mark: Any):
         super().__init__(message)
         self.message, self.mark = message, mark
 

@@ -90,7 +90,7 @@ def is_repo_id(text: str) -> bool:
     return False
 
 
-def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
+def full_repo_id(repo_id: str, token: str | bool | None) -> str:
     """Return the repository's name, with that of the token's user before one without a namespace.
 
     Raises:
@@ -120,14 +120,12 @@ def clean_line(text: str) -> str:
 @contextlib.contextmanager
 def _checked(blobs: Path, before: set[Path]) -> Iterator[None]:
     """Remove the files downloaded inside whose hash is wrong, and raise RetryableError: a later try would use them."""
-    damaged: list[Path] = []
     try:
         yield
     finally:
-        for blob in _complete_blobs(blobs) - before:
-            if not _matches_hash(blob):
-                blob.unlink(missing_ok=True)
-                damaged.append(blob)
+        damaged = [blob for blob in _complete_blobs(blobs) - before if not _matches_hash(blob)]
+        for blob in damaged:
+            blob.unlink(missing_ok=True)
     if damaged:
         raise RetryableError("the hash of a downloaded file differs from the hub's")
 
@@ -446,8 +444,8 @@ def _close_on_signal(session: HubSession, done: threading.Event) -> None:
     while not done.wait(_POLL):
         stop = signals.current()
         if stop.signal and stop.at_once:
-            return session.close()
-    return None
+            session.close()
+            return
 
 
 @dataclass(frozen=True)
