@@ -1,4 +1,4 @@
-"""What PEFT makes of an adapter's names: it converts them as transformers converts those of older checkpoints."""
+"""Adapters whose names PEFT converts as transformers converts those of older checkpoints, and so does not load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcli.core.targets import shortest_names
 from peftcli.errors import PeftWarning
 
 _NAMES_OF_EXPERTS = {"down_proj", "gate_proj", "up_proj"}
-"""What PEFT takes for experts, wherever it stands in a model of the kinds that it converts as Qwen2-MoE."""
+"""Modules that PEFT takes for experts anywhere in a model of the kinds that it converts as Qwen2-MoE."""
 
 
 def warn_of_peft(model: Any, config: AdapterConfig, tensors: Iterable[str]) -> None:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Tensors = dict[str, torch.Tensor]
-_KEPT_BYTES = 2 << 30
-"""Of the latents that a model keeps, and of its texts' embeddings. The others are computed each time."""
+_CACHE_BYTES = 2 << 30
+"""The size of each cache: of latents, and of the texts' embeddings. The others are computed each time."""
 _COPIED = (".json", ".txt", ".model", ".safetensors")
 _GUIDANCE = 3.5
-"""What Flux is told while it trains, as its published recipes do."""
+"""The guidance scale that Flux trains with, as in its published recipes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass
 class Denoised(ModelOutput):
-    """What a denoiser says of noisy latents, and what it should say."""
+    """A denoiser's prediction for noisy latents, and its target."""
 
     sample: torch.Tensor | None = None
     """(B, C, h, w)."""
@@ -66,19 +66,19 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
-        """Turn prompts into what the denoiser is told: tensors (B, ...)."""
+        """Encode prompts into the tensors (B, ...) that condition the denoiser."""
 
     @abstractmethod
     def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        """What the denoiser predicts (B, C, h, w).
+        """Return the denoiser's prediction (B, C, h, w).
 
         Args:
             model: Has it.
             noisy: Latents (B, C, h, w).
             steps: Of the scheduler (B,).
-            told: What ``encode`` gave.
+            texts: The tensors of ``encode``.
             sizes: Of the pictures (B, 6): height and width before they were cut, top and left of the cut, and height
                 and width.
         """
@@ -91,9 +91,9 @@ class _StableDiffusion(Family):
         return {"states": pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0]}
 
     def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        return model.get_submodule("unet")(noisy, steps, told["states"]).sample
+        return model.get_submodule("unet")(noisy, steps, texts["states"]).sample
 
 
 class _StableDiffusionXL(Family):
@@ -107,10 +107,10 @@ class _StableDiffusionXL(Family):
         return {"states": states, "pooled": pooled}
 
     def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        more = {"text_embeds": told["pooled"], "time_ids": sizes.to(noisy.dtype)}
-        return model.get_submodule("unet")(noisy, steps, told["states"], added_cond_kwargs=more).sample
+        more = {"text_embeds": texts["pooled"], "time_ids": sizes.to(noisy.dtype)}
+        return model.get_submodule("unet")(noisy, steps, texts["states"], added_cond_kwargs=more).sample
 
 
 class _StableDiffusion3(Family):
@@ -126,9 +126,9 @@ class _StableDiffusion3(Family):
         return {"states": states, "pooled": pooled}
 
     def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
-        return model.get_submodule("transformer")(noisy, told["states"], told["pooled"], steps).sample
+        return model.get_submodule("transformer")(noisy, texts["states"], texts["pooled"], steps).sample
 
 
 class _Flux(Family):
@@ -140,17 +140,17 @@ class _Flux(Family):
         return {"states": states, "pooled": pooled}
 
     def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, told: Tensors, sizes: torch.Tensor
+        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
     ) -> torch.Tensor:
         pipeline, (count, channels, height, width) = model.pipeline, noisy.shape
         like: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
         packed = model.get_submodule("transformer")(
             pipeline._pack_latents(noisy, count, channels, height, width),
-            told["states"],
-            told["pooled"],
+            texts["states"],
+            texts["pooled"],
             steps / 1000,
             img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **like),
-            txt_ids=torch.zeros(told["states"].shape[1], 3, **like),
+            txt_ids=torch.zeros(texts["states"].shape[1], 3, **like),
             guidance=torch.full((count,), _GUIDANCE, **like) if model.guided else None,
         ).sample
         scale = pipeline.vae_scale_factor
@@ -187,7 +187,7 @@ class DiffusionModel(nn.Module):
         denoiser: Any = trained[family.denoiser]
         self.compute_dtype: torch.dtype = denoiser.dtype
         self.guided = bool(getattr(denoiser.config, "guidance_embeds", False))
-        self._latents, self._told = _Kept(), _Kept()
+        self._latents, self._texts = _Cache(), _Cache()
         if pipeline is not None:
             self._noise = noise_of(pipeline.scheduler)
             if isinstance(family, _StableDiffusionXL) and getattr(pipeline.vae.config, "latents_mean", None):
@@ -216,14 +216,14 @@ class DiffusionModel(nn.Module):
             times: (B,), from 0 to 1: which share of all steps is less noisy, as training draws them.
             sizes: See ``Family.predict``.
         """
-        clean, noise = self._encoded(pictures, seeds)
+        clean, noise = self._draw_latents(pictures, seeds)
         noisy, steps, target = self._noise(clean, noise, times.to(self.device))
-        told = {name: value.to(self.compute_dtype) for name, value in self._tell(prompts).items()}
-        sample = self.family.predict(self, noisy.to(self.compute_dtype), steps, told, sizes)
+        texts = {name: value.to(self.compute_dtype) for name, value in self._encode_cached(prompts).items()}
+        sample = self.family.predict(self, noisy.to(self.compute_dtype), steps, texts, sizes)
         return Denoised(sample.float(), target)
 
-    def _encoded(self, pictures: Sequence[Picture], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of pictures, and noise (B, C, h, w) each, drawn on the CPU: by the seed alone."""
+    def _draw_latents(self, pictures: Sequence[Picture], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return latents and noise (B, C, h, w) of pictures, drawn on the CPU: they depend on the seeds alone."""
         found = [self._latents.get(each.key, partial(self._moments, each)) for each in pictures]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         means, logs = (torch.stack(part) for part in zip(*((value.mean, value.log) for value in found), strict=True))
@@ -240,10 +240,10 @@ class DiffusionModel(nn.Module):
             found = self.pipeline.vae.encode(pixels).latent_dist
         return _Moments(found.mean[0].cpu(), found.logvar[0].cpu())
 
-    def _tell(self, prompts: Sequence[str]) -> Tensors:
+    def _encode_cached(self, prompts: Sequence[str]) -> Tensors:
         if len(self.trained) > 1:
             return self._encode(prompts)
-        found = [self._told.get(each, partial(self._encode_one, each)) for each in prompts]
+        found = [self._texts.get(each, partial(self._encode_one, each)) for each in prompts]
         return {name: torch.stack([each[name] for each in found]).to(self.device) for name in found[0]}
 
     @torch.no_grad()
@@ -309,29 +309,29 @@ class DiffusionModel(nn.Module):
 
 @dataclass(frozen=True)
 class _Moments:
-    """What the autoencoder draws a picture's latents from, (C, h, w) each."""
+    """Mean and variance of a picture's latents, (C, h, w) each."""
 
     mean: torch.Tensor
     log: torch.Tensor
     """Logarithms of variances."""
 
 
-class _Kept:
-    """Values that are computed once, as far as memory is given to them."""
+class _Cache:
+    """Values that are computed once, up to a number of bytes."""
 
     def __init__(self) -> None:
         self._values: dict[Hashable, Any] = {}
-        self._room = _KEPT_BYTES
+        self._free_bytes = _CACHE_BYTES
 
     def get(self, key: Hashable | None, make: Callable[[], Any]) -> Any:
-        """The value of a key, which ``make`` computes where it is not kept. A None key is never kept."""
+        """Return the value of a key, computed by ``make`` if it is not cached. None is never cached."""
         if key in self._values:
             return self._values[key]
         value = make()
         tensors = value.values() if isinstance(value, dict) else vars(value).values()
         size = sum(each.numel() * each.element_size() for each in tensors)
-        if key is not None and size <= self._room:
-            self._room -= size
+        if key is not None and size <= self._free_bytes:
+            self._free_bytes -= size
             self._values[key] = value
         return value
 
@@ -361,7 +361,7 @@ _Noise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor
 
 
 def noise_of(scheduler: Any) -> _Noise:
-    """How a scheduler's settings say that noise is added and what of it is predicted.
+    """Return the function that adds noise as a scheduler's settings say, and gives the target of the prediction.
 
     Raises:
         ModelError: they say something that is not known.

@@ -31,7 +31,7 @@ same model, and of checkpoints."""
 _NEEDED = ("config.json", "generation_config.json", "token*.json", "*_tokens*.json", "*.jinja")
 """Those without which a model answers differently, and which transformers caches too."""
 _OTHER_FORMS = [CONFIG_FILE, "*/*.fp16.*", "*/*.non_ema.*"]
-"""What a pipeline's parts may be there as, too."""
+"""An adapter's config, and other variants of a pipeline's weights."""
 
 _ahead: dict[Path, Future[str | None]] = {}
 """Hashes that are being computed."""
@@ -85,7 +85,7 @@ def _fetch(base: BaseModel, patterns: Sequence[str], ignored: Sequence[str] = ()
 
 
 def snapshot(base: BaseModel) -> Path | None:
-    """The folder in the cache that this process has read the base model from, named as its commit; None: from none."""
+    """Return the cached folder, named as its commit, that this process has read the base model from; None: none."""
     return _folders.get(_key(base))
 
 
@@ -96,7 +96,7 @@ def _key(base: BaseModel) -> tuple[str, ...]:
 
 
 def hash_ahead(path: Path) -> None:
-    """Begin with the ``base_hash`` of a base model, beside what this process does until it asks for it."""
+    """Start to compute the ``base_hash`` of a base model in a thread; ``base_hash`` then waits for it."""
     future = _ahead[path] = Future[str | None]()
 
     def compute() -> None:
@@ -109,7 +109,7 @@ def hash_ahead(path: Path) -> None:
 
 
 def base_hash(path: Path) -> str | None:
-    """One hash over the weights and the config of a base model; None where there is no folder or file of it."""
+    """Return one hash over the weights and the config of a base model; None if it has no folder or file."""
     future = _ahead.pop(path, None)
     return _base_hash(path) if future is None else future.result()
 

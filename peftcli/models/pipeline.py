@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _LIBRARIES = ("diffusers", "transformers")
 """Where the classes of parts may be from: a part of any other name is code."""
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that are not loaded: they look at pictures."""
+"""Parts that are not loaded: they read pictures."""
 _DEFAULT_SAMPLE_SIZE = 128
 """Of a transformer that takes pictures of any size, as Flux: pictures of 1024 pixels."""
 
@@ -94,7 +94,7 @@ class OpenPipeline(OpenBase):
 
     @property
     def pixels_per_latent(self) -> int:
-        """How many pixels of a picture's side become one number."""
+        """How many pixels of a picture's side one latent stands for."""
         return int(2 ** (len(self._config_of("vae").get("block_out_channels", [0])) - 1))
 
     @property
@@ -105,7 +105,7 @@ class OpenPipeline(OpenBase):
 
     @property
     def resolution_step(self) -> int:
-        """What the side of a picture must be a multiple of, in pixels: transformers read two by two numbers."""
+        """The side of a picture is a multiple of these pixels: transformers read patches of two by two latents."""
         return self.pixels_per_latent * (1 if self.family.denoiser == "unet" else 2)
 
     def _config_of(self, part: str) -> dict[str, Any]:

@@ -45,11 +45,11 @@ _TEMPLATE, _TOKENS = "base_model.chat_template", "base_model.new_tokens"
 _MAX_TEMPLATE_BYTES = 1_000_000
 """Bytes. Models' templates have up to 20,000."""
 _MAX_GAP = 1024
-"""So many rows between the base model's and an adapter's tokens are believed."""
+"""The largest gap between the base model's rows and an adapter's tokens; tokens beyond it are rejected."""
 
 
 def template_text(base: BaseModel) -> str | None:
-    """The chat template that the recipe puts in place of the tokenizer's own.
+    """Return the chat template that the recipe puts in place of the tokenizer's own; None if there is none.
 
     Raises:
         ModelError: no such file, or it is no template.
@@ -90,7 +90,7 @@ def apply_recipe(tokenizer: PreTrainedTokenizerBase, base: BaseModel, template: 
     if template is not None:
         tokenizer.chat_template = template
     if base.chat_template == "chatml":
-        _speak_chatml(tokenizer, base)
+        _use_chatml(tokenizer, base)
 
 
 def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig, base: BaseModel) -> None:
@@ -126,7 +126,7 @@ def grow_for(model: Any, tokenizer: PreTrainedTokenizerBase, base: BaseModel) ->
 def fit_adapter(model: Any, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> int | None:
     """Let the model hold the tokens that a saved adapter has rows for; to be called before it is loaded.
 
-    Rows are believed where the file holds them in the model's width; ``load_adapter`` refuses tensors of other shapes.
+    Only rows of the model's width count; ``load_adapter`` refuses tensors of other shapes.
 
     Returns:
         How many rows there are now, if there are more than there were.
@@ -141,7 +141,7 @@ def fit_adapter(model: Any, config: AdapterConfig, header: Mapping[str, TensorEn
         for leaf in ("weight", "base_layer.weight")
         if (held := header.get(f"{config.file_prefix}{name}.{leaf}")) and held.shape[1:] == end.weight.shape[1:]
     ]
-    more = max([*wanted, _believed(_named_tokens(config), rows)])
+    more = max([*wanted, _plausible_rows(_named_tokens(config), rows)])
     grow(model, more)
     return more if more > rows else None
 
@@ -156,7 +156,7 @@ def fit_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     if not ends or not ids:
         return
     rows, last = next(iter(ends.values())).weight.shape[0], max(ids)
-    if last >= max(rows, _believed(ids, rows)):
+    if last >= max(rows, _plausible_rows(ids, rows)):
         message = f"its tokenizer has a token {last:,}, far beyond the {rows:,} rows of the base model"
         raise AdapterError(message, file=str(folder))
     grow(model, last + 1)
@@ -175,7 +175,7 @@ def grow(model: Any, rows: int) -> None:
 
 
 def grown(value: torch.Tensor, rows: int) -> torch.Tensor:
-    """A tensor of an embedding or head as ``grow`` makes it."""
+    """Return a tensor of an embedding or head with the rows that ``grow`` would add."""
     return torch.cat([value, _mean(value).expand(rows - len(value), *value.shape[1:])])
 
 
@@ -226,7 +226,7 @@ def save_processor(folder: Path, processor: Any) -> list[str]:
 
 
 def _new_ids(tokenizer: Any, base: BaseModel) -> list[int]:
-    """The numbers of the recipe's new tokens, sorted."""
+    """Return the numbers of the recipe's new tokens, sorted."""
     return sorted(tokenizer.convert_tokens_to_ids(base.new_tokens))
 
 
@@ -254,7 +254,7 @@ def _check_syntax(text: str, file: str) -> None:
         raise ModelError(f"no chat template: {error.message}", file=file, line=error.lineno, key=_TEMPLATE) from None
 
 
-def _speak_chatml(tokenizer: PreTrainedTokenizerBase, base: BaseModel) -> None:
+def _use_chatml(tokenizer: PreTrainedTokenizerBase, base: BaseModel) -> None:
     missing = [mark for mark in (START, END) if mark not in tokenizer.get_added_vocab()]
     if missing:
         are = "is no token" if len(missing) == 1 else "are no tokens"
@@ -269,7 +269,7 @@ def _speak_chatml(tokenizer: PreTrainedTokenizerBase, base: BaseModel) -> None:
 
 
 def _vocabulary(model: Any) -> dict[str, Any]:
-    """The input embedding and the head over the same tokens, by their names in the base model."""
+    """Return the input embedding and the head over the same tokens, by their names in the base model."""
     embedding, head = (end if end is None else base_module(end) for end in model_ends(model))
     if not isinstance(embedding, nn.Embedding):
         return {}
@@ -278,8 +278,8 @@ def _vocabulary(model: Any) -> dict[str, Any]:
     return {names[id(end)]: end for end in ends}
 
 
-def _believed(ids: Collection[int], rows: int) -> int:
-    """How many rows the largest of an adapter's tokens needs; 0 where it is too far beyond the others."""
+def _plausible_rows(ids: Collection[int], rows: int) -> int:
+    """Return how many rows the largest of an adapter's tokens needs; 0 if it is too far beyond the others."""
     beyond = sorted(token for token in set(ids) if token >= rows)
     return beyond[-1] + 1 if beyond and beyond[-1] < rows + len(beyond) + _MAX_GAP else 0
 
@@ -289,7 +289,7 @@ def _mean(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _named_tokens(config: Any) -> Sequence[int]:
-    """The tokens whose rows an adapter trains."""
+    """Return the tokens whose rows an adapter trains."""
     named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     return [token for tokens in named.values() for token in tokens] if isinstance(named, dict) else named
 
@@ -321,7 +321,7 @@ def _train_rows(model: Any, config: Any, ids: list[int]) -> None:
 
 
 def _check_free(model: Any, config: Any, names: list[str]) -> None:
-    """Raise AdapterError if the adapter has other plans with an embedding or head."""
+    """Raise AdapterError if the adapter targets an embedding or head whose new rows are to train."""
     adapted = find_targets(model, config) if config.target_modules else []
     if taken := [name for name in names if name in adapted]:
         raise AdapterError(

@@ -241,7 +241,7 @@ def find_initialised(
 
 
 def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:
-    """The body's name, and the names of what may stand on it untrained: heads and poolers. None in a language model."""
+    """Return the body's name and the names of its heads and poolers, which may be new; None of a language model."""
     ends = model_ends(model)
     if ends[1] is not None:
         return None, []
@@ -263,7 +263,7 @@ def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:
 
 
 def has_stack(module: nn.Module) -> bool:
-    """Whether the module is or holds a list of layers, as encoders do and heads do not."""
+    """Return whether the module is or contains a list of layers, as encoders do and heads do not."""
     return any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
@@ -286,7 +286,7 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
 
 
 def _would_block(path: Path) -> bool:
-    """Whether reading it would block, as reading a pipe does."""
+    """Return whether reading it would block, as reading a pipe does."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except OSError:
@@ -295,7 +295,7 @@ def _would_block(path: Path) -> bool:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether it is a file name and not a path."""
+    """Return whether it is a file name and not a path."""
     return isinstance(name, str) and Path(name).name == name and name.isprintable()
 
 

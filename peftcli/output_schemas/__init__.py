@@ -13,22 +13,22 @@ _ENDING = ".schema.json"
 
 
 def names() -> list[str]:
-    """What there is a schema of: a command, ``run`` (run.json) or ``error``."""
+    """Return the names of the schemas: commands, ``run`` (run.json) and ``error``."""
     found = (entry.name for entry in files(__name__).iterdir())
     return sorted(name.removesuffix(_ENDING) for name in found if name.endswith(_ENDING))
 
 
 def output_schema(name: str) -> dict[str, Any]:
-    """The schema called ``name``, which refers to nothing outside."""
+    """Return the schema called ``name``, without references to other files."""
     definitions: dict[str, Any] = {}
 
-    def here(node: Any, file: str) -> Any:
-        """``node`` of ``file``, its references to other files made references to the definitions."""
+    def resolve(node: Any, file: str) -> Any:
+        """Return ``node`` of ``file`` with its references turned into references to the definitions."""
         if isinstance(node, list):
-            return [here(item, file) for item in node]
+            return [resolve(item, file) for item in node]
         if not isinstance(node, dict):
             return node
-        out = {key: here(value, file) for key, value in node.items() if key != "$defs"}
+        out = {key: resolve(value, file) for key, value in node.items() if key != "$defs"}
         if "$ref" in node:
             place, _, inner = node["$ref"].partition("#/$defs/")
             place = place.removesuffix(_ENDING) or file
@@ -37,11 +37,11 @@ def output_schema(name: str) -> dict[str, Any]:
                 definitions[defined] = {}  # keeps its turn
                 schema = _read(place)
                 target = schema["$defs"][inner] if inner else {k: v for k, v in schema.items() if k != "$schema"}
-                definitions[defined] = here(target, place)
+                definitions[defined] = resolve(target, place)
             out["$ref"] = f"#/$defs/{defined}"
         return out
 
-    whole: dict[str, Any] = here(_read(name), name)
+    whole: dict[str, Any] = resolve(_read(name), name)
     return {**whole, "$defs": definitions} if definitions else whole
 
 

@@ -1,6 +1,6 @@
-"""What a file of ``accelerate config``, or ``accelerate launch``, says of a run, as the recipe has it.
+"""Settings of a run from a file of ``accelerate config``, or from the variables of ``accelerate launch``.
 
-What it asks for and peftcli does not do is a problem, so that nothing of it is left out silently.
+A request that peftcli does not fulfil is a problem, so that none is ignored silently.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
 
 
 def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
-    """Raise TypeError or ValueError where it is no such file."""
+    """Return the file's settings of ``launch`` and bf16; raise TypeError or ValueError for another file."""
     if not isinstance(said, dict) or "distributed_type" not in said:
         raise ValueError("it has no distributed_type")
     machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or -1)
@@ -198,7 +198,7 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """What it asks for and a run would not do."""
+    """Describe each request of the file that a run would not fulfil."""
     fsdp = said.get("fsdp_config") or {}
     problems = [key for key, values in _NOTHING.items() if said.get(key) not in values]
     zero = said.get("deepspeed_config") or {}

@@ -17,7 +17,7 @@ _FAR = 10.0
 
 
 def usual_rate(recipe: Recipe) -> float:
-    """The learning rate for the recipe's method, how it starts, and its task if that is known."""
+    """Return the usual learning rate of the recipe's method, its initialisation, and its task if that is known."""
     task = TASKS.get((recipe.task or {}).get("type", ""))
     settings = dict(recipe.method)
     config = METHODS[settings.pop("type")].config_class().unchecked(**settings)
@@ -26,20 +26,20 @@ def usual_rate(recipe: Recipe) -> float:
 
 
 def with_rate(recipe: Recipe) -> Recipe:
-    """The recipe with a number for its learning rate."""
+    """Return the recipe with a number for its learning rate."""
     if recipe.training.learning_rate != "auto":
         return recipe
     return replace(recipe, training=replace(recipe.training, learning_rate=usual_rate(recipe)))
 
 
 def rate_problems(reading: Reading) -> list[Problem]:
-    """What is odd with a recipe's learning rate, if anything, with its place."""
+    """Return the warning about a recipe's learning rate, if there is one, with its place."""
     text = rate_warning(reading.recipe) if reading.recipe else None
     return [reading.locate(Problem(text, file="", key="training.learning_rate"))] if text else []
 
 
 def rate_warning(recipe: Recipe) -> str | None:
-    """What is odd with the learning rate: it is more than ten times as large as the usual one, or as small."""
+    """Warn of a learning rate that is more than ten times larger or smaller than the usual one."""
     given, usual = recipe.training.learning_rate, usual_rate(recipe)
     if given == "auto" or not given or usual / _FAR <= given <= usual * _FAR:
         return None

@@ -123,9 +123,9 @@ def _explain_type(out: dict[str, Explanation], name: str, table: Mapping[str, An
     """Explain the section ``method`` or ``task``, and its ``type``, which names a row of the table."""
     rows = tuple(("type", each, row.summary) for each, row in table.items())
     out[name] = dataclasses.replace(out[name], kind="section", type=None, settings=rows, **own)
-    told, example = f"The {name}; see `peftcli info {name}s`.", f"{name}:\n  type: {next(iter(table))}"
+    text, example = f"The {name}; see `peftcli info {name}s`.", f"{name}:\n  type: {next(iter(table))}"
     kind = f"{name}.type"
-    out[kind] = Explanation(kind, "setting", told, "a string", "(required)", tuple(table), example)
+    out[kind] = Explanation(kind, "setting", text, "a string", "(required)", tuple(table), example)
 
 
 def _explain_own(out: dict[str, Explanation], section: str, kind: str, known: Mapping[str, Setting]) -> None:

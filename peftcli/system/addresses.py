@@ -44,7 +44,7 @@ def use_interface_to(host: str) -> None:
 
 
 def on_several_machines() -> bool:
-    """Whether a launcher has started this process as one of several, of which others run on other machines."""
+    """Return whether a launcher has started this process as one of several that run on several machines."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     return count > int(os.environ.get("LOCAL_WORLD_SIZE", count))
 

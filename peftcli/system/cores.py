@@ -22,8 +22,6 @@ _KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _KERNELS = "64"
 """More than a micro-batch of a Llama needs. A kernel of bfloat16 is made for one number of tokens, in less than a
 millisecond, and takes some 0.6 MB; by their own choice, torch and oneDNN keep 1,024."""
-
-
 _LOAD = Path("/proc/loadavg")
 
 
@@ -39,7 +37,7 @@ def set_variables() -> None:
 
 
 def _others_run() -> bool:
-    """Whether other processes leave fewer cores than this one may use (Linux)."""
+    """Return whether other processes leave fewer cores than this one may use (Linux)."""
     try:
         running = []
         for _ in range(_LOOKS):
