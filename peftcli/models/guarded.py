@@ -64,7 +64,7 @@ _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Draw no progress bars of transformers, and log its messages, without control characters, only on success."""
+    """Draw no progress bars of transformers, and log the first lines of its messages, escaped, only on success."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
@@ -88,13 +88,8 @@ def quiet() -> Iterator[None]:
         if bars:
             transformers_logging.enable_progress_bar()
     for record in held:
-        record.msg, record.args = harmless(record.getMessage()), None
+        lines = re.sub(r"\x1b\[[\d;]*m", "", record.getMessage()).splitlines()  # transformers' own bold letters
+        more = [f"and {len(lines) - _MAX_LOG_LINES} lines more"] if len(lines) > _MAX_LOG_LINES else []
+        record.msg, record.args = "\n".join([*map(one_line, lines[:_MAX_LOG_LINES]), *more]), None
         if not _OF_NEW_HEADS.search(record.msg):
             logging.getLogger(record.name).handle(record)
-
-
-def harmless(text: str) -> str:
-    """Return the first lines of another library's log, without what could steer a terminal."""
-    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # transformers' own bold letters
-    more = [f"and {len(lines) - _MAX_LOG_LINES} lines more"] if len(lines) > _MAX_LOG_LINES else []
-    return "\n".join([*map(one_line, lines[:_MAX_LOG_LINES]), *more])

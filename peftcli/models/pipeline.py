@@ -142,7 +142,9 @@ class OpenPipeline(OpenBase):
         if self._on_hub:
             hub_files.fetch_parts(self.spec, self.parts, weights=True)
         empty = self.empty_model(auto_class, train_text_encoder=train_text_encoder)
-        self._check_sizes(empty)
+        for name in empty.trained:
+            headers = map(validate.read_shard, self._shards_of(name))
+            validate.check_size(empty.get_submodule(name), headers, str(self.folder / name / "config.json"))
         with translated_errors(self.name), quiet_diffusers():
             loaded = {name: self._load(name, torch.float32 if name == "vae" else dtype) for name in self.parts}
             import diffusers
@@ -154,12 +156,6 @@ class OpenPipeline(OpenBase):
             pipeline.set_progress_bar_config(disable=True)
         model = DiffusionModel(self.family, {name: loaded[name] for name in empty.trained}, pipeline, self.folder)
         return LoadedModel(cast(Any, model))
-
-    def _check_sizes(self, empty: DiffusionModel) -> None:
-        """Raise ModelError unless the parts that are adapted have weights, and are as large as these."""
-        for name in empty.trained:
-            headers = map(validate.read_shard, self._shards_of(name))
-            validate.check_size(empty.get_submodule(name), headers, str(self.folder / name / "config.json"))
 
     def _shards_of(self, name: str) -> list[Path]:
         """The safetensors files of a part."""
