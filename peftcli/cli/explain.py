@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from peftcli.cli import console
 from peftcli.cli.options import Json
-
-if TYPE_CHECKING:
-    from peftcli.recipe import Explanation
 
 
 def explain(
@@ -23,17 +20,9 @@ def explain(
 
     found = find_explanation(key)
     if as_json:
-        console.print_json(_as_dict(found))
-    else:
-        _print(found)
-
-
-def _as_dict(found: Explanation) -> dict[str, Any]:
-    settings = [dict(zip(("name", "default", "help"), row, strict=True)) for row in found.settings]
-    return {**asdict(found), "settings": settings}
-
-
-def _print(found: Explanation) -> None:
+        settings = [dict(zip(("name", "default", "help"), row, strict=True)) for row in found.settings]
+        console.print_json({**asdict(found), "settings": settings})
+        return
     console.out(f"{found.key} ({found.kind})")
     console.out(f"  {found.help}")
     facts = [

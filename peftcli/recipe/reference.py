@@ -251,15 +251,6 @@ def _kinds_schema(kinds: dict[str, tuple[str, dict[str, Setting]]]) -> dict[str,
     }
 
 
-def _section_schema(section: type) -> dict[str, Any]:
-    """Return the schema of a section: a mapping, or its only required setting."""
-    known, alone = settings(section), only_required(section)
-    whole = _object(known)
-    if needed := _required(known):
-        whole["required"] = needed
-    return {"anyOf": [_property(known[alone]), whole]} if alone else whole
-
-
 def _object(children: dict[str, Setting]) -> dict[str, Any]:
     return {"type": "object", "properties": _properties(children), "additionalProperties": False}
 
@@ -292,7 +283,9 @@ def _branch_schema(hint: Any) -> dict[str, Any]:
         return {"anyOf": [{"enum": literals}, _WITH_VARIABLE]}
     accepted = kinds(hint)
     if section := section_class(hint):
-        return _section_schema(section)
+        known, alone = settings(section), only_required(section)
+        whole = _object(known) | ({"required": needed} if (needed := _required(known)) else {})
+        return {"anyOf": [_property(known[alone]), whole]} if alone else whole  # also in short, as this setting
     if list in accepted:
         return {"type": ["array", "null"], "items": _hint_schema(item_hint(hint, list))}
     if dict in accepted:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -127,14 +128,12 @@ def read_scalar(text: str) -> Scalar:
         return text
     if _NOT_FINITE.fullmatch(text):
         return float(text.replace(".", "", 1))
-    try:
+    with suppress(ValueError):  # 1__0
         if _INT.fullmatch(text):
             number = int(text, 0) if text.lstrip("+-")[:2] in ("0x", "0o") else int(text)
             return number if -(2**63) <= number < 2**63 else float(number)
         if _FLOAT.fullmatch(text) and not text.lstrip("+-").replace("_", "").isdigit():
             return float(text)
-    except ValueError:  # 1__0
-        return text
     return text
 
 
