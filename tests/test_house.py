@@ -14,7 +14,6 @@ import house  # noqa: E402
 
 ALLOWED = {
     "peftcli.adapters.load": 2,
-    "peftcli.cli.app": 1,
     "peftcli.cli.cache": 3,
     "peftcli.cli.check": 2,
     "peftcli.cli.combine": 1,

@@ -1,6 +1,6 @@
 """The ``peftcli`` command: its subcommands, and how errors are shown.
 
-A new command is a file here with one function, and one line below. Its function imports what it runs, so that
+A new command is a file here with one function, and a word in ``_COMMANDS``. Its function imports what it runs, so that
 ``--help`` imports nothing heavy.
 """
 
@@ -78,25 +78,14 @@ app = typer.Typer(
     cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
 )
 
-RECIPES = "Recipes"
-ADAPTERS = "Adapters"
-
-app.command("train", rich_help_panel=RECIPES)(train.train)
-app.command("status", rich_help_panel=RECIPES)(status.status)
-app.command("evaluate", rich_help_panel=RECIPES)(evaluate.evaluate)
-app.command("inspect", rich_help_panel=RECIPES)(inspect.inspect)
-app.command("check", rich_help_panel=RECIPES)(check.check)
-app.command("explain", rich_help_panel=RECIPES)(explain.explain)
-app.command("schema", rich_help_panel=RECIPES)(schema.schema)
-app.command("cache", rich_help_panel=RECIPES)(cache.cache)
-app.command("generate", rich_help_panel=ADAPTERS)(generate.generate)
-app.command("predict", rich_help_panel=ADAPTERS)(predict.predict)
-app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
-app.command("verify", rich_help_panel=ADAPTERS)(verify.verify)
-app.command("info", rich_help_panel=ADAPTERS)(info.info)
-app.command("diff", rich_help_panel=ADAPTERS)(diff.diff)
-app.command("combine", rich_help_panel=ADAPTERS)(combine.combine)
-app.command("push", rich_help_panel=ADAPTERS)(push.push)
+_COMMANDS = {
+    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
+}
+"""Heading of the help -> the files of its commands, each with a function of the file's name."""
+for _heading, _files in _COMMANDS.items():
+    for _file in _files:
+        app.command(rich_help_panel=_heading)(getattr(_file, _file.__name__.rpartition(".")[2]))
 
 
 def _print_version(wanted: bool) -> None:
