@@ -171,19 +171,17 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
     machines, processes = int(said.get("num_machines") or 1), int(said.get("num_processes") or -1)
     if processes > 0 and processes % machines:
         raise ValueError(f"{processes} processes cannot be divided equally among {machines} machines")
+    kind = said["distributed_type"]
     found = {
         "num_processes": processes // machines if processes > 0 else "auto",
         "num_machines": machines,
         "machine_rank": int(said.get("machine_rank") or 0),
-        "strategy": _STRATEGIES.get(str(said["distributed_type"]), recipe.launch.strategy),
+        "strategy": _STRATEGIES.get(str(kind), recipe.launch.strategy),
     }
-    kind = said["distributed_type"]
     if kind == "DEEPSPEED":
         zero = said.get("deepspeed_config") or {}
-        found |= {
-            "strategy": f"zero{zero.get('zero_stage', 2)}",
-            "cpu_offload": zero.get("offload_param_device") == "cpu",
-        }
+        found["strategy"] = f"zero{zero.get('zero_stage', 2)}"
+        found["cpu_offload"] = zero.get("offload_param_device") == "cpu"
     if kind == "FSDP":
         fsdp = said.get("fsdp_config") or {}
         found["cpu_offload"] = bool(fsdp.get("fsdp_offload_params"))
@@ -199,13 +197,12 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
 
 def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Describe each request of the file that a run would not fulfil."""
-    fsdp = said.get("fsdp_config") or {}
+    kind, fsdp, zero = said["distributed_type"], said.get("fsdp_config") or {}, said.get("deepspeed_config") or {}
     problems = [key for key, values in _NOTHING.items() if said.get(key) not in values]
-    zero = said.get("deepspeed_config") or {}
     known = {**_STRATEGIES, "DEEPSPEED": None}
-    if said["distributed_type"] not in known:
-        problems.append(f"distributed_type: {said['distributed_type']}; {', '.join(known)} can be had")
-    if said["distributed_type"] == "DEEPSPEED":
+    if kind not in known:
+        problems.append(f"distributed_type: {kind}; {', '.join(known)} can be had")
+    if kind == "DEEPSPEED":
         for key, values in _ONLY_ZERO.items():
             if (value := zero.get(key, 2 if key == "zero_stage" else None)) not in values:
                 problems.append(f"{key}: {value}; {values[0]} can be had")
@@ -219,7 +216,7 @@ def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
             problems.append(f"{key}: {value}, and the recipe has {own}")
     if said.get("use_cpu") and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(_DEVICES.glob("nvidia[0-9]*")):
         problems.append("use_cpu; CUDA_VISIBLE_DEVICES= in the environment hides the GPUs")
-    if said["distributed_type"] == "FSDP":
+    if kind == "FSDP":
         for key, values in _ONLY_FSDP.items():
             missing = 1 if key == "fsdp_version" else None  # as accelerate has it
             if (value := fsdp.get(key, missing)) not in values:

@@ -12,7 +12,7 @@ from typing import Any
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
-from peftcli.recipe.data_checks import check_data, exists
+from peftcli.recipe.data_checks import check_data, exists, ways_to_evaluate
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
 from peftcli.schema import DIVIDED, Recipe, out_of_range
@@ -32,6 +32,7 @@ _POLYNOMIAL_END = 1e-7
 """Learning rate at which transformers' schedule of that name ends."""
 _SEED = re.compile(r"seed|_key$")
 _MAX_BATCH = 10_000_000
+_EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"
 _NOT_EMPTY = ("base_model.name", "training.output_dir", "training.metric_for_best_model")
 
 
@@ -222,7 +223,7 @@ def _evaluation(recipe: Recipe, report: Report) -> None:
         key = f"training.{name}"
         if getattr(training, name) in (False, None):
             continue
-        if not _has_eval_data(recipe):
+        if not ways_to_evaluate(recipe.dataset):
             report((key, "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
         if training.eval_strategy == "no":
             report((key, "training.eval_strategy"), "needs evaluations: training.eval_strategy steps or epoch")
@@ -237,7 +238,7 @@ def _gates(recipe: Recipe, report: Report) -> None:
             parse_gate(text)
         except UsageError as error:
             report((key, "gates"), error.message)
-        if not _has_eval_data(recipe):
+        if not ways_to_evaluate(recipe.dataset):
             report((key, "gates", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
         elif recipe.training.eval_strategy == "no":
             report((key, "gates", "training.eval_strategy"), "needs an evaluation, but training.eval_strategy is no")
@@ -275,11 +276,3 @@ def _method(recipe: Recipe, report: Report) -> None:
     for entry in dataclasses.fields(config):
         if "python_only" in entry.metadata and getattr(config, entry.name) != entry.default:
             report((f"method.{entry.name}",), f"must be {entry.default} in a recipe: {entry.metadata['python_only']}")
-
-
-_EVAL_KEYS = "dataset.eval, eval_split or eval_fraction"
-
-
-def _has_eval_data(recipe: Recipe) -> bool:
-    dataset = recipe.dataset
-    return not (dataset.eval is None and dataset.eval_split is None and dataset.eval_fraction is None)

@@ -60,6 +60,11 @@ def exists(path: str) -> bool:
         return False
 
 
+def ways_to_evaluate(dataset: Dataset) -> list[str]:
+    """Return the settings that name evaluation rows; none if there are no such rows."""
+    return [name for name in ("eval", "eval_split", "eval_fraction") if getattr(dataset, name) is not None]
+
+
 def _train_or_mix(dataset: Dataset, report: Report) -> None:
     keys = ("dataset.train", "dataset.mix")
     if dataset.train is None and not dataset.mix:
@@ -145,7 +150,7 @@ def _repeats(dataset: Dataset, report: Report) -> None:
 
 
 def _evaluation_rows(dataset: Dataset, report: Report) -> None:
-    ways = [name for name in ("eval", "eval_split", "eval_fraction") if getattr(dataset, name) is not None]
+    ways = ways_to_evaluate(dataset)
     if dataset.eval_fraction is not None and len(ways) > 1:
         keys = [f"dataset.{name}" for name in reversed(ways)]
         report(keys, f"cannot be given together with {' and '.join(reversed(keys[1:]))}")
