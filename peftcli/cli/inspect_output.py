@@ -93,25 +93,21 @@ class RowPrinter:
         console.rich_console().print(table)
 
     def _part(self, part: Part) -> None:
+        if isinstance(part, Label):
+            part = Text([TokenText(part.text, trained=True)], part.title)
         if isinstance(part, Text):
             if part.title:
                 console.out(f"{part.title}:")
-            self._print(part)
-        elif isinstance(part, Label):
-            console.out(f"{part.title}:")
-            self._print(Text([TokenText(part.text, trained=True)]))
+            for line in self._lines(part):
+                if self.coloured:
+                    console.rich_console().print(line, soft_wrap=True)
+                else:
+                    console.out(line)
         elif isinstance(part, Image):
             console.out(f"{part.title}: {part.source}, {part.width:,} x {part.height:,}, {part.mode}")
         else:
             for name, value in part.values.items():
                 console.out(f"{name}: {value}")
-
-    def _print(self, text: Text) -> None:
-        for line in self._lines(text):
-            if self.coloured:
-                console.rich_console().print(line, soft_wrap=True)
-            else:
-                console.out(line)
 
     def _lines(self, text: Text) -> list[Any]:
         """A text, or its beginning, how much is left out, and its end: of rich on a terminal, else strings."""
