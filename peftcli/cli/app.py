@@ -85,7 +85,8 @@ _COMMANDS = {
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
 for _heading, _files in _COMMANDS.items():
     for _file in _files:
-        app.command(rich_help_panel=_heading)(getattr(_file, _file.__name__.rpartition(".")[2]))
+        _name = _file.__name__.rpartition(".")[2]
+        app.command(_name, rich_help_panel=_heading)(getattr(_file, _name))
 
 
 def _print_version(wanted: bool) -> None:
