@@ -39,7 +39,7 @@ def rate_problems(reading: Reading) -> list[Problem]:
 
 
 def rate_warning(recipe: Recipe) -> str | None:
-    """Warn of a learning rate that is more than ten times larger or smaller than the usual one."""
+    """Return a warning if the learning rate is more than ten times larger or smaller than the usual one."""
     given, usual = recipe.training.learning_rate, usual_rate(recipe)
     if given == "auto" or not given or usual / _FAR <= given <= usual * _FAR:
         return None
