@@ -23,7 +23,7 @@ from typer.main import get_command
 from peftcli import errors, output_schemas
 from peftcli.adapters.push import Pushed
 from peftcli.cli.app import app
-from peftcli.cli.explain import _as_dict
+from peftcli.cli.explain import explain
 from peftcli.errors import PeftcliError
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
@@ -273,11 +273,12 @@ def test_inspect_of_every_task(answer: Callable, tmp_path: Path, task: str) -> N
     assert (found["audit"]["batches"]["efficiency"]["packed"] is None) == (task != "causal_lm")
 
 
-def test_explain(answer: Callable, fails: Callable) -> None:
+def test_explain(answer: Callable, fails: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("training.seed", "method", "lora", "causal_lm", "dataset.mix"):
         assert answer("explain", key)["key"] == key
-    for found in _explainable().values():
-        assert_valid("explain", json.loads(json.dumps(_as_dict(found))))
+    for key in _explainable():
+        explain(key, as_json=True)
+        assert_valid("explain", json.loads(capsys.readouterr().out))
     assert "hint" in fails(2, "UsageError", "explain", "lora_rank")
 
 

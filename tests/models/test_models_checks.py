@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, OutOfMemory, PeftcliError
 from peftcli.guard.adapter_folder import read_run
 from peftcli.models import hub_files
-from peftcli.models.guarded import harmless, translated_errors
+from peftcli.models.guarded import quiet, translated_errors
 from peftcli.models.open import open_base
 from peftcli.models.quantization import trained_quantization
 from peftcli.models.validate import check_config, check_folder, listed_shards
@@ -284,9 +286,13 @@ def test_what_transformers_raises_is_one_line(name: str) -> None:
     assert "\n" not in getattr(caught.value, "message", "")
 
 
-def test_what_transformers_logs_is_short_and_harmless() -> None:
-    text = harmless("\x1b[1mReport\x1b[0m\n" + "tensor \x1b]0;owned\x07\n" * 100)
-    lines = text.splitlines()
+def test_what_transformers_logs_is_short_and_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, shown = logging.getLogger("transformers"), io.StringIO()
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(shown)])
+    with quiet():
+        logger.error("\x1b[1mReport\x1b[0m\n" + "tensor \x1b]0;owned\x07\n" * 100)
+        assert not shown.getvalue()
+    lines = shown.getvalue().splitlines()
     assert lines[:2] == ["Report", r"tensor \x1b]0;owned\x07"]
     assert lines[-1] == "and 85 lines more"
 
