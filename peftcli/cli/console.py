@@ -11,13 +11,13 @@ import logging
 import math
 import os
 import sys
-import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError, PeftWarning, StorageError
+from peftcli.guard.files import escape_char, is_harmless
 from peftcli.system.outputs import StdoutClosed
 from peftcli.system.secrets import redact, redact_values
 
@@ -81,7 +81,7 @@ def json_text(data: Any, indent: int | None = None) -> str:
     """
     in_ascii, values = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8", redact_values(_finite(data))
     text = json.dumps(values, indent=indent, default=str, allow_nan=False, ensure_ascii=in_ascii)
-    return "".join(char if char == "\n" or _is_harmless(char) else json.dumps(char)[1:-1] for char in text)
+    return "".join(char if char == "\n" or is_harmless(char) else json.dumps(char)[1:-1] for char in text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -149,10 +149,10 @@ def escape(text: str) -> str:
     """Escape everything that could control a terminal, in a text without secrets."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char if char in "\n\t" or _is_harmless(char) else _escape_char(char) for char in text)
+    return "".join(char if char in "\n\t" or is_harmless(char) else escape_char(char) for char in text)
 
 
-def report_error(error: PeftcliError, as_json: bool = False) -> int:
+def report_error(error: PeftcliError, as_json: bool) -> int:
     """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
     log(f"error: {error}")
     if as_json and not json_printed:
@@ -233,16 +233,6 @@ def _encodable(text: str, stream: TextIO) -> str:
     """Escape the characters that the encoding of ``stream`` does not contain."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _is_harmless(char: str) -> bool:
-    # Cc, Cf, Cs: control, formatting (such as right-to-left overrides), surrogates; Zl, Zp: line and paragraph
-    # separators. Ordinary text contains the zero-width joiners.
-    return char in "\u200c\u200d" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _escape_char(char: str) -> str:
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def _finite(data: Any) -> Any:

@@ -10,25 +10,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from peftcli.errors import Problem
+from peftcli.guard.files import escape_char
 from peftcli.system.outputs import write_output
 from peftcli.system.secrets import redact_values
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even escaped."""
-
-
-def _about(suite: str, cases: Sequence[ElementTree.Element], seconds: float | None) -> dict[str, Any]:
-    return {
-        "name": suite,
-        "hostname": "localhost",  # the schema of Ant's reports requires one; the machine's own name stays private
-        # in UTC, as XML Schema's dateTime without a zone, the only form that CI servers read
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00"),
-        "time": f"{seconds or 0:.3f}",
-        "tests": len(cases),
-        "failures": sum(case.find("failure") is not None for case in cases),
-        "errors": sum(case.find("error") is not None for case in cases),
-        "skipped": 0,
-    }
 
 
 def write_junit(
@@ -55,13 +42,26 @@ def write_junit(
     cases = [_gate_case(gate) for gate in gates]
     if error is not None or not cases:
         cases.append(_run_case(error, seconds))
-    root = _element("testsuites")
-    element = _element("testsuite", package="peftcli", id=0, **_about(suite, cases, seconds))
+    element = _element(
+        "testsuite",
+        package="peftcli",
+        id=0,
+        name=suite,
+        hostname="localhost",  # the schema of Ant's reports requires one; the machine's own name stays private
+        # in UTC, as XML Schema's dateTime without a zone, the only form that CI servers read
+        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00"),
+        time=f"{seconds or 0:.3f}",
+        tests=len(cases),
+        failures=sum(case.find("failure") is not None for case in cases),
+        errors=sum(case.find("error") is not None for case in cases),
+        skipped=0,
+    )
     properties = _element("properties")
     properties.extend(_element("property", name=name, value=_format(value)) for name, value in metrics.items())
     for case in cases:
         case.set("classname", _clean(suite))
     element.extend([properties, *cases, _element("system-out"), _element("system-err")])
+    root = _element("testsuites")
     root.append(element)
     ElementTree.indent(root)
     # with a declaration, and ASCII even if names contain other characters
@@ -99,4 +99,4 @@ def _format(value: Any) -> str:
 
 def _clean(text: str) -> str:
     r"""Escape everything that XML cannot contain, as ``\x1b``."""
-    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+    return _NOT_XML.sub(lambda found: escape_char(found[0]), text)

@@ -170,9 +170,7 @@ def summary(run: dict[str, Any], folder: str) -> str:
         return "\n".join(lines)
     if run["mergeable"]:
         lines.append(f"  peftcli merge {word} --output {command_word(folder.rstrip('/') + '-merged')}")
-    base = (
-        " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""
-    )  # the base model is a folder, not on the hub
+    base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # it is a folder, not on the hub
     lines.append(f"  peftcli push {word} USER/NAME{base}")
     return "\n".join(lines)
 

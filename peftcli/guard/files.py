@@ -7,6 +7,7 @@ import os
 import reprlib
 import shlex
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,11 +66,20 @@ def command_word(path: Path | str) -> str:
 
 def one_line(text: str) -> str:
     """Return a message with untrusted parts on one line, no longer than a paragraph."""
-    text = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text[: _MAX_MESSAGE + 1]
-    )
+    text = "".join(char if char.isprintable() else escape_char(char) for char in text[: _MAX_MESSAGE + 1])
     return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
+
+
+def escape_char(char: str) -> str:
+    r"""Return a character as Python writes it in ASCII, as ``\x1b``."""
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def is_harmless(char: str) -> bool:
+    """Return whether a character controls neither a terminal nor the direction of a text."""
+    # Cc, Cf, Cs: control, formatting (such as right-to-left overrides), surrogates; Zl, Zp: line and paragraph
+    # separators. Ordinary text contains the zero-width joiners.
+    return char in "\u200c\u200d" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from peftcli.data.findings import Finding
 from peftcli.errors import UsageError
+from peftcli.guard.files import escape_char, is_harmless
 from peftcli.inspection.report import (
     Inspection,
     ShownRow,
@@ -38,8 +38,6 @@ _MAX_CHARACTERS = 4_000_000
 """Rows beyond this amount of HTML are left out, and counted."""
 _TRAINED = '<mark>trained, underlined</mark>, <span class="p">prompt</span>'
 _LABELLED = "text in the colour of its label, which stands at its end"
-_HARMLESS = "\u200c\u200d\t"
-"""The zero-width joiners are part of ordinary writing."""
 _LABEL, _LINE, _WIDTH = 96, 18, 360
 """The histogram's layout, in its own units: the start of bars, the height of one, and the total width."""
 _Ids = dict[tuple[str, str], str]
@@ -287,16 +285,11 @@ def _visible(text: str) -> str:
 def _html(text: str) -> str:
     if text.isascii() and text.isprintable():
         return escape(text)
-    return "".join(escape(char) if char == "\n" or _is_plain(char) else _written_out(char) for char in text)
-
-
-def _is_plain(char: str) -> bool:
-    return char in _HARMLESS or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(escape(char) if char in "\n\t" or is_harmless(char) else _written_out(char) for char in text)
 
 
 def _written_out(char: str) -> str:
-    code = char.encode("unicode_escape", "surrogatepass").decode("ascii")
-    return f'<span class="e">{code}</span>'
+    return f'<span class="e">{escape_char(char)}</span>'
 
 
 def _hash(text: str) -> str:
