@@ -102,6 +102,14 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def is_file(path: Path) -> bool:
+    """Return whether the path is a regular file, False for paths that the system refuses."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def irregular_kind(path: Path) -> str | None:
     """Say what is at ``path`` if it is not a regular file, as "is a pipe"; None for a regular file, or no file."""
     try:

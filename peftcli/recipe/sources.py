@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from peftcli.guard.files import is_file
 from peftcli.recipe.values import NO_TEXT, Position, Problems, Value, is_text, resolve
 from peftcli.recipe.yaml_file import parse_text, read_file
 from peftcli.system.outputs import expand_user
@@ -20,16 +21,9 @@ _OF_ONE_MODEL = ("revision", "trust_remote_code")
 """Settings that another base model does not inherit."""
 
 
-def _is_file(word: str) -> bool:
-    try:
-        return Path(word).is_file()
-    except OSError:  # too long for a name
-        return False
-
-
 def recipes_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the recipes among the words of a command, and the ``KEY=VALUE`` overrides for all of them."""
-    overrides = [word for word in words if "=" in word and not _is_file(word)]
+    overrides = [word for word in words if "=" in word and not is_file(Path(word))]
     return [Path(word) for word in words if word not in overrides], overrides
 
 

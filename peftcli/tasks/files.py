@@ -12,6 +12,7 @@ from typing import Any
 from peftcli.data.rows import Reader, Row
 from peftcli.data.store import Column, Example
 from peftcli.errors import DataError
+from peftcli.guard.files import is_file
 
 _MAX_NAME = 255
 """Characters of a file that was not found, in its error: it may be what the file should hold."""
@@ -85,13 +86,6 @@ def errors_of_row(row: Row, key: str) -> Iterator[None]:
         raise row.place.error(message, key=key, hint=error.hint) from None
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # its name is too long: it is no path
-        return False
-
-
 def read_file(path: str) -> bytes:
     """Read a file.
 
@@ -99,7 +93,7 @@ def read_file(path: str) -> bytes:
         DataError: there is none, or it cannot be read.
     """
     file = Path(path)
-    if not _is_file(file):
+    if not is_file(file):
         raise DataError("no such file", file=path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}...")
     try:
         return file.read_bytes()
@@ -115,4 +109,4 @@ def digest_of(content: bytes) -> bytes:
 def _find(path: str, folder: Path) -> str:
     """Return a path, which may be relative to the folder of the file that names it."""
     beside = folder / path
-    return str(beside) if _is_file(beside) else path
+    return str(beside) if is_file(beside) else path
