@@ -42,13 +42,13 @@ def finish(run: Run, data: RunData, state: State) -> None:
     (run.replaces or folder).keep_lock()
     tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
-    write_finite(tensors, state.config, folder.path)
+    write_finite(tensors, state.prepared.config, folder.path)
     own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
     if verify:
         record_model(
             folder.path,
             state.model,
-            state.config,
+            state.prepared.config,
             tensors,
             data.task,
             task_record(data.task, run.pinned),

@@ -433,7 +433,7 @@ def _drop_untrue(run: Run, state: State) -> None:
 
 def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threads: ThreadsRecord | None) -> None:
     """Record in run.json that training starts, and bring the folder to the step that it starts from."""
-    record, progress, config, total = run.record, state.progress, state.config, data.plan.total_steps
+    record, progress, config, total = run.record, state.progress, state.prepared.config, data.plan.total_steps
     run.apply_changes(progress.step)
     record.base_model.quantization = data.task.base.quantization
     for name, value in commit_of(run.pinned.base_model).items():

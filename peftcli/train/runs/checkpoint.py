@@ -89,11 +89,6 @@ class State:
     best_adapter: dict[str, torch.Tensor] | None = None
     """The adapter at the best evaluation, where the recipe keeps the best."""
 
-    @property
-    def config(self) -> AdapterConfig:
-        """The adapter's."""
-        return self.prepared.config
-
 
 def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, Any]) -> Path:
     """Write a checkpoint below ``folder``, then delete all but the ``keep`` newest.
@@ -104,51 +99,42 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
         StorageError: it cannot be written; the older checkpoints are untouched.
         Diverged: the adapter contains NaN or Inf.
     """
-    temporary = folder / f".step-{state.progress.step:06d}.tmp"
-    try:
-        return _save(folder, temporary, state, keep, accelerator, made_by)
-    except StorageError:  # what there is of it may fill the disk
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _save(
-    folder: Path, temporary: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, Any]
-) -> Path:
     final = folder / f"step-{state.progress.step:06d}"
-    if accelerator.is_main_process:
-        with storage_errors(temporary):
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.mkdir(parents=True)
     state.prepared.make_whole()
     states = gather_object([{name: value.cpu() for name, value in random_state().items()}])
     remembered = _optimizer_state(state)
     if accelerator.is_main_process:
-        for process, each in enumerate(states):  # other machines may not see the folder
-            write_tensor_file(temporary / _random_file(process), each)
-        write_finite(adapter_state(state.model), state.config, temporary)
-        if extra := unsaved_state(state.model):
-            write_tensor_file(temporary / _TRAINING_STATE, extra)
-        write_tensor_file(temporary / _OPTIMIZER, remembered)
-        if state.best_adapter is not None:
-            write_tensor_file(temporary / _BEST, state.best_adapter)
-        _write_json(temporary / _PROGRESS, asdict(state.progress))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _write_json(
-            temporary / _MANIFEST,
-            _manifest(temporary, state.progress.step, accelerator.num_processes, state.prepared.optim, made_by),
-        )
-        with storage_errors(final):
-            replaced = final.with_name(f".replaced-{final.name}")
-            if final.exists():  # saved twice at one step; a kill between the two renames loses neither: see ``tidy``
-                final.rename(replaced)
-            temporary.rename(final)
-            sync_folder(folder)
-            if replaced.exists():
-                shutil.rmtree(replaced)
+        temporary = folder / f".{final.name}.tmp"
+        try:
+            with storage_errors(temporary):
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir(parents=True)
+            for process, each in enumerate(states):  # other machines may not see the folder
+                write_tensor_file(temporary / _random_file(process), each)
+            write_finite(adapter_state(state.model), state.prepared.config, temporary)
+            if extra := unsaved_state(state.model):
+                write_tensor_file(temporary / _TRAINING_STATE, extra)
+            write_tensor_file(temporary / _OPTIMIZER, remembered)
+            if state.best_adapter is not None:
+                write_tensor_file(temporary / _BEST, state.best_adapter)
+            write_file(temporary / _PROGRESS, _as_json(asdict(state.progress)))
+            counts = {"step": state.progress.step, "num_processes": accelerator.num_processes}
+            paths = sorted(temporary.iterdir())
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+            manifest = {**counts, "optim": state.prepared.optim, **made_by, "files": files}
+            write_file(temporary / _MANIFEST, _as_json(_sealed(manifest)))
+            with storage_errors(final):
+                replaced = final.with_name(f".replaced-{final.name}")
+                if final.exists():  # saved twice at one step; a kill between the renames loses neither: see ``tidy``
+                    final.rename(replaced)
+                temporary.rename(final)
+                sync_folder(folder)
+                if replaced.exists():
+                    shutil.rmtree(replaced)
+        except StorageError:  # what there is of it may fill the disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         prune(folder, keep)
     accelerator.wait_for_everyone()
     return final
@@ -356,15 +342,6 @@ def _set_schedule(state: State) -> None:
         group["lr"] = rate
 
 
-def _manifest(folder: Path, step: int, num_processes: int, optim: str, made_by: dict[str, Any]) -> dict[str, Any]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != _MANIFEST
-    }
-    return _sealed({"step": step, "num_processes": num_processes, "optim": optim, **made_by, "files": files})
-
-
 def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
     """What the optimizer remembers of each tensor, under the adapter's name of it. A number is one of 64 bits."""
     kept = state.prepared.optimizer_state()
@@ -402,7 +379,13 @@ def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:
 
 def random_state() -> dict[str, torch.Tensor]:
     """The states of this process's random number generators, for ``restore_random``."""
-    states = {"cpu": torch.get_rng_state(), **_numpy_state()}
+    numpy: Any = np.random.get_state(legacy=False)  # from which models draw what they mask (SpecAugment)
+    place = [*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]
+    states = {
+        "cpu": torch.get_rng_state(),
+        "numpy": torch.tensor(place),
+        "numpy_gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -417,18 +400,5 @@ def restore_random(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _numpy_state() -> dict[str, torch.Tensor]:
-    """The state of numpy's global generator, from which models draw what they mask (SpecAugment)."""
-    state: Any = np.random.get_state(legacy=False)
-    return {
-        "numpy": torch.tensor([*state["state"]["key"].tolist(), state["state"]["pos"], state["has_gauss"]]),
-        "numpy_gauss": torch.tensor(state["gauss"], dtype=torch.float64),
-    }
-
-
 def _random_file(process: int) -> str:
     return f"random-{process:05d}.safetensors"
-
-
-def _write_json(path: Path, value: object) -> None:
-    write_file(path, _as_json(value))
