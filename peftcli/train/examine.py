@@ -29,11 +29,11 @@ from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
 from peftcli.train.fit_memory import choose_settings, first_auto, settings_of, smallest
 from peftcli.train.init_adapter import KEY, find_init_adapter, its_base_named, with_init_settings
-from peftcli.train.kernels import check_liger_kernel, refuse_attention
+from peftcli.train.kernels import check_liger_kernel
 from peftcli.train.launch import total_processes
 from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer, parameter_groups, unfinished_warmup
-from peftcli.train.setup import base_dtype, checkpoint_activations, uses_bf16
+from peftcli.train.setup import checkpoint_activations, refuse_attention
 from peftcli.train.sharded import check_divisible
 from peftcli.train.strategies import refuse_strategy
 from peftcli.train.trackers import require_packages
@@ -100,7 +100,7 @@ def examine(recipe: Recipe) -> DeepCheck:
     attempt("training", lambda: check_optimizer(with_rate(recipe).training))
     attempt("training", lambda: require_packages(recipe))
     if torch.cuda.is_available() or recipe.training.bf16 is False:  # or another machine, with a GPU, decides
-        attempt("base_model", lambda: refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe)))
+        attempt("base_model", lambda: refuse_attention(recipe))
     if recipe.training.use_liger_kernel:
         attempt("training", check_liger_kernel)
     attempt("base_model", lambda: base.quantization)

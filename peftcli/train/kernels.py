@@ -12,18 +12,10 @@ from transformers import AttentionInterface
 
 from peftcli.errors import ModelError, UsageError
 from peftcli.models.stacks import stacks
-from peftcli.schema import Recipe
 from peftcli.tasks.base import require_extra
 from peftcli.tasks.text import segments
 
 _COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
-
-
-def refuse_attention(recipe: Recipe, *, bf16: bool, dtype: torch.dtype) -> None:
-    """Raise UsageError where flash attention is asked for and computes nothing in half precision."""
-    if "flash" in (recipe.base_model.attn_implementation or "") and not bf16 and dtype == torch.float32:
-        hint = "set training.bf16: true, or base_model.dtype: bfloat16"
-        raise UsageError("flash attention does not compute in float32", key="base_model.attn_implementation", hint=hint)
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -328,9 +328,10 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
         run.warn("each process reads the base model, to start the adapter from data")
         recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
     run.tell(Message(f"loading {recipe.base_model.name}"))
-    model, injection, notes = adapted_model(recipe, config, data.task, host.load)
+    source = find_init_adapter(recipe)
+    model, injection, notes = adapted_model(recipe, config, data.task, source, host.load)
     config.revision = run.recipe.base_model.revision
-    if (source := find_init_adapter(recipe)) is not None:
+    if source is not None:
         base_hash = run.identity.base_model or commit_of(recipe.base_model).get("sha256")
         refuse_other_base(source, recipe, base_hash)
     for note in notes:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
 from peftcli.core.heads import widen_heads
@@ -39,8 +40,8 @@ from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, refuse_other_classes, with_trained_head
 from peftcli.tasks.scores import model_inputs, on_device
 from peftcli.train.data import Data, prepare_config
-from peftcli.train.init_adapter import find_init_adapter, its_base_named
-from peftcli.train.kernels import refuse_attention, use_liger_kernel
+from peftcli.train.init_adapter import its_base_named
+from peftcli.train.kernels import use_liger_kernel
 from peftcli.train.launch import started_by_peftcli
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, keep_embeddings_exact, parameter_groups
@@ -90,17 +91,12 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         hint = "launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it"
         raise UsageError("accelerate was told to use Megatron-LM, which peftcli does not", hint=hint)
-    wanted = recipe.launch.num_processes
-    if accelerator.num_processes < asked:
-        raise UsageError(f"{asked} processes were asked for and {accelerator.num_processes} started")
-    if wanted == "auto" or started_by_peftcli():
-        return accelerator
-    if accelerator.num_processes != wanted * recipe.launch.num_machines:
-        raise UsageError(
-            f"the recipe wants {wanted * recipe.launch.num_machines} processes, the launcher started "
-            f"{accelerator.num_processes}",
-            key="launch.num_processes",
-        )
+    wanted, started = recipe.launch.num_processes, accelerator.num_processes
+    if started < asked:
+        raise UsageError(f"{asked} processes were asked for and {started} started")
+    if wanted != "auto" and not started_by_peftcli() and started != wanted * recipe.launch.num_machines:
+        message = f"the recipe wants {wanted * recipe.launch.num_machines} processes, the launcher started {started}"
+        raise UsageError(message, key="launch.num_processes")
     return accelerator
 
 
@@ -119,13 +115,9 @@ def _nothing_on_stdout() -> Iterator[None]:
 
 
 def uses_bf16(recipe: Recipe) -> bool:
-    """Whether the forward pass computes in bfloat16."""
-    wanted = recipe.training.bf16
-    return bf16_is_fast() if wanted == "auto" else wanted
-
-
-def bf16_is_fast() -> bool:
-    """Whether this machine's device has bfloat16 arithmetic of its own."""
+    """Whether the forward pass computes in bfloat16: as the recipe says, or if the device has arithmetic for it."""
+    if recipe.training.bf16 != "auto":
+        return recipe.training.bf16
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = Path("/proc/cpuinfo")
@@ -137,9 +129,16 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     """Number format of the frozen weights."""
     if recipe.base_model.dtype == "auto":
         return torch.bfloat16 if uses_bf16(recipe) else torch.float32
-    dtype = getattr(torch, recipe.base_model.dtype)
-    assert isinstance(dtype, torch.dtype)
+    dtype: torch.dtype = getattr(torch, recipe.base_model.dtype)
     return dtype
+
+
+def refuse_attention(recipe: Recipe) -> None:
+    """Raise UsageError where flash attention is asked for and computes nothing in half precision."""
+    halves = uses_bf16(recipe) or base_dtype(recipe) != torch.float32
+    if "flash" in (recipe.base_model.attn_implementation or "") and not halves:
+        hint = "set training.bf16: true, or base_model.dtype: bfloat16"
+        raise UsageError("flash attention does not compute in float32", key="base_model.attn_implementation", hint=hint)
 
 
 def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
@@ -152,17 +151,21 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     def load(dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
         return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
 
-    refuse_attention(recipe, bf16=uses_bf16(recipe), dtype=base_dtype(recipe))
+    refuse_attention(recipe)
     by_first = is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading
     return load_by_first(load, base_dtype(recipe)) if by_first else load(base_dtype(recipe))
 
 
 def adapted_model(
-    recipe: Recipe, config: AdapterConfig, task: Task[Any], load: Callable[[Recipe, Task[Any]], LoadedModel] = load_base
+    recipe: Recipe,
+    config: AdapterConfig,
+    task: Task[Any],
+    source: AdapterSource | None,
+    load: Callable[[Recipe, Task[Any]], LoadedModel],
 ) -> tuple[nn.Module, Injection, list[str]]:
     """The recipe's base model as the task needs it, with its adapter in it, and what the user should know.
 
-    The adapter is a new one, or begins as the one that the recipe names.
+    The adapter begins as ``source``, or is a new one. ``load`` loads the base model.
 
     Raises:
         ModelError: the base model cannot be loaded.
@@ -170,7 +173,7 @@ def adapted_model(
         AdapterError: the method's settings do not fit it, or the adapter to begin from does not.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
-    base, loaded, source = recipe.base_model, load(recipe, task), find_init_adapter(recipe)
+    base, loaded = recipe.base_model, load(recipe, task)
     if source is None:
         loaded = with_trained_head(loaded, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []

@@ -59,7 +59,7 @@ def step_of(recipe: Recipe) -> int:
     task = open_task(recipe, open_base(recipe.base_model))
     data, config = load_data(recipe, task), method_config(recipe)
     plan = plan_of(recipe, data, 1)
-    model, _, _ = setup.adapted_model(recipe, config, data.task)
+    model, _, _ = setup.adapted_model(recipe, config, data.task, None, setup.load_base)
     unpad(model, config)
     form = BatchForm.of(model, data.task, config, plan)
     model.train()
