@@ -23,7 +23,7 @@ from peftcli.tasks.base import Task
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
-from peftcli.train.launch import report_measuring
+from peftcli.train.launch import MEASURING, report
 from peftcli.train.sharded import is_sharded
 
 _LOOK_SECONDS = 0.02
@@ -127,37 +127,31 @@ def evaluate(
             if loss.outputs and counts:
                 outputs += zip(indices, loss.outputs, strict=True)
     model.train(was_training)
-    reduced = _reduce(sums, accelerator)
-    outputs = gather_object(outputs) if accelerator.num_processes > 1 else outputs
+    here = {name: sums[name].to(accelerator.device) for name in sorted(sums)}
+    reduced = {name: total.cpu().numpy() for name, total in accelerator.reduce(here, reduction="sum").items()}
+    outputs = gather_object(outputs)
     outputs.sort(key=lambda each: each[0])
-    found: list[dict[str, float] | PeftcliError | None] = [None]
+    found: dict[str, float] | PeftcliError | None = None
     store, key = _shared_store(), f"peftcli evaluation {next(_evaluations)}"
     if accelerator.process_index == 0:  # a user's own metric may draw random numbers, and cost money
+        report(MEASURING)
         try:
-            with report_measuring():
-                metrics = task.metrics(reduced, [output for _, output in outputs], int(examples.targets.sum()))
-            found[0] = {f"eval_{name}": float(value) for name, value in metrics.items()}
+            metrics = task.metrics(reduced, [output for _, output in outputs], int(examples.targets.sum()))
+            found = {f"eval_{name}": float(value) for name, value in metrics.items()}
         except PeftcliError as error:
-            found[0] = error
+            found = error
+        finally:
+            report(MEASURING, over=True)
         if store is not None:
             store.set(key, "measured")
     while store is not None and not store.check([key]):
         time.sleep(_LOOK_SECONDS)
-    broadcast_object_list(found)
-    if isinstance(found[0], PeftcliError):
-        raise found[0]
-    return found[0]
+    (found,) = broadcast_object_list([found])
+    if isinstance(found, PeftcliError):
+        raise found
+    return found
 
 
 def _shared_store() -> Any:
     """Torch's store of keys, by which processes wait longer than a collective lets them; None where one is alone."""
     return torch.distributed.distributed_c10d._get_default_store() if torch.distributed.is_initialized() else None
-
-
-def _reduce(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, np.ndarray]:
-    """The sums over all processes, as one vector on the way."""
-    names = sorted(sums)
-    flat = torch.cat([torch.zeros(0, dtype=torch.float64), *(sums[name].reshape(-1) for name in names)])
-    reduced = accelerator.reduce(flat.to(accelerator.device), reduction="sum").cpu()
-    parts = reduced.split([sums[name].numel() for name in names])
-    return {name: part.view(sums[name].shape).numpy() for name, part in zip(names, parts, strict=True)}

@@ -44,7 +44,7 @@ _REDRAWN_BYTES = 20_000
 STATUS = "PEFTCLI_STATUS"
 """The variable that names the folder in which each process reports how it ended."""
 TRAINING = "training"
-"""A file in that folder, once a process has begun to train."""
+"""A file in that folder while processes train, and wait only for one another."""
 MEASURING = "measuring"
 """A file there while a process computes metrics, which may wait for a model that judges, as long as that takes."""
 
@@ -208,31 +208,11 @@ def error_fields(error: PeftcliError) -> dict[str, Any]:
     return {**error.as_dict(), "exit_code": error.exit_code, "shown": str(error)}
 
 
-def report_training() -> None:
-    """Report to the launcher that this process trains from now on, and waits only for the others."""
-    _mark(TRAINING)
-
-
-def report_trained() -> None:
-    """Report to the launcher that this process has trained, and may wait for something else than the others."""
-    _mark(TRAINING, there=False)
-
-
-@contextmanager
-def report_measuring() -> Iterator[None]:
-    """Inside, the launcher lets this process wait for whatever it likes, and the others for this process."""
-    _mark(MEASURING)
-    try:
-        yield
-    finally:
-        _mark(MEASURING, there=False)
-
-
-def _mark(name: str, *, there: bool = True) -> None:
-    """Make a file in the launcher's folder, or remove it."""
+def report(state: str, *, over: bool = False) -> None:
+    """Report to the launcher that this process is in a state, TRAINING or MEASURING, or that this is over."""
     if folder := os.environ.get(STATUS):
         with suppress(OSError):
-            (Path(folder) / name).touch() if there else (Path(folder) / name).unlink(missing_ok=True)
+            (Path(folder) / state).unlink(missing_ok=True) if over else (Path(folder) / state).touch()
 
 
 def follow_parent() -> None:

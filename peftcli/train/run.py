@@ -48,7 +48,7 @@ from peftcli.train.finish import finish
 from peftcli.train.fit_memory import with_chosen_settings
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
 from peftcli.train.kernels import compile_layers
-from peftcli.train.launch import report_training
+from peftcli.train.launch import TRAINING, report
 from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer, unfinished_warmup
@@ -167,9 +167,8 @@ def steps_of(
                 yield from _train(run, host)
         if run.replaces is not None and run.is_main:
             run.replaces.replace()
-        shared = [run.record.as_dict()]
-        broadcast_object_list(shared)  # the main process's, in all of them
-        return shared[0]
+        (content,) = broadcast_object_list([run.record.as_dict()])  # the main process's, in all of them
+        return content
 
 
 def _train(run: Run, host: RunHost) -> Iterator[None]:
@@ -462,5 +461,5 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
         run.write_record()
     if on_several_machines():
         notice_lost_machines(unanswered=record.device == "cpu")
-    report_training()
+    report(TRAINING)
     run.tell(Ready(record.as_dict(), progress.step, total))

@@ -39,13 +39,12 @@ def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> Loa
     is_first = torch.distributed.get_rank() == 0
     loaded = load(dtype if is_first else "auto")
     parameters, buffers = dict(loaded.model.named_parameters()), dict(loaded.model.named_buffers())
-    dtypes = [{name: value.dtype for name, value in (parameters | buffers).items()}]
-    broadcast_object_list(dtypes)
+    (dtypes,) = broadcast_object_list([{name: value.dtype for name, value in (parameters | buffers).items()}])
     for name, value in buffers.items():
-        value.data = value.data.to(dtypes[0][name])
+        value.data = value.data.to(dtypes[name])
     for name, value in parameters.items() if not is_first else ():
-        zeros = torch.from_numpy(np.zeros(value.numel() * dtypes[0][name].itemsize, np.uint8))  # without a page of it
-        value.data = zeros.view(dtypes[0][name]).view(value.shape)
+        zeros = torch.from_numpy(np.zeros(value.numel() * dtypes[name].itemsize, np.uint8))  # without a page of it
+        value.data = zeros.view(dtypes[name]).view(value.shape)
     return loaded
 
 

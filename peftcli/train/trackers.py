@@ -23,7 +23,7 @@ from peftcli.schema import Recipe
 from peftcli.system.outputs import expand_user
 from peftcli.tasks.base import require_extra
 from peftcli.train.events import Message
-from peftcli.train.launch import report_trained
+from peftcli.train.launch import TRAINING, report
 from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import flatten
 
@@ -75,17 +75,17 @@ class Trackers:
         """End them; warn of those that take too long."""
         for tracker in self._trackers:
             tracker.lines.put(None)
-        started, told = time.monotonic(), False
+        started, announced = time.monotonic(), False
         while slow := [each for each in self._trackers if each.is_alive()]:
             passed = time.monotonic() - started
             limit = _STOPPED_SECONDS if kind is not None or self._run.stop.signal else _LAST_SECONDS
             if passed > limit:
                 break
-            if passed > 1 and not told:
-                report_trained()
+            if passed > 1 and not announced:
+                report(TRAINING, over=True)
                 names = " and ".join(each.name for each in slow)
                 self._run.tell(Message(f"waiting for {names}, at most {limit:.0f} seconds"))
-                told = True
+                announced = True
             time.sleep(0.02)
         self._leave_out_failed()
         for tracker in slow:

@@ -92,7 +92,7 @@ def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest
     reset_accelerate()
     single = Classes(None, None, None)  # type: ignore[arg-type]
     alone = evaluate(nn.Linear(1, 1), single, view, 1, Accelerator(cpu=True))
-    shares: list[torch.Tensor] = []
+    shares: list[dict[str, torch.Tensor]] = []
     outputs: list[Any] = []
 
     class Process:
@@ -101,9 +101,9 @@ def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest
             self.device, self._real = torch.device("cpu"), Accelerator(cpu=True)
             self.unwrap_model, self.autocast = self._real.unwrap_model, self._real.autocast
 
-        def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-            shares.append(tensor)
-            return torch.stack(shares).sum(0)
+        def reduce(self, sums: dict[str, torch.Tensor], reduction: str) -> dict[str, torch.Tensor]:
+            shares.append(sums)
+            return {name: torch.stack([share[name] for share in shares]).sum(0) for name in sums}
 
     def gather(own: list[Any]) -> list[Any]:
         outputs.extend(own)

@@ -100,7 +100,7 @@ def open_run(
         StorageError: it cannot be read or written.
     """
     folder = RunFolder(Path(recipe.training.output_dir))
-    shared: list[Any] = [None]
+    shared: Any = None
     try:
         if accelerator.is_main_process:
             check_keys(options.allow_change, recipe)
@@ -129,18 +129,11 @@ def open_run(
                 if options.resume not in RESUME_MODES:
                     changed += _take_checkpoint(Path(options.resume), record, options)
                 if record.data:
-                    before, installed = record.versions, versions()  # with other packages the result may differ
-                    other = [name for name in installed if before.get(name) != installed[name]]
-                    changed += [Change(f"versions.{name}", before.get(name), installed[name]) for name in other]
-                    here = {"device": accelerator.device.type, "bf16": accelerator.mixed_precision == "bf16"}
-                    for name, value in here.items():
-                        if not isinstance(known := getattr(record, name), Missing) and known != value:
-                            changed.append(Change(name, known, value))
+                    changed += _changes_around(record, accelerator)
                 else:
                     record.versions = versions()
-            shared[0] = (chosen.path, record, now, changed)
-        broadcast_object_list(shared)
-        path, record, now, changed = shared[0]
+            shared = chosen.path, record, now, changed
+        ((path, record, now, changed),) = broadcast_object_list([shared])
         replaces = None if path == folder.path else folder
         within = folder if replaces is None else RunFolder(path)
         pinned = _pinned(recipe, record, changed)
@@ -148,6 +141,15 @@ def open_run(
             yield Run(recipe, pinned, options, within, record, now, changed, replaces, accelerator, stop, tell)
     finally:
         folder.close()
+
+
+def _changes_around(record: RunRecord, accelerator: Accelerator) -> list[Change]:
+    """How packages and device differ from those that the run began with: with others the result may differ."""
+    packages = {f"versions.{name}": (record.versions.get(name), now) for name, now in versions().items()}
+    bf16 = accelerator.mixed_precision == "bf16"
+    device = {"device": (record.device, accelerator.device.type), "bf16": (record.bf16, bf16)}
+    both = (packages | device).items()
+    return [Change(key, began, now) for key, (began, now) in both if began != now and not isinstance(began, Missing)]
 
 
 def _choose(
@@ -276,30 +278,27 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
         UsageError: the chosen one belongs to another run.
         StorageError: it is damaged; or there is none, and there must be.
     """
-    found: list[Any] = [None]
+    checkpoint: Path | None = None
     if run.is_main:
         resume, folder = run.options.resume, run.folder.checkpoints
         if resume in RESUME_MODES:
-            found[0] = newest_whole(folder, run.warn)
+            checkpoint = newest_whole(folder, run.warn)
             prune(folder, run.recipe.training.save_total_limit)  # a kill may have left one more
-            if resume == "must" and found[0] is None:
+            if resume == "must" and checkpoint is None:
                 raise StorageError("no whole checkpoint", file=str(folder), key="--resume must")
         else:
-            found[0] = Path(resume)
-    broadcast_object_list(found)
-    checkpoint = found[0]
+            checkpoint = Path(resume)
+    (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint is None or len({*gather_object([_seal(checkpoint)])}) == 1:
         yield checkpoint
         return
-    names = [[path.name for path in checkpoint.iterdir()] if run.is_main else []]
-    broadcast_object_list(names)
+    (names,) = broadcast_object_list([[path.name for path in checkpoint.iterdir()] if run.is_main else []])
     with tempfile.TemporaryDirectory(prefix="peftcli-") as temporary:
         copy = Path(temporary) / checkpoint.name
         copy.mkdir()
-        for name in names[0]:
-            content = [(checkpoint / name).read_bytes() if run.is_main else b""]
-            broadcast_object_list(content)
-            (copy / name).write_bytes(content[0])
+        for name in names:
+            (content,) = broadcast_object_list([(checkpoint / name).read_bytes() if run.is_main else b""])
+            (copy / name).write_bytes(content)
         yield copy
 
 
