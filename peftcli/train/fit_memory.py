@@ -40,9 +40,12 @@ from peftcli.train.strategies import may_divide, supports_quantization
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
 _CHOSEN = {
-    "training": ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    "launch": ("strategy",),
+    "per_device_train_batch_size": "training",
+    "gradient_accumulation_steps": "training",
+    "gradient_checkpointing": "training",
+    "strategy": "launch",
 }
+"""Setting -> its section."""
 _DECISIVE = ("base_model", "task", "method", "dataset")
 """Sections that decide what a run needs."""
 _NUMBERS = "give numbers, true or false, and a strategy"
@@ -52,33 +55,27 @@ Settings = dict[str, Any]
 
 def settings_of(recipe: Recipe) -> Settings:
     """Return the settings of a recipe that may be left to the memory, as it has them."""
-    return {key: getattr(getattr(recipe, section), key) for section, keys in _CHOSEN.items() for key in keys}
+    return {key: getattr(getattr(recipe, section), key) for key, section in _CHOSEN.items()}
 
 
 def first_auto(recipe: Recipe) -> str | None:
     """Return the key of the first setting that is on auto, or None if no setting is."""
     given = settings_of(recipe)
-    return next((f"{section}.{key}" for section, keys in _CHOSEN.items() for key in keys if given[key] == "auto"), None)
+    return next((f"{section}.{key}" for key, section in _CHOSEN.items() if given[key] == "auto"), None)
 
 
 def smallest(recipe: Recipe) -> Recipe:
     """Return the recipe with an example at once, if that is not chosen yet: for what does not depend on the choice."""
-    least = {
-        "per_device_train_batch_size": 1,
-        "gradient_checkpointing": False,
-        "strategy": "replicate",
-    }
+    least = {"per_device_train_batch_size": 1, "gradient_checkpointing": False, "strategy": "replicate"}
     given = settings_of(recipe)
     return with_settings(recipe, {key: least[key] if value == "auto" else value for key, value in given.items()})
 
 
 def with_settings(recipe: Recipe, values: Settings) -> Recipe:
     """Return the recipe with settings that were chosen."""
-    parts = {
-        section: replace(getattr(recipe, section), **{key: values[key] for key in keys})
-        for section, keys in _CHOSEN.items()
-    }
-    return replace(recipe, **parts)
+    for key, section in _CHOSEN.items():
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{key: values[key]})})
+    return recipe
 
 
 def with_chosen_settings(recipe: Recipe, accelerator: Accelerator, overwrite: bool, tell: OnEvent) -> Recipe:
@@ -89,15 +86,14 @@ def with_chosen_settings(recipe: Recipe, accelerator: Accelerator, overwrite: bo
     """
     if first_auto(recipe) is None:
         return recipe
-    found: list[Settings | None] = [None]
+    chosen: Settings = {}
     if accelerator.is_main_process:
-        found[0] = _before(recipe, overwrite) or _chosen(recipe, accelerator.num_processes, tell)
-    broadcast_object_list(found)
-    assert found[0] is not None
-    return with_settings(recipe, found[0])
+        chosen = _settings_of_begun_run(recipe, overwrite) or _choose(recipe, accelerator.num_processes, tell)
+    (chosen,) = broadcast_object_list([chosen])
+    return with_settings(recipe, chosen)
 
 
-def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
+def _settings_of_begun_run(recipe: Recipe, overwrite: bool) -> Settings | None:
     """The settings of the run in the folder, if the recipe's are still its; else None."""
     folder = RunFolder(Path(recipe.training.output_dir))
     for each in (folder.replacement(), folder) if overwrite else (folder,):
@@ -107,9 +103,7 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
         described = to_json(to_dict(recipe))
         if overwrite and any(described[section] != record.recipe.get(section) for section in _DECISIVE):
             continue  # the run that is replaced
-        kept: Settings = {
-            key: mapping_at(record.recipe, section).get(key) for section, keys in _CHOSEN.items() for key in keys
-        }
+        kept: Settings = {key: mapping_at(record.recipe, section).get(key) for key, section in _CHOSEN.items()}
         given = settings_of(recipe)
         if given["per_device_train_batch_size"] == "auto":
             sizes = kept["per_device_train_batch_size"], kept["gradient_accumulation_steps"]
@@ -121,7 +115,7 @@ def _before(recipe: Recipe, overwrite: bool) -> Settings | None:
     return None
 
 
-def _chosen(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
+def _choose(recipe: Recipe, num_processes: int, tell: OnEvent) -> Settings:
     tell(Message("finding what fits into the memory"))
     base = open_base(recipe.base_model)
     data = load_data(recipe, open_task(recipe, base), tell=tell)

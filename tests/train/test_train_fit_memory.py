@@ -77,7 +77,8 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
     monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 0)
     auto = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     training = auto.run["recipe"]["training"]
-    assert [training[key] for key in fit_memory._CHOSEN["training"]] == [1, 4, True]
+    sizes = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
+    assert (*sizes, training["gradient_checkpointing"]) == (1, 4, True)
     assert auto.run["train_loss"] == pytest.approx(usual.run["train_loss"], rel=1e-4)
     monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
     again = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
@@ -103,7 +104,7 @@ def test_a_damaged_recipe_in_run_json_chooses_nothing(recipe: Path) -> None:
     for damaged in ({}, {"training": "x"}, {"training": {}}):
         (done.folder / "run.json").write_text(json.dumps(done.run | {"recipe": damaged}))
         for overwrite in (False, True):
-            assert fit_memory._before(wanted, overwrite) is None
+            assert fit_memory._settings_of_begun_run(wanted, overwrite) is None
 
 
 def test_a_model_that_cannot_compute_again_says_so(fit, monkeypatch: pytest.MonkeyPatch) -> None:
