@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from peftcli.errors import OutOfMemory, to_peftcli_error
+from peftcli.errors import OutOfMemory
 from peftcli.schema import Recipe
 from peftcli.tasks.base import Task
 from peftcli.train.report import peak_memory_bytes
 
 _TO_GO_ON = ". To go on at the last checkpoint, add --allow-change KEY"
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device or the machine has too little memory."""
-    return isinstance(to_peftcli_error(error), OutOfMemory)
 
 
 def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any], *, saved: bool) -> OutOfMemory:

@@ -24,11 +24,10 @@ from peftcli.train.data import RunData
 from peftcli.train.evaluate import best_metric, evaluate
 from peftcli.train.events import Evaluated, Message, Stepped, StepResult
 from peftcli.train.loop import LESS_LEARNING, Gradients, fit
-from peftcli.train.memory import lacks_memory, too_large_a_step, too_large_an_evaluation
+from peftcli.train.memory import too_large_a_step, too_large_an_evaluation
 from peftcli.train.plan import Plan
-from peftcli.train.runs.checkpoint import Progress, State, random_state, restore_random, save_checkpoint
+from peftcli.train.runs.checkpoint import State, random_state, restore_random, save_checkpoint
 from peftcli.train.runs.identity import digests
-from peftcli.train.runs.record import RunRecord
 from peftcli.train.runs.resume import Run
 from peftcli.train.trackers import Trackers
 
@@ -37,10 +36,11 @@ class TrainingLoop:
     """The steps of a run, and what happens between them."""
 
     def __init__(self, run: Run, data: RunData, state: State, gradients: Gradients, trackers: Trackers):
-        self.active, self.data, self.state, self.plan = run, data, state, data.plan
+        self._run, self.data, self.state, self.plan = run, data, state, data.plan
         self.gradients, self.trackers = gradients, trackers
         self.training, self.progress = run.recipe.training, state.progress
-        self.clock = _Clock(run.record, state.progress)
+        self.started, self.seconds_before = time.perf_counter(), run.record.wall_seconds or 0.0
+        self.tokens_before = state.progress.num_tokens
         self.pending_is_saved = False
         """Whether a checkpoint holds the state before the evaluation that is made."""
         self.evaluated_step = -1
@@ -60,9 +60,9 @@ class TrainingLoop:
                 yield from self._steps()
             if self._is_over():
                 name, count = self.training.metric_for_best_model, self.progress.no_better
-                self.active.tell(Message(f"stopped early: {name} was no better in {count_of(count, 'evaluation')}"))
+                self._run.tell(Message(f"stopped early: {name} was no better in {count_of(count, 'evaluation')}"))
         except Exception as error:
-            if lacks_memory(error):
+            if isinstance(to_peftcli_error(error), OutOfMemory):
                 raise self._too_large() from error
             if self.progress.step == 0 and _is_of_model(error):
                 message = f"{type(self.state.model).__name__} does not take what this task gives it: {error}"
@@ -70,10 +70,10 @@ class TrainingLoop:
                 raise ModelError(message, key="base_model", hint=hint) from error
             raise
         finally:
-            self.clock.record_speed()
+            self._record_speed()
 
     def _start(self) -> None:
-        stop, progress = self.active.stop, self.progress
+        stop, progress = self._run.stop, self.progress
         stop.check()
         stop.at_once = False
         if progress.pending is None and progress.step == 0 and self.training.eval_on_start:
@@ -109,11 +109,11 @@ class TrainingLoop:
     def _too_large(self) -> OutOfMemory:
         """The error of the step, or the evaluation, that the memory does not hold."""
         if self.progress.pending is not None:
-            return too_large_an_evaluation(self.active.recipe, saved=self.active.stop.saved)
+            return too_large_an_evaluation(self._run.recipe, saved=self._run.stop.saved)
         step, sizes = self.progress.step, self.plan.sizes
         rows = [[int(size) for row in batch for size in sizes[row]] for batch in self.gradients.micro_batches(step)]
         largest = max(rows, key=sum)
-        return too_large_a_step(step + 1, largest, self.active.recipe, self.data.task, saved=self.active.stop.saved)
+        return too_large_a_step(step + 1, largest, self._run.recipe, self.data.task, saved=self._run.stop.saved)
 
     def _is_over(self) -> bool:
         """Whether training ends early: evaluations have been no better for as long as the recipe waits."""
@@ -134,7 +134,7 @@ class TrainingLoop:
         progress.window_num_targets += result.num_targets
         mean = progress.window_loss_sum / progress.window_num_targets
         logged = result.step % self.training.logging_steps == 0 or result.step in (1, plan.total_steps)
-        self.active.tell(Stepped(result, plan.epoch(result.step), logged, mean))
+        self._run.tell(Stepped(result, plan.epoch(result.step), logged, mean))
         if not logged:
             return {}
         progress.window_loss_sum, progress.window_num_targets = 0.0, 0
@@ -142,10 +142,10 @@ class TrainingLoop:
 
     def _log(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, unless it is empty."""
-        if line and self.active.is_main:
+        if line and self._run.is_main:
             step = self.progress.step
             entry = {"step": step, "epoch": self.plan.epoch(step), **line}
-            self.active.folder.log(entry)
+            self._run.folder.log(entry)
             self.trackers.log(entry)
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -168,23 +168,28 @@ class TrainingLoop:
             data.task,
             data.examples.eval,
             training.per_device_eval_batch_size,
-            self.active.accelerator,
+            self._run.accelerator,
             num_workers=num_workers(training, data.task),
             stopping=self._stops_evaluation,
         )
         self.state.prepared.make_whole()
         if metrics is None:
             restore_random(random)  # as when it is made from the beginning
-            return self.evaluate() if self._saved_only() else self._interrupt()
+            if not wants_save(self.request()):
+                self._interrupt()
+            self._run.stop.save = False
+            self.save()
+            self.pending_is_saved = True
+            return self.evaluate()
         if not math.isfinite(metrics["eval_loss"]):
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
-        if isinstance(data.task, Illustrates) and self.active.is_main:
-            data.task.illustrate(self.state.model, self.active.folder.path, progress.step)
+        if isinstance(data.task, Illustrates) and self._run.is_main:
+            data.task.illustrate(self.state.model, self._run.folder.path, progress.step)
         defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, value in metrics.items():
             if name not in defined:
-                self.active.warn(f"{name} is {value} after step {progress.step}: it is left out, and is not the best")
-        self.active.tell(Evaluated(progress.step, defined, self._record_metrics(metrics, defined)))
+                self._run.warn(f"{name} is {value} after step {progress.step}: it is left out, and is not the best")
+        self._run.tell(Evaluated(progress.step, defined, self._record_metrics(metrics, defined)))
         return defined
 
     def _record_metrics(self, metrics: dict[str, float], defined: dict[str, float]) -> bool:
@@ -217,24 +222,27 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        run, record = self.active, self.active.record
-        keep, made_by = (
-            self.training.save_total_limit,
-            {**digests(record.identity), "run": json.loads(record.content())},
-        )
+        run, record = self._run, self._run.record
+        keep = self.training.save_total_limit
+        made_by = {**digests(record.identity), "run": json.loads(record.content())}
         if run.is_main:
             (run.replaces or run.folder).keep_lock()
             run.folder.sync_metrics()
         path = save_checkpoint(run.folder.checkpoints, self.state, keep, run.accelerator, made_by)
         run.stop.saved = True
         record.steps.done, record.resumable = self.progress.step, True
-        self.clock.record_speed()
+        self._record_speed()
         run.write_record()
         run.tell(Message(f"checkpoint: {path}"))
 
+    def _record_speed(self) -> None:
+        elapsed, record = time.perf_counter() - self.started, self._run.record
+        record.wall_seconds = round(self.seconds_before + elapsed, 3)
+        record.tokens_per_second = round((self.progress.num_tokens - self.tokens_before) / elapsed, 1)
+
     def request(self) -> float:
         """The request that any process has received, agreed by all; 0: none."""
-        accelerator, request = self.active.accelerator, self.active.stop.request
+        accelerator, request = self._run.accelerator, self._run.stop.request
         if accelerator.num_processes > 1:
             flag = torch.tensor(float(request), device=accelerator.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -246,7 +254,7 @@ class TrainingLoop:
         request = self.request()
         if not request:
             return
-        self.active.stop.save = False
+        self._run.stop.save = False
         if not saved:
             self.save()
         if not wants_save(request):
@@ -259,41 +267,18 @@ class TrainingLoop:
         """
         request = self.request()
         if wants_save(request) and (self.pending_is_saved or not self.progress.step):
-            self.active.stop.save = False
+            self._run.stop.save = False
             return False
         return request not in (0, TIME_LIMIT)
 
-    def _saved_only(self) -> bool:
-        """Save if a checkpoint is requested, and no stop. Returns whether that was so."""
-        if not wants_save(self.request()):
-            return False
-        self.active.stop.save = False
-        self.save()
-        self.pending_is_saved = True
-        return True
-
     def _interrupt(self, request: float = 0) -> NoReturn:
         """Raise Interrupted, with a checkpoint if a step was done."""
-        stop, step, request = self.active.stop, self.progress.step, request or self.request()
+        stop, step, request = self._run.stop, self.progress.step, request or self.request()
         if not step:
             raise stop.to_error("stopped before the first step", saved=stop.saved, request=request)
         if self.progress.pending is not None and not self.pending_is_saved:
             self.save()
         raise stop.to_error(f"stopped after step {step} of {self.plan.total_steps}", saved=True, request=request)
-
-
-class _Clock:
-    """Measures the seconds of training from now on, and the speed, for run.json."""
-
-    def __init__(self, record: RunRecord, progress: Progress):
-        self.record, self.progress = record, progress
-        self.started, self.seconds_before = time.perf_counter(), record.wall_seconds or 0.0
-        self.tokens_before = progress.num_tokens
-
-    def record_speed(self) -> None:
-        elapsed = time.perf_counter() - self.started
-        self.record.wall_seconds = round(self.seconds_before + elapsed, 3)
-        self.record.tokens_per_second = round((self.progress.num_tokens - self.tokens_before) / elapsed, 1)
 
 
 def _is_due(strategy: str, every: int, step: int, plan: Plan) -> bool:
