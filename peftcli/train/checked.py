@@ -38,9 +38,9 @@ _NOT_READ = {
 _LARGE = 64 << 20
 """Bytes of a file of the base model that is known by its size: weights, of which a deep check reads nothing."""
 _MAX_FILES = 1000
-_DEVICES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/*")
+_DEVICES = ("nvidia*", "kfd", "dri/*")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-"""What decides how many GPUs there are, and so how many processes a run has."""
+"""What decides how many GPUs there are, and so how many processes a run has: files below ``/dev``, and variables."""
 
 
 @dataclass
@@ -59,8 +59,8 @@ class DeepCheck:
             RunFolder(Path(recipe.training.output_dir)).read()
         except PeftcliError as error:
             self.exit_code = self.exit_code or error.exit_code
-            told = error.message if error.hint is None else f"{error.message}; {error.hint}"
-            self.errors.append(Problem(told, file="", key="training.output_dir"))
+            text = error.message if error.hint is None else f"{error.message}; {error.hint}"
+            self.errors.append(Problem(text, file="", key="training.output_dir"))
 
     @property
     def warnings(self) -> list[Problem]:
@@ -107,6 +107,7 @@ def state_of(recipe: Recipe) -> str | None:
     given = asdict(recipe)
     given["gates"] = sorted(recipe.gates)
     given["training"] = {name: value for name, value in given["training"].items() if name not in _NOT_READ}
+    devices = (path for pattern in _DEVICES for path in Path("/dev").glob(pattern))
     parts = {
         "recipe": given,
         "base": [file[:2] for file in files],
@@ -114,7 +115,7 @@ def state_of(recipe: Recipe) -> str | None:
         "data": states,
         "code": _code(),
         "packages": [sys.version, *_packages()],
-        "devices": [*_devices(), *(os.environ.get(name) for name in _VISIBLE)],
+        "devices": [*sorted(map(str, devices)), *(os.environ.get(name) for name in _VISIBLE)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -192,7 +193,3 @@ def _packages() -> list[str]:
         with suppress(OSError):
             found |= {path.name for path in Path(folder).iterdir() if path.suffix in (".dist-info", ".egg-info")}
     return sorted(name for name in found if not name.startswith("peftcli"))  # whose code is hashed
-
-
-def _devices() -> list[str]:
-    return sorted(str(path) for pattern in _DEVICES for path in Path("/").glob(pattern[1:]))

@@ -53,7 +53,8 @@ def examine(recipe: Recipe) -> DeepCheck:
             raise
         except PeftcliError as error:
             place = f"{error.file}:{error.line}" if error.line else error.file
-            is_column = error.file is not None and not _is_setting(error.key)
+            section, dot, _ = (error.key or "").partition(".")
+            is_column = error.file is not None and not (dot and section in _SECTIONS)
             own, column = (key, error.key) if is_column else (_recipe_key(error.key, key), None)
             text = ": ".join(filter(None, (place, column, error.message)))
             hint = f" ({' '.join(error.hint.split())})" if error.hint else ""
@@ -150,11 +151,6 @@ def examine(recipe: Recipe) -> DeepCheck:
         needs = estimate(model, config, begun, base, data, plan_of(begun, data, processes))
         found.would["memory"] = needs and {**needs.as_dict(), "processes": processes // recipe.launch.num_machines}
     return found
-
-
-def _is_setting(key: str | None) -> bool:
-    section, dot, _ = (key or "").partition(".")
-    return bool(dot) and section in _SECTIONS
 
 
 def _recipe_key(key: str | None, section: str) -> str:

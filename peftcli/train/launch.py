@@ -144,7 +144,7 @@ def run_processes(
         ProcessDied: a process was killed, crashed, stopped, or ended while the others went on.
         Interrupted: a signal ended them.
     """
-    handle, told = lock
+    handle, variables_of_lock = lock
     shared, meets = shared_variables(count), _free_port() if port == "auto" else int(port)
     with tempfile.TemporaryDirectory(prefix="peftcli-") as status, tempfile.TemporaryFile() as answer:
         group = _Group(Path(status), signal.Signals[save_on] if save_on else None)
@@ -154,7 +154,7 @@ def run_processes(
                 group.processes.append(
                     subprocess.Popen(
                         peftcli_command(command),
-                        env=os.environ | variables | (told if number == 0 else {}),
+                        env=os.environ | variables | (variables_of_lock if number == 0 else {}),
                         stdout=answer if number == 0 else subprocess.DEVNULL,
                         pass_fds=[handle] if number == 0 else [],
                         start_new_session=True,  # Ctrl-C reaches them once, through us
@@ -297,9 +297,7 @@ class _Group:
             error = first_error(self.status, codes, len(self.processes), self.forwarded)
             late = bool(ended) and time.monotonic() - next(iter(ended.values())) > _GRACE_SECONDS
             if error is None and len(ended) < len(self.processes):
-                living = {
-                    number: self.processes[number].pid for number in range(len(self.processes)) if number not in ended
-                }
+                living = {number: each.pid for number, each in enumerate(self.processes) if number not in ended}
                 reason = watch.look(living, training=training, measuring=(self.status / MEASURING).exists())
                 if reason is not None:
                     self.end()
@@ -343,9 +341,9 @@ def first_error(status: Path, codes: Mapping[int, int], count: int, forwarded: S
     ]
 
     def followed(error: PeftcliError) -> bool:
-        """Whether it ended because another had, or was told to end then."""
-        told = isinstance(error, ErrorOfProcess) and error.exit_code == ProcessDied.exit_code
-        return told or (error.exit_code in _STOPPED and not forwarded)
+        """Whether it reported that another process died, or was stopped although nobody signalled the launcher."""
+        reported = isinstance(error, ErrorOfProcess) and error.exit_code == ProcessDied.exit_code
+        return reported or (error.exit_code in _STOPPED and not forwarded)
 
     return min(errors, key=followed, default=None)
 
@@ -356,10 +354,9 @@ def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence
         reported = json.loads((status / f"{number}.json").read_bytes())
         if reported is None:  # its work is done; torch's threads may abort it as Python ends
             return None
-        if isinstance(reported, dict):
-            if reported["exit_code"] != PeftcliError.exit_code:
-                return ErrorOfProcess(reported)
-            return Failed(f"process {number} of {count} failed: {reported['shown']}", hint=GO_ON)
+        if reported["exit_code"] != PeftcliError.exit_code:
+            return ErrorOfProcess(reported)
+        return Failed(f"process {number} of {count} failed: {reported['shown']}", hint=GO_ON)
     if -code in forwarded or (code in _AT_ONCE and forwarded):  # it did not listen yet, or had two
         last = signal.Signals(forwarded[-1])
         return Interrupted(f"stopped at once ({last.name})", exit_code=130 if last == signal.SIGINT else 143)

@@ -46,11 +46,6 @@ class PreparedModel:
         """Whether all processes must run the model equally often."""
         return is_sharded(self.model) or isinstance(self.model, DistributedDataParallel)
 
-    @property
-    def may_unpad(self) -> bool:
-        """Whether each process may call the modules that its own rows need."""
-        return True
-
     def micro_batch(self, accelerator: Accelerator, *, is_last: bool) -> AbstractContextManager[Any]:
         """Inside, a micro-batch runs forward and backward; it may be a step's last one."""
         # DDP adds the gradients up over the processes in the last backward pass
@@ -72,18 +67,18 @@ class PreparedModel:
         return norm
 
     def make_whole(self) -> None:
-        """Bring what trains together where the processes hold parts of it. All do so together."""
+        """Make the trained parameters whole where each process holds a part. All processes do so together."""
 
     def take_values(self) -> None:
-        """Take over the values that what trains was given from outside. All do so together."""
+        """Adopt the values that were put into the trained parameters from outside. All processes do so together."""
 
     def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """Return what the optimizer remembers of each tensor that trains. All processes ask together."""
+        """Return the optimizer's state of each tensor that trains. All processes ask together."""
         state: dict[Any, dict[str, Any]] = self.optimizer.state
         return state
 
     def load_optimizer_state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
-        """Remember what another optimizer of its kind did, of the same tensors."""
+        """Load the state of another optimizer of the same kind, over the same tensors."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         kept = {place: state[each] for place, each in enumerate(parameters) if state.get(each)}
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})

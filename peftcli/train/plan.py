@@ -244,9 +244,12 @@ class Plan:
         places = np.arange(number * draws, (number + 1) * draws)
         if self.training.train_sampling_strategy == "sequential" or not draws:
             return places % size if draws else places
-        first, last = places[0] // size, places[-1] // size
-        seed = self.training.seed
-        orders = [_permutation(size, _generator(seed, source, int(turn))) for turn in range(first, last + 1)]
+        first, last, seed = places[0] // size, places[-1] // size, self.training.seed
+        orders = list[np.ndarray]()
+        for turn in range(int(first), int(last) + 1):
+            digest = hashlib.sha256(repr((seed, source, turn)).encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            orders.append(_permutation(size, generator))
         return np.concatenate(orders)[places - first * size]
 
     def _by_length(self, lengths: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -348,8 +351,3 @@ def _shares(weights: Sequence[float], total: int) -> list[int]:
 
 def _permutation(size: int, generator: torch.Generator) -> np.ndarray:
     return torch.randperm(size, generator=generator).numpy()
-
-
-def _generator(*words: int) -> torch.Generator:
-    digest = hashlib.sha256(repr(words).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -56,10 +56,9 @@ from peftcli.train.options import DEFAULTS, StartOptions
 from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.report import peak_memory_bytes
 from peftcli.train.runs.checkpoint import Misfit, Progress, State, load_checkpoint, set_newer_aside
-from peftcli.train.runs.identity import Change, described, is_allowed
+from peftcli.train.runs.identity import Change, comparable_settings, is_allowed
 from peftcli.train.runs.record import (
     AttemptRecord,
-    ChangeRecord,
     DataRecord,
     ErrorRecord,
     MemoryRecord,
@@ -108,7 +107,7 @@ def train(
         accelerator = start_accelerator(recipe)
         _refuse_other_recipes(recipe)
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
-        recipe = completed(recipe, tell)
+        recipe = complete_recipe(recipe, tell)
         recipe = with_chosen_settings(recipe, accelerator, options.overwrite, tell)
         training_run = steps_of(recipe, options, accelerator, stop, tell, RunHost())
         while True:
@@ -124,7 +123,7 @@ _FILES = ("base_model.name", "base_model.chat_template", "dataset.train", "datas
 
 def _refuse_other_recipes(recipe: Recipe) -> None:
     """Refuse recipes that differ between processes: each would take a step of its own."""
-    settings = described(recipe)
+    settings = comparable_settings(recipe)
     settings["training"] |= {"save_strategy": recipe.training.save_strategy, "save_steps": recipe.training.save_steps}
     settings["dataset"]["mix"] = [{**source, "train": None} for source in settings["dataset"]["mix"]]
     own = {key: value for key, value in flatten(settings).items() if key not in _FILES}
@@ -136,7 +135,7 @@ def _refuse_other_recipes(recipe: Recipe) -> None:
                 raise UsageError(message, key=key, hint="start each machine with the same recipe and overrides")
 
 
-def completed(recipe: Recipe, tell: OnEvent) -> Recipe:
+def complete_recipe(recipe: Recipe, tell: OnEvent) -> Recipe:
     """The recipe with its task, its learning rate and the settings of an adapter that it begins from."""
     return with_rate(with_init_settings(with_task(recipe, tell)))
 
@@ -198,11 +197,8 @@ def record_outcome(run: Run) -> Iterator[None]:
     except BaseException as error:
         ours = run.stop.as_interrupted(error) or to_peftcli_error(error)
         if ours is None:
-            hint = (
-                f"the traceback is in {run.folder.path / 'train.log'}"
-                if run.is_main
-                else "run with --debug for the traceback"
-            )
+            log = f"the traceback is in {run.folder.path / 'train.log'}"
+            hint = log if run.is_main else "run with --debug for the traceback"
             ours = PeftcliError(f"{type(error).__name__}: {error}", hint=hint)
         record.status = "interrupted" if isinstance(ours, Interrupted) else "failed"
         record.exit_code, record.error = ours.exit_code, ErrorRecord.of(ours)
@@ -349,16 +345,18 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
         data.task.check_model(model)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
+    # of a module that DeepSpeed divides, each call is one of all processes, whatever their rows
+    may_unpad = not (recipe.launch.strategy == "zero3" and is_dividing(recipe))
     # what a GPU computes in half precision is tried out in it
     with run.accelerator.autocast() if run.accelerator.device.type == "cuda" else contextlib.nullcontext():
-        unpadded = prepared.may_unpad and unpad(model, config)
+        unpadded = may_unpad and unpad(model, config)
     if plan.packs and not unpadded:
         refuse_contamination(model, data.task, run.accelerator)
     if recipe.training.neftune_noise_alpha is not None:
         add_embedding_noise(model, recipe.training.neftune_noise_alpha)
     if recipe.training.torch_compile:
         compile_layers(model)
-    form = BatchForm.of(run.accelerator.unwrap_model(prepared.model), data.task, config, plan, in_step=prepared.in_step)
+    form = BatchForm.of(model, data.task, config, plan, in_step=prepared.in_step)
     parameters = ParametersRecord(trainable=injection.trainable, all=injection.total)
     return BuiltModel(prepared, parameters, form.efficiency(plan, data.examples.train), source)
 
@@ -386,16 +384,16 @@ def resume_state(run: Run, data: RunData, built: BuiltModel) -> State:
                 raise
             hint = "undo the changes that were allowed; or choose another training.output_dir"
             raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None
-    _drop_untrue(run, state)
+    _drop_outdated(run, state)
     progress = state.progress
     if progress.step > total:
-        raise UsageError(
-            f"the run has done {progress.step} steps, and the recipe now wants {total}", key="training.max_steps"
-        )
+        message = f"the run has done {progress.step} steps, and the recipe now wants {total}"
+        raise UsageError(message, key="training.max_steps")
     if isinstance(method := layers_of(prepared.config), AfterResume):
         method.after_resume(state.model, prepared.config, progress.step, total)
     if progress.step == total and progress.pending is None:
-        progress.pending = run.folder.line_of(progress.step)  # an earlier step than the last one, before
+        # before, an earlier step than the last one
+        progress.pending = next((line for line in run.folder.metrics() if line["step"] == total), {})
     return state
 
 
@@ -405,29 +403,25 @@ _CHOOSING = ("training.metric_for_best_model", "training.greater_is_better")
 """Keys on which it depends which of two adapters is better."""
 
 
-def _drop_untrue(run: Run, state: State) -> None:
-    """Drop what a change made untrue: the metrics before training, and the best adapter so far.
+def _drop_outdated(run: Run, state: State) -> None:
+    """Drop what a change has made outdated: the metrics before training, and the best adapter so far.
 
-    Of the latter also the one that the recipe does not want, or no longer calls the best.
+    The best adapter is also dropped where the recipe does not keep it, or compares by another metric now.
     """
     progress, wanted = state.progress, run.recipe.training.load_best_model_at_end
     if not wanted:
         state.best_adapter = None
     # changes after the checkpoint, also those of an attempt that was killed before it saved one
-    since: list[Change | ChangeRecord] = [
-        *run.changes,
-        *(each for each in run.record.changes if each.step >= progress.step),
-    ]
-    differing = [Change(each.key, each.before, each.now) for each in since]
+    recorded = [each for each in run.record.changes if each.step >= progress.step]
+    differing = [*run.changes, *(Change(each.key, each.before, each.now) for each in recorded)]
     if any(is_allowed(each, _MEASURED) for each in differing):
         progress.first_eval = {}
     keys = [each.key for each in differing if is_allowed(each, (*_MEASURED, *_CHOOSING))]
     if wanted and state.best_adapter is None:
         keys.append("training.load_best_model_at_end")
     if keys and progress.best_eval:
-        run.warn(
-            f"{keys[0]} has changed: the best evaluation so far, after step {progress.best_step}, no longer counts"
-        )
+        best = f"the best evaluation so far, after step {progress.best_step}"
+        run.warn(f"{keys[0]} has changed: {best}, no longer counts")
         state.best_adapter, progress.best_eval, progress.best_step, progress.no_better = None, {}, -1, 0
 
 

@@ -177,8 +177,8 @@ def adapted_model(
     if source is None:
         loaded = with_trained_head(loaded, task)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
-    if base.quantization and (told := unquantised_experts(model, base.quantization.type)):
-        notes.append(told)
+    if base.quantization and (note := unquantised_experts(model, base.quantization.type)):
+        notes.append(note)
     if recipe.training.use_liger_kernel:
         use_liger_kernel(model)
     if isinstance(task, FitsModel):
@@ -299,7 +299,7 @@ def prepare(
 
 
 def unquantised_experts(model: nn.Module, kind: str) -> str | None:
-    """Return what to tell of experts that a quantised model holds as parameters, in full; None: it has none."""
+    """Return a note on the experts that a quantised model holds as parameters, in full; None without any."""
     names = expert_parameters(base_modules(model))
     if not names:
         return None

@@ -34,7 +34,7 @@ from peftcli.train.events import OnEvent
 from peftcli.train.fit_memory import first_auto
 from peftcli.train.loop import Gradients
 from peftcli.train.options import DEFAULTS, RESUME_MODES, StartOptions
-from peftcli.train.run import RunHost, completed, steps_of
+from peftcli.train.run import RunHost, complete_recipe, steps_of
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import Run
@@ -71,7 +71,9 @@ def train_together(
             if recipe.training.max_time is not None:
                 own.deadline = started + parse_duration(recipe.training.max_time)
             stop.followers.append(own)
-            group.add(Member(name, group), partial(steps_of, recipe, options, accelerator, own, tells[name]))
+            member = Member(name, group)
+            member.steps = steps_of(recipe, options, accelerator, own, tells[name], member)
+            group.members.append(member)
         group.start()
         stop.at_once = False
         group.train()
@@ -116,7 +118,7 @@ def alike(
             hint = "launch: {num_processes: 1}"
             raise UsageError("--together trains in one process", file=name, key="launch.num_processes", hint=hint)
     tells = tells or dict.fromkeys(recipes, lambda event: None)
-    names, found = list(recipes), {name: completed(recipe, tells[name]) for name, recipe in recipes.items()}
+    names, found = list(recipes), {name: complete_recipe(recipe, tells[name]) for name, recipe in recipes.items()}
     folders = dict[Path, str]()
     for name, recipe in found.items():
         for key, value in _SHARED.items():
@@ -146,11 +148,6 @@ class Group:
         self.members: list[Member] = []
         self._loaded: tuple[LoadedModel, dict[str, Any]] | None = None
         self._models: JoinedModels | None = None
-
-    def add(self, member: Member, steps: Callable[[RunHost], Any]) -> None:
-        """Add a run, whose steps ``steps`` gives."""
-        member.steps = steps(member)
-        self.members.append(member)
 
     def start(self) -> None:
         """Let each run build its model, then begin.

@@ -27,7 +27,6 @@ from peftcli.train.launch import TRAINING, report
 from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import flatten
 
-_PROJECT = "peftcli"
 _PROJECT_IN = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 """Environment variables that name the project instead."""
 _LAST_SECONDS = 60.0
@@ -125,7 +124,7 @@ class _Tracker(Thread):
 
     def _show(self) -> None:
         build: Any = LOGGER_TYPE_TO_CLASS[self.name]
-        project = os.environ.get(_PROJECT_IN[self.name], _PROJECT) if self.name in _PROJECT_IN else ""
+        project = os.environ.get(_PROJECT_IN[self.name], "peftcli") if self.name in _PROJECT_IN else ""
         tracker = build(project, **self.options)
         tracker.start()
         if self.name != "tensorboard":  # it makes a folder of them, and another one whenever the run goes on

@@ -38,10 +38,6 @@ class ZeroModel(PreparedModel):
     in_step = True
 
     @property
-    def may_unpad(self) -> bool:
-        return not is_sharded(self.model)  # each call of a divided module is one of all processes
-
-    @property
     def engine(self) -> Any:
         """DeepSpeed's engine."""
         return self.model

@@ -57,19 +57,16 @@ class RunFolder:
             self._lock = file.open("a")
         except OSError as error:
             raise StorageError(f"cannot write: {error.strerror}", file=str(self.path)) from None
-        tries = 10
-        while True:
+        for _ in range(10):
             try:
                 return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                tries -= 1
-                if not tries:
-                    self.close()
-                    raise FolderBusy("another run is using this folder", file=str(self.path)) from None
                 time.sleep(0.05)  # a process that only looks, as ``is_locked``, unlocks at once
             except OSError as error:
                 self.close()
                 raise StorageError(f"cannot be locked: {error.strerror}", file=str(file)) from None
+        self.close()
+        raise FolderBusy("another run is using this folder", file=str(self.path))
 
     def keep_lock(self) -> None:
         """Lock the folder again if its lock file was removed.
@@ -193,10 +190,6 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         with storage_errors(file), file.open("ab") as metrics:
             os.fsync(metrics.fileno())
-
-    def line_of(self, step: int) -> dict[str, Any]:
-        """The line of metrics.jsonl of a step; empty where it has none."""
-        return next((entry for entry in self.metrics() if entry["step"] == step), {})
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after ``step``, which will be written again."""

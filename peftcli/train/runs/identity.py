@@ -50,14 +50,14 @@ class Change:
 def identity(recipe: Recipe, num_processes: int) -> IdentityRecord:
     """What makes two runs the same: the recipe, without where it runs and writes; the bytes of data and base model."""
     return IdentityRecord(
-        recipe=described(recipe),
+        recipe=comparable_settings(recipe),
         data=_data_hashes(recipe),
         base_model=base_hash(expand_user(Path(recipe.base_model.name))),
         processes=num_processes,
     )
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
+def comparable_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings of a recipe, without where it runs, and what it writes when and where."""
     settings = to_dict(recipe)
     elsewhere = (

@@ -129,7 +129,7 @@ def open_run(
                 if options.resume not in RESUME_MODES:
                     changed += _take_checkpoint(Path(options.resume), record, options)
                 if record.data:
-                    changed += _changes_around(record, accelerator)
+                    changed += _environment_changes(record, accelerator)
                 else:
                     record.versions = versions()
             shared = chosen.path, record, now, changed
@@ -143,7 +143,7 @@ def open_run(
         folder.close()
 
 
-def _changes_around(record: RunRecord, accelerator: Accelerator) -> list[Change]:
+def _environment_changes(record: RunRecord, accelerator: Accelerator) -> list[Change]:
     """How packages and device differ from those that the run began with: with others the result may differ."""
     packages = {f"versions.{name}": (record.versions.get(name), now) for name, now in versions().items()}
     bf16 = accelerator.mixed_precision == "bf16"
