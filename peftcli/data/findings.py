@@ -10,17 +10,17 @@ Imported without numpy, so that ``peftcli check`` knows the names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftcli.data.rows import BAD, USED, Place
 from peftcli.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from peftcli.data.rows import Place
     from peftcli.data.store import Part
 
 Level = Literal["error", "warning", "info"]
@@ -183,12 +183,15 @@ class Records:
 
     def with_flag(self, flag: int, *, without: int = 0) -> list[np.ndarray]:
         """Return masks of the used rows with ``flag`` and not ``without``, part by part."""
-        from peftcli.data.store import USED
-
         return [
             used & (records["flags"] & (flag | without) == flag)
             for used, records in zip(self.with_outcome(USED), self._records, strict=True)
         ]
+
+    def with_unread(self, columns: Collection[str]) -> list[np.ndarray]:
+        """Return masks of the used rows whose source has one of these columns, which the task does not read."""
+        unread = [not part.columns_not_read.isdisjoint(columns) for part in self.parts]
+        return [used & some for used, some in zip(self.with_outcome(USED), unread, strict=True)]
 
     def count(self, masks: Sequence[np.ndarray]) -> int:
         """Return the number of rows in the masks."""
@@ -201,8 +204,6 @@ class Records:
 
         Their share is relative to all rows, or with ``of_used`` to the used ones; ``more`` is added to the message.
         """
-        from peftcli.data.store import USED
-
         count = self.count(masks)
         total = self.count(self.with_outcome(USED)) if of_used else sum(map(len, self._records))
         return [kind.finding(count, total, self._places(masks), split=self.split, more=more)] if count else []
@@ -220,8 +221,6 @@ def find_in_records(
 
     With ``skip_bad_rows``, as the recipe's ``on_bad_row: skip`` says it, bad rows are a warning.
     """
-    from peftcli.data.store import BAD
-
     findings = [*records.findings(FINDINGS[_BAD_ROWS], records.with_outcome(BAD)), *of_task(records)]
     # Evaluation rows do not change the model, but bad rows among them stop a run too.
     for at, each in enumerate(findings):

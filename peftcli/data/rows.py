@@ -11,6 +11,8 @@ from typing import Any
 from peftcli.errors import DataError
 from peftcli.schema import Source
 
+USED, BAD = "used", "cannot be used"
+"""What became of a row that has examples; of one that its reader or the task refused."""
 _LISTED = 12
 """Names that a message lists."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from peftcli.data.rows import Place, shortened
+from peftcli.data.rows import BAD, USED, Place, shortened
 from peftcli.errors import DataError
 from peftcli.system.outputs import storage_errors
 
@@ -30,8 +30,6 @@ FORMAT = 2
 """Changes with the layout below."""
 MANIFEST, DESCRIPTION = "MANIFEST.json", "store.json"
 _BAD_ROWS = "bad.jsonl"
-USED, BAD = "used", "cannot be used"
-"""What became of a row that has examples; of one that its reader or the task refused."""
 
 _ROW = np.dtype(
     [
@@ -289,10 +287,14 @@ class Store:
         self._records = self._mapped("features", _EXAMPLE)
         self.sizes = self._mapped("sizes", _SIZE)
         """Of each example, in the task's unit."""
-        self._ids, self._ends, self._edges = dict[str, np.ndarray](), dict[str, np.ndarray](), dict[str, np.ndarray]()
+        self._ids, self._edges = dict[str, np.ndarray](), dict[str, np.ndarray]()
+        self._ends = dict[str, np.ndarray | range]()
         for name, column in self.columns.items():
             ids, ends, edges = _arrays_of(name)
             self._ids[name], self._ends[name] = self._mapped(ids, column.stored), self._mapped(ends, _END)
+            if not column.has_ends:  # all are of one size, so no file says where they end
+                size = math.prod(edge or 0 for edge in column.shape)
+                self._ends[name] = range(size, size * len(self) + 1, size)
             self._edges[name] = self._mapped(edges, _EDGE).reshape(-1, max(1, len(column.shape)))
 
     def __len__(self) -> int:
@@ -304,21 +306,12 @@ class Store:
 
     def lengths(self, column: str) -> np.ndarray:
         """Elements that each example has in one column."""
-        kind = self.columns[column]
-        if kind.has_ends:
-            return np.diff(self._ends[column], prepend=0)
-        return np.full(len(self), math.prod(edge or 0 for edge in kind.shape))
+        return np.diff(np.asarray(self._ends[column], _END), prepend=0)
 
     def value(self, column: str, index: int) -> Any:
         """One column of one example: an array, without a copy, or a str or bytes."""
-        kind = self.columns[column]
-        if kind.has_ends:
-            ends = self._ends[column]
-            start, end = (ends[index - 1] if index else 0), ends[index]
-        else:
-            size = math.prod(edge or 0 for edge in kind.shape)
-            start, end = index * size, (index + 1) * size
-        found = self._elements(column, start, end)
+        kind, ends = self.columns[column], self._ends[column]
+        found = self._elements(column, ends[index - 1] if index else 0, ends[index])
         if kind.is_text:
             held = found.tobytes()
             return held.decode(errors="surrogateescape") if kind.dtype == "str" else held
@@ -328,13 +321,7 @@ class Store:
 
     def values(self, column: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """One column of adjacent examples: its elements without a copy, and how many each example has."""
-        kind = self.columns[column]
-        if kind.has_ends:
-            ends = self._ends[column][start:stop]
-            first = self._ends[column][start - 1] if start else 0
-        else:
-            size = math.prod(edge or 0 for edge in kind.shape)
-            first, ends = start * size, np.arange(start + 1, stop + 1) * size
+        ends, first = self._ends[column][start:stop], self._ends[column][start - 1] if start else 0
         return self._elements(column, int(first), int(ends[-1])), np.diff(ends, prepend=first)
 
     def _elements(self, column: str, start: int, end: int) -> np.ndarray:
@@ -413,6 +400,11 @@ class Part:
             mask[:] = False
             mask[self.chosen] = True
         return mask
+
+    @property
+    def columns_not_read(self) -> set[str]:
+        """Columns of the source that the task does not read."""
+        return set(self.store.about.get("columns_not_read", ()))
 
     @property
     def examples(self) -> np.ndarray:

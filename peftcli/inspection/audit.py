@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from peftcli.data.findings import FINDINGS, Finding
-from peftcli.data.store import BAD, USED, View
+from peftcli.data.rows import BAD, USED
+from peftcli.data.store import View
 from peftcli.data.used_rows import UsedRows, repeats, slices
 from peftcli.inspection.duplicates import MOST_ROWS, SAMPLE, Pairs, Sketches, common_shingles, spread
 from peftcli.tasks.base import Audits, Describes, Task
@@ -171,9 +172,7 @@ def _facts(view: View, rows: UsedRows, task: Task[Any]) -> dict[str, Any]:
         "sources": _sources(view, rows, sizes),
         "longest": _longest(view),
         "bad_rows": list(islice(_bad_rows(view), _LISTED_BAD)),
-        "columns_not_read": sorted(
-            {name for part in view.parts for name in part.store.about.get("columns_not_read", ())}
-        ),
+        "columns_not_read": sorted({name for part in view.parts for name in part.columns_not_read}),
     }
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from peftcli.data.findings import Finding, refuse, worst_first
-from peftcli.data.rows import count_of
-from peftcli.data.store import BAD, USED, View
+from peftcli.data.rows import BAD, USED, count_of
+from peftcli.data.store import View
 from peftcli.errors import UsageError
 from peftcli.inspection.audit import audit, leaks
 from peftcli.inspection.duplicates import spread

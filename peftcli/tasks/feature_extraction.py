@@ -345,9 +345,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         return Shown([*shown, *(Label(f"{score:g}", "score") for score in scores)], {"input_ids": texts})
 
     def record_findings(self, records: Records) -> list[Finding]:
-        labelled = [bool(_LABELS & {*part.store.about.get("columns_not_read", ())}) for part in records.parts]
-        unread = [used & labels for used, labels in zip(records.with_flag(0), labelled, strict=True)]
-        return records.findings(FINDINGS["pairs_with_label"], unread, of_used=True)
+        return records.findings(FINDINGS["pairs_with_label"], records.with_unread(_LABELS), of_used=True)
 
     def findings(self, view: View) -> list[Finding]:
         if self.settings.loss == "cosine":

@@ -13,9 +13,9 @@ import numpy as np
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
-from peftcli.data.rows import Row, Table
+from peftcli.data.rows import BAD, USED, Row, Table
 from peftcli.data.sources import eval_source, held_out, open_source
-from peftcli.data.store import BAD, USED, Part, Store, View
+from peftcli.data.store import Part, Store, View
 from peftcli.errors import DataError, UsageError
 from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import check_task
@@ -304,7 +304,7 @@ def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:
     return {
         "files": list(sha256),
         "sha256": sha256,
-        "columns_not_read": sorted({name for part in parts for name in part.store.about["columns_not_read"]}),
+        "columns_not_read": sorted({name for part in parts for name in part.columns_not_read}),
         "rows": sum(outcomes.values()),
         "used": outcomes[USED],
         "examples": len(view),

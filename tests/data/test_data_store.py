@@ -14,8 +14,8 @@ import pytest
 from examplekit import COLUMNS, Ids, outcome, plain
 
 from peftcli.data import store as store_module
-from peftcli.data.rows import Place
-from peftcli.data.store import BAD, USED, Column, Example, Outcome, Part, Store, View, Writer
+from peftcli.data.rows import BAD, USED, Place
+from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
 from peftcli.errors import DataError, StorageError
 
 Write = Callable[..., Store]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Row, listed
-from peftcli.data.store import USED, Column, Example, Outcome
+from peftcli.data.rows import USED, Row, listed
+from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.tasks.base import Batch
 from peftcli.tasks.settings import CausalLM
@@ -49,7 +49,7 @@ class AnswerInputs(TextInputs):
         return chat_fingerprint(self.processor) | {"max_length": self.max_length}
 
     def record_findings(self, records: Records) -> list[Finding]:
-        unread = {name for part in records.parts for name in part.store.about.get("columns_not_read", ())}
+        unread = {name for part in records.parts for name in part.columns_not_read}
         more = f"; columns that are not read: {listed(sorted(unread))}" if unread else ""
         without = records.with_flag(Flag.NO_PROMPT)
         return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]

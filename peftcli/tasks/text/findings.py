@@ -6,7 +6,7 @@ Imported without numpy, like ``peftcli.data.findings``.
 from __future__ import annotations
 
 from peftcli.data.findings import Finding, Kind, Records, by_name
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
 
 _HALF = 0.5
 
@@ -170,9 +170,7 @@ def record_findings(records: Records) -> list[Finding]:
         *records.findings(FINDINGS["no_trained_tokens"], records.with_outcome(NO_TARGET, CUT_OFF), more=more),
         *records.findings(FINDINGS["rows_dropped_overlong"], records.with_outcome(OVERLONG)),
     ]
-    pictured = [bool(_PICTURES & {*part.store.about.get("columns_not_read", ())}) for part in records.parts]
-    unread = [used & pictures for used, pictures in zip(records.with_flag(NONE), pictured, strict=True)]
-    findings += records.findings(FINDINGS["pictures_not_read"], unread, of_used=True)
+    findings += records.findings(FINDINGS["pictures_not_read"], records.with_unread(_PICTURES), of_used=True)
     for name, flag in _OF_FLAGS.items():
         findings += records.findings(FINDINGS[name], records.with_flag(flag), of_used=True)
     return findings + records.findings(FINDINGS["rows_truncated"], truncated, of_used=True)

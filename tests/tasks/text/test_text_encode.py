@@ -9,8 +9,8 @@ from examplekit import COLUMNS
 from examplekit import outcome as outcome_of
 from transformers import ByT5Tokenizer
 
-from peftcli.data.rows import Place, Row, Table
-from peftcli.data.store import USED, Outcome
+from peftcli.data.rows import USED, Place, Row, Table
+from peftcli.data.store import Outcome
 from peftcli.errors import DataError
 from peftcli.schema import Source
 from peftcli.tasks import settings as task_settings
