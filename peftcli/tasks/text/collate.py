@@ -20,10 +20,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     The choice changes nothing: attention mask and labels exclude padding by position, not by id.
     """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in tokens if token is not None)
 
 
 def pad_labelled(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -60,23 +60,15 @@ class CausalEncoder:
         return results
 
     def _read(self, row: Row) -> tuple[ParsedRow, MarkedText]:
-        example = self._example(row)
-        return example, self._marked(example)
-
-    def _example(self, row: Row) -> ParsedRow:
         example = self.reader(row)
         if isinstance(example, AlpacaExample):
-            return example.pair() if self.template is None else example.chat()
-        return example
-
-    def _marked(self, example: ParsedRow) -> MarkedText:
+            example = example.pair() if self.template is None else example.chat()
         if isinstance(example, TextExample):
-            return mark_text(example)
+            return example, mark_text(example)
         if isinstance(example, PairExample):
-            return mark_pair(example, self.settings.train_on)
+            return example, mark_pair(example, self.settings.train_on)
         assert self.template is not None
-        assert isinstance(example, ChatExample)
-        return mark_chat(example, self.template, self.settings.train_on)
+        return example, mark_chat(example, self.template, self.settings.train_on)
 
     def _outcome(self, encoded: Encoded, row: Row) -> Outcome | DataError:
         ids, labels, limit = encoded.input_ids, encoded.labels, self.limit
@@ -133,10 +125,12 @@ class Seq2SeqEncoder:
         pairs, results = _read_each(rows, self._read)
         if not pairs:
             return results
-        sources = self._ids([source for source, _ in pairs.values()], add_special_tokens=not self.rendered)
-        targets = self._ids([target for _, target in pairs.values()], target=True)
+        texts, wanted = map(list, zip(*pairs.values(), strict=True))
+        options = {"return_attention_mask": False, "verbose": False}
+        sources = self.tokenizer(texts, add_special_tokens=not self.rendered, **options)["input_ids"]
+        targets = self.tokenizer(text_target=wanted, **options)["input_ids"]
         for (at, pair), source, target in zip(pairs.items(), sources, targets, strict=True):
-            results[at] = self._outcome(pair, source, target, rows[at])
+            results[at] = self._outcome(pair, source, self._with_eos(target), rows[at])
         return results
 
     def _read(self, row: Row) -> tuple[str, str]:
@@ -159,26 +153,17 @@ class Seq2SeqEncoder:
                 return outcome
             outcome.lost = max(0, len(target) - limit)
             outcome.flags |= Flag.TRUNCATED | (Flag.ANSWER_CUT if outcome.lost else 0)
-            if len(source) > limit:
-                source = self._cut_source(pair[0])
+            if len(source) > limit:  # the special tokens at its end stay
+                options = {"add_special_tokens": not self.rendered, "truncation": True, "max_length": limit}
+                source = self.tokenizer(pair[0], **options)["input_ids"]
         labels = target[:limit]
         outcome.examples.append(store.Example({"input_ids": source, "labels": labels}, len(source), len(labels)))
         return outcome
 
-    def _ids(self, texts: list[str], *, target: bool = False, add_special_tokens: bool = True) -> list[list[int]]:
-        """Tokenise sources, or targets with EOS."""
-        options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
-        found = self.tokenizer(text_target=texts, **options) if target else self.tokenizer(texts, **options)
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        """The ids of a target, which end with EOS; some tokenizers put a language code after it."""
         eos = self.tokenizer.eos_token_id
-        if not target or eos is None:
-            return list(found["input_ids"])
-        # Some tokenizers put a language code after EOS.
-        return [ids if eos in ids[-2:] else [*ids, eos] for ids in found["input_ids"]]
-
-    def _cut_source(self, text: str) -> list[int]:
-        """Tokenise the beginning of ``text``, with the special tokens that the tokenizer puts at its end."""
-        special, limit = not self.rendered, self.settings.max_length
-        return list(self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"])
+        return ids if eos is None or eos in ids[-2:] else [*ids, eos]
 
 
 def _read_each(rows: Sequence[Row], read: Callable[[Row], T]) -> tuple[dict[int, T], list[Outcome | DataError]]:

@@ -28,8 +28,10 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> No
             continue
         if not has_languages(tokenizer):
             raise DataError("the base model's tokenizer has no languages", key=f"task.{name}", hint="leave it out")
-        known = [token for token in tokenizer.all_special_tokens if token not in _ends(tokenizer)]
-        if _token(tokenizer, code) not in known:
+        others = tokenizer.special_tokens_map.values()
+        known = [token for token in tokenizer.all_special_tokens if token not in others]
+        written = getattr(tokenizer, "lang_code_to_token", {}).get(code, code)  # M2M100 writes __de__ for de
+        if written not in known:
             near = difflib.get_close_matches(code, [token.strip("_") for token in known], n=3)
             hint = f"closest: {', '.join(near)}" if near else "codes are written as de_DE, deu_Latn or de"
             raise DataError(f"{code!r} is no language of the base model's tokenizer", key=f"task.{name}", hint=hint)
@@ -61,13 +63,3 @@ def answer_start(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     first, last = tokenizer(text_target="")["input_ids"]  # the language and EOS, in any order
     # mBART's targets end with their language, with which its decoder starts
     return {"forced_bos_token_id": first} if last == tokenizer.eos_token_id else {"decoder_start_token_id": last}
-
-
-def _ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that are no languages."""
-    return [token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)]
-
-
-def _token(tokenizer: PreTrainedTokenizerBase, code: str) -> str:
-    """The token of a language: its code, or as M2M100 writes it."""
-    return getattr(tokenizer, "lang_code_to_token", {}).get(code, code)
