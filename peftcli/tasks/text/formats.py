@@ -277,21 +277,20 @@ _SHAREGPT_ROLES = {
 
 
 def _messages(row: dict[str, Any]) -> ParsedRow:
-    turns = _turns(row, "messages")
-    return _conversation("messages", turns, _tools(row), _optional(row, "system"))
+    return _conversation(row, "messages", _turns(row, "messages"))
 
 
 def _sharegpt(row: dict[str, Any]) -> ParsedRow:
     given, turns = _turns(row, "conversations"), []
     if given and all("role" in turn and not {"from", "value"} & {*turn} for turn in given):  # messages
-        return _conversation("conversations", given, _tools(row), _optional(row, "system"))
+        return _conversation(row, "conversations", given)
     for index, turn in enumerate(given):
         where = f"conversations[{index}]."
         role = _role(turn, "role" if "role" in turn and "from" not in turn else "from", _SHAREGPT_ROLES, where)
         others = {key: value for key, value in turn.items() if key not in ("from", "value")}
         content = turn.get("content") if turn.get("value") is None else turn["value"]
         turns.append({**others, "role": _SHAREGPT_ROLES[role], "content": content})
-    return _conversation("conversations", turns, _tools(row), _optional(row, "system"), content="value")
+    return _conversation(row, "conversations", turns, content="value")
 
 
 def _turns(row: dict[str, Any], column: str) -> list[Message]:
@@ -313,9 +312,8 @@ def _role(turn: Message, key: str, known: Iterable[str], where: str) -> str:
     return role
 
 
-def _conversation(
-    column: str, turns: list[Message], tools: list[Any] | None, system: str, content: str = "content"
-) -> ChatExample:
+def _conversation(row: dict[str, Any], column: str, turns: list[Message], content: str = "content") -> ChatExample:
+    tools, system = _tools(row), _optional(row, "system")
     begins = turns[0].get("role") if turns else None
     messages: list[Message] = [{"role": "system", "content": system}] if system and begins not in SYSTEM_ROLES else []
     shift = len(messages)
@@ -363,8 +361,7 @@ def joined_parts(content: Any) -> Any:
 
 def _parsed_call(call: dict[str, Any], key: str) -> dict[str, Any]:
     """Parse a tool call's arguments where they are JSON in a string: templates expect an object."""
-    function = call.get("function", call)
-    arguments = function.get("arguments")
+    arguments = call.get("function", call).get("arguments")
     if isinstance(arguments, str):
         try:
             found, fault = parse_json(arguments)
@@ -373,9 +370,13 @@ def _parsed_call(call: dict[str, Any], key: str) -> dict[str, Any]:
         if isinstance(found, dict):
             if fault:
                 raise _Fault(key, f"arguments: {fault}")
-            written = function | {"arguments": found}
-            return call | {"function": written} if "function" in call else written
+            return with_function(call, arguments=found)
     return call
+
+
+def with_function(call: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A tool call with another name or other arguments of its function, which may stand in the call itself."""
+    return call | ({"function": call["function"] | changes} if "function" in call else changes)
 
 
 def _check_content(turn: Message, role: str, key: str, where: str) -> None:

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from peftcli.errors import DataError, Interrupted, ModelError
 from peftcli.guard.templates import TooMuch, limited
 from peftcli.system.date import strftime_now
+from peftcli.tasks.text.formats import Message, with_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from peftcli.tasks.text.formats import Message
 
 T = TypeVar("T")
 
@@ -143,10 +142,8 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call whose arguments are JSON text."""
-    if "function" in call:
-        return call | {"function": _with_text(call["function"])}
-    given = call.get("arguments")
-    return call | {"arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else call
+    given = call.get("function", call).get("arguments")
+    return with_function(call, arguments=json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else call
 
 
 def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -474,8 +471,9 @@ class Template:
         """The marks of the messages ``which``, in the order of the text; None if marking changes the rendering."""
         if _MARK in whole.text:
             return None
-        answers = [whole.messages[index] for index in which if whole.messages[index]["role"] == "assistant"]
-        edged = any(_edged(message.get("content")) for message in answers)
+        messages = [whole.messages[index] for index in which]
+        answers = [each.get("content") for each in messages if each["role"] == "assistant"]
+        edged = any(isinstance(text, str) and text != text.strip() for text in answers)
         for sides in _EDGED if edged else _EDGELESS:
             if (marks := self._marked(whole, which, sides)) is not None:
                 return marks
@@ -669,10 +667,6 @@ def _simple(message: Message) -> bool:
     return len(message) == 2 and isinstance(content, str) and bool(content) and not content.isspace()
 
 
-def _edged(content: Any) -> bool:
-    return isinstance(content, str) and content != content.strip()
-
-
 def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
     """The indices of each message's marks in the list."""
     places: dict[int, list[int]] = {}
@@ -723,14 +717,9 @@ def _mark(message: Message, index: int, sides: _Sides) -> Message:
             begin = len(thinking) - len(thinking.lstrip())
             marked[key] = f"{thinking[:begin]}{_MARK}{index}r{thinking[begin:]}"
     if calls := message.get("tool_calls"):
-        marked["tool_calls"] = [_mark_call(call, f"{_MARK}{index}c{at}q") for at, call in enumerate(calls)]
+        names = [f"{call.get('function', call)['name']}{_MARK}{index}c{at}q" for at, call in enumerate(calls)]
+        marked["tool_calls"] = [with_function(call, name=name) for call, name in zip(calls, names, strict=True)]
     return marked
-
-
-def _mark_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    if "function" in call:
-        return call | {"function": _mark_call(call["function"], mark)}
-    return call | {"name": call["name"] + mark}
 
 
 def _unmark(text: str) -> tuple[str, list[_Mark] | None]:
