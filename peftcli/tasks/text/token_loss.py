@@ -6,10 +6,9 @@ side of V, one chunk exists. ``plain_losses`` computes the same in one piece.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,10 +19,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from peftcli.core.prompts.inputs import takes
 from peftcli.tasks.base import Loss
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.output_head import output_head
-from peftcli.tasks.text.unpadded import is_unpadded, only
+from peftcli.tasks.text.unpadded import is_unpadded, only, set_inside
 
 _ROWS = {"cpu": 128}
 """Rows of logits in a chunk, by device; on others, whose memory is slower beside their arithmetic, ``_MORE_ROWS``."""
@@ -72,7 +72,7 @@ def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: 
         with only(counts):
             return losses_of(model(**given, **no_cache(model, inputs)).logits[0], targets[counts])
     kept = counts.any(dim=0).nonzero().squeeze(1)
-    if "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters:
+    if takes(inner_model(model), "logits_to_keep"):
         # counted from the end, since a soft prompt lengthens the front
         given["logits_to_keep"] = kept - targets.shape[1]
     logits = model(**given, **no_cache(model, inputs)).logits
@@ -91,8 +91,7 @@ def no_cache(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, 
 
     Some models know none.
     """
-    known = "use_cache" in inspect.signature(inner_model(model).forward).parameters
-    return {"use_cache": False} if known or "position_ids" in inputs else {}
+    return {"use_cache": False} if takes(inner_model(model), "use_cache") or "position_ids" in inputs else {}
 
 
 def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> Losses:
@@ -122,14 +121,9 @@ def frozen_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[t
     return _Losses.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def frozen_losses_by(compute: Compute) -> Iterator[None]:
+def frozen_losses_by(compute: Compute) -> AbstractContextManager[None]:
     """Inside, ``compute`` stands for ``frozen_losses``, while several models compute as one; see ``joined``."""
-    token = _instead.set(compute)
-    try:
-        yield
-    finally:
-        _instead.reset(token)
+    return set_inside(_instead, compute)
 
 
 class _Losses(torch.autograd.Function):

@@ -200,7 +200,7 @@ class _Unpadded:
         if takes(self.module, "use_cache"):
             inputs["use_cache"] = False
         layout = Layout(everything, None, rows, places)
-        with _set(layout_of_call, layout):
+        with set_inside(layout_of_call, layout):
             output = self.forward(**inputs)
         self.used = self.flash or layout.keeps_apart  # a model may make its mask itself
         return output
@@ -298,7 +298,8 @@ def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 @contextmanager
-def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+def set_inside(variable: ContextVar, value: Any) -> Iterator[None]:
+    """Inside, a context variable has another value."""
     token = variable.set(value)
     try:
         yield
@@ -311,7 +312,7 @@ def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
 
     Virtual tokens stand before those of ``chosen`` (B, T).
     """
-    return _set(_only, chosen)
+    return set_inside(_only, chosen)
 
 
 def lengths_in_row(device: torch.device) -> torch.Tensor | None:
