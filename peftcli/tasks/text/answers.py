@@ -155,15 +155,13 @@ def _role(turn: Any) -> Any:
 
 def _asks(turn: Any, prompt: str) -> bool:
     """Whether a user's turn says the prompt."""
-    if not isinstance(turn, dict) or turn.get("role") != "user":
-        return False
-    content = joined_parts(turn.get("content"))
+    content = joined_parts(turn.get("content")) if _role(turn) == "user" else None
     return isinstance(content, str) and content.strip() == prompt.strip()
 
 
 def _system_turns(turns: list[Any]) -> int:
     """How many system turns a conversation begins with."""
-    others = (at for at, turn in enumerate(turns) if not isinstance(turn, dict) or turn.get("role") != "system")
+    others = (at for at, turn in enumerate(turns) if _role(turn) != "system")
     return next(others, len(turns))
 
 

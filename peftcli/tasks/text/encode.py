@@ -140,10 +140,9 @@ class Seq2SeqEncoder:
     def _outcome(self, pair: tuple[str, str], source: list[int], target: list[int], row: Row) -> Outcome | DataError:
         limit, longest = self.settings.max_length, max(len(source), len(target))
         outcome = Outcome(size=len(source) + len(target))
-        eos = self.tokenizer.eos_token_id
         if is_damaged("\n".join(pair)):
             outcome.flags |= Flag.DAMAGED
-        if eos is None or eos not in target[-2:]:
+        if self.tokenizer.eos_token_id is None:
             outcome.flags |= Flag.OPEN
         if longest > limit:
             if self.settings.overlong == "error":

@@ -106,10 +106,9 @@ class ExampleReader(Reader):
             DataError: the row does not contain what its format needs.
         """
         chosen, values = FORMATS[self.name], row.values
+        for key in chosen.needs:
+            self.value(row, key)
         try:
-            for key in chosen.needs:
-                if self.names[key] not in values:
-                    raise _Fault(key, f"missing; the row has: {listed(values)}")
             return chosen.build({key: values[name] for key, name in self.names.items() if name in values})
         except _Fault as fault:
             top = re.split(r"[.\[]", fault.key, maxsplit=1)[0]

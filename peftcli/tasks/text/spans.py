@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -316,18 +316,13 @@ class Template:
             self._askings[key] = asking
         return self._askings[key]
 
-    def answers(
-        self, messages: list[Message], tools: list[Any] | None = None, which: Container[int] | None = None
-    ) -> Rendered:
-        """Render a conversation and locate its assistant turns, or those of them in ``which``.
+    def answers(self, messages: list[Message], tools: list[Any] | None, turns: Sequence[int]) -> Rendered:
+        """Render a conversation and locate some of its assistant turns.
 
         Raises:
             DataError: the template refuses the conversation, or a turn cannot be located with certainty.
         """
         text = self.render(messages, tools)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if which is not None:
-            turns = [index for index in turns if index in which]
         if not tools and all(map(_simple, messages)):
             pattern = self._pattern(tuple(message["role"] for message in messages))
             if pattern and (found := pattern.fit(messages, text)) is not None:
@@ -336,7 +331,7 @@ class Template:
         rendered = self._search(whole, turns)[0]
         return replace(rendered, unseen=True) if self._omits_tools(whole) else rendered
 
-    def _search(self, whole: _Conversation, turns: list[int]) -> tuple[Rendered, list[_Mark] | None]:
+    def _search(self, whole: _Conversation, turns: Sequence[int]) -> tuple[Rendered, list[_Mark] | None]:
         """Locate the turns of any conversation; also return the marks of all its messages."""
         marks = self._marks(whole, range(len(whole.messages)))
         places = _by_message(marks or [])
