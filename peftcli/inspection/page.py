@@ -44,16 +44,14 @@ _Ids = dict[tuple[str, str], str]
 """The split and the place of a row -> the id of its element."""
 
 
-def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> None:
+def write_page(path: Path, inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> None:
     """Write the page, whole or not at all.
 
-    ``borders``: show where each token ends.
+    ``path`` is one that ``refuse_name`` lets pass; ``borders``: show where each token ends.
 
     Raises:
-        UsageError: the path does not name a page.
         StorageError: the file cannot be written.
     """
-    refuse_name(path)
     write_output(path, redact(page(inspection, rows, borders)).encode())
 
 
@@ -78,7 +76,7 @@ def _head(data: str, style: str, script: str) -> str:
 </head>"""
 
 
-def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool = False) -> str:
+def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> str:
     """Return the page's text."""
     style, script = (files("peftcli.inspection").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     named = {f"{row.split}-{row.index}": row for row in rows}
