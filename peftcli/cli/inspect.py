@@ -11,6 +11,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.options import Json, Quiet, RecipeFile, path, progress_log
 from peftcli.cli.progress import Progress
+from peftcli.data.findings import refuse
 from peftcli.system.outputs import expand_user
 
 _ROWS = 3
@@ -69,7 +70,7 @@ def inspect(
         RowPrinter(tokens).print(shown)
         print_audit(inspection)
         print_findings(inspection)
-    inspection.refuse()
+    refuse(inspection.findings, settings.dataset.allow)
     if not as_json:
         words = " ".join(map(shlex.quote, [str(recipe), *(overrides or [])]))
         console.out(f"next:\n  peftcli train {words}")

@@ -6,7 +6,7 @@ The rows are read from where ``peftcli train`` reads them, so what is shown is w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from peftcli.data.findings import Finding, refuse, worst_first
+from peftcli.data.findings import Finding, worst_first
 from peftcli.data.rows import BAD, USED, count_of
 from peftcli.data.store import View
 from peftcli.errors import UsageError
@@ -163,17 +163,46 @@ class Inspection:
             raise UsageError(f"{place[:200]} may be of {listed}", hint="Give more of the file's path")
         return self._examples(*found[0][1:])
 
-    def refuse(self) -> None:
-        """Refuse data that ``peftcli train`` refuses.
-
-        Raises:
-            DataError: an error that the recipe does not allow.
-        """
-        refuse(self.findings, self.recipe.dataset.allow)
-
     def tables(self) -> dict[str, list[list[str]]]:
         """The audit in words: title -> rows, the first of which names the columns."""
-        return _tables(self.audit, self._lines, self.task.unit)
+        audit, lines, unit = self.audit, self._lines, self.task.unit
+        splits = {name: audit[name] for name in ("train", "eval") if audit[name]}
+        facts = list(splits.values())
+        rows = [["", *splits]]
+
+        def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+            rows.append([name, *map(cell, facts)])
+
+        row("rows", lambda each: f"{each['rows']:,}")
+        row("used", lambda each: f"{each['used']:,}")
+        for outcome in dict.fromkeys(outcome for each in facts for outcome in each["left_out"]):
+            rows.append([f"left out: {outcome}", *(f"{each['left_out'].get(outcome, 0):,}" for each in facts)])
+        if any(each["columns_not_read"] for each in facts):
+            row("columns that are not read", lambda each: ", ".join(each["columns_not_read"][:8]) or "none")
+        row("examples", lambda each: f"{each['examples']:,}")
+        if has_sizes(audit):
+            row(unit, lambda each: f"{each['tokens']:,}")
+            row(f"{unit} of a row: median", lambda each: f"{each['lengths']['rows']['median']:,}")
+            row("95 % have at most", lambda each: f"{each['lengths']['rows']['p95']:,}")
+            row("longest", lambda each: f"{each['lengths']['rows']['max']:,}")
+        for name in dict.fromkeys(name for each in lines.values() for name in each):
+            rows.append([name, *(lines[split].get(name, "") for split in splits)])
+        if any("duplicates" in each for each in facts):
+            row("exact duplicates", lambda each: f"{each['duplicates']['exact']:,}")
+            row("near duplicates", lambda each: f"{each['duplicates']['near']:,}")
+        if audit["train_in_eval"]:
+            rows.append(["evaluation rows that are trained too", "", f"{audit['train_in_eval']['rows']:,}"])
+        found = {"data": rows}
+        if len(sources := audit["train"]["sources"]) > 1:
+            names = {"rows": "rows", "used": "used", "tokens": unit, "targets": "targets"}
+            passes = audit["batches"]["passes_per_epoch"]
+            listed = [
+                [each["source"], *(f"{each[name]:,}" for name in names), f"{passes[each['dataset']]:.2f}"]
+                for each in sources
+            ]
+            found["sources"] = [["", *names.values(), "passes an epoch"], *listed]
+        batches = _batch_rows(audit["batches"], unit if has_sizes(audit) else None)
+        return found | {"batches": [["", "one epoch"], *batches]}
 
     @cached_property
     def _views(self) -> dict[str, View]:
@@ -241,46 +270,6 @@ def _batches(recipe: Recipe, data: Data, plan: Plan) -> dict[str, Any]:
         "tokens_per_step": round(tokens / plan.steps_per_epoch, 1),
         "efficiency": efficiency,
     }
-
-
-def _tables(audit: dict[str, Any], lines: dict[str, Mapping[str, str]], unit: str) -> dict[str, list[list[str]]]:
-    splits = {name: audit[name] for name in ("train", "eval") if audit[name]}
-    facts = list(splits.values())
-    rows = [["", *splits]]
-
-    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
-        rows.append([name, *map(cell, facts)])
-
-    row("rows", lambda each: f"{each['rows']:,}")
-    row("used", lambda each: f"{each['used']:,}")
-    for outcome in dict.fromkeys(outcome for each in facts for outcome in each["left_out"]):
-        rows.append([f"left out: {outcome}", *(f"{each['left_out'].get(outcome, 0):,}" for each in facts)])
-    if any(each["columns_not_read"] for each in facts):
-        row("columns that are not read", lambda each: ", ".join(each["columns_not_read"][:8]) or "none")
-    row("examples", lambda each: f"{each['examples']:,}")
-    if has_sizes(audit):
-        row(unit, lambda each: f"{each['tokens']:,}")
-        row(f"{unit} of a row: median", lambda each: f"{each['lengths']['rows']['median']:,}")
-        row("95 % have at most", lambda each: f"{each['lengths']['rows']['p95']:,}")
-        row("longest", lambda each: f"{each['lengths']['rows']['max']:,}")
-    for name in dict.fromkeys(name for each in lines.values() for name in each):
-        rows.append([name, *(lines[split].get(name, "") for split in splits)])
-    if any("duplicates" in each for each in facts):
-        row("exact duplicates", lambda each: f"{each['duplicates']['exact']:,}")
-        row("near duplicates", lambda each: f"{each['duplicates']['near']:,}")
-    if audit["train_in_eval"]:
-        rows.append(["evaluation rows that are trained too", "", f"{audit['train_in_eval']['rows']:,}"])
-    found = {"data": rows}
-    if len(sources := audit["train"]["sources"]) > 1:
-        names = {"rows": "rows", "used": "used", "tokens": unit, "targets": "targets"}
-        passes = audit["batches"]["passes_per_epoch"]
-        listed = [
-            [each["source"], *(f"{each[name]:,}" for name in names), f"{passes[each['dataset']]:.2f}"]
-            for each in sources
-        ]
-        found["sources"] = [["", *names.values(), "passes an epoch"], *listed]
-    batches = _batch_rows(audit["batches"], unit if has_sizes(audit) else None)
-    return found | {"batches": [["", "one epoch"], *batches]}
 
 
 def _batch_rows(batches: dict[str, Any], unit: str | None) -> list[list[str]]:
