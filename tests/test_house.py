@@ -32,7 +32,6 @@ ALLOWED = {
     "peftcli.cli.train": 5,
     "peftcli.cli.train_together": 6,
     "peftcli.cli.verify": 1,
-    "peftcli.data.findings": 3,
     "peftcli.recipe.data_checks": 1,
     "peftcli.train.preview": 1,
     "peftcli.train.start": 2,
