@@ -15,19 +15,33 @@ from taskkit import CASES
 from peftcli.errors import ModelError, UsageError
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
+from peftcli.schema import Recipe
 from peftcli.tasks import open_task
 from peftcli.train import fit_memory
 from peftcli.train.data import load_data
+from peftcli.train.estimate import Estimate
 
 SIZE, STEPS = "training.per_device_train_batch_size=auto", "training.gradient_accumulation_steps=4"
 CHECKPOINTING, STRATEGY = "training.gradient_checkpointing=auto", "launch={strategy: auto, num_processes: 2}"
 PADDED = "base_model.attn_implementation=eager"
 """Else a CPU computes micro-batches in parts, and their size makes no difference."""
+NEEDS = Estimate("cpu", packages=0, weights=0, file=0, adapter=0, step=1, evaluation=0, saving=0)
+"""Where it does not matter what a step needs, if only it is something."""
 
 
 @pytest.fixture
 def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
     """Choose settings for so much memory, without a number for any. Returns what a step needs, too."""
+    real, known = fit_memory._estimate, dict[str, Any]()
+
+    def once(made: Recipe, base: Any, data: Any, processes: int) -> Estimate | None:
+        """An estimate takes a third of a second, and a search asks for the same ones again."""
+        key = f"{fit_memory.settings_of(made)} {processes}"
+        if key not in known:
+            known[key] = real(made, base, data, processes)
+        return known[key]
+
+    monkeypatch.setattr(fit_memory, "_estimate", once)
 
     def chosen(
         *settings: str, memory: float = 1e12, processes: int = 1, path: Path = recipe
@@ -81,6 +95,7 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
     assert (*sizes, training["gradient_checkpointing"]) == (1, 4, True)
     assert auto.run["train_loss"] == pytest.approx(usual.run["train_loss"], rel=1e-4)
     monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
+    monkeypatch.setattr(fit_memory, "_estimate", lambda *given: NEEDS)
     again = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     assert again.run["artefacts"] == auto.run["artefacts"]
     for changed in ("training.gradient_accumulation_steps=8", "training.gradient_checkpointing=false"):
@@ -88,7 +103,9 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
             trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING, changed)
 
 
+@pytest.mark.usefixtures("short")
 def test_a_run_that_replaces_another_chooses_for_itself(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_memory, "_estimate", lambda *given: NEEDS)
     monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 0)
     assert trainkit.run_recipe(recipe, SIZE, STEPS).run["recipe"]["training"]["per_device_train_batch_size"] == 1
     monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
