@@ -383,6 +383,7 @@ def test_the_whole_decode_head_is_saved(reduced: Path) -> None:
     assert described["settings"] == {"labels": ["red", "blue"], "ignore_index": 255, "reduce_labels": True}
 
 
+@pytest.mark.slow
 def test_processes_evaluate_with_the_statistics_that_are_saved(cli: Callable, tmp_path: Path) -> None:
     recipe = CASES[NAME].write(tmp_path)
     settings = ("training.per_device_train_batch_size=1", "training.max_steps=4", "training.eval_strategy=epoch")
@@ -408,6 +409,7 @@ def test_the_adapter_loads_without_its_task(reduced: Path, tmp_path: Path) -> No
     assert own(pixel_values=pixels).logits.shape == (1, 2, SIDE // 4, SIDE // 4)
 
 
+@pytest.mark.slow
 def test_trainer_trains_it(tmp_path: Path) -> None:
     """As PEFT's example of semantic segmentation does."""
     processor = transformers.AutoImageProcessor.from_pretrained(classifier_base("segformer"), backend="pil")

@@ -51,6 +51,7 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
     return [entry[key] for entry in read_metrics(folder) if key in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.grid
 @pytest.mark.parametrize("method", [None, trainkit.PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -184,6 +185,7 @@ def _note_copies() -> None:
     module.load_base, module.prepare = loaded, prepared
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("bf16", ["false", "true"])
 def test_processes_share_the_pages_of_the_base_models_file(bf16: str, recipe: Path) -> None:
     children = group(
@@ -232,11 +234,14 @@ def launch(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_peftcli_starts_the_processes_itself(recipe: Path) -> None:
-    one = run_recipe(recipe, "training.eval_strategy=epoch", f"training.output_dir={recipe.parent}/one")
-    settings = (*HALF, "launch.num_processes=2", "--json")
+    measured = ("training.eval_strategy=epoch", "training.eval_on_start=true")
+    one = run_recipe(recipe, *measured, f"training.output_dir={recipe.parent}/one")
+    settings = (*HALF, *measured, "launch.num_processes=2", "--json")
     launcher = Child(recipe.parent, "train", recipe, *settings, before=_start_forked_processes)
     assert launcher.wait() == 0, launcher.err
     assert losses(recipe.parent / "out") == pytest.approx(one.losses, rel=1e-5)
+    assert losses(recipe.parent / "out", "eval_loss") == pytest.approx(losses(one.folder, "eval_loss"), rel=1e-5)
+    assert losses(recipe.parent / "out", "grad_norm") == pytest.approx(losses(one.folder, "grad_norm"), rel=1e-4)
     assert json.loads(launcher.out)["processes"] == 2
     assert "2 x cpu" in launcher.err
 

@@ -56,6 +56,7 @@ def test_a_command_knows_its_machine(
     assert launch.is_launched() is ("LOCAL_RANK" in environment)
 
 
+@pytest.mark.slow
 def test_tasks_of_one_node_train_together(recipe: Path) -> None:
     step = STEP | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NODEID": "0"}

@@ -36,8 +36,8 @@ STEPS = (
 )
 
 
-def trained(recipe: Path, strategy: str, *settings: str, count: int = 2) -> Path:
-    folder = recipe.parent / f"{strategy}-{count}"
+def trained(recipe: Path, strategy: str, *settings: str, count: int = 2, folder: Path | None = None) -> Path:
+    folder = folder or recipe.parent / f"{strategy}-{count}"
     given = (*STEPS, f"training.output_dir={folder}", f"launch.strategy={strategy}", *settings)
     children = group(recipe.parent, "train", recipe, *given, count=count)
     assert [child.wait() for child in children] == [0] * count, children[0].err
@@ -46,7 +46,10 @@ def trained(recipe: Path, strategy: str, *settings: str, count: int = 2) -> Path
 
 def assert_alike(recipe: Path, *settings: str) -> None:
     """Runs with both strategies end alike, rounding aside: adapters, metrics, and what the model says at the end."""
-    one, other = (trained(recipe, strategy, *settings) for strategy in ("fsdp", "replicate"))
+    assert_same_end(*(trained(recipe, strategy, *settings) for strategy in ("fsdp", "replicate")))
+
+
+def assert_same_end(one: Path, other: Path) -> None:
     tensors = [load_file(folder / "adapter_model.safetensors") for folder in (one, other)]
     torch.testing.assert_close(*tensors, atol=1e-5, rtol=1e-5)
     for here, there in zip(read_metrics(one), read_metrics(other), strict=True):
@@ -72,24 +75,47 @@ def assert_same_bytes(recipe: Path, settings: Sequence[str], more: str, strategy
     assert (trained(recipe, strategy, *settings) / "adapter_model.safetensors").read_bytes() == found
 
 
-def test_it_trains_as_with_the_whole_model(recipe: Path) -> None:
-    settings = ("training.verify=false", "training.max_steps=2")  # a fresh interpreter takes seconds
-    assert_alike(recipe, *settings)
+SHORT = ("training.verify=false", "training.max_steps=2")
+"""A fresh interpreter takes seconds."""
+
+
+def in_one_process(recipe: Path, *settings: str) -> Path:
+    """The folder of a run with the batches of two processes."""
+    output = f"training.output_dir={recipe.parent}/one"
+    return trainkit.run_recipe(recipe, *STEPS, "training.per_device_train_batch_size=6", *settings, output).folder
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe, and its short run with the base model divided between two processes."""
+    recipe = trainkit.write_recipe(tmp_path_factory.mktemp("divided"))
+    return recipe, trained(recipe, "fsdp", *SHORT)
+
+
+def test_it_trains_as_with_the_whole_model(divided: tuple[Path, Path]) -> None:
+    recipe, folder = divided
+    assert_same_end(folder, in_one_process(recipe, *SHORT))
 
 
 @pytest.mark.slow
 def test_parts_that_wait_in_the_memory_of_the_cpu(recipe: Path) -> None:
     """On a CPU nothing moves: this shows that such a run ends, and ends alike."""
-    assert_same_bytes(recipe, ("training.verify=false", "training.max_steps=2"), "launch.cpu_offload=true")
+    assert_same_bytes(recipe, SHORT, "launch.cpu_offload=true")
 
 
 EFFICIENTLY = "launch.cpu_ram_efficient_loading=true"
 
 
-@pytest.mark.parametrize("more", ["", pytest.param("base_model.dtype=bfloat16", marks=pytest.mark.slow)])
-def test_the_first_process_may_read_the_model_for_all(more: str, recipe: Path) -> None:
-    settings = ("training.verify=false", "training.max_steps=2", *filter(None, [more]))
-    assert_same_bytes(recipe, settings, EFFICIENTLY)
+def test_the_first_process_may_read_the_model_for_all(divided: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, folder = divided
+    again = trained(recipe, "fsdp", *SHORT, EFFICIENTLY, folder=tmp_path / "out")
+    name = "adapter_model.safetensors"
+    assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_first_process_may_read_a_model_in_bfloat16_for_all(recipe: Path) -> None:
+    assert_same_bytes(recipe, (*SHORT, "base_model.dtype=bfloat16"), EFFICIENTLY)
 
 
 @pytest.mark.slow
@@ -181,16 +207,22 @@ def test_other_quantised_weights_are_refused(kind: str, recipe: Path) -> None:
     assert any(f"fsdp is not for {kind}" in problem.message for problem in found.errors), found.errors
 
 
+DRAWN = ("training.bf16=true", "method.lora_dropout=0.5")
+"""One process rounds, and draws, otherwise than two."""
+
+
 @pytest.mark.parametrize(
     "setting",
     [
-        *("training.gradient_accumulation_steps=2", "training.gradient_checkpointing=true"),
-        *("training.bf16=true", "method.lora_dropout=0.5"),
+        "training.gradient_accumulation_steps=2",
+        pytest.param("training.gradient_checkpointing=true", marks=pytest.mark.slow),
+        *(pytest.param(setting, marks=pytest.mark.slow) for setting in DRAWN),
     ],
 )
 def test_ddp_trains_as_the_loop_does_without_it(setting: str, recipe: Path) -> None:
     settings = ("training.verify=false", "training.max_steps=3", setting)
-    folders = [trained(recipe, strategy, *settings) for strategy in ("ddp", "replicate")]
+    other = trained(recipe, "replicate", *settings) if setting in DRAWN else in_one_process(recipe, *settings)
+    folders = [trained(recipe, "ddp", *settings), other]
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
     torch.testing.assert_close(
         *(load_file(each / "adapter_model.safetensors") for each in folders), atol=1e-5, rtol=1e-4
