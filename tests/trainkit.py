@@ -49,13 +49,14 @@ from transformers import (
 )
 
 from peftcli.errors import Interrupted
-from peftcli.recipe import load_recipe
+from peftcli.recipe import load_recipe, to_yaml
 from peftcli.schema import Recipe
 from peftcli.train import finish
 from peftcli.train.events import Event, Message, Stepped
 from peftcli.train.options import StartOptions
 from peftcli.train.report import loss_curve
 from peftcli.train.run import train
+from peftcli.train.runs import resume
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -313,7 +314,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
     """Train the recipe at ``path`` in this process."""
     reset_accelerate()
-    finish.loss_curve = _loss_curve
+    finish.loss_curve, finish.to_yaml, resume.to_yaml = _loss_curve, _to_yaml, _to_yaml
     recipe, events = load_recipe(path, overrides), list[Event]()
     listen = options.pop("on_event", lambda event: None)
 
@@ -356,6 +357,17 @@ def _loss_curve(metrics: list[dict[str, Any]]) -> bytes:
 
 
 _CURVES: dict[str, bytes] = {}
+
+
+def _to_yaml(recipe: Recipe) -> str:
+    """A run writes its recipe three times, which takes a tenth of a tiny run's time."""
+    key = repr(recipe)
+    if key not in _RECIPES:
+        _RECIPES[key] = to_yaml(recipe)
+    return _RECIPES[key]
+
+
+_RECIPES: dict[str, str] = {}
 
 
 def reset_accelerate() -> None:
