@@ -32,7 +32,7 @@ def on(cores: pytest.MonkeyPatch, count: int) -> None:
 
 
 def test_a_resumed_run_has_as_many_threads_and_the_same_bytes(recipe: Path, cores: pytest.MonkeyPatch) -> None:
-    settings = ("training.max_steps=3",)
+    settings = ("training.max_steps=2",)
     on(cores, 2)
     whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
     assert whole.run["threads"] == {"count": 2, "reason": "cores"}
