@@ -9,13 +9,30 @@ import pytest
 from campaigns import Campaign, Trial, campaigns
 from report import page
 
+ELSEWHERE = {
+    "A full disk": "train/test_train_folder.py: test_a_full_disk",
+    "damaged checkpoints": "train/test_train_folder.py: test_a_damaged_checkpoint_is_set_aside",
+    "signals while training": "train/test_train_folder.py: test_a_signal_stops_with_a_checkpoint_and_...",
+    "divergence": "train/test_train_loop.py: test_the_last_checkpoint_stands_after_a_divergence",
+    "out of memory": "train/test_train_loop.py: test_too_little_memory_names_the_batch_and_what_to_change",
+}
+"""Campaigns of which ``make test`` has a cheaper test, that keeps the same promise."""
 SAMPLES = [(campaign, trial) for campaign in campaigns() for trial in campaign.sampled()]
 
 
 @pytest.mark.grid(each=lambda campaign: campaign.name)
 @pytest.mark.filterwarnings("ignore:exclude_modules excludes none")  # a good adapter whose setting says nothing
 @pytest.mark.parametrize(
-    ("campaign", "trial"), SAMPLES, ids=[f"{campaign.name}: {trial.name}"[:100] for campaign, trial in SAMPLES]
+    ("campaign", "trial"),
+    [
+        pytest.param(
+            campaign,
+            trial,
+            id=f"{campaign.name}: {trial.name}"[:100],
+            marks=[pytest.mark.slow] if campaign.name in ELSEWHERE else [],
+        )
+        for campaign, trial in SAMPLES
+    ],
 )
 def test_a_sample(campaign: Campaign, trial: Trial, tmp_path: Path) -> None:
     del campaign  # its name is the test's

@@ -136,6 +136,7 @@ def test_twice_is_once(recipe: Path) -> None:
     assert files_of(first.folder) == before
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(
     ("settings", "edit", "named"),
     [
@@ -261,6 +262,7 @@ def test_a_run_that_ended_while_this_one_waited_for_the_folder(recipe: Path, mon
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
     recipe: Path, uninterrupted: trainkit.Trained, number: int, code: int
@@ -290,6 +292,7 @@ def test_stopped_after_any_step(recipe: Path, uninterrupted: trainkit.Trained, s
     assert_same(run_recipe(recipe, *FULL).folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(recipe: Path, uninterrupted: trainkit.Trained) -> None:
     for step in range(1, 8):
         with pytest.raises(Interrupted):
@@ -306,6 +309,7 @@ def test_prompt_tuning_resumes_too(recipe: Path, tmp_path: Path) -> None:
     assert run_recipe(recipe, trainkit.PROMPT_TUNING).weights == whole.weights
 
 
+@pytest.mark.slow
 def test_a_resumed_run_in_bfloat16_is_verified_by_the_same_record_and_to_the_bit(recipe: Path) -> None:
     settings = (*FULL, "training.verify=true", "training.bf16=true")
     whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole").folder
@@ -316,6 +320,7 @@ def test_a_resumed_run_in_bfloat16_is_verified_by_the_same_record_and_to_the_bit
     assert verify_adapter(str(resumed))["difference"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.grid(keep=1)
 @pytest.mark.parametrize(
     "setting",
@@ -334,6 +339,7 @@ def test_variants_of_lora_resume_too(recipe: Path, tmp_path: Path, setting: str)
     assert run_recipe(recipe, method).weights == whole.weights
 
 
+@pytest.mark.slow
 def test_the_best_adapter_so_far_survives_a_stop(recipe: Path, tmp_path: Path) -> None:
     settings = (*FULL, "training.greater_is_better=true", "training.eval_on_start=false")
     whole = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
@@ -361,9 +367,7 @@ def test_a_signal_before_the_first_step(recipe: Path) -> None:
 
 
 def test_a_signal_before_the_first_step_of_a_resumed_run(recipe: Path, uninterrupted: trainkit.Trained) -> None:
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
-    folder = recipe.parent / "out"
+    folder = stopped_copy(recipe, FULL, 5)
     attempts = read_run(folder)["attempts"]
     with pytest.raises(Interrupted) as caught:
         run_recipe(recipe, *FULL, on_event=while_loading)
@@ -453,6 +457,7 @@ def test_killed_at_random_times(recipe: Path, uninterrupted: trainkit.Trained, s
     assert_same(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_killed_run_says_running(recipe: Path) -> None:
     child = Child(recipe.parent, "train", recipe, "training.max_steps=100000")
     metrics = recipe.parent / "out/metrics.jsonl"
@@ -542,7 +547,7 @@ def test_damage_is_found(recipe: Path, kind: str) -> None:
     assert find_damage(checkpoint) is not None
 
 
-@pytest.mark.grid(keep=3)
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside(recipe: Path, uninterrupted: trainkit.Trained, kind: str) -> None:
     checkpoints = stopped(recipe)
@@ -600,6 +605,8 @@ def test_a_full_disk(recipe: Path, uninterrupted: trainkit.Trained, monkeypatch:
         run_recipe(recipe, *FULL)
     monkeypatch.undo()
     assert caught.value.hint == "free space, then run the same command again"
+    assert caught.value.exit_code == 7
+    assert str(caught.value.file).startswith(str(recipe.parent / "out"))
     folder = recipe.parent / "out"
     assert not list(folder.rglob(".*.tmp"))
     assert not (folder / "adapter_model.safetensors").exists()

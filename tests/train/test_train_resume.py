@@ -113,6 +113,7 @@ BEST = (
 """With the loss so, the first evaluation is the best."""
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -144,6 +145,7 @@ def test_the_best_before_a_change_that_makes_its_metrics_untrue_no_longer_counts
     assert bool(done.run["eval"]["first"]) is key.startswith("training."), "measured of the same model and rows"
 
 
+@pytest.mark.slow
 def test_the_last_adapter_is_kept_where_the_best_is_no_longer_wanted(recipe: Path) -> None:
     stopped(recipe, *BEST, step=5)
     last = "training.load_best_model_at_end"
@@ -266,6 +268,7 @@ def test_an_unknown_key_is_refused(recipe: Path) -> None:
     assert "training.learning_rate" in str(caught.value.hint)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "setting",
     [
@@ -374,7 +377,7 @@ def _without(key: str) -> Callable[[dict[str, Any]], object]:
     return lambda run: run.pop(key)
 
 
-@pytest.mark.grid(keep=5)
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -440,6 +443,7 @@ def test_a_bug_leaves_its_traceback_in_train_log(recipe: Path, monkeypatch: pyte
 # --- the time that a run may take -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_is_made_when_the_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peftcli.train.training_loop as module
 
@@ -618,6 +622,7 @@ def test_what_a_checkpoint_of_another_run_brings_is_noted(recipe: Path) -> None:
     assert [(change["key"], change["step"]) for change in run["changes"]] == [("recipe", 4)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_elsewhere_as_its_own_run_would(recipe: Path) -> None:
     dated, rate = recipe.parent / "dated.jinja", "training.learning_rate"
     dated.write_text("{{ strftime_now('%d %b %Y') }}" + trainkit.CHATML)
@@ -676,6 +681,7 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(recipe: Path, monkeypatch: 
     assert run_recipe(recipe, *EVERY_TWO).run["attempts"][-1]["from_step"] == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_version_is_no_damage(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "asdict", lambda progress: {"step": progress.step})
@@ -688,6 +694,7 @@ def test_a_checkpoint_of_another_version_is_no_damage(recipe: Path, monkeypatch:
     assert files_of(recipe.parent / "out/checkpoints") == before
 
 
+@pytest.mark.slow
 def test_one_line_a_step_when_a_pending_evaluation_was_made_and_the_run_killed(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -756,27 +763,31 @@ def test_requests_for_checkpoints_repeat_an_evaluation_once(recipe: Path, monkey
     assert {path.name for path in done.folder.glob("checkpoints/*")} == {"step-000004", "step-000008"}
 
 
-@pytest.mark.grid
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("at", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            "{type: adalora, init_r: 4, target_r: 2, tinit: 2, tfinal: 2, deltaT: 1, target_modules: all-linear}",
+            marks=pytest.mark.slow,
+        ),
+        "{type: pvera, r: 4, sample_at_inference: true, target_modules: all-linear}",
+    ],
+    ids=["adalora", "pvera"],
+)
 def test_adalora_and_methods_that_draw_while_they_evaluate(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, method: str, at: int
 ) -> None:
     """Stopped amid an evaluation, at half of the run and at its end: the bytes of a run that was not."""
-    methods = {
-        "adalora": "method={type: adalora, init_r: 4, target_r: 2, tinit: 2, tfinal: 2, deltaT: 1,"
-        " target_modules: all-linear}",
-        "pvera": "method={type: pvera, r: 4, sample_at_inference: true, target_modules: all-linear}",
-    }
     settings = ("training.eval_strategy=steps", "training.eval_steps=2", "training.per_device_eval_batch_size=1")
-    for name, method in methods.items():
-        place = f"training.output_dir={recipe.parent}/out-{name}"
-        whole = run_recipe(recipe, method, *settings, f"training.output_dir={recipe.parent}/whole-{name}")
-        _stopped_in_evaluation(recipe, monkeypatch, method, *settings, place, at=at)
-        done = run_recipe(recipe, method, *settings, place)
-        assert done.metrics == whole.metrics, name
-        assert done.weights == whole.weights, name
-        config = "adapter_config.json"
-        assert (done.folder / config).read_text() == (whole.folder / config).read_text(), name
+    settings = (f"method={method}", *settings)
+    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
+    _stopped_in_evaluation(recipe, monkeypatch, *settings, at=at)
+    done = run_recipe(recipe, *settings)
+    assert done.metrics == whole.metrics
+    assert done.weights == whole.weights
+    config = "adapter_config.json"
+    assert (done.folder / config).read_text() == (whole.folder / config).read_text()
 
 
 def test_steps_cut_to_those_done_are_evaluated(recipe: Path) -> None:
@@ -834,6 +845,7 @@ def test_another_device_or_precision_is_noted(recipe: Path, key: str, before: ob
     assert (done.run["exact"], done.run[key]) == (False, now)
 
 
+@pytest.mark.slow
 def test_a_killed_attempt_is_accounted_for(recipe: Path) -> None:
     child = Child(recipe.parent, "train", recipe, *EVERY_TWO, "training.max_steps=100000")
     out = recipe.parent / "out"
