@@ -402,6 +402,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> trainkit.Trained:
     return run_recipe(CASES["speech_recognition"].write(tmp_path_factory.mktemp("speech")))
 
 
+@pytest.mark.slow
 def test_the_adapter_with_the_fewest_wrong_words_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([0.9, 0.2, 0.5])
     monkeypatch.setattr(TASK, "metrics", lambda *_: {"loss": 1.0, "wer": next(rates)})

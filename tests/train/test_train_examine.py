@@ -34,6 +34,7 @@ def says_so(recipe: Path, *settings: str) -> str:
     return str(errors[0])
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_knows_the_names_of_its_metrics(name: str, tmp_path: Path) -> None:
     task = {**CASES[name].task, **CASES[name].found}

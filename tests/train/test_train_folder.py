@@ -539,6 +539,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_found(recipe: Path, kind: str) -> None:
     checkpoint = stopped(recipe) / "step-000005"
@@ -743,6 +744,7 @@ def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("kind", "task", "at", "max_length", "method", "positions"),
     [

@@ -69,6 +69,7 @@ def summed_loss(model: Any, rows: list[tuple[str, str]]) -> tuple[torch.Tensor, 
     return total, count
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", [None, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 def test_first_loss_is_the_sum_over_targets_divided_by_the_targets(recipe: Path, method: str | None) -> None:
     settings = [method] if method else []
@@ -96,6 +97,7 @@ def test_first_loss_is_the_sum_over_targets_divided_by_the_targets(recipe: Path,
     assert done.losses[0] == pytest.approx(float(total) / count, rel=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_model_of_several_towers_learns_from_text_alone(tmp_path: Path, attention: str) -> None:
     base = trainkit.base_folder("gemma3_towers")
@@ -165,7 +167,7 @@ def test_series_equals_a_plain_loop(recipe: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "method",
     [None, PROMPT_TUNING, "method.init_lora_weights=lora_ga", "method.init_lora_weights=eva"],
@@ -211,6 +213,7 @@ def test_a_cpu_computes_a_large_micro_batch_in_parts(
     assert len(sizes) > len(together)
 
 
+@pytest.mark.slow
 def test_any_split_of_an_encoder_decoders_batch(t5_recipe: Path, tmp_path: Path) -> None:
     whole = run_recipe(t5_recipe, "training.max_steps=4")
     parts = run_recipe(
@@ -250,7 +253,8 @@ DROPOUT = "method.lora_dropout=0.3"
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_others(recipe: Path, tmp_path: Path) -> None:
     def weights(name: str, *settings: str) -> bytes:
-        return run_recipe(recipe, f"training.output_dir={tmp_path}/{name}", DROPOUT, *settings).weights
+        output = f"training.output_dir={tmp_path}/{name}"
+        return run_recipe(recipe, output, "training.max_steps=2", DROPOUT, *settings).weights
 
     first = weights("first")
     torch.manual_seed(99)  # what happened in the process before does not matter
@@ -259,7 +263,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(recipe: Path, tmp_p
     assert weights("none", "method.lora_dropout=0") != first
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize("settings", [[], [PROMPT_TUNING], [DROPOUT]], ids=["lora", "prompt_tuning", "dropout"])
 def test_gradient_checkpointing_changes_nothing(recipe: Path, tmp_path: Path, settings: list[str]) -> None:
     plain = run_recipe(recipe, *settings)
@@ -270,9 +274,11 @@ def test_gradient_checkpointing_changes_nothing(recipe: Path, tmp_path: Path, se
     same_weights(plain, saving)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_of_an_encoder_decoder(t5_recipe: Path, tmp_path: Path) -> None:
-    plain = run_recipe(t5_recipe)
-    saving = run_recipe(t5_recipe, f"training.output_dir={tmp_path}/saving", "training.gradient_checkpointing=true")
+    few, output = "training.max_steps=3", f"training.output_dir={tmp_path}/saving"
+    plain = run_recipe(t5_recipe, few)
+    saving = run_recipe(t5_recipe, few, output, "training.gradient_checkpointing=true")
     assert saving.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
@@ -474,6 +480,7 @@ def test_the_best_adapter_is_kept(recipe: Path, tmp_path: Path) -> None:
         ("token_classification", "eval_loss", True),
         ("token_classification", "eval_f1_loss", False),
         ("semantic_segmentation", "eval_iou_loss", False),
+        ("speech_recognition", "eval_wer", True),
         ("preference", "eval_kl", True),
         ("preference", "eval_reward_rejected", True),
         ("preference", "eval_reward_chosen", False),
@@ -488,6 +495,7 @@ def test_which_metrics_are_better_when_they_are_smaller(task: str, metric: str, 
     assert [loop._record_metrics({name: value}, {name: value}) for value in (1.0, 0.5)] == [True, less_is_better]
 
 
+@pytest.mark.slow
 def test_less_loss_and_more_accuracy_are_better(recipe: Path, tmp_path: Path) -> None:
     settings = (*EVAL, "training.load_best_model_at_end=true", "training.learning_rate=0.1", "training.max_steps=12")
     loss = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/loss")
@@ -603,6 +611,7 @@ def test_an_unknown_metric_for_the_best_model(recipe: Path) -> None:
         run_recipe(recipe, *EVAL, "training.metric_for_best_model=bleu", "training.load_best_model_at_end=true")
 
 
+@pytest.mark.slow
 def test_eval_fraction_holds_rows_out(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     trainkit.write_rows(tmp_path / "train.jsonl", trainkit.MESSAGES)

@@ -250,7 +250,7 @@ def test_a_larger_ratio_moves_b_further(recipe: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(faster[name], expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize("name", STARTS)
 def test_stopped_and_resumed_it_ends_with_the_same_bytes(name: str, recipe: Path, tmp_path: Path) -> None:
     settings = [f"method={{type: lora, r: 4, target_modules: all-linear, {STARTS[name]}}}"]

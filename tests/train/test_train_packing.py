@@ -141,7 +141,7 @@ COMPARED = [
 ]
 
 
-@pytest.mark.grid(each="kind")
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(("kind", "attention"), COMPARED)
 def test_packed_rows_have_the_loss_and_gradients_of_their_examples(kind: str, attention: str) -> None:
     model = adapted(kind, attention)
@@ -168,7 +168,7 @@ def test_flex_attention_keeps_examples_apart() -> None:
     assert float(loss) == pytest.approx(float(alone), rel=1e-5)
 
 
-@pytest.mark.grid(each="kind")
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(("kind", "attention"), COMPARED)
 def test_another_example_changes_nothing_of_its_neighbours(kind: str, attention: str) -> None:
     model = adapted(kind, attention)
@@ -204,7 +204,7 @@ def test_a_model_that_mixes_examples_is_refused(kind: str, accelerator: Accelera
     assert model.config._attn_implementation in caught.value.message
 
 
-@pytest.mark.grid(each="kind")
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize(("kind", "attention"), [*COMPARED, ("mixtral", "sdpa"), ("llama_tied", "sdpa")])
 def test_a_model_that_keeps_examples_apart_is_accepted(kind: str, attention: str, accelerator: Accelerator) -> None:
     model = base(kind)

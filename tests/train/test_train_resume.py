@@ -336,6 +336,7 @@ def test_overwrite_takes_no_foreign_files(recipe: Path) -> None:
 # --- run.json and the product -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 @pytest.mark.usefixtures("short")
 def test_a_complete_run_whose_adapter_is_gone_or_changed_says_so(recipe: Path, name: str) -> None:

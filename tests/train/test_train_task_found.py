@@ -73,13 +73,14 @@ def test_where_no_one_task_fits_the_recipe_is_refused_at_its_place(recipe: Path)
 def test_the_other_names_of_columns_count(recipe: Path) -> None:
     rows = [{"ask": "What?", "answer": "That."}] * 10
     Path(recipe.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run_recipe(recipe, "dataset.columns={prompt: ask, completion: answer}", "dataset.eval=null")
+    columns = "dataset.columns={prompt: ask, completion: answer}"
+    done = run_recipe(recipe, columns, "dataset.eval=null", "training.max_steps=1")
     assert done.run["task"]["type"] == "causal_lm"
 
 
 def test_a_setting_that_the_found_task_lacks_is_refused(tmp_path: Path) -> None:
     path = without_task(write_recipe(tmp_path, trainkit.base_folder("t5", chat=False), trainkit.PROMPTS))
-    assert run_recipe(path).run["task"]["type"] == "seq2seq_lm"
+    assert run_recipe(path, "training.max_steps=1").run["task"]["type"] == "seq2seq_lm"
     with pytest.raises(UsageError, match="cannot pack examples") as caught:
         run_recipe(path, "dataset.packing=true", f"training.output_dir={tmp_path}/other")
     assert caught.value.key == "dataset.packing"
@@ -87,8 +88,9 @@ def test_a_setting_that_the_found_task_lacks_is_refused(tmp_path: Path) -> None:
 
 def test_settings_under_task_train_as_those_under_dataset(tmp_path: Path) -> None:
     one, other = (write_recipe(tmp_path / name) for name in ("one", "other"))
-    under = run_recipe(one, "dataset.max_length=96", "dataset.packing=true")
-    own = run_recipe(other, "dataset.max_length=96", "task={type: causal_lm, packing: true}")
+    few = ("dataset.max_length=96", "training.max_steps=3")
+    under = run_recipe(one, *few, "dataset.packing=true")
+    own = run_recipe(other, *few, "task={type: causal_lm, packing: true}")
     assert under.run["task"] == own.run["task"]
     assert (own.run["task"]["max_length"], own.run["task"]["packing"]) == (96, True)
     assert under.losses == own.losses
