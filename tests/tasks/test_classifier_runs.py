@@ -45,6 +45,7 @@ def inputs(run: Trained, row: str) -> dict[str, torch.Tensor]:
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["vit", "resnet", "siglip2"])
 def test_pictures_are_answered_as_transformers_and_peft_answer_them(tmp_path: Path, kind: str) -> None:
     import peft
@@ -76,7 +77,7 @@ def test_virtual_tokens_leave_a_long_text_the_positions_that_remain(tmp_path: Pa
     assert answer["label"] in ("good", "bad")
 
 
-@pytest.mark.parametrize("kind", ["vit", "bert"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("bert", marks=pytest.mark.slow)])
 def test_a_head_for_as_many_other_labels_is_trained_and_said(tmp_path: Path, kind: str) -> None:
     import transformers
 
@@ -185,6 +186,7 @@ def test_an_encoder_decoder_trains_and_merges(cli: Callable, tmp_path: Path, kin
     cli("merge", tmp_path / "out", "--output", tmp_path / "merged")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_auto_class_needs_no_number_of_labels(tmp_path: Path, kind: str) -> None:
     from peftcli import AutoPeftModelForSequenceClassification
@@ -246,7 +248,7 @@ def test_get_peft_model_trains_under_trainer_and_loads_in_peft(tmp_path: Path, k
         torch.testing.assert_close(again(**batch).logits, expected, atol=1e-5, rtol=0)
 
 
-_USUAL = ("p_tuning", "prefix_tuning")
+_USUAL = ("p_tuning",)
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in _USUAL]
 
 

@@ -183,6 +183,7 @@ def test_evaluation_compares_with_all_rows_whatever_the_batch() -> None:
     assert found[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.grid(each="pooling")
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_an_embedding_is_that_of_the_text_alone(kind: str, pooling: str) -> None:

@@ -158,6 +158,7 @@ def test_the_split_of_a_step_changes_no_loss(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.grid(each="loss")
 @pytest.mark.parametrize("padding", [True, False])
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
 def test_pairs_in_one_batch_lose_what_they_lose_alone(loss: str, padding: bool) -> None:

@@ -259,6 +259,7 @@ METHODS: list[dict[str, Any] | None] = [
 ]
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method and method["peft_type"].lower())
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: dict[str, Any] | None) -> None:

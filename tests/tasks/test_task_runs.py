@@ -34,7 +34,7 @@ SAVES = ("training.save_strategy=steps", "training.save_steps=3")
 pytestmark = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()]
 )
-some_tasks = pytest.mark.grid(keep=4)
+some_tasks = pytest.mark.grid(keep=2)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
     assert bool(head) == CASES[name].has_head, "a new head is saved"
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 def test_a_resumed_run_is_the_same_byte_for_byte(runs: Callable, tmp_path: Path, name: str) -> None:
     _, whole = runs(name)
     recipe = CASES[name].write(tmp_path)
@@ -132,6 +132,7 @@ def test_evaluate_and_predict_agree_with_training(runs: Callable, cli: Callable,
         assert measured[f"eval_{metric}"] == pytest.approx(value), metric
 
 
+@pytest.mark.grid(keep=3)
 def test_answers_are_as_the_schema_says(
     runs: Callable, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -180,7 +181,7 @@ def test_the_cards_example_runs(
         assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 def test_the_commands_know_the_task(runs: Callable, cli: Callable, name: str) -> None:
     recipe, run = runs(name)
     assert "problems" not in cli("check", recipe)
@@ -191,7 +192,7 @@ def test_the_commands_know_the_task(runs: Callable, cli: Callable, name: str) ->
     cli("train", recipe, "--dry-run")
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 def test_examples_come_from_the_cache(runs: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = runs(name)
     from peftcli.tasks import TASKS

@@ -246,6 +246,7 @@ def test_the_loss_is_that_of_the_model_itself() -> None:
     assert float(loss.total) / sum(each.num_targets for each in examples) == pytest.approx(float(reference), rel=1e-6)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     "method",
     [

@@ -72,7 +72,7 @@ def test_the_frozen_file_has_every_pair_and_no_other() -> None:
     assert [(template, shape) for template, row in mask_matrix.frozen().items() for shape in row] == PAIRS
 
 
-@pytest.mark.grid(each="template")
+@pytest.mark.grid(keep=12)
 @pytest.mark.parametrize(("template", "shape"), FOUND)
 def test_answers(template: str, shape: str) -> None:
     text, spans = FOUND[template, shape]
@@ -95,6 +95,7 @@ def test_refused(template: str, shape: str) -> None:
     assert len(str(caught.value).splitlines()) <= 6
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("template", PUBLISHED)
 def test_what_was_learnt_from_one_conversation_holds_for_the_next(template: str) -> None:
     using = Template(mask_matrix.tokenizer(template))
@@ -119,7 +120,7 @@ def test_arguments_that_were_read_are_text_again_for_a_template_that_wants_text(
 SEVERAL = ("multi", "tool_text_steps", "answer_twice", "typed", "thinking", "edges")
 
 
-@pytest.mark.grid(each="template")
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize(("template", "shape"), [pair for pair in FOUND if pair[1] in SEVERAL])
 def test_which_turns_are_trained(template: str, shape: str) -> None:
     text, spans = FOUND[template, shape]
@@ -136,7 +137,7 @@ def test_which_turns_are_trained(template: str, shape: str) -> None:
     assert plan(template, shape, "answers", *answers).spans == ()
 
 
-@pytest.mark.grid(each="template")
+@pytest.mark.grid(keep=10)
 @pytest.mark.parametrize(("template", "shape"), FOUND)
 def test_a_template_with_generation_tags(template: str, shape: str) -> None:
     """It is masked as without them, and as transformers does by the tags."""
@@ -280,6 +281,7 @@ def test_no_content_of_a_user_is_trained_and_every_answer_is(template: str, arou
     assert all(f"·{2 * index + 1}·" not in untrained for index in range(len(trained)))
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("template", PUBLISHED)
 def test_answers_begin_as_they_are_asked_for_or_it_is_said(template: str) -> None:
     messages, tools = conversation(template, "single")

@@ -93,6 +93,7 @@ def untrained(encoded: Encoded) -> int:
 WORDS = st.text(st.sampled_from(LETTERS), max_size=5)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60)
 @given(prompt=WORDS, completion=WORDS)
@@ -122,6 +123,7 @@ def test_only_tokens_of_the_prompt_alone_are_untrained(kind: str, prompt: str, c
     assert untrained(encoded) in ((0, 1) if lone else (count,))
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30)
 @given(question=WORDS, answer=WORDS.filter(str.strip))
@@ -133,6 +135,7 @@ def test_a_conversation_and_a_pair_have_the_same_border(kind: str, question: str
     assert (chat.input_ids, chat.labels) == (pair.input_ids, pair.labels)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_alpaca_row_is_trained_from_its_output_on(kind: str) -> None:
     made = tokenizer(kind)

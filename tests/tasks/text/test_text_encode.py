@@ -159,6 +159,7 @@ def test_overlong_rows_are_dropped(tokenizers: Callable[..., Any]) -> None:
     assert [each.reason for each in outcomes] == [USED, OVERLONG, OVERLONG]
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("length", range(7, 40))
 def test_overlong_rows_are_split_and_no_target_is_lost(tokenizers: Callable[..., Any], length: int) -> None:
     tokenizer = tokenizers()

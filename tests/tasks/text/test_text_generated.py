@@ -45,6 +45,7 @@ def test_a_perfect_and_a_random_predictor(name: str) -> None:
     assert METRICS[name](WANTED, RANDOM) == pytest.approx(none, abs=0.15 * max(perfect, none))
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("kind", "rows", "method"),
     [

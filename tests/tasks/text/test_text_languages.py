@@ -38,6 +38,7 @@ def test_texts_are_marked_with_their_languages(kind: str) -> None:
     assert answer_start(task.processor) == {start: example.arrays["labels"][at]}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["mbart", "nllb"])
 def test_answers_are_in_the_target_language_wherever_the_adapter_is_asked(
     cli: Callable, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

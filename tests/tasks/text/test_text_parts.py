@@ -64,6 +64,7 @@ def test_padded_parts_are_of_like_length(sizes: list[int]) -> None:
     assert not sizes or cost(parts) == min(cost([sizes[a:b] for a, b in pairwise(each)]) for each in ends)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["seq2seq_lm", "sequence_classification"])
 def test_a_padded_model_learns_the_same_in_parts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder-decoder, and a classifier that is made to compute padding."""

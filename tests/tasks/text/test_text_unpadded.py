@@ -125,7 +125,7 @@ def adapted(kind: str, method: str = "lora") -> PreTrainedModel:
     return model
 
 
-@pytest.mark.grid(each="kind")
+@pytest.mark.grid(keep=7)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ABLE)
 def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +185,7 @@ def test_flash_attention_is_told_where_examples_stand(kind: str) -> None:
         assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "bert", "gpt2", "virtual tokens"])
 def test_a_gpu_computes_all_examples_at_once(kind: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +256,7 @@ def test_a_long_example_is_asked_in_parts_whom_it_sees(monkeypatch: pytest.Monke
             torch.testing.assert_close(tokens_of(model, inputs), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.grid(each="method")
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     ("kind", "method"),
