@@ -54,6 +54,7 @@ def _inputs(folder: Path) -> dict[str, torch.Tensor]:
     return inputs
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     ("writer", "targets"),

@@ -291,6 +291,7 @@ def test_qlora_without_quantisation(lib: ModuleType, llama: str, tmp_path: Path)
 # --- Trainer ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_in_save_model(lib: ModuleType, llama: str, tmp_path: Path) -> None:
     labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -368,6 +369,7 @@ def test_trainer_gets_the_model_inside(lib: ModuleType, tmp_path: Path) -> None:
     assert trainer.predict(rows).predictions.shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_a_seq2seq_trainer_predicts_by_generating(lib: ModuleType, tmp_path: Path) -> None:
     config = lib.PromptTuningConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4, inference_mode=False)
     model = lib.get_peft_model(tiny("t5"), config)

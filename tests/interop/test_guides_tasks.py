@@ -103,6 +103,7 @@ class _Allocate(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in LOW_RANK if name != "lora")]
 )
@@ -258,6 +259,7 @@ PROMPTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", PROMPTS)
 def test_soft_prompts_learn_to_classify_tweets(lib: ModuleType, method: str, text_base: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(text_base)
@@ -397,6 +399,7 @@ def test_a_prefix_for_an_encoder_decoder(lib: ModuleType, base: Base, tmp_path: 
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_speech_is_recognised_with_lora(lib: ModuleType, base: Base, tmp_path: Path) -> None:
     """The guide's hook on the first convolution, its arguments, and no task_type."""
     model = WhisperForConditionalGeneration.from_pretrained(base("whisper"))

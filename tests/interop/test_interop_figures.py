@@ -120,6 +120,7 @@ FIGURES: dict[str, tuple[Callable[[], nn.Module], AdapterConfig, int, int]] = {
 }
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("name", FIGURES)
 def test_counts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     build, config, trainable, total = FIGURES[name]

@@ -33,7 +33,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str, dict[str, Any]]:
     return (request.param, *CASES[request.param])
 
 
-@pytest.mark.grid(keep=16)
+@pytest.mark.grid(keep=8)
 def test_what_we_write_peft_reads(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
     _, kind, settings = case
     model, config = ours(kind, "lora", **settings)
@@ -43,7 +43,7 @@ def test_what_we_write_peft_reads(case: tuple[str, str, dict[str, Any]], tmp_pat
     assert not torch.allclose(logits(model, batch(kind)), logits(tiny(kind), batch(kind)), atol=1e-2)
 
 
-@pytest.mark.grid(keep=20)
+@pytest.mark.grid(keep=8)
 def test_what_peft_writes_we_read(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
     _, kind, settings = case
     written = theirs(kind, "lora", **settings)
@@ -53,7 +53,7 @@ def test_what_peft_writes_we_read(case: tuple[str, str, dict[str, Any]], tmp_pat
     torch.testing.assert_close(logits(model, batch(kind)), logits(written, batch(kind)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.grid(keep=16)
+@pytest.mark.grid(keep=8)
 def test_names_shapes_and_counts_are_pefts(case: tuple[str, str, dict[str, Any]]) -> None:
     _, kind, settings = case
     model, _ = ours(kind, "lora", **settings)
@@ -71,6 +71,7 @@ def test_names_shapes_and_counts_are_pefts(case: tuple[str, str, dict[str, Any]]
     assert sum(value.numel() for value in model.parameters() if value.requires_grad) == trainable
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_default_and_all_linear_choose_pefts_modules(kind: str) -> None:
     for targets in (None, "all-linear"):
@@ -81,6 +82,7 @@ def test_default_and_all_linear_choose_pefts_modules(kind: str) -> None:
         }
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("name", sorted(BASE_WEIGHTS))
 def test_base_weights_in_pefts_file_replace_the_models(name: str, tmp_path: Path) -> None:
     kind, settings = CASES[name]

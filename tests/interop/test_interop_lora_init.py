@@ -83,6 +83,7 @@ def wrapped(base: nn.Module, **settings: Any) -> Any:
         return peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
 
 
+@pytest.mark.grid(each="init")
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
 def test_starts_from_the_base_weight_are_pefts(init: str, kind: str) -> None:
@@ -122,7 +123,7 @@ def test_mica_stays_mica_when_it_is_trained_on(writer: Any, tmp_path: Path) -> N
         assert reader is peft or model.peft_config["default"].file_dict()["init_lora_weights"] == "mica"
 
 
-@pytest.mark.grid(each="init")
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("init", [*STARTED, "eva", "mica", "orthogonal"])
 def test_what_we_train_peft_loads_as_plain_lora(init: str, kind: str, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_dora_goes_with_it(init: str, tmp_path: Path) -> None:
     close(logits(loaded_by_peft("llama", tmp_path), batch("llama")), logits(model, batch("llama")))
 
 
-@pytest.mark.grid(keep=6)
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("name", READ)
 def test_what_peft_writes_with_its_start_in_the_config_we_read(name: str, tmp_path: Path) -> None:
     kind, settings = READ[name]
@@ -160,7 +161,7 @@ def test_what_peft_writes_with_its_start_in_the_config_we_read(name: str, tmp_pa
     assert torch.equal(logits(again, batch(kind)), logits(model, batch(kind)))
 
 
-@pytest.mark.grid(each="init")
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("init", STARTED)
 @pytest.mark.parametrize("settings", [{}, {**RSLORA, "rank_pattern": {"q_proj": 2}}], ids=["plain", "rslora"])
 def test_what_is_saved_as_pefts_docs_say_is_plain_lora(init: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -199,6 +200,7 @@ def test_pefts_pissa_on_a_bf16_base_differs_by_what_it_rounds_only(tmp_path: Pat
     assert (logits(rounded, batch("llama")).float() - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pefts_file_is_merged_shard_by_shard(init: str, tmp_path: Path) -> None:
     base = trainkit.base_folder("llama", shard="20KB")
@@ -210,6 +212,7 @@ def test_pefts_file_is_merged_shard_by_shard(init: str, tmp_path: Path) -> None:
     close(logits(merged.eval(), batch("llama")), logits(oracle.eval(), batch("llama")))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_eva_gives_pefts_directions_and_sizes(kind: str) -> None:
     rows, settings = Rows(kind, rows=4, length=24, count=6).batches, {"r": 4, "target_modules": TARGETS[kind]}
@@ -228,6 +231,7 @@ def test_eva_gives_pefts_directions_and_sizes(kind: str) -> None:
     assert config.alpha_pattern == oracle.peft_config["default"].alpha_pattern
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_corda_gives_pefts_start(kind: str, method: Any) -> None:
@@ -247,6 +251,7 @@ def test_corda_gives_pefts_start(kind: str, method: Any) -> None:
     assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_lora_ga_takes_pefts_directions(kind: str, direction: Any) -> None:

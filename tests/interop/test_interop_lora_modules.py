@@ -96,6 +96,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return CASES[request.param]
 
 
+@pytest.mark.grid(keep=6)
 def test_what_we_write_peft_reads(settings: dict[str, Any], tmp_path: Path) -> None:
     model, config = _ours(**settings)
     save_adapter(model, config, tmp_path)
@@ -105,6 +106,7 @@ def test_what_we_write_peft_reads(settings: dict[str, Any], tmp_path: Path) -> N
     assert not torch.allclose(model(X), _parts()(X), atol=1e-3)
 
 
+@pytest.mark.grid(keep=6)
 def test_what_peft_writes_we_read(settings: dict[str, Any], tmp_path: Path) -> None:
     written = _theirs(**settings)
     saved_by_peft(written, tmp_path)
@@ -113,6 +115,7 @@ def test_what_peft_writes_we_read(settings: dict[str, Any], tmp_path: Path) -> N
     torch.testing.assert_close(model(X), written(X))
 
 
+@pytest.mark.grid(keep=6)
 def test_names_and_shapes_are_pefts(settings: dict[str, Any], tmp_path: Path) -> None:
     saved_by_peft(_theirs(**settings), tmp_path)
     _, tensors = file_of(tmp_path)

@@ -67,6 +67,7 @@ def _set(model: Any, names: str | list[str]) -> None:
     (model.base_model if isinstance(model, peft.PeftModel) and not isinstance(names, str) else model).set_adapter(names)
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("active", ["a", "b", ["a", "b"]])
 def test_the_active_adapters_compute_the_same(kind: str, active: str | list[str]) -> None:
     found = []
@@ -79,6 +80,7 @@ def test_the_active_adapters_compute_the_same(kind: str, active: str | list[str]
     assert not torch.allclose(found[0][0], logits(tiny(kind), batch(kind)), atol=1e-2)
 
 
+@pytest.mark.grid
 def test_the_same_walk_through_all_operations(kind: str, tmp_path: Path) -> None:
     here, there = (_walk(lib, kind, tmp_path / lib.__name__) for lib in (peftcli, peft))
     for mine, theirs in zip(here, there, strict=True):
@@ -159,6 +161,7 @@ def test_peft_forgets_what_trains_when_adapters_were_disabled() -> None:
     assert counts["peftcli"] == 2 * counts["peft"], "PEFT is right now: compare with it"
 
 
+@pytest.mark.grid(each="writer")
 @pytest.mark.parametrize("writer", ["peft", "peftcli"])
 def test_folders_of_several_adapters_go_both_ways(writer: str, kind: str, tmp_path: Path) -> None:
     libs = {"peft": peft, "peftcli": peftcli}
@@ -177,6 +180,7 @@ def test_folders_of_several_adapters_go_both_ways(writer: str, kind: str, tmp_pa
 # rows
 
 
+@pytest.mark.grid
 def test_rows_of_a_batch_get_their_adapters(kind: str) -> None:
     inputs = batch(kind, rows=len(ROWS))
     with torch.no_grad():
@@ -184,6 +188,7 @@ def test_rows_of_a_batch_get_their_adapters(kind: str) -> None:
     _close(here, there)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rows_of_a_generated_batch_get_their_adapters(kind: str, beams: int) -> None:
     options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
@@ -240,6 +245,7 @@ def _off(model: Any, name: str, weights: list[float]) -> float:
     return off / math.hypot(*(float(value.norm()) for value in exact.values()))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1.0, -0.5]])
 def test_interop_3_4_weighted_adapters_err_as_pefts_and_by_default_not_at_all(
     weights: list[float],
@@ -258,7 +264,7 @@ def test_interop_3_4_weighted_adapters_err_as_pefts_and_by_default_not_at_all(
     assert 0.05 < off["peft"]["svd"] < off["peft"]["linear"]
 
 
-@pytest.mark.grid(each="way")
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1.0, -0.5]])
 @pytest.mark.parametrize("way", COMBINATIONS)
 def test_every_way_to_combine_gives_pefts_updates(
@@ -293,6 +299,7 @@ def test_pefts_patterns_are_lost_when_it_combines_and_ours_are_not() -> None:
     assert sizes["peftcli"] < sizes["peft"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", ["cat", "svd"])
 def test_peft_reads_a_combined_adapter(way: str, kind: str, tmp_path: Path) -> None:
     model = _two(peftcli, kind)

@@ -117,7 +117,7 @@ def test_what_peft_writes_we_read(case: Case, tmp_path: Path) -> None:
     same_logits(kind, loaded_here(kind, saved_by_peft(written, tmp_path)), written)
 
 
-@pytest.mark.grid(each=lambda case: CASES[case][0])
+@pytest.mark.grid(keep=5)
 def test_names_shapes_dtypes_and_counts_are_pefts(case: Case, tmp_path: Path) -> None:
     method, kind, settings = case
     model, folder = written_by_us(case, tmp_path / "ours")

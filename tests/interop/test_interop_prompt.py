@@ -53,6 +53,7 @@ def _real(kind: str, output: torch.Tensor) -> torch.Tensor:
     return output if kind == "t5" else output[:, N:]
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_we_write_peft_reads(kind: str, tmp_path: Path) -> None:
     model, config = ours(kind, "prompt_tuning", **_settings(kind))
@@ -63,6 +64,7 @@ def test_what_we_write_peft_reads(kind: str, tmp_path: Path) -> None:
     assert not torch.allclose(_real(kind, got), logits(tiny(kind), batch(kind)), atol=1e-2)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_peft_writes_we_read(kind: str, tmp_path: Path) -> None:
     oracle = theirs(kind, "prompt_tuning", **_peft_settings(kind))
@@ -71,6 +73,7 @@ def test_what_peft_writes_we_read(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, logits(oracle, batch(kind)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_shapes_and_counts_are_pefts(kind: str) -> None:
     model, _ = ours(kind, "prompt_tuning", **_settings(kind))
@@ -80,6 +83,7 @@ def test_names_shapes_and_counts_are_pefts(kind: str) -> None:
     assert adapter_size(model) == oracle.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "t5"])
 def test_forward_and_loss_of_right_padded_rows_are_pefts(kind: str, tmp_path: Path) -> None:
     model, config = ours(kind, "prompt_tuning", **_settings(kind))
@@ -157,6 +161,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("text", ["answer the question", "the", "answer the question answer the question the"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "opt"])
 def test_a_prompt_that_starts_from_text_starts_where_pefts_does(

@@ -127,6 +127,7 @@ def test_what_peft_writes_we_read_and_keep(kind: str, method: str, tmp_path: Pat
     torch.testing.assert_close(here, there, atol=0, rtol=0)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_as_many_weights_train_as_in_peft(kind: str, method: str) -> None:

@@ -123,6 +123,7 @@ def test_loss_of_right_padded_rows_is_pefts(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(model(**inputs).loss, oracle(**inputs).loss, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "multitask_prompt_tuning"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_network_is_pefts(name: str, kind: str, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def made(library: Any, kind: str, settings: dict[str, Any]) -> Any:
     return model.eval()
 
 
+@pytest.mark.grid(keep=10)
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 @pytest.mark.parametrize(("writer", "reader"), [(peftcli, peftcli), (peftcli, peft), (peft, peftcli)])
 def test_each_reads_what_the_other_saves(
@@ -115,6 +116,7 @@ def test_names_that_peft_takes_for_more_are_written_in_full(
     test_each_reads_what_the_other_saves(kind, settings, peftcli, reader, tmp_path)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_as_many_parameters_train_and_merging_changes_nothing(
     kind: str, settings: dict[str, Any], tmp_path: Path

@@ -43,6 +43,7 @@ def _with_the_same_classifier(settings: dict[str, Any]) -> tuple[Any, Any]:
     return model, oracle
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_scalings_loss_gradients_and_counts_are_pefts(settings: dict[str, Any]) -> None:
     model, oracle = _with_the_same_classifier(_settings(**settings))
@@ -58,6 +59,7 @@ def test_scalings_loss_gradients_and_counts_are_pefts(settings: dict[str, Any]) 
     assert total == sum(value.numel() for value in model.parameters())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("trained", [False, True])
 def test_peft_loads_our_file_with_the_adapters_as_they_were_trained(trained: bool, tmp_path: Path) -> None:
     adapters = dict(zip("ab", experts("llama").values(), strict=True))  # PEFT knows them by numbers only

@@ -44,7 +44,7 @@ TASKS_OF_CLASSES = {
 TASK = {"llama": "CAUSAL_LM", "llama_tied": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 
 
-@pytest.fixture(params=["peft", "peftcli"])
+@pytest.fixture(params=[pytest.param("peft", marks=pytest.mark.slow), "peftcli"])
 def lib(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
 
@@ -91,6 +91,7 @@ def test_the_same_line_is_printed(
     assert lines[0].startswith("trainable params: ")
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", AUTO)
 def test_save_load_generate_merge(lib: ModuleType, kind: str, bases: dict[str, str], tmp_path: Path) -> None:
     model = _start(lib, kind, bases[kind])
@@ -190,6 +191,7 @@ def test_the_state_dict_of_the_adapter_has_pefts_names(bases: dict[str, str]) ->
     assert names[0] == names[1]
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("kind", ["PeftModel", *(f"PeftModelFor{task}" for task in TASKS_OF_CLASSES)])
 def test_the_classes_put_the_adapter_in_as_get_peft_model_does(kind: str, tmp_path: Path) -> None:
     models = []
@@ -373,7 +375,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return METHODS[request.param]
 
 
-@pytest.mark.grid(each="settings")
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
     series: dict[str, list[float]] = {}

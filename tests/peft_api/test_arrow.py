@@ -31,6 +31,7 @@ def experts(tmp_path: Path) -> list[Path]:
     return [_saved(tmp_path / str(seed), seed, lora_alpha=seed + 4) for seed in range(4)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("general", [False, True])
 def test_the_logits_are_pefts(general: bool, experts: list[Path]) -> None:
     paths = [str(path) for path in experts]

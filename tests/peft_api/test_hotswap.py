@@ -52,6 +52,7 @@ def _swapped(folder: Path, model: Any, name: str = "new") -> torch.Tensor:
     return model(_IDS)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "settings",
     [

@@ -32,6 +32,7 @@ def _trainer(model: nn.Module, folder: Path) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize(
     ("kind", "task"),
     [

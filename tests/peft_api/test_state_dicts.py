@@ -168,6 +168,7 @@ _SHARING = ("adalora", "vblora", "vera", "xlora")
 """Methods of which the same is true."""
 
 
+@pytest.mark.grid(keep=5)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -46,6 +46,7 @@ def _first_alone(model: Any) -> None:
             module.set_adapter("two")
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize(
     ("saved", "change"),
     [

@@ -17,6 +17,7 @@ from peftcli.core.inject import inject
 from peftcli.errors import AdapterError
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("first", ["none", "lora_only", "all"])
 @pytest.mark.parametrize("kind", ["qwen2", "opt"])
 def test_all_biases_train_beside_another_adapter(tmp_path: Path, kind: str, first: str) -> None:

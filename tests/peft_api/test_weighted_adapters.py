@@ -28,6 +28,7 @@ def _two(lib: Any, kind: str, **settings: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("kind", "settings", "how"),
     [
