@@ -396,7 +396,7 @@ def paths(values: dict[str, Any]) -> list[tuple[str, ...]]:
     return [(key, *path) for key, found in inner.items() for path in [(), *found]]
 
 
-@pytest.mark.grid(keep=20)
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("path", paths(RUN), ids=".".join)
 def test_anything_may_stand_in_a_run_json(tmp_path: Path, path: tuple[str, ...]) -> None:
     for number, junk in enumerate(("x", 3, -1.5, True, None, [], ["x"], {"x": "y"}, 10**400)):

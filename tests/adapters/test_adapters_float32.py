@@ -20,6 +20,7 @@ from peftcli.system.disk import write_file
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("piece", [float32._PIECE, 1000])
 @pytest.mark.parametrize(
     ("kind", "settings"),

@@ -114,6 +114,7 @@ def test_the_class_that_peft_noted_is_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(merged(pixel_values=pixels).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_peft_trains_of_sounds_is_merged_as_speech(tmp_path: Path) -> None:
     base = whisper_base()
     model = transformers.WhisperForConditionalGeneration.from_pretrained(base)
@@ -146,6 +147,7 @@ def _unfed(kind: str) -> Any:
     return getattr(transformers, kind)(transformers.BertConfig(**sizes, vocab_size=320))
 
 
+@pytest.mark.grid(each="compared")
 @pytest.mark.parametrize(
     ("kind", "compared"), [("BertForPreTraining", True), ("BertForMultipleChoice", False), ("SiglipModel", False)]
 )
@@ -181,6 +183,7 @@ def test_too_little_memory_is_no_model_that_takes_other_inputs(tmp_path: Path, m
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("classes", "dtype", "size"), [(3, "float32", 1), (1, "bfloat16", 1000)])
 def test_a_classifier_without_a_pad_token_is_compared(
     base: Path, tmp_path: Path, classes: int, dtype: str, size: int

@@ -84,6 +84,7 @@ def test_the_error_is_said(cli: Callable[..., Any], pair: list[str], tmp_path: P
     assert f"{tmp_path}/svd: r 2, 6 modules, " in ran.out
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("method", COMBINATIONS)
 def test_every_way_runs_and_repeats(method: str, cli: Callable[..., Any], pair: list[str], tmp_path: Path) -> None:
     alike = [pair[0], pair[0].replace("0.7", "0.3")]

@@ -162,6 +162,7 @@ def test_sampling_follows_the_seed(said: Callable, lora: Path) -> None:
     assert sampled(1, "--top-p", 0.0001) == nothing_else, "only the likeliest token is left"
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("adapter", ["lora", "prompt_tuned", "plain", "translator"])
 def test_the_printed_text_is_the_text(
     cli: Callable, said: Callable, request: pytest.FixtureRequest, adapter: str
@@ -172,7 +173,7 @@ def test_the_printed_text_is_the_text(
     assert printed.out == said(folder, QUESTIONS[0])["text"] + "\n"
 
 
-@pytest.mark.grid(each="adapter")
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("adapter", ["lora", "prompt_tuned", "plain", "translator"])
 def test_a_batch_file_holds_what_single_prompts_give(

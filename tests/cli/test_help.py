@@ -89,6 +89,7 @@ def test_version(cli) -> None:
     assert ran.out.startswith("peftcli ")
 
 
+@pytest.mark.slow
 def test_python_dash_m() -> None:
     ran = subprocess.run([sys.executable, "-m", "peftcli", "chek"], capture_output=True, text=True, check=False)
     assert ran.returncode == 2
@@ -186,6 +187,7 @@ def test_interrupt(cli, failing) -> None:
     assert (ran.code, ran.err) == (130, "error: stopped (SIGINT)\n")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("args", "code", "err"),
     [(["schema"], 141, ""), (["train", "none.yaml", "--json"], 2, "error: none.yaml: no such file\n")],
@@ -200,6 +202,7 @@ def test_a_closed_pipe_is_quiet_and_an_error_keeps_its_code(args: list[str], cod
     assert (ran.returncode, ran.stderr) == (code, err)
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(
     ("streams", "code", "said"),
     [

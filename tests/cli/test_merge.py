@@ -97,6 +97,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("streamed", "settings"),
     [(True, {"target_modules": ["lm_head", "q_proj"]}), (False, {"modules_to_save": ["lm_head"]})],
@@ -114,7 +115,7 @@ def test_all_that_shared_the_weight_of_a_head_are_written(
     torch.testing.assert_close(logits(model), adapted_logits(base, adapter, auto), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.grid(keep=4)
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_computes_what_base_and_adapter_compute(merged: Callable, tmp_path: Path, case: str) -> None:
     kind, settings = CASES[case]
@@ -196,6 +197,7 @@ def test_plain_transformers_loads_it_without_peftcli(merged: Callable, tmp_path:
     torch.testing.assert_close(found, adapted_logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2"])
 def test_shards_stay_shards(merged: Callable, tmp_path: Path, kind: str) -> None:
     base = base_folder(kind, shard="40KB")
@@ -229,6 +231,7 @@ def test_a_layer_whose_bias_stands_in_another_shard(merged: Callable, tmp_path: 
     torch.testing.assert_close(found, adapted_logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("other", [0.0, 1.0])
 def test_a_tied_head_that_is_stored_too(merged: Callable, tmp_path: Path, other: float) -> None:
     """It is tied when it is loaded, or left as it is where its weight is another one than the embedding's."""
@@ -248,6 +251,7 @@ def test_a_tied_head_that_is_stored_too(merged: Callable, tmp_path: Path, other:
     torch.testing.assert_close(found, adapted_logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("prefix", [True, False])
 def test_gpt2_with_and_without_its_outer_prefix(merged: Callable, tmp_path: Path, prefix: bool) -> None:
     base = tmp_path / "base"
@@ -317,7 +321,7 @@ def test_a_bf16_base_stays_bf16_and_is_rounded_once(merged: Callable, tmp_path: 
     assert loaded.dtype == torch.bfloat16
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("of_base", "wanted"),
     [(torch.bfloat16, "float32"), (torch.float32, "bfloat16"), (torch.float32, "float16"), (torch.float16, "float32")],
@@ -347,7 +351,7 @@ def test_tensors_that_are_no_numbers_of_the_model_stay(merged: Callable, tmp_pat
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.grid(each="mistake")
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mistake", ["no change", "wrong scaling", "transposed"])
 def test_a_wrong_merge_is_caught(
@@ -415,6 +419,7 @@ def endless(folder: Path, generation: dict[str, Any] | None) -> Path:
     return folder
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize(
     ("generation", "expected"),
     [
@@ -476,6 +481,7 @@ def test_new_tokens_and_template_come_from_the_recipe(cli: Callable, merged: Cal
 # --- a trained adapter, refusals --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_says_the_same_merged(cli: Callable, merged: Callable, tmp_path: Path) -> None:
     adapter = run_recipe(write_recipe(tmp_path), "training.max_steps=30", "training.learning_rate=2e-2").folder
     merged(adapter)

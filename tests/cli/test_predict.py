@@ -62,6 +62,7 @@ def test_pictures_as_arguments(cli: Callable, pictures: Path) -> None:
     assert "missing.png: no such file" in missing.err
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_file_of_rows(cli: Callable, texts: Path, tmp_path: Path, batch_size: int) -> None:
     source = write_rows(tmp_path / "in.jsonl", [{"text": row["text"]} for row in ROWS])
@@ -181,6 +182,7 @@ def test_a_row_that_cannot_be_answered(cli: Callable, texts: Path, tmp_path: Pat
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("kind", "task", "words"), [("gpt2", "causal_lm", "256 positions"), ("bart", "seq2seq_lm", "64 positions")]
 )

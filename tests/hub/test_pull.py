@@ -322,6 +322,7 @@ def test_other_bytes_are_not_left_when_the_try_fails_elsewhere(pushed: Hub, fold
     assert (pulled / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("header", ["ETag", "X-Repo-Commit"])
 @pytest.mark.parametrize("value", ["../../../escaped", "..", "a/b", ""])
 def test_a_hash_that_is_a_path_is_refused(pushed: Hub, tmp_path: Path, header: str, value: str) -> None:

@@ -370,6 +370,7 @@ def test_a_busy_namespace_does_not_loop(hub: Hub, folder: Path) -> None:
 STEPS = ["info", "create_repo", "validate_yaml", "preupload", "lfs_batch", "lfs_put", "lfs_verify", "commit"]
 
 
+@pytest.mark.grid(each="endpoint")
 @pytest.mark.parametrize("endpoint", STEPS)
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_passing_fault_is_survived_at_every_step(hub: Hub, folder: Path, endpoint: str, status: int) -> None:
@@ -394,6 +395,7 @@ def test_a_lost_answer_at_any_step_leaves_one_commit(hub: Hub, folder: Path, end
     assert pushed.commit == hub.repos[REPO].refs["main"][-1].oid
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("endpoint", ["info", "create_repo", "preupload", "lfs_batch", "lfs_put", "commit"])
 @pytest.mark.parametrize("fault", ["500", "drop"])
 def test_a_lasting_fault_ends_after_five_tries(

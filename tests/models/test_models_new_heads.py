@@ -78,6 +78,7 @@ def modules(loaded: LoadedModel) -> set[str]:
     return {name.removeprefix(prefix).partition(".")[0] for name in loaded.initialised}
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize(
     ("kind", "stored", "loaded", "heads"),
     [
@@ -115,7 +116,7 @@ def without(words: Iterable[str], tensors: dict[str, torch.Tensor]) -> dict[str,
     return left
 
 
-@pytest.mark.grid(keep=6)
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("kind", "stored", "loaded", "lost"),
     [
@@ -147,6 +148,7 @@ def test_a_part_that_the_checkpoint_lacks_is_damage(
         load(tmp_path, loaded)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("kind", "auto_class", "head"),
     [

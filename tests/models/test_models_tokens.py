@@ -233,6 +233,7 @@ def test_tokens_that_are_not_new_are_refused(new: list[str], message: str) -> No
     assert caught.value.key == "base_model.new_tokens"
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "gemma", "phi", "t5"])
 def test_the_vocabulary_grows_by_their_rows(kind: str) -> None:
     before, (model, tokenizer) = loaded(kind), prepared(kind, LoraConfig())
@@ -355,6 +356,7 @@ def test_a_recipe_without_new_tokens_changes_nothing() -> None:
     assert config == LoraConfig()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "t5"])
 def test_it_works_out_on_a_model_without_weights(kind: str) -> None:
     base, config = with_new(kind), LoraConfig(target_modules="all-linear")
@@ -378,7 +380,7 @@ READ: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize(("kind", "settings"), READ)
 def test_peft_reads_it(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     folder, model = adapter(tmp_path, kind, **settings)
@@ -416,7 +418,7 @@ def test_we_read_it_and_grow_the_base_model_ourselves(tmp_path: Path, kind: str,
     assert tokenizer("a<tool>")["input_ids"][-1] == VOCABULARY
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("kind", "settings"), [*READ, ("phi", {})])
 def test_the_merged_model_holds_them(

@@ -33,6 +33,7 @@ def test_whoever_collects_no_garbage_decides() -> None:
         gc.enable()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("arguments", [["info", "methods"], ["train", "no-such-file.yaml"]])
 def test_the_command_line_leaves_collection_as_it_was(arguments: list[str]) -> None:
     code = (

@@ -64,6 +64,7 @@ def test_each_worker_is_one_item_ahead(tmp_path: Path) -> None:
     assert children() == []
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "error",
     [
