@@ -22,7 +22,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
-pytestmark = pytest.mark.grid(keep=3)
+pytestmark = pytest.mark.grid(keep=2)
 
 N, STEPS = 5, 10
 KINDS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")
@@ -167,6 +167,7 @@ def test_a_static_cache_gives_the_same(model: nn.Module) -> None:
     assert torch.equal(got, _loop(model, tokens, mask, cached=False))
 
 
+@pytest.mark.grid
 def test_beams_are_the_same_with_and_without_a_cache(model: nn.Module) -> None:
     tokens, mask = _padded()
     beams = [
@@ -346,6 +347,7 @@ def test_tokens_that_are_guessed_ahead_change_nothing(model: nn.Module) -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("model", [each for each in MODELS if "llama" in each], indirect=True, ids="-".join)
 def test_an_assistant_guesses_what_it_generates_by_itself(model: nn.Module) -> None:
     given = {"input_ids": ids(1, 7), "attention_mask": torch.ones(1, 7, dtype=torch.long)}

@@ -119,7 +119,7 @@ def test_heads_are_what_stands_beside_the_body(kind: str) -> None:
     assert head_names(_base(kind)) == MODELS[kind][2]
 
 
-@pytest.mark.grid(each="kind")
+@pytest.mark.grid(keep=4)
 @every_model
 @every_method
 def test_a_head_trains_and_comes_back_over_another_bases(kind: str, method: str, tmp_path: Path) -> None:
@@ -220,6 +220,7 @@ def test_the_figures_of_a_model_without_a_task_stay() -> None:
     assert logits(model, batch("bert")).shape == (2, 3)
 
 
+@pytest.mark.grid(keep=5)
 @pytest.mark.parametrize("adapted", [*MODELS, "bert: classifier", "roberta: out_proj"])
 def test_a_head_computes_in_float32(adapted: str) -> None:
     """In a model that computes in less, with or without autocast; also one that a LoRA adapts."""

@@ -278,7 +278,7 @@ def test_a_module_with_anothers_layers_inside_has_no_copy() -> None:
     assert torch.equal(logits(model, batch("llama")), expected)
 
 
-@pytest.mark.grid(keep=14)
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str, dtype: torch.dtype) -> None:

@@ -314,6 +314,7 @@ def test_each_row_gets_the_prompt_of_its_task(kind: str) -> None:
     assert torch.equal(logits(model, {**inputs, "task_ids": torch.tensor([2])}), alike)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"num_return_sequences": 1}])
 def test_generation_knows_the_rows_tasks(kind: str, options: dict[str, Any]) -> None:
@@ -354,6 +355,7 @@ def test_tasks_that_cannot_be_right_are_refused(kind: str) -> None:
 # inputs and settings that cannot be right
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "opt"])
 def test_more_tokens_than_positions_are_refused_in_words(kind: str, method: str) -> None:

@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.grid(keep=4)
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("method", LAYERED)
 @repeatable
 @given(case=cases())

@@ -76,6 +76,7 @@ def llama() -> PeftModel:
     return _several("llama", *SETS["llama"][1])
 
 
+@pytest.mark.grid(keep=5)
 def test_each_row_is_what_it_is_alone(case: tuple[str, PeftModel]) -> None:
     kind, model = case
     inputs, single = batch(kind, rows=len(ROWS)), copy.deepcopy(model)

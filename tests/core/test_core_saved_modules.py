@@ -112,6 +112,7 @@ def _inputs(kind: str) -> dict[str, torch.Tensor]:
     return batch("bert") if kind == "bert" else {"pixel_values": torch.randn(PIXELS)}
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.filterwarnings("ignore")  # transformers' of new weights
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
 @pytest.mark.parametrize("kind", HEADS)

@@ -326,6 +326,7 @@ OLD: dict[str, Any] = {
 }
 
 
+@pytest.mark.grid(keep=5)
 @pytest.mark.parametrize("case", OLD)
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_failed_replacement_brings_everything_back(case: str, loaded: bool, tmp_path: Path) -> None:

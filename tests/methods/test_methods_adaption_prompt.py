@@ -96,6 +96,7 @@ def test_a_new_adapter_is_the_base_model_and_only_the_last_layers_have_one(kind:
     assert len(adapter_state(model)) == 2
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}])
 def test_left_padded_rows_generate_what_each_gives_alone(kind: str, options: dict[str, Any]) -> None:

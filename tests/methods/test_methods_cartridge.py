@@ -43,6 +43,7 @@ def _read(model: PeftModel, tokens: torch.Tensor) -> Any:
         return model(input_ids=tokens, use_cache=True)[CACHE]
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("frozen", [0, 1, N])
 def test_started_from_a_text_the_model_goes_on_as_if_it_had_read_it(kind: str, frozen: int) -> None:

@@ -65,6 +65,7 @@ def test_what_no_number_holds_is_refused(method: str) -> None:
         how.combined([(3e38, _update(scaling=1e300))], "q_proj", 3)
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("method", [each for each in COMBINATIONS if each != "svd"])
 def test_a_combination_stays_on_its_device(method: str) -> None:
     """With tensors that have shapes and no values: a GPU is not needed."""
@@ -158,7 +159,7 @@ def _merged(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in twin.named_parameters(remove_duplicate=False)}
 
 
-@pytest.mark.grid(keep=8)
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("case", CASES)
 def test_the_default_is_the_weighted_sum_exactly(case: str, tmp_path: Any) -> None:
     kind, _, weights = CASES[case]
@@ -196,6 +197,7 @@ def test_svd_is_nearest_and_says_its_error(case: str) -> None:
     assert 0 < made.error < 1
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("method", [name for name in COMBINATIONS if name != "cat"])
 def test_every_other_way_says_how_far_it_is_off(method: str) -> None:
     drops = {} if method in ("svd", "linear") else {"density": 0.5}

@@ -17,6 +17,7 @@ from peftcli.methods.deft.config import DeftConfig
 from peftcli.methods.deft.layers import DeftLinear
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("method", ["relu", "qr"])
 @pytest.mark.parametrize("para", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,6 +54,7 @@ def test_only_what_is_given_back_is_dropped_out() -> None:
         torch.testing.assert_close(layer(x), x @ weight.T + base.bias)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("settings", [{}, {"decomposition_method": "qr"}, {"alpha": 3}])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_new_adapter_changes_nothing(kind: str, settings: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ def test_layers_are_of_a_kind_by_the_end_of_their_names(name: str, kind: str) ->
     assert kind_of(name) == kind
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("model", "settings"), [("llama", {}), ("t5", {"projection_prng_key": 3}), ("bert", {})])
 def test_what_layers_share_is_pefts_bit_for_bit(

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_model_on_the_meta_device_is_merged_all_the_same(case: str, kind: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def _layer(base: nn.Module, **settings: Any) -> Any:
     return layer
 
 
+@pytest.mark.grid(keep=8)
 @pytest.mark.parametrize("a_b", ["lora", "vector", "constant", "none"])
 @pytest.mark.parametrize("c", ["lora", "vector", "none"])
 @pytest.mark.parametrize("d_e", ["vector", "constant"])
@@ -47,6 +48,7 @@ def test_without_a_bias_only_the_weight_is_changed() -> None:
     assert sorted(layer.fixed) == ["glora_C.zeros", "glora_D.zeros", "glora_E.zeros"]
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("bias", ["none", "glora_only"])
 @pytest.mark.parametrize("other", [None, LoraConfig(r=2, init_lora_weights=False), BeftConfig(init_weights=False)])
 def test_among_other_adapters_it_is_made_from_the_base_models_own(other: AdapterConfig | None, bias: str) -> None:

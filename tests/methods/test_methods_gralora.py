@@ -16,6 +16,7 @@ from peftcli.methods.gralora.config import GraloraConfig
 from peftcli.methods.gralora.layers import GraloraLinear
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("base", [nn.Linear(6, 9), Conv1D(9, 6)])
 @pytest.mark.parametrize("hybrid_r", [0, 2])
 @pytest.mark.parametrize("shape", [(2, 6), (2, 4, 6), (1, 2, 3, 6)])

@@ -26,6 +26,7 @@ BASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("feedforward", [False, True])
 @pytest.mark.parametrize("name", BASES)
 def test_outputs_or_inputs_are_scaled_and_so_is_the_merged_weight(name: str, feedforward: bool) -> None:

@@ -32,6 +32,7 @@ def test_loha_multiplies_two_products() -> None:
     torch.testing.assert_close(layer.delta(), 2 * first * second)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("settings", [{}, {"init_weights": "lycoris"}, {"decompose_both": True, "r": 1}])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_training_starts_from_the_base_layer(kind: Any, settings: dict[str, Any]) -> None:

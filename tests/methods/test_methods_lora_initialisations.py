@@ -56,6 +56,7 @@ def test_the_start_is_the_base_model_exactly_and_training_leaves_its_weights(ini
             assert torch.equal(parameter, expected[name.replace(".base_layer", "")])
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("init", "settings"),
     [("eva", {}), ("orthogonal", {}), ("mica", {}), ("gaussian", {})]

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 }  # with whether the ends of the model are untied
 
 
-@pytest.mark.grid(keep=3)
+@pytest.mark.grid
 @pytest.mark.parametrize("name", CASES)
 def test_the_merged_model_computes_what_base_and_adapter_compute(name: str, tmp_path: Path) -> None:
     kind, settings, unties = CASES[name]

@@ -59,7 +59,7 @@ def _adapted(model: nn.Module, **settings: Any) -> tuple[Any, LoraConfig]:
     return model.eval(), config
 
 
-@pytest.mark.grid(each="name")
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}])
 def test_a_convolution_merges_into_its_weight(name: str, settings: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.grid(keep=8)
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("inputs", ATTENTION.values(), ids=ATTENTION)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("build", [{}, {"bias": False}, {"batch_first": True}, {"add_bias_kv": True}])
@@ -211,6 +211,7 @@ def test_a_weight_inside_a_module_that_another_adapter_trains_in_full_is_that_of
 TARGETS = [["self_attn"], ["linear1"], ["out_proj", "linear2"], "all-linear"]
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("padded", [False, True])

@@ -41,6 +41,7 @@ def test_the_order_of_the_layers() -> None:
     assert all(layer.self_attn.config is model.config for layer in _layers(model))
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_it_generates_as_without_a_cache(kind: str) -> None:
     model, _ = ours(kind, "lora", layer_replication=TWICE)
@@ -56,6 +57,7 @@ def test_layers_that_call_their_index_otherwise_have_a_place_each_in_the_cache()
     assert [layer.attn.attention.layer_id for layer in model.transformer.h] == [0, 1, 2]
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_merged_it_is_an_ordinary_model(kind: str, tmp_path: Path) -> None:
     model, config = ours(kind, "lora", layer_replication=TWICE)

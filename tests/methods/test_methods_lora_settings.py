@@ -27,7 +27,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return FURTHER[request.param]
 
 
-@pytest.mark.grid(keep=16)
+@pytest.mark.grid(keep=6)
 def test_disabled_and_unloaded_it_is_the_base_model(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, _ = ours(kind, "lora", **settings)
@@ -43,7 +43,7 @@ def test_disabled_and_unloaded_it_is_the_base_model(case: tuple[str, dict[str, A
     assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
 
 
-@pytest.mark.grid(keep=16)
+@pytest.mark.grid(keep=6)
 def test_merged_it_computes_the_same(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, config = ours(kind, "lora", **settings)
@@ -69,7 +69,7 @@ def test_a_copy_is_a_model_of_its_own(case: tuple[str, dict[str, Any]]) -> None:
     assert torch.equal(logits(model, batch(kind)), expected)
 
 
-@pytest.mark.grid(keep=16)
+@pytest.mark.grid(keep=6)
 def test_only_its_tensors_get_gradients_and_each_does(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     model, _ = ours(kind, "lora", **settings)
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
         torch.testing.assert_close(gradient, expected[tensor], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.grid(keep=8)
+@pytest.mark.grid(keep=3)
 def test_a_bf16_base_carries_an_fp32_adapter(case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     exact, _ = ours(kind, "lora", **settings)

@@ -61,6 +61,7 @@ def test_they_start_as_the_base_models_or_random() -> None:
     assert not torch.allclose(other.trainable_tokens_delta, base.weight[[5, 3]], atol=1e-2)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", ["llama_tied", "t5", "gemma3", "opt", "gpt2", "bloom"])
 def test_layers_that_share_the_weight_share_the_rows_and_stay_tied(kind: str) -> None:
     model, config = ours(kind, "lora", trainable_token_indices=TOKENS)

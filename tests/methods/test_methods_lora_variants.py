@@ -67,6 +67,7 @@ def _same_noise(model: nn.Module, oracle: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Sampler, "draw", draw)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("name", [*VARIANTS, "alora"])
 def test_gradients_are_pefts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, settings = ALORA if name == "alora" else VARIANTS[name]

@@ -54,6 +54,7 @@ def test_training_starts_from_the_base_layer(name: str) -> None:
         assert all(parameter.grad.abs().sum() > 0 for parameter in layer.own_tensors().values())
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     ("base", "x"),

@@ -112,7 +112,7 @@ def _stop(event: Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "method",
     [

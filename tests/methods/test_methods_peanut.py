@@ -38,6 +38,7 @@ def test_hidden_layers_add_what_came_in_at_their_level() -> None:
         torch.testing.assert_close(layer.delta(), layer.peanut_B.weight @ out)
 
 
+@pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_transformers(name: str) -> None:
     x = torch.linspace(-6, 6, 101)

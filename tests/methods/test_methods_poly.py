@@ -61,6 +61,7 @@ def test_the_shares_drawn_while_training_are_pefts() -> None:
     assert not torch.allclose(losses[0], model.eval()(**labelled("llama"), task_ids=TASKS).loss, atol=1e-3)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_generated_rows_are_those_that_each_task_gives_alone(kind: str, options: dict[str, Any]) -> None:

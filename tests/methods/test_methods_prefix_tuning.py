@@ -101,6 +101,7 @@ def test_a_mask_that_is_true_where_it_hides() -> None:
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("projection", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt"])

@@ -55,6 +55,7 @@ def test_a_new_adapter_changes_nothing_though_it_draws() -> None:
     assert torch.equal(logits(model, batch("llama")), logits(tiny("llama").train(), batch("llama")))
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("key", [0, 5])
 def test_the_matrices_are_pefts_bit_for_bit(key: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

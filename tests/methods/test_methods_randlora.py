@@ -45,6 +45,7 @@ def test_the_update_is_a_sum_over_scaled_bases(inputs: int, outputs: int) -> Non
         assert torch.linalg.matrix_rank(layer.delta()) == short
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", [{}, {"sparse": True}, {"very_sparse": True, "projection_prng_key": 4}])
 def test_the_bases_are_pefts_bit_for_bit(

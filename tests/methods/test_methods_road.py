@@ -31,6 +31,7 @@ def test_a_pair_is_turned_by_its_angle_and_scaled() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(("variant", "size"), [("road_1", 4), ("road_2", 8), ("road_4", 16)])
 @pytest.mark.parametrize("base", [nn.Linear(4, 8), nn.Linear(4, 8, bias=False), Conv1D(8, 4)])
 def test_merged_is_the_same_for_every_variant(variant: str, size: int, base: nn.Module) -> None:

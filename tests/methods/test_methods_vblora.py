@@ -50,6 +50,7 @@ def test_the_bank_is_one_trained_tensor() -> None:
     assert named_tensors(model)["base_model.vblora_vector_bank"][2].grad.any()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("count", "dtype"), [(255, torch.uint8), (256, torch.int16), (40000, torch.int32)])
 def test_mixtures_are_saved_without_their_last_weight(count: int, dtype: torch.dtype, tmp_path: Path) -> None:
     settings = {"num_vectors": count, "vector_length": 16, "topk": 4, "r": 1, "save_only_topk_weights": True}

@@ -52,6 +52,7 @@ def test_every_layer_has_the_same_matrices_and_the_file_has_them_once() -> None:
     assert not any(layer.vera_A.requires_grad for layer in layers)
 
 
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("key", [0, 5])
 def test_the_matrices_are_pefts_bit_for_bit(key: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
