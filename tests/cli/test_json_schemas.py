@@ -156,6 +156,7 @@ def nodes(schema: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 # --- peftcli schema -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("name", names())
 def test_a_schema_is_printed(cli: Callable, name: str) -> None:
     ran = cli("schema", name)
@@ -266,7 +267,7 @@ def test_inspect(answer: Callable, fails: Callable, recipe: Path) -> None:
     fails(2, "UsageError", "inspect", recipe, "--row", "999")
 
 
-@pytest.mark.grid(keep=3)
+@pytest.mark.grid
 @pytest.mark.parametrize("task", TASKS)
 def test_inspect_of_every_task(answer: Callable, tmp_path: Path, task: str) -> None:
     found = answer("inspect", CASES[task].write(tmp_path), "--rows", 1)

@@ -22,7 +22,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
-pytestmark = pytest.mark.grid(keep=2)
+pytestmark = pytest.mark.grid
 
 N, STEPS = 5, 10
 KINDS = ("llama", "llama_tied", "gpt2", "opt", "qwen2", "gemma3", "bloom")

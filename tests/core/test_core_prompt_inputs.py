@@ -314,7 +314,7 @@ def test_each_row_gets_the_prompt_of_its_task(kind: str) -> None:
     assert torch.equal(logits(model, {**inputs, "task_ids": torch.tensor([2])}), alike)
 
 
-@pytest.mark.grid(keep=4)
+@pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"num_return_sequences": 1}])
 def test_generation_knows_the_rows_tasks(kind: str, options: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ ELSEWHERE = {
     "damaged checkpoints": "train/test_train_folder.py: test_a_damaged_checkpoint_is_set_aside",
     "signals while training": "train/test_train_folder.py: test_a_signal_stops_with_a_checkpoint_and_...",
     "divergence": "train/test_train_loop.py: test_the_last_checkpoint_stands_after_a_divergence",
+    "hub faults under push": "hub/test_push.py: test_a_refusal_ends_the_push_at_once and those that follow it",
+    "hub faults under pulls": "hub/test_pull.py: the same of pulls",
     "out of memory": "train/test_train_loop.py: test_too_little_memory_names_the_batch_and_what_to_change",
 }
 """Campaigns of which ``make test`` has a cheaper test, that keeps the same promise."""

@@ -483,6 +483,7 @@ def test_status_of_runs_that_ended(recipe: Path) -> None:
     assert status(out)["checkpoints"] == ["step-000004", "step-000009", "step-1000000"]
 
 
+@pytest.mark.slow
 def test_status_of_a_running_and_of_a_killed_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     child = Child(recipe.parent, "train", recipe, "training.max_steps=100000")
     out = recipe.parent / "out"
@@ -878,16 +879,22 @@ def test_a_checkpoint_that_was_to_be_replaced_is_found_again(recipe: Path) -> No
     assert run_recipe(recipe).run["attempts"][-1]["from_step"] == 4
 
 
-def test_a_pid_that_is_gone_is_not_running_though_another_holds_the_folder(recipe: Path) -> None:
+def test_a_pid_that_is_gone_is_not_running_though_another_holds_the_folder(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = stopped(recipe)
     run = read_run(out) | {"status": "running", "pid": 4_194_999}
     (out / "run.json").write_text(json.dumps(run))
     holder = RunFolder(out)
     holder.lock()
     assert status(out)["status"] == "interrupted"
+    assert main(["status", str(out)]) == 0
+    assert "the process ended without recording a reason" in capsys.readouterr().out
     run["pid"] = os.getpid()
     (out / "run.json").write_text(json.dumps(run))
     assert status(out)["status"] == "running"
+    assert main(["status", str(out)]) == 0
+    assert f"running, process {os.getpid()}" in capsys.readouterr().out
     holder.close()
 
 
