@@ -203,7 +203,7 @@ def mark_verified(folder: Path) -> None:
 
 
 def needs_verification(folder: Path) -> bool:
-    """Return whether a folder has a record that was not compared with it yet, or was found to differ."""
+    """Return whether a folder has a record that was never found to be the same."""
     return (folder / RECORD_FILE).is_file() and not _read_record(folder).get("verified")
 
 

@@ -120,12 +120,14 @@ def clean_line(text: str) -> str:
 @contextlib.contextmanager
 def _checked(blobs: Path, before: set[Path]) -> Iterator[None]:
     """Remove the files downloaded inside whose hash is wrong, and raise RetryableError: a later try would use them."""
+    damaged: list[Path] = []
     try:
         yield
     finally:
-        damaged = [blob for blob in _complete_blobs(blobs) - before if not _matches_hash(blob)]
-        for blob in damaged:
-            blob.unlink(missing_ok=True)
+        for blob in _complete_blobs(blobs) - before:
+            if not _matches_hash(blob):
+                blob.unlink(missing_ok=True)
+                damaged.append(blob)
     if damaged:
         raise RetryableError("the hash of a downloaded file differs from the hub's")
 

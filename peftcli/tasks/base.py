@@ -125,12 +125,9 @@ class Task(ABC, Generic[Settings]):
         return ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides what ``encode`` gives, besides rows and settings: part of the cache's key."""
+        """What decides what ``encode`` gives, besides rows, settings and ``versions``: part of the cache's key."""
         described = self.processor.to_json_string() if self.processor is not None else ""
-        return {
-            "processor": hashlib.sha256(described.encode()).hexdigest(),
-            "versions": {name: version(name) for name in self.versions},
-        }
+        return {"processor": hashlib.sha256(described.encode()).hexdigest()}
 
     def model_options(self) -> dict[str, Any]:
         """Options of ``from_pretrained``: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``."""
@@ -173,7 +170,7 @@ class Task(ABC, Generic[Settings]):
         Raises:
             DataError: the row cannot be encoded: ``row.place.error(message)``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has neither encode_row nor encode")
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
@@ -505,4 +502,5 @@ def encoding(name: str, task: Task[Any]) -> dict[str, Any]:
     """Everything that decides how the task called ``name`` encodes a row: part of the cache's key."""
     decisive = [each.name for each in fields(task.settings) if each.metadata.get("encodes", True)]
     settings = {each: json.loads(json.dumps(getattr(task.settings, each))) for each in decisive}
-    return {"task": name, "settings": settings, **task.fingerprint()}
+    versions = {package: version(package) for package in task.versions}
+    return {"task": name, "settings": settings, "versions": versions, **task.fingerprint()}

@@ -6,7 +6,6 @@ A row: ``{"image": "photos/1.jpg", "label": "cat"}``, or a file in a folder that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,13 +30,14 @@ class ImageClassification(Classification[settings.ImageClassification]):
     unit = "images"
     identity = ("digest",)
     reads_files = True
+    versions = ("pillow",)
 
     def __init__(self, settings: settings.ImageClassification, processor: Any, base: OpenBase):
         require_extra("PIL", "vision")
         super().__init__(settings, processor, base)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"versions": {"pillow": version("pillow")}}
+        return {}  # the processor is for ``collate``
 
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
         return {"image": PICTURES}

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,6 +82,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     lower_is_better = ("loss", "wer", "cer")
     reports = ("loss", "wer", "cer")
     advice: ClassVar = {TOO_LONG: FINDINGS["clips_too_long"].advice}
+    versions = ("transformers", "tokenizers", "soundfile")
     packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
 
     def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):
@@ -215,7 +215,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "prefix": self.prefix,
             "prompt": self.prompt,
-            "versions": {name: version(name) for name in ("transformers", "tokenizers", "soundfile")},
         }
 
     def record_findings(self, records: Records) -> list[Finding]:

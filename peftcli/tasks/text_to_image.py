@@ -166,10 +166,13 @@ class TextToImage(Task[settings.TextToImage]):
         if given.class_prompt is None:
             return
         if given.class_data_dir is not None:
-            folder = Path(given.class_data_dir)
-            found = sorted(path for path in folder.iterdir() if is_media(path.name)) if folder.is_dir() else []
+            refuse = partial(DataError, file=given.class_data_dir, key="task.class_data_dir")
+            try:
+                found = sorted(path for path in Path(given.class_data_dir).iterdir() if is_media(path.name))
+            except OSError as error:
+                raise refuse(f"cannot be read: {error.strerror}") from None
             if not found:
-                raise DataError("contains no pictures", file=given.class_data_dir, key="task.class_data_dir")
+                raise refuse("contains no pictures")
         else:
             found = self._class_pictures(model, given.class_prompt)
         self.priors = [_read_stored(path) for path in found]

@@ -127,7 +127,7 @@ def evaluate(
             if loss.outputs and counts:
                 outputs += zip(indices, loss.outputs, strict=True)
     model.train(was_training)
-    here = {name: sums[name].to(accelerator.device) for name in sorted(sums)}
+    here = {name: sums[name].to(accelerator.device).contiguous() for name in sorted(sums)}
     reduced = {name: total.cpu().numpy() for name, total in accelerator.reduce(here, reduction="sum").items()}
     outputs = gather_object(outputs)
     outputs.sort(key=lambda each: each[0])

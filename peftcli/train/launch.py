@@ -350,7 +350,7 @@ def first_error(status: Path, codes: Mapping[int, int], count: int, forwarded: S
 
 def _error(status: Path, number: int, code: int, count: int, forwarded: Sequence[int]) -> PeftcliError | None:
     """Why an ended process failed; None if it did not."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, KeyError):
         reported = json.loads((status / f"{number}.json").read_bytes())
         if reported is None:  # its work is done; torch's threads may abort it as Python ends
             return None

@@ -117,13 +117,16 @@ def test_a_plain_prefix_starts_so_too_and_one_that_a_network_makes_does_not() ->
         initialize_kv_prefix_from_past_key_values(made, past_key_values=_read(made, ids(1, 9)))
 
 
-def test_the_adapter_that_is_named_starts_though_another_has_the_same_config() -> None:
+@pytest.mark.parametrize("named", [{"adapter_name": "other"}, {}])
+def test_the_adapter_that_is_named_or_active_starts_though_another_has_the_same_config(named: dict[str, str]) -> None:
     config = CartridgeConfig(num_virtual_tokens=N, task_type="CAUSAL_LM")
     model = _wrapped(config)
     model.add_adapter("other", config)
     before = adapter_state(model.get_base_model(), "default")["prompt_embeddings"].clone()
     read = _read(model, ids(1, N))
-    values = initialize_kv_prefix_from_past_key_values(model, adapter_name="other", past_key_values=read)
+    if not named:
+        model.set_adapter("other")
+    values = initialize_kv_prefix_from_past_key_values(model, past_key_values=read, **named)
     assert torch.equal(adapter_state(model.get_base_model(), "other")["prompt_embeddings"], values)
     assert torch.equal(adapter_state(model.get_base_model(), "default")["prompt_embeddings"], before)
 

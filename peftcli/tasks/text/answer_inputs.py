@@ -23,7 +23,7 @@ from peftcli.tasks.text.encode import CausalEncoder
 from peftcli.tasks.text.findings import FINDINGS, record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.inputs import TextInputs
-from peftcli.tasks.text.language_model import chat_fingerprint, date_notes
+from peftcli.tasks.text.language_model import CHAT_PACKAGES, date_notes
 from peftcli.tasks.text.token_text import TokenRenderer
 
 
@@ -33,6 +33,7 @@ class AnswerInputs(TextInputs):
     answer_columns: ClassVar = {"input_ids": Column(), "labels": Column(), "sizes": Column()}
     """The tokens of all answers, one after another; the same where they are trained; how many each answer has."""
     flags: ClassVar[Mapping[str, int]] = {"truncated": Flag.TRUNCATED}
+    versions: ClassVar[Sequence[str]] = CHAT_PACKAGES
 
     @property
     def advice(self) -> Mapping[str, str]:
@@ -44,9 +45,6 @@ class AnswerInputs(TextInputs):
     @property
     def notes(self) -> Sequence[str]:
         return date_notes(self.processor)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return chat_fingerprint(self.processor) | {"max_length": self.max_length}
 
     def record_findings(self, records: Records) -> list[Finding]:
         unread = {name for part in records.parts for name in part.columns_not_read}

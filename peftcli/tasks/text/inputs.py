@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ class TextInputs:
     text_columns: ClassVar = {"input_ids": Column(), "token_type_ids": Column("int8")}
     unit = "tokens"
     identity: ClassVar[Sequence[str]] = ("input_ids",)
+    versions: ClassVar[Sequence[str]] = ("transformers", "tokenizers")
 
     settings: Any
     processor: Any
@@ -41,11 +41,7 @@ class TextInputs:
         return min(self.settings.max_length, self.processor.model_max_length, positions or self.settings.max_length)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            "tokenizer": tokenizer_fingerprint(self.processor),
-            "max_length": self.max_length,
-            "versions": {name: version(name) for name in ("transformers", "tokenizers")},
-        }
+        return {"tokenizer": tokenizer_fingerprint(self.processor), "max_length": self.max_length}
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad on the right: ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``."""

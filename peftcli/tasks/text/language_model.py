@@ -8,7 +8,6 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -61,6 +60,8 @@ if TYPE_CHECKING:
     from peftcli.models.open import OpenBase
 
 Settings = TypeVar("Settings", bound=CausalLM | Seq2SeqLM)
+CHAT_PACKAGES = ("transformers", "tokenizers", "jinja2")
+"""Packages whose version decides which ids a text or a conversation gets."""
 _EXACT, _ROUNDED = 1e-4, 0.05
 """How far a token's logits may be off by rounding where a later token is another one, in float32 and in less, relative
 to the logits' spread. Seen of models that see later tokens was 0.01 and more, before any training."""
@@ -77,6 +78,7 @@ class LanguageModel(Task[Settings]):
     }
 
     identity: ClassVar[Sequence[str]] = ("input_ids",)
+    versions: ClassVar[Sequence[str]] = CHAT_PACKAGES
 
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
 
@@ -124,7 +126,7 @@ class LanguageModel(Task[Settings]):
         return notes
 
     def fingerprint(self) -> dict[str, Any]:
-        found = chat_fingerprint(self.processor)
+        found: dict[str, Any] = {"tokenizer": tokenizer_fingerprint(self.processor)}
         if self.generates:  # whose prompts leave room for an answer
             found |= {"max_new_tokens": self.settings.max_new_tokens, "positions": self._positions}
         return found
@@ -310,14 +312,6 @@ def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
     if not date.writes_date(tokenizer.chat_template):
         return ()
     return (f"the chat template can write the date: rows are rendered as on {date.today()}",)
-
-
-def chat_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides which ids a text or a conversation gets, as ``Task.fingerprint`` returns it."""
-    return {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
-    }
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
