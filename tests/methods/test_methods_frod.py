@@ -166,10 +166,15 @@ def test_without_the_basis_in_its_file_an_adapter_is_not_merged() -> None:
         merge(model, config)
 
 
-def test_layers_of_a_kind_with_inputs_of_two_sizes_are_refused_before_anything_changes() -> None:
-    model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(inputs, 4)}) for inputs in (6, 5)))
+def test_layers_of_a_kind_with_inputs_of_two_sizes_are_refused_before_anything_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("peftcli.methods.frod.layers.shared_basis", None)  # not even that of "down" is computed
+    model = nn.Sequential(
+        *(nn.ModuleDict({"down": nn.Linear(4, 4), "up": nn.Linear(inputs, 4)}) for inputs in (6, 5, 6))
+    )
     with pytest.raises(AdapterError, match=r"modules like 1\.up have 5 inputs and 6"):
-        inject(model, FrodConfig(target_modules=["up"]))
+        inject(model, FrodConfig(target_modules=["up", "down"]))
     assert not adapter_layers(model)
 
 

@@ -142,19 +142,19 @@ class FrodLinear(WeightDeltaLinear):
 
 def attach(model: nn.Module, config: FrodConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Find ``V`` and draw the places in ``S`` for each kind of layer, as PEFT does, whose files may not hold them."""
-    chosen: dict[str, dict[int, Any]] = {}
-    for number, (name, layer) in enumerate(layers.items()):
+    given: dict[str, Any] = dict(layers)
+    chosen, inputs = dict[str, dict[int, Any]](), dict[str, int]()
+    for number, (name, layer) in enumerate(given.items()):
+        kind, width = kind_of(name), layer.view.in_features
+        if inputs.setdefault(kind, width) != width:  # they cannot share V
+            raise AdapterError(f"modules like {name} have {width} inputs and {inputs[kind]}", key="target_modules")
         # of several at one place, as in encoder and decoder, the last one counts, as in PEFT
-        chosen.setdefault(kind_of(name), {})[_place(name, number)] = layer
+        chosen.setdefault(kind, {})[_place(name, number)] = layer
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     for kind, found in sorted(chosen.items()):
-        names = [name for name in layers if kind_of(name) == kind]
-        group: list[Any] = [layers[name] for name in names]
-        if len(inputs := sorted({layer.view.in_features for layer in group})) > 1:  # they cannot share V
-            text = f"modules like {names[-1]} have {inputs[0]} inputs and {inputs[1]}"
-            raise AdapterError(text, key="target_modules")
+        group = [layer for name, layer in given.items() if kind_of(name) == kind]
         if config.inference_mode and config.save_projection:  # a file has it, and finding it takes long
-            basis = torch.eye(group[0].view.in_features)
+            basis = torch.eye(inputs[kind])
         else:
             weights = [dense_weight(layer) for _, layer in sorted(found.items())]
             basis = shared_basis(weights, config.regularization_alpha)
