@@ -61,12 +61,10 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
     if isinstance(base, nn.MultiheadAttention):
         return LoraAttention(module, name, config)
     below = with_bias(module, config.bias)
-    own = config.plain() if config.inference_mode else config
     layer: LoraLayer
-    if projects:
-        layer = LoraOutputProjection(below, name, own)
-    elif variant is not None:
-        layer = VARIANT_LAYERS[variant](below, name, own)
+    if projects or variant:
+        kind = VARIANT_LAYERS[variant] if variant else LoraOutputProjection
+        layer = kind(below, name, config.plain() if config.inference_mode else config)
     elif view is not None:
         layer = linear_layer(below, name, config)
     elif isinstance(base, CONVOLUTIONS):
