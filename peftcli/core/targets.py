@@ -411,8 +411,9 @@ def _layer_index(parts: list[str], ranks: Mapping[str, int], expressions: Iterab
 def _closest(entry: str, names: Iterable[str]) -> str:
     """Return the end of a message: the names that are like the entry, or else those that there are."""
     dots = entry.count(".")
-    found = {".".join(name.split(".")[-1 - dots :]) for name in names}  # of as many parts as the entry
+    found = {".".join(name.split(".")[-1 - dots :]) for name in names if name}  # of as many parts as the entry
     endings = sorted({ending for ending in found if not ending.isdecimal()} or found)
     other = _OTHER_NAME.get(entry, "")
     near = [other] if other in endings else difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)
-    return f"; closest: {', '.join(near)}" if near else f"; there are: {', '.join(endings[:12])}"
+    hint = f"closest: {', '.join(near)}" if near else f"there are: {', '.join(endings[:12])}"
+    return f"; {hint}" if endings else ""

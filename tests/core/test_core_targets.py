@@ -379,6 +379,11 @@ def test_a_typo_in_any_methods_pattern_is_an_error() -> None:
     assert {"lora", "c3a", "delora", "fourierft", "osf", "waveft"} <= {*found}
 
 
+def test_where_no_module_has_a_name_the_error_gives_none() -> None:
+    with pytest.raises(AdapterError, match=r"rank_pattern: no adapted module matches 'x'$"):
+        inject(nn.Linear(4, 4), LoraConfig(target_modules="all-linear", rank_pattern={"x": 2}))
+
+
 def test_a_pattern_that_takes_too_long_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 0.05)
     slow = r"(?:(?:(?:.?){15}){15}){15}_"
