@@ -53,6 +53,7 @@ from transformers import (
 
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.prompts.config import max_positions
+from peftcli.core.prompts.inputs import Insertion
 from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
@@ -372,6 +373,14 @@ def test_positions_that_padding_takes_are_no_tokens(method: str) -> None:
     with pytest.raises(AdapterError, match="num_virtual_tokens: 55 tokens and 4 virtual ones; the base model has 58"):
         model(input_ids=ids(1, 55))
     model(input_ids=ids(1, 54))
+
+
+def test_values_of_more_rows_than_the_batch_are_refused() -> None:
+    insertion, positions = Insertion(torch.zeros(1, 1, dtype=torch.long), length=3, count=2), torch.arange(3)
+    assert insertion.spread(positions[None], 0).shape == (1, 5)
+    for take in (insertion.first, partial(insertion.spread, filler=0)):
+        with pytest.raises(RuntimeError, match="expand"):
+            take(positions.repeat(2, 1))
 
 
 @pytest.mark.parametrize("method", EVERY)

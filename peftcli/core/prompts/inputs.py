@@ -191,6 +191,7 @@ def without(values: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tens
 
 def _tokens_at(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the parts of ``value``, (B, T) or (B, T, D), of the tokens at ``index`` (B, n)."""
+    value = value.expand(len(index), *value.shape[1:])  # never more rows than the batch
     return torch.take_along_dim(value, index if value.ndim == 2 else index[..., None], dim=1)
 
 
