@@ -322,3 +322,4 @@ def test_the_weights_of_experts_need_no_other_target() -> None:
     model, config = _adapted(_experts("mixtral"), target_parameters=["down_proj"])
     assert {name.split(".")[-3] for name in adapter_state(model)} == {"experts"}
     assert config.target_modules == set()
+    assert LoraConfig(target_parameters=["down_proj"]).usual_targets("mixtral") == []

@@ -170,6 +170,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
             return "aLoRA cannot be merged: the tokens before the invocation need the base weights"
         return None
 
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return [] if self.target_parameters else super().usual_targets(model_type)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], file: str | None = None, **options: Any) -> AdapterConfig:
         if values.get("arrow_config"):
