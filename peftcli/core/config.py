@@ -236,8 +236,10 @@ class AdapterConfig(PeftConfigMixin):
 def not_one_of(config: object, key: str, *choices: object) -> list[tuple[str, str]]:
     """Return the setting if it is not one of the choices: ``(key, message)``."""
     value = getattr(config, key)
-    shown = ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
-    return [] if value in choices else [(key, f"must be one of {shown}, not {value!r}")]
+    words = ("unset" if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in choices)
+    *others, last = words
+    shown = f"{', '.join(others)} or {last}" if others else last
+    return [] if value in choices else [(key, f"must be {shown}, not {value!r}")]
 
 
 def other_choices(config: Any) -> list[tuple[str, str]]:
@@ -245,8 +247,7 @@ def other_choices(config: Any) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     kind: Any = type(config)
     for key, hint in hints_of(kind).items():
-        choices = choices_of(hint)
-        if choices and getattr(config, key) is not None:
+        if choices := choices_of(hint):
             found += not_one_of(config, key, *choices)
     return found
 

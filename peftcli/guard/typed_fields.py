@@ -69,7 +69,7 @@ def section_class(hint: Any) -> type | None:
 
 @functools.cache
 def choices_of(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a field may have, None aside, if a Literal says them; empty where others are right too."""
+    """Return the values that a field may have if a Literal says them; empty where others are right too."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if not any(get_origin(one) is Literal for one in members):
         return ()
@@ -79,7 +79,9 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
             found += get_args(one)
         elif one is bool:
             found += [True, False]
-        elif one is not NoneType:
+        elif one is NoneType:
+            found.append(None)
+        else:
             return ()
     return tuple(found)
 
@@ -107,7 +109,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())  # JSON's keys are text
     if origin is Literal:
-        return isinstance(value, str)  # the config's problems() say which ones there are
+        return isinstance(value, tuple(map(type, inner)))  # the config's problems() say which ones there are
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict) or type(value) is hint  # for read_section, or read by it
     if is_typeddict(hint):

@@ -25,12 +25,12 @@ class Section:
     """The config's field."""
 
     def problems(self) -> Problems:
-        """Return the problems of these settings: ``(name, message)`` each."""
-        return other_choices(self)
+        """Return the problems of these settings, their choices aside: ``(name, message)`` each."""
+        return []
 
     def __post_init__(self) -> None:
         read_section(type(self), plain(vars(self)), self.key)  # the types
-        for name, message in self.problems():
+        for name, message in other_choices(self) + self.problems():
             raise AdapterError(message, key=f"{self.key}.{name}")
 
 
@@ -38,7 +38,8 @@ def problems_of_sections(config: object) -> Problems:
     """Return the problems in the sections of a config."""
     values = [getattr(config, entry.name) for entry in dataclasses.fields(config)]  # type: ignore[arg-type]
     sections = [value for value in values if isinstance(value, Section)]
-    return [(f"{section.key}.{name}", told) for section in sections for name, told in section.problems()]
+    found = [(section.key, problem) for section in sections for problem in other_choices(section) + section.problems()]
+    return [(f"{key}.{name}", message) for key, (name, message) in found]
 
 
 def _numbers(config: object, keys: Iterable[str]) -> Iterator[tuple[str, str, Any]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from peftcli.errors import UsageError
 from peftcli.guard.typed_fields import section_class
@@ -279,8 +279,8 @@ def _branch_schema(hint: Any) -> dict[str, Any]:
     if hint in _JSON_TYPES:
         name, strings = _JSON_TYPES[hint]
         return {"type": [name, "string"], "pattern": strings}
-    if literals := choices(hint):
-        return {"anyOf": [{"enum": literals}, _WITH_VARIABLE]}
+    if get_origin(hint) is Literal:
+        return {"anyOf": [{"enum": list(get_args(hint))}, _WITH_VARIABLE]}
     accepted = kinds(hint)
     if section := section_class(hint):
         known, alone = settings(section), only_required(section)

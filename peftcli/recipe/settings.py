@@ -116,8 +116,9 @@ def item_hint(hint: Any, container: type) -> Any:
 
 
 def choices(hint: Any) -> list[str]:
-    """Return the literal values of a hint."""
-    return [str(value) for branch in branches(hint) if get_origin(branch) is Literal for value in get_args(branch)]
+    """Return the texts among the literal values of a hint."""
+    values = (value for branch in branches(hint) if get_origin(branch) is Literal for value in get_args(branch))
+    return [value for value in values if isinstance(value, str)]
 
 
 def describe_type(hint: Any) -> str:
@@ -126,7 +127,7 @@ def describe_type(hint: Any) -> str:
     for branch in branches(hint):
         origin, args = get_origin(branch), get_args(branch)
         if origin is Literal:
-            words += [str(value) for value in args]
+            words += [str(value).lower() if isinstance(value, bool) else str(value) for value in args]
         elif branch is bool:
             words += ["true", "false"]
         elif origin is list:

@@ -23,8 +23,11 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
+from peftcli.methods.adamss.config import AdamssConfig
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import EvaConfig
+from peftcli.methods.poly.config import PolyConfig
+from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
 from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 
 
@@ -215,7 +218,16 @@ WRONG: dict[str, tuple[AdapterConfig, str]] = {
         LoraConfig.unchecked(alpha_pattern={"q_proj": 0}),
         "alpha_pattern: q_proj: must be above 0",
     ),
-    "bias": (LoraConfig.unchecked(bias="some"), "bias: must be one of none, all, lora_only"),  # type: ignore[arg-type]
+    "bias": (LoraConfig.unchecked(bias="some"), "bias: must be none, all or lora_only, not 'some'"),  # type: ignore[arg-type]
+    "one choice": (PolyConfig.unchecked(poly_type="x"), "poly_type: must be poly, not 'x'"),  # type: ignore[arg-type]
+    "a choice or unset": (
+        PrefixTuningConfig.unchecked(init_weights="x"),  # type: ignore[arg-type]
+        "init_weights: must be zero or unset, not 'x'",
+    ),
+    "a choice or false": (
+        AdamssConfig.unchecked(init_weights=True),  # type: ignore[arg-type]
+        "init_weights: must be orthogonal, false or unset, not True",
+    ),
     "init": (LoraConfig.unchecked(init_lora_weights="pisa"), "init_lora_weights: 'pisa' is not supported"),  # type: ignore[arg-type]
     "virtual tokens": (PromptTuningConfig.unchecked(num_virtual_tokens=0), "num_virtual_tokens: must be at least 1"),
     "prompt init": (PromptTuningConfig.unchecked(prompt_tuning_init="WORDS"), "prompt_tuning_init: must be"),  # type: ignore[arg-type]

@@ -22,8 +22,9 @@ from peftcli.core.weights import adapter_state, load_training_state, training_st
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import CordaConfig, EvaConfig
+from peftcli.methods.lora.initialisations.config import CordaConfig, EvaConfig, LoraGAConfig
 from peftcli.methods.lora.layers import calibrate
+from peftcli.methods.lora.variant_settings import VeloraConfig
 
 LR = 0.05
 
@@ -221,6 +222,15 @@ def test_a_section_takes_its_own_settings_only(section: str, values: dict[str, A
     with pytest.raises(AdapterError, match=list(values)[-1]) as caught:
         LoraConfig(**{section: values})
     assert caught.value.key == f"{section}.{list(values)[-1]}"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [(VeloraConfig, "init_type"), (CordaConfig, "corda_method"), (LoraGAConfig, "direction"), (LoraGAConfig, "scale")],
+)
+def test_a_choice_of_a_section_is_not_unset(section: Any, key: str) -> None:
+    with pytest.raises(AdapterError, match=rf"^{section.key}\.{key}: must be .* or .*, not None"):
+        section(**{key: None})
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "mica", "pissa_niter_2", *FROM_DATA])

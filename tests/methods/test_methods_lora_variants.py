@@ -376,7 +376,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "samples": ({"monteclora_config": {"num_samples": 0}}, "monteclora_config.num_samples: must be at least 1, not 0"),
     "prior": ({"monteclora_config": {"dirichlet_prior": 0.0}}, "dirichlet_prior: must be above 0"),
     "groups": ({"velora_config": {"num_groups": 0}}, "velora_config.num_groups: must be above 0"),
-    "direction": ({"velora_config": {"init_type": "mean"}}, "velora_config.init_type: must be one of batch_average"),
+    "direction": ({"velora_config": {"init_type": "mean"}}, "velora_config.init_type: must be batch_average"),
 }
 
 

@@ -48,6 +48,7 @@ def test_everything_at_once_each_at_its_place(tmp_path) -> None:
         ("method.r=eight", "expected an integer, found 'eight'"),
         ("method.r=8.5", "expected an integer, found 8.5"),
         ("method.r=true", "expected an integer, found true"),
+        ("method={type: adamss, init_weights: true}", "expected orthogonal or false, found true"),
         ("method.r=", "expected an integer, found nothing"),
         ("method.r='8'", "expected an integer, found '8' in quotes; remove the quotes"),
         ("method.r=[8]", "expected an integer, found a list"),

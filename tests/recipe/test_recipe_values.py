@@ -52,6 +52,8 @@ def test_words_are_what_the_setting_says(load, problem) -> None:
     assert (recipe.training.bf16, recipe.training.gradient_checkpointing) == (False, True)
     assert recipe.training.eval_strategy == "no"
     assert recipe.training.optim_args == {"a": False, "b": "no", "c": 1}
+    for word in ("no", "false"):
+        assert load("", f"method={{type: adamss, init_weights: {word}}}").method["init_weights"] is False
     assert "found 'yes'" in problem('  gradient_checkpointing: "yes"\n').message
 
 

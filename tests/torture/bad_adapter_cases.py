@@ -212,7 +212,7 @@ NO_SETTING = {
         (CONFIG, "corda_config.cache_file: is not supported"),
     ),
     "an unknown start": config("'magic' is not supported", init_lora_weights="magic"),
-    "an unknown bias": config("must be one of none, all, lora_only", bias="some"),
+    "an unknown bias": config("must be none, all or lora_only", bias="some"),
     "an unknown task": config("Must be one of the following task types", task_type="TALKING"),
     "a task that steers": config("holds", task_type=STEER),
     "OFT of an older series": here(

@@ -25,7 +25,7 @@ class AdamssConfig(LayeredConfig):
     """Into how many groups a layer's outputs are divided. Each has an update of its own."""
     subspace_rank: int = 1
     """Size of each group's bottleneck. A layer has subspace_rank * (num_subspaces * r + outputs) trained numbers."""
-    init_weights: Literal["orthogonal"] | bool | None = "orthogonal"
+    init_weights: Literal["orthogonal", False] | None = "orthogonal"
     """orthogonal: start from no update at all; false: at random, for tests."""
     use_asa: bool = False
     """Freeze the least important groups while training, until asa_target_subspaces are left."""
@@ -58,8 +58,6 @@ class AdamssConfig(LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems() + too_small(self, r=1, num_subspaces=1, subspace_rank=1)
         found += outside_unit_interval(self, "svd_threshold")
-        if self.init_weights is True:
-            found.append(("init_weights", "must be one of orthogonal, false, not True"))
         if not self.use_asa:
             return found
         found += too_small(self, asa_target_subspaces=1, mask_interval=1, init_warmup=0)

@@ -124,7 +124,7 @@ class VeloraConfig(Section):
     """
 
     def problems(self) -> Problems:
-        return super().problems() + not_positive(self, "num_groups", "scale")
+        return not_positive(self, "num_groups", "scale")
 
 
 def variant_of(config: LoraConfig) -> str | None:

@@ -61,10 +61,8 @@ class CordaConfig(Section):
     """Changes nothing here: nothing temporary is kept."""
 
     def problems(self) -> Problems:
-        found = super().problems()
-        if self.use_float16_for_covariance:
-            found.append(("use_float16_for_covariance", "is not supported: squares overflow in float16"))
-        return found
+        wrong = self.use_float16_for_covariance
+        return [("use_float16_for_covariance", "is not supported: squares overflow in float16")] * wrong
 
 
 @dataclass
@@ -83,7 +81,7 @@ class LoraGAConfig(Section):
     """Larger starts smaller."""
 
     def problems(self) -> Problems:
-        return super().problems() + not_positive(self, "stable_gamma")
+        return not_positive(self, "stable_gamma")
 
 
 @dataclass
