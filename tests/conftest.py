@@ -30,9 +30,6 @@ os.environ.update(
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
 
-# Nothing here loses power, and waiting for the disk is a third of a short run's time. Other processes do wait.
-os.fsync = lambda handle: None
-
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # the machine may be
 
@@ -65,6 +62,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> None:
+    """Nothing here loses power, and a short run waits a third of its time. Processes that tests start do wait."""
+    os.fsync = lambda handle: None
 
 
 @pytest.fixture(autouse=True)
