@@ -97,6 +97,7 @@ def image_model(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+@pytest.mark.slow
 def test_the_class_that_peft_noted_is_loaded(tmp_path: Path) -> None:
     """Models of pictures have no task_type."""
     model = transformers.ViTForImageClassification.from_pretrained(image_model(tmp_path), num_labels=3).eval()
@@ -183,7 +184,7 @@ def test_too_little_memory_is_no_model_that_takes_other_inputs(tmp_path: Path, m
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "dtype", "size"), [(3, "float32", 1), (1, "bfloat16", 1000)])
 def test_a_classifier_without_a_pad_token_is_compared(
     base: Path, tmp_path: Path, classes: int, dtype: str, size: int

@@ -173,7 +173,7 @@ def test_the_printed_text_is_the_text(
     assert printed.out == said(folder, QUESTIONS[0])["text"] + "\n"
 
 
-@pytest.mark.grid(keep=2)
+@pytest.mark.grid
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("adapter", ["lora", "prompt_tuned", "plain", "translator"])
 def test_a_batch_file_holds_what_single_prompts_give(

@@ -333,6 +333,7 @@ def same_text(size: int, rows: int, **options: Any) -> bytes:
     return data.getvalue()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("options", "at_once"),
     [

@@ -319,6 +319,7 @@ def _train(model: Any, optimizer: Any, scheduler: Any, folder: Path) -> float:
     return losses[-1] - losses[0]
 
 
+@pytest.mark.slow
 def test_lora_fa_trains_b_alone(lib: ModuleType, tmp_path: Path) -> None:
     optimizers = importlib.import_module(f"{lib.__name__}.optimizers")
     config = lib.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")

@@ -302,7 +302,7 @@ def test_a_new_architecture_takes_the_targets_of_one_like_it(lib: ModuleType) ->
 # --- troubleshooting --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["by hand", "cast_mixed_precision_params"])
 def test_half_precision_weights_train_under_autocast(lib: ModuleType, how: str, tmp_path: Path) -> None:
     config = lib.LoraConfig(task_type="CAUSAL_LM")

@@ -356,6 +356,7 @@ class _Classifier(nn.Module):
         return logits if labels is None else (nn.functional.cross_entropy(logits, labels), logits)
 
 
+@pytest.mark.slow
 def test_trainer_gets_the_model_inside(lib: ModuleType, tmp_path: Path) -> None:
     config = lib.LoraConfig(r=8, lora_alpha=32, target_modules=["query", "key", "value"], lora_dropout=0.01)
     model = lib.get_peft_model(_Classifier(), config)

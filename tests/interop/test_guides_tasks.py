@@ -352,6 +352,7 @@ def test_tokens_are_classified_with_lora(lib: ModuleType, base: Base, tmp_path: 
     torch.testing.assert_close(loaded(input_ids=ids(2, 6)).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_pairs_of_sentences_are_classified_with_p_tuning(lib: ModuleType, base: Base, tmp_path: Path) -> None:
     peft_config = lib.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=20, encoder_hidden_size=128)
     model = AutoModelForSequenceClassification.from_pretrained(base("bert"))

@@ -181,6 +181,7 @@ def test_a_window_that_the_prefix_leaves_is_pefts(tmp_path: Path) -> None:
     _close(logits(model, inputs), logits(loaded_by_peft("gemma3", tmp_path), inputs))
 
 
+@pytest.mark.slow
 def test_pefts_two_halves_of_p_tuning_are_read(tmp_path: Path) -> None:
     saved_by_peft(theirs("t5", "p_tuning", task_type="SEQ_2_SEQ_LM", num_virtual_tokens=N), tmp_path)
     config, tensors = file_of(tmp_path)

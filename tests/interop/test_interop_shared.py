@@ -177,6 +177,7 @@ def test_the_outermost_of_modules_to_save_is_saved(tmp_path: Path) -> None:
         torch.testing.assert_close(model.merge_and_unload()(pixels).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_names_of_adapters_in_names_of_tensors_are_passed_over() -> None:
     """As the states of PEFT's models have them."""
     settings = {"modules_to_save": ["classifier"]}

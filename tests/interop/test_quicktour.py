@@ -485,7 +485,7 @@ def test_a_model_that_inject_made_trains_under_trainer(
     )
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 def test_gradient_checkpointing_under_trainer_gives_the_same_losses(
     settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_what_trainer_takes_it_for_changes_nothing_else(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "compiled" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+@pytest.mark.slow
 def test_a_quantised_model_with_an_adapter_trains_where_its_weights_let_gradients_through(tmp_path: Path) -> None:
     """Trainer asks both questions."""
     for trainable in (True, False):
@@ -231,6 +232,7 @@ def test_no_pickle_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph() -> None:
     torch._dynamo.reset()  # other tests compiled the same code
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2, task_type="CAUSAL_LM")).eval()

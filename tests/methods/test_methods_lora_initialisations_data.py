@@ -43,6 +43,7 @@ def test_an_adapter_that_has_not_seen_its_data_says_so(init: str) -> None:
         logits(model, batch("llama"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("init", ["eva", *FROM_DATA])
 def test_equal_data_give_equal_starts_and_padding_does_not_count(init: str) -> None:
     starts = []

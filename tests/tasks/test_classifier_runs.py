@@ -157,6 +157,7 @@ def test_a_single_score_is_compared_by_its_size(tmp_path: Path) -> None:
     assert [text.partition(":")[0] for text in told] == ["merged in memory"]
 
 
+@pytest.mark.slow
 def test_numbers_have_more_digits_than_bfloat16(tmp_path: Path) -> None:
     """Near 2003 it has 2000 and 2008."""
     recipe = write_classifier_recipe(tmp_path)

@@ -207,7 +207,7 @@ def test_noise_on_tokens_is_refused_where_there_are_none(tmp_path: Path) -> None
     assert "there is no embedding of tokens in the model" in said
 
 
-@pytest.mark.parametrize(("steps", "longer"), [(3, False), (4, True), (5, True)])
+@pytest.mark.parametrize(("steps", "longer"), [(3, False), (4, True)])
 def test_a_warmup_as_long_as_the_run_is_named(steps: int, longer: bool, recipe: Path) -> None:
     settings = ["training.max_steps=4", f"training.warmup_steps={steps}"]
     told = f"the warm-up takes {steps} steps and the run has 4: it ends below training.learning_rate"

@@ -471,6 +471,7 @@ def test_a_process_that_has_done_its_work_need_not_end(
     assert group.processes[0].returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a watch reads /proc")
 def test_a_group_is_busy_while_what_its_processes_have_started_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftcli.train.launch._IDLE_BEFORE", 0.0)
