@@ -243,7 +243,7 @@ def not_one_of(config: object, key: str, *choices: object) -> list[tuple[str, st
 
 
 def other_choices(config: Any) -> list[tuple[str, str]]:
-    """Return the settings that are none of their Literal: ``(key, message)`` each."""
+    """Return ``(key, message)`` for each setting whose value is not in its Literal."""
     found: list[tuple[str, str]] = []
     kind: Any = type(config)
     for key, hint in hints_of(kind).items():

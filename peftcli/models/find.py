@@ -80,7 +80,7 @@ def find_base(spec: BaseModel) -> FoundBase:
 
 
 def _similar_folder(path: Path) -> str | None:
-    """Suggest a folder whose name resembles that of ``path`` and that stands beside it; None without one."""
+    """Suggest a folder beside ``path`` with a similar name; None if there is no such folder."""
     try:
         names = [each.name for each in path.parent.iterdir() if each.is_dir()]
     except OSError:

@@ -49,7 +49,7 @@ _MAX_GAP = 1024
 
 
 def template_text(base: BaseModel) -> str | None:
-    """Return the chat template that the recipe puts in place of the tokenizer's own; None if there is none.
+    """Return the recipe's chat template, which replaces the tokenizer's own; None if the recipe has none.
 
     Raises:
         ModelError: no such file, or it is no template.

@@ -90,7 +90,7 @@ def read_file(path: str) -> bytes:
     """Read a file.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: the file does not exist, or cannot be read.
     """
     file = Path(path)
     if not is_file(file):

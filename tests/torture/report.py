@@ -12,8 +12,8 @@ _HEAD = """\
 
 Written by `make torture`; change the campaigns in `tests/torture/`, not this page. Each row is a promise, and the
 number of trials that tried to break it. A trial is a seed, a moment or a file, the same each time. `make test` runs a
-sample of each, or another test of its promise; `make torture` runs all; `python tests/torture NAME ...` runs some of them, and
-`python tests/torture --list` names them.
+sample of each, or another test of its promise; `make torture` runs all; `python tests/torture NAME ...` runs some
+of them, and `python tests/torture --list` names them.
 
 {system}; {packages}.
 

@@ -31,7 +31,7 @@ class Insertion:
 
     @property
     def number(self) -> torch.Tensor:
-        """The number of the virtual token in each slot (B, n + T); below 0 or from n on, there is none."""
+        """The number of the virtual token in each slot (B, n + T); any outside of 0 to n - 1 is a slot of ids."""
         return torch.arange(self.count + self.length, device=self.start.device) - self.start
 
     @property
