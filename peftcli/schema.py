@@ -301,6 +301,13 @@ class Training:
 
 DIVIDED = ("fsdp", "zero3")
 """Values of launch.strategy that divide the base model."""
+USED_BY = {
+    "cpu_offload": DIVIDED,
+    "cpu_ram_efficient_loading": DIVIDED,
+    "reshard_after_forward": ("fsdp",),
+    "zero_optimization": ("zero2", "zero3"),
+}
+"""Setting of launch -> the values of launch.strategy that it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +332,9 @@ class Launch:
     optimizer's state, by DeepSpeed. zero3: a part of both. auto: all of it where the memory holds that, or fsdp."""
     cpu_offload: bool = False
     """Whether the parts of the base model that fsdp and zero3 keep stay in the CPU's memory until they compute."""
+    reshard_after_forward: bool = True
+    """Whether fsdp lets a layer's other parts go after the forward pass, and gathers them again for the backward pass.
+    Otherwise they stay until then, as in accelerate: half as much to send, and memory for all layers at once."""
     cpu_ram_efficient_loading: bool = False
     """Whether, with fsdp and zero3, only the first process reads the base model's files, and sends the others theirs.
     Otherwise each reads them, mapped, which takes memory for a whole model if they are in another number format; so
@@ -332,6 +342,11 @@ class Launch:
     accelerate_config: str | None = None
     """A file that ``accelerate config`` wrote: processes, machines, FSDP and DeepSpeed are as it says, where this
     section does not say otherwise, and the precision where training.bf16 is auto."""
+    deepspeed: str | None = None
+    """A file with a configuration of DeepSpeed, in JSON, as in TrainingArguments: strategy, cpu_offload and
+    zero_optimization are as it says, where this section does not say otherwise, and the precision as above."""
+    zero_optimization: dict[str, Any] = field(default_factory=dict)
+    """For zero2 and zero3: how DeepSpeed sends and keeps parts, under its names, as in {overlap_comm: true}."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings of a run from a file of ``accelerate config``, or from the variables of ``accelerate launch``.
+"""Settings of a run from a file of ``accelerate config`` or DeepSpeed, or the variables of ``accelerate launch``.
 
 A request that peftcli does not fulfil is a problem, so that none is ignored silently.
 """
@@ -15,10 +15,10 @@ import yaml
 
 from peftcli.errors import UsageError
 from peftcli.guard.files import read_small
-from peftcli.schema import DIVIDED, Recipe
+from peftcli.recipe.deepspeed_config import read_deepspeed
+from peftcli.schema import USED_BY, Recipe, Training
 from peftcli.system.outputs import expand_user
 
-_KEY = "launch.accelerate_config"
 _LARGEST = 100_000
 _DEVICES = Path("/dev")
 _STRATEGIES = {"NO": "replicate", "MULTI_CPU": "replicate", "MULTI_GPU": "replicate", "FSDP": "fsdp"}
@@ -26,14 +26,17 @@ _REQUEST = "PEFTCLI_ACCELERATE"
 """The variable in which the request of ``accelerate launch`` is noted: FSDP or DEEPSPEED."""
 _OF_DIVIDED = ("cpu_offload", "cpu_ram_efficient_loading")
 """Settings for strategies that divide the base model."""
+_OF_ZERO = ("cpu_offload", "zero_optimization")
 _ZERO_VARIABLES = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
 }
 """Variable of ``accelerate launch`` -> the file's key."""
+_ZERO_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+_ZERO_FIELDS = "ACCELERATE_CONFIG_DS_FIELDS"
+"""Keys that accelerate's own file has beside DeepSpeed's; accelerate does not take both."""
 _OTHER_VARIABLES = {
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
     "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend",
@@ -52,22 +55,25 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 """Key -> the values that ask for nothing."""
 _ONLY_FSDP: dict[str, tuple[Any, ...]] = {
     "fsdp_version": (2,),
-    "fsdp_reshard_after_forward": (True, "FULL_SHARD", None),
-    "fsdp_sharding_strategy": ("FULL_SHARD", 1, None),
+    "fsdp_reshard_after_forward": (True, False, "FULL_SHARD", "SHARD_GRAD_OP", None),
+    "fsdp_sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP", 1, 2, None),
     "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
     "fsdp_ignored_modules": (None,),
 }
 """Key -> the values that are what peftcli does."""
+_KEEPS_WHOLE = (False, "SHARD_GRAD_OP", 2)
+"""Values of the two that let layers stay whole until the backward pass."""
 _READ_FSDP = (*_ONLY_FSDP, "fsdp_offload_params", "fsdp_cpu_ram_efficient_loading", "fsdp_activation_checkpointing")
 """Keys of ``fsdp_config`` that are looked at; variables of ``accelerate launch`` have their names in capitals."""
 _ONLY_ZERO: dict[str, tuple[Any, ...]] = {
     "zero_stage": (2, 3),
     "offload_optimizer_device": ("none", "None", None),
     "offload_param_device": ("none", "None", None, "cpu"),
-    **dict.fromkeys(("deepspeed_config_file", "deepspeed_hostfile", "deepspeed_inclusion_filter"), (None,)),
-    "deepspeed_exclusion_filter": (None,),
+    **dict.fromkeys(("deepspeed_hostfile", "deepspeed_inclusion_filter", "deepspeed_exclusion_filter"), (None,)),
 }
 """The same of DeepSpeed."""
+_WRONG = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
+"""What a file with something else in it ends in."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,24 +85,43 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def with_accelerate_config(
-    recipe: Recipe, given: Collection[str], report: Callable[[Sequence[str], str], None]
-) -> Recipe:
-    """Return the recipe with what its file of accelerate's says, except for the keys ``given`` in the recipe."""
-    path = recipe.launch.accelerate_config
-    if path is None:
-        return recipe
-    try:
-        said = _unquoted(yaml.load(read_small(expand_user(Path(path)), _LARGEST), _Loader))
-        if isinstance(said, dict) and said.get("distributed_type") is False:
-            said["distributed_type"] = "NO"  # which YAML reads as false without quotes
-        found, problems = _settings(said, recipe), _problems(said, recipe)
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
-        report((_KEY,), f"{path} is no file that accelerate wrote: {str(error)[:200]}")
-        return recipe
-    for problem in problems:
-        report((_KEY,), f"{path} asks for {problem[:200]}")
-    return _with_launch(recipe, {name: value for name, value in found.items() if f"launch.{name}" not in given})
+def with_engine_files(recipe: Recipe, given: Collection[str], report: Callable[[Sequence[str], str], None]) -> Recipe:
+    """Return the recipe with what its files of accelerate's and DeepSpeed's say, but for the keys ``given`` in it."""
+    for name, read, kind in (
+        ("accelerate_config", _read_accelerate, "no file that accelerate wrote"),
+        ("deepspeed", read_deepspeed, "no configuration of DeepSpeed"),
+    ):
+        path, key = getattr(recipe.launch, name), f"launch.{name}"
+        if path is None:
+            continue
+        try:
+            said, problems = read(path, recipe.training)
+            found = _settings(said, recipe)
+            problems += _problems(said, recipe)
+        except _WRONG as error:
+            report((key,), f"{path} is {kind}: {str(error)[:200]}")
+            continue
+        for problem in problems:
+            report((key,), f"{path} asks for {problem[:200]}")
+        if name == "deepspeed":  # which knows nothing of machines
+            found = {each: found[each] for each in ("strategy", "bf16", *_OF_ZERO) if each in found}
+        own = {each: value for each, value in found.items() if f"launch.{each}" not in given}
+        recipe = _with_launch(recipe, {name: None, **own})
+    return recipe
+
+
+def _read_accelerate(path: str, training: Training) -> tuple[Any, list[str]]:
+    """Return what a file says, with that of DeepSpeed that it names; and what of that a run would not fulfil."""
+    said = _unquoted(yaml.load(read_small(expand_user(Path(path)), _LARGEST), _Loader))
+    if not isinstance(said, dict):
+        return said, []
+    if said.get("distributed_type") is False:
+        said["distributed_type"] = "NO"  # which YAML reads as false without quotes
+    file = (said.get("deepspeed_config") or {}).pop("deepspeed_config_file", None)
+    if file is None:
+        return said, []
+    asked, problems = read_deepspeed(file, training)
+    return said | asked, problems
 
 
 def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) -> Recipe:
@@ -111,16 +136,24 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
     for kind, name in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
         if variables.pop(name, "") == "true":
             variables[_REQUEST] = kind
-    engine = variables.get(_REQUEST)
+    engine, more = variables.get(_REQUEST), list[str]()
+    variables.pop(_ZERO_FIELDS, None)
     said: dict[str, Any] = {"distributed_type": engine or "NO"}
     if engine == "FSDP":
         said["fsdp_config"] = {key: _value(variables, key.upper(), str.upper) for key in _READ_FSDP}
     elif engine == "DEEPSPEED":
         read = ((key, _value(variables, name, str.lower)) for name, key in _ZERO_VARIABLES.items())
         said["deepspeed_config"] = {key: value for key, value in read if value is not None}
+        if (path := _value(variables, _ZERO_FILE, str)) is not None:
+            try:
+                asked, more = read_deepspeed(path, recipe.training)
+            except _WRONG as error:
+                text = f"accelerate launch names {path}, no configuration of DeepSpeed: {str(error)[:200]}"
+                raise UsageError(text, key="launch") from None
+            said |= asked
     others = ((key, _value(variables, name, str.lower)) for name, key in _OTHER_VARIABLES.items())
-    said |= {key: value for key, value in others if value not in (None, False)}
-    found, problems = _settings(said, recipe), _problems(said, recipe)
+    said = {key: value for key, value in others if value not in (None, False)} | said
+    found, problems = _settings(said, recipe), more + _problems(said, recipe)
     if engine is None:
         del found["strategy"]
     elif recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
@@ -128,7 +161,8 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
     if problems:
         hint = "start accelerate without it; the recipe has launch.strategy, training.bf16 and training.torch_compile"
         raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch", hint=hint)
-    either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
+    either = {name: found.get(name) or getattr(recipe.launch, name) for name in (*_OF_DIVIDED, "zero_optimization")}
+    either["reshard_after_forward"] = found.get("reshard_after_forward", True) and recipe.launch.reshard_after_forward
     return _with_launch(recipe, either | {name: found[name] for name in ("strategy", "bf16") if name in found})
 
 
@@ -157,11 +191,11 @@ def _with_launch(recipe: Recipe, found: dict[str, Any]) -> Recipe:
     bf16 = own.pop("bf16", "auto")
     if training.bf16 == "auto":
         training = replace(training, bf16=bf16)
-    if own.get("strategy", recipe.launch.strategy) not in DIVIDED:  # then the recipe wants another one
-        own = {name: value for name, value in own.items() if name not in _OF_DIVIDED}
+    strategy = own.get("strategy", recipe.launch.strategy)  # the recipe may want another one than the file
+    own = {name: value for name, value in own.items() if strategy in USED_BY.get(name, (strategy,))}
     if recipe.base_model.quantization is not None:  # as accelerate does
         own.pop("cpu_ram_efficient_loading", None)
-    return replace(recipe, training=training, launch=replace(recipe.launch, accelerate_config=None, **own))
+    return replace(recipe, training=training, launch=replace(recipe.launch, **own))
 
 
 def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
@@ -172,7 +206,7 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
     if processes > 0 and processes % machines:
         raise ValueError(f"{processes} processes cannot be divided equally among {machines} machines")
     kind = said["distributed_type"]
-    found = {
+    found: dict[str, Any] = {
         "num_processes": processes // machines if processes > 0 else "auto",
         "num_machines": machines,
         "machine_rank": int(said.get("machine_rank") or 0),
@@ -182,10 +216,13 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
         zero = said.get("deepspeed_config") or {}
         found["strategy"] = f"zero{zero.get('zero_stage', 2)}"
         found["cpu_offload"] = zero.get("offload_param_device") == "cpu"
+        found["zero_optimization"] = zero.get("zero_optimization") or {}
     if kind == "FSDP":
         fsdp = said.get("fsdp_config") or {}
         found["cpu_offload"] = bool(fsdp.get("fsdp_offload_params"))
         found["cpu_ram_efficient_loading"] = bool(fsdp.get("fsdp_cpu_ram_efficient_loading"))
+        asked = (fsdp.get("fsdp_reshard_after_forward"), fsdp.get("fsdp_sharding_strategy"))
+        found["reshard_after_forward"] = not any(value in _KEEPS_WHOLE for value in asked)
     if "mixed_precision" in said:
         found["bf16"] = said["mixed_precision"] == "bf16"
     if said.get("main_process_ip"):

@@ -13,9 +13,10 @@ from typing import Any
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe.data_checks import check_data, exists, ways_to_evaluate
+from peftcli.recipe.deepspeed_config import zero_problem
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
-from peftcli.schema import DIVIDED, Recipe, out_of_range
+from peftcli.schema import USED_BY, Launch, Recipe, out_of_range
 from peftcli.system.outputs import expand_user
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -251,9 +252,14 @@ def _launch(recipe: Recipe, report: Report) -> None:
             ("launch.machine_rank", "launch.num_machines"),
             f"must be below launch.num_machines ({launch.num_machines}), not {launch.machine_rank}",
         )
-    for name in ("cpu_offload", "cpu_ram_efficient_loading"):
-        if getattr(launch, name) and launch.strategy not in ("auto", *DIVIDED):
-            report((f"launch.{name}", "launch.strategy"), f"is for fsdp and zero3, not {launch.strategy}")
+    for name, strategies in USED_BY.items():
+        may_be_chosen = launch.strategy == "auto" and "fsdp" in strategies
+        if getattr(launch, name) != getattr(Launch(), name) and launch.strategy not in strategies and not may_be_chosen:
+            text = f"is for {' and '.join(strategies)}, not {launch.strategy}"
+            report((f"launch.{name}", "launch.strategy"), text)
+    for name, value in launch.zero_optimization.items():
+        if (problem := zero_problem(name, value)) is not None:
+            report(("launch.zero_optimization",), f"is wrong: {problem}")
     if launch.cpu_ram_efficient_loading and recipe.base_model.quantization is not None:
         keys = ("launch.cpu_ram_efficient_loading", "base_model.quantization")
         report(keys, "is not for weights that are quantised while they are loaded")

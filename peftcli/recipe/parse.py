@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import Problem, RecipeError
 from peftcli.methods import METHODS
-from peftcli.recipe.accelerate_config import with_accelerate_config
+from peftcli.recipe.accelerate_config import with_engine_files
 from peftcli.recipe.checks import check
 from peftcli.recipe.names import METHOD_ALIASES, REMEDIES, closest, find_alias, suggest_task, suggest_value
 from peftcli.recipe.settings import (
@@ -81,7 +81,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Reading:
     if tree is None:
         return Reading(None, problems.in_order(), str(path), {})
     reader = _Reader(tree, problems)
-    recipe = with_accelerate_config(reader.recipe(), reader.places, reader.report)
+    recipe = with_engine_files(reader.recipe(), reader.places, reader.report)
     check(recipe, reader.report)
     found = problems.in_order()
     return Reading(None if found else recipe, found, str(path), reader.places)

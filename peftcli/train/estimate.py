@@ -137,6 +137,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     model.train()
     for parameter in trained:
         parameter.grad = sizes.like(parameter)
+    kept = 0 if recipe.launch.reshard_after_forward else elsewhere  # layers that stay whole after the forward pass
     with autocast:
         step = sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
     evaluation = 0
@@ -152,7 +153,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
                 raise
             except Exception:  # what comes after the model looks at its answers; by then most is known
                 pass
-        evaluation = sizes.most - before
+        evaluation = kept + sizes.most - before
     training, on_cpu = recipe.training, device.type == "cpu"
     stored, file = base.stored_bytes(), 0
     if on_cpu and abs(stored - whole) > whole / 20:  # or else the weights are pages of the file
@@ -168,7 +169,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         weights=whole - elsewhere,
         file=file,
         adapter=2 * values + state_bytes(tensors, training) + best,
-        step=round(step * _HELD_BACK) if on_cpu else step,
+        step=kept + (round(step * _HELD_BACK) if on_cpu else step),
         evaluation=evaluation,
         saving=max((each.numel() * each.element_size() for each in trained), default=0) if on_cpu else 0,
     )

@@ -338,8 +338,7 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
         injection = calibrate(model, injection, config, data.examples, run.accelerator)
     if recipe.launch.strategy == "fsdp" and is_dividing(recipe):
         run.tell(Message(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
-        send = recipe.launch.cpu_ram_efficient_loading
-        shard(model, run.accelerator.device, cpu_offload=recipe.launch.cpu_offload, send=send)
+        shard(model, run.accelerator.device, recipe.launch)
     prepared = prepare(model, config, recipe, plan, run.accelerator)
     if isinstance(data.task, ChecksModel):
         data.task.check_model(model)

@@ -291,9 +291,7 @@ def prepare(
     set_seed((recipe.training.seed + accelerator.process_index) % 2**32)
     optim, kind = f"{recipe.training.optim} {recipe.training.optim_args}", PreparedModel
     if strategy in STAGES and several:
-        stage, limit = STAGES[strategy], recipe.training.max_grad_norm
-        offload = recipe.launch.cpu_offload
-        prepared = start_engine(model, parameters, optimizer, stage, limit, cpu_offload=offload)
+        prepared = start_engine(model, parameters, optimizer, recipe.launch, recipe.training.max_grad_norm)
         kind = ZeroModel
     return kind(prepared, parameters, optimizer, schedule, config, optim)
 

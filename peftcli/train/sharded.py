@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -25,6 +25,7 @@ from peftcli.core.quantised import in_four_bits, is_quantised, keep_scales
 from peftcli.errors import ModelError
 from peftcli.models.base import LoadedModel
 from peftcli.models.stacks import stacks
+from peftcli.schema import Launch
 from peftcli.system.memory import give_back_freed
 
 _KEY = "launch.strategy"
@@ -48,11 +49,11 @@ def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> Loa
     return loaded
 
 
-def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, send: bool = False) -> None:
+def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
     """Divide the layers of a model among all processes, in place. An adapter in it stays whole.
 
     The model is on the CPU, and computes on ``device``. With ``cpu_offload`` the parts are in the CPU's memory until
-    they are gathered; with ``send`` the first process's model is that of all.
+    they are gathered; with ``cpu_ram_efficient_loading`` the first process's model is that of all.
 
     Raises:
         ModelError: it has no stack of layers, quantised weights that cannot be split, or, if the first process
@@ -60,7 +61,7 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, 
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
 
-    found = check_divisible(model, "fsdp")
+    found, send = check_divisible(model, "fsdp"), launch.cpu_ram_efficient_loading
     if device.type == "cpu":  # where layers are allocated and freed all the time
         give_back_freed()
     for each in filter(in_four_bits, model.modules()):
@@ -79,14 +80,19 @@ def shard(model: nn.Module, device: torch.device, *, cpu_offload: bool = False, 
         value.data = value.data.to(device, copy=True)
         if send:
             torch.distributed.broadcast(value.data, 0)
-    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=launch.reshard_after_forward,
+        cpu_offload=CPUOffloadPolicy(pin_memory=device.type != "cpu") if launch.cpu_offload else OffloadPolicy(),
+    )
+    options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     for module, layers in reversed(found):  # a stack that another one's module holds comes first
         for each in (*layers, module):
             for value in each.parameters() if send and each is not module else ():
                 if value not in whole:
                     value.data = value.data.to(device)
                     torch.distributed.broadcast(value.data, 0)
-            fully_shard(each, mesh=mesh, ignored_params=whole, offload_policy=offload)
+            fully_shard(each, mesh=mesh, ignored_params=whole, **options)
     # a change in place may lose a hook that gathers, and torch warns; what holds the layers has nothing to gather
     for module, _ in found:
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view tensor")

@@ -18,10 +18,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftcli.schema import Launch
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
 from peftcli.train.sharded import check_divisible, is_sharded
@@ -103,10 +104,8 @@ def start_engine(
     model: nn.Module,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    stage: int,
+    launch: Launch,
     max_grad_norm: float,
-    *,
-    cpu_offload: bool,
 ) -> Any:
     """Return DeepSpeed's engine for a model, which it brings to its device. What trains stays whole in every process.
 
@@ -114,13 +113,13 @@ def start_engine(
         model: Its weights may be in the CPU's memory.
         parameters: What trains, on the device.
         optimizer: Over these.
-        stage: Of ZeRO.
+        launch: With zero2 or zero3.
         max_grad_norm: To clip at; 0: not at all.
-        cpu_offload: Whether parts of the base model stay in the CPU's memory until they are gathered.
 
     Raises:
         ModelError: there is no stack of layers to divide, or the weights are quantised.
     """
+    stage = STAGES[launch.strategy]
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(_LARGEST_BUCKET, sum(each.numel() for each in parameters)),
@@ -133,16 +132,17 @@ def start_engine(
             "stage3_max_live_parameters": 2 * largest,
             "stage3_max_reuse_distance": 2 * largest,
             "stage3_prefetch_bucket_size": largest,
-            **({"offload_param": {"device": "cpu", "pin_memory": True}} if cpu_offload else {}),
+            **({"offload_param": {"device": "cpu", "pin_memory": True}} if launch.cpu_offload else {}),
         }
+    zero |= {name: value if isinstance(value, bool) else int(value) for name, value in launch.zero_optimization.items()}
     config = {
         "train_micro_batch_size_per_gpu": 1,  # it is the loop that counts
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
     }
+    config = DeepSpeedPlugin(hf_ds_config=config).deepspeed_config
     with contextlib.redirect_stdout(sys.stderr):  # it prints
         deepspeed = importlib.import_module("deepspeed")
         _speak_on_stderr()

@@ -19,6 +19,7 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.schema import Launch
 from peftcli.tasks.text import segments
 from peftcli.train.sharded import shard
 
@@ -98,7 +99,7 @@ def gradients(sharded: bool, device: torch.device, *, cpu_offload: bool) -> dict
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         if sharded:
-            shard(model, device, cpu_offload=cpu_offload)
+            shard(model, device, Launch(strategy="fsdp", cpu_offload=cpu_offload))
         else:
             model.to(device)
         model(**{name: value.to(device) for name, value in labelled("llama").items()}).loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,101 @@ def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
     ):
         launch = read(written(tmp_path, said), more).recipe.launch
         assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, True),
+        ({"fsdp_reshard_after_forward": False}, False),
+        ({"fsdp_reshard_after_forward": "SHARD_GRAD_OP"}, False),
+        ({"fsdp_reshard_after_forward": None, "fsdp_sharding_strategy": 2}, False),
+    ],
+)
+def test_layers_stay_whole_until_the_backward_pass_if_it_says_so(
+    asked: dict[str, Any], expected: bool, tmp_path: Path
+) -> None:
+    recipe = read(written(tmp_path, fsdp(**asked)), ["training.bf16=true"]).recipe
+    assert recipe is not None
+    assert recipe.launch.reshard_after_forward is expected
+
+
+AUTO: dict[str, Any] = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "none", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+"""The form in which a configuration of DeepSpeed is handed to a trainer that fills in what is auto."""
+OF_AUTO = Launch(
+    num_processes=2,
+    strategy="zero3",
+    cpu_offload=True,
+    zero_optimization={"overlap_comm": True, "stage3_prefetch_bucket_size": 50_000_000, "sub_group_size": 1e9},
+)
+
+
+def of_deepspeed(folder: Path, **more: Any) -> str:
+    """The setting that names a configuration of DeepSpeed."""
+    (folder / "zero.json").write_text(json.dumps(AUTO | more))
+    return f"launch.deepspeed={folder}/zero.json"
+
+
+def test_a_configuration_of_deepspeed_may_be_the_recipes_or_accelerates(tmp_path: Path) -> None:
+    own = of_deepspeed(tmp_path)
+    (tmp_path / "named").mkdir()
+    named = written(tmp_path / "named", zero(deepspeed_config_file=f"{tmp_path}/zero.json"))
+    for path, settings in ((named, []), (trainkit.write_recipe(tmp_path), [own, "launch.num_processes=2"])):
+        recipe = read(path, ["training.bf16=auto", *settings]).recipe
+        assert recipe is not None
+        assert recipe.launch == OF_AUTO
+    words = ("--use_deepspeed", "--deepspeed_config_file", f"{tmp_path}/zero.json")
+    assert launched(tmp_path, *words, settings=("launch.num_processes=2",))[0].launch == OF_AUTO
+    of_deepspeed(tmp_path, bf16={"enabled": True})
+    assert read(named, ["training.bf16=auto"]).recipe.training.bf16 is True
+    assert read(named, ["launch.strategy=ddp", "training.bf16=true"]).recipe.launch == Launch(
+        num_processes=2, strategy="ddp"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "zero_stage: 1; 2 can be had"),
+        ({"zero_optimization": {}}, "it has no zero_optimization"),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": 1}}, "overlap_comm must be true or false, not 1"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, "sub_group_size must be a number of elements"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_optimization.zero_hpz_partition"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer_device: cpu"),
+        ({"fp16": {"enabled": True}}, "mixed_precision: fp16"),
+        ({"gradient_clipping": 0.3}, "gradient_clipping: 0.3, and the recipe has 1.0"),
+        ({"train_micro_batch_size_per_gpu": 64}, "train_micro_batch_size_per_gpu: 64, and the recipe has"),
+        ({"optimizer": {"type": "Lion"}}, "optimizer; the recipe has training.optim"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler; the recipe has training.lr_scheduler_type"),
+        ({"data_efficiency": {"enabled": True}}, "asks for data_efficiency"),
+    ],
+)
+def test_what_a_configuration_of_deepspeed_asks_for_in_vain_is_said(
+    more: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    (found,) = read(trainkit.write_recipe(tmp_path), [of_deepspeed(tmp_path, **more)]).problems
+    assert problem in found.message
+    assert found.key == "launch.deepspeed"
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("no", False), ("bf16", True)])

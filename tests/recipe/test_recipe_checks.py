@@ -87,6 +87,12 @@ from peftcli.recipe import gate_holds, parse_gate
         ),
         (["launch.num_machines=2"], "launch.num_machines", "above 1 needs launch.main_process_port"),
         (["launch.cpu_offload=true"], "launch.cpu_offload", "is for fsdp and zero3, not replicate"),
+        (["launch.zero_optimization={overlap_comm: true}"], "launch.zero_optimization", "is for zero2 and zero3, not"),
+        (
+            ["launch={strategy: zero2, zero_optimization: {stage: 2}}"],
+            "launch.zero_optimization",
+            "stage is not among allgather_bucket_size, ",
+        ),
         (["launch.main_process_port=70000"], "launch.main_process_port", "must be at most 65,535, found 70000"),
         (["task=CAUSAL_LM"], "task", "unknown task: 'CAUSAL_LM'"),
         (["dataset.train=https://host/x"], "dataset.train", "must be a path or a hub id, not a URL"),

@@ -116,7 +116,7 @@ def test_every_wrong_item_of_a_list(problems) -> None:
         ("lora_alpha: 3", "lora_alpha", "method.lora_alpha"),
         ("gate: {}", "gate", "gates"),
         ("pref_beta: 1", "pref_beta", "task.beta"),
-        ("  deepspeed: x", "training.deepspeed", "launch.strategy"),
+        ("  deepspeed: x", "training.deepspeed", "launch.deepspeed"),
         ("  do_train: true", "training.do_train", None),
         ("  lr: 3", "training.lr", "learning_rate"),
         ("  sede: 3", "training.sede", "seed"),

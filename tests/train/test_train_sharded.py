@@ -98,6 +98,12 @@ def test_it_trains_as_with_the_whole_model(divided: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
+def test_layers_may_stay_whole_until_the_backward_pass(recipe: Path) -> None:
+    settings = (*SHORT, "training.eval_strategy=steps", "training.eval_steps=1", "training.verify=true")
+    assert_same_bytes(recipe, settings, "launch.reshard_after_forward=false")
+
+
+@pytest.mark.slow
 def test_parts_that_wait_in_the_memory_of_the_cpu(recipe: Path) -> None:
     """On a CPU nothing moves: this shows that such a run ends, and ends alike."""
     assert_same_bytes(recipe, SHORT, "launch.cpu_offload=true")

@@ -20,6 +20,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.recipe import load_recipe
+from peftcli.recipe.deepspeed_config import SIZES, SWITCHES
 from peftcli.train.examine import examine
 
 # make test-all installs the extra into a venv of its own and runs this file there
@@ -101,6 +102,14 @@ def test_a_stopped_run_ends_with_the_same_bytes(strategy: str, more: str, recipe
     trained(recipe, strategy, *settings)
     assert json.loads((folder / "run.json").read_text())["attempts"][-1]["from_step"] == 4
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ZERO)
+def test_how_parts_are_sent_changes_nothing(strategy: str, recipe: Path) -> None:
+    settings = dict.fromkeys(SWITCHES, False) | dict.fromkeys(SIZES, 100.0)
+    assert_same_bytes(recipe, BRIEF, f"launch.zero_optimization={json.dumps(settings)}", strategy)
 
 
 @pytest.mark.slow
