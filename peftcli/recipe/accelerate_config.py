@@ -117,11 +117,11 @@ def _read_accelerate(path: str, training: Training) -> tuple[Any, list[str]]:
         return said, []
     if said.get("distributed_type") is False:
         said["distributed_type"] = "NO"  # which YAML reads as false without quotes
-    file = (said.get("deepspeed_config") or {}).pop("deepspeed_config_file", None)
-    if file is None:
+    zero = said.get("deepspeed_config") or {}
+    if said.get("distributed_type") != "DEEPSPEED" or (file := zero.get("deepspeed_config_file")) is None:
         return said, []
     asked, problems = read_deepspeed(file, training)
-    return said | asked, problems
+    return said | asked | {"deepspeed_config": zero | asked["deepspeed_config"]}, problems
 
 
 def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) -> Recipe:
