@@ -367,10 +367,12 @@ def base_module(module: nn.Module) -> Any:
 def offloaded_to_run_on(module: Any) -> torch.device | None:
     """Return the device that an offloaded module runs on, to which accelerate brings its weights; None: it is not one.
 
-    Its weights are on the meta device between calls.
+    Its weights are on the meta device between calls. A hook that only moves inputs, of a model on several devices, does
+    not offload.
     """
     module = base_module(module)
-    device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+    hook = module.__dict__.get("_hf_hook")
+    device = getattr(hook, "execution_device", None) if getattr(hook, "offload", False) else None
     if device is None or not any(value is not None and value.is_meta for value in module._parameters.values()):
         return None
     return torch.device(device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, modules_sharing
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, check_not_offloaded, modules_sharing
 from peftcli.core.targets import check_forward
 from peftcli.errors import AdapterError
 
@@ -117,6 +117,7 @@ def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) 
     if not isinstance(layer, (nn.Embedding, nn.Linear)):
         raise AdapterError(f"{name} is a {type(layer).__name__}; rows of Embedding and Linear can be trained", key=key)
     check_forward(layer, name, key)
+    check_not_offloaded(layer, name)
     count, tokens = layer.weight.shape[0], list(tokens)
     if not tokens:
         raise AdapterError("names no token", key=key)

@@ -242,6 +242,19 @@ def test_an_offloaded_base_model(saved: Path) -> None:
         with pytest.raises(AdapterError, match="is offloaded, and its weights are needed"):
             model.add_adapter("other", _config(peftcli, **needs))
     assert list(model.peft_config) == ["default"]
+    whole = cpu_offload(tiny("llama"), torch.device("cpu"))
+    with pytest.raises(AdapterError, match=r"model\.embed_tokens is offloaded, and its weights are needed"):
+        get_peft_model(whole, _config(peftcli, trainable_token_indices=[3]))
+
+
+@pytest.mark.parametrize("needs", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_a_base_model_on_several_devices_is_not_offloaded(needs: dict[str, Any], tmp_path: Path) -> None:
+    model = get_peft_model(tiny("llama"), _config(peftcli, **needs)).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    base: Any = dispatch_model(tiny("llama"), {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded, batch("llama")), logits(model, batch("llama")))
 
 
 def test_a_model_with_an_adapter_is_offloaded_by_what_is_in_it(saved: Path) -> None:
