@@ -10,6 +10,7 @@ import pytest
 import torch
 from models_tiny import KINDS, batch, checkpoint_activations, labelled, tiny
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from peftcli.core.inject import inject
@@ -124,6 +125,21 @@ def test_another_number_format_has_no_second_derivative() -> None:
     (gradient,) = torch.autograd.grad(made, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, where it differentiates forward
+def test_transforms_of_torch_func_and_forward_derivatives() -> None:
+    layer, x = filled(nn.Linear(5, 7)), torch.randn(3, 5)
+    rows = torch.autograd.functional.jacobian(layer, x[0])
+    torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), rows)
+    _, along = torch.func.jvp(layer, (x[0],), (x[1],))
+    torch.testing.assert_close(along, rows @ x[1])
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x[0], x[1])))
+    torch.testing.assert_close(dual.tangent, along)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
 
 
 def test_a_module_used_twice_and_adapted_twice() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from peftcli.core.linear import PLAIN_WEIGHTS
@@ -50,6 +51,12 @@ def is_frozen(module: nn.Module) -> bool:
     """Return whether ``adapted_linear`` takes ``module`` for its base layer."""
     weight = plain_weight(module)
     return weight is not None and not weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
+
+
+def needs_plain_operations() -> bool:
+    """Return whether PyTorch compiles, traces, transforms (``torch.func``) or differentiates forward what is called."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

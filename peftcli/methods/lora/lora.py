@@ -17,7 +17,15 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.fused import FUSED, Pair, adapted_linear, add_update, is_frozen, plain_weight
+from peftcli.methods.lora.fused import (
+    FUSED,
+    Pair,
+    adapted_linear,
+    add_update,
+    is_frozen,
+    needs_plain_operations,
+    plain_weight,
+)
 from peftcli.methods.lora.initialisations.initialise import initialise
 from peftcli.methods.lora.joined import Share, joined_linear
 
@@ -114,8 +122,7 @@ class LoraLinear(LoraLayer):
 
     def fused_pair(self) -> Pair | None:
         own = type(self).update is not LoraLayer.update or self.lora_magnitude_vector is not None
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if own or recorded or not FUSED.enabled or not self.casts_input:
+        if own or needs_plain_operations() or not FUSED.enabled or not self.casts_input:
             return None
         parts: Any = self._modules
         a, b = plain_weight(parts["lora_A"]), plain_weight(parts["lora_B"])
