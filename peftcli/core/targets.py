@@ -384,7 +384,7 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
     except AdapterError as error:
         raise AdapterError(error.message, key="layers_pattern") from None
     missing = wanted - set(indices.values())
-    if missing:
+    if missing and not (config.inference_mode and missing < wanted):  # PEFT's file may name more than there are
         there = sorted(index for index in set(indices.values()) if index is not None)
         span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
         raise AdapterError(f"no target module in layer {min(missing)}; there are {span}", key="layers_to_transform")

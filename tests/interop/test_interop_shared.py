@@ -235,6 +235,13 @@ def test_layers_to_transform_may_be_none_or_any_numbers(given: Any, kept: Any) -
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == (2 if kept is None else 1)
 
 
+def test_a_file_may_name_layers_that_the_model_lacks(tmp_path: Path) -> None:
+    theirs = made(peft, "bert", {"layers_to_transform": [1, 2, 3]})
+    theirs.save_pretrained(tmp_path)
+    loaded = peftcli.PeftModel.from_pretrained(base("bert"), tmp_path).eval()
+    torch.testing.assert_close(said(loaded), said(theirs), rtol=0, atol=1e-6)
+
+
 def test_the_adapter_that_is_set_is_the_only_one_that_trains() -> None:
     counts = []
     for library, functions in ((peft, peft.functional), (peftcli, functional)):
