@@ -109,6 +109,12 @@ def test_a_convolution_with_groups_is_merged_where_its_update_keeps_to_them(grou
     assert torch.equal(layer.folded(dict(base.named_parameters()))["weight"], base.weight)
 
 
+def test_the_padding_of_an_embedding_is_not_trained() -> None:
+    layer = _filled(nn.Embedding(6, 4, padding_idx=3), r=2)
+    layer(torch.tensor([[3, 1], [3, 5]])).sum().backward()
+    assert layer.lora_embedding_A.grad.any(0).tolist() == [False, True, False, False, False, True]
+
+
 class _Encoder(nn.Module):
     """PyTorch's own encoder."""
 

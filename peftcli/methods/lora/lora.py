@@ -185,7 +185,10 @@ class LoraConv(LoraLayer):
 
 
 class LoraEmbedding(LoraLayer):
-    """``e(t) = W[t] + scaling * B A[:, t]`` with ``A: (r, V)`` and ``B: (D, r)``; A starts at zero."""
+    """``e(t) = W[t] + scaling * B A[:, t]`` with ``A: (r, V)`` and ``B: (D, r)``; A starts at zero.
+
+    The column of the base layer's ``padding_idx`` gets no gradient, as its row would get none.
+    """
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
@@ -203,7 +206,8 @@ class LoraEmbedding(LoraLayer):
         self.output_scale = getattr(base_layer, "embed_scale", 1.0)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        z = self.scaling * self.output_scale * (F.embedding(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T)
+        chosen = F.embedding(x, self.lora_embedding_A.T, padding_idx=base_module(self).padding_idx)
+        z = self.scaling * self.output_scale * (chosen @ self.lora_embedding_B.T)
         if self.lora_magnitude_vector is not None:
             return (dora.factor(self) * (y + z)).to(y.dtype)
         return y + z.to(y.dtype)
