@@ -78,3 +78,14 @@ def test_among_other_adapters_it_takes_from_the_models_own_weight(bias: str) -> 
 def test_alpha_is_above_zero() -> None:
     with pytest.raises(AdapterError, match="must be above 0, not 0"):
         inject(tiny("llama"), DeftConfig(alpha=0))
+
+
+@pytest.mark.parametrize("method", ["relu", "qr"])
+def test_an_adapter_in_half_precision_computes_as_it_does_in_full(method: Any) -> None:
+    layer = DeftLinear(nn.Linear(5, 7), "x", DeftConfig(r=3, decomposition_method=method)).bfloat16()
+    x = torch.randn(2, 5, dtype=torch.bfloat16)
+    found = layer(x)
+    found.sum().backward()
+    assert all(value.grad is not None for value in layer.own_tensors().values())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), layer.float()(x.float()), atol=0.05, rtol=0.02)

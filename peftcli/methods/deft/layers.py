@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.core.layer import widened
 from peftcli.core.linear import dense_weight
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods._product import base_product
@@ -31,7 +32,7 @@ class DeftLinear(WeightDeltaLinear):
         q, k = self._directions()
         change = -base_product(self, x, y).to(k.dtype) @ k
         if self.deft_R is not None:
-            change = change + self.scaling * F.linear(self.dropout(x.to(k.dtype)), self.deft_R)
+            change = change + self.scaling * F.linear(self.dropout(x.to(k.dtype)), widened(self.deft_R))
         return y + F.linear(change, q).to(y.dtype)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -42,11 +43,12 @@ class DeftLinear(WeightDeltaLinear):
         return self.view.as_stored(q @ change)
 
     def _directions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``Q`` and ``K``: (out, r) each."""
+        """``Q`` and ``K``: (out, r) each, in float32 or wider."""
+        p = widened(self.deft_P)
         if self.orthogonal:
-            q, _ = torch.linalg.qr(self.deft_P)
+            q, _ = torch.linalg.qr(p)
             return q, q
-        return self.deft_P, self.deft_P.relu()
+        return p, p.relu()
 
     @torch.no_grad()
     def _start(self, module: nn.Module, config: DeftConfig) -> torch.Tensor:
