@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
 from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_ends
@@ -355,10 +356,14 @@ def matching(
 def _without_read(modules: Mapping[str, Any], names: list[str], config: TargetedConfig) -> list[str]:
     """Leave out what the model reads without calling it, or raise AdapterError if the config names it."""
     readers = {name: kind for name in names if (kind := _reader(modules, name))}
+    if not config.adapts_attention:
+        projections = [name for name in names if isinstance(modules[name], NonDynamicallyQuantizableLinear)]
+        readers = dict.fromkeys(projections, nn.MultiheadAttention.__name__) | readers
     if readers and config.target_modules not in (None, "all-linear"):
         name, kind = next(iter(readers.items()))
         message = f"{kind} reads the weight of {name} without calling it, so that an adapter there would do nothing"
-        hint = f"leave out {', '.join(_READ_PAST_CALLS[kind])}"
+        left_out = _READ_PAST_CALLS.get(kind)
+        hint = f"leave out {', '.join(left_out)}" if left_out else "leave it out, or choose lora, which adapts it"
         raise AdapterError(message, key="target_modules", hint=hint)
     return [name for name in names if name not in readers]
 

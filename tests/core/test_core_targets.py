@@ -203,6 +203,18 @@ def test_what_a_model_reads_without_calling_it_is_left_out_or_refused(
     assert find_targets(model, loaded)
 
 
+@pytest.mark.parametrize("kind", [LoHaConfig, IA3Config, OFTConfig])
+def test_the_output_projection_of_an_attention_is_left_out_of_methods_that_need_its_calls(kind: Any) -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "out_proj": nn.Linear(32, 32)})
+
+    assert list(inject(model(), LoraConfig(target_modules=["out_proj"])).layers) == ["attention.out_proj", "out_proj"]
+    assert list(inject(model(), kind(target_modules="all-linear")).layers) == ["out_proj"]
+    message = r"MultiheadAttention reads the weight of attention\.out_proj without calling it.*\n.*choose lora"
+    with pytest.raises(AdapterError, match=message):
+        inject(model(), kind(target_modules=["out_proj"]))
+
+
 _KIN = """bailing_hybrid bamba glm5_next granitemoehybrid inkling inkling2 inkling2_loop kimi_linear lara_mini lfm2
 lfm2_moe lfm3 longcat_flash olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next qwen4_exp recurrent_gemma zamba zamba2"""
 _READ = re.compile(r"self\.(conv|conv1d|conv_1d|dt_proj|out_proj|classifier)\.weight\b")

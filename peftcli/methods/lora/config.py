@@ -50,6 +50,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     peft_type = "LORA"
     always_written: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias")
     penalty_in_loss: ClassVar[bool] = False
+    adapts_attention: ClassVar[bool] = True
 
     r: int = 8
     """Size of the bottleneck. Parameters and memory grow linearly with it."""
