@@ -64,6 +64,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
         shared = lead[len(lead) - common_length(lead[::-1], after.rstrip()[::-1]) :]
         if shared[:1].isspace() or has_token(tokenizer, shared):  # not the end of a word
             lead = shared.lstrip()
+    if not lead:  # an answer without thinking begins at once
+        lead = next((after.strip() for _, after in thinking if has_token(tokenizer, after)), "")
     ended = [head for head, after in thinking if lead and after.rstrip().endswith(lead)]
     heads = (head for head in dict.fromkeys(ended) if head or has_token(tokenizer, lead))
     return StopTokens(eos | firsts, tuple(texts), lead, tuple(heads))
@@ -120,6 +122,8 @@ def _thinking(template: Template) -> list[tuple[str, str]]:
             continue
         if text.find(_THOUGHT) < text.find(_SAID) and _THOUGHT in text:
             before, _, after = text.partition(_THOUGHT)
+            if prompt.startswith(before) and prompt.rstrip() != before.rstrip():
+                continue  # the prompt has ended it
             opening = before[common_length(before, prompt) :].strip()
             special = template.markers.match(opening)  # other channels than thinking's begin so too
             found.append((special.group() if special else opening, after.partition(_SAID)[0]))

@@ -68,6 +68,9 @@ BRACKETS = (
     "{{ '[thought: ' + m.reasoning + ']' if m.reasoning else '[none]' }}{% endif %}{{ m.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|A|>' }}{% endif %}"
 )
+# An answer without thinking begins at once.
+THINKS = BRACKETS.replace("'[thought: '", "'<think>'").replace("']' if", "'</think>' if").replace("'[none]'", "''")
+ASKS_TO_THINK = THINKS.replace("{{ '<|A|>' }}", "{{ '<|A|><think>' }}")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,9 @@ BRACKETS = (
         ("qwen3", "</think>"),
         (TEMPLATES["qwen3"].replace("think>", "thought>"), "</thought>"),
         (BRACKETS, "[none]"),  # what both end with is no token
+        (THINKS, "</think>"),
+        (ASKS_TO_THINK, "</think>"),
+        (THINKS.replace("{{ '<|A|>' }}", "{{ '<|A|><think></think>' }}"), ""),
         ("smollm", ""),
         ("llama2", ""),
     ],
@@ -86,6 +92,14 @@ def test_what_the_template_writes_before_an_answers_text(template: str, lead: st
     tokenizer = make_tokenizer(template)
     assert stop_tokens(tokenizer, "chat").lead == lead
     assert stop_tokens(tokenizer, "plain").lead == ""
+
+
+def test_thinking_is_no_part_of_an_answer_of_a_template_that_writes_none_where_there_is_none() -> None:
+    stops = stop_tokens(make_tokenizer(THINKS), "chat")
+    answers = ("<think>A sum.</think>Three.", "Three.")
+    assert [answer[stops.before(answer) :] for answer in answers] == ["Three."] * 2
+    stops = stop_tokens(make_tokenizer(ASKS_TO_THINK), "chat")
+    assert stops.before("A sum.</think>Three.") == len("A sum.</think>")
 
 
 def test_a_template_that_shows_no_conversation_and_a_tokenizer_without_eos() -> None:
