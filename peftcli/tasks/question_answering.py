@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +34,8 @@ from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.token_text import TokenRenderer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_MARKS = regex.compile(r"\p{M}*")
+"""Accents and vowel signs after a letter, which uncased tokenizers strip."""
 _NO_PLACE = -1
 
 
@@ -210,7 +213,9 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
             best = none
         shares = np.exp(np.array([each.score for each in candidates]) - max(each.score for each in candidates))
         share = float(shares[candidates.index(best)] / shares.sum())
-        text = context[best.start : best.end]  # some tokenizers count the blank before a word, or have tokens of blanks
+        marks = _MARKS.match(context, best.end)
+        end = marks.end() if marks and best is not none else best.end
+        text = context[best.start : end]  # some tokenizers count the blank before a word, or have tokens of blanks
         start = best.start + len(text) - len(text.lstrip()) if text.strip() else 0
         return {"answer": text.strip(), "start": start, "end": start + len(text.strip()), "score": share}
 

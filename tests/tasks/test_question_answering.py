@@ -13,7 +13,7 @@ import torch
 import transformers
 from classifierkit import encoded, open_task, scanned, table_of
 from taskkit import CASES
-from tokenizers.normalizers import Replace
+from tokenizers.normalizers import BertNormalizer, Replace
 from tokenizers.processors import TemplateProcessing
 from trainkit import write_rows
 
@@ -326,6 +326,18 @@ def test_a_perfect_and_a_wrong_predictor(right: bool) -> None:
         outputs += task._outputs(scores[None], [each])
     metrics = task.metrics({"loss": np.array(1.0)}, outputs, len(examples))
     assert (metrics["exact_match"], metrics["f1"]) == pytest.approx((1, 1) if right else (1 / 3, 1 / 3))
+
+
+def test_an_answer_ends_with_the_accents_that_the_tokenizer_strips() -> None:
+    task = open_task(NAME, unanswerable=False)
+    task.processor.backend_tokenizer.normalizer = BertNormalizer(strip_accents=True)
+    answer = "Rene\u0301"
+    row = {**ROW, "context": f"Ada lives with {answer} now", "answers": {"text": [answer], "answer_start": [15]}}
+    [example] = encoded(task, [row])
+    scores = torch.zeros(len(example.arrays["input_ids"]), 2)
+    for side, at in enumerate(example.arrays["answer"]):
+        scores[at, side] = 9
+    assert task._answer(row["context"], [task._likeliest(example, scores)])["answer"] == answer
 
 
 WORDS = ["tea", "sun", "seven", "mill", "river", "fox", "red", "old", "follows", "1"]
