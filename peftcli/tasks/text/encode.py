@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from peftcli.data import store
@@ -21,9 +22,9 @@ from peftcli.tasks.text.chat import (
     mark_pair,
     mark_text,
 )
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag, is_damaged
+from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag, is_damaged
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample, ExampleReader, PairExample, ParsedRow, TextExample
-from peftcli.tasks.text.prompts import asked, prompt_text
+from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
 from peftcli.tasks.text.spans import Template
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class CausalEncoder:
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
                 self._compared.add(kind)
                 check_ids(example, each, self.tokenizer)
-        for at, each in zip(read, encoded, strict=True):
-            results[at] = self._outcome(each, rows[at])
+        for (at, (example, _)), each in zip(read.items(), encoded, strict=True):
+            flags = each.flags | (Flag.PROMPT_DIFFERS if self._asks_otherwise(example, each) else NONE)
+            results[at] = self._outcome(replace(each, flags=flags), rows[at])
         return results
 
     def _read(self, row: Row) -> tuple[ParsedRow, MarkedText]:
@@ -69,6 +71,14 @@ class CausalEncoder:
             return example, mark_pair(example, self.settings.train_on)
         assert self.template is not None
         return example, mark_chat(example, self.template, self.settings.train_on)
+
+    def _asks_otherwise(self, example: ParsedRow, encoded: Encoded) -> bool:
+        """Whether a prompt has other tokens alone, as where the blank at its end belongs to the completion's word."""
+        prompt = example.prompt if isinstance(example, PairExample) and self.settings.train_on != "all" else ""
+        if not prompt[-1:].isspace() or not prompt.strip():
+            return False
+        ids = prompt_ids(prompt, self.tokenizer, templated=False, decoder_only=True)
+        return encoded.input_ids[: len(ids)] != ids
 
     def _outcome(self, encoded: Encoded, row: Row) -> Outcome | DataError:
         ids, labels, limit = encoded.input_ids, encoded.labels, self.limit

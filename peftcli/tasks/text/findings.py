@@ -83,13 +83,14 @@ FINDINGS = by_name(
         "have a column of pictures, which the task does not read",
         "Remove the rows that need their picture: the model answers from the text alone.",
     ),
-    # As with templates whose prompt opens a thinking that answers do not hold.
+    # As with templates whose prompt opens a thinking that answers do not hold, and prompts that end with a blank.
     Kind(
         "prompt_differs",
         "warning",
-        "have an answer that begins otherwise than the chat template asks for one",
+        "have an answer that begins otherwise than it is asked for",
         "The model is asked with a beginning that it was not trained on, such as <think>: set base_model.chat_template "
-        "to a template that asks as it writes.",
+        "to a template that asks as it writes. A blank at the end of a prompt, which tokens join to the next word, "
+        "belongs before the completion.",
     ),
     Kind(
         "encoding_damage",

@@ -36,7 +36,8 @@ class Flag(enum.IntFlag):
     PIECES_LEFT_OUT = 512
     """The row was split, and pieces without a trained token are left out."""
     PROMPT_DIFFERS = 1024
-    """A trained answer begins after another text than the one with which the chat template asks for an answer."""
+    """A trained answer begins after another text than the one with which the chat template asks for an answer, or after
+    other tokens than those of its prompt alone."""
     NO_PROMPT = 2048
     """The text before a completion is empty, or no turn but the system's comes before an answer to compare."""
 

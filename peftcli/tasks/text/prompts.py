@@ -112,7 +112,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, templated: bool
     Raises:
         UsageError: the prompt has no tokens.
     """
-    ids = list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]

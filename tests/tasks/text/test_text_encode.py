@@ -74,6 +74,19 @@ def test_pairs(tokenizers: Callable[..., Any]) -> None:
         assert outcome == outcome_of([feature], [targets], tokens=len(feature["input_ids"]))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "differs"),
+    [("Is it ", "Paris", True), ("Is it", " Paris", False), ("Is it ", "7", False), (" ", "Paris", False)],
+)
+def test_a_blank_that_the_completion_takes_from_its_prompt(
+    prompt: str, completion: str, differs: bool, tokenizers: Callable[..., Any]
+) -> None:
+    [outcome] = encode([pair(prompt, completion)], tokenizers(add_bos=True))
+    assert bool(outcome.flags & Flag.PROMPT_DIFFERS) == differs
+    [outcome] = encode([pair(prompt, completion)], tokenizers(add_bos=True), train_on="all")
+    assert not outcome.flags & Flag.PROMPT_DIFFERS
+
+
 def test_train_on_all_of_a_pair(tokenizers: Callable[..., Any]) -> None:
     [outcome] = encode([pair("Q\n", "A")], tokenizers(), train_on="all")
     [feature] = features([outcome])
