@@ -10,10 +10,17 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import regex
+
 from peftcli.errors import DataError
 from peftcli.tasks.base import Loss
+from peftcli.tasks.text.answers import UNSPACED
 
 _KEY = "task.metric_code"
+_NOT_LATIN = regex.compile(r"[^\P{L}\p{Latin}]")
+"""A letter of another script than Latin."""
+_WORD = regex.compile(rf"{UNSPACED.pattern}\p{{M}}*|(?:(?!{UNSPACED.pattern})[[\w\p{{M}}]--_])+", regex.V1)
+"""A word, or one letter of a script without blanks between words."""
 
 
 def with_texts(loss: Loss, wanted: Sequence[str] | None, generate: Callable[[], Iterable[str]]) -> Loss:
@@ -67,12 +74,22 @@ def _exact_match(wanted: list[str], found: list[str]) -> float:
     return sum(one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)) / len(wanted)
 
 
+class _Words:
+    """The words of texts in any script. rouge-score's own are of the letters a to z: other texts have none."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
 def _rouge_l(wanted: list[str], found: list[str]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(wanted, found, strict=True)
-    return float(sum(scorer.score(one, other)["rougeL"].fmeasure for one, other in pairs) / len(wanted))
+    usual, others = RougeScorer(["rougeL"]), RougeScorer(["rougeL"], tokenizer=_Words())
+    scores = [
+        (others if _NOT_LATIN.search(one) else usual).score(one, other)["rougeL"].fmeasure
+        for one, other in zip(wanted, found, strict=True)
+    ]
+    return float(sum(scores) / len(wanted))
 
 
 METRICS: dict[str, Callable[[list[str], list[str]], float]] = {

@@ -45,6 +45,22 @@ def test_a_perfect_and_a_random_predictor(name: str) -> None:
     assert METRICS[name](WANTED, RANDOM) == pytest.approx(none, abs=0.15 * max(perfect, none))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "found", "expected"),
+    [
+        ("Кошка сидит на окне.", "кошка сидит на окне", 1),
+        ("Кошка сидит на окне.", "Кошка лежит на полу", 0.5),
+        ("Летом 2020 года", "2020", 0.5),
+        ("猫坐在窗台上", "猫坐", 0.5),
+        ("हिन्दी में", "हिन्दी में", 1),
+        ("القط على النافذة", "the cat", 0),
+        ("Für 2 Euro", "fur 2 euro", 2 * 2 / 7),  # rouge-score's own words
+    ],
+)
+def test_rouge_of_any_script(wanted: str, found: str, expected: float) -> None:
+    assert METRICS["rouge_l"]([wanted], [found]) == pytest.approx(expected)
+
+
 @pytest.mark.grid(keep=3)
 @pytest.mark.parametrize(
     ("kind", "rows", "method"),
