@@ -17,8 +17,7 @@ from peftcli.tasks.base import Loss
 from peftcli.tasks.text.answers import UNSPACED
 
 _KEY = "task.metric_code"
-_NOT_LATIN = regex.compile(r"[^\P{L}\p{Latin}]")
-"""A letter of another script than Latin."""
+_LATIN, _LETTER = regex.compile(r"\p{Latin}"), regex.compile(r"\p{L}")
 _WORD = regex.compile(rf"{UNSPACED.pattern}\p{{M}}*|(?:(?!{UNSPACED.pattern})[[\w\p{{M}}]--_])+", regex.V1)
 """A word, or one letter of a script without blanks between words."""
 
@@ -84,9 +83,12 @@ class _Words:
 def _rouge_l(wanted: list[str], found: list[str]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
+    def is_latin(text: str) -> bool:
+        return 2 * len(_LATIN.findall(text)) >= len(_LETTER.findall(text))
+
     usual, others = RougeScorer(["rougeL"]), RougeScorer(["rougeL"], tokenizer=_Words())
     scores = [
-        (others if _NOT_LATIN.search(one) else usual).score(one, other)["rougeL"].fmeasure
+        (usual if is_latin(one) else others).score(one, other)["rougeL"].fmeasure
         for one, other in zip(wanted, found, strict=True)
     ]
     return float(sum(scores) / len(wanted))
