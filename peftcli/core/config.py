@@ -265,8 +265,7 @@ class TargetedConfig(AdapterConfig):
     family_targets: ClassVar[dict[str, list[str]]] = {}
     """Where the method's usual targets are not LoRA's: family of models -> modules."""
     adapts_attention: ClassVar[bool] = False
-    """Whether it adapts the output projection of PyTorch's ``MultiheadAttention``, which reads the weight and never calls
-    the layer."""
+    """Whether it adapts the output projection of PyTorch's ``MultiheadAttention``, of which only the weight is read."""
     as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
 
     target_modules: list[str] | str | None = None
