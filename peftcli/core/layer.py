@@ -106,7 +106,7 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
-        found = {name: value for name, value in self._parameters.items() if value is not None}
+        found = {name: value for name, value in own_parameters(self).items() if value is not None}
         for name, module in self._modules.items():
             if name != "base_layer" and module is not None:  # with many adapters, most of the model is below
                 found |= {f"{name}.{inner}": value for inner, value in module.named_parameters()}
@@ -270,7 +270,7 @@ class TrainedCopy(PeftCopyMixin, AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        own, base = (next(module.parameters()) for module in (self.copy, base_module(self)))
+        own, base = first_parameter(self.copy), first_parameter(base_module(self))
         if torch.is_autocast_enabled(own.device.type) or not self.casts_input:
             return self.copy(*args, **kwargs)
         given = {name: cast(value, own.dtype) for name, value in kwargs.items()}
@@ -319,6 +319,18 @@ class TrainedBias(AdapterLayer):
             return super().folded(base)
         # as in forward: the layers below get this bias, and may change it
         return (own := self.merged_tensors(base)) | self.base_layer.folded(base | own)
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Return a module's own parameters. In the replicas of ``nn.DataParallel`` they are attributes like others."""
+    found: Mapping[str, nn.Parameter | None] = vars(module).get("_former_parameters", module._parameters)
+    return found
+
+
+def first_parameter(module: nn.Module) -> nn.Parameter:
+    """Return the first of a module's parameters, those of the modules in it included; see ``own_parameters``."""
+    values = (value for each in module.modules() for value in own_parameters(each).values())
+    return next(value for value in values if value is not None)
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_dtype, base_module, offloaded_to_run_on, widened
+from peftcli.core.layer import (
+    AdapterLayer,
+    TrainedBias,
+    adapter_dtype,
+    base_module,
+    first_parameter,
+    offloaded_to_run_on,
+    widened,
+)
 from peftcli.core.linear import Linear, dense_weight, linear_view
 from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
@@ -40,7 +48,7 @@ class DeltaLinear(AdapterLayer):
         return F.linear(x.to(delta.dtype), delta)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        dtype = next(self.parameters(recurse=False)).dtype
+        dtype = first_parameter(self).dtype
         return y + self.update(self.dropout(x.to(dtype))).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -70,7 +78,7 @@ class SharingLinear(DeltaLinear):
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the columns and rows of ``share_projections`` that the layer uses: (rows, in) and (out, r)."""
-        device = next(self.parameters(recurse=False)).device
+        device = first_parameter(self).device
         a, b = (getattr(self, name) for name in self.shared)
         return a[:, : self.view.in_features].to(device), b[: self.view.out_features].to(device)
 

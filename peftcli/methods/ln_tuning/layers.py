@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_modules
+from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_modules, first_parameter
 from peftcli.core.targets import find_targets, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
@@ -24,7 +24,7 @@ class TrainedNorm(TrainedCopy):
         if not self.enabled or not torch.is_tensor(y):
             return y
         dtype = x.dtype
-        if dtype != next(base_module(self).parameters()).dtype:  # what comes out then differs from norm to norm
+        if dtype != first_parameter(base_module(self)).dtype:  # what comes out then differs from norm to norm
             with torch.no_grad():
                 dtype = self.base_layer(x[:0], *args, **kwargs).dtype
         return y.to(dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcli.core.layer import first_parameter
 from peftcli.core.prompts.inputs import cached_length, tokens_of
 from peftcli.errors import AdapterError
 from peftcli.methods.xlora.config import XLoraConfig
@@ -61,7 +62,7 @@ class Mixture(nn.Module):
             self.log.append(self.scalings)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        first = next(self.parameters())
+        first = first_parameter(self)
         scalings = self.layers(hidden.to(first)).unflatten(-1, (-1, self.num_experts))
         scalings = scalings.expand(-1, -1, self.num_layers, -1)
         return (scalings / self.config.softmax_temperature).softmax(-1) if self.config.enable_softmax else scalings
