@@ -11,6 +11,7 @@ from models_tiny import randomise
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
+from peftcli.core.inject import inject
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods.beft.config import BeftConfig
@@ -62,3 +63,7 @@ def test_among_other_adapters_it_is_made_from_the_base_models_own(other: Adapter
 def test_there_is_something_to_train() -> None:
     with pytest.raises(AdapterError, match="nothing to train"):
         GloraConfig(config_A_B="none", config_C="none", config_D_E="none").check()
+    settings: dict[str, Any] = {"config_A_B": "none", "target_modules": ["x"]}
+    inject(nn.ModuleDict({"x": nn.Linear(5, 4)}), GloraConfig(**settings))
+    with pytest.raises(AdapterError, match=r"config_A_B: .* have no bias"):
+        inject(nn.ModuleDict({"x": nn.Linear(5, 4, bias=False)}), GloraConfig(**settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, widened
 from peftcli.core.linear import dense_weight
+from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
 from peftcli.methods.glora.config import GloraConfig
 
@@ -87,3 +89,12 @@ class GloraLinear(AdapterLayer):
 
 
 wrap = GloraLinear
+
+
+def attach(model: nn.Module, config: GloraConfig, layers: Mapping[str, AdapterLayer]) -> None:
+    """Raise AdapterError for a new adapter with nothing to train in these layers."""
+    if not config.inference_mode and not any(layer.own_tensors() for layer in layers.values()):
+        raise AdapterError(
+            "none leaves nothing to train: C, D and E are for layers with a bias, and the adapted ones have no bias",
+            key="config_A_B",
+        )
