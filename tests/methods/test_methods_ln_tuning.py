@@ -6,13 +6,14 @@ import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.targets import wrap
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.ln_tuning.config import LNTuningConfig
+from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,14 @@ def test_families_without_a_default_train_every_norm(kind: str, names: list[str]
     config = LNTuningConfig()
     inject(tiny(kind), config)
     assert config.target_modules == (names or ["post_attention_layernorm"])
+
+
+def test_of_a_familys_norms_those_train_that_the_model_has() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for parallel, names in ((True, ["input_layernorm", "ln_f"]), (False, [*TARGETS["falcon"]])):
+        config = LNTuningConfig()
+        inject(FalconForCausalLM(FalconConfig(**sizes, parallel_attn=parallel)), config)
+        assert config.target_modules == names
 
 
 def test_norms_that_the_data_never_reaches_are_left_out() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_modules, first_parameter
-from peftcli.core.targets import find_targets, shortest_names
+from peftcli.core.targets import find_targets, module_matches, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
 
@@ -46,7 +46,9 @@ def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", "")
         reached = [name for name in norms(model) if name not in config.unreached]
-        config.target_modules = list(TARGETS.get(model_type, ())) or shortest_names(model, reached)
+        usual = TARGETS.get(model_type, ())  # of which parts of a family lack some, as Falcon-7B
+        there = [entry for entry in usual if any(module_matches(name, entry) for name in base_modules(model))]
+        config.target_modules = there or shortest_names(model, reached)
     return find_targets(model, config)
 
 
