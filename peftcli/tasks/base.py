@@ -386,15 +386,22 @@ class EndsAnswers(Protocol):
 
 
 @runtime_checkable
-class Gathers(Protocol):
-    """Compares the rows of all processes in ``loss``, while the model trains: each must take part each time."""
+class Compares(Protocol):
+    """Compares rows with one another in ``loss``, while the model trains."""
 
     def refuse_rows(self, examples: View, count: int) -> None:
         """Check whether the number of training examples is enough to compare them with one another.
 
+        ``count`` are compared at most: those that are in the model at once, in all processes if the task gathers them.
+
         Raises:
-            DataError: nothing would be learnt.
+            DataError: something else would be learnt.
         """
+
+
+@runtime_checkable
+class Gathers(Compares, Protocol):
+    """Compares the rows of all processes: each must take part each time."""
 
     def take_part(self, device: torch.device) -> None:
         """Take part in the comparison of a micro-batch of which this process has no rows."""

@@ -20,7 +20,7 @@ from torch import nn
 
 from peftcli.core.inject import evaluating
 from peftcli.data.rows import Row, Table
-from peftcli.data.store import Column, Example, Outcome
+from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
@@ -88,6 +88,13 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     @property
     def divides(self) -> bool:
         return self.settings.loss != "kto"  # whose KL is estimated over a micro-batch
+
+    def refuse_rows(self, examples: View, count: int) -> None:
+        if self.settings.loss == "kto" and min(count, len(examples)) == 1:
+            raise DataError(
+                "kto compares the rows of a batch, and a batch of one has no other: its KL would always be 0",
+                key="training.per_device_train_batch_size",
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"answers": list(self.answers)}

@@ -22,7 +22,7 @@ from peftcli.recipe.data_checks import check_task
 from peftcli.schema import BaseModel, Recipe, Source
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import Limits, Scans, Task, encoding, require_extra
+from peftcli.tasks.base import Compares, Gathers, Limits, Scans, Task, encoding, require_extra
 from peftcli.tasks.found import find_task
 from peftcli.train.batches import num_workers
 from peftcli.train.events import Message, OnEvent, RowsRead, warning
@@ -244,6 +244,17 @@ def plan_of(recipe: Recipe, data: Data, num_processes: int) -> Plan:
         max_length=recipe.dataset.max_length if recipe.dataset.packing else None,
         divides=data.task.divides,
     )
+
+
+def refuse_few_rows(data: Data, plan: Plan) -> None:
+    """Refuse data or a batch size that leaves a task too few rows to compare with one another.
+
+    Raises:
+        DataError: something else would be learnt.
+    """
+    if isinstance(data.task, Compares):
+        gathers = isinstance(data.task, Gathers)
+        data.task.refuse_rows(data.train, plan.rows_at_once if gathers else plan.training.rows_at_once)
 
 
 def _table(source: Source) -> tuple[Table, Iterator[Row]]:

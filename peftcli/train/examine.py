@@ -21,9 +21,9 @@ from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Gathers, refuse_other_classes
+from peftcli.tasks.base import FitsModel, refuse_other_classes
 from peftcli.train.checked import DeepCheck
-from peftcli.train.data import load_data, plan_of, prepare_method, with_task
+from peftcli.train.data import load_data, plan_of, prepare_method, refuse_few_rows, with_task
 from peftcli.train.estimate import estimate
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
@@ -85,8 +85,8 @@ def examine(recipe: Recipe) -> DeepCheck:
             attempt("training", partial(refuse_metrics, recipe, data))
             attempt("dataset", data.refuse_size)
             plan = plan_of(smallest(recipe), data, processes)
-            if isinstance(data.task, Gathers) and first_auto(recipe) is None:
-                attempt("training", partial(data.task.refuse_rows, data.train, plan.rows_at_once))
+            if first_auto(recipe) is None:
+                attempt("training", partial(refuse_few_rows, data, plan))
             if config is not None:
                 attempt("method", partial(config.check_steps, plan.total_steps))
                 attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, processes))

@@ -38,10 +38,10 @@ from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import Stop, handle_signals
 from peftcli.tasks import open_task, task_record
-from peftcli.tasks.base import Begins, ChecksModel, Gathers, Task
+from peftcli.tasks.base import Begins, ChecksModel, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm
-from peftcli.train.data import RunData, load_data, plan_of, with_task
+from peftcli.train.data import RunData, load_data, plan_of, refuse_few_rows, with_task
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Message, OnEvent, Ready
 from peftcli.train.finish import finish
@@ -243,8 +243,7 @@ def read_data(run: Run) -> RunData:
     refuse_metrics(recipe, examples)
     examples.refuse_size()
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
-    if isinstance(examples.task, Gathers):
-        examples.task.refuse_rows(examples.train, plan.rows_at_once)
+    refuse_few_rows(examples, plan)
     method_config(recipe).check_steps(plan.total_steps)
     unfinished = unfinished_warmup(recipe.training, plan.total_steps)
     odd_rate = [f"training.learning_rate: {text}" for text in [rate_warning(recipe)] if text]

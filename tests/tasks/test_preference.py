@@ -145,6 +145,17 @@ def test_single_answers_are_trained_and_measured(tmp_path: Path) -> None:
     assert first["eval_kl"] == 0
 
 
+def test_a_batch_of_one_has_no_kl_and_is_refused(tmp_path: Path, cli: Any) -> None:
+    case = replace(CASES["preference"], task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
+    recipe, key = case.write(tmp_path), "training.per_device_train_batch_size"
+    for command in (["check", "--deep"], ["train"]):
+        said = cli(*command, recipe, f"{key}=1", "training.gradient_accumulation_steps=4", code=3)
+        assert key in said
+        assert "its KL would always be 0" in said
+    task, examples = examples_of("dpo")
+    task.refuse_rows(examples, 1)
+
+
 def test_the_split_of_a_step_changes_no_loss(tmp_path: Path) -> None:
     """Of orpo, whose own loss is the mean over the tokens of all pairs of a step."""
     losses = []
