@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,8 +196,16 @@ def text_predictor(
 ) -> Predictor:
     """Return a predictor whose answers are the texts that a model says; ``ask`` returns the prompt of a row."""
 
-    def answer(rows: Sequence[Row], **_: Any) -> list[dict[str, Any]]:
-        return [asdict(each) for each in generator.generate(list(map(ask, rows)), settings)]
+    def answer(rows: Sequence[Row], first: int = 1, **_: Any) -> list[dict[str, Any]]:
+        of_batch = replace(settings, seed=_seed(settings.seed, first))
+        return [asdict(each) for each in generator.generate(list(map(ask, rows)), of_batch)]
 
     loaded_from = {**generator.loaded_from, "settings": asdict(settings)}
     return Predictor(answer, ("prompt",), batch_size, loaded_from, generator.model, ask)
+
+
+def _seed(seed: int, first: int) -> int:
+    """The seed of the batch that begins with a row: with one for all, each would draw the same numbers."""
+    if first == 1:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{first}".encode()).digest()[:4], "big")

@@ -162,6 +162,18 @@ def test_sampling_follows_the_seed(said: Callable, lora: Path) -> None:
     assert sampled(1, "--top-p", 0.0001) == nothing_else, "only the likeliest token is left"
 
 
+def test_samples_of_one_prompt_differ_from_batch_to_batch(cli: Callable, lora: Path, tmp_path: Path) -> None:
+    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": "What?"}] * 4), tmp_path / "out.jsonl"
+    args = ("generate", lora, "--input", source, "--output", target, "--max-new-tokens", 12, "--no-adapter")
+    for size in (1, 2):
+        found = []
+        for _ in range(2):
+            assert cli(*args, "--temperature", 1.5, "--batch-size", size).code == 0
+            found.append([json.loads(line)["text"] for line in target.read_text().splitlines()])
+        assert len(set(found[0])) == 4
+        assert found[0] == found[1], "the same seed gives the same samples"
+
+
 @pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("adapter", ["lora", "prompt_tuned", "plain", "translator"])
 def test_the_printed_text_is_the_text(
