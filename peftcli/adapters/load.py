@@ -298,7 +298,7 @@ def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
         AdapterError: the adapter does not fit the base model.
     """
     from peftcli.core.files import load_adapter
-    from peftcli.models import tokens
+    from peftcli.models import conversions, tokens
 
     model, config = loaded.model, source.config
     load_adapter(
@@ -307,6 +307,7 @@ def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
         source.folder,
         initialised=loaded.initialised,
         prepare=lambda header: tokens.fit_adapter(model, config, header),
+        rename=conversions.renaming_of_older(model),
     )
 
 

@@ -36,6 +36,7 @@ from peftcli.errors import AdapterError, ModelError, UsageError, to_peftcli_erro
 from peftcli.guard.files import read_json_object
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.models import tokens
+from peftcli.models.conversions import renaming_of_older
 from peftcli.models.open import OpenBase, open_base
 from peftcli.models.quantization import forget
 from peftcli.schema import BaseModel
@@ -211,9 +212,11 @@ def _stream(job: _Job, output: Path, tell: Callable[[str], None]) -> bool | None
     model = job.base.empty_model(job.auto_class, **job.options)
     longer = _grow_embeddings(model, job)
     shapes = {name: tuple(value.shape) for name, value in _every_tensor(model)}
-    load_adapter(model, job.source.config, job.source.folder)  # real weights, into a model on the meta device
+    rename = renaming_of_older(model)
+    # real weights, into a model on the meta device
+    load_adapter(model, job.source.config, job.source.folder, rename=rename)
     layers = outermost(model)
-    if longer is None or is_reshaped(model) or base_weights(model).keys() & job.source.header.keys():
+    if longer is None or is_reshaped(model) or base_weights(model).keys() & {*map(rename, job.source.header)}:
         return None  # its tensors are not the checkpoint's
     parents = {f"{path}.{leaf}": path for path, layer in layers.items() for leaf in _base_leaves(layer)}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."

@@ -17,7 +17,7 @@ from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.loading import find, key_mapping_for, renaming
+from peftcli.peft_api.loading import find, renaming_for
 from peftcli.peft_api.model import PeftModel, wrap
 from peftcli.peft_api.weights import cast_weights
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
@@ -82,7 +82,7 @@ class AutoPeftModel:
             adapter=adapter_name,
             initialised=initialised,
             prepare=lambda header: fit_adapter(model, own, header),
-            rename=renaming(key_mapping_for(model, own, key_mapping)),
+            rename=renaming_for(model, own, key_mapping),
         )
         if not autocast_adapter_dtype:
             cast_weights(model, adapter_name, as_base=True)

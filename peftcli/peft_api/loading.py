@@ -19,6 +19,7 @@ from peftcli.core.inject import inject, set_trainable, unload
 from peftcli.core.weights import file_tensors, load_state
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import WEIGHTS_FILE
+from peftcli.models.conversions import renaming_of_older
 from peftcli.peft_api.weights import cast_weights
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS, UNUSED_OPTIONS, download_options
 
@@ -71,11 +72,13 @@ def find(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
     return find_adapter(str(model_id), **place, **given)
 
 
-def key_mapping_for(model: nn.Module, config: AdapterConfig, given: Mapping[str, str] | None) -> Mapping[str, str]:
-    """Return the mapping that is given, or the one that the model states for checkpoints of its older forms."""
-    if given is None and config.file_prefix == "base_model.model.":
-        return getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    return given or {}
+def renaming_for(
+    model: nn.Module, config: AdapterConfig, key_mapping: Mapping[str, str] | None
+) -> Callable[[str], str] | None:
+    """Return ``renaming`` of the mapping that is given, or what translates the names of older forms of the model."""
+    if key_mapping is not None or config.file_prefix != "base_model.model.":
+        return renaming(key_mapping)
+    return renaming(getattr(model, "_checkpoint_conversion_mapping", None)) or renaming_of_older(model)
 
 
 def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | None:

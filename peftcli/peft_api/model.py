@@ -27,7 +27,7 @@ from peftcli.methods._task_ids import generate
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.embedding_layers import embedding_layers
-from peftcli.peft_api.loading import LoadResult, find, key_mapping_for, load, renaming
+from peftcli.peft_api.loading import LoadResult, find, load, renaming_for
 from peftcli.peft_api.new_adapter import check_name, set_trainable_as_new, start_adapter
 from peftcli.peft_api.prepare import (
     may_checkpoint,
@@ -491,7 +491,7 @@ class PeftModel(SavedByTrainer):
                 adapter_name,
                 trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                rename=renaming(key_mapping_for(model, config, key_mapping)),
+                rename=renaming_for(model, config, key_mapping),
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         return wrap(model, config, adapter_name, cls).train(is_trainable)
@@ -529,7 +529,7 @@ class PeftModel(SavedByTrainer):
         if name in self.peft_config and not options.get("subfolder"):
             model_id = place_in_checkpoint(model_id, name)
         source = find(model_id, options)
-        rename = renaming(key_mapping_for(model, source.config, key_mapping))
+        rename = renaming_for(model, source.config, key_mapping)
         if name in self.peft_config:
             old = self.peft_config[name]
             try:

@@ -15,10 +15,13 @@ from promises import base_settings
 from torch import nn
 
 import peftcli
+from peftcli.adapters.load import apply_adapter, find_adapter
+from peftcli.core.files import read_tensors, write_tensor_file
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
+from peftcli.models.base import LoadedModel
 from peftcli.peft_api import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
 
@@ -123,6 +126,27 @@ def test_names_are_mapped(tmp_path: Path, given: bool, monkeypatch: pytest.Monke
     assert set(found) == {name.replace("body", "model.language") for name in expected}
     for name, value in expected.items():
         assert torch.equal(found[name.replace("body", "model.language")], value)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*language_model.*(q_proj|up_proj)"])
+def test_names_that_modules_had_in_older_transformers_are_found(targets: Any, tmp_path: Path) -> None:
+    kind = "gemma3_towers"
+    model = get_peft_model(tiny(kind), peftcli.LoraConfig(r=2, target_modules=targets)).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, batch(kind))
+    older = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+    tensors = {
+        next(f"base_model.model.{then}{name.split(now)[1]}" for now, then in older.items() if now in name): value
+        for name, value in read_tensors(tmp_path).items()
+    }
+    write_tensor_file(tmp_path / "adapter_model.safetensors", tensors)
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
+    loaded.load_adapter(tmp_path, "default")  # in the place of the first
+    plain = tiny(kind)
+    apply_adapter(LoadedModel(plain), find_adapter(str(tmp_path)))
+    for each in (loaded, plain, peft.PeftModel.from_pretrained(tiny(kind), tmp_path)):
+        torch.testing.assert_close(logits(each, batch(kind)), expected)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
