@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from models_tiny import BOS, CACHE, EOS, PAD, batch, ids, labelled, logits, randomise, tiny
 from oracle import ours
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import apply_rotary_pos_emb
 
 from peftcli.core.inject import disabled, inject, set_trainable
@@ -94,6 +94,27 @@ def test_a_new_adapter_is_the_base_model_and_only_the_last_layers_have_one(kind:
     (path,) = adapter_layers(model)
     assert ".1." in path
     assert len(adapter_state(model)) == 2
+
+
+def test_mpts_attention_has_biases_of_three_dimensions() -> None:
+    model = MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_heads=4, n_layers=1, max_seq_len=64)).eval()
+    attention = model.transformer.blocks[0].attn
+    inject(model, AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    (layer,) = cast("list[Any]", [*adapter_layers(model).values()])
+    calls: list[Any] = []
+    layer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    with torch.no_grad():
+        layer.adaption_gate.fill_(2.0)
+        logits(model, batch("llama"))
+        args, given, found = calls[0]
+        heads = [part.unflatten(-1, (4, -1)).transpose(1, 2) for part in attention.Wqkv(args[0]).chunk(3, -1)]
+        keys, values = (
+            part.unflatten(-1, (4, -1)).transpose(1, 2)
+            for part in attention.Wqkv(layer.adaption_prompt).chunk(3, -1)[1:]
+        )
+        seen = (heads[0] @ keys.mT * attention.softmax_scale).softmax(-1) @ values
+        expected = attention(*args, **given)[0] + 2 * attention.out_proj(seen.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(found[0], expected)
 
 
 @pytest.mark.grid(keep=4)

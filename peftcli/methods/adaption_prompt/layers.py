@@ -83,6 +83,8 @@ class AdaptedAttention(AdapterLayer):
         if keeper.kept is None:
             raise AdapterError(f"{type(attention).__name__} gives its keys to no cache; LLaMA-Adapter needs them")
         mask = x.new_zeros(1, 1, x.shape[1], prompt.shape[1])  # without one, the first tokens would not see all
+        if getattr(inputs.get("position_bias"), "ndim", None) == 3:  # MPT, whose mask says what is hidden
+            mask = None
         given = {"position_embeddings", "position_ids"} & inputs.keys()  # the queries have theirs
         changed = _without_positions(inputs, x, prompt, self._biases) | {name: inputs[name] for name in given}
         training, attention.training = attention.training, False  # the term has no dropout of its own
@@ -122,9 +124,10 @@ def _without_positions(
     arguments that are given even if the model leaves them to the attention.
     """
     length, count = x.shape[1], prompt.shape[1]
+    shape = (1,) * (getattr(inputs.get("position_bias"), "ndim", 4) - 2)
     none: dict[str, Any] = {
         "position_ids": torch.zeros(1, length, dtype=torch.long, device=x.device),
-        "position_bias": x.new_zeros(1, 1, length, count),
+        "position_bias": x.new_zeros(*shape, length, count),
         "alibi": x.new_zeros(1, 1, count),
         "residual": x.new_zeros(1),
     }
