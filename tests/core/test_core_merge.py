@@ -11,6 +11,7 @@ import torch
 from models_tiny import Gated, batch, logits, randomise, tiny
 from promises import base_settings
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import peftcli
 from peftcli.core.inject import inject, set_active
@@ -243,6 +244,19 @@ def test_what_cannot_be_merged_is_refused_and_stays(act: str) -> None:
         layer.lora_B.weight[0, 0] = 0.0
     assert logits(model, batch("llama")).shape == expected.shape
     getattr(model, act)(adapter_names=["a"])
+
+
+def test_a_weight_that_is_computed_is_not_merged_into() -> None:
+    base = nn.Sequential()
+    base.add_module("normed", weight_norm(nn.Linear(4, 6)))
+    model = get_peft_model(base, peftcli.LoraConfig(r=2, target_modules=["normed"]))
+    randomise(model)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    for fold_in in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterError, match="normed computes its weight from other tensors"):
+            fold_in()
+    assert torch.equal(model(x), expected)
 
 
 def test_fold_and_merge_of_the_core_take_the_enabled_ones() -> None:
