@@ -127,6 +127,7 @@ def test_settings_with_which_nothing_would_train_are_refused(method: str, settin
         ("delora", {"delora_lambda": 0}),
         ("delora", {"lambda_pattern": {"q_proj": 0.0}}),
         ("lora", {"alora_invocation_tokens": []}),
+        ("lora", {"trainable_token_indices": {}, "layer_replication": []}),
     ],
 )
 def test_a_file_may_hold_settings_with_which_nothing_would_train(method: str, settings: dict[str, Any]) -> None:

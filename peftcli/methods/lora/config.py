@@ -226,7 +226,9 @@ def _own_problems(config: LoraConfig) -> Problems:
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
         wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
-        found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
+        if not any(lists) and not config.inference_mode:  # in PEFT's files, none
+            wrong = ["names no token"]
+        found += [("trainable_token_indices", message) for message in wrong]
     if config.alora_invocation_tokens in ([], "") and not config.inference_mode:  # in PEFT's files, a plain LoRA
         found.append(("alora_invocation_tokens", "names no token"))
     return found + _range_problems(config)
@@ -253,8 +255,8 @@ def _range_problems(config: LoraConfig) -> Problems:
     ranges = config.layer_replication
     if ranges is None:
         return []
-    if not ranges:
-        return [("layer_replication", "names no layer")]
+    if not ranges:  # in PEFT's files, a model as it is
+        return [] if config.inference_mode else [("layer_replication", "names no layer")]
     wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
     if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
         return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, the most that is accepted")]
