@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from models_tiny import BOS, CACHE, EOS, PAD, batch, ids, labelled, logits, randomise, tiny
 from oracle import ours
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 from transformers.models.gemma3.modeling_gemma3 import apply_rotary_pos_emb
 
 from peftcli.core.inject import disabled, inject, set_trainable
@@ -115,6 +124,19 @@ def test_mpts_attention_has_biases_of_three_dimensions() -> None:
         seen = (heads[0] @ keys.mT * attention.softmax_scale).softmax(-1) @ values
         expected = attention(*args, **given)[0] + 2 * attention.out_proj(seen.transpose(1, 2).flatten(2))
     torch.testing.assert_close(found[0], expected)
+
+
+def test_xglms_attention_checks_the_size_of_its_mask() -> None:
+    model = XGLMForCausalLM(XGLMConfig(vocab_size=96, d_model=32, ffn_dim=64, num_layers=1, attention_heads=4)).eval()
+    inject(model, AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    before = logits(model, batch("llama"))
+    (layer,) = cast("list[Any]", [*adapter_layers(model).values()])
+    with torch.no_grad():
+        layer.adaption_gate.fill_(2.0)
+    together, inputs = logits(model, batch("llama")), batch("llama")
+    assert not torch.allclose(together, before, atol=1e-3)
+    alone = logits(model, {name: value[1:] for name, value in inputs.items()})
+    torch.testing.assert_close(together[1:], alone)
 
 
 @pytest.mark.grid(keep=4)

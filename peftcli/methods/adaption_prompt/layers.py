@@ -82,7 +82,8 @@ class AdaptedAttention(AdapterLayer):
         attention(**_without_positions(inputs, prompt, prompt, self._biases) | {self._cache: keeper, self._mask: None})
         if keeper.kept is None:
             raise AdapterError(f"{type(attention).__name__} gives its keys to no cache; LLaMA-Adapter needs them")
-        mask = x.new_zeros(1, 1, x.shape[1], prompt.shape[1])  # without one, the first tokens would not see all
+        # without a mask, the first tokens would not see all; XGLM wants one of each row
+        mask = x.new_zeros(1, 1, x.shape[1], prompt.shape[1]).expand(len(x), -1, -1, -1)
         if getattr(inputs.get("position_bias"), "ndim", None) == 3:  # MPT, whose mask says what is hidden
             mask = None
         given = {"position_embeddings", "position_ids"} & inputs.keys()  # the queries have theirs
