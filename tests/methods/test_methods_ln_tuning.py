@@ -7,6 +7,7 @@ import torch
 from models_tiny import batch, logits, randomise, tiny
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
+from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
@@ -32,6 +33,11 @@ def test_of_a_familys_norms_those_train_that_the_model_has() -> None:
         config = LNTuningConfig()
         inject(FalconForCausalLM(FalconConfig(**sizes, parallel_attn=parallel)), config)
         assert config.target_modules == names
+
+
+def test_a_norm_counts_whatever_its_class_is_called() -> None:
+    model = nn.ModuleDict({"one": NemotronLayerNorm1P(4), "other": nn.RMSNorm(4), "linear": nn.Linear(4, 4)})
+    assert [*inject(model, LNTuningConfig()).layers] == ["one", "other"]
 
 
 def test_norms_that_the_data_never_reaches_are_left_out() -> None:

@@ -57,5 +57,6 @@ def norms(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in base_modules(model).items()
-        if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and next(module.parameters(), None) is not None
+        if (isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm")))
+        and next(module.parameters(), None) is not None
     ]
