@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,15 @@ def test_trained_adapters_are_in_the_file(tmp_path: Path) -> None:
     frozen, _, _ = _mixed()
     assert {name.split(".")[1] for name in adapter_state(frozen)} == {"internal_xlora_classifier"}
     assert len(adapter_state(model)) > len(adapter_state(frozen))
+
+
+def test_a_model_is_copied_after_a_step_of_training() -> None:
+    model, _, mixture = _mixed()
+    mixture.enable_scalings_logging()
+    model.train()(**labelled("llama")).loss.backward()
+    twin = copy.deepcopy(model).eval()
+    assert torch.equal(logits(twin, batch("llama")), logits(model.eval(), batch("llama")))
+    assert mixture.get_scalings_log()[0].requires_grad
 
 
 def test_pefts_methods_are_the_models(tmp_path: Path) -> None:

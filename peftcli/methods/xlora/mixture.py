@@ -38,6 +38,11 @@ class Mixture(nn.Module):
         self.logs = False
         self.log: list[torch.Tensor] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the model has: no forward pass that runs, and of past ones no gradients."""
+        latest = None if self.latest is None else self.latest.detach()
+        return {**vars(self), "scalings": None, "latest": latest, "log": [each.detach() for each in self.log]}
+
     def read(self, model: Any, inputs: dict[str, Any]) -> None:
         """Find the scalings for the inputs of a forward call.
 
