@@ -56,8 +56,8 @@ class CausalEncoder:
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
                 self._compared.add(kind)
                 check_ids(example, each, self.tokenizer)
-        for (at, (example, _)), each in zip(read.items(), encoded, strict=True):
-            flags = each.flags | (Flag.PROMPT_DIFFERS if self._asks_otherwise(example, each) else NONE)
+        for (at, (_, marked)), each in zip(read.items(), encoded, strict=True):
+            flags = each.flags | (Flag.PROMPT_DIFFERS if self._asks_otherwise(marked, each) else NONE)
             results[at] = self._outcome(replace(each, flags=flags), rows[at])
         return results
 
@@ -72,12 +72,17 @@ class CausalEncoder:
         assert self.template is not None
         return example, mark_chat(example, self.template, self.settings.train_on)
 
-    def _asks_otherwise(self, example: ParsedRow, encoded: Encoded) -> bool:
-        """Whether a prompt has other tokens alone, as where the blank at its end belongs to the completion's word."""
-        prompt = example.prompt if isinstance(example, PairExample) and self.settings.train_on != "all" else ""
-        if not prompt[-1:].isspace() or not prompt.strip():
+    def _asks_otherwise(self, marked: MarkedText, encoded: Encoded) -> bool:
+        """Whether a prompt has other tokens alone, as where the blank at its end belongs to the answer's word."""
+        if self.settings.train_on == "all" or not marked.spans:
             return False
-        ids = prompt_ids(prompt, self.tokenizer, templated=False, decoder_only=True)
+        start = marked.spans[-1][0]
+        prompt, answer = marked.text[:start], marked.text[start:]
+        # what a template writes before an answer ends with a line, which only a blank after it changes
+        alone = marked.rendered and prompt[-1:] == "\n" and not answer[:1].isspace()
+        if alone or not prompt[-1:].isspace() or not prompt.strip():
+            return False
+        ids = prompt_ids(prompt, self.tokenizer, templated=marked.rendered, decoder_only=True)
         return encoded.input_ids[: len(ids)] != ids
 
     def _outcome(self, encoded: Encoded, row: Row) -> Outcome | DataError:

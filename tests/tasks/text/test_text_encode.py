@@ -87,6 +87,12 @@ def test_a_blank_that_the_completion_takes_from_its_prompt(
     assert not outcome.flags & Flag.PROMPT_DIFFERS
 
 
+def test_a_line_that_an_answer_takes_from_what_the_template_asks_with(tokenizers: Callable[..., Any]) -> None:
+    tokenizer = tokenizers("smollm")
+    rows = [chat(CHAT[0], {**CHAT[1], "content": content}) for content in ("Hello", "\n\nHello")]
+    assert [bool(each.flags & Flag.PROMPT_DIFFERS) for each in encode(rows, tokenizer)] == [False, True]
+
+
 def test_train_on_all_of_a_pair(tokenizers: Callable[..., Any]) -> None:
     [outcome] = encode([pair("Q\n", "A")], tokenizers(), train_on="all")
     [feature] = features([outcome])
