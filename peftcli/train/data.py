@@ -176,8 +176,10 @@ def load_data(
 
 def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool) -> dict[str, Any]:
     """Account for what each source gave, and refuse one of which nothing is left."""
-    parts = [*train.parts, *evaluation.parts] if evaluation else train.parts
-    report: dict[str, Any] = {"format": parts[0].store.about["format"]}
+    parts = train.parts or (evaluation.parts if evaluation else [])
+    formats = [part.store.about["format"] for part in parts]
+    # a model is asked in the first form that asks: texts alone do not
+    report: dict[str, Any] = {"format": next((each for each in formats if each != "text"), formats[0])}
     if train.parts:
         report |= _account(train.parts, task) | {"packing": packing}
         if len(train.parts) > 1:

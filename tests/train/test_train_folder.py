@@ -700,6 +700,14 @@ def test_a_mix_gives_each_dataset_its_share(recipe: Path) -> None:
     assert any(f"{folder}/eval.jsonl is seen" in text for text in done.warnings)
 
 
+@pytest.mark.usefixtures("short")
+def test_a_model_of_texts_and_conversations_is_asked_in_conversations(recipe: Path) -> None:
+    folder = recipe.parent
+    trainkit.write_rows(folder / "texts.jsonl", [{"text": "the old mill"}, {"text": "a river"}])
+    mix = f"[{{train: {folder}/texts.jsonl}}, {{train: {folder}/train.jsonl}}]"
+    assert run_recipe(recipe, "dataset.train=null", f"dataset.mix={mix}").run["data"]["format"] == "messages"
+
+
 def test_a_dataset_of_a_mix_that_gives_nothing_is_refused(recipe: Path) -> None:
     folder = recipe.parent
     silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A", "train": False}]}
