@@ -74,6 +74,7 @@ class Classification(Task[Settings]):
         self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
         if self.labels and not self._weights.any():
             raise DataError("no class has a weight above 0: nothing would be learnt", key="task.class_weights")
+        self._index = {name.strip(): at for name, at in self._index.items()} | self._index
         if settings.labels_by_number and settings.problem_type == "single_label":
             self._index |= places_of(self.labels)
 
@@ -327,13 +328,13 @@ class Classification(Task[Settings]):
 
 
 def class_name(value: Any, reader: LabelReader) -> str:
-    """Return the name of a class.
+    """Return the name of a class, without blanks around it, in which no two classes differ.
 
     Raises:
         ValueError: the value does not name one.
     """
     if isinstance(value, str) and value.strip():
-        return value
+        return value.strip()
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, int) and value >= 0 and (not reader.classes or value < len(reader.classes)):

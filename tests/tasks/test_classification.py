@@ -33,6 +33,14 @@ def test_names_keep_the_order_of_first_sight() -> None:
     }
 
 
+def test_blanks_around_a_name_make_no_other_class() -> None:
+    values = [{"text": "a", "label": label} for label in ("spam", "spam ", " ham", "ham")]
+    assert scanned(values).labels == ("spam", "ham")
+    for labels in (["spam", "ham"], ["spam ", "ham"]):
+        task = open_task(labels=labels, problem_type="single_label")
+        assert [int(each.arrays["label"][0]) for each in encoded(task, values)] == [0, 0, 1, 1]
+
+
 def test_names_numbers_and_class_labels_give_one_mapping() -> None:
     names = ("ham", "spam", "eggs")
     by_name = scanned(rows("ham", "spam", "eggs", "spam"))
