@@ -206,12 +206,16 @@ def _fill(target: torch.Tensor, value: torch.Tensor, layer: AdapterLayer) -> Non
 def _without_adapter_names(
     tensors: Mapping[str, torch.Tensor], adapters: Collection[str], wanted: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors without the adapter's name in theirs, as the states of PEFT's models have it."""
+    """Return the tensors without the adapter's name in theirs, as the states of PEFT's models have it.
+
+    There, and in what diffusers makes of Kohya's files, DoRA's length is a ``weight`` of its own.
+    """
     found = dict(tensors)
     for name in (*adapters, "default"):  # the adapter's own first: a state may hold several
         within = re.compile(rf"(\.modules_to_save)?\.{re.escape(name)}(?=\.|$)")
         for given in [*found]:
             plain = within.sub("", given)
+            plain = plain if plain in wanted else plain.removesuffix(".weight")
             if given not in wanted and plain in wanted and plain not in found:
                 found[plain] = found.pop(given)
     return found

@@ -105,6 +105,18 @@ def test_names_are_free_of_what_wraps_modules(model: PeftModel) -> None:
     assert list(get_peft_model_state_dict(peftcli.get_peft_model(wrapped, _config()))) == list(expected)
 
 
+def test_the_lengths_of_dora_in_the_state_of_a_model_of_pefts_and_in_files_of_diffusers() -> None:
+    theirs = peft.get_peft_model(tiny("llama"), _config(peft, use_dora=True)).eval()
+    randomise(theirs)
+    state = {name: value for name, value in theirs.state_dict().items() if "lora_" in name or "modules_to_save" in name}
+    plain = {name.replace(".modules_to_save", "").replace(".default", ""): value for name, value in state.items()}
+    assert sum(name.endswith("lora_magnitude_vector.weight") for name in plain) == 2
+    for given in (state, plain):
+        ours = peftcli.get_peft_model(tiny("llama"), _config(use_dora=True)).eval()
+        set_peft_model_state_dict(ours, given)
+        torch.testing.assert_close(logits(ours, batch("llama")), logits(theirs, batch("llama")))
+
+
 def test_a_plainly_injected_model_has_its_own_names() -> None:
     names = []
     for lib in (peftcli, peft):
