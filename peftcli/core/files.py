@@ -19,7 +19,7 @@ from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unchanged_on_error, unload
 from peftcli.core.layer import base_modules
 from peftcli.core.protocols import ReadsFiles, describe, layers_of
-from peftcli.core.targets import module_matches
+from peftcli.core.targets import module_matches, shortest_names
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
@@ -184,6 +184,8 @@ def load_adapter(
         path = find_weights(folder)
         with open_weights(path) as (stored, file):  # no memory is taken before the header shows that the tensors fit
             header = _renamed(stored, rename)
+            if header.keys() != stored.keys():
+                _target_renamed(model, config, header)
             _read_names(model, config, header)
             if prepare is not None:
                 prepare(header)
@@ -266,6 +268,32 @@ def _unmatched(model: nn.Module, config: AdapterConfig) -> list[str]:
     entries, names = getattr(config, "target_modules", None), base_modules(model)
     listed = () if isinstance(entries, str) else entries or ()
     return [entry for entry in sorted(listed) if not any(module_matches(name, entry) for name in names)]
+
+
+def _target_renamed(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
+    """Put the modules that the file's tensors belong to in the place of those ``target_modules`` that the model lacks.
+
+    The names of tensors were translated into those of this model, and those of the setting are older ones.
+    """
+    if not isinstance(config, TargetedConfig) or not (unmatched := _unmatched(model, config)):
+        return
+    modules, saved, found = base_modules(model), config.modules_to_save or [], set[str]()
+    for tensor in header:
+        parts = tensor.removeprefix(config.file_prefix).split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            if (name := ".".join(parts[:end])) in modules:
+                if parts[end] not in modules[name]._parameters and not _is_inside(name, saved):
+                    found.add(name)
+                break
+    kept = [entry for entry in config.target_modules or () if entry not in unmatched]
+    config.target_modules = [*kept, *shortest_names(model, sorted(found))]
+
+
+def _is_inside(name: str, entries: list[str]) -> bool:
+    """Return whether a module is one that ``entries`` match, or in one."""
+    parts = name.split(".")
+    outer = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(module_matches(each, entry) for each in outer for entry in entries)
 
 
 def _read_names(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:

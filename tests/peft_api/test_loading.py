@@ -13,10 +13,11 @@ from accelerate import cpu_offload, dispatch_model
 from models_tiny import batch, logits, randomise, tiny
 from promises import base_settings
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import peftcli
 from peftcli.adapters.load import apply_adapter, find_adapter
-from peftcli.core.files import read_tensors, write_tensor_file
+from peftcli.core.files import read_tensors, write_adapter, write_tensor_file
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
@@ -147,6 +148,31 @@ def test_names_that_modules_had_in_older_transformers_are_found(targets: Any, tm
     apply_adapter(LoadedModel(plain), find_adapter(str(tmp_path)))
     for each in (loaded, plain, peft.PeftModel.from_pretrained(tiny(kind), tmp_path)):
         torch.testing.assert_close(logits(each, batch(kind)), expected)
+
+
+def test_targets_that_had_other_names_in_older_transformers_are_found(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return ViTForImageClassification(settings).eval()
+
+    if "vit.layers.0.attention.q_proj" not in dict(base().named_modules()):
+        pytest.skip("this transformers has the older names")
+    config = peftcli.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    model = get_peft_model(base(), config).eval()
+    randomise(model)
+    config.target_modules = {"query", "value"}
+    older = {"vit.layers": "vit.encoder.layer", "q_proj": "attention.query", "v_proj": "attention.value"}
+    tensors = adapter_state(model.get_base_model())
+    for now, then in older.items():
+        tensors = {name.replace(now, then): value for name, value in tensors.items()}
+    write_adapter(tensors, config, tmp_path)
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs))
+    assert loaded.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("autocast", [True, False])
