@@ -32,6 +32,8 @@ class AutoPeftModel:
 
     auto_class: ClassVar[str | None] = None
     """transformers' auto class of the base model. None: by the config's task type, or the base model's own class."""
+    task_type: ClassVar[str | None] = None
+    """That of the adapters that the class loads, where their configs have one. None: of any."""
 
     @classmethod
     def from_pretrained(
@@ -63,13 +65,22 @@ class AutoPeftModel:
         too.
 
         Raises:
-            AdapterError: the adapter cannot be read, names no base model or one of another library, or does not fit it.
+            AdapterError: the adapter cannot be read, is one for another task than the class, names no base model or one
+                of another library, or does not fit it.
         """
         if "use_auth_token" in base_options:
             base_options.setdefault("token", base_options.pop("use_auth_token"))
         download = {key: base_options[key] for key in DOWNLOAD_OPTIONS if key in base_options}
         source = find(pretrained_model_name_or_path, {"revision": revision, "subfolder": subfolder, **download})
         own = config if isinstance(config, AdapterConfig) else source.config
+        if cls.task_type is not None and own.task_type not in (None, cls.task_type):
+            hint = f"use Auto{PeftModel.class_of(own).__name__}"
+            raise AdapterError(
+                f"{own.task_type} is not the task of {cls.__name__}",
+                key="task_type",
+                file=str(source.folder),
+                hint=hint,
+            )
         if config is not None and own is not config:
             base_options["config"] = config
         _check_library(source, import_allowlist)
@@ -117,36 +128,42 @@ class AutoPeftModelForCausalLM(AutoPeftModel):
     """The same, for causal language models."""
 
     auto_class = "AutoModelForCausalLM"
+    task_type = "CAUSAL_LM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """The same, for encoder-decoder language models."""
 
     auto_class = "AutoModelForSeq2SeqLM"
+    task_type = "SEQ_2_SEQ_LM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """The same, for models that classify texts."""
 
     auto_class = "AutoModelForSequenceClassification"
+    task_type = "SEQ_CLS"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """The same, for models that classify each token."""
 
     auto_class = "AutoModelForTokenClassification"
+    task_type = "TOKEN_CLS"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """The same, for models that find answers in texts."""
 
     auto_class = "AutoModelForQuestionAnswering"
+    task_type = "QUESTION_ANS"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """The same, for models without a head."""
 
     auto_class = "AutoModel"
+    task_type = "FEATURE_EXTRACTION"
 
 
 def _check_library(source: AdapterSource, allowed: Sequence[str] | None) -> None:

@@ -23,7 +23,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.models.base import LoadedModel
-from peftcli.peft_api import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peftcli.peft_api import AutoPeftModelForCausalLM, AutoPeftModelForFeatureExtraction, PeftModel, get_peft_model
 
 
 def _config(lib: ModuleType, **settings: Any) -> Any:
@@ -110,6 +110,11 @@ class New(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = nn.ModuleDict({"language": nn.Linear(4, 4)})
+
+
+def test_an_adapter_for_another_task_than_the_class_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterError, match=r"CAUSAL_LM is not the task of AutoPeft.*\nuse AutoPeftModelForC"):
+        AutoPeftModelForFeatureExtraction.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("given", [True, False])
