@@ -16,6 +16,7 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 from peftcli.methods.lora.variant_settings import ArrowConfig, variant_of
 from peftcli.peft_api.model import PeftModel
+from peftcli.system.outputs import expand_user
 
 ROUTER = "arrow_router"
 _NOT_ROUTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
@@ -67,7 +68,7 @@ def create_arrow_model(
 def _source(path: str) -> dict[str, Any]:
     """Return where an adapter is, as options of ``from_pretrained``: ``user/repository/folder`` is in a repository."""
     parts = path.strip("/").split("/")
-    if Path(path).is_dir() or len(parts) < 3:
+    if expand_user(Path(path)).is_dir() or len(parts) < 3:
         return {"model_id": path}
     return {"model_id": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
 

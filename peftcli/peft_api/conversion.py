@@ -19,6 +19,7 @@ from peftcli.methods.lora.conversion import as_lora
 from peftcli.methods.lora.intruders import Intruders, without_intruders
 from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.peft_api.model import PeftModel
+from peftcli.system.outputs import expand_user
 
 
 def convert_to_lora(
@@ -66,7 +67,8 @@ def save_as_lora(
     """
     config, tensors = convert_to_lora(model, rank, adapter_name)
     prefix = LoraConfig.file_prefix
-    write_adapter({prefix + name.removeprefix(prefix): value for name, value in tensors.items()}, config, Path(path))
+    named = {prefix + name.removeprefix(prefix): value for name, value in tensors.items()}
+    write_adapter(named, config, expand_user(Path(path)))
 
 
 def reduce_intruder_dimension(

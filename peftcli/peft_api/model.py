@@ -44,6 +44,7 @@ from peftcli.peft_api.tuner import Tuner
 from peftcli.peft_api.weights import cast_weights
 from peftcli.peft_api.without_start import without_start
 from peftcli.system.hub_requests import full_repo_id
+from peftcli.system.outputs import expand_user
 
 
 class PeftModel(SavedByTrainer):
@@ -381,17 +382,18 @@ class PeftModel(SavedByTrainer):
             if state_dict is not None:  # a copy that holds its tensors
                 model = shallow_copy(self)
                 model.base_model.model = holding(self.get_base_model(), state_dict)
+            top = expand_user(Path(save_directory))
             for name in names:
-                folder = Path(save_directory) / ("" if name == "default" else name)
+                folder = top / ("" if name == "default" else name)
                 model._save(name, folder, path_initial_model_for_weight_conversion, save_embedding_layers)
-            write_for_trainer(Path(save_directory), model.state_dict())
+            write_for_trainer(top, model.state_dict())
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write the model card of a saved adapter's folder, or add to that of somebody else what it lacks.
 
         A card that cannot be read stays as it is, with a warning.
         """
-        folder, tags = Path(output_dir), self._card_tags()
+        folder, tags = expand_user(Path(output_dir)), self._card_tags()
         if has_own_card(folder, tags):
             write_card(folder, tags)
             return

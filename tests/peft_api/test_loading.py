@@ -23,7 +23,13 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.models.base import LoadedModel
-from peftcli.peft_api import AutoPeftModelForCausalLM, AutoPeftModelForFeatureExtraction, PeftModel, get_peft_model
+from peftcli.peft_api import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    PeftModel,
+    get_peft_model,
+    save_as_lora,
+)
 
 
 def _config(lib: ModuleType, **settings: Any) -> Any:
@@ -115,6 +121,24 @@ class New(nn.Module):
 def test_an_adapter_for_another_task_than_the_class_is_refused(saved: Path) -> None:
     with pytest.raises(AdapterError, match=r"CAUSAL_LM is not the task of AutoPeft.*\nuse AutoPeftModelForC"):
         AutoPeftModelForFeatureExtraction.from_pretrained(saved)
+
+
+def test_a_folder_of_the_users_home_is_written_where_it_is_read(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = PeftModel.from_pretrained(tiny("llama"), "~/adapter")
+    model.save_pretrained("~/again")
+    model.peft_config["default"].save_pretrained("~/config")
+    with pytest.warns(peftcli.PeftWarning, match="is LoRA already"):
+        save_as_lora("~/lora", model, rank=2)
+    for name in ("~/again", "~/lora"):
+        loaded = PeftModel.from_pretrained(tiny("llama"), name)
+        torch.testing.assert_close(logits(loaded, batch("llama")), logits(model, batch("llama")))
+    assert peftcli.PeftConfig.from_pretrained("~/config").r == 2
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -55,7 +55,7 @@ class PeftConfigMixin:
             StorageError: the folder cannot be written.
         """
         changed = {} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict}
-        write_file(Path(save_directory) / CONFIG_FILE, _as_file(self.as_saved().to_dict() | changed))
+        write_file(expand_user(Path(save_directory)) / CONFIG_FILE, _as_file(self.as_saved().to_dict() | changed))
 
     def push_to_hub(
         self: Any,
