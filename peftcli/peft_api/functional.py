@@ -15,7 +15,7 @@ from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, module_matches, targets
 from peftcli.errors import AdapterError
-from peftcli.peft_api.new_adapter import check_name, start_adapter
+from peftcli.peft_api.new_adapter import check_config, check_name, start_adapter
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from peftcli.peft_api.tuner import known_names
 from peftcli.peft_api.weights import cast_weights
@@ -51,6 +51,7 @@ def inject_adapter_in_model(
     Raises:
         AdapterError: the config does not fit the model, or is that of a soft prompt: use ``get_peft_model``.
     """
+    check_config(peft_config)
     if isinstance(peft_config, SoftPromptConfig):
         raise AdapterError(f"{peft_config.peft_type} puts no layers into a model; use get_peft_model", key="peft_type")
     check_name(adapter_name)

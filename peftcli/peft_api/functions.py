@@ -14,6 +14,7 @@ from peftcli.errors import PeftWarning
 from peftcli.peft_api.config import PeftConfig
 from peftcli.peft_api.mixed_model import PeftMixedModel
 from peftcli.peft_api.model import PeftModel
+from peftcli.peft_api.new_adapter import check_config
 
 
 def get_peft_model(
@@ -41,6 +42,7 @@ def get_peft_model(
     Raises:
         AdapterError: the config does not fit the model.
     """
+    check_config(peft_config)
     if any(layer.adapter != adapter_name for layer in adapter_layers(model).values()):
         text = (
             "You are trying to modify a model that has an adapter already. It stays, switched off; unload() removes it"

@@ -28,7 +28,7 @@ from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.embedding_layers import embedding_layers
 from peftcli.peft_api.loading import LoadResult, find, load, renaming_for
-from peftcli.peft_api.new_adapter import check_name, set_trainable_as_new, start_adapter
+from peftcli.peft_api.new_adapter import check_config, check_name, set_trainable_as_new, start_adapter
 from peftcli.peft_api.prepare import (
     may_checkpoint,
     prepare_model_for_gradient_checkpointing,
@@ -113,6 +113,7 @@ class PeftModel(SavedByTrainer):
     @classmethod
     def _with_task_type(cls, config: AdapterConfig) -> AdapterConfig:
         """The config, or a copy with the class's task_type where it has none: another model may get the same config."""
+        check_config(config)
         if config.task_type is None and cls._default_task_type is not None:
             config = copy.copy(config)
             config.task_type = cls._default_task_type

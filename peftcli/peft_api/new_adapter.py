@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_na
 from peftcli.core.protocols import NamesAdapters, needs_base_weights, needs_batches
 from peftcli.core.quantised import is_quantised
 from peftcli.core.weights import holds_its_file
-from peftcli.errors import AdapterError, PeftWarning
+from peftcli.errors import AdapterError, AdapterTypeError, PeftWarning
 from peftcli.methods.lora.targets import tied_group
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
@@ -32,6 +33,14 @@ def check_name(name: str) -> None:
             f"{name!r} is not a valid name; use letters, digits, - and _, and single blanks between them",
             key="adapter_name",
         )
+
+
+def check_config(config: Any) -> None:
+    """Raise AdapterTypeError for what is no config of peftcli, such as one of PEFT's own."""
+    if not isinstance(config, AdapterConfig):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        hint = "make it with the class of that name in peftcli.peft_api" if kind.startswith("peft.") else None
+        raise AdapterTypeError(f"expected a config of peftcli, found {kind}", key="peft_config", hint=hint)
 
 
 def start_adapter(

@@ -123,6 +123,16 @@ def test_an_adapter_for_another_task_than_the_class_is_refused(saved: Path) -> N
         AutoPeftModelForFeatureExtraction.from_pretrained(saved)
 
 
+def test_a_config_of_pefts_own_is_refused() -> None:
+    for make in (get_peft_model, lambda model, config: peftcli.inject_adapter_in_model(config, model)):
+        with pytest.raises(
+            TypeError, match=r"peft_config: expected .* found peft.tuners.lora.*LoraConfig\nmake it with"
+        ):
+            make(tiny("llama"), _config(peft))
+    with pytest.raises(TypeError, match=r"peft_config: expected .*, found builtins\.dict"):
+        get_peft_model(tiny("llama"), _config(peftcli)).add_adapter("other", {"r": 2})
+
+
 def test_a_folder_of_the_users_home_is_written_where_it_is_read(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
