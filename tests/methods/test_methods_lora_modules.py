@@ -200,7 +200,7 @@ def test_a_weight_that_two_layers_have_changed_is_taken_back() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     weight = model["attention"].out_proj.weight
     inject(model, LoraConfig(target_modules=["attention"]), "a")
-    inject(model, IA3Config(target_modules=["out_proj"], feedforward_modules=[]), "b")
+    inject(model, IA3Config(target_modules=["out_proj"], feedforward_modules=[], inference_mode=True), "b")
     randomise(model)
     fold(model).undo()
     assert model["attention"].base_layer.out_proj.base_layer.weight is weight
