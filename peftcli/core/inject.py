@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from peftcli.core.config import AdapterConfig, BiasConfig, FanInConfig, LayeredConfig, TargetedConfig
 from peftcli.core.heads import resolve_heads
@@ -195,7 +196,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
             done[parameter] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         return done[parameter]
 
-    return shallow_copy(model, empty)
+    copied = shallow_copy(model, empty)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):  # what a weight is computed from may be buffers too
+            module.parametrizations.to("meta")
+    return copied
 
 
 def shallow_copy(

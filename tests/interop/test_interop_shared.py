@@ -13,6 +13,7 @@ import pytest
 import torch
 from models_tiny import VOCABULARY, ids, tiny
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -153,6 +154,17 @@ def test_a_parametrised_model_takes_a_saved_adapter(tmp_path: Path) -> None:
     sounds = torch.randn(1, 400)
     with torch.no_grad():
         assert torch.equal(loaded(sounds).last_hidden_state, model(sounds).last_hidden_state)
+
+
+def test_a_weight_that_is_computed_from_buffers_takes_a_saved_adapter(tmp_path: Path) -> None:
+    def plain() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Linear(6, 3)).eval()
+
+    model = peftcli.get_peft_model(plain(), peftcli.LoraConfig(target_modules="^[01]$", init_lora_weights=False))
+    model.eval().save_pretrained(tmp_path)
+    loaded, x = peftcli.PeftModel.from_pretrained(plain(), tmp_path), torch.randn(2, 4)
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_the_outermost_of_modules_to_save_is_saved(tmp_path: Path) -> None:
