@@ -68,7 +68,7 @@ def read_deepspeed(path: str, training: Training) -> tuple[dict[str, Any], list[
     problems = [*wrong.values()]
     enabled = {name: (said.pop(name, None) or {}).get("enabled") for name in ("fp16", "bf16")}
     asked: dict[str, Any] = {"distributed_type": "DEEPSPEED", "deepspeed_config": config}
-    if any(value is not None for value in enabled.values()):
+    if any(enabled.values()) or enabled["bf16"] is not None:
         asked["mixed_precision"] = next((name for name, value in enabled.items() if value), "no")
     batch, own = said.pop("train_micro_batch_size_per_gpu", None), training.per_device_train_batch_size
     if batch not in (None, own):

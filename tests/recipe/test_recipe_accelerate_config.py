@@ -152,6 +152,14 @@ def test_a_configuration_of_deepspeed_may_be_the_recipes_or_accelerates(tmp_path
     )
 
 
+def test_a_configuration_of_deepspeed_without_fp16_leaves_bf16_to_the_recipe(tmp_path: Path) -> None:
+    for precision, own, expected in (("auto", "true", True), ("auto", "auto", "auto"), (False, "auto", False)):
+        said = of_deepspeed(tmp_path, fp16={"enabled": False}, bf16={"enabled": precision})
+        recipe = read(trainkit.write_recipe(tmp_path), [said, f"training.bf16={own}"]).recipe
+        assert recipe is not None
+        assert recipe.training.bf16 == expected
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
