@@ -150,7 +150,7 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
             except _WRONG as error:
                 text = f"accelerate launch names {path}, no configuration of DeepSpeed: {str(error)[:200]}"
                 raise UsageError(text, key="launch") from None
-            said |= asked
+            said |= asked | {"deepspeed_config": said["deepspeed_config"] | asked["deepspeed_config"]}
     others = ((key, _value(variables, name, str.lower)) for name, key in _OTHER_VARIABLES.items())
     said = {key: value for key, value in others if value not in (None, False)} | said
     found, problems = _settings(said, recipe), more + _problems(said, recipe)

@@ -57,11 +57,12 @@ def read_deepspeed(path: str, training: Training) -> tuple[dict[str, Any], list[
     said = _without_auto(json.loads(read_small(expand_user(Path(path)), 100_000)))
     if not isinstance(said, dict) or not isinstance(zero := said.pop("zero_optimization", None), dict):
         raise ValueError("it has no zero_optimization")
-    config: dict[str, Any] = {"zero_stage": zero.pop("stage", 0)}
+    config: dict[str, Any] = {"zero_stage": zero.pop("stage", None) or 0}
     for name in ("offload_optimizer", "offload_param"):
         config[f"{name}_device"] = (zero.pop(name, None) or {}).get("device")
     for name in ("gradient_accumulation_steps", "gradient_clipping"):
         config[name] = said.pop(name, None)
+    config = {name: value for name, value in config.items() if value is not None}  # accelerate may say the others
     known = {name: zero.pop(name) for name in (*SWITCHES, *SIZES) if name in zero}
     wrong = {name: text for name, value in known.items() if (text := zero_problem(name, value)) is not None}
     config["zero_optimization"] = {name: value for name, value in known.items() if name not in wrong}

@@ -160,6 +160,17 @@ def test_a_configuration_of_deepspeed_without_fp16_leaves_bf16_to_the_recipe(tmp
         assert recipe.training.bf16 == expected
 
 
+def test_what_accelerate_says_beside_a_configuration_of_deepspeed_is_not_ignored(tmp_path: Path) -> None:
+    of_deepspeed(tmp_path)
+    named = {"deepspeed_config_file": f"{tmp_path}/zero.json"}
+    for key, value in (("gradient_accumulation_steps", 7), ("gradient_clipping", 0.3)):
+        (found,) = read(written(tmp_path, zero(**named, **{key: value})), ["training.bf16=auto"]).problems
+        assert f"{key}: {value}, and the recipe has" in found.message
+        words = ("--use_deepspeed", "--deepspeed_config_file", named["deepspeed_config_file"], f"--{key}", str(value))
+        with pytest.raises(UsageError, match=f"{key}: {value}, and the recipe has"):
+            launched(tmp_path, *words)
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
