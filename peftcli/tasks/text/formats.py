@@ -292,8 +292,26 @@ def _sharegpt(row: dict[str, Any]) -> ParsedRow:
     return _conversation(row, "conversations", turns, content="value")
 
 
+def turns_in(value: Any) -> Any:
+    """The turns that a text holds as JSON, as CSV files have them; any other value as it is.
+
+    Raises:
+        ValueError: the text begins as a list, and is none.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    found, fault = parse_json(value)
+    if fault:
+        raise ValueError(fault)
+    return found
+
+
 def _turns(row: dict[str, Any], column: str) -> list[Message]:
-    turns = row[column]
+    try:
+        turns = turns_in(row[column])
+    except ValueError as error:
+        problem = "is not JSON" if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise _Fault(column, problem) from None
     if not isinstance(turns, list):
         raise _Fault(column, f"expected a list of turns, found {json_kind(turns)}")
     for index, turn in enumerate(turns):

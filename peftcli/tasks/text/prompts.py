@@ -20,6 +20,7 @@ from peftcli.tasks.text.formats import (
     PairExample,
     ParsedRow,
     TextExample,
+    turns_in,
 )
 from peftcli.tasks.text.spans import Template, render
 
@@ -139,6 +140,9 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
     own = _ASKING.get(trained_on or "")
     if own and values.get(own):
         values = {name: value for name, value in values.items() if name == own or name not in _ASKING.values()}
+    for column in {"conversations", "messages"} & values.keys():
+        with suppress(ValueError):  # the reader says what is wrong
+            values[column] = turns_in(values[column])
     for column, format in (("conversations", "sharegpt"), ("prompt", "messages"), ("messages", "messages")):
         if (turns := values.get(column)) and (isinstance(turns, list) or format == "sharegpt"):
             return _conversation(format, column, row, values)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from datetime import date
 from typing import Any
 
@@ -254,6 +255,8 @@ GOOD_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": 
         ({"instruction": "a", "output": True}, "output", "found a truth value"),
         ({"instruction": "a", "input": 3, "output": "b"}, "input", "found a number"),
         ({"messages": "x"}, "messages", "expected a list of turns, found a string"),
+        ({"messages": "[{"}, "messages", "is not JSON"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, "messages", "the key 'role' occurs twice"),
         ({"messages": ["x"]}, "messages[0]", "expected an object, found a string"),
         ({"messages": [GOOD_CHAT]}, "messages[0]", "expected an object, found a list"),
         ({"messages": []}, "messages", "no assistant turn"),
@@ -287,6 +290,14 @@ def test_bad_row(row: dict[str, Any], key: str, message: str) -> None:
     error = refused(good, row)
     assert (error.file, error.line, error.key) == ("train.jsonl", 2, key)
     assert message in error.message
+
+
+def test_turns_may_be_json_in_a_text() -> None:
+    """As CSV files have them."""
+    expected = examples({"messages": GOOD_CHAT})
+    assert examples({"messages": json.dumps(GOOD_CHAT, indent=1)}) == expected
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert examples({"conversations": json.dumps(sharegpt)}) == expected
 
 
 def test_a_row_without_the_key() -> None:

@@ -333,6 +333,7 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
     assert prompt(prompt="Hi", system="Be kind.") == "Be kind.\n\nHi"
     assert prompt(prompt=[user], system="Be kind.") == [{"role": "system", "content": "Be kind."}, user]
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
+    assert prompt(messages=json.dumps([user, {"role": "assistant", "content": "Ho"}])) == [user]
     assert prompt(messages=[user], tools=tools) == ChatExample([user], tools)
     result = {"role": "tool", "content": "3"}
     calling, written = (
