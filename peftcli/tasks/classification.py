@@ -43,6 +43,8 @@ class LabelReader(Reader):
 
     classes: tuple[str, ...] = ()
     """What the numbers in the column of labels stand for, if the source says so."""
+    labels: tuple[str, ...] = ()
+    """The classes as far as the settings name them."""
 
 
 class Classification(Task[Settings]):
@@ -151,7 +153,7 @@ class Classification(Task[Settings]):
         columns = {**self.input_columns(table), "label": ("label", "labels")}
         found = table.reader("classification", optional=() if labelled else ("label",), **columns)
         classes = table.class_names().get(found.names["label"], ()) if labelled else ()
-        return LabelReader(found.name, found.names, tuple(classes))
+        return LabelReader(found.name, found.names, tuple(classes), self.labels)
 
     def encode_row(self, row: Row, reader: Any) -> Outcome:
         target = self._target(row, reader)
@@ -300,7 +302,11 @@ class Classification(Task[Settings]):
                 return [class_name(each, reader) for each in value]
             return class_name(value, reader)
         except ValueError as error:
-            raise row.place.error(str(error), key=key) from None
+            below = isinstance(value, int) and not reader.classes and not places_of(self.labels)
+            hint = (
+                f"Where {value} is a class, name all classes in task.labels, '{value}' among them." if below else None
+            )
+            raise row.place.error(str(error), key=key, hint=hint) from None
 
     def _target(self, row: Row, reader: LabelReader) -> list[float]:
         """Return the row's label as the column ``label`` holds it."""
@@ -339,6 +345,8 @@ def class_name(value: Any, reader: LabelReader) -> str:
         return str(value)
     if isinstance(value, int) and value >= 0 and (not reader.classes or value < len(reader.classes)):
         return reader.classes[value] if reader.classes else str(value)
+    if isinstance(value, int) and str(value) in reader.labels:
+        return str(value)
     if isinstance(value, int):
         raise ValueError(f"{value} is not the number of a class; it marks rows without a label in some datasets")
     raise ValueError(f"expected a label, found {shortened(value)}")

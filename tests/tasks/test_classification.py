@@ -148,6 +148,13 @@ def test_a_number_beyond_the_class_label_is_an_error() -> None:
     assert "not the number of a class" in bad.message
 
 
+def test_a_number_below_0_is_a_class_where_task_labels_names_it() -> None:
+    with pytest.raises(DataError, match=r"name all classes in task\.labels, '-1' among them"):
+        raise encoded(scanned(rows(-1, 0, 1)), rows(-1))[0]
+    task = scanned(rows(-1, 0, 1), labels=["-1", "0", "1"])
+    assert [list(each.arrays["label"]) for each in encoded(task, rows(-1, 0, 1))] == [[0.0], [1.0], [2.0]]
+
+
 def test_a_label_that_training_lacks_is_an_error() -> None:
     task = scanned(rows("ham", "spam"))
     [bad] = encoded(task, rows("eggs"))
