@@ -389,13 +389,13 @@ class EndsAnswers(Protocol):
 class Compares(Protocol):
     """Compares rows with one another in ``loss``, while the model trains."""
 
-    def refuse_rows(self, examples: View, count: int) -> None:
-        """Check whether the number of training examples is enough to compare them with one another.
+    def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
+        """Check whether the number of examples, for ``training`` or evaluation, is enough to compare them.
 
         ``count`` are compared at most: those that are in the model at once, in all processes if the task gathers them.
 
         Raises:
-            DataError: something else would be learnt.
+            DataError: something else would be learnt, or measured.
         """
 
 

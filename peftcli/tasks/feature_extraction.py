@@ -244,8 +244,8 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         others = sum((each.sum() for at, each in enumerate(losses) if at != number), own.new_zeros(()))
         return own + (others - others.detach())
 
-    def refuse_rows(self, examples: View, count: int) -> None:
-        alone = self.settings.loss == "contrastive" and min(count, len(examples)) == 1
+    def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
+        alone = training and self.settings.loss == "contrastive" and min(count, len(examples)) == 1
         if alone and all(len(examples[at].arrays["sizes"]) < len(_PAIR) for at in range(len(examples))):
             raise DataError(
                 "a batch of one pair has no negatives: nothing would be learnt",

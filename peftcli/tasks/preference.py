@@ -89,11 +89,11 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     def divides(self) -> bool:
         return self.settings.loss != "kto"  # whose KL is estimated over a micro-batch
 
-    def refuse_rows(self, examples: View, count: int) -> None:
+    def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
         if self.settings.loss == "kto" and min(count, len(examples)) == 1:
             raise DataError(
                 "kto compares the rows of a batch, and a batch of one has no other: its KL would always be 0",
-                key="training.per_device_train_batch_size",
+                key=f"training.per_device_{'train' if training else 'eval'}_batch_size",
             )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -215,6 +215,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             "reward_rejected": rewards[~good].sum(),
             "good": good.sum(),
             "kl": far * len(good),
+            "compared": torch.tensor(len(good) if len(good) > 1 else 0),  # the last batch may be one row
         }
         return Loss(total, sums)
 
@@ -232,7 +233,8 @@ class Preference(AnswerInputs, Task[settings.Preference]):
                 found["loss"] += found["nll"]
             return found
         good = float(sums["good"])
-        found = {name: float(sums[name]) / num_targets for name in ("loss", "reward_accuracy", "kl")}
+        found = {name: float(sums[name]) / num_targets for name in ("loss", "reward_accuracy")}
+        found["kl"] = float(sums["kl"]) / max(float(sums["compared"]), 1)
         found["reward_chosen"] = float(sums["reward_chosen"]) / max(good, 1)
         found["reward_rejected"] = float(sums["reward_rejected"]) / max(num_targets - good, 1)
         return found | {"reward_margin": found["reward_chosen"] - found["reward_rejected"]}

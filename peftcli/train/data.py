@@ -19,7 +19,7 @@ from peftcli.data.store import Part, Store, View
 from peftcli.errors import DataError, UsageError
 from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import check_task
-from peftcli.schema import BaseModel, Recipe, Source
+from peftcli.schema import BaseModel, Recipe, Source, Training
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Compares, Gathers, Limits, Scans, Task, encoding, require_extra
@@ -256,7 +256,20 @@ def refuse_few_rows(data: Data, plan: Plan) -> None:
     """
     if isinstance(data.task, Compares):
         gathers = isinstance(data.task, Gathers)
-        data.task.refuse_rows(data.train, plan.rows_at_once if gathers else plan.training.rows_at_once)
+        at_once = plan.rows_at_once if gathers else plan.training.rows_at_once
+        data.task.refuse_rows(data.train, at_once, training=True)
+        if plan.training.eval_strategy != "no":
+            refuse_few_eval_rows(data, plan.training)
+
+
+def refuse_few_eval_rows(data: Data, training: Training) -> None:
+    """Refuse the same of the evaluation rows.
+
+    Raises:
+        DataError: something else would be measured.
+    """
+    if isinstance(data.task, Compares) and data.eval is not None:
+        data.task.refuse_rows(data.eval, training.per_device_eval_batch_size, training=False)
 
 
 def _table(source: Source) -> tuple[Table, Iterator[Row]]:

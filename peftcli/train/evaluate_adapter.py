@@ -21,7 +21,7 @@ from peftcli.tasks import open_task
 from peftcli.tasks.base import Begins, FitsModel
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
-from peftcli.train.data import load_data, with_task
+from peftcli.train.data import load_data, refuse_few_eval_rows, with_task
 from peftcli.train.evaluate import evaluate, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
@@ -58,6 +58,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     refuse(data.findings, recipe.dataset.allow)
     data.refuse_size()
     refuse_gates(recipe, data)
+    refuse_few_eval_rows(data, recipe.training)
     for text in data.warnings:
         tell(warning(text))
     assert data.eval is not None

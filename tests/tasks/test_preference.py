@@ -153,7 +153,21 @@ def test_a_batch_of_one_has_no_kl_and_is_refused(tmp_path: Path, cli: Any) -> No
         assert key in said
         assert "its KL would always be 0" in said
     task, examples = examples_of("dpo")
-    task.refuse_rows(examples, 1)
+    task.refuse_rows(examples, 1, training=True)
+
+
+def test_an_evaluation_of_one_row_at_once_has_no_kl_and_is_refused(tmp_path: Path, cli: Any) -> None:
+    case = replace(CASES["preference"], task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
+    recipe, key = case.write(tmp_path), "training.per_device_eval_batch_size"
+    cli("check", "--deep", recipe, f"{key}=1")  # nothing is evaluated
+    for command in (["check", "--deep", recipe, "training.eval_strategy=epoch"], ["evaluate", recipe]):
+        assert key in cli(*command, f"{key}=1", code=3)
+    task, examples = examples_of("kto", reference="base")
+    sums: dict[str, Any] = {}
+    for some in (examples[:3], examples[3:]):  # the last batch is a row alone
+        for name, value in task.loss(adapted(), task.collate(some, training=False)).sums.items():
+            sums[name] = sums.get(name, 0) + value.detach().double().numpy()
+    assert task.metrics(sums, [], 4)["kl"] == pytest.approx(float(sums["kl"]) / 3)
 
 
 def test_the_split_of_a_step_changes_no_loss(tmp_path: Path) -> None:
