@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import replace_modules
-from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module, check_not_offloaded, modules_sharing
+from peftcli.core.layer import (
+    AdapterLayer,
+    adapter_dtype,
+    base_module,
+    check_not_offloaded,
+    model_ends,
+    modules_sharing,
+    name_in,
+)
 from peftcli.core.targets import check_forward
 from peftcli.errors import AdapterError
 
@@ -109,6 +117,13 @@ def share_rows(model: nn.Module, layer: TrainedRows) -> dict[str, TrainedRows]:
     new = {name: wrap_rows(module, layer.tokens, rows=layer.trainable_tokens_delta) for name, module in shared.items()}
     replace_modules(model, {shared[name]: other.train(layer.training) for name, other in new.items()})
     return new
+
+
+def tied_group(model: nn.Module) -> list[str]:
+    """Return the names of the input embedding and of the modules that share its weight, if there are any."""
+    embedding = base_module(model_ends(model)[0])
+    shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
+    return [name_in(model, embedding), *shared] if shared else []
 
 
 def check_tokens(module: nn.Module, name: str, tokens: Iterable[int], key: str) -> None:

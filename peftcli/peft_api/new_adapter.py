@@ -17,7 +17,7 @@ from peftcli.core.protocols import NamesAdapters, needs_base_weights, needs_batc
 from peftcli.core.quantised import is_quantised
 from peftcli.core.weights import holds_its_file
 from peftcli.errors import AdapterError, AdapterTypeError, PeftWarning
-from peftcli.methods.lora.targets import tied_group
+from peftcli.methods._token_rows import tied_group
 from peftcli.models.open import open_base
 from peftcli.peft_api.mixed_batch import BASE
 from peftcli.peft_api.weights import cast_weights, empty_state

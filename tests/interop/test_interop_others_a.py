@@ -27,9 +27,10 @@ from oracle import (
 from peft import HRAConfig, OFTConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
+from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.merge import merge
 from peftcli.core.targets import wrap
-from peftcli.methods import METHODS
+from peftcli.methods import METHODS, config_from_dict
 
 KINDS = ("llama", "gpt2", "t5", "bert")
 METHODS_HERE = (
@@ -209,6 +210,29 @@ def test_tied_ends_that_are_both_named_share_their_rows(tmp_path: Path) -> None:
     written = theirs("llama_tied", "trainable_tokens", **settings)
     with pytest.raises(ValueError, match="unknown layer type"):
         logits(written, batch("llama_tied"))
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["decoder.embed_tokens"], ["lm_head"]])
+def test_rows_of_pefts_for_one_of_what_shares_the_weight_stay_its_own(targets: list[str], tmp_path: Path) -> None:
+    """Of T5, PEFT ties rows to those of the input embedding only. Merged, its model is another one; here it is not."""
+    settings = {"target_modules": targets, "token_indices": [79, 58]}
+    written = theirs("t5", "trainable_tokens", **settings)
+    folder = saved_by_peft(written, tmp_path / "theirs")
+    model, again = tiny("t5"), tmp_path / "ours"
+    config = config_from_dict(read_config(folder))
+    load_adapter(model, config, folder)
+    same_logits("t5", model, written)
+    save_adapter(model, config, again)
+    same_logits("t5", loaded_by_peft("t5", again), written)
+    merge(model, config)
+    same_logits("t5", model, written)
+
+
+def test_rows_of_what_shares_the_weight_are_named_by_the_input_embedding(tmp_path: Path) -> None:
+    """PEFT would not tie the others to an encoder's embedding."""
+    case = ("trainable_tokens", "t5", {"target_modules": ["encoder.embed_tokens"], "token_indices": [79, 58]})
+    model, folder = written_by_us(case, tmp_path)
+    same_logits("t5", loaded_by_peft("t5", folder), model)
 
 
 def test_peft_rotates_what_convolutions_read_wrongly_and_merges_it_right(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from peftcli.core.layer import (
 )
 from peftcli.core.targets import check_forward, find_modules
 from peftcli.errors import AdapterError, PeftWarning
-from peftcli.methods._token_rows import share_rows, wrap_rows
+from peftcli.methods._token_rows import share_rows, tied_group, wrap_rows
 from peftcli.methods.lora.alora import find_invocations, keep_active
 from peftcli.methods.lora.arrow import find_experts
 from peftcli.methods.lora.calls import watch_calls
@@ -31,7 +31,7 @@ from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.residual import ResidualFromFile, ResidualLinear
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.parameters import LoraAttention
-from peftcli.methods.lora.targets import name_group, tied_group, token_modules
+from peftcli.methods.lora.targets import name_group, token_modules
 
 
 def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:

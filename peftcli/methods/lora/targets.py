@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcli.core.layer import base_module, base_modules, model_ends, modules_sharing, name_in
+from peftcli.core.layer import base_module, base_modules, model_ends, name_in
 from peftcli.core.targets import (
     check_pattern_keys,
     find_modules,
@@ -18,7 +18,7 @@ from peftcli.core.targets import (
     shortest_names,
 )
 from peftcli.errors import AdapterError
-from peftcli.methods._token_rows import check_tokens
+from peftcli.methods._token_rows import check_tokens, tied_group
 from peftcli.methods.lora.config import LoraConfig
 
 _TOKENS = "trainable_token_indices"
@@ -58,13 +58,6 @@ def find_parameters(model: nn.Module, entries: Iterable[str]) -> dict[str, list[
             raise AdapterError(reason, key=key, hint="adapt a model that holds this one as a module")
         found.setdefault(places[name], []).append(name.rpartition(".")[2])
     return found
-
-
-def tied_group(model: nn.Module) -> list[str]:
-    """Return the names of the input embedding and of the modules that share its weight, if there are any."""
-    embedding = base_module(model_ends(model)[0])
-    shared = modules_sharing(model, embedding) if isinstance(embedding, nn.Embedding) else {}
-    return [name_in(model, embedding), *shared] if shared else []
 
 
 def read_names(model: nn.Module, config: LoraConfig, names: Collection[str]) -> None:

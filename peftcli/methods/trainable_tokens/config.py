@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peftcli.core.config import TargetedConfig
+from peftcli.core.config import BOOKKEEPING, TargetedConfig
 from peftcli.methods._settings import Problems
 
 
@@ -28,6 +28,8 @@ class TrainableTokensConfig(TargetedConfig):
     """Ids of the tokens to train. Each costs as many parameters as the embedding is wide."""
     init_weights: bool = True
     """Start from the base model's rows; false starts at random."""
+    tied: bool = field(default=True, metadata={**BOOKKEEPING, "file": False}, repr=False, compare=False)
+    """Whether layers that share a weight share the rows. PEFT's file may hold those of an encoder's embedding alone."""
 
     def problems(self) -> Problems:
         found = super().problems()
