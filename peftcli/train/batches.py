@@ -50,10 +50,14 @@ class BatchForm:
         return cls(joins=plan.packs and not unpadded, pads=not unpadded, divides=divides)
 
     def divided(self, micro_batches: list[MicroBatch], examples: View) -> list[MicroBatch]:
-        """Return what is in the model at once, one after another."""
+        """Return what is in the model at once, one after another: parts by their length, the longest first.
+
+        What those leave free in memory holds the shorter ones; the other way round each would take new memory.
+        """
         if not self.divides:
             return micro_batches
-        return [rows[part] for rows in micro_batches for part in self._parts(rows, examples)]
+        parts = [rows[part] for rows in micro_batches for part in self._parts(rows, examples)]
+        return parts[::-1]  # rows of a step stand in the order of their length
 
     def _parts(self, rows: MicroBatch, examples: View) -> list[slice]:
         if self.pads:

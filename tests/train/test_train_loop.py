@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,6 +212,11 @@ def test_a_cpu_computes_a_large_micro_batch_in_parts(
     same_weights(whole, parts)
     assert sum(sizes) == sum(together)
     assert len(sizes) > len(together)
+
+
+def test_the_longest_rows_of_a_step_are_computed_first() -> None:
+    form, examples = batches.BatchForm(joins=False, pads=True, divides=True), Mock(sizes=np.array([2, 2, 90, 90]))
+    assert form.divided([[[0], [1], [2], [3]]], examples) == [[[2], [3]], [[0], [1]]]
 
 
 @pytest.mark.slow
