@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -58,6 +59,13 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     if _known(data, best, "training.metric_for_best_model") == ["eval_*"] and training.greater_is_better is None:
         message = f"whether a larger {best} is better is for you to say: true or false"
         raise UsageError(message, key="training.greater_is_better")
+
+
+def import_packages(data: Data, training: Training) -> None:
+    """Import what evaluations in a run will need. Between the memory of steps it would leave gaps that nothing fits."""
+    if data.eval is not None and training.eval_strategy != "no":
+        for package in data.task.packages:
+            importlib.import_module(package)
 
 
 def best_metric(training: Training) -> str:

@@ -42,7 +42,7 @@ from peftcli.tasks.base import Begins, ChecksModel, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import RunData, load_data, plan_of, refuse_few_rows, with_task
-from peftcli.train.evaluate import refuse_metrics
+from peftcli.train.evaluate import import_packages, refuse_metrics
 from peftcli.train.events import Message, OnEvent, Ready
 from peftcli.train.finish import finish
 from peftcli.train.fit_memory import with_chosen_settings
@@ -242,6 +242,7 @@ def read_data(run: Run) -> RunData:
     refuse(examples.findings, recipe.dataset.allow)
     refuse_metrics(recipe, examples)
     examples.refuse_size()
+    import_packages(examples, recipe.training)
     plan = plan_of(recipe, examples, run.accelerator.num_processes)
     refuse_few_rows(examples, plan)
     method_config(recipe).check_steps(plan.total_steps)
