@@ -22,6 +22,7 @@ _KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _KERNELS = "64"
 """More than a micro-batch of a Llama needs. A kernel of bfloat16 is made for one number of tokens, in less than a
 millisecond, and takes some 0.6 MB; by their own choice, torch and oneDNN keep 1,024."""
+_KERNEL_BYTES = 600_000
 _LOAD = Path("/proc/loadavg")
 
 
@@ -34,6 +35,11 @@ def set_variables() -> None:
         os.environ["GOMP_SPINCOUNT"] = _FEW_SPINS if _others_run() else _SPINS
     for name in _KEPT:
         os.environ.setdefault(name, _KERNELS)
+
+
+def bytes_of_kernels() -> int:
+    """Return how many bytes the kernels of bfloat16 take that oneDNN keeps, once there are as many as it keeps."""
+    return int(os.environ.get(_KEPT[1], _KERNELS)) * _KERNEL_BYTES
 
 
 def _others_run() -> bool:

@@ -6,7 +6,6 @@ what lives at once is counted. So every model, method and task is counted by the
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +25,14 @@ from peftcli.models.base import OpenBase
 from peftcli.models.quantization import bytes_of_weight
 from peftcli.models.stacks import stacks
 from peftcli.schema import DIVIDED, Recipe
+from peftcli.system.cores import bytes_of_kernels
 from peftcli.system.memory import resident_memory
 from peftcli.tasks.scores import on_device
 from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
+from peftcli.train.evaluate import import_packages
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.setup import base_dtype, uses_bf16
@@ -60,7 +61,7 @@ class Estimate:
     adapter: int
     """What trains: values, gradients, what the optimizer remembers, and the best values so far if they are kept."""
     step: int
-    """What the largest micro-batch needs beyond these, forward and backward."""
+    """What the largest micro-batch needs beyond these, forward and backward; on a CPU with kernels, which are kept."""
     evaluation: int
     """What the largest batch of an evaluation needs beyond the weights and the adapter; 0 without one."""
     saving: int
@@ -112,10 +113,9 @@ def _without_logs() -> Iterator[None]:
 
 def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase, data: Data, plan: Plan) -> Estimate:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packages = 0
-    if device.type == "cpu":
-        for package in data.task.packages:  # which an evaluation would import later
-            importlib.import_module(package)
+    packages, on_cpu = 0, device.type == "cpu"
+    if on_cpu:
+        import_packages(data, recipe.training)
         packages = resident_memory()
     if recipe.base_model.attn_implementation is not None:
         model.set_attn_implementation(recipe.base_model.attn_implementation)
@@ -132,14 +132,22 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         unpad(model, config, try_out=False)
         take_head_as_it_is(model)
     form = BatchForm.of(model, data.task, config, plan, in_step=in_step)
-    batch = form.batch(data.task, data.train, plan, *_largest(form, plan, data))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe))
     model.train()
     for parameter in trained:
         parameter.grad = sizes.like(parameter)
     kept = 0 if recipe.launch.reshard_after_forward else elsewhere  # layers that stay whole after the forward pass
-    with autocast:
-        step = sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
+
+    def taken(step: int, rows: MicroBatch) -> int:
+        batch = form.batch(data.task, data.train, plan, step, rows)
+        with autocast:
+            return sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
+
+    most_tokens, *most_pairs = (taken(*each) for each in _largest(form, plan, data))
+    step = max([most_tokens, *most_pairs])
+    if on_cpu:
+        of_other_lengths = step - most_tokens  # what attention has freed does not fit where rows are longer
+        step = round(_HELD_BACK * (step + of_other_lengths)) + (bytes_of_kernels() if uses_bf16(recipe) else 0)
     evaluation = 0
     if data.eval is not None and recipe.training.eval_strategy != "no":
         model.eval()
@@ -154,7 +162,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
             except Exception:  # what comes after the model looks at its answers; by then most is known
                 pass
         evaluation = kept + sizes.most - before
-    training, on_cpu = recipe.training, device.type == "cpu"
+    training = recipe.training
     stored, file = base.stored_bytes(), 0
     if on_cpu and abs(stored - whole) > whole / 20:  # or else the weights are pages of the file
         file = stored + elsewhere
@@ -169,27 +177,33 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         weights=whole - elsewhere,
         file=file,
         adapter=2 * values + state_bytes(tensors, training) + best,
-        step=kept + (round(step * _HELD_BACK) if on_cpu else step),
+        step=kept + step,
         evaluation=evaluation,
         saving=max((each.numel() * each.element_size() for each in trained), default=0) if on_cpu else 0,
     )
 
 
-def _largest(form: BatchForm, plan: Plan, data: Data) -> tuple[int, MicroBatch]:
-    """A step, from 0, and what of it is in the model at once and has the most tokens, padding included if computed."""
-    sizes = plan.sizes
+def _largest(form: BatchForm, plan: Plan, data: Data) -> list[tuple[int, MicroBatch]]:
+    """Steps, from 0, and what of them is in the model at once: with the most tokens, and with the most pairs of tokens.
 
-    def size(item: tuple[int, MicroBatch]) -> int:
-        rows = [int(sizes[row].sum()) for row in item[1]]
-        return len(rows) * max(rows) if form.pads else sum(rows)
+    Attention may hold a number for each pair of a row. Padding counts if it is computed.
+    """
 
-    def largest(step: int) -> MicroBatch:
+    def rows(step: int) -> list[MicroBatch]:
         each = (plan.micro_batches(step, process) for process in reversed(range(plan.num_processes)))
-        rows = next(filter(any, each))  # the last process that has rows has the longest
-        return max(filter(None, form.divided(rows, data.train)), key=lambda part: size((step, part)))
+        return form.divided(next(filter(any, each)), data.train)  # the last process that has rows has the longest
+
+    def tokens(part: MicroBatch) -> list[int]:
+        if not form.pads:
+            return [int(plan.sizes[example]) for row in part for example in row]
+        sizes = [int(plan.sizes[row].sum()) for row in part]
+        return [max(sizes)] * len(sizes)
 
     steps = range(min(plan.steps_per_epoch, plan.total_steps, _STEPS))
-    return max(((step, largest(step)) for step in steps), key=size)
+    parts = [(step, part) for step in steps for part in filter(None, rows(step))]
+    most_tokens = max(parts, key=lambda each: sum(tokens(each[1])))
+    most_pairs = max(parts, key=lambda each: sum(size**2 for size in tokens(each[1])))
+    return [most_tokens] if most_pairs is most_tokens else [most_tokens, most_pairs]
 
 
 def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, int]:

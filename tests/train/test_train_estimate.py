@@ -7,6 +7,7 @@ import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,14 +19,15 @@ from trainkit import base_folder
 
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe, method_config
-from peftcli.schema import Recipe
+from peftcli.schema import Recipe, Training
+from peftcli.system.cores import bytes_of_kernels
 from peftcli.tasks import open_task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train import setup
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import load_data, plan_of, with_task
-from peftcli.train.estimate import _HELD_BACK
-from peftcli.train.plan import MicroBatch
+from peftcli.train.estimate import _HELD_BACK, _largest
+from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.preview import preview
 
 
@@ -98,10 +100,19 @@ def test_a_step_without_values_takes_what_one_with_them_does(
     found = preview(recipe)
     known = found["memory"]
     measured = step_of(with_task(recipe))
-    assert known["step"] == pytest.approx(_HELD_BACK * measured, rel=0.05)
+    kernels = bytes_of_kernels() if dtype == "true" else 0
+    assert known["step"] - kernels == pytest.approx(_HELD_BACK * measured, rel=0.05)
     assert known["adapter"] == 16 * found["parameters"]["trainable"], "values, gradients and two averages, in float32"
     parts = known["adapter"] + max(known["step"], known["evaluation"]) + known["saving"]
     assert known["peak"] == known["packages"] + known["weights"] + max(known["file"], parts)
+
+
+@pytest.mark.parametrize(("pads", "steps"), [(False, [1, 2]), (True, [2])])
+def test_the_rows_with_most_tokens_are_counted_and_those_with_most_pairs(pads: bool, steps: list[int]) -> None:
+    training = Training(output_dir="out", per_device_train_batch_size=3, train_sampling_strategy="sequential")
+    plan = Plan([2, 3, 9, 5, 5, 5, 11, 1, 1], training, 1)
+    form, data = BatchForm(joins=False, pads=pads, divides=False), Mock(train=None)
+    assert [step for step, _ in _largest(form, plan, data)] == steps
 
 
 def test_packages_that_only_an_evaluation_imports_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +120,12 @@ def test_packages_that_only_an_evaluation_imports_are_counted(tmp_path: Path, mo
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("peftcli.tasks.classification.Classification.packages", {"of_metrics": "metrics"})
     monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: int("of_metrics" in sys.modules))
-    known = preview(load_recipe(CASES["sequence_classification"].write(tmp_path), []))["memory"]
-    assert known["packages"] == 1
+    recipe = CASES["sequence_classification"].write(tmp_path)
+    packages = {
+        strategy: preview(load_recipe(recipe, [f"training.eval_strategy={strategy}"]))["memory"]["packages"]
+        for strategy in ("no", "epoch")
+    }
+    assert packages == {"no": 0, "epoch": 1}
 
 
 def test_the_best_adapter_that_is_kept_is_counted(recipe: Path) -> None:
