@@ -1,7 +1,8 @@
 """The memory that `peftcli check --deep` says a run needs, against what runs take: peak RSS of their processes.
 
-All rows have the same number of tokens, so that each step is the largest. The estimate is made in a process of its own,
-before the run. SmolLM2-135M-Instruct, and models of other families with random weights and its tokenizer.
+All rows have the same number of tokens, so that each step is the largest, or any number between the two that are named.
+The estimate is made in a process of its own, before the run. SmolLM2-135M-Instruct, and models of other families with
+random weights and its tokenizer.
 
     .venv/bin/python benchmarks/memory.py '{"model": "gpt2", "bf16": false, "batch": 2, "tokens": 256}'
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 from common import MODEL, WORK, Cell, Found, Part, answer
 
-STEPS = 3
+STEPS, STEPS_OF_MANY_LENGTHS = 3, 8
 TASKS = {"smollm2": "causal_lm", "llama": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "classes"}
 TITLES = {
     "smollm2": "SmolLM2-135M-Instruct",
@@ -44,6 +45,7 @@ def measure(
     evaluates: int = 0,
     quantised: str = "",
     strategy: str = "",
+    shortest: int = 0,
 ) -> dict[str, float]:
     """Return the estimate and the peak of a run, in MiB.
 
@@ -51,7 +53,7 @@ def measure(
         model: A key of ``TASKS``.
         bf16: Whether it computes in bfloat16.
         batch: Rows of a step.
-        tokens: Of a row.
+        tokens: Of a row; of the longest if there is a shortest.
         checkpointing: Whether activations are computed again.
         method: lora or prompt_tuning.
         r: LoRA's.
@@ -59,15 +61,19 @@ def measure(
         evaluates: Rows of an evaluation's batch, after each step; 0: there is none.
         quantised: A type of bitsandbytes's.
         strategy: launch.strategy of two processes; without it there is one.
+        shortest: Tokens of the shortest row; 0: all have the same number.
     """
     own = {"type": method, "num_virtual_tokens": 20} if method == "prompt_tuning" else {"type": method, "r": r}
     if method == "lora":
         own["target_modules"] = "all-linear"
     with tempfile.TemporaryDirectory() as folder:
         words = _WORDS.split()
-        text = " ".join(words[number * 7 % len(words)] for number in range(tokens))
-        row = {"causal_lm": {"text": text}, "seq2seq_lm": {"prompt": text, "completion": text}}
-        rows = [row.get(TASKS[model], {"text": text, "label": f"class {number % 4}"}) for number in range(4 * batch)]
+        rows = list[dict[str, str]]()
+        for number in range(4 * batch):
+            length = shortest + (tokens - shortest) * number // (4 * batch - 1) if shortest else tokens
+            text = " ".join(words[place * 7 % len(words)] for place in range(length))
+            row = {"causal_lm": {"text": text}, "seq2seq_lm": {"prompt": text, "completion": text}}
+            rows.append(row.get(TASKS[model], {"text": text, "label": f"class {number % 4}"}))
         Path(folder, "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
         recipe: dict[str, Any] = {
             "base_model": {"name": MODEL if model == "smollm2" else str(made(model))},
@@ -76,7 +82,7 @@ def measure(
             "dataset": {"train": f"{folder}/train.jsonl", "max_length": tokens, "allow": ["answers_cut"]},
             "training": {
                 "output_dir": f"{folder}/run",
-                "max_steps": STEPS,
+                "max_steps": STEPS_OF_MANY_LENGTHS if shortest else STEPS,
                 "per_device_train_batch_size": batch,
                 "gradient_checkpointing": checkpointing,
                 "bf16": bf16,
@@ -150,6 +156,9 @@ def cells(rounds: int) -> Iterator[Cell]:
             yield {"model": "gpt2", "bf16": bf16, "batch": batch, "tokens": 256}
             yield {"model": "bert", "bf16": bf16, "batch": 4 * batch, "tokens": 128}
             yield {"model": "t5", "bf16": bf16, "batch": batch, "tokens": 128}
+        yield {"model": "smollm2", "bf16": bf16, "batch": 4, "tokens": 512, "shortest": 16}
+        yield {"model": "bert", "bf16": bf16, "batch": 8, "tokens": 256, "shortest": 16}
+        yield {"model": "t5", "bf16": bf16, "batch": 4, "tokens": 128, "shortest": 16}
         yield {"model": "smollm2", "bf16": bf16, "batch": 2, "tokens": 256, "r": 256, "saves": True}
         yield {"model": "smollm2", "bf16": bf16, "batch": 1, "tokens": 512, "evaluates": 16}
         yield {"model": "llama", "bf16": bf16, "batch": 1, "tokens": 512, "quantised": "nf4"}
@@ -174,8 +183,9 @@ def section(found: Found) -> Iterator[str]:
             cell.get("quantised", ""),
             f"each of two processes, {cell['strategy']}" if "strategy" in cell else "",
         ]
+        tokens = f"{cell['shortest']} to {cell['tokens']}" if "shortest" in cell else cell["tokens"]
         yield (
-            f"| {TITLES[cell['model']]} | {'bf16' if cell['bf16'] else 'fp32'} | {cell['batch']} x {cell['tokens']} "
+            f"| {TITLES[cell['model']]} | {'bf16' if cell['bf16'] else 'fp32'} | {cell['batch']} x {tokens} "
             f"| {', '.join(filter(None, more))} | {figures['estimate']:,.0f} | {figures['peak']:,.0f} "
             f"| {figures['estimate'] / figures['peak']:.2f} |"
         )
