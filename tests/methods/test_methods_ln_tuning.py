@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models_tiny import batch, logits, randomise, tiny
@@ -27,12 +29,20 @@ def test_families_without_a_default_train_every_norm(kind: str, names: list[str]
     assert config.target_modules == (names or ["post_attention_layernorm"])
 
 
-def test_of_a_familys_norms_those_train_that_the_model_has() -> None:
-    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for parallel, names in ((True, ["input_layernorm", "ln_f"]), (False, [*TARGETS["falcon"]])):
-        config = LNTuningConfig()
-        inject(FalconForCausalLM(FalconConfig(**sizes, parallel_attn=parallel)), config)
-        assert config.target_modules == names
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"parallel_attn": True}, ["input_layernorm", "ln_f"]),
+        ({"parallel_attn": False}, [*TARGETS["falcon"]]),
+        ({"new_decoder_architecture": True, "num_kv_heads": 1}, ["ln_attn", "ln_f", "ln_mlp"]),
+    ],
+    ids=["7b", "rw", "40b"],
+)
+def test_of_a_familys_norms_those_train_that_the_model_has(settings: dict[str, Any], names: list[str]) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LNTuningConfig()
+    inject(FalconForCausalLM(FalconConfig(**sizes, **settings)), config)
+    assert config.target_modules == names
 
 
 def test_a_norm_counts_whatever_its_class_is_called() -> None:

@@ -46,9 +46,10 @@ def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", "")
         reached = [name for name in norms(model) if name not in config.unreached]
-        usual = TARGETS.get(model_type, ())  # of which parts of a family lack some, as Falcon-7B
-        there = [entry for entry in usual if any(module_matches(name, entry) for name in base_modules(model))]
-        config.target_modules = there or shortest_names(model, reached)
+        usual, names = TARGETS.get(model_type, ()), base_modules(model)
+        # some Falcons have other norms than the family's first
+        is_usual = all(any(module_matches(name, entry) for name in names) for entry in usual)
+        config.target_modules = list(usual if is_usual else ()) or shortest_names(model, reached)
     return find_targets(model, config)
 
 
