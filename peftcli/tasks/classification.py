@@ -326,11 +326,12 @@ class Classification(Task[Settings]):
                 key=key,
                 hint="The classes are those of the training rows, unless task.labels names them.",
             )
-        if kind == "multi_label" and len(set(names)) < len(names):
+        places = [self._index[name] for name in names]
+        if kind == "multi_label" and len(set(places)) < len(places):
             raise row.place.error(f"names a class twice: {shortened(label)}", key=key)
         if kind == "multi_label":
-            return [float(name in names) for name in self.labels]
-        return [float(self._index[names[0]])]
+            return [float(at in places) for at in range(len(self.labels))]
+        return [float(places[0])]
 
 
 def class_name(value: Any, reader: LabelReader) -> str:

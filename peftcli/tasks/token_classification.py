@@ -57,6 +57,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         self._index = {name: index for index, name in enumerate(self.labels)}
         if len(self._index) < len(self.labels):
             raise DataError("names a tag twice", key="task.labels")
+        self._index = {name.strip(): at for name, at in self._index.items()} | self._index
         if settings.labels_by_number:
             self._index |= places_of(self.labels)
 

@@ -39,6 +39,12 @@ def test_blanks_around_a_name_make_no_other_class() -> None:
     for labels in (["spam", "ham"], ["spam ", "ham"]):
         task = open_task(labels=labels, problem_type="single_label")
         assert [int(each.arrays["label"][0]) for each in encoded(task, values)] == [0, 0, 1, 1]
+    task = open_task(labels=["spam ", "ham"], problem_type="multi_label")
+    [example] = encoded(task, [{"text": "a", "label": ["spam "]}])
+    assert list(example.arrays["label"]) == [1, 0]
+    task = open_task("token_classification", labels=["O", "B-PER "])
+    [example] = encoded(task, [{"tokens": ["a", "b"], "tags": ["O", "B-PER "]}])
+    assert list(example.arrays["tags"]) == [0, 1]
 
 
 def test_names_numbers_and_class_labels_give_one_mapping() -> None:
