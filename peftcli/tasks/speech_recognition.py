@@ -49,6 +49,8 @@ TOO_LONG = "longer than the model hears at once"
 _SILENT = 1
 _QUIET = 2.0**-10
 """The largest sample of a clip without sound, where 1 is the loudest that a file can hold."""
+_LOUDEST = 32
+"""A larger sample is one of 16 or 24 bits as a whole number, and not a share of the loudest."""
 _UNKNOWN_SIZE = 2**31 - 2**16
 """A WAV file that says to have more bytes was written into a pipe, when nobody knew how many there would be."""
 _FRAMES = 100
@@ -268,6 +270,9 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
                 loudest = [float(np.abs(block).max()) for block in sound.blocks(_BLOCK, dtype="float32")]
             if not loudest or not math.isfinite(sum(loudest)):
                 raise DataError("has samples that are no numbers" if loudest else "has no samples", file=file.path)
+            if max(loudest) > _LOUDEST:
+                message = f"has samples up to {max(loudest):g}; those of a sound are from -1 to 1"
+                raise DataError(message, file=file.path, hint="Divide samples of 16 bits by 32768.")
         arrays = {**file.arrays(), "labels": labels, "text": text}
         return Outcome([Example(arrays, size, len(labels))], size=size, flags=_SILENT if max(loudest) <= _QUIET else 0)
 

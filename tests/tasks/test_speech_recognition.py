@@ -130,6 +130,9 @@ def test_what_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path) -> None:
         assert isinstance(each, DataError)
         assert words in each.message
     assert [each.line for each in found] == [1, 2, 3, 4, 5, 6]
+    whole = {"array": (tone() * 2**15).astype(np.int16), "sampling_rate": RATE}
+    (unscaled,) = outcomes(speech_task(), [{"audio": whole, "text": "a"}])
+    assert "samples up to 16384; those of a sound are from -1 to 1" in str(unscaled)
     (blank,) = outcomes(speech_task(), [{"audio": tone_rows()[0]["audio"], "text": " "}])
     assert "expected a text" in str(blank)
 
