@@ -94,7 +94,10 @@ def read_file(path: str) -> bytes:
     """
     file = Path(path)
     if not is_file(file):
-        raise DataError("no such file", file=path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}...")
+        shown = path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}..."
+        if len(path) < _MAX_NAME and file.is_dir():
+            raise DataError("is a folder, and no file", file=shown)
+        raise DataError("no such file", file=shown)
     try:
         return file.read_bytes()
     except OSError as error:

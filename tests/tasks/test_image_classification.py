@@ -127,6 +127,8 @@ def test_broken_pictures_are_errors_with_row_and_path(tmp_path: Path) -> None:
     for number, (name, error) in enumerate(zip(names[1:], found[1:], strict=True), start=2):
         assert (error.file, error.line, error.key) == ("a.jsonl", number, "image")
         assert str(tmp_path / name) in error.message
+    [bad] = encoded(task(), [{"image": str(tmp_path), "label": "red"}])
+    assert f"{tmp_path}: is a folder" in bad.message
     [bad] = encoded(task(), [{"image": b"no picture", "label": "red"}])
     assert "is not a picture" in bad.message
     [bad] = encoded(task(), [{"image": None, "label": "red"}])
