@@ -124,6 +124,10 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         """
         return {**self.own_tensors(), **(self.fixed_tensors() if self.saves_fixed else {})}
 
+    def held(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of the layer whose rows are those of ``value``, which the file holds as ``tensor``."""
+        return [value]
+
     def file_name(self, path: str, tensor: str) -> str:
         """Return the name of ``tensor`` in the adapter file, for a layer at ``path`` in the model."""
         return f"{self.file_prefix}{path}.{tensor}"

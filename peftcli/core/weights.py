@@ -85,7 +85,9 @@ def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], a
 def holds_its_file(model: nn.Module, adapter: str | None = None) -> bool:
     """Return whether the model holds the adapter file's tensors as they are, so that ``load_state`` can fill them."""
     state = {value.data_ptr() for value in training_state(model, adapter).values()}
-    return all(value.data_ptr() in state for value in adapter_state(model, adapter).values())
+    held = {name: layer.held(tensor, value) for name, (layer, tensor, value) in file_tensors(model, adapter).items()}
+    parts = (part for name, value in adapter_state(model, adapter).items() for part in held.get(name, [value]))
+    return all(part.data_ptr() in state for part in parts)
 
 
 def file_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, torch.Tensor]]:
@@ -117,7 +119,8 @@ def load_state(
     with torch.no_grad():
         for name, value in values.items():
             if name in own:
-                _fill(own[name][2], value, own[name][0])
+                layer, tensor, place = own[name]
+                _fill(layer.held(tensor, place), value, layer)
             elif not base[name].is_meta and not torch.equal(base[name], new := value.to(base[name])):
                 replace_weight(model, base[name], new)
 
@@ -190,17 +193,19 @@ def is_finite(value: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(torch.isfinite(ends.to(dtype or ends.dtype)).all())
 
 
-def _fill(target: torch.Tensor, value: torch.Tensor, layer: AdapterLayer) -> None:
-    """Copy ``value`` into a tensor of ``layer``, which gets memory if it is on the meta device."""
-    if not target.is_meta:
-        target.copy_(value)
-        return
-    base = base_module(layer)
-    devices = [each.device for each in (*base.parameters(), *base.buffers()) if not each.is_meta]
-    device = offloaded_to_run_on(base) or (devices[0] if devices else value.device)
-    value = value.detach().to(device, target.dtype, copy=True)
-    new = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
-    torch.utils.swap_tensors(target, new)
+def _fill(targets: list[torch.Tensor], value: torch.Tensor, layer: AdapterLayer) -> None:
+    """Copy ``value``, or its rows, into tensors of ``layer``, which get memory if they are on the meta device."""
+    values = [value] if len(targets) == 1 else value.split([len(target) for target in targets])
+    for target, own in zip(targets, values, strict=True):
+        if not target.is_meta:
+            target.copy_(own)
+            continue
+        base = base_module(layer)
+        devices = [each.device for each in (*base.parameters(), *base.buffers()) if not each.is_meta]
+        device = offloaded_to_run_on(base) or (devices[0] if devices else own.device)
+        filled = own.detach().to(device, target.dtype, copy=True)
+        new = nn.Parameter(filled, target.requires_grad) if isinstance(target, nn.Parameter) else filled
+        torch.utils.swap_tensors(target, new)
 
 
 def _without_adapter_names(

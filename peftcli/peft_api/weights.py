@@ -22,7 +22,8 @@ def cast_weights(model: nn.Module, adapter: str, *, as_base: bool = False) -> No
 
 def empty_state(model: nn.Module, adapter: str) -> None:
     """Move the tensors that the adapter's file holds to the meta device, to be filled by ``load_state``."""
-    for _, _, value in file_tensors(model, adapter).values():
+    files = file_tensors(model, adapter).values()
+    for value in [part for layer, tensor, whole in files for part in layer.held(tensor, whole)]:
         empty = torch.empty_like(value, device="meta")
         torch.utils.swap_tensors(
             value, nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty

@@ -66,6 +66,10 @@ class Prefix(nn.Module):
         """Return the tensor of the adapter file: (n, pairs * 2 * width)."""
         return torch.cat([self.pair(index) for index in range(self.pairs)], dim=1)
 
+    def held(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors whose rows are those of the ``whole``."""
+        return [whole]
+
     def fill(self, values: torch.Tensor) -> None:
         """Copy ``values``, as ``whole`` returns them, into what trains.
 
@@ -112,6 +116,9 @@ class PrefixAttention(SoftPrompt):
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         return {"prompt_embeddings": self.prefix.whole()}
+
+    def held(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
+        return self.prefix.held(value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]

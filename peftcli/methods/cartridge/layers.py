@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.inject import disabled, evaluating
 from peftcli.core.layer import AdapterLayer, adapter_layers
-from peftcli.core.prompts.prefix import Prefix, PrefixAttention, TrainedPrefix, insert_prefix
+from peftcli.core.prompts.prefix import Prefix, PrefixAttention, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
 from peftcli.core.prompts.prefix import wrap as wrap
 from peftcli.errors import AdapterError
@@ -35,33 +35,22 @@ class Cartridge(Prefix):
     def whole(self) -> torch.Tensor:
         return torch.cat([self.frozen_embedding, self.trainable_embedding])
 
+    def held(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [self.frozen_embedding, self.trainable_embedding]
+
     def fill(self, values: torch.Tensor) -> None:
         frozen = len(self.frozen_embedding)
         self.frozen_embedding.copy_(values[:frozen])
         self.trainable_embedding.copy_(values[frozen:])
 
 
-class LoadedCartridge(TrainedPrefix):
-    """One tensor, as the file holds it. Trained on, the first tokens get no gradient."""
-
-    def __init__(self, count: int, pairs: int, width: int, frozen: int):
-        super().__init__(count, pairs, width)
-        self.frozen = frozen
-
-    def pair(self, index: int) -> torch.Tensor:
-        pair = super().pair(index)
-        return torch.cat([pair[: self.frozen].detach(), pair[self.frozen :]]) if pair.requires_grad else pair
-
-
 def attach(model: nn.Module, config: CartridgeConfig, layers: Mapping[str, AdapterLayer]) -> None:
     """Let the new layers share a cartridge, and the model's inputs make room for it."""
     assert config.num_layers is not None
     assert config.token_dim is not None
-    kind = LoadedCartridge if config.inference_mode else Cartridge
-    insert_prefix(
-        model, layers, kind(config.num_virtual_tokens, config.num_layers, config.token_dim, config.num_frozen_tokens)
-    )
-    for layer in layers.values() if kind is Cartridge else ():
+    count, frozen = config.num_virtual_tokens, config.num_frozen_tokens
+    insert_prefix(model, layers, Cartridge(count, config.num_layers, config.token_dim, frozen))
+    for layer in layers.values():
         layer.fixed = (_FROZEN,)
 
 
