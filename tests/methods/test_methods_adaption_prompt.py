@@ -18,6 +18,8 @@ from transformers import (
     MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
+    RoFormerConfig,
+    RoFormerForMaskedLM,
     XGLMConfig,
     XGLMForCausalLM,
 )
@@ -123,6 +125,29 @@ def test_mpts_attention_has_biases_of_three_dimensions() -> None:
         )
         seen = (heads[0] @ keys.mT * attention.softmax_scale).softmax(-1) @ values
         expected = attention(*args, **given)[0] + 2 * attention.out_proj(seen.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_roformers_queries_are_rotated_and_the_keys_of_the_vectors_are_not() -> None:
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    model = RoFormerForMaskedLM(RoFormerConfig(**sizes, num_hidden_layers=1, rotary_value=True)).eval()
+    attention = model.roformer.encoder.layer[0].attention.self
+    inject(model, AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    (layer,) = cast("list[Any]", [*adapter_layers(model).values()])
+    calls: list[Any] = []
+    layer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    with torch.no_grad():
+        layer.adaption_gate.fill_(2.0)
+        logits(model, batch("bert"))
+        args, given, found = calls[0]
+        x, prompt, sines = args[0], layer.adaption_prompt, given.get("sinusoidal_pos", args[2] if args[2:] else None)
+        query, keys, values = (
+            project(part).unflatten(-1, (4, -1)).transpose(1, 2)
+            for project, part in ((attention.query, x), (attention.key, prompt), (attention.value, prompt))
+        )
+        query, _ = attention.apply_rotary_position_embeddings(sines, query, query)
+        seen = ((query @ keys.mT / math.sqrt(8)).softmax(-1) @ values).transpose(1, 2).flatten(2)
+        expected = attention(*args, **given)[0] + 2 * seen
     torch.testing.assert_close(found[0], expected)
 
 

@@ -86,7 +86,7 @@ class AdaptedAttention(AdapterLayer):
         mask = x.new_zeros(1, 1, x.shape[1], prompt.shape[1]).expand(len(x), -1, -1, -1)
         if getattr(inputs.get("position_bias"), "ndim", None) == 3:  # MPT, whose mask says what is hidden
             mask = None
-        given = {"position_embeddings", "position_ids"} & inputs.keys()  # the queries have theirs
+        given = {"position_embeddings", "position_ids", "sinusoidal_pos"} & inputs.keys()  # the queries have theirs
         changed = _without_positions(inputs, x, prompt, self._biases) | {name: inputs[name] for name in given}
         training, attention.training = attention.training, False  # the term has no dropout of its own
         try:
@@ -139,6 +139,10 @@ def _without_positions(
             each.new_full((1, length, each.shape[-1]), value) for each, value in zip(rotation, (1, 0), strict=True)
         )
         none["position_embeddings"] = cos, sin
+    if (sines := inputs.get("sinusoidal_pos")) is not None:  # of RoFormer: sines, then cosines
+        none["sinusoidal_pos"] = torch.cat(
+            [sines.new_full((1, 1, length, sines.shape[-1] // 2), one) for one in (0, 1)], -1
+        )
     given = {name for name, value in inputs.items() if value is not None} | biases
     return {**inputs, "hidden_states": x, **{name: value for name, value in none.items() if name in given}}
 
