@@ -19,7 +19,7 @@ from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unchanged_on_error, unload
 from peftcli.core.layer import base_modules
 from peftcli.core.protocols import ReadsFiles, describe, layers_of
-from peftcli.core.targets import module_matches, shortest_names
+from peftcli.core.targets import module_matches, pattern_value, shortest_names
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError, OutOfMemory
 from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
@@ -186,6 +186,7 @@ def load_adapter(
             header = _renamed(stored, rename)
             if header.keys() != stored.keys():
                 _target_renamed(model, config, header)
+                _patterns_renamed(model, config, dict(zip(header, stored, strict=True)))
             _read_names(model, config, header)
             if prepare is not None:
                 prepare(header)
@@ -287,6 +288,25 @@ def _target_renamed(model: nn.Module, config: AdapterConfig, header: Mapping[str
                 break
     kept = [entry for entry in config.target_modules or () if entry not in unmatched]
     config.target_modules = [*kept, *shortest_names(model, sorted(found))]
+
+
+def _patterns_renamed(model: nn.Module, config: AdapterConfig, names: Mapping[str, str]) -> None:
+    """Let ``rank_pattern`` and ``alpha_pattern`` say of this model's modules what they said of those with older names.
+
+    ``names`` are those of the file's tensors: in this model -> in the file.
+    """
+    modules, older = base_modules(model), dict[str, str]()
+    for new, old in names.items():
+        path, parts = new.removeprefix(config.file_prefix), old.removeprefix(config.file_prefix).split(".")
+        while path and path not in modules:
+            path, _, _ = path.rpartition(".")
+            parts.pop()
+        older[path] = ".".join(parts)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key, None) or {}
+        values = {new: pattern_value(patterns, old, 0) for new, old in older.items()}
+        if any(pattern_value(patterns, new, 0) != value for new, value in values.items()):
+            setattr(config, key, {new: values[new] for new in sorted(values, key=len, reverse=True) if values[new]})
 
 
 def _is_inside(name: str, entries: list[str]) -> bool:

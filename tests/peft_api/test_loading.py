@@ -200,9 +200,11 @@ def test_targets_that_had_other_names_in_older_transformers_are_found(tmp_path: 
     if "vit.layers.0.attention.q_proj" not in dict(base().named_modules()):
         pytest.skip("this transformers has the older names")
     config = peftcli.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    config.rank_pattern, config.alpha_pattern = {"q_proj": 4}, {"layers.1.attention.v_proj": 64}
     model = get_peft_model(base(), config).eval()
     randomise(model)
     config.target_modules = {"query", "value"}
+    config.rank_pattern, config.alpha_pattern = {"query": 4}, {"layer.1.attention.attention.value": 64}
     older = {"vit.layers": "vit.encoder.layer", "q_proj": "attention.query", "v_proj": "attention.value"}
     tensors = adapter_state(model.get_base_model())
     for now, then in older.items():
