@@ -6,6 +6,7 @@ A label is the name of a class, a list of names of which several or none hold, o
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from torch import nn
 from peftcli.data.findings import Finding
 from peftcli.data.rows import Reader, Row, Table, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
+from peftcli.data.text_rows import parse_json
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
@@ -32,6 +34,8 @@ Settings = TypeVar("Settings", bound=settings.Classification)
 
 LABEL = Column("float32", (None,))
 """The column ``label``: the index of the class; for multi_label 0 or 1 of each class; for regression the number."""
+_LIST = re.compile(r"""\s*\[\s*(["'].*["']\s*)?\]\s*""", re.DOTALL)
+"""A text that holds a list of texts."""
 _UNBALANCED = 0.95
 _HALF = 0.5
 _TOP = 5
@@ -294,6 +298,7 @@ class Classification(Task[Settings]):
         """Return the row's label: a class or several by their names, or a number with a decimal point."""
         value, key = reader.value(row, "label"), reader.names["label"]
         try:
+            value = _listed_in(value)
             if isinstance(value, float) and math.isfinite(value):
                 return value
             if isinstance(value, int) and self.settings.problem_type == "regression":
@@ -356,6 +361,19 @@ def class_name(value: Any, reader: LabelReader) -> str:
 def places_of(labels: Sequence[str]) -> dict[str, int]:
     """Return the numbers by which rows may give classes: number -> place; none where a class has one for a name."""
     return {} if any(_number(name) is not None for name in labels) else {str(at): at for at in range(len(labels))}
+
+
+def _listed_in(value: Any) -> Any:
+    """The list that a text holds as JSON, as CSV files have it; any other value as it is.
+
+    Raises:
+        ValueError: it holds one as Python writes it.
+    """
+    if not isinstance(value, str) or not _LIST.fullmatch(value):
+        return value
+    with suppress(ValueError):
+        return parse_json(value)[0]
+    raise ValueError(f'is a list that is not JSON, as in ["red", "blue"]: {shortened(value)}')
 
 
 def _number(value: str | float) -> float | None:

@@ -128,6 +128,17 @@ def test_lists_are_several_classes() -> None:
     assert "expected a list of classes" in encoded(task, rows("red"))[0].message
 
 
+def test_lists_may_be_json_in_a_text() -> None:
+    """As CSV files have them."""
+    task = scanned(rows('["red"]', '["blue", "red"]', "[]"))
+    assert (task.labels, task.settings.problem_type) == (("red", "blue"), "multi_label")
+    found = encoded(task, rows('["blue"]', "[]", ["red"]))
+    assert [list(each.arrays["label"]) for each in found] == [[0, 1], [0, 0], [1, 0]]
+    assert scanned(rows("[UNK]", "[SEP]")).labels == ("[UNK]", "[SEP]")
+    [bad] = encoded(task, rows("['red', 'blue']"))
+    assert (bad.key, "is a list that is not JSON" in bad.message) == ("label", True)
+
+
 @pytest.mark.parametrize("missing", [None, "", " ", -1, -100, float("nan")])
 def test_a_row_without_a_label_is_an_error_with_its_place(missing: Any) -> None:
     task = scanned(rows("a", "b", missing))
