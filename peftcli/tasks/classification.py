@@ -232,10 +232,12 @@ class Classification(Task[Settings]):
                 more["auc"] = metrics.roc_auc_score(wanted, found[:, -1])
             if len(self.labels) > _TOP:
                 more["top5_accuracy"] = float((found == wanted[:, None]).any(axis=1).mean())
+        alone = len(self.labels) == 1  # whose absence is no class
+        macro, micro = ("binary", "binary") if alone else ("macro", "micro")
         return loss | {
             "accuracy": metrics.accuracy_score(wanted, chosen),
-            "macro_f1": metrics.f1_score(wanted, chosen, average="macro", zero_division=0),
-            "micro_f1": metrics.f1_score(wanted, chosen, average="micro", zero_division=0),
+            "macro_f1": metrics.f1_score(wanted, chosen, average=macro, zero_division=0),
+            "micro_f1": metrics.f1_score(wanted, chosen, average=micro, zero_division=0),
             **more,
         }
 

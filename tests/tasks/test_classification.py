@@ -242,6 +242,12 @@ def test_a_perfect_classifier() -> None:
     assert metrics == dict.fromkeys(["accuracy", "macro_f1", "micro_f1", "matthews", "auc"], 1.0)
 
 
+def test_of_one_class_that_rows_may_lack_its_own_f1_is_measured() -> None:
+    values = rows(["a"], [], ["a"], [])
+    found = [measured(scanned(values), values, logits) for logits in ([[-1.0]] * 4, [[1.0], [-1], [-1], [-1]])]
+    assert [(each["macro_f1"], each["micro_f1"]) for each in found] == [(0, 0), (pytest.approx(2 / 3),) * 2]
+
+
 @pytest.mark.parametrize(
     ("values", "size"),
     [(rows("a", "b"), 2), (rows("a", "b", "c"), 3), (rows(["a", "b"], ["a"]), 2), (rows(0.5, 1.5), 1)],
