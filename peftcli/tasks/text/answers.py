@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from peftcli.tasks.text.formats import (
     ParsedRow,
     example_reader,
     joined_parts,
+    turns_in,
     without_odd_system,
 )
 from peftcli.tasks.text.spans import common_length
@@ -49,6 +51,8 @@ class AnswerReader(ExampleReader):
         """
         values = {name: self.value(row, name) for name in self.answers}
         prompt = row.values.get(self.names.get("prompt", ""))
+        if self.name == "messages":
+            values, prompt = {name: _parsed(each) for name, each in values.items()}, _parsed(prompt)
         beside: dict[str, str] = {name: self.names[name] for name in ("system", "tools") if name in self.names}
         texts = list(values.values())
         if len(texts) > 1 and texts[0] == texts[1]:
@@ -132,7 +136,7 @@ def answer_reader(
     optional = [*optional, "system", "tools", *(["prompt"] if len(answers) > 1 else [])]
     columns = {name: (name,) for name in ("prompt", *answers, "system", "tools")} | more
     found = table.reader("answers", optional=optional, **columns)
-    messages = isinstance(table.first.get(found.names[answers[0]]), list)
+    messages = isinstance(_parsed(table.first.get(found.names[answers[0]])), list)
     names = without_odd_system(table, found.names)
     return AnswerReader("messages" if messages else "prompt_completion", names, tuple(answers), answers[0])
 
@@ -147,6 +151,14 @@ def text_reader(table: Table, *, whole: bool) -> ExampleReader:
     if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
         return replace(answer_reader(table, ("completion",)), whole=whole)
     return found
+
+
+def _parsed(value: Any) -> Any:
+    """The turns that a text holds as JSON, as CSV files have them; any other value, and other JSON, as it is."""
+    with suppress(ValueError):
+        turns = turns_in(value)
+        return turns if isinstance(turns, list) and all(map(_role, turns)) else value
+    return value
 
 
 def _role(turn: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -18,6 +19,14 @@ YES, NO = {"role": "assistant", "content": "tea"}, {"role": "assistant", "conten
 CHATS = [[ASK, YES], [ASK, NO]]
 FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "messages": ({"prompt": [ASK], "chosen": [YES], "rejected": [NO]}, CHATS),
+    "messages as JSON in texts": (
+        {"prompt": json.dumps([ASK]), "chosen": json.dumps([YES]), "rejected": json.dumps([NO])},
+        CHATS,
+    ),
+    "texts that hold other JSON": (
+        {"prompt": "[", "chosen": '[{"tea": 1}]', "rejected": "[1]"},
+        ['[[{"tea": 1}]', "[[1]"],
+    ),
     "whole conversations": ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
     "the prompt twice": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
     "the prompt as text, too": ({"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
