@@ -334,12 +334,33 @@ def _wrapped(
                 hint=f"leave it out, or load the base model with llm_int8_skip_modules={[name]} in its "
                 "BitsAndBytesConfig, or with modules_to_not_convert in another quantization config",
             )
-    layers = {name: wrap(places[name], name, config) for name in names}
+    layers = _wrap_each({name: places[name] for name in names}, config)
     copies = {name: TrainedCopy(places[name], config.file_prefix) for name in saved}
     for name, layer in [*layers.items(), *copies.items()]:
         if any(value.is_meta for value in layer.own_tensors().values()):
             check_not_offloaded(layer, name)
     return layers, copies
+
+
+def _wrap_each(modules: Mapping[str, nn.Module], config: AdapterConfig) -> dict[str, AdapterLayer]:
+    """Wrap the modules. Of those that no setting names, one is left out that has a single output and cannot be adapted.
+
+    Gates of experts are such.
+    """
+    by_default = isinstance(config, TargetedConfig) and config.target_modules in (None, "all-linear")
+    layers: dict[str, AdapterLayer] = {}
+    errors = list[AdapterError]()
+    for name, module in modules.items():
+        try:
+            layers[name] = wrap(module, name, config)
+        except AdapterError as error:
+            view = linear_view(module) if by_default else None
+            if view is None or view.out_features > 1:
+                raise
+            errors.append(error)
+    if not layers:
+        raise errors[0]
+    return layers
 
 
 def _clear_names(model: nn.Module, entries: list[str] | None, saved: list[str]) -> list[str] | None:

@@ -56,6 +56,7 @@ from peftcli.methods.ia3.config import IA3Config
 from peftcli.methods.loha.config import LoHaConfig
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.oft.config import OFTConfig
+from peftcli.methods.osf.config import OSFConfig
 from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
 from peftcli.methods.vera.config import VeraConfig
 
@@ -201,6 +202,18 @@ def test_what_a_model_reads_without_calling_it_is_left_out_or_refused(
         find_targets(model, LoraConfig(target_modules=[*kept, named]))
     loaded = LoraConfig(target_modules=[named], inference_mode=True)  # of a run that did call it
     assert find_targets(model, loaded)
+
+
+def test_a_gate_that_the_method_cannot_adapt_is_left_out_unless_it_is_named() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"up": nn.Linear(8, 16), "shared_expert_gate": nn.Linear(8, 1)})
+
+    assert list(inject(model(), OSFConfig()).layers) == ["up"]
+    assert list(inject(model(), LoraConfig(target_modules="all-linear")).layers) == ["up", "shared_expert_gate"]
+    with pytest.raises(AdapterError, match="0 of the 1 directions of shared_expert_gate"):
+        inject(model(), OSFConfig(target_modules=["up", "shared_expert_gate"]))
+    with pytest.raises(AdapterError, match="20 of the 8 directions of up"):  # the settings are wrong, not the layer
+        inject(model(), OSFConfig(effective_rank=20))
 
 
 @pytest.mark.parametrize("kind", [LoHaConfig, IA3Config, OFTConfig])
