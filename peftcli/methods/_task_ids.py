@@ -97,7 +97,10 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
 def _take(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """The model's forward pre-hook. It finds the layers anew, since the model may be a copy."""
     layers = _layers(model)
-    if not layers or "task_ids" not in kwargs:
+    if not layers:
+        return None
+    layers[0].task_ids.of_call = None  # a call that raised has left its own
+    if "task_ids" not in kwargs:
         return None
     kwargs = dict(kwargs)
     task_ids = kwargs.pop("task_ids")

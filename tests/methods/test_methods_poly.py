@@ -102,6 +102,10 @@ def test_tasks_that_cannot_be_right_are_refused(tasks: Any, message: str) -> Non
         with pytest.raises(AdapterError, match=message):
             generate(model, **batch("llama"), task_ids=tasks, max_new_tokens=2)
     model(**batch("llama"), task_ids=TASKS)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[9999], [9999]]), task_ids=TASKS)
+    with pytest.raises(AdapterError, match="say the task of each row"):
+        model(**batch("llama"))
     with pytest.raises(AdapterError, match="say the task"):  # those of the last call are forgotten
         model(**batch("llama"))
 
