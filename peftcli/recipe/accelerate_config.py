@@ -87,6 +87,7 @@ class _Loader(yaml.SafeLoader):
 
 def with_engine_files(recipe: Recipe, given: Collection[str], report: Callable[[Sequence[str], str], None]) -> Recipe:
     """Return the recipe with what its files of accelerate's and DeepSpeed's say, but for the keys ``given`` in it."""
+    zero = recipe.launch.zero_optimization
     for name, read, kind in (
         ("accelerate_config", _read_accelerate, "no file that accelerate wrote"),
         ("deepspeed", read_deepspeed, "no configuration of DeepSpeed"),
@@ -106,6 +107,7 @@ def with_engine_files(recipe: Recipe, given: Collection[str], report: Callable[[
         if name == "deepspeed":  # which knows nothing of machines
             found = {each: found[each] for each in ("strategy", "bf16", *_OF_ZERO) if each in found}
         own = {each: value for each, value in found.items() if f"launch.{each}" not in given}
+        own["zero_optimization"] = found.get("zero_optimization", {}) | zero
         recipe = _with_launch(recipe, {name: None, **own})
     return recipe
 
@@ -161,7 +163,8 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
     if problems:
         hint = "start accelerate without it; the recipe has launch.strategy, training.bf16 and training.torch_compile"
         raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch", hint=hint)
-    either = {name: found.get(name) or getattr(recipe.launch, name) for name in (*_OF_DIVIDED, "zero_optimization")}
+    either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
+    either["zero_optimization"] = found.get("zero_optimization", {}) | recipe.launch.zero_optimization
     either["reshard_after_forward"] = found.get("reshard_after_forward", True) and recipe.launch.reshard_after_forward
     return _with_launch(recipe, either | {name: found[name] for name in ("strategy", "bf16") if name in found})
 

@@ -160,6 +160,13 @@ def test_a_configuration_of_deepspeed_without_fp16_leaves_bf16_to_the_recipe(tmp
         assert recipe.training.bf16 == expected
 
 
+def test_a_recipe_changes_one_setting_of_a_configuration_of_deepspeed(tmp_path: Path) -> None:
+    own = ["launch.zero_optimization={overlap_comm: false}", "training.bf16=auto"]
+    recipe = read(trainkit.write_recipe(tmp_path), [of_deepspeed(tmp_path), *own]).recipe
+    assert recipe is not None
+    assert recipe.launch.zero_optimization == OF_AUTO.zero_optimization | {"overlap_comm": False}
+
+
 def test_what_accelerate_says_beside_a_configuration_of_deepspeed_is_not_ignored(tmp_path: Path) -> None:
     of_deepspeed(tmp_path)
     named = {"deepspeed_config_file": f"{tmp_path}/zero.json"}
