@@ -122,7 +122,10 @@ def _read_accelerate(path: str, training: Training) -> tuple[Any, list[str]]:
     zero = said.get("deepspeed_config") or {}
     if said.get("distributed_type") != "DEEPSPEED" or (file := zero.get("deepspeed_config_file")) is None:
         return said, []
-    asked, problems = read_deepspeed(file, training)
+    try:
+        asked, problems = read_deepspeed(file, training)
+    except _WRONG as error:
+        return said, [f"{file}, no configuration of DeepSpeed: {str(error)[:200]}"]
     return said | asked | {"deepspeed_config": zero | asked["deepspeed_config"]}, problems
 
 

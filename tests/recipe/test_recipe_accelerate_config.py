@@ -167,6 +167,13 @@ def test_a_recipe_changes_one_setting_of_a_configuration_of_deepspeed(tmp_path: 
     assert recipe.launch.zero_optimization == OF_AUTO.zero_optimization | {"overlap_comm": False}
 
 
+def test_a_wrong_file_that_accelerate_names_is_the_one_named(tmp_path: Path) -> None:
+    of_deepspeed(tmp_path, zero_optimization={})
+    named = written(tmp_path, zero(deepspeed_config_file=f"{tmp_path}/zero.json"))
+    (found,) = read(named, ["training.bf16=auto"]).problems
+    assert "zero.json, no configuration of DeepSpeed: it has no zero_optimization" in found.message
+
+
 def test_what_accelerate_says_beside_a_configuration_of_deepspeed_is_not_ignored(tmp_path: Path) -> None:
     of_deepspeed(tmp_path)
     named = {"deepspeed_config_file": f"{tmp_path}/zero.json"}
