@@ -180,17 +180,17 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
             )
         check_not_offloaded(base, name)
         tensors = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers())}
-        changing = [
-            each for each in layers_at(self) if each.enabled and not isinstance(each, (TrainedBias, TrainedCopy))
-        ]
-        if changing and "weight" not in tensors and isinstance(getattr(base, "weight", None), torch.Tensor):
+        made = dict[torch.Tensor, torch.Tensor]()
+        try:
+            with torch.no_grad(), ready_to_merge(self):
+                values = self.folded(dict(tensors))
+        except KeyError as error:
+            if error.args != ("weight",) or not isinstance(getattr(base, "weight", None), torch.Tensor):
+                raise
             raise AdapterError(
                 f"{name} computes its weight from other tensors, as by pruning or a weight norm, and cannot be merged",
                 hint="make the weight an ordinary one before the adapter is put in, by remove_parametrizations",
-            )
-        made = dict[torch.Tensor, torch.Tensor]()
-        with torch.no_grad(), ready_to_merge(self):
-            values = self.folded(dict(tensors))
+            ) from None
         for tensor, value in values.items():
             before = tensors[tensor]
             if before not in made:

@@ -257,6 +257,10 @@ def test_a_weight_that_is_computed_is_not_merged_into() -> None:
         with pytest.raises(AdapterError, match="normed computes its weight from other tensors"):
             fold_in()
     assert torch.equal(model(x), expected)
+    biases = get_peft_model(nn.Sequential(weight_norm(nn.Linear(4, 6))), peftcli.BeftConfig(target_modules="0"))
+    randomise(biases)
+    expected = biases(x)
+    torch.testing.assert_close(biases.merge_and_unload()(x), expected)
 
 
 def test_fold_and_merge_of_the_core_take_the_enabled_ones() -> None:
