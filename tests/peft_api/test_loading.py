@@ -216,6 +216,16 @@ def test_targets_that_had_other_names_in_older_transformers_are_found(tmp_path: 
     assert loaded.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
 
+@pytest.mark.parametrize("empty", [{"layer_replication": []}, {"trainable_token_indices": {}}])
+def test_a_file_with_an_empty_setting_is_trained_on_and_saved(empty: dict[str, Any], tmp_path: Path) -> None:
+    peft.get_peft_model(tiny("llama"), _config(peft, **empty)).save_pretrained(tmp_path / "theirs")
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "theirs", is_trainable=True).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "ours")
+    assert torch.equal(logits(loaded, batch("llama")), logits(model, batch("llama")))
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapter_weights_are_float32_or_as_the_base_model(saved: Path, autocast: bool, dtype: torch.dtype) -> None:

@@ -142,6 +142,9 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         init = str(self.init_lora_weights).lower()
         self.init_lora_weights = init if init in get_args(Name) else self.init_lora_weights  # OLoRA, as PEFT takes it
         self.loftq_config = self.loftq_config or None  # PEFT writes {}
+        if self.inference_mode:  # in PEFT's files, none and a model as it is; they may be trained on, and saved
+            self.trainable_token_indices = self.trainable_token_indices or None
+            self.layer_replication = self.layer_replication or None
         super().normalise()
 
     def problems(self) -> list[tuple[str, str]]:
@@ -226,9 +229,7 @@ def _own_problems(config: LoraConfig) -> Problems:
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
         wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
-        if not any(lists) and not config.inference_mode:  # in PEFT's files, none
-            wrong = ["names no token"]
-        found += [("trainable_token_indices", message) for message in wrong]
+        found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
     if config.alora_invocation_tokens in ([], "") and not config.inference_mode:  # in PEFT's files, a plain LoRA
         found.append(("alora_invocation_tokens", "names no token"))
     return found + _range_problems(config)
@@ -255,8 +256,8 @@ def _range_problems(config: LoraConfig) -> Problems:
     ranges = config.layer_replication
     if ranges is None:
         return []
-    if not ranges:  # in PEFT's files, a model as it is
-        return [] if config.inference_mode else [("layer_replication", "names no layer")]
+    if not ranges:
+        return [("layer_replication", "names no layer")]
     wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
     if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
         return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, the most that is accepted")]
