@@ -67,3 +67,6 @@ def test_there_is_something_to_train() -> None:
     inject(nn.ModuleDict({"x": nn.Linear(5, 4)}), GloraConfig(**settings))
     with pytest.raises(AdapterError, match=r"config_A_B: .* have no bias"):
         inject(nn.ModuleDict({"x": nn.Linear(5, 4, bias=False)}), GloraConfig(**settings))
+    model = nn.ModuleDict({"x": nn.Linear(5, 4, bias=False), "head": nn.Linear(4, 2)})
+    inject(model, GloraConfig(**settings, modules_to_save=["head"]))
+    assert any(value.requires_grad for value in model["head"].parameters())

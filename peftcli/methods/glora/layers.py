@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, TrainedBias, base_module, widened
+from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_layers, base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
@@ -92,8 +92,9 @@ wrap = GloraLinear
 
 
 def attach(model: nn.Module, config: GloraConfig, layers: Mapping[str, AdapterLayer]) -> None:
-    """Raise AdapterError for a new adapter with nothing to train in these layers."""
-    if not config.inference_mode and not any(layer.own_tensors() for layer in layers.values()):
+    """Raise AdapterError for a new adapter with nothing to train, in these layers or beside them."""
+    adapter = next(iter(layers.values())).adapter
+    if not config.inference_mode and not any(each.own_tensors() for each in adapter_layers(model, adapter).values()):
         raise AdapterError(
             "none leaves nothing to train: C, D and E are for layers with a bias, and the adapted ones have no bias",
             key="config_A_B",
