@@ -50,6 +50,13 @@ def test_a_norm_counts_whatever_its_class_is_called() -> None:
     assert [*inject(model, LNTuningConfig()).layers] == ["one", "other"]
 
 
+def test_the_output_projection_of_an_attention_is_trained() -> None:
+    model, x = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), torch.randn(3, 2, 8)
+    inject(model, LNTuningConfig(target_modules=["out_proj"]))
+    model["attention"](x, x, x)[0].sum().backward()
+    assert model["attention"].out_proj.copy.weight.grad.any()
+
+
 def test_norms_that_the_data_never_reaches_are_left_out() -> None:
     config = LNTuningConfig(unreached=["embeddings.LayerNorm"])
     layers = inject(

@@ -36,6 +36,7 @@ class LNTuningConfig(ExcludingConfig):
 
     peft_type = "LN_TUNING"
     learning_rate = 5e-3
+    adapts_attention: ClassVar[bool] = True
     as_sets: ClassVar[tuple[str, ...]] = ()
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 
