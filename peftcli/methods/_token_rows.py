@@ -59,12 +59,11 @@ class EmbeddingRows(TrainedRows):
         place = torch.full(base_module(base_layer).weight.shape[:1], -1)
         place[self.tokens] = torch.arange(len(self.tokens))
         self.register_buffer("place", place.to(rows.device), persistent=False)
-        # some embeddings scale what they look up; the rows are scaled alike
-        self.output_scale = getattr(base_layer, "embed_scale", 1.0)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         place = self.place[x]
-        rows = self.output_scale * F.embedding(place.clamp(min=0), self.trainable_tokens_delta)
+        scale = getattr(base_module(self), "embed_scale", 1.0)  # of embeddings that scale what they look up
+        rows = scale * F.embedding(place.clamp(min=0), self.trainable_tokens_delta)
         return torch.where((place >= 0)[..., None], rows.to(y.dtype), y)
 
 

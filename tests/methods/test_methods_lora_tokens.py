@@ -9,6 +9,7 @@ import torch
 from models_tiny import batch, ids, labelled, logits, tiny
 from oracle import ours
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import base_module
@@ -17,6 +18,7 @@ from peftcli.core.weights import adapter_state, load_state, named_tensors
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import wrap_rows
 from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.lora import LoraEmbedding
 
 TOKENS = [7, 3, 90]
 
@@ -59,6 +61,18 @@ def test_they_start_as_the_base_models_or_random() -> None:
     same, other = wrap_rows(base, [5, 3]), wrap_rows(base, [5, 3], start_from_base=False)
     assert torch.equal(same.trainable_tokens_delta, base.weight[[5, 3]])
     assert not torch.allclose(other.trainable_tokens_delta, base.weight[[5, 3]], atol=1e-2)
+
+
+def test_the_scale_of_an_embedding_follows_the_model_to_another_device() -> None:
+    with torch.device("meta"):
+        base = Gemma3TextScaledWordEmbedding(8, 4, 0)
+        base._buffers["embed_scale"] = torch.tensor(3.0)  # from_pretrained leaves no nn.Buffer
+        rows, update = wrap_rows(base, [5]), LoraEmbedding(base, "x", LoraConfig())
+    for layer in (rows, update):
+        layer.to_empty(device="cpu")
+        for buffer in layer.buffers():
+            buffer.zero_()
+        assert layer(torch.tensor([5])).device.type == "cpu"
 
 
 @pytest.mark.grid(keep=3)

@@ -202,12 +202,12 @@ class LoraEmbedding(LoraLayer):
                 initialise(self.lora_embedding_A, self.lora_embedding_B, "mica", self.scaling, lambda: weight)
             self.fixed = ("lora_embedding_B",)
             self.lora_embedding_B.requires_grad_(False)
-        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
-        self.output_scale = getattr(base_layer, "embed_scale", 1.0)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         chosen = F.embedding(x, self.lora_embedding_A.T, padding_idx=base_module(self).padding_idx)
-        z = self.scaling * self.output_scale * (chosen @ self.lora_embedding_B.T)
+        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
+        output_scale = getattr(base_module(self), "embed_scale", 1.0)
+        z = self.scaling * output_scale * (chosen @ self.lora_embedding_B.T)
         if self.lora_magnitude_vector is not None:
             return (dora.factor(self) * (y + z)).to(y.dtype)
         return y + z.to(y.dtype)
