@@ -196,6 +196,8 @@ DIFFERS: dict[str, str] = {
     "`PeftModel.get_nb_trainable_parameters`, `print_trainable_parameters`": "count fixed tensors that PEFT has in "
     "buffers, or in a changed base weight, among all parameters: the projections of AdaMSS, FRoD, PSOFT, PVeRA, "
     "RandLoRA, TinyLoRA and VeRA, and the start that PiSSA, OLoRA, CorDA, LoRA-GA and KaSA subtract",
+    "PeftModel.get_prompt": "gives the vectors of virtual tokens; of a prefix, where PEFT's gives a cache, it is an "
+    "error: `get_prompt_embedding_to_save` has its keys and values",
     "PeftModel.load_adapter": "its `missing_keys` and `unexpected_keys` are empty: a file that does not fit is "
     "an error",
     "PeftMixedModel": "can be saved and has a status: each model here takes adapters of several methods",

@@ -37,7 +37,7 @@ from peftcli.peft_api.prepare import (
 from peftcli.peft_api.replace_adapter import replace_adapter, replacing
 from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
 from peftcli.peft_api.shown_arguments import ShowsArguments
-from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders
+from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders, prompts
 from peftcli.peft_api.state_dicts import holding
 from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
@@ -184,6 +184,15 @@ class PeftModel(SavedByTrainer):
         """Return the vectors of an adapter's virtual tokens as its file holds them: (n, D), on the CPU."""
         self.base_model.check_known([adapter_name])
         return prompt_embedding(self.get_base_model(), adapter_name)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> torch.Tensor:
+        """Return the vectors of the active adapter's virtual tokens for each row of a batch: (B, n, D).
+
+        ``max_cache_len`` is for prefixes in PEFT; here only ``get_prompt_embedding_to_save`` gives those.
+        """
+        return prompts(self.get_base_model(), self.active_adapters[0], batch_size, task_ids)
 
     @property
     def modules_to_save(self) -> set[str] | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from peftcli.core.layer import adapter_layers
 from peftcli.core.prompts.inputs import SoftPrompt
+from peftcli.core.prompts.virtual_tokens import VirtualTokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 
@@ -41,6 +42,24 @@ def prompt_embedding(model: nn.Module, adapter: str) -> torch.Tensor:
     if "prompt_embeddings" not in state:
         raise AdapterError(f"{adapter!r} has no virtual tokens", key="adapter_name")
     return state["prompt_embeddings"].detach().cpu()
+
+
+def prompts(model: nn.Module, adapter: str, rows: int, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the vectors of an adapter's virtual tokens, once for each of the rows: (B, n, D).
+
+    Raises:
+        AdapterError: the adapter has no such vectors, or the tasks do not fit.
+    """
+    for layer in adapter_layers(model, adapter).values():
+        if isinstance(layer, VirtualTokens):
+            tasks = layer.rows_of(task_ids, rows)
+            numbers = torch.arange(layer.count).expand(rows, -1)
+            return layer.table()[numbers if tasks is None else numbers + layer.count * tasks.cpu()]
+    raise AdapterError(
+        f"{adapter!r} has no virtual tokens that stand for embeddings",
+        key="adapter_name",
+        hint="get_prompt_embedding_to_save gives the keys and values of a prefix",
+    )
 
 
 def _prompt_encoder(layer: SoftPrompt) -> nn.Module:

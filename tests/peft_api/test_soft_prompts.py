@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -40,6 +41,23 @@ def test_a_prompt_encoder_holds_the_weights_that_train() -> None:
     assert weight.grad is not None
     weight.data.fill_(3.0)
     torch.testing.assert_close(model.get_prompt_embedding_to_save("default"), torch.full_like(weight, 3.0))
+
+
+@pytest.mark.parametrize(("name", "settings"), _PROMPTS, ids=[name for name, _ in _PROMPTS])
+def test_the_prompt_of_each_row_is_pefts(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    config = getattr(peftcli, name)(task_type="CAUSAL_LM", num_virtual_tokens=3, **settings)
+    model = peftcli.get_peft_model(tiny("llama"), config).eval()
+    if name in ("PrefixTuningConfig", "CartridgeConfig"):
+        with pytest.raises(
+            AdapterError, match=r"no virtual tokens that stand for embeddings\n.*to_save gives the keys"
+        ):
+            model.get_prompt(2)
+        return
+    model.save_pretrained(tmp_path)
+    tasks = {"task_ids": torch.tensor([1, 0])} if "num_tasks" in settings else {}
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).get_prompt(2, **tasks)
+        torch.testing.assert_close(model.get_prompt(2, **tasks), expected)
 
 
 def test_other_adapters_have_no_prompt() -> None:
