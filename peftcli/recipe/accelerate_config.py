@@ -220,7 +220,8 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
     }
     if kind == "DEEPSPEED":
         zero = said.get("deepspeed_config") or {}
-        found["strategy"] = f"zero{zero.get('zero_stage', 2)}"
+        stage = zero.get("zero_stage", 2)
+        found["strategy"] = f"zero{int(stage) if isinstance(stage, float) else stage}"
         found["cpu_offload"] = zero.get("offload_param_device") == "cpu"
         found["zero_optimization"] = zero.get("zero_optimization") or {}
     if kind == "FSDP":

@@ -71,7 +71,7 @@ def test_deepspeed_and_offloading_are_as_it_says(tmp_path: Path) -> None:
     efficient = fsdp(fsdp_offload_params=True, fsdp_cpu_ram_efficient_loading=True) | {"mixed_precision": "no"}
     for said, more, expected in (
         (zero(zero_stage=3, offload_param_device="cpu", offload_optimizer_device="none"), [], ("zero3", True, False)),
-        (zero(zero_stage="3", offload_param_device="cpu"), [], ("zero3", True, False)),
+        (zero(zero_stage="3.0", offload_param_device="cpu"), [], ("zero3", True, False)),
         (zero(), [], ("zero2", False, False)),
         (efficient, [], ("fsdp", True, True)),
         (efficient, [quantised], ("fsdp", True, False)),
