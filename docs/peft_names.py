@@ -156,7 +156,11 @@ DIFFERS: dict[str, str] = {
     "ensure_weight_tying": "ties all modules that share the embedding's weight; PEFT ties none unless one that is "
     "named is called `embed_tokens` or `lm_head`. A file names all that are tied; one of PEFT that has tensors of one "
     "of them changes that alone",
-    "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too; where a "
+    "`TrainableTokensConfig` on layers that share a weight": "all that share it have the rows, whichever is named, and "
+    "the file names the input embedding; PEFT ties them to that alone. A file of PEFT's without rows of the input "
+    "embedding, as for T5's `embed_tokens`, is read as it was trained",
+    "target_modules='all-linear'": "every linear layer but the output head, `classifier` and `score` too, and "
+    "layers of one output, as `shared_expert_gate`, that the method cannot adapt; where a "
     "model holds the weights of experts in parameters, a warning names them for `target_parameters`, which PEFT adapts "
     "by itself in Mixtral and Qwen-MoE; names that layers of experts had, as `w1`, are an error that names them too",
     "LoRA on dense layers or shared experts of a model with experts": "is read as it was trained; in Qwen3-Next, "
