@@ -254,7 +254,7 @@ BAD_CONTENT: dict[str, dict[str, Any]] = {
     "a number for a completion": {"prompt": "q", "completion": 1.5},
     "turns as the prompt of a text": {"prompt": [USER], "completion": "a"},
     "null messages": {"messages": None},
-    "text for messages": {"messages": json.dumps([USER, ANSWER])},
+    "text for messages": {"messages": "[Hello"},
     "an object for messages": {"messages": {"0": USER}},
     "no messages": turns(),
     "messages in messages": turns([USER, ANSWER]),

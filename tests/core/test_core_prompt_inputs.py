@@ -416,8 +416,8 @@ def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None
 
 @torch.no_grad()
 def test_a_model_whose_state_counts_no_tokens_generates_without_it() -> None:
-    base = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)).eval()
-    model, read = _adapted("", "prompt_tuning", base=base), ids(1, 5)
+    config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, eos_token_id=None)
+    model, read = _adapted("", "prompt_tuning", base=RwkvForCausalLM(config).eval()), ids(1, 5)
     found = generate(model, input_ids=read, max_new_tokens=3, do_sample=False)
     for _ in range(3):
         read = torch.cat([read, model(input_ids=read).logits[:, -1:].argmax(-1)], 1)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject
-from peftcli.core.layer import adapter_layers
+from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.weights import adapter_state
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import wrap
@@ -90,10 +90,14 @@ def test_dropout_works_in_training_only() -> None:
 
 def test_an_embedding_that_scales_what_it_looks_up_is_merged_right() -> None:
     model = tiny("gemma3")
-    inject(model, LoraConfig(target_modules=["embed_tokens"]))
+    inject(model, LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
     (layer,) = adapter_layers(model).values()
     assert isinstance(layer, LoraEmbedding)
-    assert float(layer.output_scale) == pytest.approx(math.sqrt(32), rel=1e-3)
+    tokens = torch.arange(1, 5)
+    looked_up = layer.scaling * (layer.lora_embedding_B @ layer.lora_embedding_A).T[tokens]
+    torch.testing.assert_close(
+        layer(tokens) - base_module(layer)(tokens), math.sqrt(32) * looked_up, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_adapter_reads_its_input_in_its_own_precision() -> None:

@@ -144,7 +144,7 @@ def test_settings_of_class_pictures_need_a_class_prompt(key: str, value: Any) ->
 def test_a_class_picture_that_is_no_file_is_an_error_of_data(tmp_path: Path) -> None:
     (tmp_path / "dog.png").mkdir()
     task = open_task(class_prompt="a dog", class_data_dir=str(tmp_path))
-    with pytest.raises(DataError, match="no such file") as caught:
+    with pytest.raises(DataError, match="is a folder, and no file") as caught:
         task.begin(torch.nn.Module(), False)
     assert caught.value.file == str(tmp_path / "dog.png")
 
