@@ -27,6 +27,7 @@ _REQUEST = "PEFTCLI_ACCELERATE"
 _OF_DIVIDED = ("cpu_offload", "cpu_ram_efficient_loading")
 """Settings for strategies that divide the base model."""
 _OF_ZERO = ("cpu_offload", "zero_optimization")
+"""Settings that a configuration of DeepSpeed gives, beside strategy and precision."""
 _ZERO_VARIABLES = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",

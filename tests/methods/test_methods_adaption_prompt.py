@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from models_tiny import BOS, CACHE, EOS, PAD, batch, ids, labelled, logits, randomise, tiny
 from oracle import ours
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -107,17 +108,23 @@ def test_a_new_adapter_is_the_base_model_and_only_the_last_layers_have_one(kind:
     assert len(adapter_state(model)) == 2
 
 
-def test_mpts_attention_has_biases_of_three_dimensions() -> None:
-    model = MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_heads=4, n_layers=1, max_seq_len=64)).eval()
-    attention = model.transformer.blocks[0].attn
+def adapted_and_called(model: nn.Module, kind: str) -> tuple[Any, Any]:
+    """The adapter's only layer, and what it was called with and gave."""
     inject(model, AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
     (layer,) = cast("list[Any]", [*adapter_layers(model).values()])
     calls: list[Any] = []
     layer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
     with torch.no_grad():
         layer.adaption_gate.fill_(2.0)
-        logits(model, batch("llama"))
-        args, given, found = calls[0]
+        logits(model, batch(kind))
+    return layer, calls[0]
+
+
+def test_mpts_attention_has_biases_of_three_dimensions() -> None:
+    model = MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_heads=4, n_layers=1, max_seq_len=64)).eval()
+    attention = model.transformer.blocks[0].attn
+    layer, (args, given, found) = adapted_and_called(model, "llama")
+    with torch.no_grad():
         heads = [part.unflatten(-1, (4, -1)).transpose(1, 2) for part in attention.Wqkv(args[0]).chunk(3, -1)]
         keys, values = (
             part.unflatten(-1, (4, -1)).transpose(1, 2)
@@ -132,14 +139,8 @@ def test_roformers_queries_are_rotated_and_the_keys_of_the_vectors_are_not() -> 
     sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
     model = RoFormerForMaskedLM(RoFormerConfig(**sizes, num_hidden_layers=1, rotary_value=True)).eval()
     attention = model.roformer.encoder.layer[0].attention.self
-    inject(model, AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
-    (layer,) = cast("list[Any]", [*adapter_layers(model).values()])
-    calls: list[Any] = []
-    layer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    layer, (args, given, found) = adapted_and_called(model, "bert")
     with torch.no_grad():
-        layer.adaption_gate.fill_(2.0)
-        logits(model, batch("bert"))
-        args, given, found = calls[0]
         x, prompt, sines = args[0], layer.adaption_prompt, given.get("sinusoidal_pos", args[2] if args[2:] else None)
         query, keys, values = (
             project(part).unflatten(-1, (4, -1)).transpose(1, 2)

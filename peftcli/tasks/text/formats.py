@@ -296,7 +296,7 @@ def turns_in(value: Any) -> Any:
     """The turns that a text holds as JSON, as CSV files have them; any other value as it is.
 
     Raises:
-        ValueError: the text begins as a list, and is none.
+        ValueError: the text begins with [ and is not a list in JSON.
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
