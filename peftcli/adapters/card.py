@@ -22,6 +22,7 @@ from peftcli.methods import METHODS
 from peftcli.system.disk import write_file
 from peftcli.system.secrets import redact
 from peftcli.tasks import TASKS, TaskRow
+from peftcli.tasks.text.prompt_form import PromptForm
 
 _SETTINGS = (
     "num_train_epochs",
@@ -151,7 +152,15 @@ def read_info(folder: Path) -> dict[str, Any]:
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
     base = {"name": config.get("base_model_name_or_path"), **mapping_at(run, "base_model")}
     task = mapping_at(run, "task") or {"type": recipe["task"], **mapping_at(source.task_values, "settings")}
-    return {**run, "recipe": recipe, "base_model": base, "task": task}
+    return {**run, "recipe": recipe, "base_model": base, "task": task, "prompt": _form(source)}
+
+
+def _form(source: AdapterSource) -> PromptForm | None:
+    """The form of prompts; None where neither task.json nor the format of the training rows says it."""
+    trained_on = source.trained_format
+    if source.recorded_form or trained_on not in ("text", "prompt_completion"):
+        return source.recorded_form
+    return PromptForm.of_rows(trained_on, {}, has_template=False)
 
 
 def render_card(
@@ -165,7 +174,7 @@ def render_card(
 ) -> str:
     """The card's text.
 
-    ``info`` is the content of run.json, of which any part may be missing. ``plot`` (loss.png), ``processor`` and
+    ``info`` is what ``read_info`` returns, of which any part may be missing. ``plot`` (loss.png), ``processor`` and
     ``form`` (that of ``TaskRow.form``) say what stands beside the card; ``tags`` are those of the base model.
     """
     recipe, method = mapping_at(info, "recipe"), mapping_at(info, "recipe", "method")
@@ -180,7 +189,7 @@ def render_card(
     sections = [
         _front_matter(_head(kind, use, base, tags)),
         _summary(kind, task, base, info),
-        _usage(kind, use, adapter, loading),
+        _usage(kind, use, adapter, loading, info.get("prompt")),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
@@ -229,7 +238,7 @@ def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> str:
+def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str], form: PromptForm | None) -> str:
     """Commands and Python that load the adapter and call it once."""
     text, library = "## How to use it\n\n", "peft"
     if use:
@@ -251,7 +260,9 @@ def _usage(kind: str, use: TaskRow | None, adapter: str, loading: list[str]) -> 
             f"model = {auto_class}.from_pretrained({json.dumps(adapter)})",
             *loading,
         ]
-    calls = use.usage if use else ('inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))")
+    calls = ('inputs = tokenizer("Hello", return_tensors="pt")', "print(model(**inputs))")
+    if use:
+        calls = (*(form.python_lines("Hello") if form and use.asking else use.asking), *use.usage)
     lines = [line.replace(json.dumps(_ADAPTER_PLACEHOLDER), json.dumps(adapter)) for line in (*loading, *calls)]
     return text + "```python\n" + "\n".join(lines) + "\n```\n"
 

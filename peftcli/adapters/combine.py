@@ -132,6 +132,6 @@ def _meaning(source: AdapterSource) -> Any:
     """The task, and those of its settings that decide what an input or an output means."""
     settings = source.recorded_settings
     if settings is None:
-        return source.task_values
+        return source.task
     given = {each.name: getattr(settings, each.name) for each in fields(settings) if "may_differ" not in each.metadata}
     return source.task, given, source.recorded_options

@@ -83,7 +83,8 @@ def _load(source: AdapterSource, spec: BaseModel, with_adapter: bool) -> TextGen
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
     model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
-    return generator_of(model, tokenizer, source.record, describe(source, spec, model, with_adapter))
+    form = source.prompt_form(tokenizer, decoder_only=not model.config.is_encoder_decoder)
+    return generator_of(model, tokenizer, form, describe(source, spec, model, with_adapter))
 
 
 def describe(source: AdapterSource, spec: BaseModel, model: Any, with_adapter: bool) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
 from peftcli.tasks.found import task_of_class
+from peftcli.tasks.text.prompt_form import PromptForm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from peftcli.core.config import AdapterConfig
     from peftcli.models.open import LoadedModel, OpenBase
@@ -145,7 +146,7 @@ class AdapterSource:
 
     @cached_property
     def task_values(self) -> dict[str, Any]:
-        """The content of task.json: type, settings, config (what the base model's needs); empty without the file."""
+        """The content of task.json, as ``write_task`` describes it; empty without the file."""
         path = self.folder / TASK_FILE
         found = read_json_object(path, _MAX_TASK_FILE) if path.is_file() else {}
         if not isinstance(found.get("type", ""), str):
@@ -173,6 +174,38 @@ class AdapterSource:
         noted = self.values.get("auto_mapping")
         return str(noted.get("base_model_class")) if isinstance(noted, dict) else ""
 
+    @cached_property
+    def recorded_form(self) -> PromptForm | None:
+        """The form of prompts that task.json holds; None without it."""
+        given = self.task_values.get("prompt")
+        return None if given is None else PromptForm.from_json(given, str(self.folder / TASK_FILE))
+
+    @property
+    def trained_format(self) -> str | None:
+        """The format of the training rows, where task.json or run.json says it."""
+        if self.recorded_form is not None:
+            return self.recorded_form.format
+        found = mapping_at(self.record, "data").get("format")
+        return found if isinstance(found, str) else None
+
+    def prompt_form(self, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool = True) -> PromptForm:
+        """Return the form in which the model is asked: as it was trained, as far as the tokenizer has a template.
+
+        That of an adapter without task.json is found from run.json.
+        """
+        has_template, recorded = bool(tokenizer.chat_template), self.recorded_form
+        if recorded is not None and (has_template or not recorded.chat):
+            return recorded
+        shared, format = {"system": recorded.system if recorded else ""}, self.trained_format or "messages"
+        return PromptForm.of_rows(format, shared, has_template=has_template, decoder_only=decoder_only)
+
+    @property
+    def answer_limits(self) -> dict[str, int]:
+        """The limits of answers in the evaluations of training: max_new_tokens and num_beams, where they are known."""
+        given = self.task_values.get("generation") or mapping_at(self.record, "task")
+        names = ("max_new_tokens", "num_beams")
+        return {name: given[name] for name in names if isinstance(given, dict) and isinstance(given.get(name), int)}
+
     @property
     def saved_sizes(self) -> dict[str, tuple[int, ...]]:
         """The sizes of the base model's parameters that the adapter holds itself; empty without ``modules_to_save``."""
@@ -182,8 +215,9 @@ class AdapterSource:
 
     @cached_property
     def recorded_settings(self) -> Any:
-        """The settings of the task that task.json holds; None without the file."""
-        if not self.task_values or self.task is None:
+        """The settings of the task that task.json holds; None without them."""
+        of_text = "prompt" in self.task_values and "settings" not in self.task_values
+        if not self.task_values or of_text or self.task is None:
             return None
         return read_settings(self.task, self.task_values.get("settings"), str(self.folder / TASK_FILE), "settings")
 

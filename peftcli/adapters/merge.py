@@ -175,12 +175,16 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
     )
 
 
-def open_trained_base(source: AdapterSource) -> OpenBase:
-    """Open the base model, quantised as it was trained, also where another place is given for it."""
-    opened = open_base(source.base, processors=source.folder)
+def open_trained_base(source: AdapterSource, processors: Path | None = None) -> OpenBase:
+    """Open the base model, quantised as it was trained, also where another place is given for it.
+
+    ``processors`` is the folder of the adapter's own tokenizer or other processor, by default the adapter's.
+    """
+    processors = processors or source.folder
+    opened = open_base(source.base, processors=processors)
     if opened.quantization or not source.trained_quantization:
         return opened
-    return open_base(replace(source.base, quantization=source.trained_quantization), processors=source.folder)
+    return open_base(replace(source.base, quantization=source.trained_quantization), processors=processors)
 
 
 def _refuse_name(output: Path) -> None:
@@ -439,7 +443,9 @@ def _save_generation_config(job: _Job, output: Path, processor: Any, config: Any
         return
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
-    stops = missing_stops(getattr(processor, "tokenizer", processor), job.source.folder, named)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    form = job.source.prompt_form(tokenizer, decoder_only=not config.is_encoder_decoder)
+    stops = missing_stops(tokenizer, named, chat=form.chat)
     if not stops:
         return
     if not path.exists():

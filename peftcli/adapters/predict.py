@@ -173,12 +173,8 @@ def _text_predictor(
     tell: Callable[[str], None],
 ) -> Predictor:
     """A predictor whose answers are those of ``generate``, within the limits of the evaluations of training."""
-    columns, trained = _columns(source), source.record.get("task")
-    trained_on = mapping_at(source.record, "data").get("format")
-    ask = partial(prompt_of, columns=columns, trained_on=trained_on if isinstance(trained_on, str) else None)
-    given = trained if isinstance(trained, dict) else {}
-    limits = {name: value for name in ("max_new_tokens", "num_beams") if isinstance(value := given.get(name), int)}
-    settings = GenerationSettings(**limits)
+    ask = partial(prompt_of, columns=_columns(source), trained_on=source.trained_format)
+    settings = GenerationSettings(**source.answer_limits)
     prompts = list(map(ask, merge_for))
     generator = load_generator(
         str(source.folder),

@@ -21,13 +21,14 @@ from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights, read_header,
 from peftcli.system import hub_requests
 from peftcli.system.hub_requests import clean_line, endpoint
 from peftcli.system.secrets import redact
+from peftcli.tasks import TASK_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
 CARD_FILE = "README.md"
-_WRITTEN_FILES = (CONFIG_FILE, "tokenizer_config.json", ".jinja")
+_WRITTEN_FILES = (CONFIG_FILE, TASK_FILE, "tokenizer_config.json", ".jinja")
 """How those end that a person writes in part, and so may have left a token in. Of the card, which is one of them too,
 it is taken out."""
 

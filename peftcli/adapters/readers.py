@@ -128,7 +128,7 @@ def _compare_answers(reader: str, source: AdapterSource, opened: OpenBase, task:
             return _blame(source, opened, model, other, inputs)
         return str(source.folder / TASK_FILE), ", though its model is the same: names or processor are others"
 
-    both = answers_of_both(source.task, task, model, other, source.folder, source.record)
+    both = answers_of_both(source.task, task, model, other, source.folder, source.prompt_form)
     return _difference_of_answers(*both), blame
 
 

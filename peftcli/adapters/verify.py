@@ -1,7 +1,7 @@
 """Compare an adapter folder with the model that was trained: what the folder holds, and what the model says.
 
 At its end, training writes verification.json: a few rows, what the model in memory says of them, and a hash of each of
-its tensors. ``verify_adapter`` loads the folder as anybody would, and compares.
+its tensors. ``verify_adapter`` loads the folder as it would be after a push, and compares.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import base64
 import datetime
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, get_args
@@ -19,7 +21,7 @@ from typing import Any, TypedDict, get_args
 import torch
 from torch import nn
 
-from peftcli.adapters.load import AdapterSource, find_adapter, read_settings
+from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter, read_settings
 from peftcli.adapters.merge import open_trained_base
 from peftcli.adapters.predict import load_for_task
 from peftcli.adapters.readers import compare_reader, require_readers
@@ -30,7 +32,8 @@ from peftcli.core.protocols import describe
 from peftcli.data.rows import Place, Row, Table
 from peftcli.data.sources import open_source
 from peftcli.data.store import Example, Outcome
-from peftcli.errors import AdapterError, DataError, HubError, ModelError, NetworkError, UsageError
+from peftcli.errors import AdapterError, DataError, HubError, ModelError, NetworkError, PeftcliError, UsageError
+from peftcli.guard.adapter_folder import read_config
 from peftcli.guard.files import read_json_object, short_repr
 from peftcli.guard.typed_fields import fits, hints_of
 from peftcli.models.hub_files import base_hash
@@ -232,12 +235,12 @@ def verify_adapter(
     if not recorded and not readers:
         hint = "peftcli train writes it; --with peft compares peftcli with PEFT instead"
         raise UsageError(f"has no {RECORD_FILE}: nothing says what the trained model was", file=name, hint=hint)
-    if recorded:
-        _compare_files(source, recorded)
-    with open_trained_base(source) as opened:
-        task = _open_task(source, opened, recorded)
+    with _as_pushed(source) as pushed, open_trained_base(source, processors=pushed.folder) as opened:
+        if recorded:
+            _compare_files(pushed, recorded)
+        task = _open_task(pushed, opened, recorded)
         dtype = getattr(torch, recorded.get("dtype", "float32"))
-        model: Any = load_for_task(source, opened, task, dtype).model
+        model: Any = load_for_task(pushed, opened, task, dtype).model
     here = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(here).eval()
     unpad(model, source.config)  # as in training, or bfloat16 rounds otherwise
@@ -269,6 +272,23 @@ def verify_adapter(
     return result
 
 
+@contextmanager
+def _as_pushed(source: AdapterSource) -> Iterator[AdapterSource]:
+    """Yield the adapter in a folder that has only the files that are pushed. Errors inside name its own folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in SHARED_FILES:
+            if os.path.lexists(there := source.folder / name):
+                (link := Path(scratch) / name).parent.mkdir(exist_ok=True)
+                link.symlink_to(there.absolute())
+        try:
+            yield AdapterSource(Path(scratch), read_config(Path(scratch)), source.base_name)
+        except PeftcliError as error:
+            for name in ("message", "file", "hint"):
+                if text := getattr(error, name):
+                    setattr(error, name, text.replace(scratch, str(source.folder)))
+            raise
+
+
 def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
     """Raise AdapterError where config, tensors or the task's files differ from those of the trained model."""
     folder = source.folder
@@ -278,7 +298,7 @@ def _compare_files(source: AdapterSource, recorded: Mapping[str, Any]) -> None:
     for name, digest in recorded["files"].items():
         if not (folder / name).is_file():
             raise AdapterError("is missing; training wrote it", file=str(folder / name))
-        if name == TASK_FILE:
+        if name == TASK_FILE and "settings" in source.task_values:
             values = {"type": source.task_values.get("type"), **source.task_values.get("settings", {})}
             _refuse_difference(values, recorded["task"], str(folder / TASK_FILE))
         if sha256(folder / name) != digest:

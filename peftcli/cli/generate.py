@@ -114,7 +114,7 @@ def generate(
 def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:
     """Chat on a terminal until an empty line or the end of the input."""
     console.log("an empty line ends the chat")
-    messages: list[Message] = []
+    messages: list[Message] = generator.form.opening()
     while True:
         try:
             line = input("> ")
@@ -127,9 +127,10 @@ def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:
             continue
         if not line.strip():
             return
-        messages.append({"role": "user", "content": line})
+        asked = generator.form.ask(line, system="")
+        messages += [] if isinstance(asked, str) else asked
         with _streamed_output() as write:
-            answer = generator.generate([messages if generator.form == "chat" else line], settings, stream=write)[0]
+            answer = generator.generate([line if isinstance(asked, str) else messages], settings, stream=write)[0]
         messages.append({"role": "assistant", "content": answer.text})
 
 

@@ -153,6 +153,8 @@ class Outcome:
     """Targets that a cut took away."""
     flags: int = 0
     """What else is known of the row, as bits whose meaning is the task's."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the row that other rows may have too. The store keeps those that all used rows have."""
 
 
 class Writer:
@@ -165,6 +167,7 @@ class Writer:
     def __init__(self, folder: Path, columns: Mapping[str, Column]):
         self.folder, self.columns = folder, dict(columns)
         self.outcomes, self.files = {USED: 0, BAD: 1}, dict[str, int]()
+        self._shared: Mapping[str, str] | None = None
         self.num_rows = self.num_examples = self.size = 0
         self._ends = dict.fromkeys(self.columns, 0)
         arrays = ["rows", "features", "sizes", *(file for name in self.columns for file in _arrays_of(name))]
@@ -191,6 +194,9 @@ class Writer:
                 bad.append(json.dumps({"row": self.num_rows + index, **result.as_dict()}) + "\n")
                 rows[index] = (place.number, place.line or 0, file, self.outcomes[BAD], 0, 0, 0)
                 continue
+            if result.reason == USED and self._shared != result.shared:
+                known = result.shared if self._shared is None else self._shared
+                self._shared = {name: text for name, text in known.items() if result.shared.get(name) == text}
             outcome = self.outcomes.setdefault(result.reason, len(self.outcomes))
             rows[index] = (
                 place.number, place.line or 0, file, outcome, result.flags, result.size, result.lost
@@ -231,7 +237,7 @@ class Writer:
             "size": self.size,
             "outcomes": list(self.outcomes),
             "files": list(self.files),
-            "about": about,
+            "about": {**about, "shared": self._shared or {}},
         }
         with storage_errors(self.folder):
             self._open[DESCRIPTION] = _File(self.folder / DESCRIPTION)

@@ -97,7 +97,9 @@ class AutoPeftModel:
         )
         if not autocast_adapter_dtype:
             cast_weights(model, adapter_name, as_base=True)
-        return wrap(model, own, adapter_name).train(is_trainable)
+        loaded = wrap(model, own, adapter_name).train(is_trainable)
+        loaded.prompt_form = source.recorded_form
+        return loaded
 
     @classmethod
     def _load_base(cls, source: AdapterSource, options: dict[str, Any]) -> tuple[Any, Sequence[str]]:

@@ -45,6 +45,7 @@ from peftcli.peft_api.weights import cast_weights
 from peftcli.peft_api.without_start import without_start
 from peftcli.system.hub_requests import full_repo_id
 from peftcli.system.outputs import expand_user
+from peftcli.tasks.text.prompt_form import PromptForm
 
 
 class PeftModel(SavedByTrainer):
@@ -60,6 +61,8 @@ class PeftModel(SavedByTrainer):
     """The class of each task_type; filled by the subclasses."""
     _default_task_type: ClassVar[str | None] = None
     """That of an adapter whose config has none."""
+    prompt_form: PromptForm | None = None
+    """How a text is asked, where an ``AutoPeftModel`` class has found it beside the adapter."""
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
 

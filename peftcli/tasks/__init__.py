@@ -54,6 +54,9 @@ class TaskRow:
     """Lines of Python that use a loaded ``model`` and processor once, for the model card; in them
     ``"path/to/this/adapter"`` is the adapter, and ``"<name>"`` or ``"<name: default>"`` the value of the task's setting
     of that name; a line without default is left out where that is unset."""
+    asking: tuple[str, ...] = ()
+    """Lines before these that make the ``inputs`` of a model that answers a text, where the form of its prompts is not
+    known."""
     loading: tuple[str, ...] = ()
     """Lines of Python that load base model and adapter, where no class of PEFT does; ``"path/to/the/base/model"`` is
     the base model."""
@@ -136,14 +139,16 @@ def task_record(task: Task[Any], recipe: Recipe) -> dict[str, Any]:
     return {"type": (recipe.task or {})["type"], **asdict(task.settings)}
 
 
-_GENERATE = (
+_ASK = (
     'inputs = tokenizer("Hello", return_tensors="pt")',
     "if tokenizer.chat_template:",
     '    messages = [{"role": "user", "content": "Hello"}]',
     "    inputs = tokenizer.apply_chat_template(",
     '        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
     "    )",
-    "tokens = model.generate(**inputs, max_new_tokens=64)",
+)
+_GENERATE = (
+    "tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
     'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
 )
 _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"), ("conversations",))
@@ -168,6 +173,7 @@ TASKS: dict[str, TaskRow] = {
         reads=(("text",), *_ANSWERED),
         pipeline_tag="text-generation",
         summary="continue or answer a text (GPT, Llama, Qwen)",
+        asking=_ASK,
         usage=_GENERATE,
     ),
     "seq2seq_lm": TaskRow(
@@ -179,9 +185,9 @@ TASKS: dict[str, TaskRow] = {
         reads=_ANSWERED,
         pipeline_tag="text-generation",
         summary="turn one text into another (T5, BART)",
+        asking=('inputs = tokenizer("Hello", return_tensors="pt")',),
         usage=(
-            'inputs = tokenizer("Hello", return_tensors="pt")',
-            "tokens = model.generate(**inputs, max_new_tokens=64)",
+            "tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
             "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
         ),
     ),
@@ -262,6 +268,7 @@ TASKS: dict[str, TaskRow] = {
         reads=(("chosen", "rejected"),),
         pipeline_tag="text-generation",
         summary="prefer chosen answers to rejected ones: DPO, IPO, ORPO, SimPO, KTO (Llama, Qwen)",
+        asking=_ASK,
         usage=_GENERATE,
         rate_factor=0.1,
     ),

@@ -124,6 +124,9 @@ class Task(ABC, Generic[Settings]):
         """What the user should know before rows are encoded."""
         return ()
 
+    def trained_on(self, format: str, shared: Mapping[str, str]) -> None:
+        """Take note of the training rows: their format, and the texts that all of them share."""
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides what ``encode`` gives, besides rows, settings and ``versions``: part of the cache's key."""
         described = self.processor.to_json_string() if self.processor is not None else ""
@@ -381,7 +384,7 @@ class Saves(Protocol):
 class EndsAnswers(Protocol):
     """Trains a model that writes answers."""
 
-    def stops(self, folder: Path, model: nn.Module) -> list[int]:
+    def stops(self, model: nn.Module) -> list[int]:
         """Return the tokens that end an answer of the finished adapter, where the model's own config lacks some."""
 
 
@@ -423,13 +426,14 @@ class Exports(Protocol):
         """Write such files beside a merged model."""
 
 
-def write_task(folder: Path, name: str, settings: Any, config: Mapping[str, Any]) -> str:
+def write_task(folder: Path, name: str, **parts: Any) -> str:
     """Write task.json, by which an adapter's readers know its task, and return the file's name.
 
-    ``config``: keys of the base model's config that a reader must set.
+    ``parts`` are dataclasses or mappings: ``settings`` of the task; ``config``, keys of the base model's config that a
+    reader must set; ``prompt``, the form of a prompt; ``generation``, limits of answers.
     """
-    values = {"type": name, "settings": asdict(settings), "config": dict(config)}
-    write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    values = {"type": name, **parts}
+    write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False, default=asdict) + "\n").encode())
     return TASK_FILE
 
 

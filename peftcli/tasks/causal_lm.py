@@ -27,6 +27,7 @@ _SAMPLE = 8
 class CausalLM(LanguageModel[settings.CausalLM]):
     """The task ``causal_lm``."""
 
+    name = "causal_lm"
     encoder = CausalEncoder
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:

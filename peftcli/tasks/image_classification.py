@@ -62,7 +62,10 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return pixels(self, noise())
 
     def save(self, folder: Path) -> list[str]:
-        return [write_task(folder, self.name, self.settings, {}), *save_processor(folder, self.processor)]
+        return [
+            write_task(folder, self.name, settings=self.settings, config={}),
+            *save_processor(folder, self.processor),
+        ]
 
 
 TASK = ImageClassification

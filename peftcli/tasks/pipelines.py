@@ -18,6 +18,7 @@ from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
 from peftcli.tasks.pictures import noise, png
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
+from peftcli.tasks.text.prompt_form import PromptForm
 
 Answer = Mapping[str, float] | Sequence[str]
 """Numbers by their names, or words."""
@@ -46,16 +47,17 @@ def has_pipeline(name: str, base: OpenBase) -> bool:
 
 
 def answers_of_both(
-    name: str, task: Any, model: Any, other: Any, folder: Path, record: Mapping[str, Any]
+    name: str, task: Any, model: Any, other: Any, folder: Path, form_of: Callable[[Any], PromptForm]
 ) -> tuple[list[Answer], list[Answer]]:
     """The answers of peftcli to made-up inputs, and those of transformers' pipeline.
 
-    ``model`` is peftcli's with the adapter, ``other`` transformers'.
+    ``model`` is peftcli's with the adapter, ``other`` transformers'; ``form_of`` returns the form of prompts for a
+    tokenizer.
     """
     tag = TASKS[name].pipeline_tag
     pipeline = _pipeline(tag, other, task.processor)
     if tag == _GENERATES:
-        return _continued(pipeline, generator_of(model, task.processor, record))
+        return _continued(pipeline, generator_of(model, task.processor, form_of(task.processor)))
     kind = _KINDS[tag]
     given = kind.inputs(pipeline)
     rows = [Row(dict(values), Place("made up", number)) for number, values in enumerate(given, start=1)]
@@ -82,8 +84,9 @@ def _continued(pipeline: Any, generator: TextGenerator) -> tuple[list[Answer], l
     ours, theirs = list[Answer](), list[Answer]()
     for text in _TEXTS:
         (answer,) = generator.generate([text], GenerationSettings(max_new_tokens=_NEW_TOKENS))
-        asked = [{"role": "user", "content": text}] if generator.form == "chat" else text
-        (found,) = pipeline(asked, max_new_tokens=_NEW_TOKENS, do_sample=False, return_full_text=False)
+        (found,) = pipeline(
+            generator.form.ask(text), max_new_tokens=_NEW_TOKENS, do_sample=False, return_full_text=False
+        )
         ours.append([answer.text.strip()])
         theirs.append([found["generated_text"].strip()[: len(answer.text.strip())]])
     return ours, theirs

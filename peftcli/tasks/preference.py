@@ -32,6 +32,7 @@ from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.language_model import refuse_later_tokens
+from peftcli.tasks.text.prompt_form import PromptForm
 from peftcli.tasks.text.reference import Reference
 from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
 from peftcli.tasks.text.token_loss import next_tokens, target_losses
@@ -107,12 +108,15 @@ class Preference(AnswerInputs, Task[settings.Preference]):
             self.reference.begin(model, self.probe(), from_adapter)
             self.settings = replace(self.settings, reference=self.reference.kind)
 
+    def trained_on(self, format: str, shared: Mapping[str, str]) -> None:
+        self.prompt_form = PromptForm.of_rows(format, shared, has_template=bool(self.processor.chat_template))
+
     def save(self, folder: Path) -> list[str]:
-        own = write_task(folder, self.name, self.settings, {})
+        own = write_task(folder, self.name, settings=self.settings, config={}, prompt=self.prompt_form)
         return [own, *tokens.save_with_adapter(folder, self.processor, self.base.spec)]
 
-    def stops(self, folder: Path, model: nn.Module) -> list[int]:
-        return missing_stops(self.processor, folder, configured_stops(model))
+    def stops(self, model: nn.Module) -> list[int]:
+        return missing_stops(self.processor, configured_stops(model), chat=self.prompt_form.chat)
 
     def read(self, table: Table) -> AnswerReader:
         there, kto = {*table.columns, *table.source.columns}, self.settings.loss == "kto"

@@ -122,7 +122,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     def save(self, folder: Path) -> list[str]:
         if hasattr(self.processor, "do_reduce_labels"):
             self.processor.do_reduce_labels = self.settings.reduce_labels
-        own = write_task(folder, self.name, self.settings, self._config_options())
+        own = write_task(folder, self.name, settings=self.settings, config=self._config_options())
         return [own, *save_processor(folder, self.processor)]
 
     @property

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     """The task ``seq2seq_lm``."""
 
+    name = "seq2seq_lm"
     encoder = Seq2SeqEncoder
     targets_in_size = False
     identity: ClassVar = ("input_ids", "labels")
@@ -45,9 +46,9 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
         require_languages(self.processor, self.settings)
         return super().read(table)
 
-    def save(self, folder: Path) -> list[str]:
+    def save_processor(self, folder: Path) -> list[str]:
         if self.settings.target_language is None:
-            return super().save(folder)
+            return super().save_processor(folder)
         return save_processor(folder, self.processor)  # which keeps the languages
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:

@@ -404,7 +404,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
 
     def save(self, folder: Path) -> list[str]:
         self.generation.save_pretrained(folder)
-        own = [write_task(folder, self.name, self.settings, {}), "generation_config.json"]
+        own = [write_task(folder, self.name, settings=self.settings, config={}), "generation_config.json"]
         return own + tokens.save_processor(folder, self.processor)
 
 

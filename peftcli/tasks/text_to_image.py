@@ -287,7 +287,7 @@ class TextToImage(Task[settings.TextToImage]):
     def save(self, folder: Path) -> list[str]:
         """Write the same adapter as PEFT's folders of each part and, of a LoRA, as diffusers' file."""
         empty = self.pipeline.empty_model("DiffusionPipeline", **self.model_options())
-        return [write_task(folder, self.name, self.settings, {}), *write_parts(empty, folder)]
+        return [write_task(folder, self.name, settings=self.settings, config={}), *write_parts(empty, folder)]
 
 
 @dataclass(frozen=True)

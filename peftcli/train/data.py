@@ -165,6 +165,8 @@ def load_data(
         )
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
     report = _report(train, evaluation, task, dataset.packing)
+    if train.parts:
+        task.trained_on(report["format"], _shared(train.parts, report["format"]))
     findings = _findings(train, evaluation, task, skip_bad_rows=dataset.on_bad_row == "skip")
     report |= {
         "findings": [each.as_dict() for each in findings],
@@ -193,6 +195,12 @@ def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool
         report["eval"] = _account(evaluation.parts, task)
         _refuse_none(evaluation, report["eval"], task)
     return report
+
+
+def _shared(parts: Sequence[Part], format: str) -> dict[str, str]:
+    """The texts that all training rows of a format have."""
+    first, *others = [part.store.about["shared"] for part in parts if part.store.about["format"] == format]
+    return {name: text for name, text in first.items() if all(each.get(name) == text for each in others)}
 
 
 def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:

@@ -50,7 +50,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
     if source is not None and (odd := other_base(source, recipe.base_model)):
         tell(warning(odd))
-    trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")
+    trained = source is not None and source.recorded_settings and source.task == (recipe.task or {}).get("type")
     with date.fixed_date(None if source is None else source.day):  # as training rendered its rows
         opened = source.open_task(base) if source is not None and trained else None
         data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)

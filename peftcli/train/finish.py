@@ -74,7 +74,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
     record.gates = check_gates(recipe.gates, kept)
-    if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(folder.path, state.model)):
+    if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(state.model)):
         record.eos_token_id = stops
     run.write_record()
     write_card(folder.path)  # from run.json

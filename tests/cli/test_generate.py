@@ -21,14 +21,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from peftcli.adapters.answer_file import content_key
 from peftcli.adapters.generate import load_generator
+from peftcli.adapters.load import SHARED_FILES
 from peftcli.core.layer import adapter_layers
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.stop_tokens import Form, StopTokens
+from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.stop_tokens import StopTokens
 
 LONG = (
     *("training.max_steps=30", "training.learning_rate=2e-2", "method.r=8", "training.logging_steps=50"),
     *("dataset.limit=2", "training.per_device_train_batch_size=2"),
 )
+BASE = str(trainkit.base_folder())
 QUESTIONS = [question for question, _ in PAIRS[:5]]
 
 
@@ -296,6 +299,27 @@ def test_plain_text_gets_no_chat_template(said: Callable, plain: Path, lora: Pat
     assert said(lora, PAIRS[0][0], "--no-adapter")["text"] != text
 
 
+def test_pushed_files_are_asked_as_the_run_folder_is(
+    said: Callable, lora: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = [{"role": "system", "content": "Be kind."}]
+    rows = [{"messages": [*kind, *row["messages"]]} for row in MESSAGES]
+    for adapter in (lora, plain, run_recipe(write_recipe(tmp_path, rows=rows), *LONG).folder):
+        pushed = tmp_path / f"{adapter.parent.name}-pushed"
+        shutil.copytree(adapter, pushed, ignore=lambda folder, names: {*names} - {*SHARED_FILES})
+        here = load_generator(str(adapter))
+        assert load_generator(str(pushed)).form == here.form
+        assert here.form.system == ("Be kind." if adapter.parent == tmp_path else "")
+        answer = said(adapter, "Hello")
+        assert said(pushed, "Hello") == answer
+        example = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
+        assert example
+        code = example[1].replace("path/to/this/adapter", str(pushed)).replace("path/to/the/base/model", BASE)
+        capsys.readouterr()
+        exec(code.replace("max_new_tokens=64", "max_new_tokens=24"), {})
+        assert capsys.readouterr().out.strip() == answer["text"].strip(), code
+
+
 def test_encoder_decoder(said: Callable, translator: Path) -> None:
     answer = said(translator, PAIRS[0][0])
     assert (answer["text"], answer["finish_reason"]) == (PROMPTS[0]["completion"], "stop")
@@ -479,16 +503,16 @@ def test_padding_changes_no_answer(generator: TextGenerator, pad: str | None) ->
 @pytest.mark.parametrize(
     ("form", "prompt", "template", "count"),
     [
-        ("plain", "Hi", "", 0),
-        ("plain", "<s>Hi", "", 1),
-        ("alpaca", "Hi", "", 0),
-        ("chat", "Hi", "{{ bos_token }}", 1),
-        ("chat", "Hi", "", 0),
+        (PromptForm(False), "Hi", "", 0),
+        (PromptForm(False), "<s>Hi", "", 1),
+        (PromptForm.of_rows("alpaca", {}, has_template=False), "Hi", "", 0),
+        (PromptForm(True), "Hi", "{{ bos_token }}", 1),
+        (PromptForm(True), "Hi", "", 0),
     ],
 )
 def test_bos_is_read_once(
     generator: TextGenerator,
-    form: Form,
+    form: PromptForm,
     prompt: str,
     template: str,
     count: int,
@@ -512,7 +536,7 @@ def test_bos_is_read_once(
         tokenizer.backend_tokenizer.post_processor = single
     tokenizer.chat_template = template + trainkit.CHATML
     TextGenerator(generator.model, tokenizer, form, StopTokens()).generate([prompt], GenerationSettings())
-    expected = count if form == "chat" else max(count, int(adds_bos))
+    expected = count if form.chat else max(count, int(adds_bos))
     assert seen[0].count(bos) == expected
     assert seen[0].index(bos) == 0 if expected else bos not in seen[0]
 

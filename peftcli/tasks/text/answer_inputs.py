@@ -103,7 +103,8 @@ def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | Data
     if error := next((each for each in outcomes if isinstance(each, DataError)), None):
         return error
     parts = [each for each in outcomes if isinstance(each, Outcome)]
-    whole = Outcome(size=sum(each.size for each in parts), lost=sum(each.lost for each in parts))
+    size, lost = sum(each.size for each in parts), sum(each.lost for each in parts)
+    whole = Outcome(size=size, lost=lost, shared=parts[0].shared)
     for each in parts:
         whole.flags |= each.flags
     whole.reason = next((each.reason for each in parts if each.reason != USED), USED)

@@ -51,26 +51,28 @@ class CausalEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
         read, results = _read_each(rows, self._read)
-        encoded = encode_marked([marked for _, marked in read.values()], self.tokenizer) if read else []
-        for (example, _), each in zip(read.values(), encoded, strict=True):
+        encoded = encode_marked([marked for _, marked, _ in read.values()], self.tokenizer) if read else []
+        for (example, _, _), each in zip(read.values(), encoded, strict=True):
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
                 self._compared.add(kind)
                 check_ids(example, each, self.tokenizer)
-        for (at, (_, marked)), each in zip(read.items(), encoded, strict=True):
+        for (at, (_, marked, shared)), each in zip(read.items(), encoded, strict=True):
             flags = each.flags | (Flag.PROMPT_DIFFERS if self._asks_otherwise(marked, each) else NONE)
-            results[at] = self._outcome(replace(each, flags=flags), rows[at])
+            outcome = self._outcome(replace(each, flags=flags), rows[at])
+            results[at] = outcome if isinstance(outcome, DataError) else replace(outcome, shared=shared)
         return results
 
-    def _read(self, row: Row) -> tuple[ParsedRow, MarkedText]:
+    def _read(self, row: Row) -> tuple[ParsedRow, MarkedText, dict[str, str]]:
         example = self.reader(row)
+        shared = example.shared
         if isinstance(example, AlpacaExample):
             example = example.pair() if self.template is None else example.chat()
         if isinstance(example, TextExample):
-            return example, mark_text(example)
+            return example, mark_text(example), shared
         if isinstance(example, PairExample):
-            return example, mark_pair(example, self.settings.train_on)
+            return example, mark_pair(example, self.settings.train_on), shared
         assert self.template is not None
-        return example, mark_chat(example, self.template, self.settings.train_on)
+        return example, mark_chat(example, self.template, self.settings.train_on), shared
 
     def _asks_otherwise(self, marked: MarkedText, encoded: Encoded) -> bool:
         """Whether a prompt has other tokens alone, as where the blank at its end belongs to the answer's word."""
@@ -140,22 +142,26 @@ class Seq2SeqEncoder:
         pairs, results = _read_each(rows, self._read)
         if not pairs:
             return results
-        texts, wanted = map(list, zip(*pairs.values(), strict=True))
+        texts, wanted, _ = map(list, zip(*pairs.values(), strict=True))
         options = {"return_attention_mask": False, "verbose": False}
         sources = self.tokenizer(texts, add_special_tokens=not self.rendered, **options)["input_ids"]
         targets = self.tokenizer(text_target=wanted, **options)["input_ids"]
-        for (at, pair), source, target in zip(pairs.items(), sources, targets, strict=True):
-            results[at] = self._outcome(pair, source, self._with_eos(target), rows[at])
+        for (at, read), source, target in zip(pairs.items(), sources, targets, strict=True):
+            results[at] = self._outcome(read, source, self._with_eos(target), rows[at])
         return results
 
-    def _read(self, row: Row) -> tuple[str, str]:
-        prompt, answer = asked(self.reader(row))
-        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer
+    def _read(self, row: Row) -> tuple[str, str, dict[str, str]]:
+        example = self.reader(row)
+        prompt, answer = asked(example)
+        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer, example.shared
 
-    def _outcome(self, pair: tuple[str, str], source: list[int], target: list[int], row: Row) -> Outcome | DataError:
+    def _outcome(
+        self, read: tuple[str, str, dict[str, str]], source: list[int], target: list[int], row: Row
+    ) -> Outcome | DataError:
         limit, longest = self.settings.max_length, max(len(source), len(target))
-        outcome = Outcome(size=len(source) + len(target))
-        if is_damaged("\n".join(pair)):
+        text, answer, shared = read
+        outcome = Outcome(size=len(source) + len(target), shared=shared)
+        if is_damaged(f"{text}\n{answer}"):
             outcome.flags |= Flag.DAMAGED
         if self.tokenizer.eos_token_id is None:
             outcome.flags |= Flag.OPEN
@@ -169,7 +175,7 @@ class Seq2SeqEncoder:
             outcome.flags |= Flag.TRUNCATED | (Flag.ANSWER_CUT if outcome.lost else 0)
             if len(source) > limit:  # the special tokens at its end stay
                 options = {"add_special_tokens": not self.rendered, "truncation": True, "max_length": limit}
-                source = self.tokenizer(pair[0], **options)["input_ids"]
+                source = self.tokenizer(text, **options)["input_ids"]
         labels = target[:limit]
         outcome.examples.append(store.Example({"input_ids": source, "labels": labels}, len(source), len(labels)))
         return outcome

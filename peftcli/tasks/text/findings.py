@@ -71,6 +71,15 @@ FINDINGS = by_name(
         "have two turns of one role in a row, begin with an answer or end without one",
         "Check whether turns are missing.",
     ),
+    # No error: many base models have a template that nobody trained them with.
+    Kind(
+        "chat_model_without_template",
+        "warning",
+        "are trained without the chat template that the base model's tokenizer has",
+        "Pairs of prompt and completion become turns of the template with dataset: {format: alpaca, columns: "
+        "{instruction: prompt, output: completion}}; texts have to be written as messages. To keep them as they are: "
+        "dataset.allow: [chat_model_without_template].",
+    ),
     Kind(
         "turns_left_out",
         "warning",

@@ -23,6 +23,11 @@ class TextExample:
 
     text: str
 
+    @property
+    def shared(self) -> dict[str, str]:
+        """What other rows may have too, and a prompt then has: ``system``, ``instruction``."""
+        return {}
+
 
 @dataclass(frozen=True)
 class PairExample:
@@ -30,6 +35,13 @@ class PairExample:
 
     prompt: str
     completion: str
+    system: str = ""
+    """What the prompt begins with."""
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """As that of ``TextExample``."""
+        return {"system": self.system} if self.system else {}
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,12 @@ class ChatExample:
     no_prompt: bool = False
     """Whether this is an answer to compare, and no turn but the system's comes before it."""
 
+    @property
+    def shared(self) -> dict[str, str]:
+        """As that of ``TextExample``."""
+        first = self.messages[0]
+        return {"system": str(first["content"])} if first["role"] == "system" and first.get("content") else {}
+
 
 @dataclass(frozen=True)
 class AlpacaExample:
@@ -52,6 +70,12 @@ class AlpacaExample:
     output: str
     input: str = ""
     system: str = ""
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """As that of ``TextExample``: an instruction is one for all rows where each has an input of its own."""
+        found = {"system": self.system, "instruction": self.instruction if self.input else ""}
+        return {name: text for name, text in found.items() if text}
 
     def request(self) -> str:
         """The user's text: the instruction, a blank line, the input."""
@@ -252,7 +276,9 @@ def _text_example(row: dict[str, Any]) -> ParsedRow:
 
 def _pair(row: dict[str, Any]) -> ParsedRow:
     system, prompt = _optional(row, "system"), _string(row, "prompt")
-    return PairExample(f"{system}\n\n{prompt}" if system and prompt else prompt, _answer(row, "completion"))
+    if not system or not prompt:
+        return PairExample(prompt, _answer(row, "completion"))
+    return PairExample(f"{system}\n\n{prompt}", _answer(row, "completion"), system)
 
 
 def _alpaca(row: dict[str, Any]) -> ParsedRow:

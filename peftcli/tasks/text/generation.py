@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,10 +20,10 @@ from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.data.rows import Place
 from peftcli.errors import DataError
 from peftcli.models import tokens
-from peftcli.tasks.text.formats import AlpacaExample
 from peftcli.tasks.text.languages import answer_start
-from peftcli.tasks.text.prompts import Prompt, last_words, prompt_ids, prompt_text
-from peftcli.tasks.text.stop_tokens import Form, StopTokens, all_stops, prompt_form, stop_tokens
+from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import Prompt, TextWithSystem, last_words, prompt_ids, prompt_text
+from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, stop_tokens
 
 _SHORTER = "Shorten the prompt, or ask for fewer new tokens (generate --max-new-tokens)."
 
@@ -61,8 +61,8 @@ class TextGenerator:
 
     model: Any
     tokenizer: Any
-    form: Form
-    """What a prompt that is a string becomes: a user's turn in the chat template, itself, or an Alpaca instruction."""
+    form: PromptForm
+    """What a prompt that is a string becomes."""
     stop_tokens: StopTokens
     loaded_from: dict[str, Any] = field(default_factory=dict)
     """What it was loaded from, as JSON: an interrupted file is resumed only by an equal generator."""
@@ -129,7 +129,7 @@ class TextGenerator:
         inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         options = self._options(settings)
         if stream is not None:
-            options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens, strip=self.form == "chat")
+            options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens, strip=self.form.chat)
         with _contiguous_states(self.model):
             output = generate(self.model, **inputs, **options)
         start = inputs["input_ids"].shape[1] if self._decoder_only else 1  # the decoder's start token
@@ -141,10 +141,10 @@ class TextGenerator:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, in the form of the training data."""
-        if isinstance(prompt, str) and self.form == "chat":
-            prompt = [{"role": "user", "content": prompt}]
-        elif isinstance(prompt, str) and self.form == "alpaca" and self._decoder_only:
-            prompt = AlpacaExample(prompt, output="").pair().prompt
+        if isinstance(prompt, TextWithSystem):
+            prompt = self.form.ask(prompt.text, prompt.system)
+        elif isinstance(prompt, str):
+            prompt = self.form.ask(prompt)
         text, templated = prompt_text(prompt, self.tokenizer, decoder_only=self._decoder_only)
         return prompt_ids(text, self.tokenizer, templated=templated, decoder_only=self._decoder_only)
 
@@ -174,7 +174,7 @@ class TextGenerator:
         )
         kept = ids[:ends]
         text, _ = _before(self._text(kept), self.stop_tokens.texts)
-        text = text.strip() if self.form == "chat" else text
+        text = text.strip() if self.form.chat else text
         return text, len(kept), "length" if ends is None else "stop"
 
     def _text(self, ids: list[int]) -> str:
@@ -193,15 +193,14 @@ class TextGenerator:
 
 
 def generator_of(
-    model: Any, tokenizer: Any, record: Mapping[str, Any], loaded_from: dict[str, Any] | None = None
+    model: Any, tokenizer: Any, form: PromptForm, loaded_from: dict[str, Any] | None = None
 ) -> TextGenerator:
     """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there.
 
-    ``record`` is the run's run.json, empty without one; ``loaded_from`` says what both were loaded from, as JSON.
+    ``loaded_from`` says what both were loaded from, as JSON.
     """
     tokens.settle_pad(tokenizer, model)
-    form = prompt_form(record, tokenizer)
-    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, form), loaded_from or {})
+    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, chat=form.chat), loaded_from or {})
 
 
 @contextmanager

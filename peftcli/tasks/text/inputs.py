@@ -77,5 +77,5 @@ class TextInputs:
 
     def save(self, folder: Path) -> list[str]:
         options = {"pad_token_id": self.processor.pad_token_id}  # what a reader must set in the base model's config
-        own = write_task(folder, self.name, self.settings, options)
+        own = write_task(folder, self.name, settings=self.settings, config=options)
         return [own, *tokens.save_with_adapter(folder, self.processor, self.base.spec)]

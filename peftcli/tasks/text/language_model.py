@@ -27,7 +27,7 @@ from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models import tokens
 from peftcli.schema import BaseModel
 from peftcli.system import date
-from peftcli.tasks.base import Batch, Loss, Task
+from peftcli.tasks.base import Batch, Loss, Task, write_task
 from peftcli.tasks.scores import model_inputs, on_device
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
@@ -35,21 +35,14 @@ from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
 from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
-from peftcli.tasks.text.findings import record_findings
+from peftcli.tasks.text.findings import FINDINGS, record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+from peftcli.tasks.text.prompt_form import PromptForm
 from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
-from peftcli.tasks.text.stop_tokens import (
-    Form,
-    StopTokens,
-    configured_stops,
-    has_token,
-    missing_stops,
-    prompt_form,
-    stop_tokens,
-)
+from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
 from peftcli.tasks.text.token_loss import no_cache, token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 from peftcli.tasks.text.unpadded import rounds
@@ -80,13 +73,16 @@ class LanguageModel(Task[Settings]):
     identity: ClassVar[Sequence[str]] = ("input_ids",)
     versions: ClassVar[Sequence[str]] = CHAT_PACKAGES
 
+    name: ClassVar[str]
+    prompt_form: PromptForm
+    """That of the training rows. ``trained_on`` sets it."""
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
         self._audit: TextAudit | None = None
-        self._stops: dict[Form, StopTokens] = {}
+        self._stops: dict[bool, StopTokens] = {}
         if settings.metric_code is not None and not settings.trust_metric_code:
             hint = "read that file, and set task.trust_metric_code: true"
             raise DataError("runs code of yours, which has to be allowed", key="task.metric_code", hint=hint)
@@ -102,7 +98,9 @@ class LanguageModel(Task[Settings]):
     @property
     def columns(self) -> Mapping[str, Column]:
         own = {"input_ids": Column(), "labels": Column()}
-        return own | ({"prompt": Column(), "answer": Column("str"), "form": Column("str")} if self.generates else {})
+        return own | (
+            {"prompt": Column(), "answer": Column("str"), "chat": Column("bool", ())} if self.generates else {}
+        )
 
     @property
     def packages(self) -> Mapping[str, str]:
@@ -132,7 +130,11 @@ class LanguageModel(Task[Settings]):
         return found
 
     def record_findings(self, records: Records) -> list[Finding]:
-        return record_findings(records)
+        found = record_findings(records)
+        if self.processor.chat_template and not self.base.config.is_encoder_decoder:
+            raw = records.with_format("text", "prompt_completion")
+            found += records.findings(FINDINGS["chat_model_without_template"], raw, of_used=True)
+        return found
 
     def read(self, table: Table) -> ExampleReader:
         return text_reader(table, whole=self.settings.train_on == "all")
@@ -165,19 +167,26 @@ class LanguageModel(Task[Settings]):
                 f"the prompt's {len(ids)} tokens and {self.settings.max_new_tokens} new ones are more than the base"
             )
             return row.place.error(f"{message} model's {positions:,} positions{self._aside}", key="task.max_new_tokens")
-        form = prompt_form({"data": {"format": reader.name}}, self.processor)
-        stops = self._stops_of(form)
+        chat = self._form_of(reader.name, {}).chat
+        stops = self._stops_of(chat)
         thinks = answer.lstrip().startswith(stops.thinking) or has_token(self.processor, stops.lead)
         if thinks and stops.lead in answer:
             answer = answer.partition(stops.lead)[2].strip()
-        example.arrays |= {"prompt": ids, "answer": answer, "form": form}
+        example.arrays |= {"prompt": ids, "answer": answer, "chat": chat}
         return outcome
+
+    def _form_of(self, format: str, shared: Mapping[str, str]) -> PromptForm:
+        has_template, decoder_only = bool(self.processor.chat_template), not self.base.config.is_encoder_decoder
+        return PromptForm.of_rows(format, shared, has_template=has_template, decoder_only=decoder_only)
+
+    def trained_on(self, format: str, shared: Mapping[str, str]) -> None:
+        self.prompt_form = self._form_of(format, shared)
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         batch = pad_labelled(examples, pad_token_id(self.processor))
         if training or not self.generates:
             return batch
-        return batch | {f"_{name}": [each.arrays[name] for each in examples] for name in ("prompt", "answer", "form")}
+        return batch | {f"_{name}": [each.arrays[name] for each in examples] for name in ("prompt", "answer", "chat")}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         found = self.loss_of_targets(model, model_inputs(batch))
@@ -191,18 +200,18 @@ class LanguageModel(Task[Settings]):
         """What the model generates for the prompts of a batch, as ``predict`` does."""
         settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens, num_beams=self.settings.num_beams)
         found = dict[int, str]()
-        forms: list[Form] = batch["_form"]
-        for form in dict.fromkeys(forms):
-            generator = TextGenerator(model, self.processor, form, self._stops_of(form))
-            chosen = [at for at, each in enumerate(forms) if each == form]
+        chats = list(map(bool, batch["_chat"]))
+        for chat in dict.fromkeys(chats):
+            generator = TextGenerator(model, self.processor, PromptForm(chat), self._stops_of(chat))
+            chosen = [at for at, each in enumerate(chats) if each == chat]
             rows = [np.asarray(batch["_prompt"][at]).tolist() for at in chosen]
             found |= zip(chosen, (text for text, _, _ in generator.continued(rows, settings)), strict=True)
-        return [found[at] for at in range(len(forms))]
+        return [found[at] for at in range(len(chats))]
 
-    def _stops_of(self, form: Form) -> StopTokens:
-        if form not in self._stops:
-            self._stops[form] = stop_tokens(self.processor, form)
-        return self._stops[form]
+    def _stops_of(self, chat: bool) -> StopTokens:
+        if chat not in self._stops:
+            self._stops[chat] = stop_tokens(self.processor, chat=chat)
+        return self._stops[chat]
 
     @property
     def reports(self) -> Sequence[str]:
@@ -275,10 +284,16 @@ class LanguageModel(Task[Settings]):
         return fit_tokens(model, self.processor, config, self.base.spec)
 
     def save(self, folder: Path) -> list[str]:
+        limits = {name: getattr(self.settings, name) for name in ("max_new_tokens", "num_beams")}
+        own = write_task(folder, self.name, generation=limits, prompt=self.prompt_form)
+        return [own, *self.save_processor(folder)]
+
+    def save_processor(self, folder: Path) -> list[str]:
+        """Write what the adapter's tokenizer has beside the base model's, and return the files' names."""
         return tokens.save_with_adapter(folder, self.processor, self.base.spec)
 
-    def stops(self, folder: Path, model: nn.Module) -> list[int]:
-        return missing_stops(self.processor, folder, configured_stops(model))
+    def stops(self, model: nn.Module) -> list[int]:
+        return missing_stops(self.processor, configured_stops(model), chat=self.prompt_form.chat)
 
 
 def fit_tokens(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,26 @@ from peftcli.tasks.text.spans import Template, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | list[Message] | AlpacaExample | ChatExample
+
+@dataclass(frozen=True)
+class TextWithSystem:
+    """A text that is asked after a system prompt of its own."""
+
+    text: str
+    system: str
+
+
+CompletePrompt = str | list[Message] | AlpacaExample | ChatExample
 """A text; a conversation that ends with a turn to answer, the second with the tools that may be called; an
 instruction."""
+Prompt = CompletePrompt | TextWithSystem
+"""The same, or a text that a ``PromptForm`` completes, as it does with a ``str``."""
 
 _ASKING = {"sharegpt": "conversations", "messages": "messages", "prompt_completion": "prompt", "alpaca": "instruction"}
 """Format -> its column of what is asked."""
 
 
-def asked(example: ParsedRow) -> tuple[Prompt, str]:
+def asked(example: ParsedRow) -> tuple[CompletePrompt, str]:
     """The prompt of a row, and the answer that it holds: of a conversation, the last one that is trained.
 
     Raises:
@@ -56,7 +67,7 @@ def asked(example: ParsedRow) -> tuple[Prompt, str]:
 
 
 def prompt_text(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool, trained: bool = False
+    prompt: CompletePrompt, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool, trained: bool = False
 ) -> tuple[str, bool]:
     """The text that the model reads, and whether a chat template has written it, special tokens included.
 
@@ -150,7 +161,7 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
     if isinstance(prompt, str) and prompt:
         pair = _read("prompt_completion", row, {**values, "completion": "."})
         assert isinstance(pair, PairExample)
-        return pair.prompt
+        return TextWithSystem(prompt, pair.system) if pair.system else prompt
     if values.get("instruction"):
         read = _read("alpaca", row, {**values, "output": "."})
         assert isinstance(read, AlpacaExample)
@@ -195,6 +206,8 @@ def last_words(prompt: Prompt) -> str:
     """What was asked, in few words: the text, the last turn, or the instruction."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, TextWithSystem):
+        return prompt.text
     if isinstance(prompt, AlpacaExample):
         return prompt.request()
     messages = prompt if isinstance(prompt, list) else prompt.messages

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from peftcli.errors import DataError
-from peftcli.guard.adapter_folder import read_run
 from peftcli.tasks.text.formats import Message
 from peftcli.tasks.text.spans import Template, common_length
 
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-Form = Literal["chat", "plain", "alpaca"]
 _ASKED, _THOUGHT, _SAID = "Xq7Asked", "Xq7Thought", "Xq7Said"
 
 
@@ -41,10 +38,10 @@ class StopTokens:
         return answer.index(self.lead) + len(self.lead) if self.lead in answer else None
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, form: Form) -> StopTokens:
-    """Return what ends the answers of a model that was trained on examples of this form."""
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> StopTokens:
+    """Return what ends the answers of a model that was trained on conversations in the ``chat`` template, or not."""
     eos = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
-    if form != "chat":
+    if not chat:
         return StopTokens(eos)
     try:
         template = Template(tokenizer)
@@ -76,20 +73,6 @@ def has_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return any(token in text for token in tokenizer.get_added_vocab() if token.strip())
 
 
-def prompt_form(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Form:
-    """Return the form of the data that an adapter was trained on, in which it is to be prompted.
-
-    ``record`` is the content of the run's run.json; empty without one.
-    """
-    data = record.get("data")
-    trained_on = data.get("format", "messages") if isinstance(data, dict) else "messages"
-    if trained_on in ("text", "prompt_completion"):
-        return "plain"
-    if tokenizer.chat_template:
-        return "chat"
-    return "alpaca" if trained_on == "alpaca" else "plain"
-
-
 def all_stops(stops: StopTokens, configured: int | list[int] | None) -> list[int]:
     """Return the ids that end an answer, sorted: these and those of a generation config's ``eos_token_id``."""
     named: Iterable[int] = configured if isinstance(configured, list) else () if configured is None else (configured,)
@@ -101,9 +84,9 @@ def configured_stops(model: nn.Module) -> int | list[int] | None:
     return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
 
 
-def missing_stops(tokenizer: PreTrainedTokenizerBase, folder: Path, configured: int | list[int] | None) -> list[int]:
-    """Return all ids that end the answers of the adapter in ``folder``; none if ``configured`` names them already."""
-    stops = all_stops(stop_tokens(tokenizer, prompt_form(read_run(folder), tokenizer)), configured)
+def missing_stops(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None, *, chat: bool) -> list[int]:
+    """Return all ids that end an adapter's answers; none if ``configured`` names them already."""
+    stops = all_stops(stop_tokens(tokenizer, chat=chat), configured)
     return [] if stops == all_stops(StopTokens(), configured) else stops
 
 

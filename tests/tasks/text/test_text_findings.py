@@ -68,6 +68,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "double_bos": ("error", True),
         "markers_in_text": ("warning", False),
         "odd_turns": ("warning", False),
+        "chat_model_without_template": ("warning", False),
         "turns_left_out": ("warning", False),
         "pictures_not_read": ("warning", False),
         "encoding_damage": ("warning", False),

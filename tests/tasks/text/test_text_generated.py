@@ -29,7 +29,8 @@ from peftcli.tasks.text.chat import IGNORED, chat_template, encode_marked, mark_
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample, Message
 from peftcli.tasks.text.generated import METRICS, own_metric
 from peftcli.tasks.text.generation import GeneratedText, GenerationSettings, generator_of
-from peftcli.tasks.text.prompts import prompt_ids, prompt_of, prompt_text
+from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import TextWithSystem, prompt_ids, prompt_of, prompt_text
 
 WANTED = ["the old mill stands north of a river", "seven red foxes drink tea in winter", "a stone bridge"]
 RANDOM = ["qx vw zk jj pp", "oo uu ii yy ee aa bb", "xx yy zz ww"]
@@ -179,7 +180,9 @@ def streamed(
         return torch.cat([input_ids, ids[None]], 1)
 
     monkeypatch.setattr("peftcli.tasks.text.generation.generate", says)
-    [answer] = generator_of(build("llama"), tokenizer, {}).generate([asked], GenerationSettings(), stream=write)
+    [answer] = generator_of(build("llama"), tokenizer, PromptForm(True)).generate(
+        [asked], GenerationSettings(), stream=write
+    )
     return answer, written
 
 
@@ -196,7 +199,7 @@ def test_an_answer_is_what_follows_thinking_and_header(
     answer, written = streamed(monkeypatch, tokenizer, asked, trained)
     assert (answer.text, answer.tokens, answer.finish_reason) == ("In  France.", len(trained), "stop")
     assert "".join(written) == "In  France."
-    assert generator_of(build("llama"), tokenizer, {}).generate([], GenerationSettings()) == []
+    assert generator_of(build("llama"), tokenizer, PromptForm(True)).generate([], GenerationSettings()) == []
 
 
 @pytest.mark.parametrize(
@@ -330,7 +333,7 @@ def test_the_prompt_of_a_row_of_any_format() -> None:
         prompt(translation={"en": "Hi"}, columns={"prompt": "translation.en", "completion": "translation.fr"}) == "Hi"
     )
     assert prompt(instruction="Add", input="1 2", output="3") == AlpacaExample("Add", "", "1 2")
-    assert prompt(prompt="Hi", system="Be kind.") == "Be kind.\n\nHi"
+    assert prompt(prompt="Hi", system="Be kind.") == TextWithSystem("Hi", "Be kind.")
     assert prompt(prompt=[user], system="Be kind.") == [{"role": "system", "content": "Be kind."}, user]
     assert prompt(messages=[user, {"role": "assistant", "content": "Ho"}]) == [user]
     assert prompt(messages=json.dumps([user, {"role": "assistant", "content": "Ho"}])) == [user]

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from chat_templates import HARMONY, TEMPLATES, make_tokenizer
 
-from peftcli.guard.adapter_folder import read_run
-from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, missing_stops, prompt_form, stop_tokens
+from peftcli.adapters.load import AdapterSource
+from peftcli.tasks.text.formats import AlpacaExample
+from peftcli.tasks.text.prompt_form import SLOT, PromptForm
+from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, missing_stops, stop_tokens
 
 OURS = {
     "smollm": {"<|im_end|>"},
@@ -36,8 +38,8 @@ def texts(tokenizer: Any, ends: StopTokens) -> set[str]:
 @pytest.mark.parametrize("name", OURS)
 def test_an_answer_ends_with_the_templates_end_of_turn_and_with_eos(name: str) -> None:
     tokenizer = make_tokenizer(name)
-    assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == OURS[name] | {"</s>"}
-    assert texts(tokenizer, stop_tokens(tokenizer, "plain")) == {"</s>"}, "no template was at work"
+    assert texts(tokenizer, stop_tokens(tokenizer, chat=True)) == OURS[name] | {"</s>"}
+    assert texts(tokenizer, stop_tokens(tokenizer, chat=False)) == {"</s>"}, "no template was at work"
 
 
 def test_every_template_is_tried() -> None:
@@ -46,21 +48,21 @@ def test_every_template_is_tried() -> None:
 
 def test_marks_that_are_no_tokens_end_an_answer_as_text() -> None:
     tokenizer = make_tokenizer("plain")
-    assert stop_tokens(tokenizer, "chat").texts == ("[end]",)
-    assert stop_tokens(tokenizer, "plain").texts == ()
-    assert stop_tokens(make_tokenizer("llama3"), "chat").texts == ()
+    assert stop_tokens(tokenizer, chat=True).texts == ("[end]",)
+    assert stop_tokens(tokenizer, chat=False).texts == ()
+    assert stop_tokens(make_tokenizer("llama3"), chat=True).texts == ()
 
 
 def test_what_ends_thinking_too_is_no_sure_end() -> None:
     tokenizer = make_tokenizer(HARMONY)
-    assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == {"<|stop|>", "</s>"}
+    assert texts(tokenizer, stop_tokens(tokenizer, chat=True)) == {"<|stop|>", "</s>"}
     silent = make_tokenizer(HARMONY.replace("m.thinking %}", "false %}"))
-    assert texts(silent, stop_tokens(silent, "chat")) == {"<|stop|>", "<|end|>", "</s>"}
+    assert texts(silent, stop_tokens(silent, chat=True)) == {"<|stop|>", "<|end|>", "</s>"}
 
 
 def test_an_end_that_is_not_sure_is_better_than_none() -> None:
     tokenizer = make_tokenizer(HARMONY.replace("<|stop|>", "<|end|>"))
-    assert texts(tokenizer, stop_tokens(tokenizer, "chat")) == {"<|end|>", "</s>"}
+    assert texts(tokenizer, stop_tokens(tokenizer, chat=True)) == {"<|end|>", "</s>"}
 
 
 BRACKETS = (
@@ -90,21 +92,21 @@ ASKS_TO_THINK = THINKS.replace("{{ '<|A|>' }}", "{{ '<|A|><think>' }}")
 )
 def test_what_the_template_writes_before_an_answers_text(template: str, lead: str) -> None:
     tokenizer = make_tokenizer(template)
-    assert stop_tokens(tokenizer, "chat").lead == lead
-    assert stop_tokens(tokenizer, "plain").lead == ""
+    assert stop_tokens(tokenizer, chat=True).lead == lead
+    assert stop_tokens(tokenizer, chat=False).lead == ""
 
 
 def test_thinking_is_no_part_of_an_answer_of_a_template_that_writes_none_where_there_is_none() -> None:
-    stops = stop_tokens(make_tokenizer(THINKS), "chat")
+    stops = stop_tokens(make_tokenizer(THINKS), chat=True)
     answers = ("<think>A sum.</think>Three.", "Three.")
     assert [answer[stops.before(answer) :] for answer in answers] == ["Three."] * 2
-    stops = stop_tokens(make_tokenizer(ASKS_TO_THINK), "chat")
+    stops = stop_tokens(make_tokenizer(ASKS_TO_THINK), chat=True)
     assert stops.before("A sum.</think>Three.") == len("A sum.</think>")
 
 
 def test_a_template_that_shows_no_conversation_and_a_tokenizer_without_eos() -> None:
-    assert stop_tokens(make_tokenizer("{{ raise_exception('no') }}", eos=None), "chat") == StopTokens()
-    assert stop_tokens(make_tokenizer(None, eos=None), "plain") == StopTokens()
+    assert stop_tokens(make_tokenizer("{{ raise_exception('no') }}", eos=None), chat=True) == StopTokens()
+    assert stop_tokens(make_tokenizer(None, eos=None), chat=False) == StopTokens()
 
 
 def test_the_base_models_own_ends_stay() -> None:
@@ -116,30 +118,43 @@ def test_the_base_models_own_ends_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "template", "form"),
+    ("trained_on", "template", "chat", "text"),
     [
-        ("messages", "llama3", "chat"),
-        ("sharegpt", "llama3", "chat"),
-        ("alpaca", "llama3", "chat"),
-        ("alpaca", None, "alpaca"),
-        ("prompt_completion", "llama3", "plain"),
-        ("text", "llama3", "plain"),
-        (None, "llama3", "chat"),
-        (None, None, "plain"),
+        ("messages", "llama3", True, SLOT),
+        ("sharegpt", "llama3", True, SLOT),
+        ("alpaca", "llama3", True, SLOT),
+        ("alpaca", None, False, f"### Instruction:\n{SLOT}\n\n### Response:\n"),
+        ("prompt_completion", "llama3", False, SLOT),
+        ("text", "llama3", False, SLOT),
+        (None, "llama3", True, SLOT),
+        (None, None, False, SLOT),
     ],
 )
-def test_the_form_is_that_of_the_trained_rows(
-    tmp_path: Path, trained_on: str | None, template: str | None, form: str
+def test_the_form_of_an_older_folder_is_that_of_the_trained_rows(
+    tmp_path: Path, trained_on: str | None, template: str | None, chat: bool, text: str
 ) -> None:
     if trained_on:
         (tmp_path / "run.json").write_text(json.dumps({"data": {"format": trained_on}}))
-    assert prompt_form(read_run(tmp_path), make_tokenizer(template)) == form
+    form = AdapterSource(tmp_path, {}).prompt_form(make_tokenizer(template))
+    assert form == PromptForm(chat, trained_on or "messages", text)
 
 
-def test_stops_are_named_where_the_base_model_lacks_one(tmp_path: Path) -> None:
+def test_what_all_rows_share_is_asked_again() -> None:
+    shared = {"system": "Be kind.", "instruction": "Translate."}
+    form = PromptForm.of_rows("alpaca", shared, has_template=True)
+    assert form.ask("Hi") == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Translate.\n\nHi"},
+    ]
+    assert form.ask("Hi", system="") == [{"role": "user", "content": "Translate.\n\nHi"}]
+    plain = PromptForm.of_rows("alpaca", shared, has_template=False)
+    assert plain.ask("Hi") == AlpacaExample("Translate.", "", "Hi", "Be kind.").pair().prompt
+
+
+def test_stops_are_named_where_the_base_model_lacks_one() -> None:
     tokenizer = make_tokenizer("llama3")
     eos, turn = tokenizer.convert_tokens_to_ids(["</s>", "<|eot_id|>"])
-    assert missing_stops(tokenizer, tmp_path, eos) == sorted([eos, turn])
-    assert missing_stops(tokenizer, tmp_path, None) == sorted([eos, turn])
-    assert missing_stops(tokenizer, tmp_path, [turn, eos]) == []
-    assert missing_stops(tokenizer, tmp_path, [turn, eos, 0]) == []
+    assert missing_stops(tokenizer, eos, chat=True) == sorted([eos, turn])
+    assert missing_stops(tokenizer, None, chat=True) == sorted([eos, turn])
+    assert missing_stops(tokenizer, [turn, eos], chat=True) == []
+    assert missing_stops(tokenizer, [turn, eos, 0], chat=True) == []
