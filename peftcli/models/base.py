@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftcli.core.layer import model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
-from peftcli.guard.files import is_folder
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.models import hub_files, quantization, tokens, validate
 from peftcli.models.find import FoundBase
@@ -183,7 +182,7 @@ class OpenBase:
         if not self._is_gguf:
             # ignored: find_initialised names what differs
             arguments |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
-            self._check_weights(auto_class)
+            self.check_weights(self.empty_model(auto_class))
         with translated_errors(self.name):
             build = getattr(transformers, auto_class).from_pretrained
             model, info = build(**self._where, **arguments, output_loading_info=True)
@@ -233,7 +232,7 @@ class OpenBase:
             setattr(config, key, value)
         return config
 
-    def check_prefix(self, model: PreTrainedModel) -> None:
+    def _check_prefix(self, model: PreTrainedModel) -> None:
         """Check that transformers looks for the body's weights under the names that the files have.
 
         Raises:
@@ -293,26 +292,42 @@ class OpenBase:
             self._fetch(*names)
         return {self.folder / name: validate.read_shard(self.folder / name) for name in names}
 
+    @property
+    def _own_weights(self) -> str | None:
+        """The file of weights that the config names in place of the usual ones."""
+        config = self.folder / "config.json"
+        return validate.weights_name(self._json.get(config, {}), str(config))
+
     def _weight_files(self, find: Callable[[str], Path | None]) -> list[str]:
         """Return the names of the files of weights; ``find`` returns the path of a file, or None if it is missing."""
-        config = self.folder / "config.json"
-        own = validate.weights_name(self._json.get(config, {}), str(config))
+        own = self._own_weights
         found = next((file for name in ([own] if own else validate.WEIGHTS) if (file := find(name))), None)
         if found is None:
             return []
         return [found.name] if found.suffix == ".safetensors" else validate.listed_shards(found)
 
-    def _check_weights(self, auto_class: str) -> None:
-        """Raise ModelError unless the weights are whole safetensors files, as large as the config says."""
-        if not self.shards:
-            if self._on_hub:
-                hub_requests.refuse_partial_copy(self.folder, self.name, "base_model")
-            folder = expand_user(Path(self.name))
-            names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
+    def check_weights(self, model: PreTrainedModel, *, fetch: bool = True) -> None:
+        """Check that the weights are whole safetensors files for this model, which may be empty.
+
+        Without ``fetch``, the weights of a hub model are only looked for among the files that the hub has listed.
+
+        Raises:
+            ModelError: they are not.
+            NetworkError: the hub cannot be reached.
+        """
+        if self._is_gguf:
+            return
+        names = hub_requests.listed_files(self.folder) if self._on_hub else {each.name for each in self.folder.iterdir()}
+        own = self._own_weights
+        if names is not None and names.isdisjoint([own] if own else validate.WEIGHTS):
             raise validate.no_weights(self.name, names)
-        if self.quantization is None:
-            model = self.empty_model(auto_class)
-            self.check_prefix(model)
+        if self._on_hub and not fetch:
+            return
+        if not self.shards:  # it is not known which files the hub has
+            hub_requests.refuse_partial_copy(self.folder, self.name, "base_model")
+            raise validate.no_weights(self.name, ())
+        self._check_prefix(model)
+        if self.weight_type is None:
             validate.check_size(model, self.shards.values(), str(self.folder / "config.json"))
 
     @property

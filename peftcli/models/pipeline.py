@@ -142,9 +142,7 @@ class OpenPipeline(OpenBase):
         if self._on_hub:
             hub_files.fetch_parts(self.spec, self.parts, weights=True)
         empty = self.empty_model(auto_class, train_text_encoder=train_text_encoder)
-        for name in empty.trained:
-            headers = map(validate.read_shard, self._shards_of(name))
-            validate.check_size(empty.get_submodule(name), headers, str(self.folder / name / "config.json"))
+        self.check_weights(empty)
         with translated_errors(self.name), quiet_diffusers():
             loaded = {name: self._load(name, torch.float32 if name == "vae" else dtype) for name in self.parts}
             import diffusers
@@ -157,6 +155,18 @@ class OpenPipeline(OpenBase):
         model = DiffusionModel(self.family, {name: loaded[name] for name in empty.trained}, pipeline, self.folder)
         return LoadedModel(cast(Any, model))
 
+    def check_weights(self, model: Any, *, fetch: bool = True) -> None:
+        if self._on_hub and not fetch:
+            return
+        for name in filter(self._has_weights, self.parts):
+            shards = self._shards_of(name)
+            if name in model.trained:
+                headers = map(validate.read_shard, shards)
+                validate.check_size(model.get_submodule(name), headers, str(self.folder / name / "config.json"))
+
+    def _has_weights(self, name: str) -> bool:
+        return name in ("vae", self.family.denoiser) or name.startswith("text_encoder")
+
     def _shards_of(self, name: str) -> list[Path]:
         """The safetensors files of a part."""
         folder = self.folder / name
@@ -166,7 +176,7 @@ class OpenPipeline(OpenBase):
 
     def _load(self, name: str, dtype: torch.dtype | None) -> Any:
         folder, kind = self.folder / name, self._class(name)
-        if not (name in ("vae", self.family.denoiser) or name.startswith("text_encoder")):  # it has no weights
+        if not self._has_weights(name):
             return kind.from_pretrained(folder, local_files_only=True)
         self._shards_of(name)
         key = "torch_dtype" if self.parts[name][0] == "diffusers" else "dtype"

@@ -278,10 +278,10 @@ def no_weights(folder: str, names: Iterable[str]) -> ModelError:
             hint=_CONVERT,
         )
     return ModelError(
-        f"contains neither {WEIGHTS[0]} nor {WEIGHTS[1]}; other formats are not read",
+        f"contains neither {WEIGHTS[0]} nor {WEIGHTS[1]}, so no weights",
         file=folder,
         key="base_model",
-        hint=_CONVERT,
+        hint=f"add one of them; if the model is in another format, {_CONVERT}",
     )
 
 

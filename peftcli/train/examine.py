@@ -54,7 +54,7 @@ def examine(recipe: Recipe) -> DeepCheck:
         except PeftcliError as error:
             place = f"{error.file}:{error.line}" if error.line else error.file
             section, dot, _ = (error.key or "").partition(".")
-            is_column = error.file is not None and not (dot and section in _SECTIONS)
+            is_column = error.file is not None and error.key != key and not (dot and section in _SECTIONS)
             own, column = (key, error.key) if is_column else (_recipe_key(error.key, key), None)
             text = ": ".join(filter(None, (place, column, error.message)))
             hint = f" ({' '.join(error.hint.split())})" if error.hint else ""
@@ -107,8 +107,7 @@ def examine(recipe: Recipe) -> DeepCheck:
     attempt("base_model", lambda: base.quantization)
     model = attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
     if model is not None and config is not None:
-        if base.commit is None:  # or it would be fetched
-            attempt("base_model", lambda: base.check_prefix(model))
+        attempt("base_model", lambda: base.check_weights(model, fetch=False))
         attempt("base_model", lambda: base.check_groups(row_of(recipe).auto_class, model))
         if recipe.launch.strategy in DIVIDED and processes > 1:
             attempt("launch.strategy", partial(check_divisible, model, recipe.launch.strategy))

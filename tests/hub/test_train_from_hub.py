@@ -22,7 +22,7 @@ from trainkit import at_step, read_run, run_recipe, write_recipe
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.cli.app import main
-from peftcli.errors import DataError, Interrupted
+from peftcli.errors import DataError, Interrupted, ModelError
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
@@ -87,6 +87,20 @@ def test_the_commands_of_a_run_find_its_base_model(
     assert main(["verify", str(out)]) == 0, capsys.readouterr().err
     assert main(["generate", str(out), "--prompt", "x", "--max-new-tokens", "1"]) == 0
     assert main(["merge", str(out), "--output", str(tmp_path / "merged")]) == 0
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_a_model_without_weights_is_found_by_the_deep_check(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], on_hub: bool
+) -> None:
+    recipe, base = write_recipe(tmp_path), tmp_path / "bare"
+    shutil.copytree(trainkit.base_folder(), base, ignore=shutil.ignore_patterns("*.safetensors*"))
+    _commit(hub, {path.name: path.read_bytes() for path in base.iterdir()})
+    name = NAME if on_hub else str(base)
+    assert main(["check", str(recipe), "--deep", f"base_model={name}"]) == ModelError.exit_code
+    out = capsys.readouterr().out
+    assert f"base_model: {name}: contains neither model.safetensors nor model.safetensors.index.json" in out
+    assert "1 problem" in out
 
 
 def test_it_goes_on_with_the_dataset_that_it_began_with(
