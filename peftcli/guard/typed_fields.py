@@ -20,7 +20,9 @@ _LONGEST_NAME = 4096
 
 
 def read_fields(cls: Any, values: dict[str, Any], file: str | None) -> dict[str, Any]:
-    """Return those of the values that are fields of ``cls``, each of its field's type; null is the field's default.
+    """Return those of the values that are fields of ``cls``, each of its field's type.
+
+    null is an empty list or mapping where that is the default, and the default where the metadata ``nullable`` says so.
 
     Raises:
         AdapterError: a value is of another type, or cannot be a name. The metadata ``prose`` says that a field is text.
@@ -126,13 +128,14 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file: str | None) -> Any:
-    if value is None:
-        return default_of(entry)
     if fits(value, hint):
         return value
     if isinstance(value, float) and value.is_integer() and fits(int(value), hint):
         return int(value)
-    raise AdapterTypeError(f"expected {entry.type}, found {short_repr(value)}", key=key, file=file)
+    if value is None and (entry.metadata.get("nullable") or default_of(entry) in ([], {})):
+        return default_of(entry)
+    found = "null" if value is None else short_repr(value)
+    raise AdapterTypeError(f"expected {entry.type}, found {found}", key=key, file=file)
 
 
 def _strange_name(value: object) -> str | None:

@@ -16,8 +16,10 @@ from peft.utils import constants
 from transformers import CONFIG_MAPPING
 
 import peftcli
+from peftcli.core.config_classes import plain
 from peftcli.core.weights import load_training_state, training_state
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, AdapterTypeError
+from peftcli.guard.typed_fields import fits, hints_of
 from peftcli.methods import METHODS
 from peftcli.peft_api import PeftConfig, PeftType, TaskType
 from peftcli.peft_api.config import PromptLearningConfig
@@ -60,6 +62,20 @@ def test_each_reads_what_the_other_writes(method: str, tmp_path: Path) -> None:
     assert cls.from_pretrained(tmp_path, subfolder="ours") == ours
     assert _plain(peft.PeftConfig.from_pretrained(tmp_path / "ours").to_dict()) == _plain(theirs.to_dict())
     assert cls(peft_type="another") == cls.from_peft_type() == copy.deepcopy(pickle.loads(pickle.dumps(cls())))
+
+
+@pytest.mark.parametrize("method", PEFTS_METHODS)
+def test_a_file_has_null_where_peft_writes_it_and_nowhere_else(method: str) -> None:
+    cls = METHODS[method].config_class()
+    given = {key: value for key, value in _NEEDED.get(method, {}).items() if key != "num_virtual_tokens"}
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[cls.peft_type]](**given).to_dict()
+    written = {key: plain(value) for key, value in theirs.items()}
+    cls.from_dict(written)
+    hints = hints_of(cls)
+    for key in [key for key in hints if written.get(key) not in _NOTHING and not fits(None, hints[key])]:
+        with pytest.raises(AdapterTypeError, match="found null") as caught:
+            cls.from_dict({**written, key: None})
+        assert caught.value.key == key
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/adapter", "a" * 5000, "a\0b"])

@@ -25,7 +25,7 @@ class SoftPromptConfig(AdapterConfig):
     sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
     always_written: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_transformer_submodules")
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = field(default=20, metadata={"nullable": True})  # as PEFT writes it where it is unset
     """How many virtual tokens stand before the input. Each costs one position of the context."""
     token_dim: int | None = field(default=None, metadata={"recipe": False})
     """Size of the base model's input embedding; of a prefix, that of a layer's keys. Found from the model."""
