@@ -26,6 +26,7 @@ from peftcli.guard.adapter_folder import CONFIG_FILE as CONFIG_FILE
 from peftcli.guard.adapter_folder import DTYPES, find_weights, open_weights
 from peftcli.guard.adapter_folder import WEIGHTS_FILE as WEIGHTS_FILE
 from peftcli.guard.adapter_folder import read_config as read_config
+from peftcli.guard.files import first_of
 from peftcli.guard.safetensors_header import BITS, TensorEntry
 from peftcli.system.disk import write_file
 
@@ -380,7 +381,7 @@ def check_header(
         elif error.file is not None:
             if not (unmatched := _unmatched(model, config)):
                 raise
-            hint = f"no module of the model matches {', '.join(unmatched)} of target_modules"
+            hint = f"no module of the model matches {', '.join(first_of(unmatched))} of target_modules"
         raise AdapterError(error.message, file=place, key=error.key, hint=hint) from None
     finally:
         unload(empty)

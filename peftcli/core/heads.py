@@ -15,6 +15,7 @@ from peftcli.core.layer import base_module, base_modules, cast, model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import find_modules, module_matches
 from peftcli.errors import AdapterError
+from peftcli.guard.files import first_of
 
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's names of the tasks whose models have a head of their own."""
@@ -89,8 +90,8 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
     new = _new_modules(model, initialised, saved)
     if new and config.inference_mode:
         raise AdapterError(
-            f"the adapter was saved without {', '.join(new)}, which the base model's checkpoint does not hold either: "
-            "the weights would stay random",
+            f"the adapter was saved without {', '.join(first_of(new))}, which the base model's checkpoint does not "
+            "hold either: the weights would stay random",
             key="modules_to_save",
             hint="load it over the base model that it was trained on",
         )
@@ -98,8 +99,8 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
     missing = [*dict.fromkeys(head for head in [*heads, *new] if not any(_overlap(head, name) for name in saved))]
     if missing and config.inference_mode:
         warnings.warn(
-            f"the adapter was saved without {', '.join(missing)}, which is part of the head and stays as it is in the "
-            "base model",
+            f"the adapter was saved without {', '.join(first_of(missing))}, which is part of the head and stays as "
+            "it is in the base model",
             stacklevel=2,
         )
     elif missing:

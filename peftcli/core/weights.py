@@ -23,9 +23,8 @@ from peftcli.core.layer import (
     path_in_file,
 )
 from peftcli.errors import AdapterError
-from peftcli.guard.files import short_name
+from peftcli.guard.files import first_of, short_name
 
-_MOST_SHOWN = 8
 _PEFT_COPY = re.compile(r"\.(modules_to_save(\.[^.]+)?|original_module)(?=\.([^.]+\.)*bias$)")
 """With bias: all, PEFT writes the biases of saved modules under these names too, beside the true ones."""
 
@@ -77,7 +76,7 @@ def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], a
     now = training_state(model, adapter)
     wrong = [name for name in now if name not in tensors or tensors[name].shape != now[name].shape]
     if wrong:
-        raise AdapterError(f"the training state does not fit this model: {', '.join(wrong[:_MOST_SHOWN])}")
+        raise AdapterError(f"the training state does not fit this model: {', '.join(first_of(wrong))}")
     for name, value in now.items():
         value.copy_(tensors[name])
 
@@ -228,8 +227,7 @@ def _without_adapter_names(
 
 def _listed(what: str, wrong: list[str]) -> str:
     """Return the message ``what`` with the first problems, each on its own line."""
-    more = [f"and {len(wrong) - _MOST_SHOWN} more"] if len(wrong) > _MOST_SHOWN else []
-    return "\n  ".join([f"{what}:", *wrong[:_MOST_SHOWN], *more])
+    return "\n  ".join([f"{what}:", *first_of(wrong)])
 
 
 def _copies(path: str, layer: AdapterLayer) -> dict[str, str]:

@@ -9,7 +9,7 @@ import shlex
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -68,6 +68,13 @@ def one_line(text: str) -> str:
     """Return a message with untrusted parts on one line, no longer than a paragraph."""
     text = "".join(char if char.isprintable() else escape_char(char) for char in text[: _MAX_MESSAGE + 1])
     return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
+
+
+def first_of(items: Sequence[str], most: int = 4) -> list[str]:
+    """Return the items as a message lists them, at most this many: of more, the last entry counts those left out."""
+    if len(items) <= most:
+        return list(items)
+    return [*items[: most - 1], f"and {len(items) - most + 1} more"]
 
 
 def escape_char(char: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from peftcli.errors import ModelError
 from peftcli.guard.adapter_folder import DTYPES
-from peftcli.guard.files import short_repr
+from peftcli.guard.files import first_of, short_repr
 from peftcli.models import hub_files, validate
 from peftcli.models.base import LoadedModel, OpenBase
 from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family, quiet_diffusers
@@ -184,7 +184,7 @@ class OpenPipeline(OpenBase):
         part, info = kind.from_pretrained(folder, **options)
         damage = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         if damage:
-            message = f"the weights of {name} are not those of its config.json: {', '.join(damage[:6])}"
+            message = f"the weights of {name} are not those of its config.json: {', '.join(first_of(damage))}"
             raise ModelError(message, file=self.name, key="base_model")
         return part.requires_grad_(False).eval()
 

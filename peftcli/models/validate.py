@@ -17,7 +17,7 @@ from torch import nn
 
 from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
-from peftcli.guard.files import irregular_kind, open_regular, read_errors, read_json_object, short_name, short_repr
+from peftcli.guard.files import first_of, irregular_kind, open_regular, read_errors, read_json_object, short_name, short_repr
 from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
 from peftcli.models.guarded import ALLOW_CODE
 
@@ -51,7 +51,6 @@ _MAX_LAYERS, _MAX_LABELS = 500, 1_000_000
 """More than any model has."""
 _SPARE = 100_000_000
 """Numbers that a model may hold beyond twice those of its files: a new head, or masks."""
-_MAX_SHOWN = 6
 _CONVERT = "load it once in transformers where you trust it, and save it again: save_pretrained writes safetensors"
 
 
@@ -230,9 +229,8 @@ def find_initialised(
     damage = [f"{key} is {sizes[key][0]}, not {sizes[key][1]}" for key in sorted(sizes.keys() - replaced)]
     damage += [f"{key} is missing" for key in sorted(lost)]
     if damage and complete:
-        more = f", and {len(damage) - _MAX_SHOWN} more" if len(damage) > _MAX_SHOWN else ""
         raise ModelError(
-            f"the weights of {name} are not those of its config.json: {', '.join(damage[:_MAX_SHOWN])}{more}",
+            f"the weights of {name} are not those of its config.json: {', '.join(first_of(damage))}",
             key="base_model",
         )
     heads_replaced = sorted({key.rpartition(".")[0] for key in replaced})

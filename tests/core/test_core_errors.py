@@ -352,7 +352,6 @@ def test_everything_wrong_with_the_tensors_is_said_at_once_and_nothing_is_loaded
     del tensors[names[0]]
     tensors[names[1]] = torch.zeros(3, 3)
     tensors[names[2]][0, 0] = torch.nan
-    tensors[names[3]][0, 0] = torch.inf
     tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
     with pytest.raises(AdapterError) as caught:
         load_state(model, tensors, "folder/adapter_model.safetensors")
@@ -362,7 +361,6 @@ def test_everything_wrong_with_the_tensors_is_said_at_once_and_nothing_is_loaded
     assert "unexpected: base_model.model.model.layers.9" in text
     assert f"shape: {names[1]} is (3, 3), the model needs" in text
     assert f"not finite: {names[2]}" in text
-    assert f"not finite: {names[3]}" in text
     assert torch.equal(logits(model, batch("llama")), before)
 
 
@@ -371,7 +369,7 @@ def test_a_long_list_of_wrong_tensors_is_cut() -> None:
     inject(other := tiny("llama"), LoraConfig(target_modules="all-linear"))
     with pytest.raises(AdapterError, match=r"and \d+ more") as caught:
         load_state(model, adapter_state(other))
-    assert len(str(caught.value).splitlines()) < 12
+    assert len(str(caught.value).splitlines()) <= 6
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
