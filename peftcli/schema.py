@@ -356,8 +356,8 @@ class Recipe:
     base_model: BaseModel
     """The pretrained model: its name, or a mapping."""
     task: dict[str, Any] | None = None
-    """The task: a name, or a mapping with ``type`` and the task's own settings. Unset: found from the base model and
-    the data, if they leave one choice. See ``peftcli info tasks``."""
+    """The task: a name, or a mapping with ``type`` and the task's own settings. Without a name or ``type``, the task is
+    found from the base model and the data, if they leave one choice. See ``peftcli info tasks``."""
     method: dict[str, Any]
     """The method: ``type`` and the method's own settings, under PEFT's names. See ``peftcli info methods``."""
     dataset: Dataset

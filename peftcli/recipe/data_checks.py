@@ -30,7 +30,7 @@ def check_data(recipe: Recipe, report: Report) -> None:
 
 
 def check_task(recipe: Recipe, report: Report) -> None:
-    """Report the task's settings that are out of range, and those under ``dataset`` that it does not have."""
+    """Report the task's settings that it does not take, here or under ``dataset``, or that are out of range."""
     dataset, name = recipe.dataset, (recipe.task or {}).get("type", "")
     if name not in TASKS:
         return
@@ -48,7 +48,13 @@ def check_task(recipe: Recipe, report: Report) -> None:
         else:
             report(keys, f"is not a setting of the task {name}; leave it out")
     given = {key: value for key, value in (recipe.task or {}).items() if key != "type"}
-    for key, problem in out_of_range(TASKS[name].settings(**given)):
+    for key, value in given.items():  # of a task that was found, or else they have been read as its own
+        allowed = choices(own[key].hint) if key in own else []
+        if key not in own:
+            report((f"task.{key}",), f"is not a setting of the task {name}; leave it out")
+        elif isinstance(value, str) and allowed and value not in allowed:
+            report((f"task.{key}",), f"the task {name} supports only {', '.join(allowed)}, not {value}")
+    for key, problem in out_of_range(TASKS[name].settings(**{key: given[key] for key in given.keys() & own.keys()})):
         report((f"task.{key}",), problem)
 
 

@@ -157,9 +157,11 @@ class _Reader:
         given = {"type": value} if alone else self.mapping(value, "task")
         if given is None:
             return None
-        key, place = "task" if alone else "task.type", value.key_place or value.place
-        self.require(given, {"type": _TYPE}, "task", place)
-        name = self.setting(_TYPE, given["type"], key) if "type" in given else ""
+        key = "task" if alone else "task.type"
+        own = {one: child for one, child in given.items() if one != "type"}
+        if "type" not in given:
+            return self.settings_of_any_task(own, value.key_place or value.place) or None
+        name = self.setting(_TYPE, given["type"], key)
         if name not in TASKS:
             if key not in self.bad:
                 by_type = {str(row.task_type).lower(): task for task, row in reversed(TASKS.items())}  # the first one
@@ -167,9 +169,27 @@ class _Reader:
                 self.report((key,), f"unknown task: {name[:60]!r}; known: {', '.join(TASKS)}", suggestion)
             self.bad |= {"task", key}
             return {"type": name}
-        known, own = task_settings(name), {one: child for one, child in given.items() if one != "type"}
-        self.refuse_unknown(own, known, "task", kind=name)
-        return {"type": name} | {one: self.setting(known[one], own[one], f"task.{one}") for one in own if one in known}
+        self.refuse_unknown(own, task_settings(name), "task", kind=name)
+        return {"type": name} | self.settings_of_task(name, own)
+
+    def settings_of_task(self, name: str, own: dict[str, Value]) -> dict[str, Any]:
+        known = task_settings(name)
+        return {one: self.setting(known[one], own[one], f"task.{one}") for one in own if one in known}
+
+    def settings_of_any_task(self, own: dict[str, Value], place: Position) -> dict[str, Any]:
+        """Return the given settings of a task that is found later, as the first task that takes them reads them."""
+        self.refuse_unknown(own, {key: entry for name in TASKS for key, entry in task_settings(name).items()}, "task")
+        having = [name for name in TASKS if own.keys() <= task_settings(name).keys()]
+        if not having:
+            self.problem("is required, since no task has all of these settings", place, "task.type")
+            return {}
+
+        def takes(name: str) -> bool:
+            trial = _Reader(self.tree, Problems())
+            trial.settings_of_task(name, own)
+            return not trial.problems.count
+
+        return self.settings_of_task(next(filter(takes, having), having[0]), own)
 
     def share_settings(self, task: dict[str, Any] | None, dataset: dict[str, Any]) -> None:
         """Move the settings that recipes may also give under ``dataset`` from the task to ``dataset``."""

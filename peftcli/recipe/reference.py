@@ -218,7 +218,8 @@ def json_schema() -> dict[str, Any]:
     properties["method"] = {"description": top["method"].help, **_kinds_schema(methods)}
     tasks = {name: (row.summary, task_settings(name)) for name, row in TASKS.items()}
     whole = {**_kinds_schema(tasks), "required": ["type"]}
-    forms = [{"enum": list(TASKS)}, _WITH_VARIABLE, whole, {"type": "null"}]
+    of_any = _object({}) | {"properties": {key: {} for _, own in tasks.values() for key in own}}
+    forms = [{"enum": list(TASKS)}, _WITH_VARIABLE, whole, of_any, {"type": "null"}]
     properties["task"] = {"description": top["task"].help, "anyOf": forms}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

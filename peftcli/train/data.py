@@ -204,7 +204,7 @@ def _shared(parts: Sequence[Part], format: str) -> dict[str, str]:
 
 
 def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:
-    """The recipe with its task, which is found from base model and data where the recipe leaves it out.
+    """The recipe with its task, whose type is found from base model and data where the recipe leaves it out.
 
     ``tell`` receives which task was found, and from what.
 
@@ -213,12 +213,12 @@ def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:
         DataError: the training data cannot be read.
         ModelError: the base model's config cannot be read.
     """
-    if recipe.task is not None:
+    if "type" in (given := recipe.task or {}):
         return recipe
     table, _ = _table(recipe.dataset.sources()[0])
     name, reason = find_task(open_base(recipe.base_model).config, {*table.columns, *table.source.columns})
     tell(warning(f"task: {name}, found from {reason}"))
-    found = replace(recipe, task={"type": name})
+    found = replace(recipe, task={"type": name, **given})
 
     def refuse_setting(keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
         raise UsageError(message, key=keys[0])

@@ -75,7 +75,7 @@ def test_both_places_of_one_file_must_agree_and_a_later_layer_wins(
         ("task: {type: causel_lm}\n", "task.type", "unknown task: 'causel_lm'; known: ", "causal_lm"),
         ("task: text-classification\n", "task", "unknown task: ", "sequence_classification"),
         ("task: dpo\n", "task", "unknown task: 'dpo'; known: ", "{type: preference, loss: dpo}"),
-        ("task: {max_length: 5}\n", "task.type", "is required", None),
+        ("task: {packing: true, loss: dpo}\n", "task.type", "no task has all of these settings", None),
         ("task: [causal_lm]\n", "task", "expected a mapping of settings, found a list", None),
         ("task: {type: causal_lm, max_lenght: 5}\n", "task.max_lenght", "unknown key", "max_length"),
         ("task: {type: causal_lm, seed: 5}\n", "task.seed", "belongs in the section training", "training.seed"),
@@ -144,7 +144,7 @@ def test_a_recipe_of_a_name_alone_is_written_as_before(task: Callable, write: Ca
     assert load_recipe(write(text=to_yaml(recipe))) == recipe
 
 
-@pytest.mark.parametrize("given", ["causal_lm", None, {"type": "seq2seq_lm", "max_length": 5}])
+@pytest.mark.parametrize("given", ["causal_lm", None, {}, {"max_length": 5}, {"type": "seq2seq_lm", "max_length": 5}])
 def test_the_schema_accepts_what_the_parser_does(
     schema: jsonschema.Draft202012Validator, good: str, given: Any
 ) -> None:
@@ -153,7 +153,7 @@ def test_the_schema_accepts_what_the_parser_does(
     schema.validate({name: value for name, value in written.items() if name != "task"})
 
 
-@pytest.mark.parametrize("given", ["causal", 5, {}, {"type": "seq2seq_lm", "packing": True}, {"type": "x"}])
+@pytest.mark.parametrize("given", ["causal", 5, {"lenght": 5}, {"type": "seq2seq_lm", "packing": True}, {"type": "x"}])
 def test_and_refuses_what_it_refuses(schema: jsonschema.Draft202012Validator, good: str, given: Any) -> None:
     assert not schema.is_valid(yaml.safe_load(good.replace("1e-4", "0.0001")) | {"task": given})
 

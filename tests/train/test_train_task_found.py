@@ -86,6 +86,27 @@ def test_a_setting_that_the_found_task_lacks_is_refused(tmp_path: Path) -> None:
     assert caught.value.key == "dataset.packing"
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("{max_new_tokens: 7, max_length: 60}", None),
+        ("{labels: [a, b]}", "labels: is not a setting of the task causal_lm"),
+        ("{loss: dpo}", "loss: is not a setting of the task causal_lm"),
+        ("{max_new_tokens: 0}", "max_new_tokens: must be at least 1, not 0"),
+    ],
+)
+def test_settings_without_the_type_are_those_of_the_task_that_is_found(
+    recipe: Path, settings: str, problem: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"task={settings}"
+    assert main(["check", "--deep", str(recipe), given]) == (2 if problem else 0)
+    assert f"task.{problem}" in (out := capsys.readouterr().out) or (not problem and SAID in out)
+    if problem is None:
+        run = run_recipe(recipe, given, "training.max_steps=1").run
+        task = {key: run["task"][key] for key in ("type", "max_new_tokens", "max_length")}
+        assert task == {"type": "causal_lm", "max_new_tokens": 7, "max_length": 60}
+
+
 def test_settings_under_task_train_as_those_under_dataset(tmp_path: Path) -> None:
     one, other = (write_recipe(tmp_path / name) for name in ("one", "other"))
     few = ("dataset.max_length=96", "training.max_steps=3")
