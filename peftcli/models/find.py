@@ -56,7 +56,7 @@ def find_base(spec: BaseModel) -> FoundBase:
             message = f"{short_name(spec.name)} is not a model folder: it has no config.json"
             raise ModelError(message, key="base_model")
         return FoundBase(path, on_hub=False)
-    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or os.path.lexists(path):
+    if is_path(spec.name) or os.path.lexists(path):
         raise ModelError(f"no model folder {short_name(spec.name)}", key="base_model", hint=_similar_folder(path))
     if spec.trust_remote_code and not _COMMIT.fullmatch(spec.revision or ""):
         raise ModelError(
@@ -77,6 +77,11 @@ def find_base(spec: BaseModel) -> FoundBase:
         raise ModelError(f"{spec.name} on the hub is not a model: it has no config.json", key="base_model")
     _refuse_adapter(folder)  # one that was fetched as an adapter; the base model's own is not
     return FoundBase(folder, on_hub=True)
+
+
+def is_path(name: str) -> bool:
+    """Return whether a base model's name is a path and not a hub id, even if there is no such file."""
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
 
 
 def _similar_folder(path: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from peftcli.errors import UsageError
 from peftcli.methods import METHODS
+from peftcli.models.find import is_path
 from peftcli.recipe.data_checks import check_data, exists, ways_to_evaluate
 from peftcli.recipe.deepspeed_config import zero_problem
 from peftcli.recipe.names import closest, closest_file
@@ -101,6 +102,8 @@ def _names(recipe: Recipe, report: Report) -> None:
         report(keys, "applies to hub models, but base_model.name is local; leave it out")
     if "://" in recipe.base_model.name:
         report(("base_model.name",), "must be a path or a hub id, not a URL")
+    elif is_path(name := recipe.base_model.name) and not is_local:
+        report(("base_model.name",), f"no such file or folder: {name[:200]}", closest_file(name))
     begins, key = recipe.training.init_adapter_from, "training.init_adapter_from"
     if begins is not None and exists(begins):
         start, out = (expand_user(Path(name)).resolve() for name in (begins, recipe.training.output_dir))

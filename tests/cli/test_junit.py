@@ -276,7 +276,7 @@ def test_evaluate(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("change", "code", "kind"),
-    [("training.sead=1", 2, "RecipeError"), ("base_model=./nowhere", 4, "ModelError")],
+    [("training.sead=1", 2, "RecipeError"), ("base_model=.", 4, "ModelError")],
 )
 def test_evaluate_that_fails(cli: Callable, tmp_path: Path, change: str, code: int, kind: str) -> None:
     ran = cli("evaluate", write_recipe(tmp_path), change, "--junit", tmp_path / "junit.xml")

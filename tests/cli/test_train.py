@@ -224,7 +224,7 @@ def test_failures(cli: Callable, recipe: Path, tmp_path: Path) -> None:
     fails(2, "did you mean", str(recipe), "training.learning_rat=1")
     fails(2, "no such file", str(recipe), "dataset.train=nowhere.jsonl")
     fails(2, "nowhere.yaml", str(tmp_path / "nowhere.yaml"))
-    fails(4, "no model folder", str(recipe), "base_model=./nowhere")
+    fails(4, "is not a model folder", str(recipe), "base_model=.")
     fails(5, "HF_HUB_OFFLINE is set", str(recipe), "base_model=acme/tiny", f"training.output_dir={tmp_path}/hub")
     fails(4, "q_proj", str(recipe), "method.target_modules=[q_porj]", f"training.output_dir={tmp_path}/typo")
     fails(2, "no such checkpoint", str(recipe), "--resume", "nowhere", f"training.output_dir={tmp_path}/resume")

@@ -95,6 +95,7 @@ from peftcli.recipe import gate_holds, parse_gate
         ),
         (["launch.main_process_port=70000"], "launch.main_process_port", "must be at most 65,535, found 70000"),
         (["task=CAUSAL_LM"], "task", "unknown task: 'CAUSAL_LM'"),
+        *(([f"base_model={name}"], "base_model.name", "no such file or folder") for name in ("./x", "~/x", "x.gguf")),
         (["dataset.train=https://host/x"], "dataset.train", "must be a path or a hub id, not a URL"),
         (["training.output_dir=''"], "training.output_dir", "is empty"),
         (["dataset.train=./missing"], "dataset.train", "no such file: ./missing"),

@@ -89,7 +89,8 @@ def test_a_template_that_writes_the_date_holds_for_a_day(recipe: Path, monkeypat
 def test_no_state_where_files_are_missing_or_code_runs(
     recipe: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcli.recipe.data_checks.exists", lambda path: True)
+    for module in ("checks", "data_checks"):
+        monkeypatch.setattr(f"peftcli.recipe.{module}.exists", lambda path: True)
     assert state(recipe, setting) is None
 
 
