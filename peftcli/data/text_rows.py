@@ -24,6 +24,7 @@ CHUNK = 1 << 20
 _MAX_DEPTH = 100
 """Levels of lists and objects. Code that walks a row by recursion must not run out of stack."""
 _TOO_LONG = f"a row of more than {MAX_ROW >> 20} MiB"
+_NULS = "consists of NUL bytes: a crash or a full disk has probably damaged the file"
 _BLANK = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_LITERAL = len("-Infinity")
@@ -80,7 +81,7 @@ def decode(raw: bytes) -> str:
         ValueError: the line is not text.
     """
     if b"\0" in raw:
-        raise ValueError("contains a NUL byte")
+        raise ValueError("contains a NUL byte" if raw.strip(b"\0 \t\r\n") else _NULS)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -286,6 +287,8 @@ class JsonStream:
             blank = _BLANK.match(self._buffer, self._at)
             self._advance(blank.end() if blank else self._at)
             if self._at < len(self._buffer) or not self._grow():
+                if self._buffer[self._at : self._at + 1] == "\0":
+                    raise self._text.error(_NULS)
                 return self._buffer[self._at : self._at + 1]
 
     def _parse_value(self) -> tuple[Any, int]:
