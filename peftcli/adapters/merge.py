@@ -98,7 +98,7 @@ def merge_adapter(
     adapter was trained on. With ``verify`` the merged model's outputs are compared with those of base and adapter.
 
     Returns:
-        What was written: folder, shards, bytes, dtype, untied, max_logit_difference.
+        What was written: folder, shards, bytes, dtype, untied, max_logit_difference and what it was found on.
 
     Raises:
         AdapterError: the adapter cannot be merged, does not fit, its base model is stored quantised, or the outputs
@@ -124,7 +124,7 @@ def merge_adapter(
         if untied is None:
             untied = _merge_whole(job, partial)
         _write_companions(job, partial, untied)
-        difference = _verify(job, partial, tell) if verify else None
+        compared = _verify(job, partial, tell) if verify else None
     shards = [shard.stat().st_size for shard in output.rglob("*.safetensors")]
     stored_in = open_base(BaseModel(name=str(output))).config.dtype
     return {
@@ -134,7 +134,10 @@ def merge_adapter(
         "bytes": sum(shards),
         "base_model": name,
         "untied": untied,
-        "max_logit_difference": difference,
+        "max_logit_difference": compared and compared.largest,
+        "logit_spread": compared and compared.spread,
+        "positions": compared and compared.positions,
+        "same_tokens": compared and compared.same_tokens,
     }
 
 
@@ -458,7 +461,23 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
         path.write_text(json.dumps(redact_values(data), indent=2, sort_keys=True) + "\n")
 
 
-def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> float | None:
+@dataclass(frozen=True)
+class _Comparison:
+    """How the merged model's outputs for a small batch differ from those of base model + adapter."""
+
+    largest: float
+    """The largest difference of two outputs."""
+    allowed: float
+    """The largest that rounding explains."""
+    spread: float
+    """The standard deviation of the outputs."""
+    positions: int
+    """Of a language model, the tokens after which the outputs were compared; else the rows."""
+    same_tokens: int | None
+    """After how many of them the likeliest token is the same; None: the model is no language model."""
+
+
+def _verify(job: _Job, output: Path, tell: Callable[[str], None]) -> _Comparison | None:
     """Do as ``_compare``; return None where neither the adapter's task is known nor what the model reads."""
     try:
         if job.task is None and not _reads_tokens(job.base.empty_model(job.auto_class, **job.options)):
@@ -475,8 +494,8 @@ class _InputsUnknown(Exception):
     """The adapter's task is not known, and its model does not take token ids alone."""
 
 
-def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
-    """The largest difference of outputs between the merged model and base model + adapter, both in float32.
+def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> _Comparison:
+    """Compare the outputs of the merged model with those of base model + adapter, both in float32.
 
     Weights stay as they are stored while that works; otherwise they are loaded in float32.
     """
@@ -486,23 +505,23 @@ def _compare(job: _Job, output: Path, tell: Callable[[str], None]) -> float:
     dtypes = None if job.dequantise else (_one_dtype(job.base), _one_dtype(written))
     if dtypes and all(dtypes):
         with suppress(RuntimeError, _InputsUnknown):  # of a model that reads a weight without calling its module
-            difference, allowed = _difference(job, written, dtypes, tolerance, tell)
-            if difference <= allowed:
-                return difference
-    difference, allowed = _difference(job, written, (torch.float32, torch.float32), tolerance, tell)
-    if not difference <= allowed:
+            found = _difference(job, written, dtypes, tolerance, tell)
+            if found.largest <= found.allowed:
+                return found
+    found = _difference(job, written, (torch.float32, torch.float32), tolerance, tell)
+    if not found.largest <= found.allowed:
         raise AdapterError(
-            f"the merged model's outputs differ by {difference:.3g}, and rounding explains {allowed:.3g}; "
-            "nothing was written"
+            f"the merged model's outputs differ by {found.largest:.3g}, where their spread is {found.spread:.3g}, and "
+            f"rounding explains {found.allowed:.3g}; nothing was written"
         )
-    return difference
+    return found
 
 
 @torch.inference_mode()
 def _difference(
     job: _Job, written: OpenBase, dtypes: tuple[Any, Any], tolerance: float, tell: Callable[[str], None]
-) -> tuple[float, float]:
-    """Return how much outputs differ, computed in float32 with weights of these dtypes, and how much is allowed."""
+) -> _Comparison:
+    """Compare outputs computed in float32 with weights of these dtypes."""
     tell("verifying: base model with adapter")
     model: Any = job.load(dtypes[0]).eval()
     rows = job.task.probe() if isinstance(job.task, Probes) else _random_tokens(model)
@@ -515,6 +534,7 @@ def _difference(
             if job.task is not None or to_peftcli_error(error) is not None:
                 raise
             raise _InputsUnknown from error
+    writes_tokens = isinstance(model, nn.Module) and model_ends(model)[1] is not None
     del model
     gc.collect()  # its modules refer to one another
     tell("verifying: merged model")
@@ -522,8 +542,14 @@ def _difference(
     with computing_in_float32(merged):
         found = scores_of(merged(**on_device(inputs, merged.device))).cpu()
     size = max(_SMALLEST, float(expected.square().mean().sqrt()))  # of small outputs, as a regression's
-    deviation = max(1.0, float(expected.std(correction=0))) if expected.numel() > 1 else size
-    return float((found - expected).abs().max()), tolerance * min(size, deviation)
+    spread = float(expected.std(correction=0)) if expected.numel() > 1 else size
+    return _Comparison(
+        largest=float((found - expected).abs().max()),
+        allowed=tolerance * min(size, max(1.0, spread) if expected.numel() > 1 else size),
+        spread=spread,
+        positions=expected.shape[:-1].numel() if writes_tokens else len(expected),
+        same_tokens=int((found.argmax(-1) == expected.argmax(-1)).sum()) if writes_tokens else None,
+    )
 
 
 def _one_dtype(base: OpenBase) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,8 +42,19 @@ def merge(
     if as_json:
         return console.print_json(merged)
     if merged["max_logit_difference"] is not None:
-        console.out(f"verified: the outputs differ by at most {merged['max_logit_difference']:.2g}")
+        console.out(_verified(merged))
     size, files = console.format_size(merged["bytes"]), count_of(merged["shards"], "file")
     console.out(f"{output}: {size} in {files}, {merged['dtype']}")
     kind = "DiffusionPipeline." if Path(merged["output"], PIPELINE_FILE).exists() else ""
     return console.out(f"load it with {kind}from_pretrained({merged['output']!r})")
+
+
+def _verified(merged: dict[str, Any]) -> str:
+    """What was compared, and how much it differs."""
+    largest, spread, positions = (merged[key] for key in ("max_logit_difference", "logit_spread", "positions"))
+    size = f"by at most {largest:.2g}, {largest / (spread or 1):.2g} of their spread"
+    if merged["same_tokens"] is None:
+        return f"verified on {count_of(positions, 'row')}: the outputs differ {size}"
+    same = "everywhere" if merged["same_tokens"] == positions else f"after {merged['same_tokens']} of them"
+    tokens = f"verified after {count_of(positions, 'random token')}: the logits differ {size}"
+    return f"{tokens}; the likeliest next token is the same {same}"

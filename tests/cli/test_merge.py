@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,9 @@ def test_what_is_written(merged: Callable, tmp_path: Path) -> None:
         "bytes": (folder / "model.safetensors").stat().st_size,
         "untied": False,
         "max_logit_difference": made["max_logit_difference"],
+        "logit_spread": made["logit_spread"],
+        "positions": 32,
+        "same_tokens": 32,
     }
     assert {path.name for path in folder.iterdir()} == {path.name for path in base.iterdir()}
     assert load_file(folder / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
@@ -397,7 +401,11 @@ def test_what_it_prints(cli: Callable, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base_folder(shard="40KB"))
     ran = cli("merge", adapter, "--output", tmp_path / "merged")
     assert ran.code == 0
-    assert ran.out.startswith("verified: the outputs differ by at most")
+    size = r"by at most \S+, \S+ of their spread"
+    said = (
+        rf"verified after 32 random tokens: the logits differ {size}; the likeliest next token is the same everywhere"
+    )
+    assert re.match(f"{said}\n", ran.out)
     assert f"from_pretrained('{tmp_path}/merged')" in ran.out
     assert "shard 1 of" in ran.err
     assert "\x1b" not in ran.out + ran.err
