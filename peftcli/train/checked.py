@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,12 +27,13 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.disk import write_file
 from peftcli.system.memory import free_memory, resident_memory
+from peftcli.train.disk_space import refuse_full_disk
 from peftcli.train.runs.folder import RunFolder
 
 _NOT_READ = {
     "output_dir", "learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding", "lr_scheduler_type", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "eval_steps",
-    "save_strategy", "save_steps", "save_total_limit", "max_time", "save_on_signal",
+    "max_time", "save_on_signal",
 }  # fmt: skip
 """Settings of ``training`` that a deep check does not read."""
 _LARGE = 64 << 20
@@ -55,8 +56,16 @@ class DeepCheck:
 
     def check_folder(self, recipe: Recipe) -> None:
         """Add an error for an output folder that holds other files, or a damaged run."""
+        self._attempt(lambda: RunFolder(Path(recipe.training.output_dir)).read())
+
+    def check_disk(self, recipe: Recipe) -> None:
+        """Add an error for a disk without room for what a run writes."""
+        if disk := self.would.get("disk"):
+            self._attempt(lambda: refuse_full_disk(recipe, disk))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
         try:
-            RunFolder(Path(recipe.training.output_dir)).read()
+            action()
         except PeftcliError as error:
             self.exit_code = self.exit_code or error.exit_code
             text = error.message if error.hint is None else f"{error.message}; {error.hint}"

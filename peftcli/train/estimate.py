@@ -7,6 +7,7 @@ what lives at once is counted. So every model, method and task is counted by the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,12 +20,12 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import base_module, model_ends
 from peftcli.core.linear import linear_view
-from peftcli.core.weights import named_tensors
+from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import Interrupted
 from peftcli.models.base import OpenBase
 from peftcli.models.quantization import bytes_of_weight
 from peftcli.models.stacks import stacks
-from peftcli.schema import DIVIDED, Recipe
+from peftcli.schema import DIVIDED, Recipe, Training
 from peftcli.system.cores import bytes_of_kernels
 from peftcli.system.memory import resident_memory
 from peftcli.tasks.scores import on_device
@@ -98,6 +99,21 @@ def estimate(
     except Exception:  # whatever code the model, the method and the task have, which expects values
         log.debug("the memory cannot be estimated", exc_info=True)
         return None
+
+
+def bytes_written(model: nn.Module, training: Training, plan: Plan) -> dict[str, int]:
+    """Return how many bytes a run writes at least: its adapter, a checkpoint, and how many of these there are at once.
+
+    ``peak`` is the most that is on the disk at once. ``model`` may be on the meta device, with its adapter.
+    """
+    adapter = sum(value.nbytes for value in adapter_state(model).values())
+    checkpoint = adapter + state_bytes(named_tensors(model), training)
+    every = {"no": 0, "steps": training.save_steps, "epoch": plan.steps_per_epoch}[training.save_strategy]
+    written = math.ceil(plan.total_steps / every) if every else 0
+    kept = min(written, training.save_total_limit)
+    at_once = min(written, training.save_total_limit + 1)  # the oldest goes when the newest is whole
+    peak = max(at_once * checkpoint, kept * checkpoint + adapter)
+    return {"adapter": adapter, "checkpoint": checkpoint, "checkpoints": at_once, "peak": peak}
 
 
 @contextmanager

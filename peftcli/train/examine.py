@@ -24,7 +24,7 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, refuse_other_classes
 from peftcli.train.checked import DeepCheck
 from peftcli.train.data import load_data, plan_of, prepare_method, refuse_few_rows, with_task
-from peftcli.train.estimate import estimate
+from peftcli.train.estimate import bytes_written, estimate
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
 from peftcli.train.fit_memory import choose_settings, first_auto, settings_of, smallest
@@ -137,6 +137,7 @@ def examine(recipe: Recipe) -> DeepCheck:
             return found
         assert data is not None
         assert begun is not None
+        found.would["disk"] = bytes_written(model, begun.training, plan)
         if first_auto(begun) is not None:
             fits = attempt("training", partial(choose_settings, begun, base, data, processes))
             if fits is None:

@@ -1,4 +1,6 @@
-"""Settings that are chosen by the memory there is: examples at once, checkpointing, and what each process holds.
+"""What fits, found before the model is loaded: into the disk, and into memory by the settings that are left to it.
+
+The latter are examples at once, checkpointing, and what each process holds.
 
 None of them changes the batch of a step, or what is learned, rounding aside. A run that goes on keeps what was chosen.
 """
@@ -6,7 +8,9 @@ None of them changes the batch of a step, or what is learned, rounding aside. A 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,9 +20,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from peftcli.core.config import AdapterConfig
 from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import inject
-from peftcli.errors import ModelError, UsageError
+from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
@@ -29,8 +34,10 @@ from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of, prepare_config
-from peftcli.train.estimate import Estimate, estimate
+from peftcli.train.disk_space import refuse_full_disk
+from peftcli.train.estimate import Estimate, bytes_written, estimate
 from peftcli.train.events import Message, OnEvent, warning
+from peftcli.train.plan import Plan
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
@@ -213,6 +220,26 @@ def _memory(recipe: Recipe, num_processes: int) -> float:
 
 def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Estimate | None:
     """Estimate the memory of a recipe whose data is loaded."""
+    model, config = _adapted(recipe, base, data)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_activations(model)
+    return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))
+
+
+def check_disk(recipe: Recipe, base: OpenBase, data: Data, plan: Plan) -> None:
+    """Check that the disk has room for what a run writes, before its model is loaded.
+
+    Raises:
+        StorageError: it surely has not.
+    """
+    with warnings.catch_warnings(), suppress(AdapterError, ModelError):  # they come again when the model is loaded
+        warnings.simplefilter("ignore")
+        model, _ = _adapted(recipe, base, data)
+        refuse_full_disk(recipe, bytes_written(model, recipe.training, plan))
+
+
+def _adapted(recipe: Recipe, base: OpenBase, data: Data) -> tuple[Any, AdapterConfig]:
+    """Return the base model without values, with the recipe's adapter in it, and the adapter's config."""
     config, task = method_config(recipe), data.task
     prepare_config(config, base)
     options = task.model_options()
@@ -221,9 +248,7 @@ def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) ->
         task.fit_model(model, config)
     config.task_type = row_of(recipe).task_type
     inject(model, config, initialised=parameters_of_heads(model) if options else [])
-    if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
-    return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))
+    return model, config
 
 
 def _account(asked: Recipe, chosen: Recipe, needs: Estimate | None, there: float, num_processes: int) -> str:

@@ -29,7 +29,13 @@ def preview(recipe: Recipe) -> dict[str, Any]:
 
 
 def deep_check(recipe: Recipe) -> DeepCheck:
-    """Every error and every warning that opening the recipe's data and model brings up."""
+    """Every error and every warning that opening the recipe's data and model brings up, and what the disk lacks."""
+    found = _found(recipe)
+    found.check_disk(recipe)
+    return found
+
+
+def _found(recipe: Recipe) -> DeepCheck:
     state = checked.state_of(recipe)
     debugs = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)  # what is kept has no log
     if state is not None and not debugs and (known := checked.read(recipe, state)) is not None:

@@ -45,7 +45,7 @@ from peftcli.train.data import RunData, load_data, plan_of, refuse_few_rows, wit
 from peftcli.train.evaluate import import_packages, refuse_metrics
 from peftcli.train.events import Message, OnEvent, Ready
 from peftcli.train.finish import finish
-from peftcli.train.fit_memory import with_chosen_settings
+from peftcli.train.fit_memory import check_disk, with_chosen_settings
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
 from peftcli.train.kernels import compile_layers
 from peftcli.train.launch import TRAINING, report
@@ -322,6 +322,8 @@ def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
     if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
         run.warn("each process reads the base model, to start the adapter from data")
         recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
+    if run.is_main:
+        check_disk(recipe, data.task.base, data.examples, plan)
     run.tell(Message(f"loading {recipe.base_model.name}"))
     source = find_init_adapter(recipe)
     model, injection, notes = adapted_model(recipe, config, data.task, source, host.load)

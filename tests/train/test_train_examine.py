@@ -7,16 +7,18 @@ import shutil
 import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trainkit
 import transformers
 from classifierkit import classifier_base
+from safetensors.torch import load_file
 from taskkit import CASES
 
 from peftcli.cli.app import main
-from peftcli.errors import ModelError, PeftcliError, PeftWarning
+from peftcli.errors import ModelError, PeftcliError, PeftWarning, StorageError
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.tasks import open_task
@@ -214,6 +216,28 @@ def test_a_warmup_as_long_as_the_run_is_named(steps: int, longer: bool, recipe: 
     found = examine(load_recipe(recipe, settings)).would["warnings"]
     assert [text for text in found if "warm-up" in text] == [told] * longer
     assert (told in trainkit.run_recipe(recipe, *settings).warnings) is longer
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_found_before_the_model_is_loaded(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("training.save_strategy=steps", "training.save_steps=1", f"training.output_dir={tmp_path}/run")
+    assert main(["train", str(recipe), "--dry-run", *settings]) == 0
+    disk = json.loads(capsys.readouterr().out)["disk"]
+    checkpoints = sorted((trainkit.run_recipe(recipe, *settings).folder / "checkpoints").iterdir())
+    files = [load_file(checkpoints[0] / name) for name in ("adapter_model.safetensors", "optimizer.safetensors")]
+    assert disk["checkpoint"] == pytest.approx(sum(each.nbytes for file in files for each in file.values()), rel=0.01)
+    assert disk["checkpoints"] == len(checkpoints) + 1
+    shutil.rmtree(tmp_path / "run")
+    for lacks in (1, 0):
+        free = SimpleNamespace(free=disk["peak"] - lacks)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: free)
+        assert main(["train", str(recipe), "--dry-run", *settings]) == lacks * StorageError.exit_code
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.delattr("peftcli.train.run.adapted_model")
+    trainkit.reset_accelerate()
+    with pytest.raises(StorageError, match=r"a run needs 0\.\d MB there, and 0\.0 MB are free"):
+        trainkit.run_recipe(recipe, *settings)
 
 
 def test_layers_that_peft_takes_for_experts_are_named(tmp_path: Path) -> None:
