@@ -18,7 +18,7 @@ def refuse_full_disk(recipe: Recipe, needs: Mapping[str, int]) -> None:
     ``needs`` is what ``estimate.bytes_written`` returns. Checkpoints that are in the folder already make room.
 
     Raises:
-        StorageError: it surely has not.
+        StorageError: it has not.
     """
     folder = RunFolder(Path(recipe.training.output_dir))
     path = folder.path.absolute()

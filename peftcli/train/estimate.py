@@ -20,7 +20,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import base_module, model_ends
 from peftcli.core.linear import linear_view
-from peftcli.core.weights import adapter_state, named_tensors
+from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
 from peftcli.models.base import OpenBase
 from peftcli.models.quantization import bytes_of_weight
@@ -102,12 +102,14 @@ def estimate(
 
 
 def bytes_written(model: nn.Module, training: Training, plan: Plan) -> dict[str, int]:
-    """Return how many bytes a run writes at least: its adapter, a checkpoint, and how many of these there are at once.
+    """Return about how many bytes a run writes: its adapter, a checkpoint, and how many of these there are at once.
 
-    ``peak`` is the most that is on the disk at once. ``model`` may be on the meta device, with its adapter.
+    ``peak`` is the most that is on the disk at once. What trains is counted, and what the optimizer remembers of it.
+    ``model`` may be on the meta device, with its adapter.
     """
-    adapter = sum(value.nbytes for value in adapter_state(model).values())
-    checkpoint = adapter + state_bytes(named_tensors(model), training)
+    tensors = named_tensors(model)
+    adapter = sum(parameter.nbytes for _, _, parameter in tensors.values())
+    checkpoint = adapter + state_bytes(tensors, training)
     every = {"no": 0, "steps": training.save_steps, "epoch": plan.steps_per_epoch}[training.save_strategy]
     written = math.ceil(plan.total_steps / every) if every else 0
     kept = min(written, training.save_total_limit)

@@ -230,7 +230,7 @@ def check_disk(recipe: Recipe, base: OpenBase, data: Data, plan: Plan) -> None:
     """Check that the disk has room for what a run writes, before its model is loaded.
 
     Raises:
-        StorageError: it surely has not.
+        StorageError: it has not.
     """
     with warnings.catch_warnings(), suppress(AdapterError, ModelError):  # they come again when the model is loaded
         warnings.simplefilter("ignore")
