@@ -64,6 +64,18 @@ def test_alpaca() -> None:
     assert examples({"instruction": "Add", "input": None, "output": "3"}) == [plain]
 
 
+@pytest.mark.parametrize("history", [[["Hi", "Hello"], ["1?", "1."]], '[["Hi", "Hello"], ["1?", "1."]]'])
+def test_the_history_of_an_instruction_is_earlier_turns(history: Any) -> None:
+    [example] = examples({"instruction": "2?", "output": "2.", "history": history})
+    assert [turn["content"] for turn in example.chat().messages] == ["Hi", "Hello", "1?", "1.", "2?", "2."]
+    assert [turn["role"] for turn in example.chat().messages] == ["user", "assistant"] * 3
+    assert example.source() == "Hi\n\nHello\n\n1?\n\n1.\n\n2?"
+    assert example.pair().prompt.startswith("### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\n1?")
+    assert examples({"instruction": "2?", "output": "2.", "history": "a text of another kind"})[0].history == ()
+    for first in ([["Hi"]], [["Hi", " "]]):
+        assert refused({"instruction": "2?", "output": "2.", "history": first}).key.startswith("history[0]")
+
+
 def test_messages_keep_what_the_template_reads_and_lose_nulls() -> None:
     user = {"role": "user", "content": "x", "tool_calls": None, "name": None}
     call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
