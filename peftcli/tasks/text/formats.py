@@ -130,11 +130,11 @@ class ExampleReader(Reader):
             raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
 
     def drops_turns(self, row: Row) -> bool:
-        """Whether a column that is not read holds turns of a conversation which are in no column that is read."""
+        """Whether a column that is not read holds turns whose texts no column that is read repeats."""
         names = {*self.names.values()}
-        unread = [each for name, value in row.values.items() if name not in names for each in _turns_of(value)]
-        read = [value for name in names if isinstance(value := row.values.get(name), list)] if unread else []
-        return any(not any(turn in turns for turns in read) for turn in unread)
+        unread = [text for name, value in row.values.items() if name not in names for text in _texts_of_turns(value)]
+        read = json.dumps([row.values.get(name) for name in names], default=str) if unread else ""
+        return any(json.dumps(text.strip())[1:-1] not in read for text in unread)
 
 
 def example_reader(table: Table) -> ExampleReader:
@@ -347,20 +347,26 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
 
 
-def _turns_of(value: Any) -> list[Any]:
-    """The turns that a value of a row is: objects of role and content, or of from and value, or pairs of texts.
+def _texts_of_turns(value: Any) -> list[str]:
+    """The texts of the turns that a value of a row is; none where it is something else.
 
-    None, where it is something else.
+    Turns are objects of role and content, or of from and value, or pairs of texts.
     """
     if not isinstance(value, str | list) or not value:
         return []
     with suppress(ValueError):
         value = turns_in(value)
-    keys = ({"role", "content"}, {"from", "value"})
-    known = isinstance(value, list) and all(
-        _is_pair(each) or (isinstance(each, dict) and any(some <= each.keys() for some in keys)) for each in value
-    )
-    return value if known else []
+    texts = list[Any]()
+    for turn in value if isinstance(value, list) else ():
+        key = next((key for key, role in _TURN_KEYS if isinstance(turn, dict) and {key, role} <= turn.keys()), None)
+        if key is None and not _is_pair(turn):
+            return []
+        texts += turn if key is None else [joined_parts(turn[key])]
+    return [text for text in texts if isinstance(text, str)]
+
+
+_TURN_KEYS = (("content", "role"), ("value", "from"))
+"""The text of a turn and whose it is, in messages and in sharegpt's rows."""
 
 
 def _list_of(row: dict[str, Any], column: str) -> list[Any]:
