@@ -38,12 +38,12 @@ class Flag(enum.IntFlag):
     PROMPT_DIFFERS = 1024
     """A trained answer begins after another text than the one with which the chat template asks for an answer, or after
     other tokens than those of its prompt alone."""
+    NO_PROMPT = 2048
+    """The text before a completion is empty, or no turn but the system's comes before an answer to compare."""
     DROPS_TURNS = 4096
     """A column that is not read holds turns of a conversation."""
     BAD_ANSWER = 8192
     """A column that is not read says that the answer is a bad one."""
-    NO_PROMPT = 2048
-    """The text before a completion is empty, or no turn but the system's comes before an answer to compare."""
 
 
 NONE = Flag(0)
