@@ -94,10 +94,15 @@ class Source:
     """Stream the rows of a hub dataset instead of downloading its files first."""
     format: Format = "auto"
     """Format of the rows. auto: the value of dataset.format."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
     """Column names, as in dataset.columns. Empty: the value of dataset.columns."""
     limit: int | None = field(default=None, metadata=AT_LEAST_1)
     """Use only the first N rows."""
+
+    def renamed(self) -> list[tuple[str, str]]:
+        """Return each name in ``columns`` with the column of the file that it stands for, or with each of several."""
+        given = ((key, [name] if isinstance(name, str) else name) for key, name in self.columns.items())
+        return [(key, name) for key, names in given for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +135,10 @@ class Dataset:
     """Format of the rows. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
     messages: {messages: [{role, content}]}; alpaca: {instruction, input, output}; sharegpt: {conversations: [{from,
     value}]}."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
     """Names of the columns in the file, by the format's names, as in {prompt: question}. A name with a dot takes a key
-    of an object, as in {prompt: translation.en}."""
+    of an object, as in {prompt: translation.en}. A list is for ``labels`` of the classification tasks alone: columns
+    of 0 and 1, one for each label, as in {labels: [toxic, insult]}."""
     max_length: int = field(default=1024, metadata=AT_LEAST_1)
     """Maximum length of an example, in tokens."""
     overlong: Literal["truncate", "drop", "error", "split"] = "truncate"

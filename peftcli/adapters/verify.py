@@ -72,7 +72,7 @@ class _Source(TypedDict):
 
     train: str
     format: Format
-    columns: dict[str, str]
+    columns: dict[str, str | list[str]]
 
 
 class Rows(TypedDict):

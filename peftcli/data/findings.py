@@ -111,6 +111,13 @@ FINDINGS = by_name(
         "Check them: what is repeated is memorised.",
         warning_above=0.05,
     ),
+    # Prodigy keeps what its users reject.
+    Kind(
+        "rows_not_accepted",
+        "warning",
+        "were rejected or ignored by the annotator, as their column answer says, and are left out",
+        "Nothing needs to be done.",
+    ),
     # A warning at most: measuring on trained rows is a fair test of whether a model learns at all.
     Kind(
         "train_in_eval",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.data.cache import cached
-from peftcli.data.rows import Place, Reader, Row, Table, count_of
+from peftcli.data.rows import Place, Reader, Row, Table, count_of, truth_columns
 from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
@@ -144,7 +144,8 @@ def _write(
                 keep(batch, [])
                 continue
             columns += _columns(good)
-            table = Table(source, opened.name, tuple(columns), opened.class_names, good[0].values)
+            first, truths = good[0].values, truth_columns(good)
+            table = Table(source, opened.name, tuple(columns), opened.class_names, first, truths)
             reader = task.read(table)
             encode = partial(task.encode, reader=reader)
             with closing(compute_ahead(encode, good_rows(batch, table, reader), num_workers)) as encoded:

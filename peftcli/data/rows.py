@@ -13,6 +13,11 @@ from peftcli.schema import Source
 
 USED, BAD = "used", "cannot be used"
 """What became of a row that has examples; of one that its reader or the task refused."""
+_LEFT_OUT = {"reject": "rejected by the annotator", "ignore": "ignored by the annotator"}
+"""Values of Prodigy's column ``answer`` -> why such a row is left out."""
+UNANSWERED = tuple(_LEFT_OUT.values())
+"""What became of a row that its annotator did not accept."""
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _LISTED = 12
 """Names that a message lists."""
 
@@ -80,6 +85,15 @@ class Reader:
             raise row.place.error(f"expected a text, found {shortened(value)}", key=self.names[column])
         return value
 
+    def left_out(self, row: Row) -> str | None:
+        """Why the row is left out: Prodigy's ``answer`` says that its annotator did not accept it. None: it is not.
+
+        A column of that name which the task reads says something else.
+        """
+        answer = row.values.get("answer")
+        is_verdict = isinstance(answer, str) and "answer" not in self.names.values()
+        return _LEFT_OUT.get(str(answer)) if is_verdict else None
+
 
 @dataclass(frozen=True)
 class Table:
@@ -95,22 +109,29 @@ class Table:
     """Returns the columns whose numbers stand for names (``ClassLabel``): column -> names, in order."""
     first: Mapping[str, Any] = field(default_factory=dict)
     """The values of its first row, where columns may hold a text or messages."""
+    truths: Collection[str] = ()
+    """Its columns that hold true or false, or 1 or 0, in all of its first rows."""
 
-    def reader(self, name: str, *, optional: Sequence[str] = (), **columns: Sequence[str]) -> Reader:
+    def reader(
+        self, name: str, *, optional: Sequence[str] = (), lists: Sequence[str] = (), **columns: Sequence[str]
+    ) -> Reader:
         """Find columns by their usual names, or by ``dataset.columns``.
 
         Args:
             name: The format that the reader reports.
             optional: Those of ``columns`` that may be missing.
+            lists: The task's columns for which ``dataset.columns`` may name several of the source, each of which the
+                reader has as ``column.name``.
             columns: The task's column -> names that sources usually give it, the likeliest first.
 
         Raises:
             DataError: a column is missing, or ``dataset.columns`` names one that the source or the task lacks.
         """
-        self.refuse_columns(columns)
-        names: dict[str, str] = {}
+        self.refuse_columns([*columns, *lists], lists)
+        renamed = self.source.renamed()
+        names = {f"{column}.{name}": name for column, name in renamed if column in lists}
         for column, usual in columns.items():
-            found = self.source.columns.get(column) or next((each for each in usual if each in self.columns), None)
+            found = dict(renamed).get(column) or next((each for each in usual if each in self.columns), None)
             if found is not None:
                 names[column] = found
             elif column not in optional:
@@ -122,9 +143,18 @@ class Table:
                 )
         return Reader(name, names)
 
-    def refuse_columns(self, known: Collection[str]) -> None:
-        """Raise DataError where ``dataset.columns`` names a column that the source lacks, or none of ``known``."""
-        for column, given in self.source.columns.items():
+    def refuse_columns(self, known: Collection[str], lists: Collection[str] = ()) -> None:
+        """Raise DataError where ``dataset.columns`` names a column that the source lacks, or none of ``known``.
+
+        Those of ``lists`` must be given as lists, and no others.
+        """
+        for column, value in self.source.columns.items():
+            if column in known and isinstance(value, list) != (column in lists):
+                found, wanted = ("a list", "one column") if isinstance(value, list) else ("one column", "a list")
+                more = f"; lists are given as {listed(lists)}" if lists else ""
+                message = f"names {found}, and the task reads {wanted} there{more}"
+                raise DataError(message, file=self.described, key=f"dataset.columns.{column}")
+        for column, given in self.source.renamed():
             for name, names, problem in (
                 (column, known, "the task reads no column {!r}; it reads: {}"),
                 (given, self.columns, "no column {!r}; the rows have: {}"),
@@ -137,6 +167,17 @@ class Table:
                         key=f"dataset.columns.{column}",
                         hint=f"Closest: {near[0]}" if near else None,
                     )
+
+
+def truth_in(value: Any) -> bool | None:
+    """The truth value that a value of a row is, or is written as: true, 1, "True", "0"; None: it is something else."""
+    return _TRUTHS.get(str(value).strip().lower()) if isinstance(value, str | bool | int | float) else None
+
+
+def truth_columns(rows: Sequence[Row]) -> frozenset[str]:
+    """The columns that hold a truth value in each of the rows."""
+    names = {name for row in rows for name in row.values}
+    return frozenset(name for name in names if all(truth_in(row.values.get(name)) is not None for row in rows))
 
 
 def add_keys(values: dict[str, Any], names: Iterable[str]) -> None:

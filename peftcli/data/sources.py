@@ -144,7 +144,7 @@ class ResolvedSource:
         for row in islice(found, self._source.limit):
             empty = False
             if isinstance(row, Row):
-                add_keys(row.values, self._source.columns.values())
+                add_keys(row.values, [name for _, name in self._source.renamed()])
             yield row
         if empty:
             raise DataError("contains no rows", file=self.name)

@@ -131,16 +131,23 @@ def describe_type(hint: Any) -> str:
         elif branch is bool:
             words += ["true", "false"]
         elif origin is list:
-            plural = "mappings" if dataclasses.is_dataclass(args[0]) else _PLURALS.get(args[0], "values")
-            words.append(f"a list of {plural}")
+            words.append(f"a list of {_plural(args[0])}")
         elif origin is dict:
-            words.append(f"a mapping of names to {_PLURALS.get(args[1], 'values')}")
+            words.append(f"a mapping of names to {_plural(args[1])}")
         elif dataclasses.is_dataclass(branch):
             alone = only_required(branch)  # type: ignore[arg-type]
             words += [*(choices(settings(branch)[alone].hint) if alone else ()), "a mapping"]  # type: ignore[arg-type]
         elif branch is not type(None):
             words.append(_WORDS.get(branch, "a value"))
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _plural(hint: Any) -> str:
+    words = []
+    for branch in branches(hint):
+        items = f"lists of {_plural(get_args(branch)[0])}" if get_origin(branch) is list else "values"
+        words.append("mappings" if dataclasses.is_dataclass(branch) else _PLURALS.get(branch, items))
+    return " or ".join(words)
 
 
 def field_help(owner: type, name: str) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,7 +46,8 @@ class TaskRow:
     processor: ProcessorKind | None
     """What the base model's inputs are made with: tokenizer, image_processor, feature_extractor, processor."""
     reads: tuple[tuple[str, ...], ...]
-    """Columns by which rows are known to be of this task: one of these sets must be there."""
+    """Columns by which rows are known to be of this task: one of these sets must be there. What is in ``truths`` holds
+    true or false."""
     pipeline_tag: str
     """The hub's name of what such a model does."""
     summary: str
@@ -66,6 +67,10 @@ class TaskRow:
     """Lines of Python that load that file."""
     example: str = '"Hello"'
     """What ``peftcli predict`` answers, on a command line; ``"<name: default>"`` is as in ``usage``."""
+    truths: tuple[str, ...] = ()
+    """Columns of ``reads`` that hold true or false."""
+    needs: Mapping[frozenset[str], Mapping[str, Any]] = field(default_factory=dict)
+    """Sets of ``reads`` -> the settings that rows of these columns need."""
     rate_factor: float = 1.0
     """What ``learning_rate: auto`` multiplies a method's rate with; see ``recipe.rates``."""
 
@@ -158,6 +163,7 @@ TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 CAPTIONS = ("text", "caption", "prompt")
 PICTURES = ("image", "file_name", "img", "image_file_name")
+LABELS = ("label", "labels")
 PAIRS = (
     *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
     *(("question", "sentence"), ("question", "passage")),
@@ -197,7 +203,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.SequenceClassification,
         module="sequence_classification",
         processor="tokenizer",
-        reads=tuple((*texts, "label") for texts in (("text",), ("sentence",), *PAIRS)),
+        reads=tuple((*texts, label) for texts in (("text",), ("sentence",), *PAIRS) for label in LABELS),
         pipeline_tag="text-classification",
         summary="put a text, or a pair of texts, into classes or on a scale (BERT, Qwen)",
         usage=(
@@ -265,7 +271,9 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.Preference,
         module="preference",
         processor="tokenizer",
-        reads=(("chosen", "rejected"),),
+        reads=(("chosen", "rejected"), ("prompt", "completion", "label")),
+        truths=("label",),
+        needs={frozenset({"prompt", "completion", "label"}): {"loss": "kto"}},
         pipeline_tag="text-generation",
         summary="prefer chosen answers to rejected ones: DPO, IPO, ORPO, SimPO, KTO (Llama, Qwen)",
         asking=_ASK,
@@ -292,7 +300,7 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.ImageClassification,
         module="image_classification",
         processor="image_processor",
-        reads=tuple((image, "label") for image in PICTURES),
+        reads=tuple((image, label) for image in PICTURES for label in LABELS),
         pipeline_tag="image-classification",
         summary="put pictures into classes (ViT, ResNet, EfficientNet)",
         example="FILE",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from peftcli.core.heads import parameters_of_heads
-from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.rows import UNANSWERED, Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, PeftcliError
 from peftcli.schema import Source
@@ -140,6 +140,7 @@ class Task(ABC, Generic[Settings]):
         """What the outcomes and flags of rows show; errors among it stop a run."""
         flags = self.findings_of_flags.items()
         found = [records.findings(FINDINGS[name], records.with_flag(flag), of_used=True) for name, flag in flags]
+        found.append(records.findings(FINDINGS["rows_not_accepted"], records.with_outcome(*UNANSWERED)))
         return [each for some in found for each in some]
 
     @abstractmethod
@@ -161,6 +162,9 @@ class Task(ABC, Generic[Settings]):
         """
         found = list[Outcome | DataError]()
         for row in rows:
+            if reason := reader.left_out(row):
+                found.append(Outcome([], reason))
+                continue
             try:
                 found.append(self.encode_row(row, reader))
             except DataError as error:

@@ -5,9 +5,11 @@ A label is the name of a class, a list of names of which several or none hold, o
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.data.findings import Finding
-from peftcli.data.rows import Reader, Row, Table, listed, shortened
+from peftcli.data.findings import Finding, Records
+from peftcli.data.rows import Reader, Row, Table, listed, shortened, truth_in
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.data.text_rows import parse_json
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
-from peftcli.tasks import settings
+from peftcli.tasks import LABELS, settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out_hint, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of
@@ -36,6 +38,9 @@ LABEL = Column("float32", (None,))
 """The column ``label``: the index of the class; for multi_label 0 or 1 of each class; for regression the number."""
 _LIST = re.compile(r"""\s*\[\s*(["'].*["']\s*)?\]\s*""", re.DOTALL)
 """A text that holds a list of texts."""
+_SEPARATORS = ("|", ";", ",")
+_JOINED = 1 << 8
+"""Flag of a row whose label seems to be several ones."""
 _UNBALANCED = 0.95
 _HALF = 0.5
 _TOP = 5
@@ -49,6 +54,13 @@ class LabelReader(Reader):
     """What the numbers in the column of labels stand for, if the source says so."""
     labels: tuple[str, ...] = ()
     """The classes as far as the settings name them."""
+    one_hot: tuple[str, ...] = ()
+    """The columns of 0 and 1 that hold the labels instead of one column: each is the name of its class."""
+
+    @property
+    def key(self) -> str:
+        """What errors name as the place of the label."""
+        return self.names.get("label", "dataset.columns.labels")
 
 
 class Classification(Task[Settings]):
@@ -80,6 +92,12 @@ class Classification(Task[Settings]):
         self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
         if self.labels and not self._weights.any():
             raise DataError("no class has a weight above 0: nothing would be learnt", key="task.class_weights")
+        separator, several = settings.label_separator, settings.problem_type in (None, "multi_label")
+        if separator is not None and not (separator and several):
+            problem = f"a row has one label with problem_type: {settings.problem_type}" if separator else "is empty"
+            raise DataError(problem, key="task.label_separator", hint="Leave it out.")
+        one_class = settings.problem_type == "single_label"
+        self._separator, self._joined = joined_labels(self.labels) if one_class else ("", [])
         self._index = {name.strip(): at for name, at in self._index.items()} | self._index
         if settings.labels_by_number and settings.problem_type == "single_label":
             self._index |= places_of(self.labels)
@@ -120,7 +138,7 @@ class Classification(Task[Settings]):
             reader, limited = self.read(table), limited or table.source.limit is not None
             declared |= dict.fromkeys(reader.classes)
             all_declare = all_declare and bool(reader.classes)
-            for row in rows:
+            for row in (each for each in rows if not reader.left_out(each)):
                 try:
                     label = self._label(row, reader)
                 except DataError as error:
@@ -154,15 +172,31 @@ class Classification(Task[Settings]):
         return replace(self.settings, labels=labels, problem_type=kind, labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
-        columns = {**self.input_columns(table), "label": ("label", "labels")}
-        found = table.reader("classification", optional=() if labelled else ("label",), **columns)
+        columns = {**self.input_columns(table), "label": LABELS}
+        found = table.reader("classification", optional=("label",), lists=("labels",), **columns)
+        if one_hot := tuple(name for key, name in table.source.renamed() if key == "labels"):
+            names = {key: name for key, name in found.names.items() if key != "label"}
+            return LabelReader(found.name, names, one_hot, self.labels, one_hot)
+        if labelled and "label" not in found.names:
+            message = f"no column 'label' or 'labels'; the rows have: {listed(table.columns)}"
+            hint = f"Name the column in the recipe: {_columns_line(table, found)}."
+            raise DataError(message, file=table.described, key="dataset.columns", hint=hint)
         classes = table.class_names().get(found.names["label"], ()) if labelled else ()
         return LabelReader(found.name, found.names, tuple(classes), self.labels)
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        shown = " and ".join(map(repr, self._joined[:2]))
+        line = f"task: {{type: {self.name}, label_separator: {json.dumps(self._separator)}}}"
+        more = f", as {shown}; to train several labels: {line}"
+        joined = records.findings(FINDINGS["joined_labels"], records.with_flag(_JOINED), more=more, of_used=True)
+        return joined + super().record_findings(records)
 
     def encode_row(self, row: Row, reader: Any) -> Outcome:
         target = self._target(row, reader)
         outcome = self.encode_inputs(row, reader)
         outcome.examples[0].arrays["label"] = target
+        if self._joined and self.labels[int(target[0])] in self._joined:
+            outcome.flags |= _JOINED
         return outcome
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
@@ -298,9 +332,14 @@ class Classification(Task[Settings]):
 
     def _label(self, row: Row, reader: LabelReader) -> str | float | list[str]:
         """Return the row's label: a class or several by their names, or a number with a decimal point."""
-        value, key = reader.value(row, "label"), reader.names["label"]
+        if reader.one_hot:
+            return [name for name in reader.one_hot if _is_of(row, name, reader)]
+        value, separator = reader.value(row, "label"), self.settings.label_separator
         try:
             value = _listed_in(value)
+            if separator and not isinstance(value, list):
+                parts = value.split(separator) if isinstance(value, str) else [value]
+                value = [each for each in parts if each is not None and str(each).strip()]
             if isinstance(value, float) and math.isfinite(value):
                 return value
             if isinstance(value, int) and self.settings.problem_type == "regression":
@@ -313,11 +352,11 @@ class Classification(Task[Settings]):
             hint = (
                 f"Where {value} is a class, name all classes in task.labels, '{value}' among them." if below else None
             )
-            raise row.place.error(str(error), key=key, hint=hint) from None
+            raise row.place.error(str(error), key=reader.key, hint=hint) from None
 
     def _target(self, row: Row, reader: LabelReader) -> list[float]:
         """Return the row's label as the column ``label`` holds it."""
-        label, kind, key = self._label(row, reader), self.settings.problem_type, reader.names["label"]
+        label, kind, key = self._label(row, reader), self.settings.problem_type, reader.key
         if kind == "regression":
             number = None if isinstance(label, list) else _number(label)
             if number is None:
@@ -339,6 +378,38 @@ class Classification(Task[Settings]):
         if kind == "multi_label":
             return [float(at in places) for at in range(len(self.labels))]
         return [float(places[0])]
+
+
+def _is_of(row: Row, name: str, reader: LabelReader) -> bool:
+    """Whether a row is of the class that a column is named as."""
+    value = reader.value(row, f"labels.{name}")
+    if (found := truth_in(value)) is None:
+        raise row.place.error(f"expected 0 or 1, found {shortened(value)}", key=name)
+    return found
+
+
+def _columns_line(table: Table, found: Reader) -> str:
+    """The line of the recipe that names where the labels of rows are: columns of 0 and 1, where there are such."""
+    truths = [name for name in table.columns if name in table.truths and name not in found.names.values()]
+    names = [name if name.isidentifier() else json.dumps(name) for name in truths]
+    value = f"labels: [{', '.join(names)}]" if len(names) > 1 else f"label: {(names or ['...'])[0]}"
+    return f"dataset: {{columns: {{{value}}}}}"
+
+
+def joined_labels(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the names that seem to be several labels in one text, with what stands between these.
+
+    Each part of such a name is a part of another name, or another name by itself. Where this is not true of most names
+    with the separator, it belongs to the names, as in ``Trucks, vans``.
+    """
+    for separator in _SEPARATORS:
+        parts = {name: {part.strip() for part in name.split(separator)} - {""} for name in names}
+        counts = Counter(part for each in parts.values() for part in each)
+        several = [name for name, each in parts.items() if len(each) > 1]
+        joined = [name for name in several if min(counts[part] for part in parts[name]) > 1]
+        if 2 * len(joined) > len(several):
+            return separator, joined
+    return "", []
 
 
 def class_name(value: Any, reader: LabelReader) -> str:

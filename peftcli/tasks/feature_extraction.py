@@ -345,7 +345,8 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
         return Shown([*shown, *(Label(f"{score:g}", "score") for score in scores)], {"input_ids": texts})
 
     def record_findings(self, records: Records) -> list[Finding]:
-        return records.findings(FINDINGS["pairs_with_label"], records.with_unread(_LABELS), of_used=True)
+        labelled = records.findings(FINDINGS["pairs_with_label"], records.with_unread(_LABELS), of_used=True)
+        return labelled + super().record_findings(records)
 
     def findings(self, view: View) -> list[Finding]:
         if self.settings.loss == "cosine":

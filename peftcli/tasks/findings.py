@@ -23,6 +23,12 @@ CLASSES = by_name(
         "Add rows of these classes, or leave their names out of task.labels.",
     ),
     Kind(
+        "joined_labels",
+        "warning",
+        "have a label that seems to be several ones, and is trained as one class of its own",
+        "Set task.label_separator, unless these are the names of classes.",
+    ),
+    Kind(
         "converted_tags",
         "warning",
         "have tags of BILOU, IOBES or BMES, which are turned into those of IOB2",

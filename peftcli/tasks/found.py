@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peftcli.data.rows import listed
@@ -13,12 +13,14 @@ _HEADLESS = "AutoModel"
 """Its architectures are those of every task: a model that was saved without a head says nothing."""
 
 
-def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
-    """The name of the one task that fits the base model and the data, and what it was found from.
+def find_task(
+    config: Any, columns: Collection[str], truths: Collection[str] = ()
+) -> tuple[str, str, Mapping[str, Any]]:
+    """The name of the one task that fits the base model and the data, what it was found from, and settings it needs.
 
     A task whose columns are part of another fitting task's is left out: rows of text and label are for classification,
     though text alone would be enough for a language model. ``columns`` are those of the training rows, and the names
-    that ``dataset.columns`` gives them.
+    that ``dataset.columns`` gives them; ``truths`` are those of them that hold true or false.
 
     Raises:
         UsageError: no task fits, or several do.
@@ -28,11 +30,12 @@ def find_task(config: Any, columns: Collection[str]) -> tuple[str, str]:
     by_model = [
         name for name, known in classes.items() if architecture in known and TASKS[name].auto_class != _HEADLESS
     ] or [name for name, known in classes.items() if known]
-    matches = {name: match for name, row in TASKS.items() if (match := _match(row, columns))}
+    matches = {name: match for name, row in TASKS.items() if (match := _match(row, columns, truths))}
     by_columns = [name for name, match in matches.items() if not any(match < other for other in matches.values())]
     fitting = [name for name in by_model if name in by_columns]
     if len(fitting) == 1:
-        return fitting[0], f"{architecture} and the columns {', '.join(sorted(matches[fitting[0]]))}"
+        name, match = fitting[0], matches[fitting[0]]
+        return name, f"{architecture} and the columns {', '.join(sorted(match))}", TASKS[name].needs.get(match, {})
     candidates = fitting or list(dict.fromkeys([*by_model, *by_columns]))
     models, given, tasks = (listed(sorted(names)) for names in (by_model, columns, by_columns))
     facts = f"{architecture} ({models}) and the columns {given} ({tasks})"
@@ -70,6 +73,7 @@ def _classes(row: TaskRow, config: Any) -> Collection[str]:
     return {each.__name__ for each in (known if isinstance(known, (list, tuple)) else [known])}
 
 
-def _match(row: TaskRow, columns: Collection[str]) -> frozenset[str]:
+def _match(row: TaskRow, columns: Collection[str], truths: Collection[str]) -> frozenset[str]:
     """The largest set of the task's columns that is there."""
-    return max((frozenset(each) for each in row.reads if set(each) <= set(columns)), key=len, default=frozenset())
+    there = {*columns} - ({*row.truths} - {*truths})
+    return max((frozenset(each) for each in row.reads if set(each) <= there), key=len, default=frozenset())

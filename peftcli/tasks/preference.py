@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.inject import evaluating
-from peftcli.data.rows import Row, Table
+from peftcli.data.rows import Row, Table, truth_in
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models import tokens
@@ -278,11 +278,9 @@ def _is_good(row: Row, reader: AnswerReader) -> bool:
     if "label" not in reader.names:
         return True
     value = reader.value(row, "label")
-    if isinstance(value, str):  # as a table of texts has it
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
-    if value not in (True, False) or not isinstance(value, bool | int):
+    if (found := truth_in(value)) is None:
         raise row.place.error(f"expected true or false, found {value!r:.60}", key=reader.names["label"])
-    return bool(value)
+    return found
 
 
 TASK = Preference

@@ -106,6 +106,9 @@ class Classification(TaskSettings):
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
+    label_separator: str | None = field(default=None, metadata=MAY_DIFFER)
+    """What stands between the labels of a row that are one text, as "|" in `spam|urgent`: they are then several classes
+    (multi_label), and an empty text is none of them. Unset: such a text is the name of one class."""
     class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes. They are not normalised:
     factors above 1 enlarge the loss and the gradients."""

@@ -87,7 +87,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             declared |= dict.fromkeys(reader.classes)
             all_declare = all_declare and bool(reader.classes)
             spans = spans or "entities" in reader.names
-            for row in rows:
+            for row in (each for each in rows if not reader.left_out(each)):
                 try:
                     tags, _ = tags_of(words_of(row, reader), row, reader)
                     seen |= dict.fromkeys(tag for tag in tags if tag is not None)

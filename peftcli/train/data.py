@@ -13,7 +13,7 @@ import numpy as np
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
-from peftcli.data.rows import BAD, USED, Row, Table
+from peftcli.data.rows import BAD, USED, Row, Table, truth_columns
 from peftcli.data.sources import eval_source, held_out, open_source
 from peftcli.data.store import Part, Store, View
 from peftcli.errors import DataError, UsageError
@@ -216,9 +216,12 @@ def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:
     if "type" in (given := recipe.task or {}):
         return recipe
     table, _ = _table(recipe.dataset.sources()[0])
-    name, reason = find_task(open_base(recipe.base_model).config, {*table.columns, *table.source.columns})
-    tell(warning(f"task: {name}, found from {reason}"))
-    found = replace(recipe, task={"type": name, **given})
+    columns, renamed = {*table.columns, *table.source.columns}, dict(table.source.renamed())
+    truths = [each for each in columns if renamed.get(each, each) in table.truths]
+    name, reason, needed = find_task(open_base(recipe.base_model).config, columns, truths)
+    settings = "".join(f", {key}: {value}" for key, value in needed.items())
+    tell(warning(f"task: {f'{{type: {name}{settings}}}' if needed else name}, found from {reason}"))
+    found = replace(recipe, task={"type": name, **needed, **given})
 
     def refuse_setting(keys: Sequence[str], message: str, suggestion: str | None = None) -> None:
         raise UsageError(message, key=keys[0])
@@ -296,7 +299,8 @@ def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     if bad and not first:
         raise bad[0]
     columns = tuple(dict.fromkeys(name for row in first for name in row.values))
-    table = Table(source, opened.name, columns, opened.class_names, first[0].values if first else {})
+    values = first[0].values if first else {}
+    table = Table(source, opened.name, columns, opened.class_names, values, truth_columns(first))
     return table, chain(first, rows)
 
 

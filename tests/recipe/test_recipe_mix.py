@@ -65,10 +65,10 @@ def test_no_entries_are_no_mix(load: Callable[..., Recipe]) -> None:
         ("[org/b]", "dataset.mix[1]", 7, "expected a mapping of settings, found a list", None),
         ("true", "dataset.mix[1].train", 7, "expected a string, found true", None),
         (
-            "{train: org/b, columns: {prompt: [a]}}",
+            "{train: org/b, columns: {prompt: {a: b}}}",
             "dataset.mix[1].columns.prompt",
             40,
-            "expected a string, found a list",
+            "expected a string or a list of strings, found a mapping",
             None,
         ),
         ("{train: org/b, max_length: 3}", "dataset.mix[1].max_length", 22, "belongs in the section dataset", "dataset"),

@@ -13,9 +13,11 @@ import torch
 from classifierkit import encoded, open_task, scanned, table_of
 from torch import nn
 
+from peftcli.data.rows import truth_columns
 from peftcli.errors import DataError
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import require_extra
+from peftcli.tasks.classification import joined_labels
 
 
 def rows(*labels: Any) -> list[dict[str, Any]]:
@@ -139,6 +141,52 @@ def test_lists_may_be_json_in_a_text() -> None:
     assert (bad.key, "is a list that is not JSON" in bad.message) == ("label", True)
 
 
+def test_labels_in_one_text_are_split_at_the_separator() -> None:
+    values = rows("b|a", "a | c|", "", None, "c")
+    task = scanned(values, label_separator="|")
+    assert (task.labels, task.settings.problem_type) == (("b", "a", "c"), "multi_label")
+    assert [list(each.arrays["label"]) for each in encoded(task, values)] == [
+        [1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        (["a|b", "b|a", "c"], ["a|b", "b|a"]),
+        (["a", "b", "a; b"], ["a; b"]),
+        (["red,big", "red", "big,blue", "blue,rare"], ["red,big", "big,blue"]),
+        (["Trucks, vans", "Cars", "Boats, ships"], []),
+        (["Food, fresh", "Food, frozen", "Cars, used"], []),
+        (["Portland, OR", "Portland, ME", "Augusta, ME", "Salem, OR", "Reno, NV", "Boise, ID"], []),
+    ],
+)
+def test_names_whose_parts_recur_are_joined_labels(names: list[str], joined: list[str]) -> None:
+    assert joined_labels(names)[1] == joined
+
+
+def test_columns_of_0_and_1_are_labels() -> None:
+    values = [
+        {"text": "a", "id": 7, "toxic": 1, "insult": "0"},
+        {"text": "b", "id": 8, "toxic": False, "insult": 1.0},
+        {"text": "c", "id": 9, "toxic": 0, "insult": 0},
+        {"text": "d", "id": 9, "toxic": -1, "insult": 0},
+    ]
+    columns = {"labels": ["insult", "toxic"]}
+    table, given = table_of(values, columns=columns)
+    task = TASKS["sequence_classification"].open(open_task().scan([(table, iter(given))]), open_task().base)
+    assert (task.labels, task.settings.problem_type) == (("insult", "toxic"), "multi_label")
+    *found, error = encoded(task, values, columns=columns)
+    assert [list(each.arrays["label"]) for each in found] == [[0, 1], [1, 0], [0, 0]]
+    assert (error.message, error.key) == ("expected 0 or 1, found -1", "toxic")
+    table, given = table_of(values[:3])
+    with pytest.raises(DataError, match=r"dataset: \{columns: \{labels: \[toxic, insult\]\}\}"):
+        task.read(replace(table, truths=truth_columns(given)))
+    for wrong in ({"labels": "toxic"}, {"label": ["toxic"]}):
+        with pytest.raises(DataError, match="lists are given as labels"):
+            task.read(table_of(values, columns=wrong)[0])
+
+
 @pytest.mark.parametrize("missing", [None, "", " ", -1, -100, float("nan")])
 def test_a_row_without_a_label_is_an_error_with_its_place(missing: Any) -> None:
     task = scanned(rows("a", "b", missing))
@@ -202,6 +250,8 @@ def test_one_class_alone_is_refused() -> None:
         ({"problem_type": "regression", "class_weights": {"a": 2.0}}, "task.class_weights"),
         ({"labels": ["a", "b"], "class_weights": {"c": 2.0}}, "task.class_weights"),
         ({"labels": ["a", "b"], "class_weights": {"a": 0.0, "b": 0.0}}, "task.class_weights"),
+        ({"label_separator": ""}, "task.label_separator"),
+        ({"label_separator": "|", "problem_type": "single_label"}, "task.label_separator"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], key: str) -> None:

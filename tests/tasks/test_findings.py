@@ -70,7 +70,64 @@ def _captioned(*texts: str, side: int = 32) -> tuple[Rows, Rows]:
     return rows, [{"image": _picture("eval"), "text": "of evaluation"}]
 
 
+def _judged(kind: str, *answers: str) -> Rows:
+    row = {"prompt": "who?", "completion": kind, "spans": [{"start": 0, "end": 3, "label": "PER"}], "_task_hash": 1}
+    return [{**row, "text": f"Ada {kind}{at}", "answer": answer} for at, answer in enumerate(answers)]
+
+
 FOUND = {
+    "labels that are joined in a text": Odd(
+        "sequence_classification",
+        lambda: (
+            _texts("sun", **{"red|blue": 2, "blue|red": 1, "red": 2}),
+            _texts("tea", **{"red|blue": 1, "blue|red": 1, "red": 1}),
+        ),
+        "joined_labels",
+        "warning",
+        "2 of 3 evaluation rows have a label that seems to be several ones, and is trained as one class of its own, as "
+        "'red|blue' "
+        "and 'blue|red'; to train several labels: task: {type: sequence_classification, label_separator: \"|\"}",
+        ("eval.jsonl:1", "eval.jsonl:2"),
+    ),
+    "rows that Prodigy's user has not accepted": Odd(
+        "token_classification",
+        lambda: (_judged("sings", "accept", "reject", "ignore"), _judged("met", "accept")),
+        "rows_not_accepted",
+        "warning",
+        "2 of 3 rows were rejected or ignored by the annotator",
+        ("train.jsonl:2", "train.jsonl:3"),
+    ),
+    "turns in a column that is not read": Odd(
+        "causal_lm",
+        lambda: (
+            [
+                {"prompt": "who?", "completion": name, "history": turns}
+                for name, turns in (
+                    ("Ada", [["Hi", "Hello"]]),
+                    ("Kurt", '[["Hi", "Hello"]]'),
+                    ("Emmy", [{"role": "user", "content": "Hi"}]),
+                    ("Sofia", []),
+                    ("Marie", ["Hi", "Hello"]),
+                )
+            ],
+            [{"prompt": "where?", "completion": "in Oslo", "history": []}],
+        ),
+        "turns_not_read",
+        "error",
+        "3 of 5 rows have turns of a conversation in a column that is not read; columns that are not read: history",
+        ("train.jsonl:1", "train.jsonl:2", "train.jsonl:3"),
+    ),
+    "answers that are labelled as bad ones": Odd(
+        "causal_lm",
+        lambda: (
+            [{"prompt": "who?", "completion": name, "label": name != "Ada"} for name in ("Ada", "Kurt")],
+            [{"prompt": "where?", "completion": "in Oslo", "label": True}],
+        ),
+        "bad_answers_trained",
+        "warning",
+        "1 of 2 rows have a label that is false, which is not read: their answers are trained like the good ones",
+        ("train.jsonl:1",),
+    ),
     "one class of texts at 95 %": Odd(
         "sequence_classification",
         lambda: (_texts("sun", good=19, bad=1), _texts("tea", good=1, bad=1)),

@@ -41,9 +41,18 @@ T5 = config(T5Config, "T5ForConditionalGeneration")
     ],
 )
 def test_one_task_is_left(model: Any, columns: list[str], task: str) -> None:
-    name, reason = find_task(model, columns)
+    name, reason, _ = find_task(model, columns)
     assert name == task
     assert columns[0] in reason
+
+
+def test_answers_that_are_true_or_false_are_those_of_kto() -> None:
+    columns = ["prompt", "completion", "label", "id"]
+    name, reason, settings = find_task(LLAMA, columns, truths=["label"])
+    assert (name, settings) == ("preference", {"loss": "kto"})
+    assert reason.endswith("the columns completion, label, prompt")
+    with pytest.raises(UsageError, match="no one task fits"):
+        find_task(T5, columns, truths=["label"])
 
 
 @pytest.mark.parametrize(

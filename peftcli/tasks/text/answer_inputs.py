@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import USED, Row, listed
+from peftcli.data.rows import USED, Row
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.tasks.base import Batch
@@ -19,8 +19,8 @@ from peftcli.tasks.shown import Text
 from peftcli.tasks.text.answers import AnswerReader
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id
-from peftcli.tasks.text.encode import CausalEncoder
-from peftcli.tasks.text.findings import FINDINGS, record_findings
+from peftcli.tasks.text.encode import CausalEncoder, with_unread
+from peftcli.tasks.text.findings import FINDINGS, record_findings, unread_columns
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, date_notes
@@ -47,9 +47,7 @@ class AnswerInputs(TextInputs):
         return date_notes(self.processor)
 
     def record_findings(self, records: Records) -> list[Finding]:
-        unread = {name for part in records.parts for name in part.columns_not_read}
-        more = f"; columns that are not read: {listed(sorted(unread))}" if unread else ""
-        without = records.with_flag(Flag.NO_PROMPT)
+        without, more = records.with_flag(Flag.NO_PROMPT), unread_columns(records)
         return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
@@ -65,7 +63,8 @@ class AnswerInputs(TextInputs):
             self.encoder(replace(reader, answer=name, whole=train_on == "all"), train_on, overlong)(rows)
             for name in reader.answers
         ]
-        return [_joined(row, outcomes) for row, *outcomes in zip(rows, *found, strict=True)]
+        joined = [_joined(row, outcomes) for row, *outcomes in zip(rows, *found, strict=True)]
+        return with_unread(joined, rows, reader)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad the first answers of all examples, then their second ones: ``input_ids`` and ``attention_mask``."""

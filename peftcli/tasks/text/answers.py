@@ -21,7 +21,7 @@ from peftcli.tasks.text.formats import (
     example_reader,
     joined_parts,
     turns_in,
-    without_odd_system,
+    without_odd,
 )
 from peftcli.tasks.text.spans import common_length
 
@@ -137,8 +137,10 @@ def answer_reader(
     columns = {name: (name,) for name in ("prompt", *answers, "system", "tools")} | more
     found = table.reader("answers", optional=optional, **columns)
     messages = isinstance(_parsed(table.first.get(found.names[answers[0]])), list)
-    names = without_odd_system(table, found.names)
-    return AnswerReader("messages" if messages else "prompt_completion", names, tuple(answers), answers[0])
+    names = without_odd(table, found.names)
+    return AnswerReader(
+        "messages" if messages else "prompt_completion", names, answers=tuple(answers), answer=answers[0]
+    )
 
 
 def text_reader(table: Table, *, whole: bool) -> ExampleReader:
@@ -148,9 +150,12 @@ def text_reader(table: Table, *, whole: bool) -> ExampleReader:
         DataError: the columns fit no format, or not the given one.
     """
     found = example_reader(table)
-    if found.name == "prompt_completion" and isinstance(table.first.get(found.names["completion"]), list):
-        return replace(answer_reader(table, ("completion",)), whole=whole)
-    return found
+    if found.name != "prompt_completion":
+        return found
+    if isinstance(table.first.get(found.names["completion"]), list):
+        found = replace(answer_reader(table, ("completion",)), whole=whole)
+    verdict = "label" in table.truths and "label" not in found.names.values()
+    return replace(found, verdict="label" if verdict else None)
 
 
 def _parsed(value: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from peftcli.data import store
-from peftcli.data.rows import Row
+from peftcli.data.rows import Row, truth_in
 from peftcli.data.store import Outcome
 from peftcli.errors import DataError, ModelError
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
@@ -184,6 +184,18 @@ class Seq2SeqEncoder:
         """The ids of a target, which end with EOS; some tokenizers put a language code after it."""
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or eos in ids[-2:] else [*ids, eos]
+
+
+def with_unread(
+    outcomes: list[Outcome | DataError], rows: Sequence[Row], reader: ExampleReader
+) -> list[Outcome | DataError]:
+    """Flag the outcomes of rows whose columns that are not read change what is learnt; return them all."""
+    for outcome, row in zip(outcomes, rows, strict=True):
+        if isinstance(outcome, Outcome):
+            outcome.flags |= Flag.DROPS_TURNS if reader.drops_turns(row) else NONE
+            is_bad = reader.verdict is not None and truth_in(row.values.get(reader.verdict)) is False
+            outcome.flags |= Flag.BAD_ANSWER if is_bad else NONE
+    return outcomes
 
 
 def _read_each(rows: Sequence[Row], read: Callable[[Row], T]) -> tuple[dict[int, T], list[Outcome | DataError]]:

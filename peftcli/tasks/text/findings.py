@@ -6,6 +6,7 @@ Imported without numpy, like ``peftcli.data.findings``.
 from __future__ import annotations
 
 from peftcli.data.findings import Finding, Kind, Records, by_name
+from peftcli.data.rows import listed
 from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
 
 _HALF = 0.5
@@ -85,6 +86,21 @@ FINDINGS = by_name(
         "warning",
         "contain a text, thinking, a tool call or tools that the chat template leaves out",
         "Check the rows: the model does not see all of their content.",
+    ),
+    # An answer without the turns that it answers teaches to guess them.
+    Kind(
+        "turns_not_read",
+        "error",
+        "have turns of a conversation in a column that is not read",
+        "Earlier turns are read as a part of messages, or as history beside instruction and output: "
+        "dataset: {format: alpaca, columns: {instruction: prompt, output: response, history: YOUR_COLUMN}}.",
+    ),
+    Kind(
+        "bad_answers_trained",
+        "warning",
+        "have a label that is false, which is not read: their answers are trained like the good ones",
+        "To learn from them as bad answers: task: {type: preference, loss: kto}. To train the good ones alone, remove "
+        "these rows.",
     ),
     Kind(
         "pictures_not_read",
@@ -168,7 +184,14 @@ _OF_FLAGS = {
     "prompt_differs": Flag.PROMPT_DIFFERS,
     "rows_split": Flag.SPLIT,
     "pieces_left_out": Flag.PIECES_LEFT_OUT,
+    "bad_answers_trained": Flag.BAD_ANSWER,
 }
+
+
+def unread_columns(records: Records) -> str:
+    """The columns that are not read, as the end of a message; empty where there are none."""
+    unread = {name for part in records.parts for name in part.columns_not_read}
+    return f"; columns that are not read: {listed(sorted(unread))}" if unread else ""
 
 
 def record_findings(records: Records) -> list[Finding]:
@@ -181,6 +204,8 @@ def record_findings(records: Records) -> list[Finding]:
         *records.findings(FINDINGS["rows_dropped_overlong"], records.with_outcome(OVERLONG)),
     ]
     findings += records.findings(FINDINGS["pictures_not_read"], records.with_unread(_PICTURES), of_used=True)
+    turns, unread = records.with_flag(Flag.DROPS_TURNS), unread_columns(records)
+    findings += records.findings(FINDINGS["turns_not_read"], turns, more=unread, of_used=True)
     for name, flag in _OF_FLAGS.items():
         findings += records.findings(FINDINGS[name], records.with_flag(flag), of_used=True)
     return findings + records.findings(FINDINGS["rows_truncated"], truncated, of_used=True)

@@ -40,6 +40,10 @@ class Flag(enum.IntFlag):
     other tokens than those of its prompt alone."""
     NO_PROMPT = 2048
     """The text before a completion is empty, or no turn but the system's comes before an answer to compare."""
+    DROPS_TURNS = 4096
+    """A column that is not read holds turns of a conversation."""
+    BAD_ANSWER = 8192
+    """A column that is not read says that the answer is a bad one."""
 
 
 NONE = Flag(0)

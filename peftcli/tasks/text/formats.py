@@ -6,7 +6,9 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from peftcli.data.rows import Reader, Row, Table, listed
@@ -70,6 +72,8 @@ class AlpacaExample:
     output: str
     input: str = ""
     system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns: what the user said, and what the assistant answered."""
 
     @property
     def shared(self) -> dict[str, str]:
@@ -82,23 +86,31 @@ class AlpacaExample:
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
     def source(self) -> str:
-        """What an encoder reads: what the system says, a blank line, the request."""
-        return "\n\n".join(filter(None, [self.system, self.request()]))
+        """What an encoder reads: what the system says, the earlier turns and the request, with blank lines between."""
+        return "\n\n".join(filter(None, [self.system, *chain(*self.history), self.request()]))
 
     def chat(self) -> ChatExample:
         """The example as a conversation, for a model with a chat template."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        turns = [{"role": "user", "content": self.request()}, {"role": "assistant", "content": self.output}]
+        pairs = [*self.history, (self.request(), self.output)]
+        turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(_ASKED, pair, strict=True)]
         return ChatExample(system + turns)
 
     def pair(self) -> PairExample:
-        """The example with the headings of the Alpaca form, for a model without a chat template."""
-        parts = [self.system, f"### Instruction:\n{self.instruction}"]
+        """The example with the headings of the Alpaca form, for a model without a chat template.
+
+        Of the answers only the output is trained.
+        """
+        parts = [self.system]
+        for asked, answer in self.history:
+            parts += [f"### Instruction:\n{asked}", f"### Response:\n{answer}"]
+        parts.append(f"### Instruction:\n{self.instruction}")
         if self.input:
             parts.append(f"### Input:\n{self.input}")
         return PairExample("\n\n".join([*filter(None, parts), "### Response:\n"]), self.output)
 
 
+_ASKED = ("user", "assistant")
 ParsedRow = TextExample | PairExample | ChatExample | AlpacaExample
 
 
@@ -123,6 +135,9 @@ class _Fault(Exception):
 class ExampleReader(Reader):
     """Reads rows of one format, whose columns may have other names."""
 
+    verdict: str | None = None
+    """A column that is not read and says of each row whether its completion is a good one."""
+
     def __call__(self, row: Row) -> ParsedRow:
         """Parse a row.
 
@@ -138,6 +153,13 @@ class ExampleReader(Reader):
             top = re.split(r"[.\[]", fault.key, maxsplit=1)[0]
             raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
 
+    def drops_turns(self, row: Row) -> bool:
+        """Whether a column that is not read holds turns whose texts no column that is read repeats."""
+        names = {*self.names.values()}
+        unread = [text for name, value in row.values.items() if name not in names for text in _texts_of_turns(value)]
+        read = json.dumps([row.values.get(name) for name in names], default=str) if unread else ""
+        return any(json.dumps(text.strip())[1:-1] not in read for text in unread)
+
 
 def example_reader(table: Table) -> ExampleReader:
     """Return the reader of the rows of a source, whose settings name the format, or ``auto``, and the columns.
@@ -145,7 +167,7 @@ def example_reader(table: Table) -> ExampleReader:
     Raises:
         DataError: the columns fit no format, or not the given one.
     """
-    renamed, name = table.source.columns, str(table.source.format)
+    renamed, name = dict(table.source.renamed()), str(table.source.format)
     table.refuse_columns(list(dict.fromkeys(key for each in FORMATS.values() for key in (*each.needs, *each.reads))))
     known_as = (*renamed, *(each for each in table.columns if each not in {*renamed, *renamed.values()}))
     if name == "auto":
@@ -166,13 +188,18 @@ def example_reader(table: Table) -> ExampleReader:
             key="dataset.format",
             hint=_columns_hint([name], known_as),
         )
-    return ExampleReader(name, without_odd_system(table, {key: renamed.get(key, key) for key in known}))
+    return ExampleReader(name, without_odd(table, {key: renamed.get(key, key) for key in known}))
 
 
-def without_odd_system(table: Table, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the columns without ``system`` where the recipe does not name it and the first row has no text there."""
-    odd = "system" not in table.source.columns and not isinstance(table.first.get("system"), str | None)
-    return {key: name for key, name in names.items() if not (odd and key == "system")}
+def without_odd(table: Table, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns without ``system`` and ``history`` where the first row holds something else under that name.
+
+    ``system`` is a text, ``history`` a list. What the recipe names is read in any case.
+    """
+    system, history = table.first.get("system"), table.first.get("history")
+    is_list = isinstance(history, list | None) or (isinstance(history, str) and history.strip()[:1] in ("", "["))
+    odd = {"system": not isinstance(system, str | None), "history": not is_list}
+    return {key: name for key, name in names.items() if key in table.source.columns or not odd.get(key)}
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -282,9 +309,18 @@ def _pair(row: dict[str, Any]) -> ParsedRow:
 
 
 def _alpaca(row: dict[str, Any]) -> ParsedRow:
-    return AlpacaExample(
-        _string(row, "instruction"), _answer(row, "output"), _optional(row, "input"), _optional(row, "system")
-    )
+    asked, answer = _string(row, "instruction"), _answer(row, "output")
+    return AlpacaExample(asked, answer, _optional(row, "input"), _optional(row, "system"), _history(row))
+
+
+def _history(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The earlier turns of an instruction, as LLaMA-Factory's rows have them: a list of pairs of texts."""
+    pairs = _list_of(row, "history") if row.get("history") else []
+    for index, pair in enumerate(pairs):
+        if not _is_pair(pair):
+            raise _Fault(f"history[{index}]", "expected two texts: what the user said, and the answer")
+        _answer({"1": pair[1]}, "1", where=f"history[{index}].")
+    return tuple((asked, answer) for asked, answer in pairs)
 
 
 SYSTEM_ROLES = ("system", "developer")
@@ -332,7 +368,34 @@ def turns_in(value: Any) -> Any:
     return found
 
 
-def _turns(row: dict[str, Any], column: str) -> list[Message]:
+def _is_pair(value: Any) -> bool:
+    """Whether a value is two texts."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+
+
+def _texts_of_turns(value: Any) -> list[str]:
+    """The texts of the turns that a value of a row is; none where it is something else.
+
+    Turns are objects of role and content, or of from and value, or pairs of texts.
+    """
+    if not isinstance(value, str | list) or not value:
+        return []
+    with suppress(ValueError):
+        value = turns_in(value)
+    texts = list[Any]()
+    for turn in value if isinstance(value, list) else ():
+        key = next((key for key, role in _TURN_KEYS if isinstance(turn, dict) and {key, role} <= turn.keys()), None)
+        if key is None and not _is_pair(turn):
+            return []
+        texts += turn if key is None else [joined_parts(turn[key])]
+    return [text for text in texts if isinstance(text, str)]
+
+
+_TURN_KEYS = (("content", "role"), ("value", "from"))
+"""The text of a turn and whose it is, in messages and in sharegpt's rows."""
+
+
+def _list_of(row: dict[str, Any], column: str) -> list[Any]:
     try:
         turns = turns_in(row[column])
     except ValueError as error:
@@ -340,6 +403,11 @@ def _turns(row: dict[str, Any], column: str) -> list[Message]:
         raise _Fault(column, problem) from None
     if not isinstance(turns, list):
         raise _Fault(column, f"expected a list of turns, found {json_kind(turns)}")
+    return turns
+
+
+def _turns(row: dict[str, Any], column: str) -> list[Message]:
+    turns = _list_of(row, column)
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise _Fault(f"{column}[{index}]", f"expected an object, found {json_kind(turn)}")
@@ -474,7 +542,7 @@ FORMATS = {
     "text": Format(("text",), _text_example),
     "prompt_completion": Format(("prompt", "completion"), _pair, ("system",)),
     "messages": Format(("messages",), _messages, ("system", "tools")),
-    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system")),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history")),
     "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools")),
 }
 """Every format of text rows."""

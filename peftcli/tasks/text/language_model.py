@@ -34,7 +34,7 @@ from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
 from peftcli.tasks.text.collate import pad_labelled, pad_token_id
-from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
+from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, with_unread
 from peftcli.tasks.text.findings import FINDINGS, record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.formats import ExampleReader
@@ -143,7 +143,7 @@ class LanguageModel(Task[Settings]):
         key = (reader.name, *reader.names.items())
         if key not in self._encoders:
             self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
-        outcomes = self._encoders[key](rows)
+        outcomes = with_unread(self._encoders[key](rows), rows, reader)
         return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
 
     def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -62,6 +63,30 @@ def test_alpaca() -> None:
     assert plain.pair() == PairExample("### Instruction:\nAdd\n\n### Response:\n", "3")
     assert full.pair() == PairExample("Be kind.\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n", "3")
     assert examples({"instruction": "Add", "input": None, "output": "3"}) == [plain]
+
+
+@pytest.mark.parametrize("history", [[["Hi", "Hello"], ["1?", "1."]], '[["Hi", "Hello"], ["1?", "1."]]'])
+def test_the_history_of_an_instruction_is_earlier_turns(history: Any) -> None:
+    [example] = examples({"instruction": "2?", "output": "2.", "history": history})
+    assert [turn["content"] for turn in example.chat().messages] == ["Hi", "Hello", "1?", "1.", "2?", "2."]
+    assert [turn["role"] for turn in example.chat().messages] == ["user", "assistant"] * 3
+    assert example.source() == "Hi\n\nHello\n\n1?\n\n1.\n\n2?"
+    assert example.pair().prompt.startswith("### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\n1?")
+    assert examples({"instruction": "2?", "output": "2.", "history": "a text of another kind"})[0].history == ()
+    for first in ([["Hi"]], [["Hi", " "]]):
+        assert refused({"instruction": "2?", "output": "2.", "history": first}).key.startswith("history[0]")
+
+
+def test_turns_that_a_column_which_is_read_repeats_are_not_dropped() -> None:
+    turns = [{"role": "user", "content": 'It\'s\n"1"?'}, {"role": "assistant", "content": "Yes."}]
+    for values in (
+        {"messages": turns, "prompt": turns[:1]},
+        {"text": 'User: It\'s\n"1"?\nAssistant: Yes.', "conversation": turns},
+    ):
+        row = Row(values, Place("a.jsonl", 1))
+        read = example_reader(Table(Source(train="a.jsonl"), "a.jsonl", tuple(values), first=values))
+        assert not read.drops_turns(row)
+        assert read.drops_turns(replace(row, values=values | {"history": [["It's", "No."]]}))
 
 
 def test_messages_keep_what_the_template_reads_and_lose_nulls() -> None:
