@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -41,15 +44,23 @@ class Encodes(Protocol):
         """Turn rows into examples."""
         ...
 
+    def shared(self, row: Row, reader: Reader) -> Any:
+        """The part of a row's input that other rows may have too, with another answer; empty: none."""
+        ...
+
 
 OnRows = Callable[[str, int, bool], None]
 """Is told a source's name, how many of its rows are encoded, and whether that is all."""
 
+_KEY = ("split", "name", "format", "columns", "limit", "group_by")
+"""Settings of a source that decide what its store holds."""
 _BATCH = 512
 """Rows encoded at once, at most."""
 _BATCH_SIZE = 4_000_000
 """Characters and bytes of the rows encoded at once, about: a token takes far more memory than its text while it is
 encoded."""
+_NO_LETTERS = re.compile(r"\W+")
+"""What texts that are nearly equal may differ in, besides upper and lower case."""
 _LARGEST = 10_000_000
 """Characters that a row may hold: while they are encoded they take 3 to 4 GB."""
 
@@ -81,7 +92,7 @@ def prepare(
     key = {
         "content": fingerprint,
         "times": times,
-        "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
+        "source": {name: getattr(source, name) for name in _KEY},
         **({"path": [opened.path, str(Path.cwd())]} if task.reads_files else {}),  # rows name files from either
         **encoding,
     }
@@ -146,7 +157,9 @@ def _write(
             columns += _columns(good)
             table = Table(source, opened.name, tuple(columns), opened.class_names, good[0].values)
             reader = task.read(table)
-            encode = partial(task.encode, reader=reader)
+            if source.group_by is not None:
+                table.refuse_missing(source.group_by, "dataset.group_by")
+            encode = partial(_encode, task, reader=reader, group_by=source.group_by)
             with closing(compute_ahead(encode, good_rows(batch, table, reader), num_workers)) as encoded:
                 for results in encoded:
                     keep(taken.popleft(), results)
@@ -154,11 +167,33 @@ def _write(
         file = error.file or opened.name
         raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
     on_rows(opened.name, writer.num_rows, True)
-    read = {part for name in (reader.names.values() if reader else ()) for part in (name, name.partition(".")[0])}
+    names = [*(reader.names.values() if reader else ()), source.group_by or ""]
+    read = {part for name in names for part in (name, name.partition(".")[0])}
     return {
         "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],
     }
+
+
+def _encode(task: Encodes, rows: Sequence[Row], reader: Reader, group_by: str | None) -> list[Outcome | DataError]:
+    """What the task makes of rows, and by which hashes rows that belong together are known."""
+    outcomes = task.encode(rows, reader)
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, DataError) or not outcome.examples:
+            continue
+        if shared := task.shared(row, reader):
+            outcome.shared = _hash(_NO_LETTERS.sub(" ", _as_json(shared).casefold()))
+        if group_by is not None and (value := row.values.get(group_by)) is not None:
+            outcome.group = _hash(_as_json(value))
+    return outcomes
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()) or 1
 
 
 def _stopping(error: DataError) -> DataError:

@@ -125,18 +125,19 @@ class Table:
     def refuse_columns(self, known: Collection[str]) -> None:
         """Raise DataError where ``dataset.columns`` names a column that the source lacks, or none of ``known``."""
         for column, given in self.source.columns.items():
-            for name, names, problem in (
-                (column, known, "the task reads no column {!r}; it reads: {}"),
-                (given, self.columns, "no column {!r}; the rows have: {}"),
-            ):
-                if name not in names:
-                    near = get_close_matches(name, names, n=1)
-                    raise DataError(
-                        problem.format(name, listed(names)),
-                        file=self.described,
-                        key=f"dataset.columns.{column}",
-                        hint=f"Closest: {near[0]}" if near else None,
-                    )
+            key = f"dataset.columns.{column}"
+            self._refuse_other(column, known, "the task reads no column {!r}; it reads: {}", key)
+            self.refuse_missing(given, key)
+
+    def refuse_missing(self, column: str, key: str) -> None:
+        """Raise DataError where the source lacks a column that the setting ``key`` names."""
+        self._refuse_other(column, self.columns, "no column {!r}; the rows have: {}", key)
+
+    def _refuse_other(self, name: str, names: Collection[str], problem: str, key: str) -> None:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"Closest: {near[0]}" if near else None
+            raise DataError(problem.format(name, listed(names)), file=self.described, key=key, hint=hint)
 
 
 def add_keys(values: dict[str, Any], names: Iterable[str]) -> None:

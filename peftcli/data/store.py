@@ -26,7 +26,7 @@ from peftcli.data.rows import BAD, USED, Place, shortened
 from peftcli.errors import DataError
 from peftcli.system.outputs import storage_errors
 
-FORMAT = 2
+FORMAT = 3
 """Changes with the layout below."""
 MANIFEST, DESCRIPTION = "MANIFEST.json", "store.json"
 _BAD_ROWS = "bad.jsonl"
@@ -40,6 +40,8 @@ _ROW = np.dtype(
         ("flags", "<i4"),
         ("size", "<i8"),  # before any cut
         ("lost", "<i4"),  # targets that a cut took away
+        ("group", "<u8"),  # hash of its value in dataset.group_by; 0: none
+        ("shared", "<u8"),  # hash of the part of its input that other rows may have too; 0: none
     ]
 )
 _EXAMPLE = np.dtype([("row", "<i8"), ("targets", "<i4")])
@@ -153,6 +155,10 @@ class Outcome:
     """Targets that a cut took away."""
     flags: int = 0
     """What else is known of the row, as bits whose meaning is the task's."""
+    group: int = 0
+    """A hash of its value in ``dataset.group_by``; 0: none."""
+    shared: int = 0
+    """A hash of the part of its input that other rows may have too, with another answer; 0: none."""
 
 
 class Writer:
@@ -189,11 +195,12 @@ class Writer:
             file = self.files.setdefault(place.source, len(self.files))
             if isinstance(result, DataError):
                 bad.append(json.dumps({"row": self.num_rows + index, **result.as_dict()}) + "\n")
-                rows[index] = (place.number, place.line or 0, file, self.outcomes[BAD], 0, 0, 0)
+                rows[index] = (place.number, place.line or 0, file, self.outcomes[BAD], 0, 0, 0, 0, 0)
                 continue
             outcome = self.outcomes.setdefault(result.reason, len(self.outcomes))
             rows[index] = (
-                place.number, place.line or 0, file, outcome, result.flags, result.size, result.lost
+                place.number, place.line or 0, file, outcome, result.flags, result.size, result.lost,
+                result.group, result.shared,
             )  # fmt: skip
             for example in result.examples:
                 assert example.arrays.keys() == values.keys()
@@ -283,7 +290,7 @@ class Store:
         self._maps: list[mmap.mmap] = []
         self._read = 0
         self.rows = self._mapped("rows", _ROW)
-        """A record a row: number, line, file, outcome, flags, size, lost."""
+        """A record a row: number, line, file, outcome, flags, size, lost, group, shared."""
         self._records = self._mapped("features", _EXAMPLE)
         self.sizes = self._mapped("sizes", _SIZE)
         """Of each example, in the task's unit."""
@@ -391,6 +398,13 @@ class Part:
     def records(self) -> np.ndarray:
         """The records of the rows."""
         return self.store.rows if self.chosen is None else self.store.rows[self.chosen]
+
+    @property
+    def content(self) -> str:
+        """A hash over what their examples hold, and over which rows they are."""
+        if self.chosen is None:
+            return self.store.content
+        return hashlib.sha256(self.store.content.encode() + self.chosen.astype("<i8").tobytes()).hexdigest()
 
     @property
     def mask(self) -> np.ndarray:

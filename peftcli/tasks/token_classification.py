@@ -46,6 +46,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
     label_columns = ("tags",)
+    shares = ("tokens", "text")
     flags: ClassVar = {"truncated": _TRUNCATED}
     findings_of_flags: ClassVar = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}

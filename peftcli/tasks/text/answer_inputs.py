@@ -24,6 +24,7 @@ from peftcli.tasks.text.findings import FINDINGS, record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, date_notes
+from peftcli.tasks.text.prompts import opening
 from peftcli.tasks.text.token_text import TokenRenderer
 
 
@@ -51,6 +52,9 @@ class AnswerInputs(TextInputs):
         more = f"; columns that are not read: {listed(sorted(unread))}" if unread else ""
         without = records.with_flag(Flag.NO_PROMPT)
         return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]
+
+    def shared(self, row: Row, reader: Any) -> Any:
+        return opening(reader(row))
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""

@@ -40,7 +40,7 @@ from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
+from peftcli.tasks.text.prompts import asked, opening, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import (
     Form,
     StopTokens,
@@ -143,6 +143,9 @@ class LanguageModel(Task[Settings]):
             self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
         outcomes = self._encoders[key](rows)
         return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
+
+    def shared(self, row: Row, reader: Any) -> Any:
+        return opening(reader(row))
 
     def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:
         """What became of a row, with the prompt and the answer that evaluation compares."""
