@@ -120,16 +120,12 @@ class Sketches:
         return shingles[kept], owners[kept]
 
 
-def find_duplicates(
-    rows: UsedRows, columns: Sequence[str], labels: Sequence[str] = (), *, least: float = ALIKE
-) -> tuple[np.ndarray, np.ndarray, Pairs]:
-    """Hashes of the values of the rows in ``columns``, and with their ``labels``; and the pairs that are nearly equal.
+def find_duplicates(rows: UsedRows, columns: Sequence[str], *, least: float = ALIKE) -> tuple[np.ndarray, Pairs]:
+    """Hashes of the values of the rows in these columns, and the pairs of rows that are nearly equal.
 
     Only sequences of numbers can be nearly equal: from the Jaccard index ``least`` on.
     """
-    hashes = np.zeros(len(rows), np.uint64)
-    labelled = hashes.copy() if labels else hashes
-    lengths = rows.lengths(*columns)
+    hashes, lengths = np.zeros(len(rows), np.uint64), rows.lengths(*columns)
     sequences = all(part.store.columns[name].dtype.startswith("int") for part in rows.view.parts for name in columns)
     sample = spread(len(rows), SAMPLE if sequences else 0)
     common = common_shingles(rows.read(sample[some], *columns) for some in slices(lengths[sample]))
@@ -137,12 +133,9 @@ def find_duplicates(
     for some in slices(lengths):
         chunk = rows.read(np.arange(some.start, some.stop), *columns)
         hashes[some] = chunk.hashes()
-        if labels:
-            labelled[some] = rows.read(np.arange(some.start, some.stop), *columns, *labels).hashes()
         if sequences:
             sketches.add(some.start, chunk)
-    pairs = sketches.pairs(lambda some: rows.read(some, *columns), lengths, ~repeats(hashes), least)
-    return hashes, labelled, pairs
+    return hashes, sketches.pairs(lambda some: rows.read(some, *columns), lengths, ~repeats(hashes), least)
 
 
 def most_shared(count: int) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.data.cache import cached
-from peftcli.data.rows import Place, Reader, Row, Table, count_of
+from peftcli.data.rows import BAD, Place, Reader, Row, Table, count_of, of_all_rows
 from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
@@ -52,6 +52,8 @@ class Encodes(Protocol):
 OnRows = Callable[[str, int, bool], None]
 """Is told a source's name, how many of its rows are encoded, and whether that is all."""
 
+_FIRST = 20
+"""Rows of a source: where all of them have errors, the rows are not to blame."""
 _KEY = ("split", "name", "format", "columns", "limit", "group_by")
 """Settings of a source that decide what its store holds."""
 _BATCH = 512
@@ -107,7 +109,7 @@ def prepare(
     bad = next(store.bad_rows(), None)
     names_files = task.reads_files and opened.path and not times  # whose state is no part of the key
     if bad and stop_at_bad and not names_files:
-        raise _stopping(bad[1])
+        raise _stopping(bad[1], store.rows["outcome"][:_FIRST] == store.outcomes.index(BAD))
     if bad and stop_at_bad:  # what is wrong may have been mended: read again, and stop where it has not
         return cached({**key, "bad_rows": 0}, build, on_wait=on_note)
     if bad and names_files:
@@ -136,7 +138,8 @@ def _write(
         if stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
-                    raise _stopping(outcome)
+                    first = outcomes[:_FIRST] if not writer.num_rows else ()
+                    raise _stopping(outcome, [isinstance(each, DataError) for each in first])
         writer.add(places, outcomes)
         on_rows(opened.name, writer.num_rows, False)
 
@@ -196,8 +199,10 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()) or 1
 
 
-def _stopping(error: DataError) -> DataError:
-    """The error about a row that stops the command, with what to do."""
+def _stopping(error: DataError, failed: Sequence[bool]) -> DataError:
+    """The error about a row that stops the command, with what to do; ``failed`` are the first rows of the source."""
+    if len(failed) > 1 and all(failed):
+        return of_all_rows(error, f"all of the first {len(failed)} rows")
     error.hint = error.hint or "Correct the row, or leave such rows out: dataset: {on_bad_row: skip}."
     return error
 

@@ -140,6 +140,13 @@ class Table:
             raise DataError(problem.format(name, listed(names)), file=self.described, key=key, hint=hint)
 
 
+def of_all_rows(error: DataError, which: str = "all rows") -> DataError:
+    """Return the error of the first row, where it says of ``which`` rows that they have errors: not to skip them."""
+    error.message += f"; {which} have errors"
+    error.hint = error.hint or "Look for one cause, in the file or in the recipe."
+    return error
+
+
 def add_keys(values: dict[str, Any], names: Iterable[str]) -> None:
     """Give a row the columns of ``names`` that are keys of an object in it: translation.en is en of translation."""
     for name in names:

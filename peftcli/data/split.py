@@ -25,12 +25,12 @@ together do no harm."""
 
 
 def split_parts(
-    parts: Sequence[Part], fraction: float, seed: int, identity: Sequence[str], labels: Sequence[str]
+    parts: Sequence[Part], fraction: float, seed: int, identity: Sequence[str], label_columns: Sequence[str]
 ) -> tuple[list[Part], list[Part]]:
     """Split every part in two: the rows to train on, and those that are held out. Rows without examples stay.
 
-    ``identity`` are the columns whose values make two inputs equal, and ``labels`` those of which each value keeps its
-    share.
+    ``identity`` are the columns whose values make two inputs equal, and ``label_columns`` those of which each value
+    keeps its share.
 
     Raises:
         DataError: the rows cannot be split.
@@ -38,7 +38,7 @@ def split_parts(
     rows = UsedRows(View(parts))
     held = np.zeros(len(rows), bool)
     if len(rows):
-        classes = rows.hashes(*labels) if labels else np.zeros(len(rows), np.uint64)
+        classes = rows.hashes(*label_columns) if label_columns else np.zeros(len(rows), np.uint64)
         held = held_out(find_groups(rows, identity), classes, fraction, seed)
     kept, out = list[Part](), list[Part]()
     for at, part in enumerate(parts):
@@ -54,7 +54,7 @@ def find_groups(rows: UsedRows, identity: Sequence[str]) -> np.ndarray:
     most = most_shared(len(rows))
     links = [_equal(rows.records("group")), _equal(rows.records("shared"), most)]
     if identity:
-        hashes, _, near = find_duplicates(rows, identity, least=_ALIKE)
+        hashes, near = find_duplicates(rows, identity, least=_ALIKE)
         links += [_equal(hashes), (near.later, near.earlier)]
     if len(identity) > 1:  # the picture of several captions, the text of several summaries
         links.append(_equal(rows.hashes(identity[0]), most))

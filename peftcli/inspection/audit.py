@@ -54,7 +54,8 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     facts, hashes = _facts(view, rows, task), None
     findings = task.findings(view) if isinstance(task, Audits) else []
     if task.identity:
-        hashes, labelled, pairs = find_duplicates(rows, task.identity, task.label_columns)
+        hashes, pairs = find_duplicates(rows, task.identity)
+        labelled = rows.hashes(*task.identity, *task.label_columns) if task.label_columns else hashes
         again = repeats(labelled)
         first = hashes[~again]  # a row for each label of an input
         masks = {
