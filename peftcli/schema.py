@@ -98,6 +98,8 @@ class Source:
     """Column names, as in dataset.columns. Empty: the value of dataset.columns."""
     limit: int | None = field(default=None, metadata=AT_LEAST_1)
     """Use only the first N rows."""
+    group_by: str | None = None
+    """Column for dataset.group_by. Unset: the value of dataset.group_by."""
 
     def renamed(self) -> list[tuple[str, str]]:
         """Return each name in ``columns`` with the column of the file that it stands for, or with each of several."""
@@ -118,8 +120,12 @@ class Dataset:
     eval: str | None = None
     """File, folder or hub dataset for evaluation."""
     eval_fraction: float | None = field(default=None, metadata=ABOVE_0 | _BELOW_1)
-    """Hold out this fraction of the training rows for evaluation, instead of ``eval``. training.seed chooses the
-    rows."""
+    """Hold out this fraction of the training rows for evaluation, instead of ``eval``. training.seed chooses the rows.
+    Each class keeps its share. Rows that are equal or nearly equal, or that have the same prompt, premise, context,
+    picture or sound, stay on one side."""
+    group_by: str | None = None
+    """Column of ``eval_fraction``: rows with the same value in it stay on one side, as those of one conversation,
+    document or person. A name with a dot takes a key of an object. Unset: what ``eval_fraction`` finds alone."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None
@@ -161,13 +167,14 @@ class Dataset:
     def sources(self) -> list[Source]:
         """Return the training datasets: those of ``mix``, or the one of ``train``."""
         if not self.mix:
-            names = ("name", "revision", "split", "streaming", "format", "columns", "limit")
+            names = ("name", "revision", "split", "streaming", "format", "columns", "limit", "group_by")
             return [Source(train=self.train or "", **{name: getattr(self, name) for name in names})]
         return [
             replace(
                 source,
                 format=self.format if source.format == "auto" else source.format,
                 columns=source.columns or self.columns,
+                group_by=source.group_by or self.group_by,
             )
             for source in self.mix
         ]

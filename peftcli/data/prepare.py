@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.data.cache import cached
-from peftcli.data.rows import Place, Reader, Row, Table, count_of, truth_columns
+from peftcli.data.rows import BAD, Place, Reader, Row, Table, count_of, of_all_rows, truth_columns
 from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
@@ -41,15 +44,25 @@ class Encodes(Protocol):
         """Turn rows into examples."""
         ...
 
+    def shared(self, row: Row, reader: Reader) -> Any:
+        """The part of a row's input that other rows may have too, with another answer; empty: none."""
+        ...
+
 
 OnRows = Callable[[str, int, bool], None]
 """Is told a source's name, how many of its rows are encoded, and whether that is all."""
 
+_FIRST = 20
+"""Rows of a source: where all of them have errors, the rows are not to blame."""
+_KEY = ("split", "name", "format", "columns", "limit", "group_by")
+"""Settings of a source that decide what its store holds."""
 _BATCH = 512
 """Rows encoded at once, at most."""
 _BATCH_SIZE = 4_000_000
 """Characters and bytes of the rows encoded at once, about: a token takes far more memory than its text while it is
 encoded."""
+_NO_LETTERS = re.compile(r"\W+")
+"""What texts that are nearly equal may differ in, besides upper and lower case."""
 _LARGEST = 10_000_000
 """Characters that a row may hold: while they are encoded they take 3 to 4 GB."""
 
@@ -81,7 +94,7 @@ def prepare(
     key = {
         "content": fingerprint,
         "times": times,
-        "source": {name: getattr(source, name) for name in ("split", "name", "format", "columns", "limit")},
+        "source": {name: getattr(source, name) for name in _KEY},
         **({"path": [opened.path, str(Path.cwd())]} if task.reads_files else {}),  # rows name files from either
         **encoding,
     }
@@ -96,7 +109,7 @@ def prepare(
     bad = next(store.bad_rows(), None)
     names_files = task.reads_files and opened.path and not times  # whose state is no part of the key
     if bad and stop_at_bad and not names_files:
-        raise _stopping(bad[1])
+        raise _stopping(bad[1], store.rows["outcome"][:_FIRST] == store.outcomes.index(BAD))
     if bad and stop_at_bad:  # what is wrong may have been mended: read again, and stop where it has not
         return cached({**key, "bad_rows": 0}, build, on_wait=on_note)
     if bad and names_files:
@@ -125,7 +138,8 @@ def _write(
         if stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
-                    raise _stopping(outcome)
+                    first = outcomes[:_FIRST] if not writer.num_rows else ()
+                    raise _stopping(outcome, [isinstance(each, DataError) for each in first])
         writer.add(places, outcomes)
         on_rows(opened.name, writer.num_rows, False)
 
@@ -147,7 +161,9 @@ def _write(
             first, truths = good[0].values, truth_columns(good)
             table = Table(source, opened.name, tuple(columns), opened.class_names, first, truths)
             reader = task.read(table)
-            encode = partial(task.encode, reader=reader)
+            if source.group_by is not None:
+                table.refuse_missing(source.group_by, "dataset.group_by")
+            encode = partial(_encode, task, reader=reader, group_by=source.group_by)
             with closing(compute_ahead(encode, good_rows(batch, table, reader), num_workers)) as encoded:
                 for results in encoded:
                     keep(taken.popleft(), results)
@@ -155,15 +171,39 @@ def _write(
         file = error.file or opened.name
         raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
     on_rows(opened.name, writer.num_rows, True)
-    read = {part for name in (reader.names.values() if reader else ()) for part in (name, name.partition(".")[0])}
+    names = [*(reader.names.values() if reader else ()), source.group_by or ""]
+    read = {part for name in names for part in (name, name.partition(".")[0])}
     return {
         "format": reader.name if reader else None,
         "columns_not_read": [name for name in columns if name not in read],
     }
 
 
-def _stopping(error: DataError) -> DataError:
-    """The error about a row that stops the command, with what to do."""
+def _encode(task: Encodes, rows: Sequence[Row], reader: Reader, group_by: str | None) -> list[Outcome | DataError]:
+    """What the task makes of rows, and by which hashes rows that belong together are known."""
+    outcomes = task.encode(rows, reader)
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, DataError) or not outcome.examples:
+            continue
+        if shared := task.shared(row, reader):
+            outcome.shared = _hash(_NO_LETTERS.sub(" ", _as_json(shared).casefold()))
+        if group_by is not None and (value := row.values.get(group_by)) is not None:
+            outcome.group = _hash(_as_json(value))
+    return outcomes
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()) or 1
+
+
+def _stopping(error: DataError, failed: Sequence[bool]) -> DataError:
+    """The error about a row that stops the command, with what to do; ``failed`` are the first rows of the source."""
+    if len(failed) > 1 and all(failed):
+        return of_all_rows(error, f"all of the first {len(failed)} rows")
     error.hint = error.hint or "Correct the row, or leave such rows out: dataset: {on_bad_row: skip}."
     return error
 

@@ -155,18 +155,26 @@ class Table:
                 message = f"names {found}, and the task reads {wanted} there{more}"
                 raise DataError(message, file=self.described, key=f"dataset.columns.{column}")
         for column, given in self.source.renamed():
-            for name, names, problem in (
-                (column, known, "the task reads no column {!r}; it reads: {}"),
-                (given, self.columns, "no column {!r}; the rows have: {}"),
-            ):
-                if name not in names:
-                    near = get_close_matches(name, names, n=1)
-                    raise DataError(
-                        problem.format(name, listed(names)),
-                        file=self.described,
-                        key=f"dataset.columns.{column}",
-                        hint=f"Closest: {near[0]}" if near else None,
-                    )
+            key = f"dataset.columns.{column}"
+            self._refuse_other(column, known, "the task reads no column {!r}; it reads: {}", key)
+            self.refuse_missing(given, key)
+
+    def refuse_missing(self, column: str, key: str) -> None:
+        """Raise DataError where the source lacks a column that the setting ``key`` names."""
+        self._refuse_other(column, self.columns, "no column {!r}; the rows have: {}", key)
+
+    def _refuse_other(self, name: str, names: Collection[str], problem: str, key: str) -> None:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"Closest: {near[0]}" if near else None
+            raise DataError(problem.format(name, listed(names)), file=self.described, key=key, hint=hint)
+
+
+def of_all_rows(error: DataError, which: str = "all rows") -> DataError:
+    """Return the error of the first row, where it says of ``which`` rows that they have errors: not to skip them."""
+    error.message += f"; {which} have errors"
+    error.hint = error.hint or "Look for one cause, in the file or in the recipe."
+    return error
 
 
 def truth_in(value: Any) -> bool | None:

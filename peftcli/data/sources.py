@@ -144,7 +144,8 @@ class ResolvedSource:
         for row in islice(found, self._source.limit):
             empty = False
             if isinstance(row, Row):
-                add_keys(row.values, [name for _, name in self._source.renamed()])
+                named = [name for _, name in self._source.renamed()]
+                add_keys(row.values, filter(None, [*named, self._source.group_by]))
             yield row
         if empty:
             raise DataError("contains no rows", file=self.name)
@@ -367,25 +368,6 @@ def eval_source(dataset: Dataset) -> Source | None:
     if len(trained) == 1:
         return replace(trained[0], split=split, weight=None, limit=None)
     return Source(train=name, split=split, streaming=dataset.streaming, format=dataset.format, columns=dataset.columns)
-
-
-def held_out(count: int, fraction: float, seed: int) -> set[int]:
-    """Choose the rows, as positions from 0, that ``eval_fraction`` holds out of ``count``: at least one, not all.
-
-    The choice depends only on the seed and a row's position, through SHA-256: it is the same in every Python version.
-
-    Raises:
-        DataError: there are fewer than two rows.
-    """
-    import numpy as np
-
-    if count < 2:
-        raise DataError("one row cannot be split into training and evaluation rows", key="dataset.eval_fraction")
-    # The rows are ordered by the first 8 bytes of a digest: 80 MB for 10 million rows.
-    starts = (hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8] for index in range(count))
-    order = np.fromiter((int.from_bytes(start, "big") for start in starts), np.uint64, count)
-    size = min(max(1, round(count * fraction)), count - 1)
-    return set(np.argpartition(order, size)[:size].tolist())
 
 
 def read_rows(source: Path) -> list[Row]:

@@ -26,7 +26,7 @@ from peftcli.data.rows import BAD, USED, Place, shortened
 from peftcli.errors import DataError
 from peftcli.system.outputs import storage_errors
 
-FORMAT = 2
+FORMAT = 3
 """Changes with the layout below."""
 MANIFEST, DESCRIPTION = "MANIFEST.json", "store.json"
 _BAD_ROWS = "bad.jsonl"
@@ -40,6 +40,8 @@ _ROW = np.dtype(
         ("flags", "<i4"),
         ("size", "<i8"),  # before any cut
         ("lost", "<i4"),  # targets that a cut took away
+        ("group", "<u8"),  # hash of its value in dataset.group_by; 0: none
+        ("shared", "<u8"),  # hash of the part of its input that other rows may have too; 0: none
     ]
 )
 _EXAMPLE = np.dtype([("row", "<i8"), ("targets", "<i4")])
@@ -153,8 +155,12 @@ class Outcome:
     """Targets that a cut took away."""
     flags: int = 0
     """What else is known of the row, as bits whose meaning is the task's."""
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """Texts of the row that other rows may have too. The store keeps those that all used rows have."""
+    common: Mapping[str, str] = field(default_factory=dict)
+    """Texts that other rows may have too. The store keeps those that all used rows have."""
+    group: int = 0
+    """A hash of its value in ``dataset.group_by``; 0: none."""
+    shared: int = 0
+    """A hash of the part of its input that other rows may have too, with another answer; 0: none."""
 
 
 class Writer:
@@ -167,7 +173,7 @@ class Writer:
     def __init__(self, folder: Path, columns: Mapping[str, Column]):
         self.folder, self.columns = folder, dict(columns)
         self.outcomes, self.files = {USED: 0, BAD: 1}, dict[str, int]()
-        self._shared: Mapping[str, str] | None = None
+        self._common: Mapping[str, str] | None = None
         self.num_rows = self.num_examples = self.size = 0
         self._ends = dict.fromkeys(self.columns, 0)
         arrays = ["rows", "features", "sizes", *(file for name in self.columns for file in _arrays_of(name))]
@@ -192,14 +198,15 @@ class Writer:
             file = self.files.setdefault(place.source, len(self.files))
             if isinstance(result, DataError):
                 bad.append(json.dumps({"row": self.num_rows + index, **result.as_dict()}) + "\n")
-                rows[index] = (place.number, place.line or 0, file, self.outcomes[BAD], 0, 0, 0)
+                rows[index] = (place.number, place.line or 0, file, self.outcomes[BAD], 0, 0, 0, 0, 0)
                 continue
-            if result.reason == USED and self._shared != result.shared:
-                known = result.shared if self._shared is None else self._shared
-                self._shared = {name: text for name, text in known.items() if result.shared.get(name) == text}
+            if result.reason == USED and self._common != result.common:
+                known = result.common if self._common is None else self._common
+                self._common = {name: text for name, text in known.items() if result.common.get(name) == text}
             outcome = self.outcomes.setdefault(result.reason, len(self.outcomes))
             rows[index] = (
-                place.number, place.line or 0, file, outcome, result.flags, result.size, result.lost
+                place.number, place.line or 0, file, outcome, result.flags, result.size, result.lost,
+                result.group, result.shared,
             )  # fmt: skip
             for example in result.examples:
                 assert example.arrays.keys() == values.keys()
@@ -237,7 +244,7 @@ class Writer:
             "size": self.size,
             "outcomes": list(self.outcomes),
             "files": list(self.files),
-            "about": {**about, "shared": self._shared or {}},
+            "about": {**about, "common": self._common or {}},
         }
         with storage_errors(self.folder):
             self._open[DESCRIPTION] = _File(self.folder / DESCRIPTION)
@@ -289,7 +296,7 @@ class Store:
         self._maps: list[mmap.mmap] = []
         self._read = 0
         self.rows = self._mapped("rows", _ROW)
-        """A record a row: number, line, file, outcome, flags, size, lost."""
+        """A record a row: number, line, file, outcome, flags, size, lost, group, shared."""
         self._records = self._mapped("features", _EXAMPLE)
         self.sizes = self._mapped("sizes", _SIZE)
         """Of each example, in the task's unit."""
@@ -397,6 +404,13 @@ class Part:
     def records(self) -> np.ndarray:
         """The records of the rows."""
         return self.store.rows if self.chosen is None else self.store.rows[self.chosen]
+
+    @property
+    def content(self) -> str:
+        """A hash over what their examples hold, and over which rows they are."""
+        if self.chosen is None:
+            return self.store.content
+        return hashlib.sha256(self.store.content.encode() + self.chosen.astype("<i8").tobytes()).hexdigest()
 
     @property
     def mask(self) -> np.ndarray:

@@ -71,6 +71,8 @@ class TextFile:
 
     def error(self, message: str, *, line: int | None = None, hint: str | None = None) -> DataError:
         """Return an error about the current line, or about ``line``."""
+        if message.startswith("is not UTF-8"):  # other rows may be wrong too, and be read
+            hint = "Convert the file to UTF-8."
         return DataError(message, file=self.source, line=line or self.line, hint=hint)
 
 

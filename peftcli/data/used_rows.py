@@ -78,8 +78,8 @@ class UsedRows:
         return ends[self.first[1:]] - ends[self.first[:-1]]
 
     def records(self, name: str) -> np.ndarray:
-        """A field of the records of the rows: ``flags``, ``lost``, ``size``."""
-        out = np.zeros(len(self), np.int64)
+        """A field of the records of the rows: ``flags``, ``lost``, ``size``, ``group``, ``shared``."""
+        out = np.zeros(len(self), np.uint64 if name in ("group", "shared") else np.int64)
         for at, part in enumerate(self.view.parts):
             mine = self.part == at
             out[mine] = part.store.rows[name][self.number[mine]]
@@ -123,6 +123,14 @@ class UsedRows:
                 arrays.append(_integers(values))
                 lengths.append(own * (len(arrays[-1]) // max(len(values), 1)))
         return Ragged(np.concatenate(arrays), np.cumsum(np.concatenate(lengths))[starts * len(columns)])
+
+    def hashes(self, *columns: str) -> np.ndarray:
+        """A hash of each row's values in these columns; 0 where it has none."""
+        out, lengths = np.zeros(len(self), np.uint64), self.lengths(*columns)
+        some = np.flatnonzero(lengths)
+        for each in slices(lengths[some]):
+            out[some[each]] = self.read(some[each], *columns).hashes()
+        return out
 
     def chunks(self, *columns: str) -> Iterator[tuple[slice, list[Ragged]]]:
         """All rows, a few at a time, and their values in each of the columns."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from peftcli.data.duplicates import Pairs, find_duplicates
 from peftcli.data.findings import FINDINGS, Finding
 from peftcli.data.rows import BAD, USED
 from peftcli.data.store import View
-from peftcli.data.used_rows import UsedRows, repeats, slices
-from peftcli.inspection.duplicates import MOST_ROWS, SAMPLE, Pairs, Sketches, common_shingles, spread
+from peftcli.data.used_rows import UsedRows, repeats
 from peftcli.tasks.base import Audits, Describes, Task
 from peftcli.tasks.shown import Description
 
@@ -54,7 +54,8 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     facts, hashes = _facts(view, rows, task), None
     findings = task.findings(view) if isinstance(task, Audits) else []
     if task.identity:
-        hashes, labelled, pairs = _duplicates(rows, task)
+        hashes, pairs = find_duplicates(rows, task.identity)
+        labelled = rows.hashes(*task.identity, *task.label_columns) if task.label_columns else hashes
         again = repeats(labelled)
         first = hashes[~again]  # a row for each label of an input
         masks = {
@@ -93,28 +94,6 @@ def leaks(train: Audit, evaluation: Audit) -> tuple[dict[str, int] | None, list[
         counts[one.name] = int(mask.sum())
         masks.append((one.kind, mask))
     return counts, evaluation.rows.findings(masks, split="eval")
-
-
-def _duplicates(rows: UsedRows, task: Task[Any]) -> tuple[np.ndarray, np.ndarray, Pairs]:
-    """Hashes of the rows' inputs, and with the label; and the pairs of inputs that are nearly equal.
-
-    Only sequences of numbers can be nearly equal.
-    """
-    columns, hashes = task.identity, np.zeros(len(rows), np.uint64)
-    labelled = hashes.copy() if task.label_columns else hashes
-    lengths = rows.lengths(*columns)
-    sequences = all(task.columns[name].dtype.startswith("int") for name in columns)
-    sample = spread(len(rows), SAMPLE if sequences else 0)
-    common = common_shingles(rows.read(sample[some], *columns) for some in slices(lengths[sample]))
-    sketches = Sketches(common, every=max(1, -(-len(rows) // MOST_ROWS)))
-    for some in slices(lengths):
-        chunk = rows.read(np.arange(some.start, some.stop), *columns)
-        hashes[some] = chunk.hashes()
-        if task.label_columns:
-            labelled[some] = rows.read(np.arange(some.start, some.stop), *columns, *task.label_columns).hashes()
-        if sequences:
-            sketches.add(some.start, chunk)
-    return hashes, labelled, sketches.pairs(lambda some: rows.read(some, *columns), lengths, among=~repeats(hashes))
 
 
 def histogram(values: np.ndarray) -> dict[str, list[int]]:

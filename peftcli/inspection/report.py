@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from peftcli.data.duplicates import spread
 from peftcli.data.findings import Finding, worst_first
 from peftcli.data.rows import BAD, USED, count_of
 from peftcli.data.store import View
 from peftcli.errors import UsageError
 from peftcli.inspection.audit import audit, leaks
-from peftcli.inspection.duplicates import spread
 from peftcli.models.open import open_base
 from peftcli.schema import Recipe
 from peftcli.system.secrets import secret_spans

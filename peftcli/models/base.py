@@ -317,7 +317,9 @@ class OpenBase:
         """
         if self._is_gguf:
             return
-        names = hub_requests.listed_files(self.folder) if self._on_hub else {each.name for each in self.folder.iterdir()}
+        names = (
+            hub_requests.listed_files(self.folder) if self._on_hub else {each.name for each in self.folder.iterdir()}
+        )
         own = self._own_weights
         if names is not None and names.isdisjoint([own] if own else validate.WEIGHTS):
             raise validate.no_weights(self.name, names)

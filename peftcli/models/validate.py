@@ -17,7 +17,15 @@ from torch import nn
 
 from peftcli.core.layer import model_ends
 from peftcli.errors import ModelError
-from peftcli.guard.files import first_of, irregular_kind, open_regular, read_errors, read_json_object, short_name, short_repr
+from peftcli.guard.files import (
+    first_of,
+    irregular_kind,
+    open_regular,
+    read_errors,
+    read_json_object,
+    short_name,
+    short_repr,
+)
 from peftcli.guard.safetensors_header import TensorEntry, open_safetensors
 from peftcli.models.guarded import ALLOW_CODE
 

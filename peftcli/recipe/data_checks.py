@@ -160,6 +160,10 @@ def _evaluation_rows(dataset: Dataset, report: Report) -> None:
     if dataset.eval_fraction is not None and len(ways) > 1:
         keys = [f"dataset.{name}" for name in reversed(ways)]
         report(keys, f"cannot be given together with {' and '.join(reversed(keys[1:]))}")
+    if dataset.eval_fraction is None:
+        grouped = [f"dataset.mix[{at}].group_by" for at, source in enumerate(dataset.mix) if source.group_by]
+        for key in ["dataset.group_by"] * bool(dataset.group_by) + grouped:
+            report((key,), "says which rows dataset.eval_fraction keeps together, and that is not set")
 
 
 def _allowed(dataset: Dataset, report: Report) -> None:

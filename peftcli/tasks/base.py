@@ -84,6 +84,9 @@ class Task(ABC, Generic[Settings]):
     """How many tokens the method puts before those of a row, each at a position of its own. ``open`` sets it."""
     label_columns: ClassVar[Sequence[str]] = ()
     """Columns in which rows of equal inputs should agree. None: the inputs hold all of a row."""
+    shares: ClassVar[Sequence[str]] = ()
+    """Columns of rows that hold a part of the input which other rows may have too, with another answer: a premise, a
+    context. ``dataset.eval_fraction`` keeps such rows together."""
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         """``TASKS[name].open`` calls this.
@@ -170,6 +173,10 @@ class Task(ABC, Generic[Settings]):
             except DataError as error:
                 found.append(error)
         return found
+
+    def shared(self, row: Row, reader: Reader) -> Any:
+        """The part of a row's input that other rows may have too, with another answer; empty: none."""
+        return [row.values.get(reader.names[name]) for name in self.shares if name in reader.names]
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         """Turn a row into its examples, or the reason why it has none.

@@ -73,6 +73,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     columns: ClassVar = {"input_ids": Column(), "sizes": Column(), "score": Column("float32", (None,))}
     """The tokens of all texts, one after another; how many each text has; the score of a scored pair."""
     label_columns: ClassVar = ("score",)
+    shares = ("anchor", "sentence1")
     flags: ClassVar = {"truncated": _TRUNCATED}
 
     def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +68,11 @@ def file_of(row: Row, reader: Reader, column: str, what: str = "a picture") -> t
         path, content = "", value
     if not content and (not isinstance(path, str) or not path):
         raise row.place.error(f"expected a file or the bytes of {what}, found {value!r:.60}", key=key)
-    found = str(path or "") if content else _find(str(path), row.folder)
+    found, folders = str(path or ""), [row.folder.absolute(), Path.cwd()]
+    if not content and is_file(beside := row.folder / found):
+        found = str(beside)
     with errors_of_row(row, key):
-        read = content or read_file(found)
+        read = content or read_file(found, () if Path(found).is_absolute() else folders)
     return File(found, content or b"", digest_of(read)), read
 
 
@@ -86,8 +88,8 @@ def errors_of_row(row: Row, key: str) -> Iterator[None]:
         raise row.place.error(message, key=key, hint=error.hint) from None
 
 
-def read_file(path: str) -> bytes:
-    """Read a file.
+def read_file(path: str, folders: Sequence[Path] = ()) -> bytes:
+    """Read a file, which was looked for in ``folders``.
 
     Raises:
         DataError: the file does not exist, or cannot be read.
@@ -97,7 +99,8 @@ def read_file(path: str) -> bytes:
         shown = path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}..."
         if len(path) < _MAX_NAME and file.is_dir():
             raise DataError("is a folder, and no file", file=shown)
-        raise DataError("no such file", file=shown)
+        places = " or ".join(dict.fromkeys(map(str, folders)))
+        raise DataError(f"no such file in {places}" if places else "no such file", file=shown)
     try:
         return file.read_bytes()
     except OSError as error:
@@ -107,9 +110,3 @@ def read_file(path: str) -> bytes:
 def digest_of(content: bytes) -> bytes:
     """Return the digest by which a file's content is known again."""
     return hashlib.sha256(content).digest()[:8]
-
-
-def _find(path: str, folder: Path) -> str:
-    """Return a path, which may be relative to the folder of the file that names it."""
-    beside = folder / path
-    return str(beside) if is_file(beside) else path

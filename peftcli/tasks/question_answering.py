@@ -65,6 +65,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
     }
     reports = ("loss", "exact_match", "f1")
     label_columns = ("answer",)
+    shares = ("context",)
 
     def __init__(self, settings: settings.QuestionAnswering, processor: Any, base: OpenBase):
         if not processor.is_fast:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding
-from peftcli.data.rows import Reader, Row, Table, listed
+from peftcli.data.rows import Reader, Row, Table, listed, of_all_rows
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -144,6 +144,8 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
                     seen |= set(np.unique(stored_mask(content, file.path)[0]).tolist())
                 except DataError as error:
                     first_error = first_error or error
+        if first_error and not seen:
+            raise of_all_rows(first_error)
         first = int(self.settings.reduce_labels)
         classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
         held = f"the masks of the training rows hold the values {_listed(seen)}"

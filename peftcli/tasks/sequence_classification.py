@@ -29,6 +29,7 @@ class SequenceClassification(TextInputs, Classification[settings.SequenceClassif
     name = "sequence_classification"
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "label": LABEL}
+    shares = ("text",)
     flags: ClassVar = {"truncated": _TRUNCATED}
 
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:

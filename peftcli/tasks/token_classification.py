@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding
-from peftcli.data.rows import Row, Table, count_of, listed, shortened
+from peftcli.data.rows import Row, Table, count_of, listed, of_all_rows, shortened
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
@@ -46,6 +46,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     arguments = ("text",)
     columns: ClassVar = {**TextInputs.text_columns, "word_of": Column(), "tags": Column()}
     label_columns = ("tags",)
+    shares = ("tokens", "text")
     flags: ClassVar = {"truncated": _TRUNCATED}
     findings_of_flags: ClassVar = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
@@ -102,8 +103,10 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         found = given if numbered else list(declared or seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
         is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
-        scheme = self.settings.scheme or ("iob2" if is_iob2 else "none")
+        scheme = self.settings.scheme or ("iob2" if is_iob2 or spans else "none")
         own, found = found, converted if scheme == "iob2" else found
+        if first_error and not seen:
+            raise of_all_rows(first_error)
         if spans and scheme == "none":
             raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
         if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):

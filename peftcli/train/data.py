@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
 from peftcli.data.rows import BAD, USED, Row, Table, truth_columns
-from peftcli.data.sources import eval_source, held_out, open_source
+from peftcli.data.sources import eval_source, open_source
+from peftcli.data.split import split_parts
 from peftcli.data.store import Part, Store, View
+from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError, UsageError
 from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import check_task
@@ -30,6 +30,8 @@ from peftcli.train.plan import Plan
 
 _COUNTED = ("truncated", "split", "pieces_left_out")
 """Facts of rows that run.json counts for every task."""
+_OFF = 0.25
+"""How far the share that is held out may be from the one asked for, relative to it, before a note says so."""
 _FIRST = 512
 """Rows whose columns are those of a source."""
 
@@ -158,7 +160,12 @@ def load_data(
         error.key = "dataset.eval_split" if error.key == "dataset.split" else error.key
         raise
     if dataset.eval_fraction is not None:
-        parts, held = _split(parts, dataset.eval_fraction, recipe.training.seed)
+        parts, held = split_parts(parts, dataset.eval_fraction, recipe.training.seed, task.identity, task.label_columns)
+        count, total = (len(UsedRows(View(some))) for some in (held, [*parts, *held]))
+        wanted = total * dataset.eval_fraction
+        if abs(count - wanted) > max(1, _OFF * wanted):
+            held_out = f"{count:,} of {total:,} rows are held out"
+            notes.append(f"dataset.eval_fraction: {held_out}, because rows that belong together stay on one side")
     if not held and recipe.training.eval_strategy == "steps":  # not the default, so it is meant
         notes.append(
             "training.eval_strategy: there is no evaluation data: give dataset.eval, eval_split or eval_fraction"
@@ -166,12 +173,12 @@ def load_data(
     train, evaluation = View([] if only_eval else parts), View(held) if held else None
     report = _report(train, evaluation, task, dataset.packing)
     if train.parts:
-        task.trained_on(report["format"], _shared(train.parts, report["format"]))
+        task.trained_on(report["format"], _common(train.parts, report["format"]))
     findings = _findings(train, evaluation, task, skip_bad_rows=dataset.on_bad_row == "skip")
     report |= {
         "findings": [each.as_dict() for each in findings],
         "unit": task.unit,
-        "content": [part.store.content for part in (*parts, *held)],
+        "content": [part.content for part in (*parts, *held)],
     }
     return Data(task, train, evaluation, report, findings, notes)
 
@@ -197,9 +204,9 @@ def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool
     return report
 
 
-def _shared(parts: Sequence[Part], format: str) -> dict[str, str]:
+def _common(parts: Sequence[Part], format: str) -> dict[str, str]:
     """The texts that all training rows of a format have."""
-    first, *others = [part.store.about["shared"] for part in parts if part.store.about["format"] == format]
+    first, *others = [part.store.about["common"] for part in parts if part.store.about["format"] == format]
     return {name: text for name, text in first.items() if all(each.get(name) == text for each in others)}
 
 
@@ -310,18 +317,6 @@ def _findings(train: View, evaluation: View | None, task: Task[Any], *, skip_bad
         records.append(Records(evaluation.parts, "eval"))
     found = [find_in_records(some, task.record_findings, skip_bad_rows=skip_bad_rows) for some in records]
     return worst_first([each for some in found for each in some])
-
-
-def _split(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
-    """Every part in two: the rows to train on, and those that are held out."""
-    counts = [len(part.store.rows) for part in parts]
-    out = np.zeros(sum(counts), bool)
-    out[list(held_out(len(out), fraction, seed))] = True
-    cut = np.split(out, np.cumsum(counts)[:-1])
-    return (
-        [Part(part.store, np.flatnonzero(~mask)) for part, mask in zip(parts, cut, strict=True)],
-        [Part(part.store, np.flatnonzero(mask)) for part, mask in zip(parts, cut, strict=True)],
-    )
 
 
 def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:

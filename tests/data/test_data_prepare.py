@@ -115,6 +115,16 @@ def test_a_bad_row_stops_at_its_line_also_from_the_cache(file: Path, cached_befo
     assert "dataset: {on_bad_row: skip}" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("cached_before", [False, True])
+def test_where_the_first_rows_all_have_errors_skipping_is_no_advice(file: Path, cached_before: bool) -> None:
+    file.write_text('{"messages": 5}\n' * 30 + file.read_text())
+    if cached_before:
+        store(file, stop=False)
+    with pytest.raises(DataError, match="found a number; all of the first 20 rows have errors") as caught:
+        store(file)
+    assert caught.value.hint == "Look for one cause, in the file or in the recipe."
+
+
 def test_rows_are_numbered_file_by_file_also_where_some_are_bad(file: Path) -> None:
     folder = file.parent / "rows"
     folder.mkdir()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from peftcli.data import sources
 from peftcli.data.rows import Place, Row
-from peftcli.data.sources import eval_source, held_out, open_source
+from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import DataError, HubError, NetworkError, PeftcliError
 from peftcli.schema import Dataset, Source
 
@@ -273,30 +273,6 @@ def test_a_local_file_is_always_streamed(tmp_path: Path) -> None:
 
 
 # --- evaluation rows
-
-
-def test_held_out_rows_never_change() -> None:
-    """The same with every version: a run that is resumed, or evaluated later, needs the same rows."""
-    assert held_out(50, 0.2, seed=1) == {27, 29, 30, 33, 35, 38, 39, 42, 44, 49}
-    assert held_out(50, 0.2, seed=2) != held_out(50, 0.2, seed=1)
-
-
-@pytest.mark.parametrize(("count", "fraction", "size"), [(3, 0.001, 1), (3, 0.999, 2), (2, 0.5, 1), (1000, 0.25, 250)])
-def test_both_parts_get_something(count: int, fraction: float, size: int) -> None:
-    held = held_out(count, fraction, seed=0)
-    assert len(held) == size
-    assert held < set(range(count))
-
-
-def test_held_out_rows_are_spread_evenly() -> None:
-    held = held_out(10_000, 0.5, seed=3)
-    assert 2400 < sum(row < 5000 for row in held) < 2600
-
-
-def test_one_row_cannot_be_held_out() -> None:
-    with pytest.raises(DataError, match="one row") as caught:
-        held_out(1, 0.5, seed=0)
-    assert caught.value.key == "dataset.eval_fraction"
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,13 @@ import pytest
 from examplekit import COLUMNS, outcome
 from transformers import T5Config
 
-from peftcli.data import used_rows
+from peftcli.data import duplicates, used_rows
+from peftcli.data.duplicates import Sketches, common_shingles, repeats, spread
 from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, View, Writer
 from peftcli.data.used_rows import Ragged
 from peftcli.errors import DataError
-from peftcli.inspection import audit as audit_module
-from peftcli.inspection import duplicates
 from peftcli.inspection.audit import Audit, audit, histogram, leaks
-from peftcli.inspection.duplicates import Sketches, common_shingles, repeats, spread
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.seq2seq_lm import Seq2SeqLM
@@ -366,10 +364,10 @@ def test_of_very_many_rows_a_sample_is_compared(part, causal, monkeypatch: pytes
     rng = random.Random(8)
     lists = [some(rng, 90) for _ in range(4)]
     rows = [([40], [*row[: 90 - at], *some(rng, at)]) for row in lists for at in (0, 3)]
-    monkeypatch.setattr(audit_module, "MOST_ROWS", 4)
+    monkeypatch.setattr(duplicates, "MOST_ROWS", 4)
     facts = audit(View([part(rows)]), causal).facts
     assert (facts["duplicates"]["near"], facts["duplicates"]["compared"]) == (0, 4)
-    monkeypatch.setattr(audit_module, "MOST_ROWS", duplicates.MOST_ROWS)
+    monkeypatch.undo()
     assert audit(View([part(rows)]), causal).facts["duplicates"]["near"] == 4
 
 

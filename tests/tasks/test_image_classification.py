@@ -14,6 +14,7 @@ import transformers
 from classifierkit import SIDE, classifier_base, encoded, image_processor, open_task, scanned, table_of, write_pictures
 from PIL import Image
 
+from peftcli.data.rows import Place, Reader, Row
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.schema import Source
@@ -202,6 +203,13 @@ def test_numbers_that_are_no_grey_are_an_error() -> None:
     for read in (check_image, open_image):
         with pytest.raises(DataError, match=r"its grey is from -1\.0 to 3\.0"):
             read(stored.getvalue())
+
+
+def test_the_folders_without_a_file_are_named(tmp_path: Path) -> None:
+    row = Row({"image": "pictures/a.png"}, Place("rows.jsonl", 1, 1), tmp_path)
+    with pytest.raises(DataError) as caught:
+        files.file_of(row, Reader("pictures", {"image": "image"}), "image")
+    assert caught.value.message == f"pictures/a.png: no such file in {tmp_path} or {Path.cwd()}"
 
 
 def test_what_is_too_long_for_a_path_is_an_error_of_its_row() -> None:

@@ -83,6 +83,25 @@ def test_places_of_entities_become_tags(kind: str) -> None:
     assert list(example.arrays["input_ids"]) == task.processor(TEXT["text"])["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("entity", "has", "hint"),
+    [
+        ({"label": "PER", "start_offset": 0, "end_offset": 12}, "label, start_offset, end_offset",
+         "Rename these keys in the file: start_offset to start, end_offset to end."),
+        ({"type": "labels", "value": {"start": 0, "end": 12, "labels": ["PER"]}},
+         "type, value, value.start, value.end, value.labels",
+         "Rename these keys in the file: value.start to start, value.end to end, value.labels to label. "
+         "A label is one name, not a list."),
+    ],
+)  # fmt: skip
+def test_entities_with_other_keys_are_an_error_about_these(entity: dict[str, Any], has: str, hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        scanned([{"text": TEXT["text"], "entities": [entity]}] * 3, NAME)
+    found = caught.value
+    assert found.message == f"an entity needs start, end, label; this one has {has}; all rows have errors"
+    assert (found.line, found.key, found.hint) == (1, "entities", hint)
+
+
 def test_lists_and_types_name_entities_too() -> None:
     task = open_task(NAME, **IOB)
     spelled = [{"start": 22, "end": 27, "type": "LOC"}, {"start": 0, "end": 12, "type": "PER"}]
@@ -97,7 +116,7 @@ def test_lists_and_types_name_entities_too() -> None:
         ([{"start": 22, "end": 99, "label": "LOC"}], "22 to 99 lies outside of the text, which has 28 characters"),
         ([{"start": 3, "end": 4, "label": "LOC"}], "3 to 4 holds no word"),
         ([[0, 12, "PER"], [4, 12, "PER"]], "two entities share the character 4"),
-        ([{"start": 0, "label": "LOC"}], "lies outside"),
+        ([{"start": 0, "label": "LOC"}], "an entity needs start, end, label; this one has start, label"),
         (["LOC"], "expected {start, end, label}"),
         ([[0, 3, "ORG"]], "the tag 'B-ORG' is not one of O, B-PER"),
     ],

@@ -24,6 +24,7 @@ from peftcli.tasks.text.findings import FINDINGS, record_findings, unread_column
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, date_notes
+from peftcli.tasks.text.prompts import opening
 from peftcli.tasks.text.token_text import TokenRenderer
 
 
@@ -49,6 +50,9 @@ class AnswerInputs(TextInputs):
     def record_findings(self, records: Records) -> list[Finding]:
         without, more = records.with_flag(Flag.NO_PROMPT), unread_columns(records)
         return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]
+
+    def shared(self, row: Row, reader: Any) -> Any:
+        return opening(reader(row))
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""
@@ -103,7 +107,7 @@ def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | Data
         return error
     parts = [each for each in outcomes if isinstance(each, Outcome)]
     size, lost = sum(each.size for each in parts), sum(each.lost for each in parts)
-    whole = Outcome(size=size, lost=lost, shared=parts[0].shared)
+    whole = Outcome(size=size, lost=lost, common=parts[0].common)
     for each in parts:
         whole.flags |= each.flags
     whole.reason = next((each.reason for each in parts if each.reason != USED), USED)

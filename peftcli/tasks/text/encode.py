@@ -56,23 +56,23 @@ class CausalEncoder:
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
                 self._compared.add(kind)
                 check_ids(example, each, self.tokenizer)
-        for (at, (_, marked, shared)), each in zip(read.items(), encoded, strict=True):
+        for (at, (_, marked, common)), each in zip(read.items(), encoded, strict=True):
             flags = each.flags | (Flag.PROMPT_DIFFERS if self._asks_otherwise(marked, each) else NONE)
             outcome = self._outcome(replace(each, flags=flags), rows[at])
-            results[at] = outcome if isinstance(outcome, DataError) else replace(outcome, shared=shared)
+            results[at] = outcome if isinstance(outcome, DataError) else replace(outcome, common=common)
         return results
 
     def _read(self, row: Row) -> tuple[ParsedRow, MarkedText, dict[str, str]]:
         example = self.reader(row)
-        shared = example.shared
+        common = example.common
         if isinstance(example, AlpacaExample):
             example = example.pair() if self.template is None else example.chat()
         if isinstance(example, TextExample):
-            return example, mark_text(example), shared
+            return example, mark_text(example), common
         if isinstance(example, PairExample):
-            return example, mark_pair(example, self.settings.train_on), shared
+            return example, mark_pair(example, self.settings.train_on), common
         assert self.template is not None
-        return example, mark_chat(example, self.template, self.settings.train_on), shared
+        return example, mark_chat(example, self.template, self.settings.train_on), common
 
     def _asks_otherwise(self, marked: MarkedText, encoded: Encoded) -> bool:
         """Whether a prompt has other tokens alone, as where the blank at its end belongs to the answer's word."""
@@ -153,14 +153,14 @@ class Seq2SeqEncoder:
     def _read(self, row: Row) -> tuple[str, str, dict[str, str]]:
         example = self.reader(row)
         prompt, answer = asked(example)
-        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer, example.shared
+        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer, example.common
 
     def _outcome(
         self, read: tuple[str, str, dict[str, str]], source: list[int], target: list[int], row: Row
     ) -> Outcome | DataError:
         limit, longest = self.settings.max_length, max(len(source), len(target))
-        text, answer, shared = read
-        outcome = Outcome(size=len(source) + len(target), shared=shared)
+        text, answer, common = read
+        outcome = Outcome(size=len(source) + len(target), common=common)
         if is_damaged(f"{text}\n{answer}"):
             outcome.flags |= Flag.DAMAGED
         if self.tokenizer.eos_token_id is None:

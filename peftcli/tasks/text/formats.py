@@ -26,7 +26,7 @@ class TextExample:
     text: str
 
     @property
-    def shared(self) -> dict[str, str]:
+    def common(self) -> dict[str, str]:
         """What other rows may have too, and a prompt then has: ``system``, ``instruction``."""
         return {}
 
@@ -41,7 +41,7 @@ class PairExample:
     """What the prompt begins with."""
 
     @property
-    def shared(self) -> dict[str, str]:
+    def common(self) -> dict[str, str]:
         """As that of ``TextExample``."""
         return {"system": self.system} if self.system else {}
 
@@ -58,7 +58,7 @@ class ChatExample:
     """Whether this is an answer to compare, and no turn but the system's comes before it."""
 
     @property
-    def shared(self) -> dict[str, str]:
+    def common(self) -> dict[str, str]:
         """As that of ``TextExample``."""
         first = self.messages[0]
         return {"system": str(first["content"])} if first["role"] == "system" and first.get("content") else {}
@@ -76,7 +76,7 @@ class AlpacaExample:
     """Earlier turns: what the user said, and what the assistant answered."""
 
     @property
-    def shared(self) -> dict[str, str]:
+    def common(self) -> dict[str, str]:
         """As that of ``TextExample``: an instruction is one for all rows where each has an input of its own."""
         found = {"system": self.system, "instruction": self.instruction if self.input else ""}
         return {name: text for name, text in found.items() if text}

@@ -41,7 +41,7 @@ from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompt_form import PromptForm
-from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
+from peftcli.tasks.text.prompts import asked, opening, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
 from peftcli.tasks.text.token_loss import no_cache, token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
@@ -145,6 +145,9 @@ class LanguageModel(Task[Settings]):
             self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
         outcomes = with_unread(self._encoders[key](rows), rows, reader)
         return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
+
+    def shared(self, row: Row, reader: Any) -> Any:
+        return opening(reader(row))
 
     def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:
         """What became of a row, with the prompt and the answer that evaluation compares."""

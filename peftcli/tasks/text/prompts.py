@@ -13,6 +13,7 @@ from peftcli.data.text_rows import quote
 from peftcli.errors import DataError, UsageError
 from peftcli.tasks.text.formats import (
     FORMATS,
+    SYSTEM_ROLES,
     AlpacaExample,
     ChatExample,
     ExampleReader,
@@ -64,6 +65,18 @@ def asked(example: ParsedRow) -> tuple[CompletePrompt, str]:
     if not isinstance(answer, str) or not answer.strip() or not before:
         raise DataError("the conversation has no question followed by a trained answer in text")
     return ChatExample(before, example.tools), answer
+
+
+def opening(example: ParsedRow) -> Any:
+    """What a row begins with, up to its first answer: rows with the same one belong together. Empty: nothing."""
+    if isinstance(example, TextExample):
+        return example.text
+    if isinstance(example, PairExample):
+        return example.prompt
+    if isinstance(example, AlpacaExample):
+        return [example.instruction, example.input]
+    first = next(at for at, turn in enumerate(example.messages) if turn["role"] == "assistant")
+    return [turn for turn in example.messages[:first] if turn["role"] not in SYSTEM_ROLES]
 
 
 def prompt_text(

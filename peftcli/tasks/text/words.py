@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import regex
 
-from peftcli.data.rows import Reader, Row, shortened
+from peftcli.data.rows import Reader, Row, listed, shortened
 from peftcli.tasks.classification import LabelReader, class_name
 from peftcli.tasks.text.answers import UNSPACED
 from peftcli.tasks.text.chat import IGNORED
@@ -17,6 +18,8 @@ OUTSIDE = "O"
 """The tag of a word that is in no entity."""
 _IOB2 = {"L-": "I-", "E-": "I-", "M-": "I-", "U-": "B-", "S-": "B-"}
 """What the last, inner and only words of entities have in IOB2: from BILOU, IOBES and BMES."""
+_NEEDED = ("start", "end", "label")
+"""Keys of an entity; ``type`` is another name of ``label``."""
 _LETTER = UNSPACED.pattern
 _WORD = regex.compile(rf"{_LETTER}\p{{M}}*|(?:(?!{_LETTER})\w)+|[^\w\s]")
 """A word: letters with their marks, one punctuation mark, or one letter of a script without blanks between words."""
@@ -107,8 +110,7 @@ def _found_entities(row: Row, reader: Reader) -> list[tuple[int, int, str]]:
     text, value, key = reader.text(row, "text"), reader.value(row, "entities"), reader.names["entities"]
     found = list[tuple[int, int, str]]()
     for each in value if isinstance(value, list) else [value]:
-        name = each.get("label", each.get("type")) if isinstance(each, dict) else None
-        fields = (each.get("start"), each.get("end"), name) if isinstance(each, dict) else each
+        fields = _fields(each, row, key) if isinstance(each, dict) else each
         if not isinstance(fields, (list, tuple)) or len(fields) != 3 or not isinstance(fields[2], str) or not fields[2]:
             message = f"expected {{start, end, label}} or [start, end, label], found {shortened(each)}"
             raise row.place.error(message, key=key)
@@ -124,6 +126,27 @@ def _found_entities(row: Row, reader: Reader) -> list[tuple[int, int, str]]:
         if start < end:
             raise row.place.error(f"two entities share the character {start}", key=key)
     return found
+
+
+def _fields(entity: dict[str, Any], row: Row, key: str) -> tuple[Any, Any, Any]:
+    """Start, end and label of an entity."""
+    named = {"label": entity["type"], **entity} if {"type", "start", "end"} <= entity.keys() else entity
+    if missing := [name for name in _NEEDED if name not in named]:
+        inner = {f"{name}.{own}": value for name, held in entity.items() for own, value in _items(held)}
+        there = {**entity, **inner}
+        last = {name: name.rpartition(".")[2] for name in there}
+        like = {name: next((each for each in there if last[each].startswith(name)), "") for name in missing}
+        renamed = ", ".join(f"{other} to {name}" for name, other in like.items() if other)
+        hint = f"Rename these keys in the file: {renamed}." if renamed else ""
+        if isinstance(there.get(like.get("label", "")), list):
+            hint += " A label is one name, not a list."
+        message = f"an entity needs {', '.join(_NEEDED)}; this one has {listed(there)}"
+        raise row.place.error(message, key=key, hint=hint or None)
+    return named["start"], named["end"], named["label"]
+
+
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    return value.items() if isinstance(value, dict) else ()
 
 
 def _tokens(row: Row, reader: Reader) -> list[str]:

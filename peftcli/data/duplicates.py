@@ -7,20 +7,20 @@ Near: the sets of their shingles (runs of three tokens) overlap to at least 0.7 
 that stand in more than 5 % of the rows, as a shared prompt's, are left out on both sides, and so are rows with less
 than 8 shingles after that. Of a text that makes up more than 5 % of the rows, edited copies are therefore not seen.
 
-Candidates come from MinHash signatures (Broder 1997) of 64 values in 16 bands of 4: a pair of index s shares a band
-with probability 1 - (1 - s^4)^16: 0.988 at 0.7, 0.9998 at 0.8. Each row is compared with the first and the nearest
-earlier row of each of its bands, and the candidate whose signature is most alike is then measured exactly. So a pair
-that is reported is one, and a few that are hardly alike enough are missed: the test of this file counts them.
+Candidates come from MinHash signatures (Broder 1997) of 63 values in 21 bands of 3: a pair of index s shares a band
+with probability 1 - (1 - s^3)^21: 0.75 at 0.4, 0.94 at 0.5, 0.9998 at 0.7. Each row is compared with the first and the
+nearest earlier row of each of its bands, and the candidate whose signature is most alike is then measured exactly. So a
+pair that is reported is one, and a few that are hardly alike enough are missed: the test of this file counts them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from peftcli.data.used_rows import Ragged, repeats, scatter, slices
+from peftcli.data.used_rows import Ragged, UsedRows, repeats, scatter, slices
 
 ALIKE = 0.7
 """Rows are near duplicates from this Jaccard index on."""
@@ -30,7 +30,7 @@ MOST_ROWS = 500_000
 _SHINGLE = 3
 _COMMON = 0.05
 _FEWEST = 8
-_HASHES = 64
+_HASHES, _BAND = 63, 3
 SAMPLE = 2000
 """Number of rows that show which shingles are common."""
 _PAIRS = 1 << 16
@@ -80,11 +80,13 @@ class Sketches:
         self._numbers.append(numbers[enough])
         self._signatures.append(signatures)
 
-    def pairs(self, read: Callable[[np.ndarray], Ragged], tokens: np.ndarray, among: np.ndarray) -> Pairs:
+    def pairs(
+        self, read: Callable[[np.ndarray], Ragged], tokens: np.ndarray, among: np.ndarray, least: float = ALIKE
+    ) -> Pairs:
         """Find the near duplicates among the rows.
 
-        ``read`` returns rows by their numbers, ``tokens`` are their lengths, and ``among`` is a mask of those to
-        compare.
+        ``read`` returns rows by their numbers, ``tokens`` are their lengths, ``among`` is a mask of those to compare,
+        and ``least`` is the Jaccard index from which they are near duplicates.
         """
         kept = [among[numbers] for numbers in self._numbers]
         numbers = np.concatenate([np.zeros(0, int), *(a[mask] for a, mask in zip(self._numbers, kept, strict=True))])
@@ -93,12 +95,12 @@ class Sketches:
         )
         partners, alike = _partners(signatures)
         # Three standard deviations of the estimate below the threshold.
-        likely = np.flatnonzero(alike >= ALIKE - 3 * (ALIKE * (1 - ALIKE) / _HASHES) ** 0.5)
+        likely = np.flatnonzero(alike >= least - 3 * (least * (1 - least) / _HASHES) ** 0.5)
         later, earlier = numbers[likely], numbers[partners[likely]]
         index = np.zeros(len(later))
         for some in slices(tokens[later] + tokens[earlier]):
             index[some] = self._overlaps(read(later[some]), read(earlier[some]))
-        near = index >= ALIKE
+        near = index >= least
         return Pairs(later[near], earlier[near], index[near], compared=len(numbers))
 
     def _overlaps(self, later: Ragged, earlier: Ragged) -> np.ndarray:
@@ -118,11 +120,34 @@ class Sketches:
         return shingles[kept], owners[kept]
 
 
-def common_shingles(sample: Iterable[Ragged]) -> np.ndarray:
-    """A mask of the common shingles, for Sketches. Rows that repeat another one count once.
+def find_duplicates(rows: UsedRows, columns: Sequence[str], *, least: float = ALIKE) -> tuple[np.ndarray, Pairs]:
+    """Hashes of the values of the rows in these columns, and the pairs of rows that are nearly equal.
 
-    In a sample so small that 5 % are fewer than ten rows, shingles of ten or of half the rows are common.
+    Only sequences of numbers can be nearly equal: from the Jaccard index ``least`` on.
     """
+    hashes, lengths = np.zeros(len(rows), np.uint64), rows.lengths(*columns)
+    sequences = all(part.store.columns[name].dtype.startswith("int") for part in rows.view.parts for name in columns)
+    sample = spread(len(rows), SAMPLE if sequences else 0)
+    common = common_shingles(rows.read(sample[some], *columns) for some in slices(lengths[sample]))
+    sketches = Sketches(common, every=max(1, -(-len(rows) // MOST_ROWS)))
+    for some in slices(lengths):
+        chunk = rows.read(np.arange(some.start, some.stop), *columns)
+        hashes[some] = chunk.hashes()
+        if sequences:
+            sketches.add(some.start, chunk)
+    return hashes, sketches.pairs(lambda some: rows.read(some, *columns), lengths, ~repeats(hashes), least)
+
+
+def most_shared(count: int) -> float:
+    """The most of ``count`` rows that may share something which still says that they belong together.
+
+    That is 5 % of them. In a sample so small that 5 % are fewer than ten rows, it is ten, or half of the rows.
+    """
+    return max(2, _COMMON * count, min(10, count / 2))
+
+
+def common_shingles(sample: Iterable[Ragged]) -> np.ndarray:
+    """A mask of the common shingles, for Sketches. Rows that repeat another one count once."""
     found: list[np.ndarray] = []
     seen: set[int] = set()
     count = 0
@@ -135,7 +160,7 @@ def common_shingles(sample: Iterable[Ragged]) -> np.ndarray:
         count += len(rows.starts)
     values, times = np.unique(np.concatenate([np.zeros(0, np.uint32), *found]), return_counts=True)
     table = np.zeros(1 << _TABLE, bool)
-    table[values[times > max(2, _COMMON * count, min(10, count / 2))] >> np.uint32(32 - _TABLE)] = True
+    table[values[times > most_shared(count)] >> np.uint32(32 - _TABLE)] = True
     return table
 
 
@@ -165,7 +190,9 @@ def _keyed(shingles: np.ndarray, owners: np.ndarray) -> np.ndarray:
 def _partners(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each row, the earlier candidate with the most similar signature, and the share of equal values."""
     partner, alike = np.zeros(len(signatures), int), np.zeros(len(signatures), np.float32)
-    for keys in signatures.view(np.uint64).T:  # one band: four values of 16 bits are one key
+    for band in range(0, _HASHES, _BAND):
+        one, other, third = signatures[:, band : band + _BAND].astype(np.uint64).T
+        keys = one | (other << np.uint64(16)) | (third << np.uint64(32))
         order = np.argsort(keys, kind="stable")
         again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
         begins = np.arange(len(order))
