@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from peftcli.adapters.load import apply_adapter, find_adapter, other_base
+from peftcli.adapters.number_format import trained_bf16
 from peftcli.core.heads import widen_heads
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
@@ -45,9 +46,12 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     """
     started = time.perf_counter()
     recipe = with_task(recipe, tell)
+    source = None if adapter is None else find_adapter(adapter)
+    if source is not None and recipe.training.bf16 == "auto" and (bf16 := trained_bf16(source)) is not None:
+        recipe = replace(recipe, training=replace(recipe.training, bf16=bf16))
     # as many processes measure as were started, whatever the recipe's launch section says
     accelerator = start_accelerator(replace(recipe, launch=Launch()))
-    source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
+    base = open_base(recipe.base_model)
     if source is not None and (odd := other_base(source, recipe.base_model)):
         tell(warning(odd))
     trained = source is not None and source.task_values and source.task == (recipe.task or {}).get("type")

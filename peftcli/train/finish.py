@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from peftcli.adapters.card import write_card
+from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.updates import analyse
 from peftcli.adapters.verify import few_rows, record_model, said_by
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
@@ -14,7 +15,7 @@ from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed, PeftcliError
 from peftcli.recipe import gate_holds, parse_gate, to_yaml
 from peftcli.system.disk import sha256, write_file
-from peftcli.tasks import task_record
+from peftcli.tasks import TASK_FILE, task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
 from peftcli.train.report import loss_curve, peak_memory_bytes
@@ -44,6 +45,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_finite(tensors, state.prepared.config, folder.path)
     own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
+    if TASK_FILE in own:
+        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
     if verify:
         record_model(
             folder.path,
