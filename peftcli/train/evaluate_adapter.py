@@ -15,7 +15,7 @@ from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
 from peftcli.models.open import open_base
-from peftcli.recipe import to_dict
+from peftcli.recipe import LEARNT, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task
@@ -27,6 +27,7 @@ from peftcli.train.evaluate import evaluate, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
+from peftcli.train.learnt import find_doubts
 from peftcli.train.report import peak_memory_bytes, versions
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.typed_json import to_json
@@ -87,7 +88,8 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     batch_size, workers = recipe.training.per_device_eval_batch_size, num_workers(recipe.training, task)
     metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less
-    gates = check_gates(recipe.gates, metrics)
+    doubts = find_doubts(task, data.eval, before={}, after=metrics) if recipe.gates.get(LEARNT) else []
+    gates = check_gates(recipe.gates, metrics, doubts)
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
