@@ -74,8 +74,8 @@ its own order of the rows and its own dropout. Known differences:
 INTERVALS = f"""\
 ## Word error rates
 
-Of the answers of `peftcli predict`, which computes in float32 on a CPU, where the evaluation above computes as the
-recipe says. Of {RESAMPLES:,} resamples of the held-out clips, 95 % lie in the ranges in brackets.
+Of the answers of `peftcli predict --dtype float32`, where the evaluation above computes as the recipe says.
+Of {RESAMPLES:,} resamples of the held-out clips, 95 % lie in the ranges in brackets.
 
 | recipe | seed | before | after | before - after |
 | --- | ---: | --- | --- | --- |"""
@@ -174,7 +174,7 @@ def wer_intervals(name: str, seed: int) -> dict[str, list[float]]:
         if not (options and (ROOT / answers).exists()):  # without an adapter all seeds answer the same
             (ROOT / answers).unlink(missing_ok=True)
             given = folder(name, seed), "--input", rows, "--output", answers
-            output("-m", "peftcli", "predict", *given, "--json", *options)
+            output("-m", "peftcli", "predict", *given, "--json", "--dtype", "float32", *options)
         said = texts(answers)
         compared = (jiwer.process_words(text, said[at]) for text, at in zip(wanted, heard, strict=True))
         errors.append([each.substitutions + each.deletions + each.insertions for each in compared])

@@ -12,6 +12,7 @@ import torch
 
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.adapters.merged import load_merged
+from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.errors import UsageError
 from peftcli.models import tokens
 from peftcli.models.open import open_base
@@ -30,15 +31,17 @@ def load_generator(
     *,
     with_adapter: bool = True,
     quantization: str | None = None,
+    dtype: str | None = None,
     merge_for: Sequence[Prompt] = (),
     check: Callable[[TextGenerator], None] = lambda generator: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> TextGenerator:
     """Load the base model that an adapter names, with the adapter in it.
 
-    ``quantization`` is a type, or ``none``; None: as run.json says the adapter was trained. For the prompts of
-    ``merge_for`` the adapter is merged in memory, if that changes nothing of what the model says; ``tell`` is told
-    whether it is. ``check`` is called with what is loaded, before that answers anything.
+    ``quantization`` is a type, or ``none``; None: as run.json says the adapter was trained. ``dtype`` is a number
+    format to compute in; None: that of the evaluations of training. For the prompts of ``merge_for`` the adapter is
+    merged in memory, if that changes nothing of what the model says; ``tell`` is told whether it is. ``check`` is
+    called with what is loaded, before that answers anything.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit.
@@ -56,7 +59,7 @@ def load_generator(
         tell(f"warning: {odd}")
 
     def load() -> TextGenerator:
-        generator = _load(source, spec, with_adapter)
+        generator = _load(source, spec, number_format(source, dtype), with_adapter)
         check(generator)
         return generator
 
@@ -72,27 +75,31 @@ def first_batch(prompts: Sequence[Prompt], settings: GenerationSettings, batch_s
     return prompts[:batch_size] if batches * settings.max_new_tokens >= _WORTH_MERGING else ()
 
 
-def _load(source: AdapterSource, spec: BaseModel, with_adapter: bool) -> TextGenerator:
+def _load(source: AdapterSource, spec: BaseModel, numbers: NumberFormat, with_adapter: bool) -> TextGenerator:
     """Load a base model with the adapter beside its weights."""
     folder, cuda = source.folder, torch.cuda.is_available()
     with open_base(spec, processors=folder) as opened:
-        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        loaded, tokenizer = opened.model(source.auto_class(lambda: opened.config), dtype), opened.processor("tokenizer")
+        loaded = opened.model(source.auto_class(lambda: opened.config), numbers.weights)
+        tokenizer = opened.processor("tokenizer")
     if with_adapter:
         apply_adapter(loaded, source)
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
     model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
     form = source.prompt_form(tokenizer, decoder_only=not model.config.is_encoder_decoder)
-    return generator_of(model, tokenizer, form, describe(source, spec, model, with_adapter))
+    loaded_from = describe(source, spec, model, numbers, with_adapter)
+    return generator_of(model, tokenizer, form, loaded_from, bf16=numbers.bf16)
 
 
-def describe(source: AdapterSource, spec: BaseModel, model: Any, with_adapter: bool) -> dict[str, Any]:
+def describe(
+    source: AdapterSource, spec: BaseModel, model: Any, numbers: NumberFormat, with_adapter: bool
+) -> dict[str, Any]:
     """Return what a model was loaded from, as JSON: to tell whether earlier answers are its own."""
     return {
         "base": asdict(spec),
         "adapter": str(source.folder) if with_adapter else None,
         "device": str(model.device),
+        "numbers": [str(numbers.weights), numbers.bf16],
         "versions": [version(name) for name in ("peftcli", "torch", "transformers")],
     }
 

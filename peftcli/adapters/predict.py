@@ -15,6 +15,7 @@ from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.generate import describe, first_batch, load_generator, longest_first
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
+from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.core.heads import widen_heads
 from peftcli.data.rows import Place, Row, add_keys
 from peftcli.errors import AdapterError, UsageError
@@ -72,14 +73,15 @@ def load_predictor(
     *,
     with_adapter: bool = True,
     batch_size: int = 8,
+    dtype: str | None = None,
     merge_for: Sequence[Row] = (),
     tell: Callable[[str], None] = lambda text: None,
 ) -> Predictor:
     """Load the base model that an adapter names, with the adapter in it.
 
-    The rows of ``merge_for``, those of a file, are refused if the model has too few positions for one. If they are
-    many, the adapter is merged in memory for them, if that changes nothing of what the model says; ``tell`` is told
-    whether it is.
+    ``dtype`` is a number format to compute in; None: that of the evaluations of training. The rows of ``merge_for``,
+    those of a file, are refused if the model has too few positions for one. If they are many, the adapter is merged in
+    memory for them, if that changes nothing of what the model says; ``tell`` is told whether it is.
 
     Raises:
         AdapterError: the adapter cannot be read, does not fit, or its task answers no rows.
@@ -89,23 +91,23 @@ def load_predictor(
     with open_base(source.base, processors=source.folder) as opened:
         task = source.open_task(opened)
         if not isinstance(task, Predicts):
-            return _text_predictor(source, with_adapter, batch_size, merge_for, tell)
-        load = partial(_load, source, opened, task, with_adapter, batch_size)
+            return _text_predictor(source, with_adapter, batch_size, dtype, merge_for, tell)
+        load = partial(_load, source, opened, task, number_format(source, dtype), with_adapter, batch_size)
         first = merge_for[:batch_size] if len(merge_for) >= _WORTH_MERGING * batch_size else ()
         if not first or not with_adapter or opened.is_pipeline:
             return load()
         return load_merged(load, source.config, lambda loaded: loaded.answer(first), tell)
 
 
-def _load(source: AdapterSource, opened: OpenBase, task: Any, with_adapter: bool, batch_size: int) -> Predictor:
+def _load(
+    source: AdapterSource, opened: OpenBase, task: Any, numbers: NumberFormat, with_adapter: bool, batch_size: int
+) -> Predictor:
     """Load a base model with the adapter beside its weights, for a task that answers rows."""
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    loaded = load_for_task(source, opened, task, dtype, with_adapter=with_adapter)
+    loaded = load_for_task(source, opened, task, numbers.weights, with_adapter=with_adapter)
     if not with_adapter and loaded.initialised:
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
-    model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     unpad(model, source.config if with_adapter else None)
     columns = _columns(source)
 
@@ -114,9 +116,10 @@ def _load(source: AdapterSource, opened: OpenBase, task: Any, with_adapter: bool
             add_keys(row.values, columns.values())
         there = {name for row in rows for name in row.values}
         renamed = {name: column for name, column in columns.items() if column in there}
-        return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))
+        with numbers.autocast(model):
+            return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))
 
-    loaded_from = describe(source, source.base, model, with_adapter)
+    loaded_from = describe(source, source.base, model, numbers, with_adapter)
     return Predictor(answer, task.arguments, batch_size * _BATCHES, loaded_from, model)
 
 
@@ -169,6 +172,7 @@ def _text_predictor(
     source: AdapterSource,
     with_adapter: bool,
     batch_size: int,
+    dtype: str | None,
     merge_for: Sequence[Row],
     tell: Callable[[str], None],
 ) -> Predictor:
@@ -180,6 +184,7 @@ def _text_predictor(
         str(source.folder),
         source.base_name,
         with_adapter=with_adapter,
+        dtype=dtype,
         merge_for=first_batch(prompts, settings, batch_size),
         check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in merge_for], settings),
         tell=tell,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.options import Adapter, Base, Json, Quiet, output_path, path, progress_log
+from peftcli.cli.options import Adapter, Base, Dtype, Json, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
@@ -52,6 +52,7 @@ def generate(
         Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
         typer.Option(help="Quantization of the base model; by default as in training."),
     ] = None,
+    dtype: Dtype = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling, with a temperature above 0.")] = 1.0,
@@ -93,6 +94,7 @@ def generate(
         base,
         with_adapter=not no_adapter,
         quantization=quantization,
+        dtype=dtype,
         merge_for=first_batch(prompts, settings, batch_size),
         check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in rows], settings) if rows else None,
         tell=tell,

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 from peftcli.errors import Problem
 from peftcli.guard.files import escape_char
+from peftcli.recipe import why_failed
 from peftcli.system.outputs import write_output
 from peftcli.system.secrets import redact_values
 
@@ -71,8 +72,7 @@ def write_junit(
 def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:
     case = _element("testcase", name=f"{gate['metric']} {gate['gate']}", time="0.000")
     if not gate["passed"]:
-        value = "was not measured, or is no finite number" if gate["value"] is None else f"is {_format(gate['value'])}"
-        message = f"{gate['metric']} {value}, expected {gate['gate']}"
+        message = why_failed(gate)
         case.append(_element("failure", message, message=message, type="GateFailed"))
     return case
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.options import Adapter, Base, Json, Quiet, output_path, path, progress_log
+from peftcli.cli.options import Adapter, Base, Dtype, Json, Quiet, output_path, path, progress_log
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
@@ -44,6 +44,7 @@ def predict(
         ),
     ] = None,
     base: Base = None,
+    dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
     as_json: Json = False,
@@ -64,7 +65,13 @@ def predict(
             raise UsageError("is a file of rows", file=text, hint="give it as --input")
     rows = [] if source is None else read_rows(source)
     predictor = load_predictor(
-        adapter, base, with_adapter=not no_adapter, batch_size=batch_size, merge_for=rows, tell=tell
+        adapter,
+        base,
+        with_adapter=not no_adapter,
+        batch_size=batch_size,
+        dtype=dtype,
+        merge_for=rows,
+        tell=tell,
     )
     if target is not None:
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))

@@ -153,9 +153,12 @@ def summary(run: dict[str, Any], folder: str) -> str:
     early = f" of {steps['total']:,}, stopped early" if steps["done"] < steps["total"] else ""
     lines = [f"done: {count_of(steps['done'], 'step')}{early}{_pace(run)}"]
     lines.append(f"  train loss  {run['train_loss']:.4f}")
-    if evals["kept"]:
-        before = f"{evals['first']['eval_loss']:.4f} before training, " if evals["first"] else ""
-        lines.append(f"  eval loss   {before}{evals['kept']['eval_loss']:.4f} after")
+    for name in dict.fromkeys(("eval_loss", evals.get("main", "eval_loss"))) if evals["kept"] else ():
+        before = f"{evals['first'][name]:.4f} before training, " if name in evals["first"] else ""
+        label = "eval loss" if name == "eval_loss" else name.removeprefix("eval_")
+        lines.append(f"  {label:<11} {before}{evals['kept'][name]:.4f} after")
+    warnings = run.get("warnings", [])
+    lines += [f"  warning     {text}" for text in warnings]
     for gate in run["gates"]:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     held = f"{parameters['trainable']:,} parameters, {share:.3g} %; {console.format_size(size)}"
@@ -166,7 +169,7 @@ def summary(run: dict[str, Any], folder: str) -> str:
     else:
         use = TASKS[run["task"]["type"]].filled(run["task"]).command(word)
     lines += ["next:", f"  {use}"]
-    if not all(gate["passed"] for gate in run["gates"]):  # it is not good enough to be merged or shared
+    if warnings or not all(gate["passed"] for gate in run["gates"]):  # it is not good enough to be merged or shared
         return "\n".join(lines)
     if run["mergeable"]:
         lines.append(f"  peftcli merge {word} --output {command_word(folder.rstrip('/') + '-merged')}")

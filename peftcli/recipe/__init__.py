@@ -16,7 +16,7 @@ dump        Recipe -> YAML
 
 from __future__ import annotations
 
-from peftcli.recipe.checks import gate_holds, parse_duration, parse_gate
+from peftcli.recipe.checks import LEARNT, gate_holds, parse_duration, parse_gate, why_failed
 from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.parse import load_recipe, method_config, read
 from peftcli.recipe.rates import rate_problems
@@ -24,6 +24,7 @@ from peftcli.recipe.reference import Explanation, explain, json_schema
 from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
+    "LEARNT",
     "Explanation",
     "explain",
     "gate_holds",
@@ -37,4 +38,5 @@ __all__ = [
     "recipes_and_overrides",
     "to_dict",
     "to_yaml",
+    "why_failed",
 ]

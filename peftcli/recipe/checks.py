@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from peftcli.recipe.values import Report
 from peftcli.schema import USED_BY, Launch, Recipe, out_of_range
 from peftcli.system.outputs import expand_user
 
+LEARNT = "learnt"
+"""The gate that is of no metric: whether the run has learnt anything."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -53,6 +55,14 @@ def parse_gate(text: str) -> tuple[str, float]:
 def gate_holds(op: str, value: float, bound: float) -> bool:
     """Return whether a metric passes its gate. NaN never does."""
     return _OPERATORS[op](value, bound)
+
+
+def why_failed(gate: Mapping[str, Any]) -> str:
+    """Return why a gate of a run.json does not hold."""
+    if "reason" in gate:
+        return f"{gate['metric']}: {gate['reason']}"
+    value = "was not measured, or is no finite number" if gate["value"] is None else f"is {gate['value']}"
+    return f"{gate['metric']} {value}, expected {gate['gate']}"
 
 
 def parse_duration(text: str) -> float:
@@ -238,8 +248,12 @@ def _gates(recipe: Recipe, report: Report) -> None:
         key = f"gates.{name}"
         if not name.strip():
             report((key, "gates"), "has an empty name; give the name of a metric")
+        if name == LEARNT:
+            if not isinstance(text, bool):
+                report((key, "gates"), f"expected true or false, found {text[:60]!r}")
+            continue
         try:
-            parse_gate(text)
+            parse_gate(str(text))
         except UsageError as error:
             report((key, "gates"), error.message)
         if not ways_to_evaluate(recipe.dataset):

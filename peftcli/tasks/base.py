@@ -198,6 +198,18 @@ class Task(ABC, Generic[Settings]):
         """Names of all that ``metrics`` may return, or patterns of those whose names the data gives."""
         return ("loss", "*")
 
+    @property
+    def main_metric(self) -> str:
+        """The metric of ``reports`` that says most of how good the model is."""
+        return "loss"
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        """Return what a model that answers all examples alike would reach at best, by metric, as far as it is known.
+
+        Of the loss it may be what equal probabilities for all answers reach.
+        """
+        return {}
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Run the model and sum the loss over the targets. ``model.training`` says whether it trains."""

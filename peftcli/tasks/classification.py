@@ -243,6 +243,23 @@ class Classification(Task[Settings]):
         top = ("top5_accuracy",) if len(self.labels) > _TOP else ()
         return (*known, "matthews", *auc, *top)
 
+    @property
+    def main_metric(self) -> str:
+        return "mse" if self.settings.problem_type == "regression" else "accuracy"
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        """The metrics of the mean, or the share of the most frequent label."""
+        labels = np.stack([store.value("label", at) for store, at in map(view.locate, range(len(view)))])
+        if self.settings.problem_type == "regression":
+            return dict.fromkeys(("mse", "loss"), float(labels.var()))
+        weights, classes = self._weights.numpy(), max(2, len(self.labels))
+        counts = np.unique(labels, axis=0, return_counts=True)[1]
+        if self.settings.problem_type == "multi_label":
+            loss = math.log(2) * float(weights.mean())
+        else:
+            loss = math.log(classes) * float(weights[labels.astype(int)].mean())
+        return {"accuracy": float(counts.max() / len(labels)), "loss": loss}
+
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         from sklearn import metrics
 

@@ -294,6 +294,13 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             return ("loss", "pearson", "spearman")
         return ("loss", *(f"recall_at_{most}" for most in _TOP), "mrr")
 
+    @property
+    def main_metric(self) -> str:
+        return "spearman" if self.settings.loss == "cosine" else "recall_at_1"
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        return {"spearman": 0.0, "recall_at_1": 1 / len(view)}
+
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         """Recall and mean reciprocal rank among all texts of the evaluation rows, or how cosines follow the scores."""
         if self.settings.loss == "cosine":

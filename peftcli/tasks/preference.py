@@ -70,6 +70,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     name = "preference"
     columns: ClassVar = {**AnswerInputs.answer_columns, "good": Column("int8", ())}
     label_columns = ("good",)
+    main_metric = "reward_accuracy"
     lower_is_better = ("loss", "nll", "kl", "reward_rejected")
 
     def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
@@ -228,6 +229,9 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         known = ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
         more = {"kto": ["kl"], "orpo": ["nll"], "dpo": ["kl_chosen"], "ipo": ["kl_chosen"]}
         return (*known, *more.get(self.settings.loss, []))
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        return {"reward_accuracy": 0.5} if self.settings.loss != "kto" else {}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         if self.settings.loss != "kto":

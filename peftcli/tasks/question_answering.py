@@ -64,6 +64,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         "answers": Column("str"),
     }
     reports = ("loss", "exact_match", "f1")
+    main_metric = "f1"
     label_columns = ("answer",)
     shares = ("context",)
 

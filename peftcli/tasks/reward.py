@@ -18,7 +18,7 @@ from torch import nn
 
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
-from peftcli.data.store import Column, Example, Outcome
+from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, table_of
@@ -37,6 +37,7 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         "margin": Column("float32", ()),
     }
     reports = ("loss", "reward_accuracy", "reward_margin")
+    main_metric = "reward_accuracy"
     name = "reward"
 
     def read(self, table: Table) -> AnswerReader:
@@ -69,6 +70,9 @@ class Reward(AnswerInputs, Task[settings.Reward]):
         chosen, rejected = model(**model_inputs(batch)).logits.float()[:, 0].chunk(2)  # (B,) each
         total = -F.logsigmoid(chosen - rejected - batch["_margin"]).sum()
         return Loss(total, pair_sums(total, chosen, rejected))
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        return {"reward_accuracy": 0.5}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         return {name: float(value) / num_targets for name, value in sums.items()}

@@ -7,6 +7,7 @@ size, in which the value of each pixel is the number of its class.
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     }
     unit = "pixels"
     reports = ("loss", "mean_iou", "mean_accuracy", "overall_accuracy", "iou_*")
+    main_metric = "mean_iou"
     identity = ("digest",)
     label_columns = ("mask_digest",)
     findings_of_flags: ClassVar = {"binary_masks": _BINARY}
@@ -247,6 +249,12 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             pairs = labels[counts] * size + logits.detach().argmax(1)[counts]
             sums["confusion"] = torch.bincount(pairs, minlength=size * size).view(size, size)
         return Loss(total, sums)
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        """The most frequent class everywhere."""
+        pixels = self._pixels(view)
+        share = float(pixels.max() / pixels.sum())
+        return {"mean_iou": share / np.count_nonzero(pixels), "loss": math.log(len(self.labels))}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         matrix = sums["confusion"]

@@ -6,6 +6,7 @@ entities: ``{"text": "Ada lives in Turin", "entities": [{"start": 13, "end": 18,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -254,6 +255,16 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if self.settings.scheme == "none":
             return ("loss", "accuracy", "macro_f1")
         return ("loss", "accuracy", "precision", "recall", "f1", *(f"f1_{name}" for name in self.names))
+
+    @property
+    def main_metric(self) -> str:
+        return "accuracy" if self.settings.scheme == "none" else "f1"
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        """The share of the most frequent tag; words that are outside of entities are none to be found."""
+        counts = self._counts(view)
+        share = max(counts.values()) / counts.total()
+        return {"accuracy": share, "f1": 0.0, "loss": math.log(len(self.labels))}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         loss = {"loss": float(sums["loss"]) / num_targets}

@@ -19,6 +19,7 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
+from peftcli.recipe import LEARNT
 from peftcli.schema import Recipe, Training
 from peftcli.tasks.base import Task
 from peftcli.tasks.scores import on_device
@@ -79,7 +80,7 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not.
     """
-    for name in recipe.gates:
+    for name in recipe.gates.keys() - {LEARNT}:
         _known(data, name, f"gates.{name}")
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from peftcli.adapters.load import apply_adapter, find_adapter, other_base
+from peftcli.adapters.number_format import trained_bf16
 from peftcli.core.heads import widen_heads
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
 from peftcli.models.open import open_base
-from peftcli.recipe import to_dict
+from peftcli.recipe import LEARNT, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task
@@ -26,6 +27,7 @@ from peftcli.train.evaluate import evaluate, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
+from peftcli.train.learnt import find_doubts
 from peftcli.train.report import peak_memory_bytes, versions
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.typed_json import to_json
@@ -45,9 +47,12 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     """
     started = time.perf_counter()
     recipe = with_task(recipe, tell)
+    source = None if adapter is None else find_adapter(adapter)
+    if source is not None and recipe.training.bf16 == "auto" and (bf16 := trained_bf16(source)) is not None:
+        recipe = replace(recipe, training=replace(recipe.training, bf16=bf16))
     # as many processes measure as were started, whatever the recipe's launch section says
     accelerator = start_accelerator(replace(recipe, launch=Launch()))
-    source, base = None if adapter is None else find_adapter(adapter), open_base(recipe.base_model)
+    base = open_base(recipe.base_model)
     if source is not None and (odd := other_base(source, recipe.base_model)):
         tell(warning(odd))
     trained = source is not None and source.recorded_settings and source.task == (recipe.task or {}).get("type")
@@ -83,7 +88,8 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     batch_size, workers = recipe.training.per_device_eval_batch_size, num_workers(recipe.training, task)
     metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less
-    gates = check_gates(recipe.gates, metrics)
+    doubts = find_doubts(task, data.eval, before={}, after=metrics) if recipe.gates.get(LEARNT) else []
+    gates = check_gates(recipe.gates, metrics, doubts)
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",

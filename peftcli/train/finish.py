@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from peftcli.adapters.card import write_card
+from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.updates import analyse
 from peftcli.adapters.verify import few_rows, record_model, said_by
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed, PeftcliError
-from peftcli.recipe import gate_holds, parse_gate, to_yaml
+from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
 from peftcli.system.disk import sha256, write_file
-from peftcli.tasks import task_record
+from peftcli.tasks import TASK_FILE, task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
+from peftcli.train.learnt import find_doubts, main_metric, no_learning
 from peftcli.train.report import loss_curve, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
+from peftcli.train.runs.typed_json import ABSENT
 from peftcli.train.setup import base_dtype, uses_bf16
 from peftcli.train.sharded import is_sharded
 
@@ -44,6 +48,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
     write_finite(tensors, state.prepared.config, folder.path)
     own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
+    if TASK_FILE in own:
+        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
     if verify:
         record_model(
             folder.path,
@@ -60,12 +66,15 @@ def finish(run: Run, data: RunData, state: State) -> None:
         )
     if recipe.training.load_best_model_at_end and progress.last_eval and state.best_adapter is None:
         run.warn(f"no evaluation gave a finite {recipe.training.metric_for_best_model}: the last adapter is written")
-    warn_of_unchanged(run)
+    if doubts := _doubts(run, data, state, kept):
+        record.warnings = [no_learning(doubts)]
+        run.warn(no_learning(doubts))
     write_file(folder.path / "recipe.yaml", to_yaml(recipe).encode())
     write_file(folder.path / "loss.png", curve.result())
     record.steps.done = progress.step
     record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
     record.eval = EvaluationRecord(
+        main=main_metric(data.task, kept) if kept else ABSENT,
         first=progress.first_eval,
         last=progress.last_eval,
         best=progress.best_eval,
@@ -73,7 +82,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
         kept=kept,
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.gates = check_gates(recipe.gates, kept)
+    record.gates = check_gates(recipe.gates, kept, doubts)
     if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(state.model)):
         record.eos_token_id = stops
     run.write_record()
@@ -90,15 +99,30 @@ def finish(run: Run, data: RunData, state: State) -> None:
     run.write_record()
 
 
-def warn_of_unchanged(run: Run) -> None:
-    """Warn of modules that the adapter does not change, as far as that can be told from its file."""
+def warn_of_unchanged(run: Run) -> list[str]:
+    """Warn of modules that the adapter does not change, as far as that can be told from its file.
+
+    Where it changes none, return that instead.
+    """
     with contextlib.suppress(PeftcliError, RuntimeError, MemoryError):  # a hint is not worth a run
         found = analyse(str(run.folder.path))
         dead, count = found.get("dead", ()), len(found.get("modules", ()))
         if dead and len(dead) == count:
-            run.warn("training has left the updates of all adapted modules at zero")
-        elif dead:
+            return ["training has left the updates of all adapted modules at zero"]
+        if dead:
             run.warn(f"{len(dead)} of {count} adapted modules have learnt nothing, the first of them {dead[0]}")
+    return []
+
+
+def _doubts(run: Run, data: RunData, state: State, kept: dict[str, float]) -> list[str]:
+    """Why the adapter that is kept seems to have learnt nothing; empty where it has, or where too little is known."""
+    progress, examples = state.progress, data.examples
+    if unchanged := warn_of_unchanged(run):
+        return unchanged
+    if state.best_adapter is not None and progress.best_step == 0:
+        return ["no evaluation was better than that before training, whose adapter is kept"]
+    view = examples.train if examples.eval is None else examples.eval
+    return find_doubts(data.task, view, progress.first_eval, kept, run.folder.metrics(), progress.step)
 
 
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
@@ -114,23 +138,27 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
     return said_by(state.model, task, few_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
 
 
-def check_gates(gates: dict[str, str], metrics: dict[str, float]) -> list[GateRecord]:
-    """Compare the metrics with the recipe's gates."""
+def check_gates(
+    gates: Mapping[str, str | bool], metrics: Mapping[str, float], doubts: Sequence[str]
+) -> list[GateRecord]:
+    """Compare the metrics with the recipe's gates. ``doubts`` say why nothing seems to have been learnt."""
     checked = []
     for name, text in gates.items():
-        operator, bound = parse_gate(text)
+        if text is False:
+            continue
+        if name == LEARNT:
+            reason = no_learning(doubts) if doubts else ABSENT
+            checked.append(GateRecord(metric=name, gate="true", value=None, passed=not doubts, reason=reason))
+            continue
+        operator, bound = parse_gate(str(text))
         value = metrics.get(name)
         passed = value is not None and gate_holds(operator, value, bound)
-        checked.append(GateRecord(metric=name, gate=text, value=value, passed=passed))
+        checked.append(GateRecord(metric=name, gate=str(text), value=value, passed=passed))
     return checked
 
 
 def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
     """Raise GateFailed naming the gates of a run.json that do not hold."""
-    failed = list[str]()
-    for gate in gates:
-        if not gate["passed"]:
-            value = "was not measured, or is no finite number" if gate["value"] is None else f"is {gate['value']}"
-            failed.append(f"{gate['metric']} {value}, expected {gate['gate']}")
+    failed = [why_failed(gate) for gate in gates if not gate["passed"]]
     if failed:
         raise GateFailed("; ".join(failed), key="gates")

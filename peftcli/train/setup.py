@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peftcli.adapters.load import AdapterSource
+from peftcli.adapters.number_format import has_bf16
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
 from peftcli.core.heads import widen_heads
@@ -118,11 +118,7 @@ def uses_bf16(recipe: Recipe) -> bool:
     """Whether the forward pass computes in bfloat16: as the recipe says, or if the device has arithmetic for it."""
     if recipe.training.bf16 != "auto":
         return recipe.training.bf16
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return " avx512_bf16" in text or " amx_bf16" in text
+    return has_bf16()
 
 
 def base_dtype(recipe: Recipe) -> torch.dtype:

@@ -433,6 +433,7 @@ def test_a_run_may_lack_nothing_and_hold_nothing_else(recipe: Path) -> None:
         "threads",
         "data.eval",
         "data.unit",
+        "eval.main",
         "attempts.end_step",
         "attempts.reason",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_pictures_are_answered_as_transformers_and_peft_answer_them(tmp_path: Pa
         with torch.no_grad():
             scores = model(**inputs(run, row)).logits[0].softmax(-1)
         assert answer["scores"] == pytest.approx(dict(zip(("blue", "red"), scores.tolist(), strict=True)), abs=1e-5)
+
+
+@pytest.mark.parametrize("says", ["run.json", "task.json"])
+def test_rows_are_answered_in_the_number_format_that_evaluation_used(tmp_path: Path, says: str) -> None:
+    from peftcli.adapters.predict import load_predictor
+
+    run = run_recipe(write_classifier_recipe(tmp_path), *EVALUATES, "training.bf16=true")
+    if says == "task.json":  # an adapter from the hub
+        (run.folder / "run.json").unlink()
+    rows = ROWS[18:]
+
+    def loss(**options: Any) -> float:
+        predictor = load_predictor(str(run.folder), batch_size=3, **options)  # the batches of evaluation
+        answers = predictor.answer([Row(dict(each), Place("eval.jsonl", at)) for at, each in enumerate(rows, 1)])
+        scores = [answer["scores"][row["label"]] for answer, row in zip(answers, rows, strict=True)]
+        return -sum(map(math.log, scores)) / len(scores)
+
+    measured = run.run["eval"]["kept"]["eval_loss"]
+    assert loss() == pytest.approx(measured, rel=1e-6)
+    assert loss(dtype="float32") != pytest.approx(measured, rel=1e-5)
 
 
 def test_virtual_tokens_leave_a_long_text_the_positions_that_remain(tmp_path: Path) -> None:

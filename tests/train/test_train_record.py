@@ -32,6 +32,7 @@ OPTIONAL = {
     "threads",
     "data.unit",
     "data.eval",
+    "eval.main",
     "attempts.0.end_step",
     "attempts.0.reason",
 }

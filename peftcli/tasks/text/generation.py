@@ -66,6 +66,8 @@ class TextGenerator:
     stop_tokens: StopTokens
     loaded_from: dict[str, Any] = field(default_factory=dict)
     """What it was loaded from, as JSON: an interrupted file is resumed only by an equal generator."""
+    bf16: bool = False
+    """Whether ``generate`` computes in bfloat16, whatever the weights are."""
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings, stream: Callable[[str], None] | None = None
@@ -84,7 +86,7 @@ class TextGenerator:
         for prompt, ids in zip(prompts, rows, strict=True):
             if problem := self._too_long(ids, settings):
                 raise DataError(f"{last_words(prompt)!r:.40}: {problem}", hint=_SHORTER)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             answers = self.continued(rows, settings, stream)
         return [GeneratedText(last_words(prompt), *answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -193,14 +195,14 @@ class TextGenerator:
 
 
 def generator_of(
-    model: Any, tokenizer: Any, form: PromptForm, loaded_from: dict[str, Any] | None = None
+    model: Any, tokenizer: Any, form: PromptForm, loaded_from: dict[str, Any] | None = None, *, bf16: bool = False
 ) -> TextGenerator:
     """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there.
 
     ``loaded_from`` says what both were loaded from, as JSON.
     """
     tokens.settle_pad(tokenizer, model)
-    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, chat=form.chat), loaded_from or {})
+    return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, chat=form.chat), loaded_from or {}, bf16)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -220,6 +221,13 @@ class LanguageModel(Task[Settings]):
     def reports(self) -> Sequence[str]:
         known = ("loss", "perplexity", "token_accuracy", *self.settings.generate_metrics)
         return (*known, "*") if self._own else known
+
+    @property
+    def main_metric(self) -> str:
+        return next(iter(self.settings.generate_metrics), "loss")
+
+    def constant_metrics(self, view: View) -> dict[str, float]:
+        return {"loss": math.log(self.base.config.get_text_config().vocab_size)}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         found = token_metrics(sums, num_targets)

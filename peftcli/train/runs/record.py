@@ -243,6 +243,8 @@ class StepsRecord:
 class EvaluationRecord:
     """Metrics on the evaluation data; empty where it was not evaluated."""
 
+    main: str = ABSENT
+    """The task's main metric, as eval_accuracy, among those that were measured."""
     first: Metrics
     """Before the first step."""
     last: Metrics
@@ -262,11 +264,13 @@ class GateRecord:
     metric: str
     """Whose value it bounds."""
     gate: str
-    """The bound, as '<= 1.2'."""
+    """The bound, as '<= 1.2'; of learnt, 'true'."""
     value: float | None
-    """What was measured; null: nothing."""
+    """What was measured; null: nothing, and of learnt."""
     passed: bool
     """Whether it holds."""
+    reason: str = ABSENT
+    """Of learnt: why it does not hold."""
 
 
 @dataclass(kw_only=True)
@@ -348,6 +352,8 @@ class RunRecord:
     """Metrics on the evaluation data; empty where it was not evaluated."""
     gates: list[GateRecord] = LATER
     """The recipe's gates."""
+    warnings: list[str] = ABSENT
+    """Why the result may be of no use, as that nothing was learnt; absent where nothing says that."""
     eos_token_id: list[int] = ABSENT
     """Tokens that end an answer and that the base model does not name."""
     peak_memory_bytes: MemoryRecord = LATER
