@@ -12,7 +12,7 @@ import torch
 
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.adapters.merged import load_merged
-from peftcli.adapters.number_format import NumberFormat, number_format
+from peftcli.adapters.number_format import NumberFormat, device_format, number_format
 from peftcli.errors import UsageError
 from peftcli.models import tokens
 from peftcli.models.open import open_base
@@ -32,6 +32,7 @@ def load_generator(
     with_adapter: bool = True,
     quantization: str | None = None,
     dtype: str | None = None,
+    as_evaluated: bool = False,
     merge_for: Sequence[Prompt] = (),
     check: Callable[[TextGenerator], None] = lambda generator: None,
     tell: Callable[[str], None] = lambda text: None,
@@ -39,9 +40,9 @@ def load_generator(
     """Load the base model that an adapter names, with the adapter in it.
 
     ``quantization`` is a type, or ``none``; None: as run.json says the adapter was trained. ``dtype`` is a number
-    format to compute in; None: that of the evaluations of training. For the prompts of ``merge_for`` the adapter is
-    merged in memory, if that changes nothing of what the model says; ``tell`` is told whether it is. ``check`` is
-    called with what is loaded, before that answers anything.
+    format to compute in; None: what suits the device or, with ``as_evaluated``, that of the evaluations of training.
+    For the prompts of ``merge_for`` the adapter is merged in memory, if that changes nothing of what the model says;
+    ``tell`` is told whether it is. ``check`` is called with what is loaded, before that answers anything.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit.
@@ -59,7 +60,8 @@ def load_generator(
         tell(f"warning: {odd}")
 
     def load() -> TextGenerator:
-        generator = _load(source, spec, number_format(source, dtype), with_adapter)
+        numbers = number_format(source, dtype) if as_evaluated else device_format(dtype)
+        generator = _load(source, spec, numbers, with_adapter)
         check(generator)
         return generator
 

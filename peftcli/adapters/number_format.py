@@ -55,14 +55,19 @@ def trained_bf16(source: AdapterSource) -> bool | None:
     return used if not used or asked is True else has_bf16()
 
 
-def number_format(source: AdapterSource, dtype: str | None = None) -> NumberFormat:
-    """Return the format to answer in: ``dtype``, else that of training, else what suits the device."""
+def device_format(dtype: str | None = None) -> NumberFormat:
+    """Return the format ``dtype``, else what suits the device."""
     if dtype is not None:
         return NumberFormat(getattr(torch, dtype), dtype == "bfloat16")
+    halves = torch.cuda.is_available() and has_bf16()
+    return NumberFormat(torch.bfloat16 if halves else torch.float32, bf16=False)
+
+
+def number_format(source: AdapterSource, dtype: str | None = None) -> NumberFormat:
+    """Return the format to answer in: ``dtype``, else that of training, else what suits the device."""
     bf16 = trained_bf16(source)
-    if bf16 is None:
-        halves = torch.cuda.is_available() and has_bf16()
-        return NumberFormat(torch.bfloat16 if halves else torch.float32, bf16=False)
+    if dtype is not None or bf16 is None:
+        return device_format(dtype)
     named = _recorded(source)[2]
     if named not in _NAMED:
         named = "bfloat16" if bf16 else "float32"

@@ -185,6 +185,7 @@ def _text_predictor(
         source.base_name,
         with_adapter=with_adapter,
         dtype=dtype,
+        as_evaluated=True,
         merge_for=first_batch(prompts, settings, batch_size),
         check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in merge_for], settings),
         tell=tell,
