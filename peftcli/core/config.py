@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, cast
 
 from peftcli.core.config_classes import CONFIGS, TaskType, plain
-from peftcli.core.peft_names.config import PeftConfigMixin
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, check_patterns
@@ -40,7 +39,7 @@ every linear layer but the head."""
 
 
 @dataclass(kw_only=True)
-class AdapterConfig(PeftConfigMixin):
+class AdapterConfig:
     """The base of every method's config: common fields, and reading and writing ``adapter_config.json``.
 
     A method's class gives its ``peft_type``. Settings that are wrong are an error when the config is made.

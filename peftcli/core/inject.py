@@ -146,7 +146,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     """Enable these adapters, and disable the model's others.
 
-    Where none is to be enabled, the layers keep the names of those that were, for ``enable_adapters``.
+    Where none is to be enabled, the layers keep the names of those that were active.
 
     Raises:
         AdapterError: one of them would override another. Nothing is changed then.

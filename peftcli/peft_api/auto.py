@@ -17,9 +17,9 @@ from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.loading import find, renaming_for
+from peftcli.peft_api.adding import find, renaming_for
+from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.model import PeftModel, wrap
-from peftcli.peft_api.weights import cast_weights
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
 
 _LABELS = {"config", "num_labels", "id2label", "label2id"}

@@ -15,10 +15,10 @@ from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, module_matches, targets
 from peftcli.errors import AdapterError
-from peftcli.peft_api.new_adapter import check_config, check_name, start_adapter
+from peftcli.peft_api.adding import check_config, start_adapter
+from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
-from peftcli.peft_api.tuner import known_names
-from peftcli.peft_api.weights import cast_weights
+from peftcli.peft_api.tuner import check_name, known_names
 
 __all__ = [
     "cast_adapter_dtype",

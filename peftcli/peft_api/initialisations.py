@@ -33,6 +33,7 @@ from peftcli.methods.lora.initialisations.residual import STATISTIC
 from peftcli.methods.lora.lora import LoraLayer, lora_layers
 from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
+from peftcli.peft_api.tuner import find_tuner
 from peftcli.schema import BaseModel
 
 _WHILE_LEARNING = "eva-directions"
@@ -196,7 +197,7 @@ def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.M
         raise AdapterError(f"the adapter is {config.peft_type}, not LORA", key="peft_type")
     if init is not None:
         _check_start(config, init)
-    return base_of(model), config, adapter_name if len(model.peft_config) > 1 else None
+    return find_tuner(model)[1], config, adapter_name if len(model.peft_config) > 1 else None
 
 
 def _check_start(config: LoraConfig, init: str) -> None:
@@ -243,8 +244,3 @@ def _leave_at_layers(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -
     modules = base_modules(model)
     for name, value in statistics.items():
         modules[name].__dict__[STATISTIC] = value
-
-
-def base_of(model: Any) -> nn.Module:
-    """Return the base model of a PeftModel, else the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model

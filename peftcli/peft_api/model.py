@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,30 +18,43 @@ from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
 from peftcli.core.inject import num_replaced, shallow_copy
-from peftcli.core.layer import adapter_layers, plain_dtype
+from peftcli.core.layer import TrainedCopy, adapter_layers, plain_dtype
 from peftcli.core.quantised import num_weights
-from peftcli.core.weights import adapter_state, load_training_state, training_state
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.conversions import warn_of_peft
-from peftcli.peft_api.embedding_layers import embedding_layers
-from peftcli.peft_api.loading import LoadResult, find, load, renaming_for
-from peftcli.peft_api.new_adapter import check_config, check_name, set_trainable_as_new, start_adapter
-from peftcli.peft_api.prepare import (
+from peftcli.peft_api.adding import (
+    LoadResult,
+    check_config,
+    find,
+    load,
+    put_new,
+    renaming_for,
+    replace_adapter,
+    replacing,
+    start_adapter,
+)
+from peftcli.peft_api.for_libraries import (
+    HeadForTrl,
+    SavedByTrainer,
+    ShowsArguments,
+    keep_to_adapters,
+    place_in_checkpoint,
+    start_reference,
+    trained_outside,
+    write_for_trainer,
+)
+from peftcli.peft_api.layers import TunerLayerStatus, TunerModelStatus, cast_weights, get_layer_status, get_model_status
+from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders, prompts
+from peftcli.peft_api.state_dicts import embedding_layers, holding, without_start
+from peftcli.peft_api.training import (
     may_checkpoint,
     prepare_model_for_gradient_checkpointing,
     require_input_gradients,
 )
-from peftcli.peft_api.replace_adapter import replace_adapter, replacing
-from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
-from peftcli.peft_api.shown_arguments import ShowsArguments
-from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders, prompts
-from peftcli.peft_api.state_dicts import holding
-from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from peftcli.peft_api.tuner import Tuner
-from peftcli.peft_api.weights import cast_weights
-from peftcli.peft_api.without_start import without_start
+from peftcli.peft_api.tuner import Tuner, check_name
 from peftcli.system.hub_requests import full_repo_id
 from peftcli.system.outputs import expand_user
 
@@ -60,6 +72,8 @@ class PeftModel(SavedByTrainer):
     """The class of each task_type; filled by the subclasses."""
     _default_task_type: ClassVar[str | None] = None
     """That of an adapter whose config has none."""
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """What ``forward`` takes without names, in PEFT's order; without a task, what the base model takes."""
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
 
@@ -97,17 +111,9 @@ class PeftModel(SavedByTrainer):
         Raises:
             AdapterError: the config does not fit the model.
         """
-        check_name(adapter_name)
         peft_config = self._with_task_type(peft_config)
-        with replacing(model, adapter_name):
-            start_adapter(
-                model,
-                peft_config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
-        set_trainable_as_new(model, peft_config, adapter_name)
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        put_new(model, peft_config, adapter_name, **options)
         self._hold(model, peft_config, adapter_name)
 
     @classmethod
@@ -126,9 +132,7 @@ class PeftModel(SavedByTrainer):
         self.train(model.training)
         if may_checkpoint(model):
             self.base_model.gradient_hook = require_input_gradients(model)
-        self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_note_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]
+        keep_to_adapters(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -141,7 +145,10 @@ class PeftModel(SavedByTrainer):
     @ShowsArguments
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its active adapters."""
-        return self.base_model(*args, **kwargs)
+        given = dict(**dict(zip(self.arguments, args, strict=False)), **kwargs)
+        optional = self.arguments[1:]  # not every model has all of them
+        kwargs = {name: value for name, value in given.items() if value is not None or name not in optional}
+        return self.base_model(*args[len(self.arguments) :], **kwargs)
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
@@ -218,25 +225,9 @@ class PeftModel(SavedByTrainer):
     def generation_config(self, config: Any) -> None:
         self.get_base_model().generation_config = config
 
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the model takes the number of targets of the global batch, which Trainer asks."""
-        model = self.get_base_model()
-        if hasattr(model, "accepts_loss_kwargs"):
-            return bool(model.accepts_loss_kwargs)
-        kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-        return inspect.Parameter.VAR_KEYWORD in kinds
-
     def get_base_model(self) -> nn.Module:
         """The transformers model, adapter layers and all."""
         return self.base_model.model
-
-    def _get_name(self) -> str:
-        """The base model's: by it Trainer knows, for label smoothing, whether a model shifts its labels."""
-        return self.get_base_model()._get_name()
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
@@ -265,19 +256,16 @@ class PeftModel(SavedByTrainer):
         """
         self.base_model.check_new(adapter_name)
         model = self.get_base_model()
-        # TRL adds a copy of ``default``, whose weights it copies by names that only PEFT has
-        is_reference = adapter_name == "ref" and self.peft_config.get("default") is peft_config
-        peft_config = self._with_task_type(peft_config)
+        config = self._with_task_type(peft_config)
         start_adapter(
             model,
-            peft_config,
+            config,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
-        if is_reference:
-            load_training_state(model, training_state(model, "default"), adapter_name)
-        self.base_model.added(adapter_name, peft_config, trainable=False)
+        start_reference(model, adapter_name, peft_config, self.peft_config)
+        self.base_model.added(adapter_name, config, trainable=False)
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
         """Let gradients reach the adapters below checkpointed blocks: ``prepare_model_for_gradient_checkpointing``."""
@@ -384,7 +372,7 @@ class PeftModel(SavedByTrainer):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
-            if outside := sorted(_trained_outside(self)):
+            if outside := sorted(trained_outside(self)):
                 shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
                 text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
                 warnings.warn(text, PeftWarning, stacklevel=2)
@@ -601,48 +589,60 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
     return wrapped
 
 
-def _names_in_state(model: PeftModel, *, fixed: bool) -> set[str]:
-    """The names in ``model`` of what trains; with ``fixed`` also of what the adapters' files hold besides.
+class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
+    """A causal language model with an adapter."""
 
-    That is for example the statistics of a norm.
+    arguments = ("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+    def get_output_embeddings(self) -> Any:
+        """The base model's head."""
+        model: Any = self.get_base_model()
+        head = model.get_output_embeddings()
+        return HeadForTrl(head) if isinstance(head, TrainedCopy) else head
+
+
+class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
+    """An encoder-decoder language model with an adapter."""
+
+    arguments = (
+        *("input_ids", "attention_mask", "inputs_embeds"),
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
+    )
+
+
+class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
+    """A model that classifies texts, with an adapter."""
+
+    arguments = ("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForTokenClassification(PeftModelForSequenceClassification, task_type="TOKEN_CLS"):
+    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
+
+
+class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
+    """A model that finds answers in texts, with an adapter."""
+
+    arguments = (
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions"),
+    )
+
+
+class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
+    """A model without a head, with an adapter."""
+
+    arguments = ("input_ids", "attention_mask", "inputs_embeds")
+
+
+class PeftMixedModel(PeftModel):
+    """A model with adapters of any methods, whatever their task types.
+
+    Every ``PeftModel`` takes adapters of several methods. This class calls the model with what it is given, and unlike
+    PEFT's it is saved, and has a status, as any other.
     """
-    found = set[int]()
-    for layer in adapter_layers(model).values():
-        found |= {id(value) for value in layer.own_tensors().values()}
-        if fixed and layer.saves_fixed:
-            found |= {id(value) for value in layer.fixed_tensors().values()}
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, value in tensors if id(value) in found} | _trained_outside(model)
 
-
-def _trained_outside(model: PeftModel) -> set[str]:
-    """The names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
-    seen = {id(value) for layer in adapter_layers(model).values() for value in layer.own_tensors().values()}
-    found = set[str]()
-    for path, module in model.named_modules():
-        own = {name: each for name, each in module.named_parameters(path, recurse=False) if each.requires_grad}
-        if new := [name for name, each in own.items() if id(each) not in seen]:
-            seen |= {id(own[name]) for name in new}
-            found |= {*new, *(name for name, _ in module.named_buffers(path, recurse=False))}
-    return found
-
-
-def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    assert isinstance(model, PeftModel)
-    names = {prefix + name for name in _names_in_state(model, fixed=True)}
-    for name in [name for name in state if name.startswith(prefix) and name not in names]:
-        del state[name]
-
-
-def _note_prefix(model: nn.Module, _state: Any, prefix: str, *_arguments: Any) -> None:
-    assert isinstance(model, PeftModel)
-    model.prefix_in_state = prefix
-
-
-def _expect_adapter(model: nn.Module, keys: Any) -> None:
-    """Drop what is missing of the base model; ``keys`` also has what modules beside this one, around it, miss."""
-    assert isinstance(model, PeftModel)
-    names, prefix = _names_in_state(model, fixed=False), model.prefix_in_state
-    keys.missing_keys[:] = [
-        name for name in keys.missing_keys if not name.startswith(prefix) or name.removeprefix(prefix) in names
-    ]
+    @classmethod
+    def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
+        """This class."""
+        return cls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,9 +31,9 @@ from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
 from peftcli.methods.xlora.layers import find_mixture
 from peftcli.methods.xlora.mixture import Mixture
 from peftcli.models.quantization import forget
-from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
-from peftcli.peft_api.new_adapter import check_name
+from peftcli.peft_api.mixed_batch import BASE, adapted_by_row, check_count
 
+_NAME = re.compile(r"[\w-]+( [\w-]+)*")
 _OF_XLORA = {name for name in vars(Mixture) if name.startswith(("clear_", "disable_", "enable_", "get_", "set_"))}
 """What PEFT's X-LoRA model has besides; here the mixture has it."""
 
@@ -427,11 +428,23 @@ class Tuner(nn.Module):
         return chosen
 
 
+BaseTuner = Tuner
+
+
 def find_tuner(model: Any) -> tuple[Tuner | None, nn.Module]:
     """Return the tuner of a model, also of a compiled one, or None, and the model that holds the adapter layers."""
     model = getattr(model, "_orig_mod", model)
     tuner = next((each for each in (model, getattr(model, "base_model", None)) if isinstance(each, Tuner)), None)
     return tuner, tuner.model if tuner else model
+
+
+def check_name(name: str) -> None:
+    """Raise AdapterError for a name that could not be a folder's, or that means something else."""
+    if not _NAME.fullmatch(name) or name == BASE:
+        raise AdapterError(
+            f"{name!r} is not a valid name; use letters, digits, - and _, and single blanks between them",
+            key="adapter_name",
+        )
 
 
 def known_names(names: str | Iterable[str], known: Collection[str], key: str = "adapter_name") -> list[str]:

@@ -25,8 +25,8 @@ from peftcli.errors import (
 )
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
+from peftcli.peft_api.adding import find
 from peftcli.peft_api.config import PeftConfig
-from peftcli.peft_api.loading import find
 from peftcli.schema import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
