@@ -129,6 +129,16 @@ class AfterResume(Protocol):
 
 
 @runtime_checkable
+class ExtendsModel(Protocol):
+    """Gives a model with its adapters more attributes than every adapted model has: name -> value.
+
+    ``configs`` are those of the method's adapters, by name.
+    """
+
+    def model_attributes(self, model: nn.Module, configs: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
 class Describes(Protocol):
     """Writes an ``adapter_config.json`` that depends on the adapter's tensors: returns what ``file_dict`` does."""
 

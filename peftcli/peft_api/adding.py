@@ -185,15 +185,6 @@ def find(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
     return find_adapter(str(model_id), **place, **given)
 
 
-def renaming_for(
-    model: nn.Module, config: AdapterConfig, key_mapping: Mapping[str, str] | None
-) -> Callable[[str], str] | None:
-    """Return ``renaming`` of the mapping that is given, or what translates the names of older forms of the model."""
-    if key_mapping is not None or config.file_prefix != "base_model.model.":
-        return renaming(key_mapping)
-    return renaming(getattr(model, "_checkpoint_conversion_mapping", None)) or renaming_of_older(model)
-
-
 def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | None:
     """Return the function that translates names of an adapter file; None if they stay as they are.
 
@@ -233,17 +224,19 @@ def load(
     adapter: str,
     *,
     trainable: bool,
-    autocast_adapter_dtype: bool,
-    rename: Callable[[str], str] | None,
+    autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
+    **options: Any,
 ) -> None:
     """Put an adapter of a folder into ``model``, under the name ``adapter``; see ``PeftModel.from_pretrained``.
 
-    ``rename`` translates the names of its tensors into those of this model.
+    ``options`` are more of ``load_adapter``.
 
     Raises:
         AdapterError: it does not fit. The model is as it was then.
     """
+    rename = _renaming_for(model, config, key_mapping)
     if ignore_mismatched_sizes:
         config.inference_mode = True  # as load_adapter does: the layers hold what the file holds
         inject(model, config, adapter)
@@ -256,7 +249,7 @@ def load(
         set_trainable(model, trainable, adapter)
         config.inference_mode = not trainable
     else:
-        load_adapter(model, config, source.folder, trainable=trainable, adapter=adapter, rename=rename)
+        load_adapter(model, config, source.folder, trainable=trainable, adapter=adapter, rename=rename, **options)
     if not autocast_adapter_dtype:
         cast_weights(model, adapter, as_base=True)
 
@@ -266,13 +259,10 @@ def replace_adapter(
     name: str,
     old: AdapterConfig,
     source: AdapterSource,
-    *,
     trainable: bool,
-    rename: Callable[[str], str] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> bool:
     """Replace the weights of the adapter called ``name``, or its layers where the configs ``old`` and new differ.
-
-    ``rename`` translates the names of the new tensors into those of this model.
 
     Returns:
         Whether the layers are new ones, of the new config.
@@ -281,6 +271,7 @@ def replace_adapter(
         AdapterError: it does not fit. The model is as it was then.
     """
     config, folder = source.config, source.folder
+    rename = _renaming_for(model, config, key_mapping)
     new_content, old_content = _content(config), _content(old)
     names = {rename(each) if rename else each for each in source.header}
     if names == adapter_state(model, name).keys():  # so its modules are the same, whatever names them
@@ -339,3 +330,12 @@ def _content(config: AdapterConfig) -> dict[str, Any]:
     """The config without what says where the adapter belongs."""
     place = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
     return {key: value for key, value in config.file_dict().items() if key not in place}
+
+
+def _renaming_for(
+    model: nn.Module, config: AdapterConfig, key_mapping: Mapping[str, str] | None
+) -> Callable[[str], str] | None:
+    """Return ``renaming`` of the mapping that is given, or what translates the names of older forms of the model."""
+    if key_mapping is not None or config.file_prefix != "base_model.model.":
+        return renaming(key_mapping)
+    return renaming(getattr(model, "_checkpoint_conversion_mapping", None)) or renaming_of_older(model)

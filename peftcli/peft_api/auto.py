@@ -12,13 +12,11 @@ from transformers import AutoConfig
 
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter
 from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.adding import find, renaming_for
-from peftcli.peft_api.layers import cast_weights
+from peftcli.peft_api.adding import find, load
 from peftcli.peft_api.model import PeftModel, wrap
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
 
@@ -85,18 +83,17 @@ class AutoPeftModel:
             base_options["config"] = config
         _check_library(source, import_allowlist)
         model, initialised = cls._load_base(source, base_options)
-        load_adapter(
+        load(
             model,
             own,
-            source.folder,
+            source,
+            adapter_name,
             trainable=is_trainable,
-            adapter=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            key_mapping=key_mapping,
             initialised=initialised,
             prepare=lambda header: fit_adapter(model, own, header),
-            rename=renaming_for(model, own, key_mapping),
         )
-        if not autocast_adapter_dtype:
-            cast_weights(model, adapter_name, as_base=True)
         return wrap(model, own, adapter_name).train(is_trainable)
 
     @classmethod

@@ -91,7 +91,7 @@ class MontecloraTrainerMixin:
         loss, *outputs = found if return_outputs else (found,)
         for module in model.modules():
             if isinstance(module, Tuner):
-                loss = loss + module._get_monteclora_loss()
+                loss = loss + sum(penalty() for penalty in module.from_methods("_get_monteclora_loss"))
         return (loss, *outputs) if return_outputs else loss
 
 

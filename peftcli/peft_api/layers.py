@@ -28,8 +28,6 @@ from peftcli.core.merge import put_back
 from peftcli.core.quantised import FLOATS, is_packed, is_quantised, num_weights
 from peftcli.core.weights import file_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods._token_rows import TrainedRows
-from peftcli.methods.lora.parameters import LoraParameter
 from peftcli.peft_api.tuner import Tuner, find_tuner
 
 BaseTunerLayer = AdapterLayer
@@ -38,19 +36,14 @@ ModulesToSaveWrapper = TrainedCopy
 Irregular = Literal["irregular"]
 """In the place of a value: it differs from layer to layer, or from tensor to tensor."""
 
-_NAMES: dict[type[AdapterLayer], str] = {
-    TrainedCopy: "ModulesToSaveWrapper",
-    TrainedRows: "TrainableTokensLayer",
-    LoraParameter: "lora.ParamWrapper",
-}
-"""PEFT's names of layers that it does not name by their method and the base model's class."""
-
 
 class LayerMethods:
     """PEFT's attributes and methods of an ``AdapterLayer``, which libraries call on each layer of a model."""
 
     full_scaling: float | None = None
     """Of a layer whose update is multiplied by ``scaling``: what that is at first."""
+    peft_name: str | None = None
+    """PEFT's name of a layer that it does not name by its method and the base model's class."""
 
     @property
     def active_adapter(self: Any) -> list[str]:
@@ -172,6 +165,8 @@ class LayerMethods:
 
 class CopyMethods:
     """PEFT's attributes of a module of modules_to_save."""
+
+    peft_name = "ModulesToSaveWrapper"
 
     @property
     def original_module(self: Any) -> Any:
@@ -403,8 +398,7 @@ def _places(model: Any) -> tuple[Tuner | None, nn.Module]:
 
 def _module_type(layer: AdapterLayer, module: nn.Module) -> str:
     method = type(layer).__module__.removeprefix("peftcli.methods.").partition(".")[0]
-    name = next((name for kind, name in _NAMES.items() if isinstance(layer, kind)), None)
-    return name or f"{method}.{type(module).__name__}"
+    return layer.peft_name or f"{method}.{type(module).__name__}"
 
 
 def _quantization_backend(module: nn.Module) -> str | None:

@@ -31,7 +31,6 @@ from peftcli.peft_api.adding import (
     find,
     load,
     put_new,
-    renaming_for,
     replace_adapter,
     replacing,
     start_adapter,
@@ -46,7 +45,7 @@ from peftcli.peft_api.for_libraries import (
     trained_outside,
     write_for_trainer,
 )
-from peftcli.peft_api.layers import TunerLayerStatus, TunerModelStatus, cast_weights, get_layer_status, get_model_status
+from peftcli.peft_api.layers import cast_weights, get_layer_status, get_model_status
 from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders, prompts
 from peftcli.peft_api.state_dicts import embedding_layers, holding, without_start
 from peftcli.peft_api.training import (
@@ -65,6 +64,7 @@ class PeftModel(SavedByTrainer):
     ``state_dict()`` holds the adapters' weights only: what is saved in the middle of training, by Accelerate or by
     ``transformers.Trainer``, is small and free of tied weights. ``base_model.state_dict()`` holds everything.
 
+    What it does not have itself, such as ``set_adapter`` and ``merge_and_unload``, is the tuner's, ``base_model``.
     ``forward`` and ``generate`` take ``adapter_names``, one a row: the adapter of that row, or ``__base__`` for none.
     """
 
@@ -74,6 +74,8 @@ class PeftModel(SavedByTrainer):
     """That of an adapter whose config has none."""
     arguments: ClassVar[tuple[str, ...]] = ()
     """What ``forward`` takes without names, in PEFT's order; without a task, what the base model takes."""
+    get_layer_status, get_model_status = get_layer_status, get_model_status
+    prepare_model_for_gradient_checkpointing = staticmethod(prepare_model_for_gradient_checkpointing)
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
 
@@ -159,11 +161,6 @@ class PeftModel(SavedByTrainer):
     def active_adapters(self) -> list[str]:
         """Names of the adapters that are active."""
         return list(self.base_model.active_adapters)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the active adapter; a list, unless there is exactly one."""
-        return self.base_model.active_adapter
 
     @property
     def active_peft_config(self) -> AdapterConfig:
@@ -267,22 +264,6 @@ class PeftModel(SavedByTrainer):
         start_reference(model, adapter_name, peft_config, self.peft_config)
         self.base_model.added(adapter_name, config, trainable=False)
 
-    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
-        """Let gradients reach the adapters below checkpointed blocks: ``prepare_model_for_gradient_checkpointing``."""
-        prepare_model_for_gradient_checkpointing(model)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several together, the active ones: ``Tuner.set_adapter``."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Remove one adapter or several: ``Tuner.delete_adapter``."""
-        self.base_model.delete_adapter(adapter_name)
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the base model computes.
@@ -316,14 +297,6 @@ class PeftModel(SavedByTrainer):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """The state of each adapted module: ``status.get_layer_status``."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """The state of the adapters as a whole: ``status.get_model_status``."""
-        return get_model_status(self)
 
     def save_pretrained(
         self,
@@ -491,7 +464,7 @@ class PeftModel(SavedByTrainer):
                 adapter_name,
                 trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                rename=renaming_for(model, config, key_mapping),
+                key_mapping=key_mapping,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         return wrap(model, config, adapter_name, cls).train(is_trainable)
@@ -529,11 +502,10 @@ class PeftModel(SavedByTrainer):
         if name in self.peft_config and not options.get("subfolder"):
             model_id = place_in_checkpoint(model_id, name)
         source = find(model_id, options)
-        rename = renaming_for(model, source.config, key_mapping)
         if name in self.peft_config:
             old = self.peft_config[name]
             try:
-                if replace_adapter(model, name, old, source, trainable=is_trainable, rename=rename):
+                if replace_adapter(model, name, old, source, is_trainable, key_mapping):
                     self.peft_config[name] = source.config
             finally:
                 tuner.switch()
@@ -547,7 +519,7 @@ class PeftModel(SavedByTrainer):
                 name,
                 trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                rename=rename,
+                key_mapping=key_mapping,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
             tuner.added(name, source.config, trainable=is_trainable)

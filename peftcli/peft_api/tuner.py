@@ -18,24 +18,16 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.merge import Folded, fold, merge
-from peftcli.core.protocols import after_step, penalty
+from peftcli.core.protocols import ExtendsModel, layers_of, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
-from peftcli.methods._token_rows import TrainedRows
-from peftcli.methods.adalora.config import AdaLoraConfig
-from peftcli.methods.adalora.layers import keep, share_loaded
 from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.conversion import can_be_lora
 from peftcli.methods.lora.targets import find_parameters
-from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
-from peftcli.methods.xlora.layers import find_mixture
-from peftcli.methods.xlora.mixture import Mixture
 from peftcli.models.quantization import forget
 from peftcli.peft_api.mixed_batch import BASE, adapted_by_row, check_count
 
 _NAME = re.compile(r"[\w-]+( [\w-]+)*")
-_OF_XLORA = {name for name in vars(Mixture) if name.startswith(("clear_", "disable_", "enable_", "get_", "set_"))}
-"""What PEFT's X-LoRA model has besides; here the mixture has it."""
 
 
 class Tuner(nn.Module):
@@ -81,8 +73,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            if name in {*_OF_XLORA, "internal_xlora_classifier"} and (mixture := find_mixture(self.model)):
-                return mixture if name == "internal_xlora_classifier" else getattr(mixture, name)
+            if not hasattr(self.model, name) and (found := self.from_methods(name)):
+                return found[0]
             return getattr(self.model, name)
 
     @property
@@ -96,7 +88,7 @@ class Tuner(nn.Module):
         layers = [
             layer for layer in adapter_layers(self.model).values() if type(layer) not in (TrainedBias, TrainedCopy)
         ]
-        layers.sort(key=lambda layer: isinstance(layer, TrainedRows))  # these are beside another method's, unless alone
+        layers.sort(key=lambda layer: layer.peft_name is not None)  # trained rows stand beside another method's
         names = [name.removesuffix(".weight") for name in layers[0].own_tensors()] if layers else []
         depth = min((name.count(".") for name in names), default=0)
         names = [name for name in names if name.count(".") == depth]  # deeper ones are those of a layer in this one
@@ -160,46 +152,18 @@ class Tuner(nn.Module):
         Raises:
             AdapterError: the gradients are gone.
         """
-        for name, config in self.peft_config.items():
-            if isinstance(config, AdaLoraConfig):
-                share_loaded(self.model, name, config)
-            if (total := getattr(config, "total_step", 0)) is not None:
-                after_step(self.model, config, global_step, total)
+        for allocate in self.from_methods("update_and_allocate"):
+            allocate(global_step)
 
-    def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Sequence[bool]], adapter_name: str) -> None:
-        """Keep of an AdaLoRA adapter only the directions of ``rank_pattern``, its config's by name of the weight."""
-        self.check_known([adapter_name])
-        keep(self.model, adapter_name, rank_pattern)
-
-    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
-        """The penalty of KaSA, to be added to the loss; of these adapters, or of the active ones."""
-        found = kasa_penalty(self.model, self._named(adapter_names))
-        return 0.0 if found is None else found
-
-    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
-        """The penalty of MonteCLoRA, to be added to the loss; of these adapters, or of the active ones."""
-        found = monteclora_penalty(self.model, self._named(adapter_names)) if self.training else None
-        return 0.0 if found is None else found
-
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """Return how many numbers of VB-LoRA an adapter's file holds, and how many others train.
-
-        An index counts as its share of the four bytes of a float.
-        """
-        saved = [value for name, value in adapter_state(self.model, adapter).items() if "vblora_" in name]
-        own = sum(value.numel() * (1 if value.is_floating_point() else value.element_size() / 4) for value in saved)
-        trained = [value for name, value in self.named_parameters() if value.requires_grad and "vblora_" not in name]
-        return int(own), sum(value.numel() for value in trained)
-
-    def print_savable_parameters(self) -> None:
-        """Print ``get_nb_savable_parameters``."""
-        own, others = self.get_nb_savable_parameters()
-        print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
-        )
-
-    def _named(self, names: str | Sequence[str] | None) -> list[str]:
-        return [names] if isinstance(names, str) else list(self.active_adapters if names is None else names)
+    def from_methods(self, name: str) -> list[Any]:
+        """Return the attributes of that name that the adapters' methods give the model."""
+        found = []
+        for kind in dict.fromkeys(config.peft_type for config in self.peft_config.values()):
+            configs = {each: config for each, config in self.peft_config.items() if config.peft_type == kind}
+            layers = layers_of(next(iter(configs.values())))
+            if isinstance(layers, ExtendsModel) and name in (more := layers.model_attributes(self.model, configs)):
+                found.append(more[name])
+        return found
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
