@@ -42,19 +42,8 @@ from peftcli.system.hub_requests import DOWNLOAD_OPTIONS, UNUSED_OPTIONS, downlo
 
 _PLACE = ("revision", "subfolder")
 _NO_EFFECT = (
-    "device_map",
-    "dtype",
-    "max_memory",
-    "offload_buffers",
-    "offload_dir",
-    "offload_folder",
-    "offload_index",
-    "offload_state_dict",
-    "quantization_config",
-    "torch_dtype",
-    "torch_device",
-    "trust_remote_code",
-    "use_safetensors",
+    *("device_map", "dtype", "max_memory", "quantization_config", "torch_device", "torch_dtype", "trust_remote_code"),
+    *("offload_buffers", "offload_dir", "offload_folder", "offload_index", "offload_state_dict", "use_safetensors"),
 )
 """About a base model that is loaded already, which stays as it is and where it is. Adapter weights go to the device of
 the layer that they adapt."""

@@ -24,6 +24,7 @@ from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.methods.lokr.layers import factors
+from peftcli.peft_api.training import computes_again
 from peftcli.peft_api.tuner import Tuner
 from peftcli.system.outputs import expand_user
 
@@ -34,9 +35,9 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class ShowsArguments:
-    """Decorator of ``forward``: a model's has the arguments of the model inside, so that the same columns are kept.
+    """Decorator of a method: a model's has the arguments of the model inside, so that the same columns are kept.
 
-    The class's has those of ``arguments``. Both are in the order of ``arguments``, which is PEFT's.
+    ``forward`` of the class has those in ``arguments``. All are in the order of ``arguments``, which is PEFT's.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -44,7 +45,8 @@ class ShowsArguments:
 
     def __get__(self, model: Any, kind: Any) -> Callable[..., Any]:
         if model is None:
-            return _with_arguments(self.function, kind.arguments) if kind.arguments else self.function
+            names = kind.arguments if self.function.__name__ == "forward" else ()
+            return _with_arguments(self.function, names) if names else self.function
         if torch.compiler.is_compiling():  # nobody asks then, and a graph knows no subclass of partial
             return functools.partial(self.function, model)
         return _Bound(self.function, model)
@@ -61,7 +63,7 @@ class _Bound(functools.partial[Any]):
     @property
     def __signature__(self) -> inspect.Signature:
         (model,) = self.args
-        shown, own = inspect.signature(model.get_base_model().forward), model.arguments
+        shown, own = inspect.signature(getattr(model.get_base_model(), self.func.__name__)), model.arguments
 
         def place(argument: inspect.Parameter) -> tuple[Any, ...]:
             order = own.index(argument.name) if argument.name in own else len(own)
@@ -107,12 +109,10 @@ class SavedByTrainer(nn.Module):
     @property
     def is_activation_checkpointing(self: Any) -> bool:
         """Whether activations are computed again in the backward pass; Trainer asks every model that it knows."""
-        return bool(getattr(self.get_base_model(), "is_activation_checkpointing", False))
+        return computes_again(self.get_base_model(), default=False)
 
-    @property
-    def is_gradient_checkpointing(self: Any) -> bool:
-        """The same under transformers' old name."""
-        return bool(getattr(self.get_base_model(), "is_gradient_checkpointing", False))
+    is_gradient_checkpointing = is_activation_checkpointing
+    """The same under the name that transformers has before 5.24."""
 
     @property
     def _hf_peft_config_loaded(self: Any) -> bool:

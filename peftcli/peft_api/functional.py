@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from peftcli.errors import AdapterError
 from peftcli.peft_api.adding import check_config, start_adapter
 from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
-from peftcli.peft_api.tuner import check_name, known_names
+from peftcli.peft_api.tuner import check_name, known_names, set_adapter, set_requires_grad
 
 __all__ = [
     "cast_adapter_dtype",
@@ -65,27 +65,6 @@ def inject_adapter_in_model(
     return model
 
 
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
-
-    With ``inference_mode`` none do.
-
-    Raises:
-        AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
-    """
-    names = _known(model, adapter_name)
-    set_active(model, names)
-    set_trainable(model, False)
-    for name in names:
-        set_trainable(model, not inference_mode, name)
-
-
-def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-    for name in _known(model, adapter_names):
-        set_trainable(model, requires_grad, name)
-
-
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
     """Remove an adapter and return the active ones. If it was the only active one, the first of those left is that.
 
@@ -94,7 +73,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     Raises:
         AdapterError: an unknown name.
     """
-    names = _known(model, adapter_name)
+    names = known_names(model, adapter_name)
     was_active = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values() if layer.enabled)
     unload(model, *names)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
@@ -114,14 +93,9 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     New and loaded adapters are in float32 already.
     """
-    _known(model, adapter_name)
+    known_names(model, adapter_name)
     if autocast_adapter_dtype:
         cast_weights(model, adapter_name)
-
-
-def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:
-    """Return the names as a list. Raise AdapterError for one that no adapter of the model has."""
-    return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
 
 
 def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> AdapterConfig:

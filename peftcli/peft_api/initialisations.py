@@ -19,8 +19,8 @@ from torch import nn
 
 from peftcli.core.files import read_tensor_file, write_tensor_file
 from peftcli.core.inject import inject, unload
-from peftcli.core.layer import base_modules, outer_modules
-from peftcli.core.linear import linear_view
+from peftcli.core.layer import base_module, outer_modules
+from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
@@ -122,17 +122,17 @@ def preprocess_corda(
     Raises:
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
-    modules, settings = _targets(model, lora_config, "corda"), lora_config.corda_config or CordaConfig()
-    views = {name: linear_view(module) for name, module in modules.items()}
-    shapes = {name: (view.in_features,) * 2 for name, view in views.items() if view}
+    modules, views = _targets(model, lora_config, "corda")
+    settings = lora_config.corda_config or CordaConfig()
 
     def learn() -> dict[str, torch.Tensor]:
         if run_model is None:
             raise AdapterError("is needed, since there is no file of an earlier run", key="run_model")
         watched = hooked_model or model
-        return covariances(watched, _targets(watched, lora_config, "corda"), run_model)
+        return covariances(watched, _targets(watched, lora_config, "corda")[0], run_model)
 
-    _leave_at_layers(model, _read_or_learn(settings.cache_file or settings.covariance_file, shapes, learn))
+    shapes = {name: (view.in_features, view.in_features) for name, view in views.items()}
+    _leave_at_layers(modules, settings.cache_file or settings.covariance_file, shapes, learn)
 
 
 def preprocess_loraga(
@@ -149,10 +149,9 @@ def preprocess_loraga(
     Raises:
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
-    modules = _targets(model, lora_config, "lora_ga")
-    views = {name: linear_view(module) for name, module in modules.items()}
-    shapes = {name: (view.out_features, view.in_features) for name, view in views.items() if view}
-    _leave_at_layers(model, _read_or_learn(cache_file, shapes, lambda: gradients(model, modules, train_step)))
+    modules, views = _targets(model, lora_config, "lora_ga")
+    shapes = {name: (view.out_features, view.in_features) for name, view in views.items()}
+    _leave_at_layers(modules, cache_file, shapes, lambda: gradients(model, modules, train_step))
 
 
 def replace_lora_weights_loftq(
@@ -218,29 +217,32 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[dict[str, LoraLay
             parameter.requires_grad_(True)
 
 
-def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Module]:
+def _targets(model: nn.Module, config: LoraConfig, init: str) -> tuple[dict[str, nn.Module], dict[str, Linear]]:
+    """Return the linear layers that the config adapts, by name, and their sizes."""
     _check_start(config, init)
     modules = outer_modules(model)
-    return {name: modules[name] for name in targets(model, config) if linear_view(modules[name]) is not None}
+    views = {name: view for name in targets(model, config) if (view := linear_view(modules[name])) is not None}
+    return {name: modules[name] for name in views}, views
 
 
-def _read_or_learn(
-    file: str | Path | None, shapes: Mapping[str, tuple[int, ...]], learn: Callable[[], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """Return what the file of an earlier run holds; without one what ``learn`` returns, which is written to it."""
-    if file is None or not Path(file).exists():
+def _leave_at_layers(
+    modules: Mapping[str, nn.Module],
+    file: str | Path | None,
+    shapes: Mapping[str, tuple[int, int]],
+    learn: Callable[[], dict[str, torch.Tensor]],
+) -> None:
+    """Leave at the layers, where the adapter's take it, what ``file`` contains, or what ``learn`` returns and it will.
+
+    Raises:
+        AdapterError: its tensors have other names or shapes.
+    """
+    if file is not None and Path(file).exists():
+        found = read_tensor_file(Path(file))
+        if {name: tuple(value.shape) for name, value in found.items()} != shapes:
+            raise AdapterError("was made for other modules; delete it, or name another file", file=str(file))
+    else:
         found = learn()
         if file is not None:
             write_tensor_file(Path(file), found)
-        return found
-    found = read_tensor_file(Path(file))
-    if {name: tuple(value.shape) for name, value in found.items()} != dict(shapes):
-        raise AdapterError("was made for other modules; delete it, or name another file", file=str(file))
-    return found
-
-
-def _leave_at_layers(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
-    """Leave what was found at the base model's layers, where the adapter's layers take it."""
-    modules = base_modules(model)
-    for name, value in statistics.items():
-        modules[name].__dict__[STATISTIC] = value
+    for name, value in found.items():
+        base_module(modules[name]).__dict__[STATISTIC] = value

@@ -266,18 +266,18 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterError: the model has no adapter.
     """
-    tuner, place = _places(model)
-    layers: dict[nn.Module, dict[str, AdapterLayer]] = {}
-    for path, layer in adapter_layers(place).items():
-        layers.setdefault(base_module(layer), {})[path] = layer
-    active = list(dict.fromkeys(layer.adapter for layer in adapter_layers(place).values() if layer.enabled))
-    off = not active
-    if tuner is not None:
-        active, off = list(tuner.active_adapters), tuner.disabled
+    tuner, place = find_tuner(model)
+    layers = adapter_layers(place)
+    if not layers:
+        raise AdapterError("No adapter layers found in the model; use get_peft_model or inject first")
+    stacks: dict[nn.Module, dict[str, AdapterLayer]] = {}
+    for path, layer in layers.items():
+        stacks.setdefault(base_module(layer), {})[path] = layer
+    enabled = list(dict.fromkeys(layer.adapter for layer in layers.values() if layer.enabled))
     return [
-        _layer_status(place, module, found, tuner, _active(found, tuner) or active, off)
-        for module, found in layers.items()
-        if any(type(layer) is not TrainedBias for layer in found.values())
+        _layer_status(place, module, stack, tuner, enabled)
+        for module, stack in stacks.items()
+        if any(type(layer) is not TrainedBias for layer in stack.values())
     ]
 
 
@@ -287,29 +287,83 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterError: it has none.
     """
-    tuner, place = _places(model)
-    layers = get_layer_status(model)
+    layers, (tuner, place) = get_layer_status(model), find_tuner(model)
     configs = tuner.peft_config if tuner else {}
     known = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
     methods = {type(config).__name__.removesuffix("Config") + "Model" for config in configs.values()} or {"None"}
     names = list(dict.fromkeys(name for layer in layers for name in layer.available_adapters))
+    trainable, total = count_parameters(place)
     return TunerModelStatus(
         base_model_type=type(place).__name__ if tuner or isinstance(place, known) else "other",
         adapter_model_type=methods.pop() if len(methods) == 1 else "MixedModel",
         peft_types={name: str(config.peft_type) for name, config in configs.items()},
-        trainable_params=sum(value.numel() for value in place.parameters() if value.requires_grad),
-        total_params=num_weights(place) - num_replaced(adapter_layers(place).values()),
+        trainable_params=trainable,
+        total_params=total,
         num_adapter_layers=len(layers),
         enabled=_common(layer.enabled for layer in layers),
         active_adapters=_common(layer.active_adapters for layer in layers),
         merged_adapters=sorted({name for layer in layers for name in layer.merged_adapters}),
-        requires_grad={name: _common(_values(layers, "requires_grad", name)) for name in names},
-        available_adapters=sorted(names),
-        devices={
-            name: sorted({kind for found in _values(layers, "devices", name) for kind in found}) for name in names
+        requires_grad={
+            name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in names
         },
+        available_adapters=sorted(names),
+        devices={name: sorted({kind for layer in layers for kind in layer.devices.get(name, ())}) for name in names},
         quantization_backend=_common(layer.quantization_backend for layer in layers),
     )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of parameters that train, and of all, without the biases that trained ones replace."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, num_weights(model) - num_replaced(adapter_layers(model).values())
+
+
+def _layer_status(
+    model: nn.Module, module: nn.Module, stack: dict[str, AdapterLayer], tuner: Tuner | None, enabled: list[str]
+) -> TunerLayerStatus:
+    """Return the state of the layers ``stack``, by path, over ``module``; ``enabled`` are the model's adapters."""
+    active, off, merged = enabled, not enabled, list[str]()
+    if tuner is not None:
+        active, off, merged = list(tuner.active_adapters), tuner.disabled, tuner.merged_adapters
+        if not (tuner.disabled or tuner.folded):  # the layers may have been switched one by one
+            switched = dict.fromkeys(name for layer in stack.values() for name in layer.active_adapters)
+            active = [name for name in switched if name in tuner.peft_config] or active
+    trains: dict[str, list[bool]] = {}
+    devices: dict[str, set[str]] = {}
+    for layer in stack.values():
+        own = layer.own_tensors().values()
+        trains.setdefault(layer.adapter, []).extend(value.requires_grad for value in own)
+        kinds = {value.device.type for value in (*own, *layer.fixed_tensors().values())}
+        devices[layer.adapter] = devices.get(layer.adapter, set()) | kinds
+    path, innermost = list(stack.items())[-1]
+    method = type(innermost).__module__.removeprefix("peftcli.methods.").partition(".")[0]
+    expected = [layer for layer in stack.values() if layer.adapter in active]
+    return TunerLayerStatus(
+        name=("model." if tuner else "") + base_name(model, path),
+        module_type=innermost.peft_name or f"{method}.{type(module).__name__}",
+        enabled=not off and (bool(merged) or all(layer.enabled for layer in expected)),  # merging disables all
+        active_adapters=active,
+        merged_adapters=[name for name in merged if name in trains],
+        requires_grad={name: _common(values) for name, values in sorted(trains.items()) if values},
+        available_adapters=sorted(trains),
+        devices={name: sorted(kinds) for name, kinds in sorted(devices.items())},
+        quantization_backend=_quantization_backend(module),
+    )
+
+
+def _quantization_backend(module: nn.Module) -> str | None:
+    if not is_quantised(module):
+        return None
+    weight = type(module._parameters.get("weight")).__name__
+    known = {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}
+    return known.get(weight) or (type(module).__name__ if is_packed(module) else "torchao")
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """Return the value that all have, or ``irregular``."""
+    found = list(values)
+    return found[0] if all(value == found[0] for value in found) else "irregular"
 
 
 def _empty(layer: AdapterLayer) -> None:
@@ -347,74 +401,3 @@ def _merge_only(innermost: Any, layers: list[Any]) -> None:
         layer.merged_adapters = [layer.adapter] if layer in layers else []
         layer.enabled = layer not in layers and layer.adapter in layer.active_adapters
     innermost.merged_layers, innermost.before_merging = layers, [change[:3] for change in changes]
-
-
-def _layer_status(
-    model: nn.Module,
-    module: nn.Module,
-    layers: dict[str, AdapterLayer],
-    tuner: Tuner | None,
-    active: list[str],
-    off: bool,
-) -> TunerLayerStatus:
-    merged = tuner.merged_adapters if tuner else []
-    path, innermost = list(layers.items())[-1]
-    names = sorted({layer.adapter for layer in layers.values()})
-    of = {name: [layer for layer in layers.values() if layer.adapter == name] for name in names}
-    trains = {name: [t.requires_grad for layer in of[name] for t in layer.own_tensors().values()] for name in names}
-    tensors = {
-        name: [t for layer in of[name] for t in {**layer.own_tensors(), **layer.fixed_tensors()}.values()]
-        for name in names
-    }
-    expected = [layer for layer in layers.values() if layer.adapter in active]
-    return TunerLayerStatus(
-        name=("model." if tuner else "") + base_name(model, path),
-        module_type=_module_type(innermost, module),
-        enabled=not off and (bool(merged) or all(layer.enabled for layer in expected)),  # merging disables all
-        active_adapters=active,
-        merged_adapters=[name for name in merged if name in names],
-        requires_grad={name: _common(values) for name, values in trains.items() if values},
-        available_adapters=names,
-        devices={name: sorted({value.device.type for value in values}) for name, values in tensors.items()},
-        quantization_backend=_quantization_backend(module),
-    )
-
-
-def _active(layers: dict[str, AdapterLayer], tuner: Tuner | None) -> list[str]:
-    """Return the active adapters as the layers on a module say; none while that is not known."""
-    if tuner is None or tuner.disabled or tuner.folded:
-        return []
-    names = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
-    return [name for name in names if name in tuner.peft_config]
-
-
-def _places(model: Any) -> tuple[Tuner | None, nn.Module]:
-    """Return the tuner, where there is one, and the model with the adapter layers."""
-    tuner, place = find_tuner(model)
-    if not adapter_layers(place):
-        raise AdapterError("No adapter layers found in the model; use get_peft_model or inject first")
-    return tuner, place
-
-
-def _module_type(layer: AdapterLayer, module: nn.Module) -> str:
-    method = type(layer).__module__.removeprefix("peftcli.methods.").partition(".")[0]
-    return layer.peft_name or f"{method}.{type(module).__name__}"
-
-
-def _quantization_backend(module: nn.Module) -> str | None:
-    if not is_quantised(module):
-        return None
-    weight = type(module._parameters.get("weight")).__name__
-    known = {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}
-    return known.get(weight) or (type(module).__name__ if is_packed(module) else "torchao")
-
-
-def _values(layers: list[TunerLayerStatus], field: str, name: str) -> list[Any]:
-    """Return the value of ``field`` for the adapter ``name`` at each module that has one."""
-    return [getattr(layer, field)[name] for layer in layers if name in getattr(layer, field)]
-
-
-def _common(values: Iterable[Any]) -> Any:
-    """Return the value that all have, or ``irregular``."""
-    found = list(values)
-    return found[0] if all(value == found[0] for value in found) else "irregular"

@@ -17,9 +17,8 @@ from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
-from peftcli.core.inject import num_replaced, shallow_copy
+from peftcli.core.inject import shallow_copy
 from peftcli.core.layer import TrainedCopy, adapter_layers, plain_dtype
-from peftcli.core.quantised import num_weights
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
@@ -45,11 +44,11 @@ from peftcli.peft_api.for_libraries import (
     trained_outside,
     write_for_trainer,
 )
-from peftcli.peft_api.layers import cast_weights, get_layer_status, get_model_status
-from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders, prompts
+from peftcli.peft_api.layers import cast_weights, count_parameters, get_layer_status, get_model_status
+from peftcli.peft_api.soft_prompts import get_prompt, get_prompt_embedding_to_save, prompt_encoder
 from peftcli.peft_api.state_dicts import embedding_layers, holding, without_start
 from peftcli.peft_api.training import (
-    may_checkpoint,
+    computes_again,
     prepare_model_for_gradient_checkpointing,
     require_input_gradients,
 )
@@ -75,6 +74,9 @@ class PeftModel(SavedByTrainer):
     arguments: ClassVar[tuple[str, ...]] = ()
     """What ``forward`` takes without names, in PEFT's order; without a task, what the base model takes."""
     get_layer_status, get_model_status = get_layer_status, get_model_status
+    get_nb_trainable_parameters = count_parameters
+    prompt_encoder = property(prompt_encoder)
+    get_prompt, get_prompt_embedding_to_save = get_prompt, get_prompt_embedding_to_save
     prepare_model_for_gradient_checkpointing = staticmethod(prepare_model_for_gradient_checkpointing)
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
@@ -132,7 +134,7 @@ class PeftModel(SavedByTrainer):
         super().__init__()
         self.base_model = Tuner(model, {adapter_name: peft_config})
         self.train(model.training)
-        if may_checkpoint(model):
+        if computes_again(model, default=True):
             self.base_model.gradient_hook = require_input_gradients(model)
         keep_to_adapters(self)
 
@@ -180,25 +182,6 @@ class PeftModel(SavedByTrainer):
         return next((config.peft_type for config in self.peft_config.values()), None)
 
     @property
-    def prompt_encoder(self) -> nn.ModuleDict:
-        """The weights of the soft prompts, by adapter: ``soft_prompts.prompt_encoders``."""
-        return prompt_encoders(self.get_base_model())
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """Return the vectors of an adapter's virtual tokens as its file holds them: (n, D), on the CPU."""
-        self.base_model.check_known([adapter_name])
-        return prompt_embedding(self.get_base_model(), adapter_name)
-
-    def get_prompt(
-        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
-    ) -> torch.Tensor:
-        """Return the vectors of the active adapter's virtual tokens for each row of a batch: (B, n, D).
-
-        ``max_cache_len`` is for prefixes in PEFT; here only ``get_prompt_embedding_to_save`` gives those.
-        """
-        return prompts(self.get_base_model(), self.active_adapters[0], batch_size, task_ids)
-
-    @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that the adapters train in full, or None."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
@@ -226,6 +209,7 @@ class PeftModel(SavedByTrainer):
         """The transformers model, adapter layers and all."""
         return self.base_model.model
 
+    @ShowsArguments
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
         model: Any = self.get_base_model()
@@ -286,11 +270,6 @@ class PeftModel(SavedByTrainer):
                 tuner.enable_adapter_layers()
             if merged:
                 tuner.merge_adapter(merged)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Parameters that train, and all of them, without the biases that trained ones replace."""
-        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trained, num_weights(self) - num_replaced(adapter_layers(self).values())
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio."""

@@ -20,96 +20,56 @@ from peftcli.methods import METHODS
 TUNER_MODELS = {row.config_name.replace("Config", "Model"): row.name for row in METHODS.values() if not row.soft_prompt}
 """PEFT's name of the class that holds a model with adapters of a method -> the method. Soft prompts have none."""
 
+_TASKS = (
+    "CausalLM",
+    "FeatureExtraction",
+    "QuestionAnswering",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "TokenClassification",
+)
 _PEFT = {
-    "peftcli.errors": ("NoMatchingPeftModuleError", "PeftWarning"),
-    "peftcli.methods.lora.config": ("LoraRuntimeConfig",),
-    "peftcli.methods.lora.initialisations.config": ("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"),
-    "peftcli.methods.lora.variant_settings": (
-        "ArrowConfig",
-        "BdLoraConfig",
-        "KasaConfig",
-        "MontecloraConfig",
-        "VeloraConfig",
-    ),
-    "peftcli.peft_api.auto": (
-        "AutoPeftModel",
-        "AutoPeftModelForCausalLM",
-        "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM",
-        "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification",
-    ),
-    "peftcli.peft_api.config": (
-        "MultitaskPromptTuningInit",
-        "PeftConfig",
-        "PeftConfigMixin",
-        "PeftError",
-        "PeftType",
-        "PromptEncoderReparameterizationType",
-        "PromptLearningConfig",
-        "PromptTuningInit",
-        "TaskType",
-    ),
-    "peftcli.peft_api.functional": ("inject_adapter_in_model",),
-    "peftcli.peft_api.helpers": ("find_kappa_target_modules",),
-    "peftcli.peft_api.initialisations": (
-        "get_eva_state_dict",
-        "initialize_lora_eva_weights",
-        "preprocess_corda",
-        "preprocess_loraga",
-        "replace_lora_weights_loftq",
-    ),
-    "peftcli.peft_api.layers": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
-    "peftcli.peft_api.lora": ("convert_to_lora", "create_arrow_model", "save_as_lora"),
-    "peftcli.peft_api.mapping": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-        "PEFT_TYPE_TO_CONFIG_MAPPING",
-        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-        "PEFT_TYPE_TO_TUNER_MAPPING",
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-        "get_peft_config",
-        "get_peft_model",
-    ),
-    "peftcli.peft_api.model": (
-        "PeftMixedModel",
-        "PeftModel",
-        "PeftModelForCausalLM",
-        "PeftModelForFeatureExtraction",
-        "PeftModelForQuestionAnswering",
-        "PeftModelForSeq2SeqLM",
-        "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification",
-    ),
-    "peftcli.peft_api.soft_prompts": (
-        "compose_cartridge_adapters",
-        "initialize_kv_prefix_from_past_key_values",
-        "initialize_kv_prefix_from_text",
-        "prompt_embeddings_from_past_key_values",
-    ),
-    "peftcli.peft_api.state_dicts": (
-        "get_base_model_state_dict",
-        "get_peft_model_state_dict",
-        "load_peft_weights",
-        "set_base_model_state_dict",
-        "set_peft_model_state_dict",
-    ),
-    "peftcli.peft_api.training": (
-        "cast_mixed_precision_params",
-        "create_lorafa_optimizer",
-        "create_loraplus_optimizer",
-        "create_riemannian_optimizer",
-        "prepare_model_for_gradient_checkpointing",
-        "prepare_model_for_kbit_training",
-        "shift_tokens_right",
-    ),
+    "errors": "NoMatchingPeftModuleError PeftWarning",
+    "methods.lora.config": "LoraRuntimeConfig",
+    "methods.lora.initialisations.config": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
+    "methods.lora.kappa": "find_kappa_target_modules",
+    "methods.lora.variant_settings": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "peft_api.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)]),
+    "peft_api.config": """
+        MultitaskPromptTuningInit PeftConfig PeftConfigMixin PeftError PeftType PromptEncoderReparameterizationType
+        PromptLearningConfig PromptTuningInit TaskType
+    """,
+    "peft_api.functional": "inject_adapter_in_model",
+    "peft_api.initialisations": """
+        get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga replace_lora_weights_loftq
+    """,
+    "peft_api.layers": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
+    "peft_api.lora": "convert_to_lora create_arrow_model save_as_lora",
+    "peft_api.mapping": """
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+        PEFT_TYPE_TO_TUNER_MAPPING TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+        get_peft_config get_peft_model
+    """,
+    "peft_api.model": " ".join(["PeftMixedModel", "PeftModel", *(f"PeftModelFor{task}" for task in _TASKS)]),
+    "peft_api.soft_prompts": """
+        compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+        prompt_embeddings_from_past_key_values
+    """,
+    "peft_api.state_dicts": """
+        get_base_model_state_dict get_peft_model_state_dict load_peft_weights
+        set_base_model_state_dict set_peft_model_state_dict
+    """,
+    "peft_api.training": """
+        cast_mixed_precision_params create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer
+        prepare_model_for_gradient_checkpointing prepare_model_for_kbit_training shift_tokens_right
+    """,
 }
-"""Module -> PEFT's public names that it holds, but for the classes of the methods."""
+"""Module of peftcli -> PEFT's public names that it holds, but for the classes of the methods."""
 
 PEFT_NAMES = {
     **{row.config_name: f"peftcli.methods.{row.name}.config" for row in METHODS.values()},
     **dict.fromkeys(TUNER_MODELS, "peftcli.peft_api.mapping"),
-    **{name: module for module, names in _PEFT.items() for name in names},
+    **{name: f"peftcli.{module}" for module, names in _PEFT.items() for name in names.split()},
 }
 """PEFT's public names -> the module that holds it; ``peftcli.peft_api`` has these too."""
 

@@ -24,8 +24,8 @@ _NAMES = {"prompt_embeddings": "embedding.weight", "delta": "delta_embedding.wei
 """Name of a weight in its layer -> name in PEFT's prompt encoder."""
 
 
-def prompt_encoders(model: nn.Module) -> nn.ModuleDict:
-    """Return PEFT's prompt encoder of each soft prompt in the model, by adapter: ``["default"].embedding.weight``.
+def prompt_encoder(model: Any) -> nn.ModuleDict:
+    """Return PEFT's prompt encoder of each soft prompt of a PeftModel, by adapter: ``["default"].embedding.weight``.
 
     They hold the weights that train, under PEFT's names, and cannot be called.
 
@@ -41,28 +41,34 @@ def prompt_encoders(model: nn.Module) -> nn.ModuleDict:
     return nn.ModuleDict(found)
 
 
-def prompt_embedding(model: nn.Module, adapter: str) -> torch.Tensor:
+def get_prompt_embedding_to_save(model: Any, adapter_name: str) -> torch.Tensor:
     """Return the vectors of an adapter's virtual tokens as its file holds them: (n, D), on the CPU.
 
     Raises:
         AdapterError: the adapter has no virtual tokens.
     """
-    state = adapter_state(model, adapter)
+    model.check_known([adapter_name])
+    state = adapter_state(model.get_base_model(), adapter_name)
     if "prompt_embeddings" not in state:
-        raise AdapterError(f"{adapter!r} has no virtual tokens", key="adapter_name")
+        raise AdapterError(f"{adapter_name!r} has no virtual tokens", key="adapter_name")
     return state["prompt_embeddings"].detach().cpu()
 
 
-def prompts(model: nn.Module, adapter: str, rows: int, task_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the vectors of an adapter's virtual tokens, once for each of the rows: (B, n, D).
+def get_prompt(
+    model: Any, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+) -> torch.Tensor:
+    """Return the vectors of the active adapter's virtual tokens for each row of a batch: (B, n, D).
+
+    ``max_cache_len`` is for prefixes in PEFT; here only ``get_prompt_embedding_to_save`` gives those.
 
     Raises:
         AdapterError: the adapter has no such vectors, or the tasks do not fit.
     """
+    adapter = model.active_adapters[0]
     for layer in adapter_layers(model, adapter).values():
         if isinstance(layer, VirtualTokens):
-            tasks = layer.rows_of(task_ids, rows)
-            numbers = torch.arange(layer.count).expand(rows, -1)
+            tasks = layer.rows_of(task_ids, batch_size)
+            numbers = torch.arange(layer.count).expand(batch_size, -1)
             return layer.table()[numbers if tasks is None else numbers + layer.count * tasks.cpu()]
     raise AdapterError(
         f"{adapter!r} has no virtual tokens that stand for embeddings",

@@ -254,11 +254,8 @@ def without_start(
         return config, tensors
     source = find_adapter(str(start))
     given = [
-        Adapter(name, each, _factors(found))
-        for name, each, found in (
-            ("the adapter", config, tensors),
-            (str(start), source.config, read_tensors(source.folder)),
-        )
+        Adapter("the adapter", config, _factors(tensors)),
+        Adapter(str(start), source.config, _factors(read_tensors(source.folder))),
     ]
     combined = combine(given, [1, -1], Combination("cat"))
     return combined.config, {**tensors, **combined.tensors}

@@ -72,10 +72,10 @@ def require_input_gradients(model: Any) -> RemovableHandle | None:
     return None if embeddings is None else embeddings.register_forward_hook(_require_gradients)
 
 
-def may_checkpoint(model: nn.Module) -> bool:
-    """Return whether the model computes activations again in the backward pass; True where it does not say."""
+def computes_again(model: nn.Module, *, default: bool) -> bool:
+    """Return whether the model computes activations again in the backward pass; ``default`` where it does not say."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter before transformers 5.24
-    return bool(next((getattr(model, name) for name in names if hasattr(model, name)), True))
+    return bool(next((getattr(model, name) for name in names if hasattr(model, name)), default))
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

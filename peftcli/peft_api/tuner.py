@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -175,17 +175,13 @@ class Tuner(nn.Module):
         """
         names = self.check_known(adapter_name)
         self.unmerge_adapter()
-        set_active(self.model, names)  # raises before anything changes, also while adapters are disabled
-        self.active_adapters = names
+        set_adapter(self.model, names, inference_mode)
+        self.active_adapters, self.frozen = names, []
         self.switch()
-        self.frozen = []
-        set_trainable(self.model, False)
-        self.set_requires_grad(names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-        for name in self.check_known(adapter_names):
-            set_trainable(self.model, requires_grad, name)
+        set_requires_grad(self.model, adapter_names, requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Make the model compute what the base model computes, until ``enable_adapter_layers``.
@@ -352,7 +348,7 @@ class Tuner(nn.Module):
 
     def check_known(self, names: str | Sequence[str], key: str = "adapter_name") -> list[str]:
         """Return the names as a list. Raise AdapterError for one that no adapter has."""
-        return known_names(names, self.peft_config, key)
+        return known_names(self.model, names, key)
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""
@@ -411,9 +407,31 @@ def check_name(name: str) -> None:
         )
 
 
-def known_names(names: str | Iterable[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
-    """Return the names as a list. Raise AdapterError for one that no adapter has, of those called ``known``."""
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
+
+    With ``inference_mode`` none do.
+
+    Raises:
+        AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
+    """
+    names = known_names(model, adapter_name)
+    set_active(model, names)
+    set_trainable(model, False)
+    for name in names:
+        set_trainable(model, not inference_mode, name)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the weights of these adapters take gradients, or not, whether or not they are active."""
+    for name in known_names(model, adapter_names):
+        set_trainable(model, requires_grad, name)
+
+
+def known_names(model: nn.Module, names: str | Iterable[str], key: str = "adapter_name") -> list[str]:
+    """Return the names as a list. Raise AdapterError for one that no adapter of the model has."""
     names = [names] if isinstance(names, str) else list(names)
+    known = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values())
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"
         raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key=key)
