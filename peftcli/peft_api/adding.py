@@ -93,7 +93,13 @@ def start_adapter(
         config.base_model_name_or_path = base
     if isinstance(config, NamesAdapters):
         config.find_folder = adapter_folder
-    config.prepare(lambda name, **options: open_base(BaseModel(name=name or _name_of(model))).processor(**options))
+
+    def load_tokenizer(name: str | None, **options: Any) -> Any:
+        if not (name or base):
+            raise AdapterError("the model does not say which tokenizer is its own", key="tokenizer_name_or_path")
+        return open_base(BaseModel(name=str(name or base))).processor(**options)
+
+    config.prepare(load_tokenizer)
     inject(model, config, name)
     if isinstance(config, TargetedConfig) and not config.inference_mode:
         _warn_of_untied(model, config, name)
@@ -136,13 +142,6 @@ def _warn_of_untied(model: nn.Module, config: AdapterConfig, adapter: str) -> No
     if len(changed) == len(trained):
         text = f"{' and '.join(trained)} share a weight, and each gets an adapter of its own"
     warnings.warn(f"{text}: {reason}", PeftWarning, stacklevel=4)
-
-
-def _name_of(model: nn.Module) -> str:
-    name = getattr(model, "name_or_path", None)
-    if not name:
-        raise AdapterError("the model does not say which tokenizer is its own", key="tokenizer_name_or_path")
-    return str(name)
 
 
 class LoadResult(NamedTuple):

@@ -19,6 +19,7 @@ from peftcli.models.validate import find_initialised
 from peftcli.peft_api.adding import find, load
 from peftcli.peft_api.model import PeftModel, wrap
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
+from peftcli.tasks import TASKS
 
 _LABELS = {"config", "num_labels", "id2label", "label2id"}
 _HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}
@@ -28,10 +29,11 @@ _HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "t
 class AutoPeftModel:
     """Loads an adapter and, from what its config says, the base model below it."""
 
-    auto_class: ClassVar[str | None] = None
-    """transformers' auto class of the base model. None: by the config's task type, or the base model's own class."""
     task_type: ClassVar[str | None] = None
     """That of the adapters that the class loads, where their configs have one. None: of any."""
+
+    def __init_subclass__(cls, task_type: str) -> None:
+        cls.task_type = task_type
 
     @classmethod
     def from_pretrained(
@@ -108,7 +110,8 @@ class AutoPeftModel:
         read_config = partial(
             AutoConfig.from_pretrained, name, **{key: options[key] for key in _HUB_OPTIONS & options.keys()}
         )
-        auto_class = cls.auto_class or source.auto_class(read_config)
+        named = (row.auto_class for row in TASKS.values() if cls.task_type and row.task_type == cls.task_type)
+        auto_class = next(named, None) or source.auto_class(read_config)
         if options.keys().isdisjoint(_LABELS):
             labels = source.recorded_options or label_options(
                 lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes
@@ -121,46 +124,28 @@ class AutoPeftModel:
         return model, initialised
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
+class AutoPeftModelForCausalLM(AutoPeftModel, task_type="CAUSAL_LM"):
     """The same, for causal language models."""
 
-    auto_class = "AutoModelForCausalLM"
-    task_type = "CAUSAL_LM"
 
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task_type="SEQ_2_SEQ_LM"):
     """The same, for encoder-decoder language models."""
 
-    auto_class = "AutoModelForSeq2SeqLM"
-    task_type = "SEQ_2_SEQ_LM"
 
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task_type="SEQ_CLS"):
     """The same, for models that classify texts."""
 
-    auto_class = "AutoModelForSequenceClassification"
-    task_type = "SEQ_CLS"
 
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
+class AutoPeftModelForTokenClassification(AutoPeftModel, task_type="TOKEN_CLS"):
     """The same, for models that classify each token."""
 
-    auto_class = "AutoModelForTokenClassification"
-    task_type = "TOKEN_CLS"
 
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task_type="QUESTION_ANS"):
     """The same, for models that find answers in texts."""
 
-    auto_class = "AutoModelForQuestionAnswering"
-    task_type = "QUESTION_ANS"
 
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task_type="FEATURE_EXTRACTION"):
     """The same, for models without a head."""
-
-    auto_class = "AutoModel"
-    task_type = "FEATURE_EXTRACTION"
 
 
 def _check_library(source: AdapterSource, allowed: Sequence[str] | None) -> None:

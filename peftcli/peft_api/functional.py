@@ -108,7 +108,10 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     modules = base_modules(model)
     saved = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
     plain = [name.removeprefix(config.file_prefix).removeprefix("_orig_mod.") for name in names]
-    owners = {_owner(name, modules) for name in plain if not name.endswith(".bias") and ".token_adapter." not in name}
+    owners = set()
+    for parts in (name.split(".") for name in plain if not name.endswith(".bias") and ".token_adapter." not in name):
+        paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        owners.add(next((path for path in paths if path in modules), ""))  # the innermost module
     found = sorted(owner for owner in owners if owner and not f"{owner}.".startswith(saved))
     if not found:
         raise AdapterError(f"holds no tensor of a module of {type(model).__name__}", key="state_dict")
@@ -124,9 +127,3 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
         if hasattr(narrowed, key):
             setattr(narrowed, key, found if key == "target_modules" else None)
     return narrowed
-
-
-def _owner(tensor: str, modules: Iterable[str]) -> str:
-    """Return the innermost of the modules that a tensor of this name belongs to."""
-    parts = tensor.split(".")
-    return next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in modules), "")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcli.adapters.load import find_adapter
-from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers
+from peftcli.core.layer import TrainedCopy, adapter_layers
 from peftcli.errors import AdapterError, PeftcliError
 from peftcli.methods.adalora.layers import AdaLoraLayer
 from peftcli.methods.combinations import Combination, majority_mask
@@ -19,6 +19,7 @@ from peftcli.methods.lora.dora import CACHE
 from peftcli.methods.lora.kappa import KappaTuneSelector as KappaTuneSelector
 from peftcli.methods.lora.kappa import find_kappa_target_modules as find_kappa_target_modules
 from peftcli.methods.lora.lora import LoraLayer
+from peftcli.peft_api.mixed_batch import temporarily
 from peftcli.peft_api.tuner import Tuner
 
 Tensors = Sequence[torch.Tensor]
@@ -47,7 +48,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, (LoraLayer, AdaLoraLayer))]
     if not layers:
         raise AdapterError("scaling is only supported for models with `LoraLayer`s")
-    with _set(layers, "scaling", lambda scaling: scaling * multiplier):
+    with ExitStack() as inside:
+        for layer in layers:
+            inside.enter_context(temporarily(layer, scaling=layer.scaling * multiplier))
         yield
 
 
@@ -63,21 +66,10 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, (LoraLayer, TrainedCopy))]
     if not layers:
         raise AdapterError("the model has no LoRA layers; the inputs of others are always converted")
-    with _set(layers, "casts_input", lambda casts: casts and not active):
+    with ExitStack() as inside:
+        for layer in layers:
+            inside.enter_context(temporarily(layer, casts_input=layer.casts_input and not active))
         yield
-
-
-@contextmanager
-def _set(layers: Sequence[AdapterLayer], name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, an attribute of the layers is what ``change`` makes of it."""
-    before = [getattr(layer, name) for layer in layers]
-    for layer, value in zip(layers, before, strict=True):
-        setattr(layer, name, change(value))
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            setattr(layer, name, value)
 
 
 class MontecloraTrainerMixin:

@@ -54,16 +54,15 @@ def convert_to_lora(
         AdapterTypeError: there is no such adapter, or it does more than add to weights of linear layers.
         AdapterError: the rank does not fit.
     """
-    config = None
-    if isinstance(model, PeftModel):
-        model.base_model.check_unmerged()
-        config, model = model.peft_config.get(adapter_name), model.get_base_model()
-        made, tensors = as_lora(model, adapter_name, config, rank)
-    else:
-        made, tensors = as_lora(model, adapter_name, None, rank)
-        tensors = {name.removeprefix(LoraConfig.file_prefix): value for name, value in tensors.items()}
+    tuner, place = find_tuner(model)
+    if tuner is not None:
+        tuner.check_unmerged()
+    config = tuner.peft_config.get(adapter_name) if tuner else None
+    made, tensors = as_lora(place, adapter_name, config, rank)
     if isinstance(config, LoraConfig):
         warnings.warn(f"{adapter_name} is LoRA already", PeftWarning, stacklevel=2)
+    if tuner is None:
+        tensors = {name.removeprefix(LoraConfig.file_prefix): value for name, value in tensors.items()}
     return made, tensors
 
 

@@ -46,7 +46,7 @@ from peftcli.peft_api.for_libraries import (
 )
 from peftcli.peft_api.layers import cast_weights, count_parameters, get_layer_status, get_model_status
 from peftcli.peft_api.soft_prompts import get_prompt, get_prompt_embedding_to_save, prompt_encoder
-from peftcli.peft_api.state_dicts import embedding_layers, holding, without_start
+from peftcli.peft_api.state_dicts import embedding_layers, holding, refuse_pickle, without_start
 from peftcli.peft_api.training import (
     computes_again,
     prepare_model_for_gradient_checkpointing,
@@ -315,19 +315,13 @@ class PeftModel(SavedByTrainer):
 
         Warns of weights that train and belong to no adapter, and of layers that PEFT does not load.
         """
-        if not safe_serialization:
-            raise AdapterError(
-                "False would write a pickle, which can run code when it is read", key="safe_serialization"
-            )
+        refuse_pickle(safe_serialization)
         if options:
             warnings.warn(f"save_pretrained of an adapter ignores {', '.join(options)}", PeftWarning, stacklevel=2)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
-            if outside := sorted(trained_outside(self)):
-                shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
-                text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
-                warnings.warn(text, PeftWarning, stacklevel=2)
+            _warn_of_outside(self)
             model: Any = self
             if state_dict is not None:  # a copy that holds its tensors
                 model = shallow_copy(self)
@@ -526,6 +520,13 @@ class PeftModel(SavedByTrainer):
         """The base model's own tags, and its library's."""
         model: Any = self.get_base_model()
         return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
+
+
+def _warn_of_outside(model: PeftModel) -> None:
+    if outside := sorted(trained_outside(model)):
+        shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
+        text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
+        warnings.warn(text, PeftWarning, stacklevel=3)
 
 
 def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[PeftModel] = PeftModel) -> PeftModel:

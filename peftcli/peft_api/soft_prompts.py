@@ -19,6 +19,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods.cartridge.compose import compose
 from peftcli.methods.cartridge.layers import prefix_from_cache, start_from_tokens, start_prefix
+from peftcli.peft_api.state_dicts import refuse_pickle
 
 _NAMES = {"prompt_embeddings": "embedding.weight", "delta": "delta_embedding.weight"}
 """Name of a weight in its layer -> name in PEFT's prompt encoder."""
@@ -155,8 +156,7 @@ def compose_cartridge_adapters(
         AdapterError: one is not a cartridge, or they are of different base models.
         StorageError: the folder cannot be written.
     """
-    if not safe_serialization:
-        raise AdapterError("False would write a pickle, which can run code when it is read", key="safe_serialization")
+    refuse_pickle(safe_serialization)
     sources = [find_adapter(str(path)) for path in adapter_paths]
     config, tensors = compose([source.config for source in sources], [read_tensors(one.folder) for one in sources])
     write_adapter(tensors, config, Path(output_path))

@@ -137,6 +137,12 @@ def set_base_model_state_dict(
     return result
 
 
+def refuse_pickle(safe_serialization: bool) -> None:
+    """Raise AdapterError where a pickle is asked for."""
+    if not safe_serialization:
+        raise AdapterError("False would write a pickle, which can run code when it is read", key="safe_serialization")
+
+
 def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
     """Return a copy of a model with adapters that holds the tensors of ``state``, and where it lacks them the model's.
 

@@ -68,8 +68,13 @@ def require_input_gradients(model: Any) -> RemovableHandle | None:
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
         return None
+
+    def require(module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if module.training:
+            output.requires_grad_(True)
+
     embeddings, _ = model_ends(model)
-    return None if embeddings is None else embeddings.register_forward_hook(_require_gradients)
+    return None if embeddings is None else embeddings.register_forward_hook(require)
 
 
 def computes_again(model: nn.Module, *, default: bool) -> bool:
@@ -120,21 +125,16 @@ def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
         if block is None and named:
             raise AdapterError(f"{type(model).__name__} has no {name}", key="FSDP_TRANSFORMER_CLS_TO_WRAP")
         blocks.add(block)
+
+    def is_trained_leaf(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not any(True for _ in module.children()) and weight is not None and weight.requires_grad
+
     policies = [
-        functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trained_leaf),
+        functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
         functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
     ]
     return functools.partial(_or_policy, policies=policies)
-
-
-def _require_gradients(module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-    if module.training:
-        output.requires_grad_(True)
-
-
-def _is_trained_leaf(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return not any(True for _ in module.children()) and weight is not None and weight.requires_grad
 
 
 def create_loraplus_optimizer(

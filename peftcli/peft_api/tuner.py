@@ -166,13 +166,7 @@ class Tuner(nn.Module):
         return found
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
-
-        With ``inference_mode`` none do.
-
-        Raises:
-            AdapterError: an unknown name, or one adapter would hide what another does.
-        """
+        """Do what the function ``set_adapter`` does. Merged adapters are unmerged."""
         names = self.check_known(adapter_name)
         self.unmerge_adapter()
         set_adapter(self.model, names, inference_mode)
@@ -180,7 +174,7 @@ class Tuner(nn.Module):
         self.switch()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the weights of these adapters take gradients, or not, whether or not they are active."""
+        """Do what the function ``set_requires_grad`` does."""
         set_requires_grad(self.model, adapter_names, requires_grad)
 
     def disable_adapter_layers(self) -> None:
