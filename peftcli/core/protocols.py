@@ -36,6 +36,8 @@ class Layers(Protocol):
 class NamesAdapters(Protocol):
     """A config that names other adapters, and must be told how to find them."""
 
+    adapters: dict[str, str] | None
+    """Name -> folder or hub id."""
     find_folder: Callable[[str], Path]
     """Returns the folder of an adapter that is named by folder or hub id."""
 

@@ -114,7 +114,6 @@ def put_new(model: nn.Module, config: Any, name: str, **options: bool) -> None:
 
     ``inference_mode`` freezes it, of soft prompts only modules_to_save. See ``start_adapter`` for the rest.
     """
-    check_name(name)
     with replacing(model, name):
         start_adapter(model, config, name, **options)
     set_trainable(model, not config.inference_mode, name)
@@ -153,7 +152,7 @@ class LoadResult(NamedTuple):
     """Names of tensors that belong to no weight."""
 
 
-def find(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
+def find_by_options(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
     """Find the adapter of a folder or hub repository, by the options of PEFT's that say where it is.
 
     Raises:
@@ -205,27 +204,35 @@ def keep_misfits(model: nn.Module, adapter: str | None, tensors: Mapping[str, to
     return kept
 
 
+def name_adapters(config: AdapterConfig, adapters: Mapping[str, str]) -> None:
+    """Let the config of an adapter that mixes others name these: a name each, and its folder or repository."""
+    if not isinstance(config, NamesAdapters):
+        raise AdapterError(f"works for XLORA, not {config.peft_type}", key="adapters")
+    config.adapters = dict(adapters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How an adapter is loaded: see ``PeftModel.from_pretrained``."""
+
+    trainable: bool
+    autocast_adapter_dtype: bool = True
+    key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched_sizes: bool = False
+
+
 def load(
-    model: nn.Module,
-    config: AdapterConfig,
-    source: AdapterSource,
-    adapter: str,
-    *,
-    trainable: bool,
-    autocast_adapter_dtype: bool = True,
-    key_mapping: Mapping[str, str] | None = None,
-    ignore_mismatched_sizes: bool = False,
-    **options: Any,
+    model: nn.Module, config: AdapterConfig, source: AdapterSource, adapter: str, how: Loading, **options: Any
 ) -> None:
-    """Put an adapter of a folder into ``model``, under the name ``adapter``; see ``PeftModel.from_pretrained``.
+    """Put an adapter of a folder into ``model``, under the name ``adapter``.
 
     ``options`` are more of ``load_adapter``.
 
     Raises:
         AdapterError: it does not fit. The model is as it was then.
     """
-    rename = _renaming_for(model, config, key_mapping)
-    if ignore_mismatched_sizes:
+    rename = _renaming_for(model, config, how.key_mapping)
+    if how.ignore_mismatched_sizes:
         config.inference_mode = True  # as load_adapter does: the layers hold what the file holds
         inject(model, config, adapter)
         try:
@@ -234,22 +241,15 @@ def load(
         except AdapterError:
             unload(model, adapter)
             raise
-        set_trainable(model, trainable, adapter)
-        config.inference_mode = not trainable
+        set_trainable(model, how.trainable, adapter)
+        config.inference_mode = not how.trainable
     else:
-        load_adapter(model, config, source.folder, trainable=trainable, adapter=adapter, rename=rename, **options)
-    if not autocast_adapter_dtype:
+        load_adapter(model, config, source.folder, trainable=how.trainable, adapter=adapter, rename=rename, **options)
+    if not how.autocast_adapter_dtype:
         cast_weights(model, adapter, as_base=True)
 
 
-def replace_adapter(
-    model: nn.Module,
-    name: str,
-    old: AdapterConfig,
-    source: AdapterSource,
-    trainable: bool,
-    key_mapping: Mapping[str, str] | None = None,
-) -> bool:
+def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: AdapterSource, how: Loading) -> bool:
     """Replace the weights of the adapter called ``name``, or its layers where the configs ``old`` and new differ.
 
     Returns:
@@ -259,7 +259,7 @@ def replace_adapter(
         AdapterError: it does not fit. The model is as it was then.
     """
     config, folder = source.config, source.folder
-    rename = _renaming_for(model, config, key_mapping)
+    rename = _renaming_for(model, config, how.key_mapping)
     new_content, old_content = _content(config), _content(old)
     names = {rename(each) if rename else each for each in source.header}
     if names == adapter_state(model, name).keys():  # so its modules are the same, whatever names them
@@ -267,14 +267,14 @@ def replace_adapter(
     if new_content == old_content and holds_its_file(model, name):
         # an optimizer may hold the weights: they stay the same objects
         load_state(model, read_tensors(folder, rename), str(folder / WEIGHTS_FILE), name)
-        set_trainable(model, trainable, name)
+        set_trainable(model, how.trainable, name)
         return False
     kept, mode = training_state(model, name), old.inference_mode
     trained = any(value.requires_grad for _, _, value in named_tensors(model, name).values())
     old.inference_mode = holds_its_file(model, name)  # what its layers were made for, should they be made again
     unload(model, name)
     try:
-        load_adapter(model, config, folder, trainable=trainable, adapter=name, rename=rename)
+        load_adapter(model, config, folder, trainable=how.trainable, adapter=name, rename=rename)
     except AdapterError:
         inject(model, old, name)
         load_training_state(model, kept, name)
@@ -291,6 +291,7 @@ def replacing(model: nn.Module, name: str) -> Iterator[None]:
 
     An adapter of a ``PeftModel`` stays: only the ``PeftModel`` itself can replace it.
     """
+    check_name(name)
     others = {layer.adapter for layer in adapter_layers(model).values()} - {name}
     is_held = any(isinstance(module, Tuner) for module in model.modules())
     old = [] if is_held else list(adapter_layers(model, name).values())

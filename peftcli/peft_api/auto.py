@@ -16,7 +16,7 @@ from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.adding import find, load
+from peftcli.peft_api.adding import Loading, find_by_options, load
 from peftcli.peft_api.model import PeftModel, wrap
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
 from peftcli.tasks import TASKS
@@ -71,32 +71,25 @@ class AutoPeftModel:
         if "use_auth_token" in base_options:
             base_options.setdefault("token", base_options.pop("use_auth_token"))
         download = {key: base_options[key] for key in DOWNLOAD_OPTIONS if key in base_options}
-        source = find(pretrained_model_name_or_path, {"revision": revision, "subfolder": subfolder, **download})
+        place = {"revision": revision, "subfolder": subfolder, **download}
+        source = find_by_options(pretrained_model_name_or_path, place)
         own = config if isinstance(config, AdapterConfig) else source.config
-        if cls.task_type is not None and own.task_type not in (None, cls.task_type):
-            hint = f"use Auto{PeftModel.class_of(own).__name__}"
-            raise AdapterError(
-                f"{own.task_type} is not the task of {cls.__name__}",
-                key="task_type",
-                file=str(source.folder),
-                hint=hint,
-            )
+        cls._check_task(own, source)
         if config is not None and own is not config:
             base_options["config"] = config
         _check_library(source, import_allowlist)
         model, initialised = cls._load_base(source, base_options)
-        load(
-            model,
-            own,
-            source,
-            adapter_name,
-            trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            key_mapping=key_mapping,
-            initialised=initialised,
-            prepare=lambda header: fit_adapter(model, own, header),
-        )
+        how = Loading(is_trainable, autocast_adapter_dtype, key_mapping)
+        fit = partial(fit_adapter, model, own)
+        load(model, own, source, adapter_name, how, initialised=initialised, prepare=fit)
         return wrap(model, own, adapter_name).train(is_trainable)
+
+    @classmethod
+    def _check_task(cls, config: AdapterConfig, source: AdapterSource) -> None:
+        if cls.task_type is not None and config.task_type not in (None, cls.task_type):
+            message = f"{config.task_type} is not the task of {cls.__name__}"
+            hint = f"use Auto{PeftModel.class_of(config).__name__}"
+            raise AdapterError(message, key="task_type", file=str(source.folder), hint=hint)
 
     @classmethod
     def _load_base(cls, source: AdapterSource, options: dict[str, Any]) -> tuple[Any, Sequence[str]]:

@@ -24,7 +24,7 @@ from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE
 from peftcli.methods.lokr.layers import factors
-from peftcli.peft_api.training import computes_again
+from peftcli.peft_api.training import is_checkpointing
 from peftcli.peft_api.tuner import Tuner
 from peftcli.system.outputs import expand_user
 
@@ -109,7 +109,7 @@ class SavedByTrainer(nn.Module):
     @property
     def is_activation_checkpointing(self: Any) -> bool:
         """Whether activations are computed again in the backward pass; Trainer asks every model that it knows."""
-        return computes_again(self.get_base_model(), default=False)
+        return is_checkpointing(self.get_base_model(), default=False)
 
     is_gradient_checkpointing = is_activation_checkpointing
     """The same under the name that transformers has before 5.24."""

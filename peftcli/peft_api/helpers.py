@@ -19,7 +19,7 @@ from peftcli.methods.lora.dora import CACHE
 from peftcli.methods.lora.kappa import KappaTuneSelector as KappaTuneSelector
 from peftcli.methods.lora.kappa import find_kappa_target_modules as find_kappa_target_modules
 from peftcli.methods.lora.lora import LoraLayer
-from peftcli.peft_api.mixed_batch import temporarily
+from peftcli.peft_api.mixed_batch import with_attributes
 from peftcli.peft_api.tuner import Tuner
 
 Tensors = Sequence[torch.Tensor]
@@ -50,7 +50,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise AdapterError("scaling is only supported for models with `LoraLayer`s")
     with ExitStack() as inside:
         for layer in layers:
-            inside.enter_context(temporarily(layer, scaling=layer.scaling * multiplier))
+            inside.enter_context(with_attributes(layer, scaling=layer.scaling * multiplier))
         yield
 
 
@@ -68,7 +68,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         raise AdapterError("the model has no LoRA layers; the inputs of others are always converted")
     with ExitStack() as inside:
         for layer in layers:
-            inside.enter_context(temporarily(layer, casts_input=layer.casts_input and not active))
+            inside.enter_context(with_attributes(layer, casts_input=layer.casts_input and not active))
         yield
 
 

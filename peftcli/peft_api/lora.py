@@ -24,7 +24,7 @@ from peftcli.methods.lora.hotswap import check_same, swap, widen
 from peftcli.methods.lora.intruders import Intruders, without_intruders
 from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.variant_settings import ArrowConfig, variant_of
-from peftcli.peft_api.adding import find
+from peftcli.peft_api.adding import find_by_options
 from peftcli.peft_api.model import PeftModel
 from peftcli.peft_api.tuner import find_tuner
 from peftcli.system.outputs import expand_user
@@ -227,7 +227,7 @@ def hotswap_adapter(
     if tuner is None:
         raise AdapterError(f"needs a PeftModel, not a {type(place).__name__}", hint="hotswap_adapter_from_state_dict")
     tuner.check_known([adapter_name])
-    source = find(model_name_or_path, options)
+    source = find_by_options(model_name_or_path, options)
     check_hotswap_configs_compatible(tuner.peft_config[adapter_name], source.config)
     hotswap_adapter_from_state_dict(model, read_tensors(source.folder), adapter_name, _lora(source.config))
 

@@ -91,7 +91,7 @@ class _Routing:
         rows = self.names if len(set(self.names)) == 1 else self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]
         if all(own):
-            with temporarily(layer, rows=self.places):
+            with with_attributes(layer, rows=self.places):
                 return forward(x, *args, **kwargs)
         if not any(own):
             return layer.base_layer(x, *args, **kwargs)
@@ -102,8 +102,8 @@ class _Routing:
             index = [i for i, mine in enumerate(own) if mine is chosen]
             inside = index if self.places is None else [self.places[i] for i in index]
             with (
-                temporarily(self, names=[rows[i] for i in index], copies=1, places=inside),
-                temporarily(layer, rows=inside),
+                with_attributes(self, names=[rows[i] for i in index], copies=1, places=inside),
+                with_attributes(layer, rows=inside),
             ):
                 parts.append(compute(x[index], *args, **kwargs))
             places += index
@@ -125,7 +125,7 @@ class _Routing:
 
 
 @contextmanager
-def temporarily(thing: Any, **values: Any) -> Iterator[None]:
+def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
     """Inside, the attributes of ``thing`` with these names have these values."""
     before = {name: getattr(thing, name) for name in values}
     try:

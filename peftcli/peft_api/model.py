@@ -22,13 +22,14 @@ from peftcli.core.layer import TrainedCopy, adapter_layers, plain_dtype
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
-from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.adding import (
+    Loading,
     LoadResult,
     check_config,
-    find,
+    find_by_options,
     load,
+    name_adapters,
     put_new,
     replace_adapter,
     replacing,
@@ -46,13 +47,13 @@ from peftcli.peft_api.for_libraries import (
 )
 from peftcli.peft_api.layers import cast_weights, count_parameters, get_layer_status, get_model_status
 from peftcli.peft_api.soft_prompts import get_prompt, get_prompt_embedding_to_save, prompt_encoder
-from peftcli.peft_api.state_dicts import embedding_layers, holding, refuse_pickle, without_start
+from peftcli.peft_api.state_dicts import copy_with_state, embedding_layers, refuse_pickle, without_start
 from peftcli.peft_api.training import (
-    computes_again,
+    is_checkpointing,
     prepare_model_for_gradient_checkpointing,
     require_input_gradients,
 )
-from peftcli.peft_api.tuner import Tuner, check_name
+from peftcli.peft_api.tuner import Tuner
 from peftcli.system.hub_requests import full_repo_id
 from peftcli.system.outputs import expand_user
 
@@ -134,7 +135,7 @@ class PeftModel(SavedByTrainer):
         super().__init__()
         self.base_model = Tuner(model, {adapter_name: peft_config})
         self.train(model.training)
-        if computes_again(model, default=True):
+        if is_checkpointing(model, default=True):
             self.base_model.gradient_hook = require_input_gradients(model)
         keep_to_adapters(self)
 
@@ -296,21 +297,19 @@ class PeftModel(SavedByTrainer):
 
         Args:
             save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
-            safe_serialization: PEFT's; pickles are not written.
+            safe_serialization: PEFT's; pickles are not written, and each file is written whole or not at all.
             selected_adapters: which adapters; None: all.
             save_embedding_layers: whether to write the base model's embedding and head too. ``auto``: where their
                 number of tokens was changed, and where they are targets.
             is_main_process: whether to write at all.
-            path_initial_model_for_weight_conversion: PEFT's, for LoRA that starts by PiSSA, OLoRA, CorDA or LoRA-GA:
-                the folder of the adapter before it was trained. Those made here need none: they are saved as a
-                plain LoRA.
+            path_initial_model_for_weight_conversion: the folder of a LoRA before it was trained that starts by PiSSA,
+                OLoRA, CorDA or LoRA-GA. Those made here need none: they are saved as a plain LoRA.
             state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
-            save_function: transformers'; each file is written whole or not at all.
-            options: others of transformers, for example ``max_shard_size``; they change nothing, with a warning.
+            save_function: transformers', as the other ``options``; they change nothing, these with a warning.
+            options: for example ``max_shard_size``.
 
         Raises:
-            AdapterError: an unknown name, an option that is not supported, a weight is not finite, or ``state_dict``
-                lacks one.
+            AdapterError: an unknown name or option, a weight is not finite, or ``state_dict`` lacks one.
             StorageError: the folder cannot be written.
 
         Warns of weights that train and belong to no adapter, and of layers that PEFT does not load.
@@ -322,15 +321,18 @@ class PeftModel(SavedByTrainer):
         self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
             _warn_of_outside(self)
-            model: Any = self
-            if state_dict is not None:  # a copy that holds its tensors
-                model = shallow_copy(self)
-                model.base_model.model = holding(self.get_base_model(), state_dict)
+            model = self if state_dict is None else self._with_state(state_dict)
             top = expand_user(Path(save_directory))
             for name in names:
                 folder = top / ("" if name == "default" else name)
                 model._save(name, folder, path_initial_model_for_weight_conversion, save_embedding_layers)
             write_for_trainer(top, model.state_dict())
+
+    def _with_state(self, state: Mapping[str, torch.Tensor]) -> PeftModel:
+        """Return a copy that holds the tensors of ``state``."""
+        copied: Any = shallow_copy(self)
+        copied.base_model.model = copy_with_state(self.get_base_model(), state)
+        return copied
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write the model card of a saved adapter's folder, or add to that of somebody else what it lacks.
@@ -406,40 +408,26 @@ class PeftModel(SavedByTrainer):
             adapter_name: the adapter's name in the model.
             is_trainable: whether its weights take gradients.
             config: a config to use in place of the adapter's own.
-            autocast_adapter_dtype: whether the adapter's weights are float32 over a base model in half precision, or in
-                the base model's dtype.
+            autocast_adapter_dtype: see ``get_peft_model``.
             ephemeral_gpu_offload: PEFT's; changes nothing here.
             low_cpu_mem_usage: PEFT's; changes nothing here.
-            key_mapping: regular expressions for the names of the file's tensors, without ``base_model.model.``, and
-                what to put in their place.
+            key_mapping: patterns of names in the file, without ``base_model.model.``, and what takes their place.
             ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
             adapters: of X-LoRA, where its LoRA adapters are by now: a name each, and its folder or repository.
             options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``,
-                as in huggingface_hub; of its other options, those that change nothing here warn. What PEFT takes for a
-                base model that is offloaded (``device_map``, ``max_memory`` and others), or that is loaded with the
-                adapter (``dtype`` and others), changes nothing.
+                as in huggingface_hub; others of its warn. What PEFT takes for a base model that is offloaded or loaded
+                with the adapter (``device_map``, ``dtype`` and others) changes nothing.
 
         Raises:
             AdapterError: the adapter cannot be read or does not fit the model, or an option is unknown.
         """
-        check_name(adapter_name)
-        source = find(model_id, options)
+        source = find_by_options(model_id, options)
         config = config or source.config
         if adapters is not None:
-            if not isinstance(config, XLoraConfig):
-                raise AdapterError(f"works for XLORA, not {config.peft_type}", key="adapters")
-            config.adapters = dict(adapters)
+            name_adapters(config, adapters)
+        how = Loading(is_trainable, autocast_adapter_dtype, key_mapping, ignore_mismatched_sizes)
         with replacing(model, adapter_name):
-            load(
-                model,
-                config,
-                source,
-                adapter_name,
-                trainable=is_trainable,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                key_mapping=key_mapping,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-            )
+            load(model, config, source, adapter_name, how)
         return wrap(model, config, adapter_name, cls).train(is_trainable)
 
     def load_adapter(
@@ -474,27 +462,18 @@ class PeftModel(SavedByTrainer):
         name = tuner.only_active() if adapter_name is None else adapter_name
         if name in self.peft_config and not options.get("subfolder"):
             model_id = place_in_checkpoint(model_id, name)
-        source = find(model_id, options)
+        source = find_by_options(model_id, options)
+        how = Loading(is_trainable, autocast_adapter_dtype, key_mapping, ignore_mismatched_sizes)
         if name in self.peft_config:
-            old = self.peft_config[name]
             try:
-                if replace_adapter(model, name, old, source, is_trainable, key_mapping):
+                if replace_adapter(model, name, self.peft_config[name], source, how):
                     self.peft_config[name] = source.config
             finally:
                 tuner.switch()
             cast_weights(model, name, as_base=not autocast_adapter_dtype)
         else:
             tuner.check_new(name)
-            load(
-                model,
-                source.config,
-                source,
-                name,
-                trainable=is_trainable,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                key_mapping=key_mapping,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-            )
+            load(model, source.config, source, name, how)
             tuner.added(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()

@@ -23,7 +23,7 @@ from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora.combine import combine
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import pairs
-from peftcli.peft_api.adding import LoadResult, find, keep_misfits, renaming
+from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misfits, renaming
 from peftcli.peft_api.tuner import Tuner, find_tuner
 
 _EMBEDDINGS = ("embed_tokens.base_layer", "lm_head.base_layer")
@@ -52,7 +52,7 @@ def get_peft_model_state_dict(
     """
     tuner, place, name = _place(model, adapter_name)
     if state_dict is not None:
-        place = holding(place, state_dict, name)
+        place = copy_with_state(place, state_dict, name)
     tensors = adapter_state(place, name)
     configs = getattr(model, "peft_config", {}) if tuner is None else tuner.peft_config
     name = name or next(iter(configs), "")
@@ -100,7 +100,7 @@ def load_peft_weights(
     Raises:
         AdapterError: there is no adapter, its weights are damaged or a pickle, or an option is unknown.
     """
-    tensors = read_tensors(find(model_id, options).folder, renaming(key_mapping))
+    tensors = read_tensors(find_by_options(model_id, options).folder, renaming(key_mapping))
     return {name: value.to(device or "cpu") for name, value in tensors.items()}
 
 
@@ -143,7 +143,7 @@ def refuse_pickle(safe_serialization: bool) -> None:
         raise AdapterError("False would write a pickle, which can run code when it is read", key="safe_serialization")
 
 
-def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
+def copy_with_state(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
     """Return a copy of a model with adapters that holds the tensors of ``state``, and where it lacks them the model's.
 
     Of a tensor that modules share, the state needs one name.

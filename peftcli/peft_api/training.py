@@ -77,7 +77,7 @@ def require_input_gradients(model: Any) -> RemovableHandle | None:
     return None if embeddings is None else embeddings.register_forward_hook(require)
 
 
-def computes_again(model: nn.Module, *, default: bool) -> bool:
+def is_checkpointing(model: nn.Module, *, default: bool) -> bool:
     """Return whether the model computes activations again in the backward pass; ``default`` where it does not say."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter before transformers 5.24
     return bool(next((getattr(model, name) for name in names if hasattr(model, name)), default))
