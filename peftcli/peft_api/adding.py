@@ -63,7 +63,6 @@ def start_adapter(
     model: nn.Module,
     config: AdapterConfig,
     name: str,
-    *,
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
 ) -> None:
@@ -109,13 +108,19 @@ def start_adapter(
         empty_state(model, name)
 
 
-def put_new(model: nn.Module, config: Any, name: str, **options: bool) -> None:
+def put_new(
+    model: nn.Module,
+    config: Any,
+    name: str,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> None:
     """Put a new adapter into ``model``, in the place of one of its name that no ``PeftModel`` has; train it alone.
 
     ``inference_mode`` freezes it, of soft prompts only modules_to_save. See ``start_adapter`` for the rest.
     """
     with replacing(model, name):
-        start_adapter(model, config, name, **options)
+        start_adapter(model, config, name, autocast_adapter_dtype, low_cpu_mem_usage)
     set_trainable(model, not config.inference_mode, name)
     if config.inference_mode and config.trains_in_inference_mode:
         for layer in adapter_layers(model, name).values():

@@ -16,7 +16,11 @@ from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
 from peftcli.guard.files import is_folder, short_repr
+from peftcli.guard.typed_fields import choices_of, hints_of
 from peftcli.methods import PeftType as PeftType
+from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
+from peftcli.methods.p_tuning.config import PromptEncoderConfig
+from peftcli.methods.prompt_tuning.config import PromptTuningConfig
 from peftcli.system.disk import write_file
 from peftcli.system.hub_requests import (
     DOWNLOAD_OPTIONS,
@@ -35,29 +39,16 @@ PromptLearningConfig = SoftPromptConfig
 PeftError = AdapterError
 
 
-class PromptTuningInit(str, Enum):
-    """How virtual tokens start."""
-
-    TEXT = "TEXT"
-    SAMPLE_VOCAB = "SAMPLE_VOCAB"
-    RANDOM = "RANDOM"
+def _choices(name: str, config: type, key: str) -> Any:
+    """Return PEFT's enum of the choices of a setting."""
+    return Enum(name, {each: each for each in choices_of(hints_of(config)[key])}, type=str, module=__name__)
 
 
-class MultitaskPromptTuningInit(str, Enum):
-    """How the virtual tokens of several tasks start."""
-
-    TEXT = "TEXT"
-    RANDOM = "RANDOM"
-    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
-    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
-    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
-
-
-class PromptEncoderReparameterizationType(str, Enum):
-    """What makes p-tuning's virtual tokens while they train."""
-
-    MLP = "MLP"
-    LSTM = "LSTM"
+PromptTuningInit = _choices("PromptTuningInit", PromptTuningConfig, "prompt_tuning_init")
+MultitaskPromptTuningInit = _choices("MultitaskPromptTuningInit", MultitaskPromptTuningConfig, "prompt_tuning_init")
+PromptEncoderReparameterizationType = _choices(
+    "PromptEncoderReparameterizationType", PromptEncoderConfig, "encoder_reparameterization_type"
+)
 
 
 class ConfigMethods:

@@ -117,8 +117,7 @@ class PeftModel(SavedByTrainer):
             AdapterError: the config does not fit the model.
         """
         peft_config = self._with_task_type(peft_config)
-        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        put_new(model, peft_config, adapter_name, **options)
+        put_new(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._hold(model, peft_config, adapter_name)
 
     @classmethod
@@ -237,15 +236,8 @@ class PeftModel(SavedByTrainer):
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
         self.base_model.check_new(adapter_name)
-        model = self.get_base_model()
-        config = self._with_task_type(peft_config)
-        start_adapter(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        model, config = self.get_base_model(), self._with_task_type(peft_config)
+        start_adapter(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         start_reference(model, adapter_name, peft_config, self.peft_config)
         self.base_model.added(adapter_name, config, trainable=False)
 
