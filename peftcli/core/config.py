@@ -53,10 +53,6 @@ class AdapterConfig:
     """Fields that readers need even at their default."""
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     """Fields that set how much memory is taken: numbers, or numbers by pattern. A file with absurd ones is refused."""
-    found_by_training: ClassVar[tuple[str, ...]] = ()
-    """Fields that ``peftcli train`` sets where they are None, and that code of one's own has to give."""
-    penalty_in_loss: ClassVar[bool] = True
-    """Whether the model's loss in training holds the method's penalty in Python too, as PEFT's does."""
     filled_later: ClassVar[tuple[str, ...]] = ()
     """Fields that are checked when the adapter is put into a model only: they may be set in between."""
     as_sets: ClassVar[tuple[str, ...]] = ()

@@ -283,7 +283,7 @@ def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:
     """Put the modules below the chosen layers back in place."""
     while layers := [layer for layer in adapter_layers(model).values() if chosen(layer)]:
         replace_modules(model, {layer: layer.base_layer for layer in layers})
-    while empty := [layer for layer in model.modules() if isinstance(layer, EmptyLayer) and not layer.merged_layers]:
+    while empty := [layer for layer in model.modules() if isinstance(layer, EmptyLayer) and not layer.stays]:
         replace_modules(model, {layer: layer.base_layer for layer in empty})
 
 

@@ -69,17 +69,12 @@ class AdapterLayer(nn.Module):
     """Names of the model's active adapters. While they are disabled they are active too."""
     merged_adapters: list[str]
     """The name of the layer's adapter while that is merged into the base weights."""
-    merged_layers: list[AdapterLayer]
-    """Of the innermost layer on a module: those on it that were merged one by one."""
-    before_merging: list[tuple[nn.Module, str, torch.Tensor]]
-    """What they replaced: module, name, and the weight or buffer that was there."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
         self.active_adapters, self.merged_adapters = [self.adapter], []
-        self.merged_layers, self.before_merging = [], []
         self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
@@ -226,6 +221,8 @@ class EmptyLayer(AdapterLayer):
     """What is left of a layer whose adapter was deleted there alone, until the next adapter comes."""
 
     adapter = ""
+    stays = False
+    """Whether the layer must not go: it knows what was merged into the base weights."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)

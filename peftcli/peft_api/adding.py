@@ -61,7 +61,7 @@ def check_config(config: Any) -> None:
 
 def start_adapter(
     model: nn.Module,
-    config: AdapterConfig,
+    config: Any,
     name: str,
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,

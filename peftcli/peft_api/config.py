@@ -60,6 +60,10 @@ class ConfigMethods:
     """Whether the method is LLaMA-Adapter."""
     trains_in_inference_mode: ClassVar[bool] = False
     """Whether PEFT gives a new adapter gradients though its config says ``inference_mode``, as that of a file does."""
+    found_by_training: ClassVar[tuple[str, ...]] = ()
+    """Fields that ``peftcli train`` sets where they are None, and that code of one's own has to give."""
+    penalty_in_loss: ClassVar[bool] = True
+    """Whether the model's loss in training holds the method's penalty, as PEFT's does."""
     unknown_to_peft: ClassVar[tuple[str, ...]] = ()
     """Keys that PEFT does not know for the method, and warns of: written where they are set."""
 

@@ -42,6 +42,10 @@ class LayerMethods:
 
     full_scaling: float | None = None
     """Of a layer whose update is multiplied by ``scaling``: what that is at first."""
+    merged_layers: tuple[Any, ...] = ()
+    """Of the innermost layer on a module: those on it that were merged one by one."""
+    before_merging: tuple[tuple[nn.Module, str, torch.Tensor], ...] = ()
+    """What they replaced: module, name, and the weight or buffer that was there."""
     peft_name: str | None = None
     """PEFT's name of a layer that it does not name by its method and the base model's class."""
 
@@ -136,7 +140,7 @@ class LayerMethods:
         others = [layer.adapter for layer in stack if layer.adapter not in ("", adapter_name)]
         if self.adapter == adapter_name:
             if self.merged_adapters:
-                stack[-1].merged_layers, stack[-1].before_merging = [], []
+                _note_merged(stack[-1])
             _empty(self)
             self.active_adapters = left or others[-1:]
         elif left:
@@ -368,11 +372,15 @@ def _common(values: Iterable[Any]) -> Any:
 
 def _empty(layer: AdapterLayer) -> None:
     """Make the layer an empty one, without an adapter."""
-    base, kept = layer.base_layer, (layer.merged_layers, layer.before_merging)
+    base, merged = layer.base_layer, (layer.merged_layers, layer.before_merging)
     layer.__dict__.clear()
     layer.__class__ = EmptyLayer
     layer.__init__(base)  # type: ignore[misc]
-    layer.merged_layers, layer.before_merging = kept
+    _note_merged(layer, *merged)
+
+
+def _note_merged(innermost: Any, layers: Sequence[Any] = (), before: Sequence[Any] = ()) -> None:
+    innermost.merged_layers, innermost.before_merging, innermost.stays = tuple(layers), tuple(before), bool(layers)
 
 
 def _merge_only(innermost: Any, layers: list[Any]) -> None:
@@ -400,4 +408,4 @@ def _merge_only(innermost: Any, layers: list[Any]) -> None:
     for layer in {*innermost.merged_layers, *layers}:
         layer.merged_adapters = [layer.adapter] if layer in layers else []
         layer.enabled = layer not in layers and layer.adapter in layer.active_adapters
-    innermost.merged_layers, innermost.before_merging = layers, [change[:3] for change in changes]
+    _note_merged(innermost, layers, [change[:3] for change in changes])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class Tuner(nn.Module):
     uses_shared_state = False
     """PEFT's: whether an adapter needs a ``PeftModel`` for the tensors that its layers share. None does here."""
 
-    def __init__(self, model: nn.Module, peft_config: dict[str, AdapterConfig]):
+    def __init__(self, model: nn.Module, peft_config: dict[str, Any]):
         """Hold ``model``, whose adapters are those of ``peft_config``, all of them active."""
         super().__init__()
         self.model, self.peft_config = model, peft_config
@@ -175,7 +175,7 @@ class Tuner(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Do what the function ``set_requires_grad`` does."""
-        set_requires_grad(self.model, adapter_names, requires_grad)
+        set_requires_grad(self.model, self.check_known(adapter_names), requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Make the model compute what the base model computes, until ``enable_adapter_layers``.
@@ -342,7 +342,7 @@ class Tuner(nn.Module):
 
     def check_known(self, names: str | Sequence[str], key: str = "adapter_name") -> list[str]:
         """Return the names as a list. Raise AdapterError for one that no adapter has."""
-        return known_names(self.model, names, key)
+        return known_names(names, self.peft_config, key)
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""
@@ -409,7 +409,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     Raises:
         AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
     """
-    names = known_names(model, adapter_name)
+    names = known_in(model, adapter_name)
     set_active(model, names)
     set_trainable(model, False)
     for name in names:
@@ -418,14 +418,18 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-    for name in known_names(model, adapter_names):
+    for name in known_in(model, adapter_names):
         set_trainable(model, requires_grad, name)
 
 
-def known_names(model: nn.Module, names: str | Iterable[str], key: str = "adapter_name") -> list[str]:
-    """Return the names as a list. Raise AdapterError for one that no adapter of the model has."""
+def known_in(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+    """Return the names as a list. Raise AdapterError for one that no adapter of a plain model has."""
+    return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
+
+
+def known_names(names: str | Sequence[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
+    """Return the names as a list. Raise AdapterError for one that is not among the ``known``."""
     names = [names] if isinstance(names, str) else list(names)
-    known = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values())
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"
         raise AdapterError(f"Adapter {unknown[0]} does not exist; there are: {there}", key=key)
