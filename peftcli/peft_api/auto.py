@@ -16,7 +16,7 @@ from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.adding import Loading, find_by_options, load
+from peftcli.peft_api.adding import Loading, find_by_options, load_into
 from peftcli.peft_api.model import PeftModel, wrap
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
 from peftcli.tasks import TASKS
@@ -81,7 +81,7 @@ class AutoPeftModel:
         model, initialised = cls._load_base(source, base_options)
         how = Loading(is_trainable, autocast_adapter_dtype, key_mapping)
         fit = partial(fit_adapter, model, own)
-        load(model, own, source, adapter_name, how, initialised=initialised, prepare=fit)
+        load_into(model, own, source, adapter_name, how, initialised=initialised, prepare=fit)
         return wrap(model, own, adapter_name).train(is_trainable)
 
     @classmethod

@@ -18,7 +18,7 @@ from peftcli.errors import AdapterError
 from peftcli.peft_api.adding import check_config, start_adapter
 from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
-from peftcli.peft_api.tuner import check_name, known_in, set_adapter, set_requires_grad
+from peftcli.peft_api.tuner import check_name, known_names_in, set_adapter, set_requires_grad
 
 __all__ = [
     "cast_adapter_dtype",
@@ -73,7 +73,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     Raises:
         AdapterError: an unknown name.
     """
-    names = known_in(model, adapter_name)
+    names = known_names_in(model, adapter_name)
     was_active = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values() if layer.enabled)
     unload(model, *names)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
@@ -93,7 +93,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     New and loaded adapters are in float32 already.
     """
-    known_in(model, adapter_name)
+    known_names_in(model, adapter_name)
     if autocast_adapter_dtype:
         cast_weights(model, adapter_name)
 

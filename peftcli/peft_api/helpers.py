@@ -82,7 +82,7 @@ class MontecloraTrainerMixin:
         loss, *outputs = found if return_outputs else (found,)
         for module in model.modules():
             if isinstance(module, Tuner):
-                loss = loss + sum(penalty() for penalty in module.from_methods("_get_monteclora_loss"))
+                loss = loss + sum(penalty() for penalty in module.attributes_of_methods("_get_monteclora_loss"))
         return (loss, *outputs) if return_outputs else loss
 
 
@@ -112,12 +112,7 @@ def update_signature(model: Any, method: str = "all") -> None:
         raise AdapterError(f"must be forward, generate or all, not {method!r}", key="method")
 
 
-def update_forward_signature(model: Any) -> None:
-    """The same of ``forward``."""
-
-
-def update_generate_signature(model: Any) -> None:
-    """The same of ``generate``."""
+update_forward_signature = update_generate_signature = update_signature
 
 
 def task_arithmetic(task_tensors: Tensors, weights: Weights) -> torch.Tensor:

@@ -28,7 +28,7 @@ from peftcli.peft_api.adding import (
     LoadResult,
     check_config,
     find_by_options,
-    load,
+    load_into,
     name_adapters,
     put_new,
     replace_adapter,
@@ -419,7 +419,7 @@ class PeftModel(SavedByTrainer):
             name_adapters(config, adapters)
         how = Loading(is_trainable, autocast_adapter_dtype, key_mapping, ignore_mismatched_sizes)
         with replacing(model, adapter_name):
-            load(model, config, source, adapter_name, how)
+            load_into(model, config, source, adapter_name, how)
         return wrap(model, config, adapter_name, cls).train(is_trainable)
 
     def load_adapter(
@@ -465,7 +465,7 @@ class PeftModel(SavedByTrainer):
             cast_weights(model, name, as_base=not autocast_adapter_dtype)
         else:
             tuner.check_new(name)
-            load(model, source.config, source, name, how)
+            load_into(model, source.config, source, name, how)
             tuner.added(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()

@@ -73,7 +73,7 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            if not hasattr(self.model, name) and (found := self.from_methods(name)):
+            if not hasattr(self.model, name) and (found := self.attributes_of_methods(name)):
                 return found[0]
             return getattr(self.model, name)
 
@@ -152,10 +152,10 @@ class Tuner(nn.Module):
         Raises:
             AdapterError: the gradients are gone.
         """
-        for allocate in self.from_methods("update_and_allocate"):
+        for allocate in self.attributes_of_methods("update_and_allocate"):
             allocate(global_step)
 
-    def from_methods(self, name: str) -> list[Any]:
+    def attributes_of_methods(self, name: str) -> list[Any]:
         """Return the attributes of that name that the adapters' methods give the model."""
         found = []
         for kind in dict.fromkeys(config.peft_type for config in self.peft_config.values()):
@@ -409,7 +409,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     Raises:
         AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
     """
-    names = known_in(model, adapter_name)
+    names = known_names_in(model, adapter_name)
     set_active(model, names)
     set_trainable(model, False)
     for name in names:
@@ -418,11 +418,11 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-    for name in known_in(model, adapter_names):
+    for name in known_names_in(model, adapter_names):
         set_trainable(model, requires_grad, name)
 
 
-def known_in(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+def known_names_in(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     """Return the names as a list. Raise AdapterError for one that no adapter of a plain model has."""
     return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
 
