@@ -17,7 +17,7 @@ from torch import nn
 from peftcli.adapters.load import AdapterSource, adapter_folder, find_adapter
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.files import load_adapter, read_tensors
-from peftcli.core.inject import inject, set_active, set_trainable
+from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.protocols import NamesAdapters, needs_base_weights, needs_batches
 from peftcli.core.quantised import is_quantised

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftcli.core.config import TARGETING, AdapterConfig
-from peftcli.core.inject import set_active, set_trainable, unload
+from peftcli.core.inject import set_active, set_trainable
 from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, module_matches, targets
@@ -18,7 +18,7 @@ from peftcli.errors import AdapterError
 from peftcli.peft_api.adding import check_config, start_adapter
 from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
-from peftcli.peft_api.tuner import check_name, known_names_in, set_adapter, set_requires_grad
+from peftcli.peft_api.tuner import Tuner, check_name, known_names_in, set_adapter, set_requires_grad
 
 __all__ = [
     "cast_adapter_dtype",
@@ -73,19 +73,13 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     Raises:
         AdapterError: an unknown name.
     """
-    names = known_names_in(model, adapter_name)
-    was_active = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values() if layer.enabled)
-    unload(model, *names)
+    known_names_in(model, adapter_name)
+    layers = adapter_layers(model).values()
+    tuner = Tuner(model, dict.fromkeys(layer.adapter for layer in layers))
+    tuner.active_adapters = list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
+    tuner.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
-    layers = list(adapter_layers(model).values())
-    active = [name for name in was_active if name != adapter_name]
-    if active:
-        set_active(model, active)
-    elif layers and adapter_name in was_active:
-        active = [layers[0].adapter]
-        warnings.warn(f"{adapter_name} was active; now {active[0]} is", stacklevel=2)
-        set_adapter(model, active)
-    return active
+    return tuner.active_adapters
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -212,6 +212,8 @@ class Tuner(nn.Module):
             unload(self.model, name)
             del self.peft_config[name]
         self.active_adapters = [name for name in was_active if name not in names]
+        if not self.folded:
+            self.switch()
         if was_active and not self.active_adapters and self.peft_config:
             first = next(iter(self.peft_config))
             warnings.warn(f"{', '.join(was_active)} was active; now {first} is", stacklevel=2)
