@@ -61,9 +61,9 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         assert dataloader is not None
         eva_state_dict = get_eva_state_dict(model, dataloader, forward_fn=forward_fn, adapter_name=adapter_name)
-    base, config, adapter = _parts(model, adapter_name, "eva")
+    base, config = _parts(model, adapter_name, "eva")
     directions = {name.removeprefix(config.file_prefix): value for name, value in eva_state_dict.items()}
-    start_eva(base, config, lora_layers(base, adapter), directions)
+    start_eva(base, config, lora_layers(base, adapter_name), directions)
 
 
 def get_eva_state_dict(
@@ -94,8 +94,8 @@ def get_eva_state_dict(
     batches = _OnDevice(dataloader, next(model.parameters()).device)
     run = forward_fn and partial(forward_fn, model)
     if hasattr(model, "peft_config"):
-        base, config, adapter = _parts(model, adapter_name, "eva")
-        found = eva_directions(base, config, lora_layers(base, adapter), batches, run)
+        base, config = _parts(model, adapter_name, "eva")
+        found = eva_directions(base, config, lora_layers(base, adapter_name), batches, run)
         return {config.file_prefix + name: value for name, value in found.items()}
     if peft_config is None:
         raise AdapterError("is needed for a base model", key="peft_config")
@@ -169,12 +169,12 @@ def replace_lora_weights_loftq(
         AdapterError: no layer is quantised.
         ModelError: the full weights cannot be read.
     """
-    base, _, adapter = _parts(peft_model, adapter_name)
+    base, _ = _parts(peft_model, adapter_name)
     where = str(model_path or getattr(base, "name_or_path", ""))
     opened = open_base(BaseModel(name=where.removesuffix("/model.safetensors")))
     weights = BaseWeights(opened, getattr(base, "base_model_prefix", ""))
     keep = callback or (lambda model, name: True)
-    start_loftq(base, weights, adapter, lambda name: keep(peft_model, name))
+    start_loftq(base, weights, adapter_name, lambda name: keep(peft_model, name))
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ class _OnDevice:
             yield send_to_device(batch, self.device)
 
 
-def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.Module, LoraConfig, str | None]:
-    """Of a model of ``get_peft_model``: what it wraps, the adapter's config, and its name where there are several."""
+def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.Module, LoraConfig]:
+    """Return what a model of ``get_peft_model`` wraps, and the adapter's config."""
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"the adapter is {config.peft_type}, not LORA", key="peft_type")
     if init is not None:
         _check_start(config, init)
-    return find_tuner(model)[1], config, adapter_name if len(model.peft_config) > 1 else None
+    return find_tuner(model)[1], config
 
 
 def _check_start(config: LoraConfig, init: str) -> None:
