@@ -35,7 +35,7 @@ Adapter = Annotated[str, typer.Argument(help="Adapter folder or hub id.")]
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Number format to compute in; by default that of the evaluations of training."),
+    typer.Option(help="Number format to compute in; predict: by default that of the evaluations of training."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress, only warnings, errors and the answer.")]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, cast
 
 from peftcli.core.config_classes import CONFIGS, TaskType, plain
-from peftcli.core.peft_names.config import PeftConfigMixin
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, check_patterns
@@ -40,7 +39,7 @@ every linear layer but the head."""
 
 
 @dataclass(kw_only=True)
-class AdapterConfig(PeftConfigMixin):
+class AdapterConfig:
     """The base of every method's config: common fields, and reading and writing ``adapter_config.json``.
 
     A method's class gives its ``peft_type``. Settings that are wrong are an error when the config is made.
@@ -54,10 +53,6 @@ class AdapterConfig(PeftConfigMixin):
     """Fields that readers need even at their default."""
     sizes: ClassVar[tuple[str, ...]] = ("r", "rank_pattern")
     """Fields that set how much memory is taken: numbers, or numbers by pattern. A file with absurd ones is refused."""
-    found_by_training: ClassVar[tuple[str, ...]] = ()
-    """Fields that ``peftcli train`` sets where they are None, and that code of one's own has to give."""
-    penalty_in_loss: ClassVar[bool] = True
-    """Whether the model's loss in training holds the method's penalty in Python too, as PEFT's does."""
     filled_later: ClassVar[tuple[str, ...]] = ()
     """Fields that are checked when the adapter is put into a model only: they may be set in between."""
     as_sets: ClassVar[tuple[str, ...]] = ()

@@ -33,6 +33,13 @@ class TaskType(NameEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+def extend(kind: type, methods: type) -> None:
+    """Give a class the attributes and methods of another, which a layer above brings, as if it were a base class."""
+    for name, value in vars(methods).items():
+        if not name.startswith("__") and name not in vars(kind):
+            setattr(kind, name, value)
+
+
 def config_class(values: dict[str, Any], file: str | None = None) -> Any:
     """Return the config class of the method that an ``adapter_config.json`` object names.
 

@@ -146,7 +146,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def set_active(model: nn.Module, adapters: Iterable[str]) -> None:
     """Enable these adapters, and disable the model's others.
 
-    Where none is to be enabled, the layers keep the names of those that were, for ``enable_adapters``.
+    Where none is to be enabled, the layers keep the names of those that were active.
 
     Raises:
         AdapterError: one of them would override another. Nothing is changed then.
@@ -283,7 +283,7 @@ def _remove(model: nn.Module, chosen: Callable[[AdapterLayer], bool]) -> None:
     """Put the modules below the chosen layers back in place."""
     while layers := [layer for layer in adapter_layers(model).values() if chosen(layer)]:
         replace_modules(model, {layer: layer.base_layer for layer in layers})
-    while empty := [layer for layer in model.modules() if isinstance(layer, EmptyLayer) and not layer.merged_layers]:
+    while empty := [layer for layer in model.modules() if isinstance(layer, EmptyLayer) and not layer.stays]:
         replace_modules(model, {layer: layer.base_layer for layer in empty})
 
 

@@ -12,18 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.peft_names.layer import PeftCopyMixin, PeftLayerMixin, name_of_size
-from peftcli.core.peft_names.layer import layers_at as layers_at
 from peftcli.core.quantised import FLOATS, is_quantised
 from peftcli.errors import AdapterError, AdapterTypeError
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+_SAME_SIZE = {
+    "in_features": ("in_channels", "num_embeddings", "nx"),
+    "out_features": ("out_channels", "embedding_dim", "nf"),
+}
+"""What layers that are not linear call their sizes."""
+
 WeightChange = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
 """A weight or buffer that merging replaces: its module, its name there, what it was and what it becomes."""
 
 
-class AdapterLayer(PeftLayerMixin, nn.Module):
+class AdapterLayer(nn.Module):
     """A base layer of the model with one adapter's weights beside it.
 
     A layer holds one adapter, so its parameters carry the names that the adapter file gives them. Attributes that
@@ -61,13 +65,16 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
     """Name of a trained parameter that the model has read by itself while they had: it is one for all rows."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
+    active_adapters: list[str]
+    """Names of the model's active adapters. While they are disabled they are active too."""
+    merged_adapters: list[str]
+    """The name of the layer's adapter while that is merged into the base weights."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
         self.active_adapters, self.merged_adapters = [self.adapter], []
-        self.merged_layers, self.before_merging = [], []
         self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +83,9 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
         except AttributeError:
             if name == "base_layer":  # not set yet: a copy in the making
                 raise
-            return getattr(self.base_layer, name_of_size(base_module(self), name))
+            base = base_module(self)
+            name = next((each for each in _SAME_SIZE.get(name, ()) if hasattr(base, each)), name)
+            return getattr(self.base_layer, name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._parameters.setdefault(name, None)  # else the same name in an adapter layer below would count as taken
@@ -207,19 +216,13 @@ class AdapterLayer(PeftLayerMixin, nn.Module):
             changes.append((base.get_submodule(owner), leaf, before, merged))
         return changes
 
-    def give_up(self) -> None:
-        """Become an empty layer, without an adapter."""
-        base, kept = self.base_layer, (self.merged_layers, self.before_merging)
-        self.__dict__.clear()
-        self.__class__ = EmptyLayer
-        EmptyLayer.__init__(self, base)  # type: ignore[arg-type]
-        self.merged_layers, self.before_merging = kept
-
 
 class EmptyLayer(AdapterLayer):
-    """What is left of a layer whose adapter was deleted by ``delete_adapter``, until the next adapter comes."""
+    """What is left of a layer whose adapter was deleted there alone, until the next adapter comes."""
 
     adapter = ""
+    stays = False
+    """Whether the layer must not go: it knows what was merged into the base weights."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -229,7 +232,7 @@ class EmptyLayer(AdapterLayer):
         return self.base_layer(*args, **kwargs)
 
 
-class TrainedCopy(PeftCopyMixin, AdapterLayer):
+class TrainedCopy(AdapterLayer):
     """A module of modules_to_save: a copy is trained in full, the original stays for when the adapter is disabled."""
 
     def __init__(self, base_layer: nn.Module, file_prefix: str):
@@ -386,6 +389,15 @@ def base_module(module: nn.Module) -> Any:
     while isinstance(module, AdapterLayer):
         module = module.base_layer
     return module
+
+
+def layers_at(module: nn.Module) -> list[AdapterLayer]:
+    """Return the adapter layers that stand at ``module``, outermost first."""
+    found = []
+    while isinstance(module, AdapterLayer):
+        found.append(module)
+        module = module.base_layer
+    return found
 
 
 def offloaded_to_run_on(module: Any) -> torch.device | None:

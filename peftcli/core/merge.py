@@ -21,7 +21,6 @@ from peftcli.core.layer import (
     modules_sharing,
     plain_dtype,
 )
-from peftcli.core.peft_names.layer import put_back
 from peftcli.core.protocols import Reshapes, layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised
 from peftcli.errors import AdapterError
@@ -129,6 +128,14 @@ def fold(model: nn.Module) -> Folded:
     for layer in done.layers:
         layer.enabled, layer.merged_adapters = False, [layer.adapter]
     return done
+
+
+def put_back(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Set a weight or buffer of a module to what it was, in the dtype and on the device of what is there by now."""
+    there = getattr(module, name)
+    if tensor.is_meta == there.is_meta:  # else there is no value to put back
+        tensor.data = tensor.data.to(there)
+        setattr(module, name, tensor)
 
 
 def _changes(model: nn.Module) -> Iterator[WeightChange]:

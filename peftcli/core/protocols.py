@@ -36,6 +36,8 @@ class Layers(Protocol):
 class NamesAdapters(Protocol):
     """A config that names other adapters, and must be told how to find them."""
 
+    adapters: dict[str, str] | None
+    """Name -> folder or hub id."""
     find_folder: Callable[[str], Path]
     """Returns the folder of an adapter that is named by folder or hub id."""
 
@@ -126,6 +128,16 @@ class AfterResume(Protocol):
     """
 
     def after_resume(self, model: nn.Module, config: Any, step: int, total: int) -> None: ...
+
+
+@runtime_checkable
+class ExtendsModel(Protocol):
+    """Gives a model with its adapters more attributes than every adapted model has: name -> value.
+
+    ``configs`` are those of the method's adapters, by name.
+    """
+
+    def model_attributes(self, model: nn.Module, configs: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable

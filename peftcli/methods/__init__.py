@@ -216,9 +216,6 @@ NOT_HERE: dict[str, str] = {
 PeftType: Any = cast("Any", config_classes.NameEnum)("PeftType", {row.peft_type: row.peft_type for row in _ROWS})
 """PEFT's names of the methods."""
 
-TUNER_MODELS = {row.config_name.replace("Config", "Model"): row.name for row in _ROWS if not row.soft_prompt}
-"""PEFT's name of the class that holds a model with adapters of a method -> the method. Soft prompts have none."""
-
 FAMILY_TARGETS.update(FAMILIES)
 LAYERS.update({row.peft_type: f"{__name__}.{row.name}.layers" for row in _ROWS})
 config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in _ROWS})

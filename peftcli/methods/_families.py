@@ -1,4 +1,4 @@
-"""What a config without ``target_modules`` adapts, unless its method has a table of its own. No torch here."""
+"""Facts about families of models: for one, what a config without ``target_modules`` adapts. No torch here."""
 
 from __future__ import annotations
 
@@ -34,3 +34,5 @@ ALL_MATRICES: dict[str, list[str]] = {
 """The families of which some methods adapt attention and feed-forward layers in full."""
 MLP_OUTPUTS: dict[str, list[str]] = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 """The families of which some methods adapt the second layer of each MLP, and not the attention."""
+TIME_FIRST = {"fsmt", "led", "longformer", "transfo-xl", "xlnet"}
+"""The families whose layers see (T, B, D), so that rows of a batch cannot have different adapters."""

@@ -26,6 +26,8 @@ from peftcli.errors import AdapterError
 class TrainedRows(AdapterLayer):
     """A layer with a weight (V, D) of which the rows ``tokens`` are the adapter's own: (n, D), not deltas."""
 
+    peft_name = "TrainableTokensLayer"
+
     def __init__(self, base_layer: nn.Module, tokens: Sequence[int], rows: nn.Parameter):
         super().__init__(base_layer)
         self.tokens = list(tokens)

@@ -1,6 +1,6 @@
 """PEFT's names over the core, so that code written for PEFT runs with its import changed.
 
-``import peftcli.peft_api as peft`` is that import. ``peftcli.PEFT_NAMES`` says where each name lives, and
+``import peftcli.peft_api as peft`` is that import. ``namespaces.PEFT_NAMES`` says where each name lives, and
 ``namespaces`` which of PEFT's modules there are.
 """
 
@@ -10,10 +10,10 @@ import importlib
 import sys
 from typing import Any
 
-import peftcli.peft_api.task_models  # noqa: F401 - registers the model class of each task
-from peftcli import PEFT_NAMES
-from peftcli.peft_api.namespaces import add_namespaces
-from peftcli.peft_api.stand_in import stand_in_for_peft
+from peftcli.core.config import AdapterConfig
+from peftcli.core.config_classes import extend
+from peftcli.peft_api.config import ConfigMethods
+from peftcli.peft_api.namespaces import PEFT_NAMES, add_namespaces, stand_in_for_peft
 
 __version__ = "0.21.2"
 """The version of PEFT whose names these are."""
@@ -46,4 +46,5 @@ def __dir__() -> list[str]:
     return [*__all__, *globals()]
 
 
+extend(AdapterConfig, ConfigMethods)
 add_namespaces()

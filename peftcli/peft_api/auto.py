@@ -12,15 +12,14 @@ from transformers import AutoConfig
 
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import load_adapter
 from peftcli.errors import AdapterError
 from peftcli.models.open import build_empty, label_options
 from peftcli.models.tokens import fit_adapter
 from peftcli.models.validate import find_initialised
-from peftcli.peft_api.loading import find, renaming_for
+from peftcli.peft_api.adding import Loading, find_by_options, load_into
 from peftcli.peft_api.model import PeftModel, wrap
-from peftcli.peft_api.weights import cast_weights
 from peftcli.system.hub_requests import DOWNLOAD_OPTIONS
+from peftcli.tasks import TASKS
 
 _LABELS = {"config", "num_labels", "id2label", "label2id"}
 _HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}
@@ -30,10 +29,11 @@ _HUB_OPTIONS = {"cache_dir", "code_revision", "local_files_only", "revision", "t
 class AutoPeftModel:
     """Loads an adapter and, from what its config says, the base model below it."""
 
-    auto_class: ClassVar[str | None] = None
-    """transformers' auto class of the base model. None: by the config's task type, or the base model's own class."""
     task_type: ClassVar[str | None] = None
     """That of the adapters that the class loads, where their configs have one. None: of any."""
+
+    def __init_subclass__(cls, task_type: str) -> None:
+        cls.task_type = task_type
 
     @classmethod
     def from_pretrained(
@@ -71,35 +71,27 @@ class AutoPeftModel:
         if "use_auth_token" in base_options:
             base_options.setdefault("token", base_options.pop("use_auth_token"))
         download = {key: base_options[key] for key in DOWNLOAD_OPTIONS if key in base_options}
-        source = find(pretrained_model_name_or_path, {"revision": revision, "subfolder": subfolder, **download})
+        place = {"revision": revision, "subfolder": subfolder, **download}
+        source = find_by_options(pretrained_model_name_or_path, place)
         own = config if isinstance(config, AdapterConfig) else source.config
-        if cls.task_type is not None and own.task_type not in (None, cls.task_type):
-            hint = f"use Auto{PeftModel.class_of(own).__name__}"
-            raise AdapterError(
-                f"{own.task_type} is not the task of {cls.__name__}",
-                key="task_type",
-                file=str(source.folder),
-                hint=hint,
-            )
+        cls._check_task(own, source)
         if config is not None and own is not config:
             base_options["config"] = config
         _check_library(source, import_allowlist)
         model, initialised = cls._load_base(source, base_options)
-        load_adapter(
-            model,
-            own,
-            source.folder,
-            trainable=is_trainable,
-            adapter=adapter_name,
-            initialised=initialised,
-            prepare=lambda header: fit_adapter(model, own, header),
-            rename=renaming_for(model, own, key_mapping),
-        )
-        if not autocast_adapter_dtype:
-            cast_weights(model, adapter_name, as_base=True)
+        how = Loading(is_trainable, autocast_adapter_dtype, key_mapping)
+        fit = partial(fit_adapter, model, own)
+        load_into(model, own, source, adapter_name, how, initialised=initialised, prepare=fit)
         loaded = wrap(model, own, adapter_name).train(is_trainable)
         loaded.prompt_form = source.recorded_form
         return loaded
+
+    @classmethod
+    def _check_task(cls, config: AdapterConfig, source: AdapterSource) -> None:
+        if cls.task_type is not None and config.task_type not in (None, cls.task_type):
+            message = f"{config.task_type} is not the task of {cls.__name__}"
+            hint = f"use Auto{PeftModel.class_of(config).__name__}"
+            raise AdapterError(message, key="task_type", file=str(source.folder), hint=hint)
 
     @classmethod
     def _load_base(cls, source: AdapterSource, options: dict[str, Any]) -> tuple[Any, Sequence[str]]:
@@ -113,7 +105,8 @@ class AutoPeftModel:
         read_config = partial(
             AutoConfig.from_pretrained, name, **{key: options[key] for key in _HUB_OPTIONS & options.keys()}
         )
-        auto_class = cls.auto_class or source.auto_class(read_config)
+        named = (row.auto_class for row in TASKS.values() if cls.task_type and row.task_type == cls.task_type)
+        auto_class = next(named, None) or source.auto_class(read_config)
         if options.keys().isdisjoint(_LABELS):
             labels = source.recorded_options or label_options(
                 lambda **labels: build_empty(auto_class, read_config(**labels)), source.saved_sizes
@@ -126,46 +119,28 @@ class AutoPeftModel:
         return model, initialised
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
+class AutoPeftModelForCausalLM(AutoPeftModel, task_type="CAUSAL_LM"):
     """The same, for causal language models."""
 
-    auto_class = "AutoModelForCausalLM"
-    task_type = "CAUSAL_LM"
 
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task_type="SEQ_2_SEQ_LM"):
     """The same, for encoder-decoder language models."""
 
-    auto_class = "AutoModelForSeq2SeqLM"
-    task_type = "SEQ_2_SEQ_LM"
 
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task_type="SEQ_CLS"):
     """The same, for models that classify texts."""
 
-    auto_class = "AutoModelForSequenceClassification"
-    task_type = "SEQ_CLS"
 
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
+class AutoPeftModelForTokenClassification(AutoPeftModel, task_type="TOKEN_CLS"):
     """The same, for models that classify each token."""
 
-    auto_class = "AutoModelForTokenClassification"
-    task_type = "TOKEN_CLS"
 
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task_type="QUESTION_ANS"):
     """The same, for models that find answers in texts."""
 
-    auto_class = "AutoModelForQuestionAnswering"
-    task_type = "QUESTION_ANS"
 
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task_type="FEATURE_EXTRACTION"):
     """The same, for models without a head."""
-
-    auto_class = "AutoModel"
-    task_type = "FEATURE_EXTRACTION"
 
 
 def _check_library(source: AdapterSource, allowed: Sequence[str] | None) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from peftcli.core.config import TARGETING, AdapterConfig
-from peftcli.core.inject import set_active, set_trainable, unload
+from peftcli.core.inject import set_active, set_trainable
 from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.core.targets import find_modules, module_matches, targets
 from peftcli.errors import AdapterError
-from peftcli.peft_api.new_adapter import check_config, check_name, start_adapter
+from peftcli.peft_api.adding import check_config, start_adapter
+from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
-from peftcli.peft_api.tuner import known_names
-from peftcli.peft_api.weights import cast_weights
+from peftcli.peft_api.tuner import Tuner, check_name, known_names_in, set_adapter, set_requires_grad
 
 __all__ = [
     "cast_adapter_dtype",
@@ -65,27 +65,6 @@ def inject_adapter_in_model(
     return model
 
 
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
-
-    With ``inference_mode`` none do.
-
-    Raises:
-        AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
-    """
-    names = _known(model, adapter_name)
-    set_active(model, names)
-    set_trainable(model, False)
-    for name in names:
-        set_trainable(model, not inference_mode, name)
-
-
-def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-    for name in _known(model, adapter_names):
-        set_trainable(model, requires_grad, name)
-
-
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
     """Remove an adapter and return the active ones. If it was the only active one, the first of those left is that.
 
@@ -94,19 +73,13 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     Raises:
         AdapterError: an unknown name.
     """
-    names = _known(model, adapter_name)
-    was_active = dict.fromkeys(layer.adapter for layer in adapter_layers(model).values() if layer.enabled)
-    unload(model, *names)
+    known_names_in(model, adapter_name)
+    layers = adapter_layers(model).values()
+    tuner = Tuner(model, dict.fromkeys(layer.adapter for layer in layers))
+    tuner.active_adapters = list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
+    tuner.delete_adapter(adapter_name)
     getattr(model, "peft_config", {}).pop(adapter_name, None)
-    layers = list(adapter_layers(model).values())
-    active = [name for name in was_active if name != adapter_name]
-    if active:
-        set_active(model, active)
-    elif layers and adapter_name in was_active:
-        active = [layers[0].adapter]
-        warnings.warn(f"{adapter_name} was active; now {active[0]} is", stacklevel=2)
-        set_adapter(model, active)
-    return active
+    return tuner.active_adapters
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -114,14 +87,9 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     New and loaded adapters are in float32 already.
     """
-    _known(model, adapter_name)
+    known_names_in(model, adapter_name)
     if autocast_adapter_dtype:
         cast_weights(model, adapter_name)
-
-
-def _known(model: nn.Module, names: str | Iterable[str]) -> list[str]:
-    """Return the names as a list. Raise AdapterError for one that no adapter of the model has."""
-    return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
 
 
 def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> AdapterConfig:
@@ -134,7 +102,10 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
     modules = base_modules(model)
     saved = tuple(f"{name}." for name in find_modules(model, config.modules_to_save or (), "modules_to_save"))
     plain = [name.removeprefix(config.file_prefix).removeprefix("_orig_mod.") for name in names]
-    owners = {_owner(name, modules) for name in plain if not name.endswith(".bias") and ".token_adapter." not in name}
+    owners = set()
+    for parts in (name.split(".") for name in plain if not name.endswith(".bias") and ".token_adapter." not in name):
+        paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        owners.add(next((path for path in paths if path in modules), ""))  # the innermost module
     found = sorted(owner for owner in owners if owner and not f"{owner}.".startswith(saved))
     if not found:
         raise AdapterError(f"holds no tensor of a module of {type(model).__name__}", key="state_dict")
@@ -150,9 +121,3 @@ def _with_targets_of(model: nn.Module, config: AdapterConfig, names: Iterable[st
         if hasattr(narrowed, key):
             setattr(narrowed, key, found if key == "target_modules" else None)
     return narrowed
-
-
-def _owner(tensor: str, modules: Iterable[str]) -> str:
-    """Return the innermost of the modules that a tensor of this name belongs to."""
-    parts = tensor.split(".")
-    return next((name for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in modules), "")

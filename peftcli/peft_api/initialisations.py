@@ -19,8 +19,8 @@ from torch import nn
 
 from peftcli.core.files import read_tensor_file, write_tensor_file
 from peftcli.core.inject import inject, unload
-from peftcli.core.layer import base_modules, outer_modules
-from peftcli.core.linear import linear_view
+from peftcli.core.layer import base_module, outer_modules
+from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
@@ -33,6 +33,7 @@ from peftcli.methods.lora.initialisations.residual import STATISTIC
 from peftcli.methods.lora.lora import LoraLayer, lora_layers
 from peftcli.models.open import open_base
 from peftcli.models.weights import BaseWeights
+from peftcli.peft_api.tuner import find_tuner
 from peftcli.schema import BaseModel
 
 _WHILE_LEARNING = "eva-directions"
@@ -60,9 +61,9 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         assert dataloader is not None
         eva_state_dict = get_eva_state_dict(model, dataloader, forward_fn=forward_fn, adapter_name=adapter_name)
-    base, config, adapter = _parts(model, adapter_name, "eva")
+    base, config = _parts(model, adapter_name, "eva")
     directions = {name.removeprefix(config.file_prefix): value for name, value in eva_state_dict.items()}
-    start_eva(base, config, lora_layers(base, adapter), directions)
+    start_eva(base, config, lora_layers(base, adapter_name), directions)
 
 
 def get_eva_state_dict(
@@ -93,8 +94,8 @@ def get_eva_state_dict(
     batches = _OnDevice(dataloader, next(model.parameters()).device)
     run = forward_fn and partial(forward_fn, model)
     if hasattr(model, "peft_config"):
-        base, config, adapter = _parts(model, adapter_name, "eva")
-        found = eva_directions(base, config, lora_layers(base, adapter), batches, run)
+        base, config = _parts(model, adapter_name, "eva")
+        found = eva_directions(base, config, lora_layers(base, adapter_name), batches, run)
         return {config.file_prefix + name: value for name, value in found.items()}
     if peft_config is None:
         raise AdapterError("is needed for a base model", key="peft_config")
@@ -121,17 +122,17 @@ def preprocess_corda(
     Raises:
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
-    modules, settings = _targets(model, lora_config, "corda"), lora_config.corda_config or CordaConfig()
-    views = {name: linear_view(module) for name, module in modules.items()}
-    shapes = {name: (view.in_features,) * 2 for name, view in views.items() if view}
+    modules, views = _targets(model, lora_config, "corda")
+    settings = lora_config.corda_config or CordaConfig()
 
     def learn() -> dict[str, torch.Tensor]:
         if run_model is None:
             raise AdapterError("is needed, since there is no file of an earlier run", key="run_model")
         watched = hooked_model or model
-        return covariances(watched, _targets(watched, lora_config, "corda"), run_model)
+        return covariances(watched, _targets(watched, lora_config, "corda")[0], run_model)
 
-    _leave_at_layers(model, _read_or_learn(settings.cache_file or settings.covariance_file, shapes, learn))
+    shapes = {name: (view.in_features, view.in_features) for name, view in views.items()}
+    _leave_at_layers(modules, settings.cache_file or settings.covariance_file, shapes, learn)
 
 
 def preprocess_loraga(
@@ -148,10 +149,9 @@ def preprocess_loraga(
     Raises:
         AdapterError: the config says otherwise, the data do not reach a layer, or the file is not one of this model.
     """
-    modules = _targets(model, lora_config, "lora_ga")
-    views = {name: linear_view(module) for name, module in modules.items()}
-    shapes = {name: (view.out_features, view.in_features) for name, view in views.items() if view}
-    _leave_at_layers(model, _read_or_learn(cache_file, shapes, lambda: gradients(model, modules, train_step)))
+    modules, views = _targets(model, lora_config, "lora_ga")
+    shapes = {name: (view.out_features, view.in_features) for name, view in views.items()}
+    _leave_at_layers(modules, cache_file, shapes, lambda: gradients(model, modules, train_step))
 
 
 def replace_lora_weights_loftq(
@@ -169,12 +169,12 @@ def replace_lora_weights_loftq(
         AdapterError: no layer is quantised.
         ModelError: the full weights cannot be read.
     """
-    base, _, adapter = _parts(peft_model, adapter_name)
+    base, _ = _parts(peft_model, adapter_name)
     where = str(model_path or getattr(base, "name_or_path", ""))
     opened = open_base(BaseModel(name=where.removesuffix("/model.safetensors")))
     weights = BaseWeights(opened, getattr(base, "base_model_prefix", ""))
     keep = callback or (lambda model, name: True)
-    start_loftq(base, weights, adapter, lambda name: keep(peft_model, name))
+    start_loftq(base, weights, adapter_name, lambda name: keep(peft_model, name))
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ class _OnDevice:
             yield send_to_device(batch, self.device)
 
 
-def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.Module, LoraConfig, str | None]:
-    """Of a model of ``get_peft_model``: what it wraps, the adapter's config, and its name where there are several."""
+def _parts(model: Any, adapter_name: str, init: str | None = None) -> tuple[nn.Module, LoraConfig]:
+    """Return what a model of ``get_peft_model`` wraps, and the adapter's config."""
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"the adapter is {config.peft_type}, not LORA", key="peft_type")
     if init is not None:
         _check_start(config, init)
-    return base_of(model), config, adapter_name if len(model.peft_config) > 1 else None
+    return find_tuner(model)[1], config
 
 
 def _check_start(config: LoraConfig, init: str) -> None:
@@ -217,34 +217,32 @@ def _adapted(model: nn.Module, config: LoraConfig) -> Iterator[dict[str, LoraLay
             parameter.requires_grad_(True)
 
 
-def _targets(model: nn.Module, config: LoraConfig, init: str) -> dict[str, nn.Module]:
+def _targets(model: nn.Module, config: LoraConfig, init: str) -> tuple[dict[str, nn.Module], dict[str, Linear]]:
+    """Return the linear layers that the config adapts, by name, and their sizes."""
     _check_start(config, init)
     modules = outer_modules(model)
-    return {name: modules[name] for name in targets(model, config) if linear_view(modules[name]) is not None}
+    views = {name: view for name in targets(model, config) if (view := linear_view(modules[name])) is not None}
+    return {name: modules[name] for name in views}, views
 
 
-def _read_or_learn(
-    file: str | Path | None, shapes: Mapping[str, tuple[int, ...]], learn: Callable[[], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """Return what the file of an earlier run holds; without one what ``learn`` returns, which is written to it."""
-    if file is None or not Path(file).exists():
+def _leave_at_layers(
+    modules: Mapping[str, nn.Module],
+    file: str | Path | None,
+    shapes: Mapping[str, tuple[int, int]],
+    learn: Callable[[], dict[str, torch.Tensor]],
+) -> None:
+    """Leave at the layers, where the adapter's take it, what ``file`` contains, or what ``learn`` returns and it will.
+
+    Raises:
+        AdapterError: its tensors have other names or shapes.
+    """
+    if file is not None and Path(file).exists():
+        found = read_tensor_file(Path(file))
+        if {name: tuple(value.shape) for name, value in found.items()} != shapes:
+            raise AdapterError("was made for other modules; delete it, or name another file", file=str(file))
+    else:
         found = learn()
         if file is not None:
             write_tensor_file(Path(file), found)
-        return found
-    found = read_tensor_file(Path(file))
-    if {name: tuple(value.shape) for name, value in found.items()} != dict(shapes):
-        raise AdapterError("was made for other modules; delete it, or name another file", file=str(file))
-    return found
-
-
-def _leave_at_layers(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
-    """Leave what was found at the base model's layers, where the adapter's layers take it."""
-    modules = base_modules(model)
-    for name, value in statistics.items():
-        modules[name].__dict__[STATISTIC] = value
-
-
-def base_of(model: Any) -> nn.Module:
-    """Return the base model of a PeftModel, else the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    for name, value in found.items():
+        base_module(modules[name]).__dict__[STATISTIC] = value

@@ -17,11 +17,10 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers
 from peftcli.errors import AdapterError
+from peftcli.methods._families import TIME_FIRST
 
 BASE = "__base__"
 """In the place of an adapter's name: none."""
-_TIME_FIRST = {"fsmt", "led", "longformer", "transfo-xl", "xlnet"}
-"""Families whose layers see (T, B, D), so that rows cannot be told from positions."""
 
 
 @contextmanager
@@ -92,7 +91,7 @@ class _Routing:
         rows = self.names if len(set(self.names)) == 1 else self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]
         if all(own):
-            with _with_rows(layer, self.places):
+            with with_attributes(layer, rows=self.places):
                 return forward(x, *args, **kwargs)
         if not any(own):
             return layer.base_layer(x, *args, **kwargs)
@@ -101,7 +100,11 @@ class _Routing:
         parts, places = [], []
         for compute, chosen in ((forward, True), (layer.base_layer, False)):
             index = [i for i, mine in enumerate(own) if mine is chosen]
-            with self._only([rows[i] for i in index], index), _with_rows(layer, self.places):
+            inside = index if self.places is None else [self.places[i] for i in index]
+            with (
+                with_attributes(self, names=[rows[i] for i in index], copies=1, places=inside),
+                with_attributes(layer, rows=inside),
+            ):
                 parts.append(compute(x[index], *args, **kwargs))
             places += index
         order = torch.tensor(places, device=x.device).argsort()
@@ -120,25 +123,18 @@ class _Routing:
             "one adapter at a time works here: set_adapter"
         )
 
-    @contextmanager
-    def _only(self, names: list[str], index: list[int]) -> Iterator[None]:
-        before = self.names, self.copies, self.places
-        places = index if self.places is None else [self.places[i] for i in index]
-        self.names, self.copies, self.places = names, 1, places
-        try:
-            yield
-        finally:
-            self.names, self.copies, self.places = before
-
 
 @contextmanager
-def _with_rows(layer: AdapterLayer, rows: list[int] | None) -> Iterator[None]:
-    """Inside, the layer knows which rows of the batch it gets."""
-    layer.rows = rows
+def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
+    """Inside, the attributes of ``thing`` with these names have these values."""
+    before = {name: getattr(thing, name) for name in values}
     try:
+        for name, value in values.items():
+            setattr(thing, name, value)
         yield
     finally:
-        layer.rows = None
+        for name, value in before.items():
+            setattr(thing, name, value)
 
 
 def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLayer]) -> None:
@@ -150,7 +146,7 @@ def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLaye
         raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are: {there}")
     if len(set(names)) == 1:
         return
-    if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:
+    if getattr(getattr(model, "config", None), "model_type", None) in TIME_FIRST:
         raise AdapterError(f"{type(model).__name__} does not keep rows apart", key="adapter_names")
     for path, layer in layers.items():
         if layer.adapter in wanted and not layer.by_row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,31 +17,43 @@ from peftcli.adapters.card import complete_card, has_own_card, write_card
 from peftcli.adapters.push import push
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
-from peftcli.core.inject import num_replaced, shallow_copy
-from peftcli.core.layer import adapter_layers, plain_dtype
-from peftcli.core.quantised import num_weights
-from peftcli.core.weights import adapter_state, load_training_state, training_state
+from peftcli.core.inject import shallow_copy
+from peftcli.core.layer import TrainedCopy, adapter_layers, plain_dtype
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._task_ids import generate
-from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.models.conversions import warn_of_peft
-from peftcli.peft_api.embedding_layers import embedding_layers
-from peftcli.peft_api.loading import LoadResult, find, load, renaming_for
-from peftcli.peft_api.new_adapter import check_config, check_name, set_trainable_as_new, start_adapter
-from peftcli.peft_api.prepare import (
-    may_checkpoint,
+from peftcli.peft_api.adding import (
+    Loading,
+    LoadResult,
+    check_config,
+    find_by_options,
+    load_into,
+    name_adapters,
+    put_new,
+    replace_adapter,
+    replacing,
+    start_adapter,
+)
+from peftcli.peft_api.for_libraries import (
+    HeadForTrl,
+    SavedByTrainer,
+    ShowsArguments,
+    keep_to_adapters,
+    place_in_checkpoint,
+    start_reference,
+    trained_outside,
+    write_for_trainer,
+)
+from peftcli.peft_api.layers import cast_weights, count_parameters, get_layer_status, get_model_status
+from peftcli.peft_api.soft_prompts import get_prompt, get_prompt_embedding_to_save, prompt_encoder
+from peftcli.peft_api.state_dicts import copy_with_state, embedding_layers, refuse_pickle, without_start
+from peftcli.peft_api.training import (
+    is_checkpointing,
     prepare_model_for_gradient_checkpointing,
     require_input_gradients,
 )
-from peftcli.peft_api.replace_adapter import replace_adapter, replacing
-from peftcli.peft_api.saved_by_trainer import SavedByTrainer, place_in_checkpoint, write_for_trainer
-from peftcli.peft_api.shown_arguments import ShowsArguments
-from peftcli.peft_api.soft_prompts import prompt_embedding, prompt_encoders, prompts
-from peftcli.peft_api.state_dicts import holding
-from peftcli.peft_api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.peft_api.tuner import Tuner
-from peftcli.peft_api.weights import cast_weights
-from peftcli.peft_api.without_start import without_start
 from peftcli.system.hub_requests import full_repo_id
 from peftcli.system.outputs import expand_user
 from peftcli.tasks.text.prompt_form import PromptForm
@@ -54,6 +65,7 @@ class PeftModel(SavedByTrainer):
     ``state_dict()`` holds the adapters' weights only: what is saved in the middle of training, by Accelerate or by
     ``transformers.Trainer``, is small and free of tied weights. ``base_model.state_dict()`` holds everything.
 
+    What it does not have itself, such as ``set_adapter`` and ``merge_and_unload``, is the tuner's, ``base_model``.
     ``forward`` and ``generate`` take ``adapter_names``, one a row: the adapter of that row, or ``__base__`` for none.
     """
 
@@ -63,6 +75,13 @@ class PeftModel(SavedByTrainer):
     """That of an adapter whose config has none."""
     prompt_form: PromptForm | None = None
     """How a text is asked, where an ``AutoPeftModel`` class has found it beside the adapter."""
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """What ``forward`` takes without names, in PEFT's order; without a task, what the base model takes."""
+    get_layer_status, get_model_status = get_layer_status, get_model_status
+    get_nb_trainable_parameters = count_parameters
+    prompt_encoder = property(prompt_encoder)
+    get_prompt, get_prompt_embedding_to_save = get_prompt, get_prompt_embedding_to_save
+    prepare_model_for_gradient_checkpointing = staticmethod(prepare_model_for_gradient_checkpointing)
     prefix_in_state: str
     """What the model's names begin with in the state that is being loaded: its place in the module that loads it."""
 
@@ -100,17 +119,8 @@ class PeftModel(SavedByTrainer):
         Raises:
             AdapterError: the config does not fit the model.
         """
-        check_name(adapter_name)
         peft_config = self._with_task_type(peft_config)
-        with replacing(model, adapter_name):
-            start_adapter(
-                model,
-                peft_config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
-        set_trainable_as_new(model, peft_config, adapter_name)
+        put_new(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._hold(model, peft_config, adapter_name)
 
     @classmethod
@@ -127,11 +137,9 @@ class PeftModel(SavedByTrainer):
         super().__init__()
         self.base_model = Tuner(model, {adapter_name: peft_config})
         self.train(model.training)
-        if may_checkpoint(model):
+        if is_checkpointing(model, default=True):
             self.base_model.gradient_hook = require_input_gradients(model)
-        self.register_state_dict_post_hook(_keep_adapter)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_note_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_expect_adapter)  # type: ignore[no-untyped-call]
+        keep_to_adapters(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -144,7 +152,10 @@ class PeftModel(SavedByTrainer):
     @ShowsArguments
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its active adapters."""
-        return self.base_model(*args, **kwargs)
+        given = dict(**dict(zip(self.arguments, args, strict=False)), **kwargs)
+        optional = self.arguments[1:]  # not every model has all of them
+        kwargs = {name: value for name, value in given.items() if value is not None or name not in optional}
+        return self.base_model(*args[len(self.arguments) :], **kwargs)
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
@@ -155,11 +166,6 @@ class PeftModel(SavedByTrainer):
     def active_adapters(self) -> list[str]:
         """Names of the adapters that are active."""
         return list(self.base_model.active_adapters)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """Name of the active adapter; a list, unless there is exactly one."""
-        return self.base_model.active_adapter
 
     @property
     def active_peft_config(self) -> AdapterConfig:
@@ -177,25 +183,6 @@ class PeftModel(SavedByTrainer):
     def peft_type(self) -> str | None:
         """PEFT's name of the method of the adapter that was there first; None without adapters."""
         return next((config.peft_type for config in self.peft_config.values()), None)
-
-    @property
-    def prompt_encoder(self) -> nn.ModuleDict:
-        """The weights of the soft prompts, by adapter: ``soft_prompts.prompt_encoders``."""
-        return prompt_encoders(self.get_base_model())
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """Return the vectors of an adapter's virtual tokens as its file holds them: (n, D), on the CPU."""
-        self.base_model.check_known([adapter_name])
-        return prompt_embedding(self.get_base_model(), adapter_name)
-
-    def get_prompt(
-        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
-    ) -> torch.Tensor:
-        """Return the vectors of the active adapter's virtual tokens for each row of a batch: (B, n, D).
-
-        ``max_cache_len`` is for prefixes in PEFT; here only ``get_prompt_embedding_to_save`` gives those.
-        """
-        return prompts(self.get_base_model(), self.active_adapters[0], batch_size, task_ids)
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -221,26 +208,11 @@ class PeftModel(SavedByTrainer):
     def generation_config(self, config: Any) -> None:
         self.get_base_model().generation_config = config
 
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the model takes the number of targets of the global batch, which Trainer asks."""
-        model = self.get_base_model()
-        if hasattr(model, "accepts_loss_kwargs"):
-            return bool(model.accepts_loss_kwargs)
-        kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-        return inspect.Parameter.VAR_KEYWORD in kinds
-
     def get_base_model(self) -> nn.Module:
         """The transformers model, adapter layers and all."""
         return self.base_model.model
 
-    def _get_name(self) -> str:
-        """The base model's: by it Trainer knows, for label smoothing, whether a model shifts its labels."""
-        return self.get_base_model()._get_name()
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
-
+    @ShowsArguments
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What ``generate`` of transformers returns, virtual tokens left out."""
         model: Any = self.get_base_model()
@@ -267,36 +239,10 @@ class PeftModel(SavedByTrainer):
             AdapterError: the name is taken, or the config does not fit the model. Nothing is changed then.
         """
         self.base_model.check_new(adapter_name)
-        model = self.get_base_model()
-        # TRL adds a copy of ``default``, whose weights it copies by names that only PEFT has
-        is_reference = adapter_name == "ref" and self.peft_config.get("default") is peft_config
-        peft_config = self._with_task_type(peft_config)
-        start_adapter(
-            model,
-            peft_config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
-        if is_reference:
-            load_training_state(model, training_state(model, "default"), adapter_name)
-        self.base_model.added(adapter_name, peft_config, trainable=False)
-
-    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
-        """Let gradients reach the adapters below checkpointed blocks: ``prepare_model_for_gradient_checkpointing``."""
-        prepare_model_for_gradient_checkpointing(model)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several together, the active ones: ``Tuner.set_adapter``."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Remove one adapter or several: ``Tuner.delete_adapter``."""
-        self.base_model.delete_adapter(adapter_name)
+        model, config = self.get_base_model(), self._with_task_type(peft_config)
+        start_adapter(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        start_reference(model, adapter_name, peft_config, self.peft_config)
+        self.base_model.added(adapter_name, config, trainable=False)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -321,24 +267,11 @@ class PeftModel(SavedByTrainer):
             if merged:
                 tuner.merge_adapter(merged)
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Parameters that train, and all of them, without the biases that trained ones replace."""
-        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trained, num_weights(self) - num_replaced(adapter_layers(self).values())
-
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """The state of each adapted module: ``status.get_layer_status``."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """The state of the adapters as a whole: ``status.get_model_status``."""
-        return get_model_status(self)
 
     def save_pretrained(
         self,
@@ -359,47 +292,42 @@ class PeftModel(SavedByTrainer):
 
         Args:
             save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
-            safe_serialization: PEFT's; pickles are not written.
+            safe_serialization: PEFT's; pickles are not written, and each file is written whole or not at all.
             selected_adapters: which adapters; None: all.
             save_embedding_layers: whether to write the base model's embedding and head too. ``auto``: where their
                 number of tokens was changed, and where they are targets.
             is_main_process: whether to write at all.
-            path_initial_model_for_weight_conversion: PEFT's, for LoRA that starts by PiSSA, OLoRA, CorDA or LoRA-GA:
-                the folder of the adapter before it was trained. Those made here need none: they are saved as a
-                plain LoRA.
+            path_initial_model_for_weight_conversion: the folder of a LoRA before it was trained that starts by PiSSA,
+                OLoRA, CorDA or LoRA-GA. Those made here need none: they are saved as a plain LoRA.
             state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
-            save_function: transformers'; each file is written whole or not at all.
-            options: others of transformers, for example ``max_shard_size``; they change nothing, with a warning.
+            save_function: transformers', as the other ``options``; they change nothing, these with a warning.
+            options: for example ``max_shard_size``.
 
         Raises:
-            AdapterError: an unknown name, an option that is not supported, a weight is not finite, or ``state_dict``
-                lacks one.
+            AdapterError: an unknown name or option, a weight is not finite, or ``state_dict`` lacks one.
             StorageError: the folder cannot be written.
 
         Warns of weights that train and belong to no adapter, and of layers that PEFT does not load.
         """
-        if not safe_serialization:
-            raise AdapterError(
-                "False would write a pickle, which can run code when it is read", key="safe_serialization"
-            )
+        refuse_pickle(safe_serialization)
         if options:
             warnings.warn(f"save_pretrained of an adapter ignores {', '.join(options)}", PeftWarning, stacklevel=2)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
-            if outside := sorted(_trained_outside(self)):
-                shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
-                text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
-                warnings.warn(text, PeftWarning, stacklevel=2)
-            model: Any = self
-            if state_dict is not None:  # a copy that holds its tensors
-                model = shallow_copy(self)
-                model.base_model.model = holding(self.get_base_model(), state_dict)
+            _warn_of_outside(self)
+            model = self if state_dict is None else self._with_state(state_dict)
             top = expand_user(Path(save_directory))
             for name in names:
                 folder = top / ("" if name == "default" else name)
                 model._save(name, folder, path_initial_model_for_weight_conversion, save_embedding_layers)
             write_for_trainer(top, model.state_dict())
+
+    def _with_state(self, state: Mapping[str, torch.Tensor]) -> PeftModel:
+        """Return a copy that holds the tensors of ``state``."""
+        copied: Any = shallow_copy(self)
+        copied.base_model.model = copy_with_state(self.get_base_model(), state)
+        return copied
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write the model card of a saved adapter's folder, or add to that of somebody else what it lacks.
@@ -475,40 +403,26 @@ class PeftModel(SavedByTrainer):
             adapter_name: the adapter's name in the model.
             is_trainable: whether its weights take gradients.
             config: a config to use in place of the adapter's own.
-            autocast_adapter_dtype: whether the adapter's weights are float32 over a base model in half precision, or in
-                the base model's dtype.
+            autocast_adapter_dtype: see ``get_peft_model``.
             ephemeral_gpu_offload: PEFT's; changes nothing here.
             low_cpu_mem_usage: PEFT's; changes nothing here.
-            key_mapping: regular expressions for the names of the file's tensors, without ``base_model.model.``, and
-                what to put in their place.
+            key_mapping: patterns of names in the file, without ``base_model.model.``, and what takes their place.
             ignore_mismatched_sizes: whether weights of another shape start as those of a new adapter, with a warning.
             adapters: of X-LoRA, where its LoRA adapters are by now: a name each, and its folder or repository.
             options: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``,
-                as in huggingface_hub; of its other options, those that change nothing here warn. What PEFT takes for a
-                base model that is offloaded (``device_map``, ``max_memory`` and others), or that is loaded with the
-                adapter (``dtype`` and others), changes nothing.
+                as in huggingface_hub; others of its warn. What PEFT takes for a base model that is offloaded or loaded
+                with the adapter (``device_map``, ``dtype`` and others) changes nothing.
 
         Raises:
             AdapterError: the adapter cannot be read or does not fit the model, or an option is unknown.
         """
-        check_name(adapter_name)
-        source = find(model_id, options)
+        source = find_by_options(model_id, options)
         config = config or source.config
         if adapters is not None:
-            if not isinstance(config, XLoraConfig):
-                raise AdapterError(f"works for XLORA, not {config.peft_type}", key="adapters")
-            config.adapters = dict(adapters)
+            name_adapters(config, adapters)
+        how = Loading(is_trainable, autocast_adapter_dtype, key_mapping, ignore_mismatched_sizes)
         with replacing(model, adapter_name):
-            load(
-                model,
-                config,
-                source,
-                adapter_name,
-                trainable=is_trainable,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                rename=renaming_for(model, config, key_mapping),
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-            )
+            load_into(model, config, source, adapter_name, how)
         return wrap(model, config, adapter_name, cls).train(is_trainable)
 
     def load_adapter(
@@ -543,28 +457,18 @@ class PeftModel(SavedByTrainer):
         name = tuner.only_active() if adapter_name is None else adapter_name
         if name in self.peft_config and not options.get("subfolder"):
             model_id = place_in_checkpoint(model_id, name)
-        source = find(model_id, options)
-        rename = renaming_for(model, source.config, key_mapping)
+        source = find_by_options(model_id, options)
+        how = Loading(is_trainable, autocast_adapter_dtype, key_mapping, ignore_mismatched_sizes)
         if name in self.peft_config:
-            old = self.peft_config[name]
             try:
-                if replace_adapter(model, name, old, source, trainable=is_trainable, rename=rename):
+                if replace_adapter(model, name, self.peft_config[name], source, how):
                     self.peft_config[name] = source.config
             finally:
                 tuner.switch()
             cast_weights(model, name, as_base=not autocast_adapter_dtype)
         else:
             tuner.check_new(name)
-            load(
-                model,
-                source.config,
-                source,
-                name,
-                trainable=is_trainable,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                rename=rename,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-            )
+            load_into(model, source.config, source, name, how)
             tuner.added(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()
@@ -592,6 +496,13 @@ class PeftModel(SavedByTrainer):
         return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
 
 
+def _warn_of_outside(model: PeftModel) -> None:
+    if outside := sorted(trained_outside(model)):
+        shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
+        text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
+        warnings.warn(text, PeftWarning, stacklevel=3)
+
+
 def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[PeftModel] = PeftModel) -> PeftModel:
     """Wrap a model that holds an adapter already in ``kind``'s class for the adapter.
 
@@ -604,48 +515,60 @@ def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[
     return wrapped
 
 
-def _names_in_state(model: PeftModel, *, fixed: bool) -> set[str]:
-    """The names in ``model`` of what trains; with ``fixed`` also of what the adapters' files hold besides.
+class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
+    """A causal language model with an adapter."""
 
-    That is for example the statistics of a norm.
+    arguments = ("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+    def get_output_embeddings(self) -> Any:
+        """The base model's head."""
+        model: Any = self.get_base_model()
+        head = model.get_output_embeddings()
+        return HeadForTrl(head) if isinstance(head, TrainedCopy) else head
+
+
+class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
+    """An encoder-decoder language model with an adapter."""
+
+    arguments = (
+        *("input_ids", "attention_mask", "inputs_embeds"),
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
+    )
+
+
+class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
+    """A model that classifies texts, with an adapter."""
+
+    arguments = ("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForTokenClassification(PeftModelForSequenceClassification, task_type="TOKEN_CLS"):
+    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
+
+
+class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
+    """A model that finds answers in texts, with an adapter."""
+
+    arguments = (
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions"),
+    )
+
+
+class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
+    """A model without a head, with an adapter."""
+
+    arguments = ("input_ids", "attention_mask", "inputs_embeds")
+
+
+class PeftMixedModel(PeftModel):
+    """A model with adapters of any methods, whatever their task types.
+
+    Every ``PeftModel`` takes adapters of several methods. This class calls the model with what it is given, and unlike
+    PEFT's it is saved, and has a status, as any other.
     """
-    found = set[int]()
-    for layer in adapter_layers(model).values():
-        found |= {id(value) for value in layer.own_tensors().values()}
-        if fixed and layer.saves_fixed:
-            found |= {id(value) for value in layer.fixed_tensors().values()}
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, value in tensors if id(value) in found} | _trained_outside(model)
 
-
-def _trained_outside(model: PeftModel) -> set[str]:
-    """The names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
-    seen = {id(value) for layer in adapter_layers(model).values() for value in layer.own_tensors().values()}
-    found = set[str]()
-    for path, module in model.named_modules():
-        own = {name: each for name, each in module.named_parameters(path, recurse=False) if each.requires_grad}
-        if new := [name for name, each in own.items() if id(each) not in seen]:
-            seen |= {id(own[name]) for name in new}
-            found |= {*new, *(name for name, _ in module.named_buffers(path, recurse=False))}
-    return found
-
-
-def _keep_adapter(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    assert isinstance(model, PeftModel)
-    names = {prefix + name for name in _names_in_state(model, fixed=True)}
-    for name in [name for name in state if name.startswith(prefix) and name not in names]:
-        del state[name]
-
-
-def _note_prefix(model: nn.Module, _state: Any, prefix: str, *_arguments: Any) -> None:
-    assert isinstance(model, PeftModel)
-    model.prefix_in_state = prefix
-
-
-def _expect_adapter(model: nn.Module, keys: Any) -> None:
-    """Drop what is missing of the base model; ``keys`` also has what modules beside this one, around it, miss."""
-    assert isinstance(model, PeftModel)
-    names, prefix = _names_in_state(model, fixed=False), model.prefix_in_state
-    keys.missing_keys[:] = [
-        name for name in keys.missing_keys if not name.startswith(prefix) or name.removeprefix(prefix) in names
-    ]
+    @classmethod
+    def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
+        """This class."""
+        return cls

@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from peftcli.adapters.load import find_adapter, is_hub_id
+from peftcli.core.config import AdapterConfig
 from peftcli.core.files import read_tensors
 from peftcli.core.inject import shallow_copy
-from peftcli.core.layer import AdapterLayer, adapter_layers, without_wrappers
-from peftcli.core.weights import adapter_state, file_tensors, load_state
+from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_layers, base_module, without_wrappers
+from peftcli.core.protocols import describe
+from peftcli.core.weights import adapter_state, base_weights, file_tensors, load_state
 from peftcli.errors import AdapterError
-from peftcli.peft_api.embedding_layers import embedding_layers
-from peftcli.peft_api.loading import LoadResult, find, keep_misfits, renaming
+from peftcli.methods.combinations import Adapter, Combination
+from peftcli.methods.lora.combine import combine
+from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora.updates import pairs
+from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misfits, renaming
 from peftcli.peft_api.tuner import Tuner, find_tuner
 
+_EMBEDDINGS = ("embed_tokens.base_layer", "lm_head.base_layer")
+"""What PEFT writes where an adapter targets it. Other names of embeddings and heads it does not look for."""
 _PREFIX = "base_model.model."
 
 
@@ -42,7 +52,7 @@ def get_peft_model_state_dict(
     """
     tuner, place, name = _place(model, adapter_name)
     if state_dict is not None:
-        place = holding(place, state_dict, name)
+        place = copy_with_state(place, state_dict, name)
     tensors = adapter_state(place, name)
     configs = getattr(model, "peft_config", {}) if tuner is None else tuner.peft_config
     name = name or next(iter(configs), "")
@@ -90,7 +100,7 @@ def load_peft_weights(
     Raises:
         AdapterError: there is no adapter, its weights are damaged or a pickle, or an option is unknown.
     """
-    tensors = read_tensors(find(model_id, options).folder, renaming(key_mapping))
+    tensors = read_tensors(find_by_options(model_id, options).folder, renaming(key_mapping))
     return {name: value.to(device or "cpu") for name, value in tensors.items()}
 
 
@@ -127,7 +137,13 @@ def set_base_model_state_dict(
     return result
 
 
-def holding(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
+def refuse_pickle(safe_serialization: bool) -> None:
+    """Raise AdapterError where a pickle is asked for."""
+    if not safe_serialization:
+        raise AdapterError("False would write a pickle, which can run code when it is read", key="safe_serialization")
+
+
+def copy_with_state(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
     """Return a copy of a model with adapters that holds the tensors of ``state``, and where it lacks them the model's.
 
     Of a tensor that modules share, the state needs one name.
@@ -179,3 +195,78 @@ def _base_key(model: nn.Module, key: str) -> str | None:
             kept.append(part)
         module = module._modules.get(part) if isinstance(module, nn.Module) else None
     return without_wrappers(".".join(kept))
+
+
+def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool | str) -> dict[str, torch.Tensor]:
+    """Return the weights to write beside an adapter's own, by their names in the file.
+
+    With ``save`` they are embedding and head. ``auto``: the same where the model has another number of tokens than the
+    checkpoint that the config names, else those that are targets.
+
+    Raises:
+        AdapterError: ``save`` is something else, or this process does not hold a whole weight: offloaded, or divided.
+    """
+    if save not in (True, False, "auto"):
+        raise AdapterError(f'is {save!r}; known: "auto", True, False', key="save_embedding_layers")
+    if save is False:
+        return {}
+    found = {parameter: name for name, parameter in reversed(base_weights(model, adapter, config.file_prefix).items())}
+    copied = [base_module(each) for each in adapter_layers(model, adapter).values() if isinstance(each, TrainedCopy)]
+    for value in (value for each in copied for value in each.parameters()):
+        found.pop(value, None)  # the file holds the copy
+    if save == "auto" and not _is_resized(model, config):
+        rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
+        found = {value: name for value, name in found.items() if not rows and any(part in name for part in _EMBEDDINGS)}
+    if missing := [name for value, name in found.items() if value.is_meta or isinstance(value, DTensor)]:
+        hint = "give a state that holds it, or pass save_embedding_layers=False"
+        raise AdapterError(f"lacks {missing[0]}, which is not whole in this process", key="state_dict", hint=hint)
+    return {name: value.detach() for value, name in found.items()}
+
+
+def _is_resized(model: Any, config: AdapterConfig) -> bool:
+    """Return whether the model has another number of tokens than its checkpoint, as far as this machine has that."""
+    name = config.base_model_name_or_path
+    if not name or not hasattr(getattr(model, "config", None), "get_text_config"):
+        return False
+    path = Path(name, "config.json")
+    if not path.is_file() and is_hub_id(name):
+        path = Path(try_to_load_from_cache(name, "config.json", revision=config.revision) or path)
+    if not path.is_file():
+        return False
+    before = type(model.config).from_pretrained(path.parent)
+    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (before, model.config)]
+    return sizes[0] != sizes[1]
+
+
+def without_start(
+    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], start: str | Path
+) -> tuple[AdapterConfig, Mapping[str, torch.Tensor]]:
+    """Return a LoRA adapter without what it was at the start: one of twice the r.
+
+    An adapter whose start was never taken out of the base model's weights is returned as it is: its file says the same.
+
+    Args:
+        config: the adapter's.
+        tensors: the adapter's, by the names of the file.
+        start: the folder that the adapter was saved in before it was trained.
+
+    Raises:
+        AdapterError: the adapter is of another method, or does not fit the one in the folder.
+    """
+    if not isinstance(config, LoraConfig):
+        key = "path_initial_model_for_weight_conversion"
+        raise AdapterError(f"works for LORA, not {config.peft_type}", key=key)
+    if describe(config, tensors)["r"] != config.r:
+        return config, tensors
+    source = find_adapter(str(start))
+    given = [
+        Adapter("the adapter", config, _factors(tensors)),
+        Adapter(str(start), source.config, _factors(read_tensors(source.folder))),
+    ]
+    combined = combine(given, [1, -1], Combination("cat"))
+    return combined.config, {**tensors, **combined.tensors}
+
+
+def _factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {name for pair in pairs(tensors).values() for name in (pair.a, pair.b, pair.bias)}
+    return {name: value for name, value in tensors.items() if name in names}

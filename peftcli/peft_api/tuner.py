@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -17,24 +18,16 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.merge import Folded, fold, merge
-from peftcli.core.protocols import after_step, penalty
+from peftcli.core.protocols import ExtendsModel, layers_of, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
-from peftcli.methods._token_rows import TrainedRows
-from peftcli.methods.adalora.config import AdaLoraConfig
-from peftcli.methods.adalora.layers import keep, share_loaded
 from peftcli.methods.combinations import Adapter, Combination, combine
 from peftcli.methods.lora.conversion import can_be_lora
 from peftcli.methods.lora.targets import find_parameters
-from peftcli.methods.lora.variants import kasa_penalty, monteclora_penalty
-from peftcli.methods.xlora.layers import find_mixture
-from peftcli.methods.xlora.mixture import Mixture
 from peftcli.models.quantization import forget
-from peftcli.peft_api.mixed_batch import adapted_by_row, check_count
-from peftcli.peft_api.new_adapter import check_name
+from peftcli.peft_api.mixed_batch import BASE, adapted_by_row, check_count
 
-_OF_XLORA = {name for name in vars(Mixture) if name.startswith(("clear_", "disable_", "enable_", "get_", "set_"))}
-"""What PEFT's X-LoRA model has besides; here the mixture has it."""
+_NAME = re.compile(r"[\w-]+( [\w-]+)*")
 
 
 class Tuner(nn.Module):
@@ -47,7 +40,7 @@ class Tuner(nn.Module):
     uses_shared_state = False
     """PEFT's: whether an adapter needs a ``PeftModel`` for the tensors that its layers share. None does here."""
 
-    def __init__(self, model: nn.Module, peft_config: dict[str, AdapterConfig]):
+    def __init__(self, model: nn.Module, peft_config: dict[str, Any]):
         """Hold ``model``, whose adapters are those of ``peft_config``, all of them active."""
         super().__init__()
         self.model, self.peft_config = model, peft_config
@@ -80,8 +73,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            if name in {*_OF_XLORA, "internal_xlora_classifier"} and (mixture := find_mixture(self.model)):
-                return mixture if name == "internal_xlora_classifier" else getattr(mixture, name)
+            if not hasattr(self.model, name) and (found := self.attributes_of_methods(name)):
+                return found[0]
             return getattr(self.model, name)
 
     @property
@@ -95,7 +88,7 @@ class Tuner(nn.Module):
         layers = [
             layer for layer in adapter_layers(self.model).values() if type(layer) not in (TrainedBias, TrainedCopy)
         ]
-        layers.sort(key=lambda layer: isinstance(layer, TrainedRows))  # these are beside another method's, unless alone
+        layers.sort(key=lambda layer: layer.peft_name is not None)  # trained rows stand beside another method's
         names = [name.removesuffix(".weight") for name in layers[0].own_tensors()] if layers else []
         depth = min((name.count(".") for name in names), default=0)
         names = [name for name in names if name.count(".") == depth]  # deeper ones are those of a layer in this one
@@ -159,68 +152,30 @@ class Tuner(nn.Module):
         Raises:
             AdapterError: the gradients are gone.
         """
-        for name, config in self.peft_config.items():
-            if isinstance(config, AdaLoraConfig):
-                share_loaded(self.model, name, config)
-            if (total := getattr(config, "total_step", 0)) is not None:
-                after_step(self.model, config, global_step, total)
+        for allocate in self.attributes_of_methods("update_and_allocate"):
+            allocate(global_step)
 
-    def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Sequence[bool]], adapter_name: str) -> None:
-        """Keep of an AdaLoRA adapter only the directions of ``rank_pattern``, its config's by name of the weight."""
-        self.check_known([adapter_name])
-        keep(self.model, adapter_name, rank_pattern)
-
-    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
-        """The penalty of KaSA, to be added to the loss; of these adapters, or of the active ones."""
-        found = kasa_penalty(self.model, self._named(adapter_names))
-        return 0.0 if found is None else found
-
-    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
-        """The penalty of MonteCLoRA, to be added to the loss; of these adapters, or of the active ones."""
-        found = monteclora_penalty(self.model, self._named(adapter_names)) if self.training else None
-        return 0.0 if found is None else found
-
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """Return how many numbers of VB-LoRA an adapter's file holds, and how many others train.
-
-        An index counts as its share of the four bytes of a float.
-        """
-        saved = [value for name, value in adapter_state(self.model, adapter).items() if "vblora_" in name]
-        own = sum(value.numel() * (1 if value.is_floating_point() else value.element_size() / 4) for value in saved)
-        trained = [value for name, value in self.named_parameters() if value.requires_grad and "vblora_" not in name]
-        return int(own), sum(value.numel() for value in trained)
-
-    def print_savable_parameters(self) -> None:
-        """Print ``get_nb_savable_parameters``."""
-        own, others = self.get_nb_savable_parameters()
-        print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
-        )
-
-    def _named(self, names: str | Sequence[str] | None) -> list[str]:
-        return [names] if isinstance(names, str) else list(self.active_adapters if names is None else names)
+    def attributes_of_methods(self, name: str) -> list[Any]:
+        """Return the attributes of that name that the adapters' methods give the model."""
+        found = []
+        for kind in dict.fromkeys(config.peft_type for config in self.peft_config.values()):
+            configs = {each: config for each, config in self.peft_config.items() if config.peft_type == kind}
+            layers = layers_of(next(iter(configs.values())))
+            if isinstance(layers, ExtendsModel) and name in (more := layers.model_attributes(self.model, configs)):
+                found.append(more[name])
+        return found
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
-
-        With ``inference_mode`` none do.
-
-        Raises:
-            AdapterError: an unknown name, or one adapter would hide what another does.
-        """
+        """Do what the function ``set_adapter`` does. Merged adapters are unmerged."""
         names = self.check_known(adapter_name)
         self.unmerge_adapter()
-        set_active(self.model, names)  # raises before anything changes, also while adapters are disabled
-        self.active_adapters = names
+        set_adapter(self.model, names, inference_mode)
+        self.active_adapters, self.frozen = names, []
         self.switch()
-        self.frozen = []
-        set_trainable(self.model, False)
-        self.set_requires_grad(names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-        for name in self.check_known(adapter_names):
-            set_trainable(self.model, requires_grad, name)
+        """Do what the function ``set_requires_grad`` does."""
+        set_requires_grad(self.model, self.check_known(adapter_names), requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Make the model compute what the base model computes, until ``enable_adapter_layers``.
@@ -257,6 +212,8 @@ class Tuner(nn.Module):
             unload(self.model, name)
             del self.peft_config[name]
         self.active_adapters = [name for name in was_active if name not in names]
+        if not self.folded:
+            self.switch()
         if was_active and not self.active_adapters and self.peft_config:
             first = next(iter(self.peft_config))
             warnings.warn(f"{', '.join(was_active)} was active; now {first} is", stacklevel=2)
@@ -427,6 +384,9 @@ class Tuner(nn.Module):
         return chosen
 
 
+BaseTuner = Tuner
+
+
 def find_tuner(model: Any) -> tuple[Tuner | None, nn.Module]:
     """Return the tuner of a model, also of a compiled one, or None, and the model that holds the adapter layers."""
     model = getattr(model, "_orig_mod", model)
@@ -434,8 +394,43 @@ def find_tuner(model: Any) -> tuple[Tuner | None, nn.Module]:
     return tuner, tuner.model if tuner else model
 
 
-def known_names(names: str | Iterable[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
-    """Return the names as a list. Raise AdapterError for one that no adapter has, of those called ``known``."""
+def check_name(name: str) -> None:
+    """Raise AdapterError for a name that could not be a folder's, or that means something else."""
+    if not _NAME.fullmatch(name) or name == BASE:
+        raise AdapterError(
+            f"{name!r} is not a valid name; use letters, digits, - and _, and single blanks between them",
+            key="adapter_name",
+        )
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several together, the active ones. Their weights train, and those of no other.
+
+    With ``inference_mode`` none do.
+
+    Raises:
+        AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
+    """
+    names = known_names_in(model, adapter_name)
+    set_active(model, names)
+    set_trainable(model, False)
+    for name in names:
+        set_trainable(model, not inference_mode, name)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the weights of these adapters take gradients, or not, whether or not they are active."""
+    for name in known_names_in(model, adapter_names):
+        set_trainable(model, requires_grad, name)
+
+
+def known_names_in(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+    """Return the names as a list. Raise AdapterError for one that no adapter of a plain model has."""
+    return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
+
+
+def known_names(names: str | Sequence[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
+    """Return the names as a list. Raise AdapterError for one that is not among the ``known``."""
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"

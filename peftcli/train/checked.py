@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peftcli
 from peftcli.data.cache import outcomes
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Problem, StorageError
@@ -189,7 +188,7 @@ def _writes_date(path: Path) -> bool:
 
 def _code() -> str:
     """Return a hash of this package's own files."""
-    top, digest = Path(peftcli.__file__).parent, hashlib.sha256()
+    top, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(top.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -25,8 +25,8 @@ from peftcli.errors import (
 )
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
+from peftcli.peft_api.adding import find_by_options
 from peftcli.peft_api.config import PeftConfig
-from peftcli.peft_api.loading import find
 from peftcli.schema import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -407,7 +407,9 @@ def test_options_of_huggingface_hub(pushed: Hub, tmp_path: Path) -> None:
     with pytest.raises(HubError, match="the hub does not accept the token"):
         adapter_folder(REPO, None, None, token="hf_other", cache_dir=tmp_path / "empty")
     with pytest.warns(PeftWarning, match="changes nothing") as warned:
-        find(REPO, {"revision": "", "repo_type": "model", "user_agent": "x", "local_dir": tmp_path, "proxies": {}})
+        find_by_options(
+            REPO, {"revision": "", "repo_type": "model", "user_agent": "x", "local_dir": tmp_path, "proxies": {}}
+        )
     assert len(warned) == 2
     with pytest.raises(AdapterError, match="repo_type: adapters are read from repositories of type model"):
-        find(REPO, {"repo_type": "dataset"})
+        find_by_options(REPO, {"repo_type": "dataset"})

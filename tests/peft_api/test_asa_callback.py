@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import peftcli
 from peftcli.methods.adamss.layers import AdamssLinear
-from peftcli.peft_api.asa_callback import AdamssAsaCallback
+from peftcli.peft_api.for_libraries import AdamssAsaCallback
 
 
 def _training_subspaces(model: Any, folder: Path, *callbacks: AdamssAsaCallback) -> int:

@@ -19,8 +19,8 @@ from torch import nn
 import peftcli
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods import TUNER_MODELS
-from peftcli.peft_api import conversion
+from peftcli.peft_api import lora
+from peftcli.peft_api.namespaces import TUNER_MODELS
 
 
 def _adapted(kind: str, method: str, **settings: Any) -> Any:
@@ -147,7 +147,7 @@ def test_intruders_are_taken_back_as_by_peft(epsilon: float) -> None:
     )
     peft.set_peft_model_state_dict(there, peftcli.get_peft_model_state_dict(here))
     lines: list[str] = []
-    conversion.reduce_intruder_dimension(here, threshold_epsilon=epsilon, logging_sink=lines.append)
+    lora.reduce_intruder_dimension(here, threshold_epsilon=epsilon, logging_sink=lines.append)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         intruders.reduce_intruder_dimension(there, threshold_epsilon=epsilon, logging_sink=None)
@@ -161,7 +161,7 @@ def test_intruders_are_taken_back_as_by_peft(epsilon: float) -> None:
 
 def test_intruders_of_other_layers_and_methods() -> None:
     model = _adapted("llama", "LoraConfig", target_modules=["embed_tokens"], r=4)
-    conversion.reduce_intruder_dimension(model, threshold_epsilon=2.0, mitigation_lambda=1.0, logging_sink=None)
+    lora.reduce_intruder_dimension(model, threshold_epsilon=2.0, mitigation_lambda=1.0, logging_sink=None)
     reduced = logits(model, batch("llama"))
     model.set_adapter("default")  # nothing is taken back, so only A and B are others
     torch.testing.assert_close(reduced, logits(model, batch("llama")), atol=1e-3, rtol=1e-3)
@@ -171,5 +171,5 @@ def test_intruders_of_other_layers_and_methods() -> None:
         _adapted("llama", "LoraConfig", kasa_config=peftcli.KasaConfig()): "kasa_config: works for plain LoRA only",
     }.items():
         with pytest.raises(AdapterError, match=problem):
-            conversion.reduce_intruder_dimension(other)
+            lora.reduce_intruder_dimension(other)
         assert list(other.peft_config) == ["default"]

@@ -13,7 +13,7 @@ from oracle import PEFTS_METHODS
 import peftcli
 import peftcli.peft_api
 from peftcli.methods import METHODS
-from peftcli.peft_api import constants, prepare
+from peftcli.peft_api import mapping, training
 from peftcli.peft_api.namespaces import NAMESPACES
 
 
@@ -101,32 +101,32 @@ def test_the_classes_tell_methods_and_layers_apart() -> None:
 
 def test_the_tables_say_what_pefts_say() -> None:
     theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    ours = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    ours = mapping.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     assert ours.items() <= theirs.items()
     theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    ours = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    ours = mapping.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     assert {name for name in ours if sorted(ours[name]) != sorted(theirs[name])} == {"mixtral"}
     for name in ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"):
-        assert getattr(constants, name) == getattr(peft.utils, name)
-    assert constants.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is peftcli.LoraConfig
-    assert constants.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peftcli.PeftModelForCausalLM
+        assert getattr(mapping, name) == getattr(peft.utils, name)
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is peftcli.LoraConfig
+    assert mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peftcli.PeftModelForCausalLM
 
 
 def test_the_small_functions_give_what_pefts_give() -> None:
     labels = torch.tensor([[5, 6, -100, -100], [7, -100, 8, 9]])
-    assert prepare.shift_tokens_right(labels, 1, 2).equal(peft.utils.shift_tokens_right(labels, 1, 2))
+    assert training.shift_tokens_right(labels, 1, 2).equal(peft.utils.shift_tokens_right(labels, 1, 2))
     with pytest.raises(peftcli.errors.AdapterError, match="pad_token_id: has to be defined"):
-        prepare.shift_tokens_right(labels, None, 2)
-    assert prepare.infer_device() == peft.utils.infer_device()
+        training.shift_tokens_right(labels, None, 2)
+    assert training.infer_device() == peft.utils.infer_device()
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2))
-    prepare.cast_mixed_precision_params(model, torch.bfloat16)
+    training.cast_mixed_precision_params(model, torch.bfloat16)
     kinds = {(value.requires_grad, value.dtype) for value in model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_fsdp_wraps_the_blocks_and_the_trained_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2))
-    policy, theirs = prepare.fsdp_auto_wrap_policy(model), peft.utils.other.fsdp_auto_wrap_policy(model)
+    policy, theirs = training.fsdp_auto_wrap_policy(model), peft.utils.other.fsdp_auto_wrap_policy(model)
     wrapped = {name for name, module in model.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)}
     assert wrapped == {
         name for name, module in model.named_modules() if theirs(module, recurse=False, nonwrapped_numel=0)
@@ -134,4 +134,4 @@ def test_fsdp_wraps_the_blocks_and_the_trained_layers(monkeypatch: pytest.Monkey
     assert {name.rpartition(".")[2] for name in wrapped} == {"0", "1", "lora_A", "lora_B"}
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "NoSuchBlock")
     with pytest.raises(peftcli.errors.AdapterError, match="has no NoSuchBlock"):
-        prepare.fsdp_auto_wrap_policy(model)
+        training.fsdp_auto_wrap_policy(model)

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 import peftcli
 import peftcli.peft_api
 from peftcli.errors import AdapterError
-from peftcli.peft_api import stand_in
+from peftcli.peft_api import namespaces
 from peftcli.peft_api.namespaces import FILES, NAMESPACES
 
 IDS = torch.arange(3, 21).view(2, 9)
@@ -33,7 +33,7 @@ def before_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"}
     for name in real:
         del sys.modules[name]
-    monkeypatch.setattr(stand_in, "_LOOK_ONCE", ())
+    monkeypatch.setattr(namespaces, "_LOOK_ONCE", ())
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
@@ -49,10 +49,10 @@ def test_nothing_changes_where_peft_or_who_looked_for_it_was_imported(
         peftcli.peft_api.install(version="0.22.0")
     assert sys.modules["peft"] is peft
     monkeypatch.delitem(sys.modules, "peft")
-    monkeypatch.setattr(stand_in, "_LOOK_ONCE", ("json",))
+    monkeypatch.setattr(namespaces, "_LOOK_ONCE", ("json",))
     with pytest.raises(AdapterError, match="json has looked for peft already"):
         peftcli.peft_api.install(version="0.22.0")
-    monkeypatch.setattr(stand_in, "_LOOK_ONCE", ())
+    monkeypatch.setattr(namespaces, "_LOOK_ONCE", ())
     found_none = functools.lru_cache(lambda: False)
     found_none()
     monkeypatch.setattr(transformers.utils.import_utils, "is_peft_available", found_none)

@@ -13,7 +13,7 @@ from peft.utils import merge_utils as theirs
 
 import peftcli
 from peftcli.errors import AdapterError
-from peftcli.peft_api import merge_utils
+from peftcli.peft_api import helpers
 
 
 def _two(lib: Any, kind: str, **settings: Any) -> Any:
@@ -78,7 +78,7 @@ def test_merged_tensors_are_pefts(name: str) -> None:
     tensors, weights = [torch.randn(4, 5) for _ in range(3)], torch.tensor([0.5, -1.0, 2.0])
     given = [] if name == "task_arithmetic" else [0.6]
     found = []
-    for lib in (merge_utils, theirs):
+    for lib in (helpers, theirs):
         torch.manual_seed(1)
         found.append(getattr(lib, name)(tensors, weights, *given))
     torch.testing.assert_close(*found)
@@ -88,20 +88,20 @@ def test_pruned_tensors_are_pefts() -> None:
     values = torch.randn(4, 5)
     for method, rescale in (("magnitude", False), ("random", False), ("random", True)):
         found = []
-        for lib in (merge_utils, theirs):
+        for lib in (helpers, theirs):
             torch.manual_seed(1)
             found.append(lib.prune(values, 0.3, method, rescale=rescale))
         torch.testing.assert_close(*found)
     with pytest.raises(AdapterError, match="magnitude or random"):
-        merge_utils.prune(values, 0.3, "smallest")
+        helpers.prune(values, 0.3, "smallest")
 
 
 def test_the_vote_on_signs_is_pefts() -> None:
     torch.manual_seed(0)
     values = torch.randn(3, 4, 5).round()
     for method in ("total", "frequency"):
-        masks = [lib.calculate_majority_sign_mask(values, method) for lib in (merge_utils, theirs)]
+        masks = [lib.calculate_majority_sign_mask(values, method) for lib in (helpers, theirs)]
         assert torch.equal(*masks)
-        torch.testing.assert_close(*(lib.disjoint_merge(values, masks[0]) for lib in (merge_utils, theirs)))
+        torch.testing.assert_close(*(lib.disjoint_merge(values, masks[0]) for lib in (helpers, theirs)))
     with pytest.raises(AdapterError, match="majority_sign"):
-        merge_utils.calculate_majority_sign_mask(values, "loudest")
+        helpers.calculate_majority_sign_mask(values, "loudest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -209,16 +210,27 @@ def _last_step(config: AdaLoraConfig, total: int) -> int:
     return config.total_step - config.tfinal
 
 
-def share_loaded(model: nn.Module, adapter: str, config: AdaLoraConfig) -> None:
-    """Let the trained layers of an adapter share out its budget, if it was saved before that was settled."""
-    for layer in adapter_layers(model, adapter).values():
-        if isinstance(layer, AdaLoraLayer) and layer.lora_E.requires_grad and not (layer.fixed or config.rank_pattern):
-            layer.begin_to_share()
+def model_attributes(model: nn.Module, configs: Mapping[str, AdaLoraConfig]) -> dict[str, Any]:
+    """Return the methods of a model with AdaLoRA, under PEFT's names."""
+    return {
+        "update_and_allocate": partial(_update_and_allocate, model, configs),
+        "resize_modules_by_rank_pattern": partial(_resize, model),
+    }
 
 
-def keep(model: nn.Module, adapter: str, rank_pattern: Mapping[str, Sequence[bool]]) -> None:
+def _update_and_allocate(model: nn.Module, configs: Mapping[str, AdaLoraConfig], global_step: int) -> None:
+    """Act after an optimizer step. An adapter that was saved before its directions were settled goes on to settle."""
+    for name, config in configs.items():
+        for layer in adapter_layers(model, name).values() if not config.rank_pattern else ():
+            if isinstance(layer, AdaLoraLayer) and layer.lora_E.requires_grad and not layer.fixed:
+                layer.begin_to_share()
+        if config.total_step is not None:
+            after_step(model, config, global_step, config.total_step)
+
+
+def _resize(model: nn.Module, rank_pattern: Mapping[str, Sequence[bool]], adapter_name: str) -> None:
     """Take away every direction of the adapter but those of ``rank_pattern``. One that was loaded has no others."""
-    for path, layer in adapter_layers(model, adapter).items():
+    for path, layer in adapter_layers(model, adapter_name).items():
         mask = rank_pattern.get(f"{path_in_file(model, path)}.lora_E")
         if isinstance(layer, AdaLoraLayer) and layer.fixed and mask is not None:
             layer.kept.copy_(torch.as_tensor(mask))

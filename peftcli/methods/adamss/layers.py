@@ -244,6 +244,16 @@ def after_step(model: nn.Module, config: AdamssConfig, step: int, total: int) ->
         layer.clear_averages()
 
 
+def model_attributes(model: nn.Module, configs: Mapping[str, AdamssConfig]) -> dict[str, Any]:
+    """Return the method of a model with AdaMSS, under PEFT's name."""
+
+    def update_and_allocate(global_step: int) -> None:
+        for config in configs.values():
+            after_step(model, config, global_step, 0)
+
+    return {"update_and_allocate": update_and_allocate}
+
+
 def after_resume(model: nn.Module, config: AdamssConfig, step: int, total: int) -> None:
     """Freeze again what was frozen when the checkpoint was written."""
     for layer in _allocating(model, config):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -38,10 +39,9 @@ _MAY_DIFFER = {
 
 def check_same(old: LoraConfig, new: LoraConfig) -> None:
     """Raise AdapterError for settings that the layers were built with and that ``new`` has otherwise."""
-    before, after = old.to_dict(), new.to_dict()
-    for key in sorted((before.keys() | after.keys()) - _MAY_DIFFER):
-        if before.get(key) != after.get(key):
-            raise AdapterError(f"the adapters differ: {before.get(key)!r} and {after.get(key)!r}", key=key)
+    for key in sorted({entry.name for entry in fields(old) if entry.metadata.get("file", True)} - _MAY_DIFFER):
+        if (before := getattr(old, key)) != (after := getattr(new, key)):
+            raise AdapterError(f"the adapters differ: {before!r} and {after!r}", key=key)
 
 
 def widen(model: nn.Module, adapter: str, r: int, *configs: LoraConfig) -> None:

@@ -36,6 +36,7 @@ from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates
 from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.lora.variants import LAYERS as VARIANT_LAYERS
+from peftcli.methods.lora.variants import model_attributes as model_attributes
 from peftcli.methods.lora.variants import penalty as penalty
 
 

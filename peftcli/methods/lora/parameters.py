@@ -101,6 +101,8 @@ class LoraParameter(InsideLayer):
     apart.
     """
 
+    peft_name = "lora.ParamWrapper"
+
     def __init__(self, base_layer: nn.Module, parameter: str, name: str, config: LoraConfig):
         name = f"{name}.{parameter}"
         super().__init__(base_layer, name, config)

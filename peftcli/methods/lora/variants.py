@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_layers
+from peftcli.core.layer import AdapterLayer, adapter_layers
 from peftcli.methods.lora.alora import ALoraLinear
 from peftcli.methods.lora.bdlora import BdLoraLinear
 from peftcli.methods.lora.config import LoraConfig
@@ -34,19 +36,34 @@ def penalty(model: nn.Module, config: LoraConfig) -> torch.Tensor | None:
     """Return what the enabled layers of KaSA or MonteCLoRA, whichever the config has, add to the loss."""
     if config.kasa_config is None and config.monteclora_config is None:
         return None
-    names = {layer.adapter for layer in adapter_layers(model).values() if layer.enabled}
-    return kasa_penalty(model, names) if config.kasa_config else monteclora_penalty(model, names)
+    layers = [layer for layer in adapter_layers(model).values() if layer.enabled]
+    return _kasa_penalty(layers) if config.kasa_config else _monteclora_penalty(layers)
 
 
-def kasa_penalty(model: nn.Module, adapters: Collection[str]) -> torch.Tensor | None:
-    """Return the sum over the KaSA layers of these adapters, or None."""
-    layers = [layer for layer in adapter_layers(model).values() if layer.adapter in adapters]
+def model_attributes(model: nn.Module, configs: Mapping[str, LoraConfig]) -> dict[str, Any]:
+    """Return the methods of a model with LoRA, under PEFT's names: what to add to the loss."""
+
+    def loss_of(kind: Any, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """Return the penalty of these adapters, or of the active ones; 0.0 where there is none."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        layers = adapter_layers(model).values()
+        found = kind([each for each in layers if each.adapter in (each.active_adapters if names is None else names)])
+        return 0.0 if found is None else found
+
+    return {
+        "_get_kasa_loss": partial(loss_of, _kasa_penalty),
+        "_get_monteclora_loss": partial(loss_of, _monteclora_penalty),
+    }
+
+
+def _kasa_penalty(layers: Sequence[AdapterLayer]) -> torch.Tensor | None:
+    """Return the sum over the KaSA layers among these, or None."""
     parts = [layer.penalty() for layer in layers if isinstance(layer, KasaLinear)]
     return torch.stack(parts).sum() if parts else None
 
 
-def monteclora_penalty(model: nn.Module, adapters: Collection[str]) -> torch.Tensor | None:
-    """Return the mean over the MonteCLoRA layers of these adapters, or None."""
-    layers = [layer for layer in adapter_layers(model).values() if layer.adapter in adapters]
-    parts = [layer.lora_monteclora_sampler.penalty() for layer in layers if isinstance(layer, MontecloraLinear)]
+def _monteclora_penalty(layers: Sequence[AdapterLayer]) -> torch.Tensor | None:
+    """Return the mean over the MonteCLoRA layers among these that train, or None."""
+    trained = [layer for layer in layers if isinstance(layer, MontecloraLinear) and layer.training]
+    parts = [layer.lora_monteclora_sampler.penalty() for layer in trained]
     return torch.stack(parts).mean() if parts else None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, factory_kwargs
 from peftcli.methods.vblora.config import VBLoRAConfig
@@ -110,6 +111,31 @@ def attach(model: nn.Module, config: VBLoRAConfig, layers: Mapping[str, Any]) ->
     parameter = nn.Parameter(nn.init.uniform_(bank, -bound, bound))
     for layer in own:
         layer.vblora_vector_bank = parameter
+
+
+def model_attributes(model: nn.Module, configs: Mapping[str, VBLoRAConfig]) -> dict[str, Any]:
+    """Return the methods of a model with VB-LoRA, under PEFT's names."""
+
+    def get_nb_savable_parameters(adapter: str = "default") -> tuple[int, int]:
+        """Return how many numbers of VB-LoRA an adapter's file holds, and how many others train.
+
+        An index counts as its share of the four bytes of a float.
+        """
+        saved = [value for name, value in adapter_state(model, adapter).items() if "vblora_" in name]
+        own = sum(value.numel() * (1 if value.is_floating_point() else value.element_size() / 4) for value in saved)
+        trained = [value for name, value in model.named_parameters() if value.requires_grad and "vblora_" not in name]
+        return int(own), sum(value.numel() for value in trained)
+
+    def print_savable_parameters() -> None:
+        own, others = get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
+
+    return {
+        "get_nb_savable_parameters": get_nb_savable_parameters,
+        "print_savable_parameters": print_savable_parameters,
+    }
 
 
 def _index_dtype(count: int) -> torch.dtype:

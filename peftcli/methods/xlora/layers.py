@@ -150,6 +150,15 @@ def find_mixture(module: nn.Module) -> Mixture | None:
     return next(found, None)
 
 
+def model_attributes(model: nn.Module, configs: Mapping[str, XLoraConfig]) -> dict[str, Any]:
+    """Return what PEFT's X-LoRA model has besides: the classifier, and the methods of that with PEFT's names."""
+    if (mixture := find_mixture(model)) is None:
+        return {}
+    kinds = ("clear_", "disable_", "enable_", "get_", "set_")
+    methods = {name: getattr(mixture, name) for name in vars(Mixture) if name.startswith(kinds)}
+    return {"internal_xlora_classifier": mixture, **methods}
+
+
 @dataclass(frozen=True)
 class _Read:
     """The model's forward pre-hook: the classifier reads the inputs."""

@@ -1,0 +1,232 @@
+"""PEFT's functions that prepare a model or its inputs for training, and make its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
+from torch import nn
+from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.utils.hooks import RemovableHandle
+
+from peftcli.core.layer import model_ends
+from peftcli.core.quantised import is_quantised
+from peftcli.core.weights import named_tensors
+from peftcli.errors import AdapterError
+from peftcli.methods.learning_rates import rate_groups
+from peftcli.methods.lora.optimizers import LoraFAOptimizer, MatrixPair, matrix_pairs, precondition
+from peftcli.peft_api.tuner import find_tuner
+
+_HALVES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+"""Of transformers' quantisation methods those whose layers want inputs in half precision."""
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze a model, quantised or not, and hold what is not quantised of it in float32.
+
+    With ``use_gradient_checkpointing`` a quantised one computes its activations again in the backward pass;
+    ``use_reentrant`` is False where not given.
+    ``auto_clear_cache`` gives the GPU the memory back that the weights took in half precision.
+    """
+    quantised = [module for module in model.modules() if is_quantised(module)]
+    kept = {id(value) for module in quantised for value in module.parameters(recurse=False)}
+    model.requires_grad_(False)
+    if getattr(model, "quantization_method", None) not in _HALVES:
+        for value in model.parameters():
+            if value.dtype in (torch.float16, torch.bfloat16) and id(value) not in kept:
+                value.data = value.data.float()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if quantised and use_gradient_checkpointing:
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            prepare_model_for_gradient_checkpointing(model)
+        # under the name of transformers 5.24 and later, or the one before
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
+    return model
+
+
+def prepare_model_for_gradient_checkpointing(model: Any) -> Any:
+    """Make the input embeddings' outputs require gradients, so that checkpointed blocks over frozen ones pass them."""
+    require_input_gradients(model)
+    return model
+
+
+def require_input_gradients(model: Any) -> RemovableHandle | None:
+    """Do the same, and return what undoes it, of a model that is not one of transformers and has input embeddings."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+        return None
+
+    def require(module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if module.training:
+            output.requires_grad_(True)
+
+    embeddings, _ = model_ends(model)
+    return None if embeddings is None else embeddings.register_forward_hook(require)
+
+
+def is_checkpointing(model: nn.Module, *, default: bool) -> bool:
+    """Return whether the model computes activations again in the backward pass; ``default`` where it does not say."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter before transformers 5.24
+    return bool(next((getattr(model, name) for name in names if hasattr(model, name)), default))
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen weights in ``dtype`` and those that train in float32, for training with autocast."""
+    for value in model.parameters():
+        value.data = value.data.to(torch.float32 if value.requires_grad else dtype)
+
+
+def infer_device() -> str:
+    """Return the kind of device that this machine computes on: cuda, mps, xpu, npu or cpu."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> torch.Tensor:
+    """Return the inputs of a decoder for these labels: (B, T), each one place later, -100 as padding.
+
+    Raises:
+        AdapterError: there is no ``pad_token_id``.
+    """
+    if pad_token_id is None:
+        raise AdapterError("has to be defined in the model's config", key="pad_token_id")
+    first = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([first, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
+    """Return FSDP's ``auto_wrap_policy`` for a model with adapters: each block by itself, each trained layer by itself.
+
+    The classes of the blocks are those that transformers never splits between devices, or those that
+    ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names.
+
+    Raises:
+        AdapterError: the model has no module of such a class.
+    """
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    kept = [name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
+    blocks = set()
+    for name in dict.fromkeys(named.split(",") if named else kept):
+        block = get_module_class_from_name(model, name)
+        if block is None and named:
+            raise AdapterError(f"{type(model).__name__} has no {name}", key="FSDP_TRANSFORMER_CLS_TO_WRAP")
+        blocks.add(block)
+
+    def is_trained_leaf(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not any(True for _ in module.children()) and weight is not None and weight.requires_grad
+
+    policies = [
+        functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
+        functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
+    ]
+    return functools.partial(_or_policy, policies=policies)
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_lr_embedding: float = 1e-6,
+    loraplus_weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer that trains LoRA's B ``loraplus_lr_ratio`` times as fast as A: LoRA+.
+
+    It has PEFT's four groups, some maybe empty: A, which learns at ``lr``, LoRA on embeddings, B, and vectors, which
+    learn as fast as B. The weight decay is that of all but vectors.
+
+    Raises:
+        AdapterError: the adapter has no B.
+    """
+    plain, larger, embedding = rate_groups(
+        named_tensors(find_tuner(model)[1]), lr, loraplus_lr_ratio, loraplus_lr_embedding
+    )
+    matrices = larger | {"params": [value for value in larger["params"] if value.ndim > 1]}
+    vectors = larger | {"params": [value for value in larger["params"] if value.ndim == 1], "weight_decay": 0.0}
+    groups = [group | {"weight_decay": loraplus_weight_decay} for group in (plain, embedding, matrices)]
+    groups.append(vectors)
+    return optimizer_cls(groups, lr=lr, **options)  # type: ignore[call-arg]
+
+
+def create_lorafa_optimizer(
+    model: nn.Module,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> LoraFAOptimizer:
+    """An AdamW that trains LoRA's B alone: LoRA-FA. A takes no gradients any more.
+
+    On convolutions and embeddings, LoRA is trained as by AdamW. PEFT's ``r`` and ``lora_alpha`` are not needed, and
+    ``use_rslora`` is what the adapters' configs say.
+
+    Raises:
+        AdapterError: the model has no LoRA on linear layers that trains, or ``use_rslora`` is not what a config says.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if use_rslora not in (None, getattr(config, "use_rslora", False)):
+            raise AdapterError(
+                f"use_rslora={use_rslora} was passed to create_lorafa_optimizer; it is {not use_rslora} in the config "
+                f"of {name}"
+            )
+    pairs = _pairs(model, "LoRA-FA")
+    for pair in pairs:
+        pair.a.requires_grad_(False)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    return LoraFAOptimizer(trained, pairs, lr=lr, weight_decay=weight_decay)
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], *, lr: float, reg: float = 1e-2, **options: Any
+) -> torch.optim.Optimizer:
+    """An optimizer that multiplies the gradients of LoRA's A and B by small matrices before each step.
+
+    ``reg`` is added to the diagonal of what these are the inverses of, which keeps them from being too large.
+
+    Raises:
+        AdapterError: the model has no LoRA on linear layers that trains, or the optimizer computes the loss itself,
+            with gradients that would be left as they are.
+        TypeError: ``optimizer_cls`` is no class of optimizers.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, not {optimizer_cls!r}")
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise AdapterError(
+            f"{optimizer_cls.__name__} requires a closure, which computes gradients anew", key="optimizer_cls"
+        )
+    pairs = _pairs(model, "Riemannian preconditioning")
+
+    def prepare(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):  # the first is the optimizer
+            raise AdapterError("step() does not support closures, which compute gradients anew")
+        precondition(pairs, reg)
+
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = optimizer_cls(trained, lr=lr, **options)  # type: ignore[call-arg]
+    optimizer.register_step_pre_hook(prepare)
+    return optimizer
+
+
+def _pairs(model: nn.Module, what: str) -> list[MatrixPair]:
+    if pairs := matrix_pairs(model):
+        return pairs
+    raise AdapterError(f"{what} needs lora_A/lora_B parameter pairs that train, on linear layers")
