@@ -71,7 +71,7 @@ def write_junit(
 def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:
     case = _element("testcase", name=f"{gate['metric']} {gate['gate']}", time="0.000")
     if not gate["passed"]:
-        value = "was not measured, or is no finite number" if gate["value"] is None else f"is {_format(gate['value'])}"
+        value = "was not measured, or is not finite" if gate["value"] is None else f"is {_format(gate['value'])}"
         message = f"{gate['metric']} {value}, expected {gate['gate']}"
         case.append(_element("failure", message, message=message, type="GateFailed"))
     return case

@@ -130,7 +130,7 @@ def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
     failed = list[str]()
     for gate in gates:
         if not gate["passed"]:
-            value = "was not measured, or is no finite number" if gate["value"] is None else f"is {gate['value']}"
+            value = "was not measured, or is not finite" if gate["value"] is None else f"is {gate['value']}"
             failed.append(f"{gate['metric']} {value}, expected {gate['gate']}")
     if failed:
         raise GateFailed("; ".join(failed), key="gates")
