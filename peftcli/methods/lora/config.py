@@ -67,9 +67,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other values of lora_alpha for some layers: name ending or regular expression -> lora_alpha."""
     use_dora: bool = False
-    """Train the magnitude of each output's weights separately from their direction (DoRA,
-    https://arxiv.org/abs/2402.09353): better at a small r, but slower, since each step computes the norm of the
-    weight."""
+    """Train the magnitude of each output's weights apart from their direction (DoRA, https://arxiv.org/abs/2402.09353):
+    better at a small r, but slower, since each step computes the norm of the adapted weight."""
     lora_bias: bool = False
     """Give B a bias. For adapters that were extracted from a fully fine-tuned model."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
