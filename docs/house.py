@@ -1,140 +1,289 @@
-"""Measure the structure of the package: how much there is to read, and how often things are opened.
+"""Measure the structure of the package: how much there is to read, and how often it asks what a thing is.
 
-``python docs/house.py [ROOT]`` prints the figures of the checkout at ROOT (default: this one) as a Markdown table.
-docs/log.md has how they changed.
+``python docs/house.py`` prints the figures of this checkout, ``--list`` also the names behind the counts.
+``tests/test_house.py`` keeps an upper bound of each figure in ``tests/house.json``; ``--write`` writes that file.
+Nothing of the package is imported. Lines are counted as ``wc -l`` does.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
-import os
+import math
 import re
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-# Counts what `peftcli generate` opens and parses to load a tiny model with an adapter. Runs in a process of its own.
-_LOAD = """
-import collections, json, os, sys, tempfile, warnings
-warnings.simplefilter("ignore")
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
-from peftcli import LoraConfig, get_peft_model
-try:
-    from peftcli.adapters.generate import load_generator
-except ImportError:  # its name until the house was rebuilt
-    from peftcli.generate import load_speaker as load_generator
-folder = tempfile.mkdtemp()
-base, adapter = os.path.join(folder, "base"), os.path.join(folder, "adapter")
-config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-LlamaForCausalLM(config).save_pretrained(base)
-words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(base)
-model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
-model.save_pretrained(adapter)
-load_generator(adapter)  # once before, so that imports are not counted
-opened, parsed, counting = collections.Counter(), collections.Counter(), True
-LIBRARIES = ("transformers", "safetensors", "huggingface_hub", "tokenizers", "torch", "accelerate")
-def who():
-    frame = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.startswith((*LIBRARIES, "peftcli")):
-            return "ours" if name.startswith("peftcli") else "theirs"
-        frame = frame.f_back
-    return "theirs"
-def hook(event, args):
-    if counting and event == "open" and isinstance(args[0], (str, os.PathLike)):
-        path = os.fspath(args[0])
-        if path.startswith(folder) and os.path.isfile(path):
-            opened[who(), path] += 1
-sys.addaudithook(hook)
-decode = json.JSONDecoder.decode
-def counted(self, *args, **kwargs):
-    parsed[who()] += 1
-    return decode(self, *args, **kwargs)
-json.JSONDecoder.decode = counted
-load_generator(adapter)
-counting = False
-json.JSONDecoder.decode = decode
-ours = {path: count for (whose, path), count in opened.items() if whose == "ours"}
-print(json.dumps({"opened": sum(ours.values()), "most": max(ours.values(), default=0), "parsed": parsed["ours"],
-                  "all opened": sum(opened.values()), "all parsed": sum(parsed.values())}))
+ROOT = Path(__file__).parents[1]
+BOUNDS = "tests/house.json"
+LONG = 50
+"""A function with more lines is long."""
+SHARED = ("core", "train", "data", "adapters", "peft_api")
+"""Folders that name no model family."""
+MODEL_TYPES = frozenset((ROOT / "docs/model_types.txt").read_text(encoding="utf-8").split())
+"""The ``model_type`` of each family in transformers 5.24, sorted: the keys of its ``CONFIG_MAPPING_NAMES``. A list of
+our own, since the figures must not depend on the installed version."""
+
+PATHS: dict[str, dict[str, str]] = {
+    "LoRA on a linear layer": {
+        "core/config.py": "the base class of LoraConfig",
+        "core/protocols.py": "what a method's layers module defines",
+        "core/inject.py": "freezes the model, and puts the layers in",
+        "core/targets.py": "finds the modules to adapt",
+        "core/heads.py": "finds the heads that train in full",
+        "core/layer.py": "the base class of LoraLinear",
+        "core/linear.py": "sizes and orientation of a linear layer",
+        "core/quantised.py": "asked whether the layer is quantised",
+        "core/weights.py": "the adapter's tensors under their names in the file",
+        "core/files.py": "writes and reads the adapter folder",
+        "core/merge.py": "adds the update to the base weight",
+        "methods/_settings.py": "the settings that methods share",
+        "methods/_linear.py": "dropout and biases of linear layers",
+        "methods/_token_rows.py": "asked which tokens train",
+        "methods/lora/config.py": "LoraConfig",
+        "methods/lora/variant_settings.py": "asked which variant it is: none",
+        "methods/lora/layers.py": "chooses the layer's class",
+        "methods/lora/lora.py": "LoraLinear",
+        "methods/lora/fused.py": "its forward and backward pass",
+        "methods/lora/targets.py": "LoRA's own rules for targets",
+        "methods/lora/attach.py": "completes the adapter",
+        "methods/lora/updates.py": "describes the adapter for its file",
+        "methods/lora/initialisations/config.py": "the settings of its start",
+        "methods/lora/initialisations/initialise.py": "finds the start by name",
+        "methods/lora/initialisations/kaiming.py": "the default start",
+        "methods/lora/initialisations/residual.py": "asked whether the start changes the base weight",
+    },
+    "one training step of causal_lm": {
+        "train/loop.py": "the step",
+        "train/plan.py": "which examples it sees",
+        "train/batches.py": "makes its batches ahead",
+        "data/store.py": "reads the examples",
+        "tasks/base.py": "the contract of a task",
+        "tasks/scores.py": "moves a batch to the device",
+        "tasks/causal_lm.py": "collates the examples, and computes the loss",
+        "tasks/text/language_model.py": "what causal_lm shares with seq2seq_lm",
+        "tasks/text/collate.py": "pads ids and labels",
+        "tasks/text/unpadded.py": "takes the padding out before the first layer",
+        "tasks/text/parts.py": "which tokens the rows share",
+        "tasks/text/segments.py": "attention within each row",
+        "tasks/text/output_head.py": "logits at targets only",
+        "tasks/text/token_loss.py": "the loss of each target",
+        "core/protocols.py": "what the method does after a step",
+    },
+    "the task sequence_classification": {
+        "tasks/sequence_classification.py": "the task",
+        "tasks/classification.py": "what classifiers share",
+        "tasks/base.py": "the contract of a task",
+        "tasks/settings.py": "its settings",
+        "tasks/__init__.py": "its row in TASKS",
+        "tasks/scores.py": "moves a batch to the device, and reads the logits",
+        "tasks/text/inputs.py": "texts become ids",
+        "tasks/text/collate.py": "pads ids",
+    },
+}
+"""Reading path -> its files, and what each is read for.
+
+A path lists the files with a function that runs: to inject LoRA into ``nn.Linear``, call it, save, load and merge it;
+in one ``next(fit(...))``; in a run of the task. ``guard``, ``system`` and what only PEFT's names need are left out.
 """
 
 
-def main(root: Path) -> None:
-    """Print the table."""
-    package = root / "peftcli"
-    modules = parsed(root)
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
-    core = sum(size for path, size in lines.items() if path.parent == package / "core")
-    functions = sorted(_functions(modules, root), reverse=True)
-    loaded = _load(root)
-    rows = {
-        "lines of the package": f"{sum(lines.values()):,}",
-        "loose modules": str(len(list(package.glob("*.py")))),
-        "lines of core, without core/prompts": f"{core:,}",
-        "functions of more than 50 lines": str(sum(size > 50 for size, _ in functions)),
-        "import cycles, function-level imports included": str(len(cycles(imports(modules, root)))),
-        "imports of the package inside functions": str(inner_imports(modules, root).total()),
-        "files that load an adapter's config from its folder": str(_resolving(modules, root)),
-        "files opened by one load of a tiny model and an adapter, by us / by all": _both(loaded, "opened"),
-        "most times that we open one of them": str(loaded["most"]),
-        "JSON texts parsed by that load, by us / by all": _both(loaded, "parsed"),
-    }
+@dataclass(frozen=True)
+class Module:
+    """One file of the package, parsed."""
+
+    name: str
+    tree: ast.Module
+    nodes: list[ast.AST]
+    """All of the tree's nodes, walked once."""
+
+
+Modules = Mapping[Path, Module]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, and the names behind it."""
+
+    value: float
+    names: Collection[str] = ()
+
+
+def main() -> None:
+    """Print the figures, or write them as bounds."""
+    parser = argparse.ArgumentParser(description="Measure the structure of the package.")
+    parser.add_argument("--list", action="store_true", help="print the names behind the counts, too")
+    parser.add_argument("--write", action="store_true", help=f"write the figures as bounds into {BOUNDS}")
+    options = parser.parse_args()
+    found = figures(ROOT)
+    if options.write:
+        bounds = {name: bound_of(figure.value) for name, figure in found.items()}
+        (ROOT / BOUNDS).write_text(json.dumps(bounds, indent=2) + "\n", encoding="utf-8")
     print("| figure | value |\n|---|---|")
-    print("\n".join(f"| {name} | {value} |" for name, value in rows.items()))
-    print("\nThe ten longest functions: " + ", ".join(f"`{name}` {size}" for size, name in functions[:10]))
+    for name, figure in found.items():
+        print(f"| {name} | {figure.value:,} |")
+    for name, figure in found.items() if options.list else ():
+        if figure.names:
+            print(f"\n{name}:\n  " + "\n  ".join(sorted(figure.names)))
 
 
-def parsed(root: Path) -> dict[Path, ast.Module]:
-    """The package's files, parsed."""
-    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((root / "peftcli").rglob("*.py"))}
+def bound_of(value: float) -> float:
+    """Return the bound for a figure: it rounded up to three digits or a tenth, so that few changes move it."""
+    if isinstance(value, float):
+        return math.ceil(value * 10) / 10
+    step: int = 10 ** max(len(str(value)) - 3, 0)
+    return -(-value // step) * step
 
 
-def _functions(modules: dict[Path, ast.Module], root: Path) -> Iterator[tuple[int, str]]:
-    for path, tree in modules.items():
-        for node in ast.walk(tree):
+def figures(root: Path, modules: Modules | None = None) -> dict[str, Figure]:
+    """Return the figures of the checkout at ``root``, by name."""
+    package, modules = root / "peftcli", modules or parsed(root)
+    lines = {path.relative_to(package).as_posix(): count_lines(path) for path in modules}
+    core = {name: size for name, size in lines.items() if name.startswith("core/")}
+    prompts = {name: size for name, size in core.items() if name.startswith("core/prompts/")}
+    layers = [name for name in lines if name.startswith(("core/", "methods/"))]
+    total, of_layers = sum(lines.values()), sum(lines[name] for name in layers)
+    named = {
+        path.relative_to(package).as_posix(): [node for node in module.nodes if isinstance(node, ast.Name)]
+        for path, module in modules.items()
+    }
+    circles = cycles(imports(modules, type_checking=True))
+    found = {
+        "lines of the package": Figure(total),
+        "files of the package": Figure(len(lines)),
+        "lines of core, without core/prompts": Figure(sum(core.values()) - sum(prompts.values())),
+        "lines of core/prompts": Figure(sum(prompts.values())),
+        f"functions of more than {LONG} lines": _counted(_long_functions(modules, package)),
+        "private functions of a module that are used once": _counted(_used_once(modules)),
+        "lines that name Any": Figure(
+            sum(len({node.lineno for node in nodes if node.id == "Any"}) for nodes in named.values())
+        ),
+        "modules in import cycles, TYPE_CHECKING included": _counted(name for group in circles for name in group),
+        f"names of model families in {', '.join(SHARED)}": _counted(
+            f"{file}: {name}" for file, names in names_in(modules, package, is_model_type).items() for name in names
+        ),
+    }
+    for each in ("isinstance", "getattr and hasattr"):
+        words = each.split(" and ")
+        for where, files, size in (("core and methods", layers, of_layers), ("the package", list(lines), total)):
+            count = sum(node.id in words for name in files for node in named[name])
+            found[f"{each} in 1,000 lines of {where}"] = Figure(round(count / size * 1000, 2))
+    for name, files in PATHS.items():
+        if gone := files.keys() - lines:
+            raise SystemExit(f"docs/house.py: the reading path '{name}' names files that are gone: {sorted(gone)}")
+        found[f"files to read: {name}"] = Figure(len(files), files)
+        found[f"lines to read: {name}"] = Figure(sum(lines[file] for file in files))
+    found["lines of tests"] = Figure(sum(map(count_lines, (root / "tests").rglob("*.py"))))
+    return found
+
+
+def _counted(names: Iterator[str]) -> Figure:
+    listed = list(names)
+    return Figure(len(listed), listed)
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of line ends of a file."""
+    return path.read_bytes().count(b"\n")
+
+
+def parsed(root: Path) -> Modules:
+    """Return the package's files, parsed."""
+    found = {}
+    for path in sorted((root / "peftcli").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found[path] = Module(name, tree, list(ast.walk(tree)))
+    return found
+
+
+def _long_functions(modules: Modules, package: Path) -> Iterator[str]:
+    for path, module in modules.items():
+        for node in module.nodes:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno is not None
-                yield node.end_lineno - node.lineno + 1, f"{path.relative_to(root / 'peftcli')}:{node.name}"
+                if (size := node.end_lineno - node.lineno + 1) > LONG:
+                    yield f"{path.relative_to(package).as_posix()}: {node.name} ({size})"
 
 
-def _name(path: Path, root: Path) -> str:
-    parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def _used_once(modules: Modules) -> Iterator[str]:
+    imported: Counter[tuple[str, str]] = Counter()
+    for module in modules.values():
+        for node in module.nodes:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported.update((node.module, alias.name) for alias in node.names)
+    for module in modules.values():
+        used = Counter(node.id for node in module.nodes if isinstance(node, ast.Name))
+        for node in module.tree.body:
+            private = isinstance(node, ast.FunctionDef) and re.match("_[^_]", node.name)
+            if private and used[node.name] + imported[module.name, node.name] == 1:
+                yield f"{module.name}.{node.name}"
 
 
-def imports(modules: dict[Path, ast.Module], root: Path) -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports anywhere, except for type checkers only."""
-    names = {_name(path, root) for path in modules}
+def is_model_type(word: str, _: Collection[str] = ()) -> bool:
+    """Return whether a text or an identifier is a ``model_type``. A short one such as "led" is no other word there."""
+    return word in MODEL_TYPES or word.replace("_", "-") in MODEL_TYPES
+
+
+def is_foreign_class(word: str, own: Collection[str]) -> bool:
+    """Return whether a text has the form of a class's name, and the package has no class of that name."""
+    return bool(re.fullmatch(r"[A-Z][a-z]+\d*[a-z]*([A-Z]\w*|\d+\w*)", word)) and word not in own
+
+
+def names_in(
+    modules: Modules, package: Path, is_wanted: Callable[[str, Collection[str]], bool], *, texts_only: bool = False
+) -> dict[str, list[str]]:
+    """Return file -> wanted words that are a whole text or, unless ``texts_only``, an identifier, in SHARED.
+
+    Docstrings and comments may say what they like.
+    """
+    own = {node.name for module in modules.values() for node in module.nodes if isinstance(node, ast.ClassDef)}
+    found = {}
+    for path, module in modules.items():
+        file = path.relative_to(package)
+        if file.parts[0] in SHARED:
+            words = [word for word in _words(module.nodes, texts_only) if is_wanted(word, own)]
+            found |= {file.as_posix(): sorted(words)} if words else {}
+    return found
+
+
+def _words(nodes: list[ast.AST], texts_only: bool) -> Iterator[str]:
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        elif not texts_only and isinstance(node, (ast.Name, ast.Attribute, ast.arg, ast.FunctionDef, ast.ClassDef)):
+            yield next(getattr(node, key) for key in ("id", "attr", "arg", "name") if hasattr(node, key))
+
+
+def imports(modules: Modules, *, type_checking: bool = False) -> dict[str, set[str]]:
+    """Return module -> modules of the package that it imports anywhere; if asked, also for type checkers only."""
+    names = {module.name for module in modules.values()}
     found: dict[str, set[str]] = {name: set() for name in names}
-    for path, tree in modules.items():
+    for module in modules.values():
         skipped = {
             inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for node in module.nodes
+            if not type_checking and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
             for inner in ast.walk(node)
         }
-        for node in ast.walk(tree):
+        for node in module.nodes:
             if node in skipped:
                 continue
             if isinstance(node, ast.ImportFrom) and node.module:
                 wanted = [f"{node.module}.{alias.name}" for alias in node.names]
-                found[_name(path, root)] |= {full if full in names else node.module for full in wanted} & names
+                found[module.name] |= {full if full in names else node.module for full in wanted} & names
             elif isinstance(node, ast.Import):
-                found[_name(path, root)] |= {alias.name for alias in node.names} & names
+                found[module.name] |= {alias.name for alias in node.names} & names
     return {name: wanted - {name} for name, wanted in found.items()}
 
 
 def cycles(imported: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import one another (strongly connected components of more than one), by Tarjan."""
+    """Return groups of modules that import one another (strongly connected components of more than one), by Tarjan."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -160,39 +309,15 @@ def cycles(imported: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def inner_imports(modules: dict[Path, ast.Module], root: Path) -> Counter[str]:
-    """Module -> how many of its imports of the package stand inside functions."""
+def inner_imports(modules: Modules) -> Counter[str]:
+    """Return module -> how many of its imports of the package are inside functions."""
     found: Counter[str] = Counter()
-    for path, tree in modules.items():
-        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for module in modules.values():
+        functions = [node for node in module.nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
         inside = {node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
-        count = sum((node.module or "").startswith("peftcli") for node in inside)
-        found += Counter({_name(path, root): count})
+        found += Counter({module.name: sum((node.module or "").startswith("peftcli") for node in inside)})
     return found
 
 
-def _resolving(modules: dict[Path, ast.Module], root: Path) -> int:
-    """Files outside core that turn an adapter folder into its config by themselves."""
-    counts = Counter(
-        path
-        for path, tree in modules.items()
-        if (root / "peftcli" / "core") not in path.parents
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and re.fullmatch(r"(\w+\.)?config_from_dict", ast.unparse(node.func))
-    )
-    return len(counts)
-
-
-def _both(loaded: dict[str, int], what: str) -> str:
-    return f"{loaded[what]} / {loaded[f'all {what}']}"
-
-
-def _load(root: Path) -> dict[str, int]:
-    env = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", _LOAD], env=env, capture_output=True, text=True, check=True, cwd="/")
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]).resolve())
+    main()

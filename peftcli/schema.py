@@ -115,7 +115,7 @@ class Dataset:
     """File (.jsonl, .ndjson, .json, .csv, .parquet, .conll, .conllu, each also as .gz or .zst), folder of such files,
     or hub dataset id."""
     mix: list[Source] = field(default_factory=list)
-    """Several datasets instead of ``train``, with weights, as in [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight:
+    """Several datasets instead of ``train``: with weights, as in [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight:
     1}], or without, as in [a.jsonl, b.jsonl]."""
     eval: str | None = None
     """File, folder or hub dataset for evaluation."""
@@ -133,10 +133,10 @@ class Dataset:
     split: str = "train"
     """Split of a hub dataset for training."""
     eval_split: str | None = None
-    """Split for evaluation of the hub dataset that ``eval`` names, or of the one that is trained on."""
+    """Split for evaluation, of the hub dataset in ``eval``, or else of the training dataset."""
     streaming: bool = False
-    """Stream the rows of a hub dataset instead of downloading its files first; with ``limit``, only as many rows are
-    fetched."""
+    """Stream the rows of a hub dataset instead of downloading its files first; with ``limit``, no more rows than that
+    are fetched."""
     format: Format = "auto"
     """Format of the rows. auto: found from the columns. text: {text}; prompt_completion: {prompt, completion};
     messages: {messages: [{role, content}]}; alpaca: {instruction, input, output}; sharegpt: {conversations: [{from,
@@ -191,14 +191,14 @@ class Training:
     max_steps: int = -1
     """Number of steps, which overrides num_train_epochs; -1: num_train_epochs decides."""
     per_device_train_batch_size: NumberOrAuto = field(default=8, metadata=AT_LEAST_1 | _MILLION)
-    """Examples per device and micro-batch. More is faster and takes more memory. auto: as many at once as the memory
-    holds, of the gradient_accumulation_steps examples that a step then has on each device."""
+    """Examples per device and micro-batch. More is faster and takes more memory. auto: a step has
+    gradient_accumulation_steps examples on each device, in the largest micro-batches that fit into memory."""
     per_device_eval_batch_size: int = field(default=8, metadata=AT_LEAST_1 | _MILLION)
     """Examples per device and batch in evaluation."""
     gradient_accumulation_steps: int = field(default=1, metadata=AT_LEAST_1 | _MILLION)
     """Micro-batches per step. The result is the same as with one large batch."""
     learning_rate: float | Literal["auto"] = field(default="auto", metadata=AT_LEAST_0 | _MILLION)
-    """Peak learning rate. auto: as measured for the method, how it starts, and the task; see docs/learning_rates.md."""
+    """Peak learning rate. auto: the measured rate of the method, its start and the task; see docs/learning_rates.md."""
     loraplus_lr_ratio: float | None = field(default=None, metadata=ABOVE_0 | _MILLION)
     """LoRA+ (https://arxiv.org/abs/2402.12354): learning-rate multiplier of LoRA's B, usually 2 to 16. Unset: 1."""
     loraplus_lr_embedding: float = field(default=1e-6, metadata=AT_LEAST_0 | _MILLION)
@@ -212,8 +212,8 @@ class Training:
     warmup_steps: int | float = field(default=0, metadata=AT_LEAST_0)
     """Number of warm-up steps; below 1: a fraction of the steps, like warmup_ratio, which it overrides if above 0."""
     init_adapter_from: str | None = None
-    """Adapter to begin from, instead of a new one: a folder or hub id in PEFT's format, of the same method and base
-    model. ``method`` then needs its type only; the other settings are the adapter's. Unset: a new adapter."""
+    """Adapter to start from: a folder or hub id in PEFT's format, of the same method and base model. ``method`` then
+    needs only its type; the other settings are the adapter's. Unset: a new adapter."""
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -227,34 +227,34 @@ class Training:
         "adafactor",
         "sgd",
     ] = "adamw_torch"
-    """Optimizer. adamw_torch: fused too, unless optim_args says otherwise. 8-bit, paged and Lion's: of the
-    extra ``bitsandbytes``, mostly for GPUs. An automatic learning rate is for AdamW."""
+    """Optimizer. adamw_torch is fused unless optim_args says otherwise. The 8-bit, paged and Lion optimizers need the
+    extra ``bitsandbytes`` and are mostly for GPUs. An automatic learning rate is for AdamW."""
     optim_args: dict[str, Any] = field(default_factory=dict)
-    """Other arguments of the optimizer's class, as {momentum: 0.9} of sgd."""
+    """Further arguments of the optimizer's class, as in {momentum: 0.9} for sgd."""
     weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
-    """Weight decay. Biases and the weights of norms are not decayed, as by Trainer."""
+    """Weight decay. As in Trainer, biases and the weights of norms are not decayed."""
     adam_beta1: float = field(default=0.9, metadata=AT_LEAST_0 | _BELOW_1)
-    """Decay rate of the mean of past gradients: AdamW's and Lion's."""
+    """Decay rate of the mean of past gradients, in AdamW and Lion."""
     adam_beta2: float = field(default=0.999, metadata=AT_LEAST_0 | _BELOW_1)
-    """Decay rate of the mean of past squared gradients: AdamW's; Lion's second rate."""
+    """Decay rate of the mean of past squared gradients in AdamW; the second rate of Lion."""
     adam_epsilon: float = field(default=1e-8, metadata=ABOVE_0)
-    """AdamW's term that is added to the divisor."""
+    """Term added to AdamW's divisor."""
     max_grad_norm: float = field(default=1.0, metadata=AT_LEAST_0)
     """Clip the norm of the gradients to this value; 0: no clipping."""
     neftune_noise_alpha: float | None = field(default=None, metadata=ABOVE_0)
     """NEFTune (https://arxiv.org/abs/2310.05914): noise on the embeddings of tokens in training, usually 5 to 15.
     Unset: none."""
     bf16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32, and so do linear heads that
-    give classes or numbers."""
+    """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32, and so do linear heads for
+    classes and numbers."""
     gradient_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: where
-    the memory does not suffice without."""
+    """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: only
+    if the memory is not enough otherwise."""
     torch_compile: bool = False
-    """Compile the model's layers, which takes a while in the first step. On a CPU it gained nothing."""
+    """Compile the model's layers. The first step takes longer; on a CPU later steps were not faster."""
     use_liger_kernel: bool = False
-    """Compute norms, rotary positions and gated layers with liger-kernel's functions for GPUs, where it has some for
-    the model. Needs the extra ``liger``."""
+    """Compute norms, rotary positions and gated layers with liger-kernel's functions for GPUs, if it supports the
+    model. Needs the extra ``liger``."""
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
     """Order of the examples. group_by_length puts examples of similar length together, which saves
     time where padding is computed."""
@@ -267,12 +267,12 @@ class Training:
     eval_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between evaluations, with eval_strategy steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
-    """When to write a checkpoint that training can resume from. Unless ``no``, the last step has one too, and each that
-    early stopping may make the last."""
+    """When to write a checkpoint that training can resume from. Unless ``no``, the last step also writes one, as does
+    each step at which early stopping may end the run."""
     save_steps: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between checkpoints, with save_strategy steps."""
     save_total_limit: int = field(default=2, metadata={"least": 2})
-    """Number of checkpoints to keep, the newest ones; at least 2, since an older one replaces a damaged one."""
+    """Number of newest checkpoints to keep; at least 2, since an older one replaces a damaged one."""
     max_time: str | None = None
     """Stop with a checkpoint this long after the start of the command, as in 3h30m or 90s; the same command then
     resumes. The time for the current step and the checkpoint is added."""
@@ -282,28 +282,28 @@ class Training:
     load_best_model_at_end: bool = False
     """Save the adapter of the best evaluation instead of the last one."""
     metric_for_best_model: str = "eval_loss"
-    """Metric that decides which evaluation is best: a name as evaluation reports it."""
+    """Metric that decides which evaluation is best, under its name in the evaluation's report."""
     greater_is_better: bool | None = None
     """Whether a larger metric_for_best_model is better. Unset: no for losses, perplexity, error rates, the KL and the
     reward of rejected answers, else yes. A metric of task.metric_code needs it."""
     early_stopping_patience: int | None = field(default=None, metadata=AT_LEAST_1)
-    """Stop after this many evaluations in a row in which metric_for_best_model was no better than the best before.
-    Unset: train to the end."""
+    """Stop after this many evaluations in a row without an improvement of metric_for_best_model. Unset: train to the
+    end."""
     early_stopping_threshold: float = field(default=0.0, metadata=AT_LEAST_0)
-    """How much better an evaluation must be to count, with early_stopping_patience."""
+    """Smallest change that counts as an improvement, with early_stopping_patience."""
     logging_steps: int = field(default=10, metadata=AT_LEAST_1)
     """Steps between lines in metrics.jsonl and in the log."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
-    """Trackers that get the lines of metrics.jsonl, too; each needs the extra of its name. One that fails is left out
-    with a warning, and training goes on."""
+    """Trackers that also receive the lines of metrics.jsonl; each needs the extra of its name. If one fails, there is a
+    warning and training continues without it."""
     run_name: str | None = None
-    """What trackers call the run. Unset: the name of its folder."""
+    """Name of the run in trackers. Unset: the name of its folder."""
     dataloader_num_workers: NumberOrAuto = field(default="auto", metadata=AT_LEAST_0 | {"most": 1024})
-    """Processes beside each training process that read and decode files ahead of it. The result does not depend on it.
-    auto: for images and sounds, one for each core but the first, at most 8; for texts none."""
+    """Worker processes for each training process, which read and decode files ahead of it. The result does not depend
+    on their number. auto: for images and sounds, one for each core but the first, at most 8; for texts none."""
     verify: bool = True
-    """At the end, load the adapter folder in a fresh process and compare what it says of a few rows with the trained
-    model. ``peftcli verify`` does so again later."""
+    """At the end, load the adapter folder in a fresh process and compare its outputs for a few rows with the trained
+    model's. ``peftcli verify`` repeats this later."""
 
     @property
     def rows_at_once(self) -> int:
@@ -338,28 +338,28 @@ class Launch:
     main_process_port: NumberOrAuto = field(default="auto", metadata=AT_LEAST_1 | {"most": 65535})
     """Port of machine 0. auto: a free port; required with several machines."""
     max_restarts: int = field(default=3, metadata=AT_LEAST_0)
-    """How often the processes of several machines are started again when one of them, or a machine, is lost."""
+    """Number of times the processes of several machines are restarted when a process or a machine is lost."""
     strategy: Literal["auto", "replicate", "ddp", "fsdp", "zero2", "zero3"] = "replicate"
     """What each process holds of the base model. replicate: all of it. ddp: the same, and PyTorch's DDP adds up the
     gradients. fsdp: a part of each layer, and a whole layer only while it computes. zero2: all of it, and a part of the
-    optimizer's state, by DeepSpeed. zero3: a part of both. auto: all of it where the memory holds that, or fsdp."""
+    optimizer's state, by DeepSpeed. zero3: a part of both. auto: all of it if that fits into memory, otherwise fsdp."""
     cpu_offload: bool = False
-    """Whether the parts of the base model that fsdp and zero3 keep stay in the CPU's memory until they compute."""
+    """Keep the base model's parts of fsdp and zero3 in the CPU's memory until they are needed."""
     reshard_after_forward: bool = True
-    """Whether fsdp lets a layer's other parts go after the forward pass, and gathers them again for the backward pass.
-    Otherwise they stay until then, as in accelerate: half as much to send, and memory for all layers at once."""
+    """fsdp: free the other processes' parts of a layer after the forward pass, and gather them again for the backward
+    pass. false: keep them, which halves the communication and needs memory for all layers at once."""
     cpu_ram_efficient_loading: bool = False
-    """Whether, with fsdp and zero3, only the first process reads the base model's files, and sends the others theirs.
-    Otherwise each reads them, mapped, which takes memory for a whole model if they are in another number format; so
-    it does where the adapter starts from data."""
+    """fsdp and zero3: only the first process reads the base model's files, and sends the others their parts. false, or
+    if the adapter starts from data: each process maps the files, and needs memory for a whole model if they are in
+    another number format."""
     accelerate_config: str | None = None
-    """A file that ``accelerate config`` wrote: processes, machines, FSDP and DeepSpeed are as it says, where this
-    section does not say otherwise, and the precision where training.bf16 is auto."""
+    """A file of ``accelerate config``: it sets processes, machines, FSDP and DeepSpeed unless this section sets them,
+    and the precision if training.bf16 is auto."""
     deepspeed: str | None = None
-    """A file with a configuration of DeepSpeed, in JSON, as in TrainingArguments: strategy, cpu_offload and
-    zero_optimization are as it says, where this section does not say otherwise, and the precision as above."""
+    """A JSON file with a configuration of DeepSpeed, as in TrainingArguments: it sets strategy, cpu_offload and
+    zero_optimization unless this section sets them, and the precision if training.bf16 is auto."""
     zero_optimization: dict[str, Any] = field(default_factory=dict)
-    """For zero2 and zero3: how DeepSpeed sends and keeps parts, under its names, as in {overlap_comm: true}."""
+    """zero2 and zero3: settings of DeepSpeed's ``zero_optimization`` section, as in {overlap_comm: true}."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ TEMPLATES = {
         "{% for m in messages %}{{ ('<|A|>' if m.role == 'assistant' else '<|U|>') + '\n' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|A|>\n' }}{% endif %}"
     ),
-    # Marks that are no tokens.
+    # Marks that are not tokens.
     "plain": (
         "{% for m in messages %}{{ '[' + m.role + ']\n' + m.content + '[end]\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"

@@ -28,7 +28,7 @@ def merge(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify", help="Compare the merged model's outputs with those of base model and adapter."
+            "--verify/--no-verify", help="Compare the outputs of the merged model with base model and adapter."
         ),
     ] = True,
     as_json: Json = False,

@@ -128,7 +128,7 @@ class AdapterConfig:
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
                 found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
         if self.revision is not None and ".." in self.revision:
-            found.append(("revision", f"{short_repr(self.revision)} is no revision: git allows no '..' in it"))
+            found.append(("revision", f"{short_repr(self.revision)} is not a revision: git allows no '..' in it"))
         return found
 
     def check(self, later: Collection[str] = ()) -> None:

@@ -48,7 +48,7 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
             hint = f"a run writes its adapter at its end; how it stands: peftcli status {command_word(folder)}"
         elif os.path.lexists(folder / "config.json"):
             hint = "this is a whole model: name it as the base_model of a recipe, or load it with transformers"
-        raise AdapterError(f"no {name} here; this is no adapter folder", file=str(folder), hint=hint)
+        raise AdapterError(f"no {name} here; this is not an adapter folder", file=str(folder), hint=hint)
     return read_json_object(path, _MAX_CONFIG_BYTES)
 
 

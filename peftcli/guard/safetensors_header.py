@@ -86,7 +86,7 @@ def _parse_header(file: BufferedReader) -> dict[str, TensorEntry]:
     header = parse_json_object(file.read(size).decode())
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError("its __metadata__ is no text by name")
+        raise ValueError("its __metadata__ does not map names to texts")
     entries = {name: _entry(name, value, 8 + size) for name, value in header.items()}
     found = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)))
     end = 8 + size

@@ -74,7 +74,7 @@ def apply_recipe(tokenizer: PreTrainedTokenizerBase, base: BaseModel, template: 
     """Give the base model's tokenizer the recipe's new tokens, and its template, which ``template_text`` found.
 
     Raises:
-        ModelError: a token that is not new, or marks of the template that are no tokens.
+        ModelError: a token that is not new, or marks of the template that are not tokens.
     """
     from tokenizers import AddedToken
 
@@ -257,7 +257,7 @@ def _check_syntax(text: str, file: str) -> None:
 def _use_chatml(tokenizer: PreTrainedTokenizerBase, base: BaseModel) -> None:
     missing = [mark for mark in (START, END) if mark not in tokenizer.get_added_vocab()]
     if missing:
-        are = "is no token" if len(missing) == 1 else "are no tokens"
+        are = "is not a token" if len(missing) == 1 else "are not tokens"
         raise ModelError(
             f"chatml needs {' and '.join(missing)}, which {are} of {base.name}",
             key=_TEMPLATE,

@@ -38,7 +38,7 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     def __init__(self, settings: settings.Seq2SeqLM, processor: Any, base: OpenBase):
         if not base.config.is_encoder_decoder:
             hint = "name an encoder-decoder, as T5 or BART; decoders of texts are for the task causal_lm"
-            raise ModelError(f"{base.name} is no encoder-decoder", key="base_model", hint=hint)
+            raise ModelError(f"{base.name} is not an encoder-decoder", key="base_model", hint=hint)
         super().__init__(settings, processor, base)
         set_languages(processor, settings)
 

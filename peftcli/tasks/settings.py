@@ -40,18 +40,18 @@ class Generated(TaskSettings):
     generate_metrics: list[Literal["exact_match", "bleu", "chrf", "rouge_l"]] = field(
         default_factory=list, metadata=NOT_ENCODED
     )
-    """Metrics of generated answers, in each evaluation: the share that is the row's own answer, BLEU, chrF, ROUGE-L."""
+    """Metrics of generated answers in each evaluation: the share that equals the row's answer, BLEU, chrF, ROUGE-L."""
     metric_code: str | None = field(default=None, metadata=NOT_ENCODED)
     """A metric of your own, as ``metrics.py:score``: a function of a Python file that is called with the generated
     texts and the rows' answers, two lists of strings, and returns a number or a mapping of numbers by name."""
     trust_metric_code: bool = field(default=False, metadata=NOT_ENCODED)
     """Run the code of metric_code."""
     max_new_tokens: int = field(default=256, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Longest generated answer, in tokens; of ``predict``, too."""
+    """Longest generated answer, in tokens, in ``predict`` too."""
     num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Answers that are followed at once when one is generated; 1: the likeliest token is taken each time. Of
-    ``predict``, too. What else the base model's generation_config.json says stays in force, as min_length,
-    repetition_penalty and no_repeat_ngram_size: bart-large-cnn writes no answer below 56 tokens."""
+    """Number of beams when an answer is generated, in ``predict`` too; 1: greedy decoding. Other settings of the base
+    model's generation_config.json still apply, such as min_length, repetition_penalty and no_repeat_ngram_size:
+    bart-large-cnn writes no answer of fewer than 56 tokens."""
 
     def files(self) -> list[str]:
         """The file of metric_code."""
@@ -84,12 +84,12 @@ class Seq2SeqLM(Generated):
     """What to do with longer examples: truncate them at the end, drop them, or stop with an error. They are counted in
     any case."""
     train_on: Literal["answers", "last_answer"] = "answers"
-    """Which tokens count in the loss: those of the target, with either value."""
+    """Which tokens count in the loss: with either value, the tokens of the target."""
     source_language: str | None = None
-    """The language of the sources, by the tokenizer's code, as de_DE (mBART), deu_Latn (NLLB) or de (M2M100). For
-    models of many languages, which need it."""
+    """The language of the sources, under the tokenizer's code, such as de_DE (mBART), deu_Latn (NLLB) or de (M2M100).
+    Required for models of many languages."""
     target_language: str | None = None
-    """The language of the targets, likewise; answers are in it."""
+    """The language of the targets and of the answers, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,11 @@ class Classification(TaskSettings):
     """Settings of every classification task."""
 
     labels: list[str] | None = None
-    """Names of the classes, in the order of the model's outputs. Unset: those of the training rows, in the order of
-    their ClassLabel, else of first sight."""
+    """Names of the classes, in the order of the model's outputs. Unset: the names in the training rows, in the order of
+    their ClassLabel, else of first appearance."""
     labels_by_number: bool = field(default=True, metadata=MAY_DIFFER)
-    """Whether the label of a row, if it is one class, may be a number, the place of its class in ``labels`` from 0,
-    where no class has a number for a name. Training sets it to false where it finds the names in the rows: their order
-    says nothing."""
+    """Whether a row's label may be the index of its class in ``labels``, from 0, if no class is named by a number.
+    Training sets it to false if it finds the names in the rows, since their order means nothing."""
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
@@ -152,17 +151,18 @@ class TokenClassification(TaskSettings):
 
     labels: list[str] | None = None
     """Names of the tags, in the order of the model's outputs; or types of entities, as in [PER, ORG], which stand for O
-    and B- and I- of each. Unset: those of the training rows, in the order of their ClassLabel, else of first sight."""
+    and B- and I- of each. Unset: the tags in the training rows, in the order of their ClassLabel, else of first
+    appearance."""
     labels_by_number: bool = field(default=True, metadata=MAY_DIFFER)
-    """Whether a tag of a row may be a number, its place in ``labels`` from 0, where no tag has a number for a name.
-    Training sets it to false where it finds the tags in the rows: their order says nothing."""
+    """Whether a row's tag may be its index in ``labels``, from 0, if no tag is named by a number. Training sets it to
+    false if it finds the tags in the rows, since their order means nothing."""
     scheme: Literal["iob2", "none"] | None = None
     """What the tags mean. iob2: B-PER begins an entity, I-PER continues it, O is outside; whole entities are measured,
-    and tags of BILOU, IOBES and BMES are turned into these. none: each word has a class of its own, as a part of
+    and tags of BILOU, IOBES and BMES are converted. none: each word has its own class, such as a part of
     speech. Unset: found in the training rows."""
     label_all_pieces: bool = False
-    """Count every piece of a word in the loss, not the first alone; the pieces after the first of a word with a B- tag
-    get the I- tag."""
+    """Count every piece of a word in the loss, not only the first; after the first piece of a word with a B- tag, the
+    pieces get the I- tag."""
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest row, in tokens, within what the base model can read; the end of a longer one is cut, and its words count
     as not found. May stand under ``dataset`` as well."""
@@ -186,18 +186,18 @@ class QuestionAnswering(TaskSettings):
     """Settings of question_answering."""
 
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
-    """Longest example, in tokens, within what the base model can read: the question, and what of the context fits. A
-    longer context becomes several windows. May stand under ``dataset`` as well."""
+    """Longest example, in tokens, within what the base model can read: the question and the part of the context that
+    fits. A longer context becomes several windows. May stand under ``dataset`` as well."""
     stride: int = field(default=128, metadata=AT_LEAST_0)
     """Tokens that two windows of a context share."""
     unanswerable: bool | None = None
     """Whether the answer may be missing in the context. Unset: found in the training rows."""
     max_answer_length: int = field(default=30, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Longest answer, in tokens, when answers are looked for."""
+    """Longest answer that is searched for, in tokens."""
     n_best: int = field(default=20, metadata=NOT_ENCODED | AT_LEAST_1)
-    """How many likely starts and ends are tried with one another."""
+    """Number of most likely starts and ends that are combined."""
     null_threshold: float = field(default=0.0, metadata=NOT_ENCODED)
-    """How much likelier no answer must be than the best one to be given. Where answers may be missing."""
+    """By how much the score of no answer must exceed the best answer's to be given, if answers may be missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +207,11 @@ class Reward(TaskSettings):
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest answer with its prompt, in tokens, within what the base model can read."""
     overlong: Literal["truncate", "drop", "error"] = field(default="truncate", metadata=MAY_DIFFER)
-    """What to do with pairs of which one is longer: truncate it at the end, drop the pair, or stop with an error. They
-    are counted in any case."""
+    """What to do with a pair if one of its answers is longer: truncate it at the end, drop the pair, or stop with an
+    error. Such pairs are counted in any case."""
     margin: str | None = field(default=None, metadata=MAY_DIFFER)
-    """Column of numbers by which the chosen answer's reward should be the higher one at least. Unset: ``margin``, where
-    the rows have it."""
+    """Column of numbers: the margin by which the chosen answer's reward should be higher at least. Unset: the column
+    ``margin``, if the rows have it."""
 
     def model_options(self) -> dict[str, Any]:
         """Options of ``from_pretrained``: one number."""
@@ -223,12 +223,12 @@ class SemanticSegmentation(TaskSettings):
     """Settings of semantic_segmentation."""
 
     labels: list[str] | None = None
-    """Names of the classes, in the order of their values in the masks, the first of which is 0, or 1 with
-    reduce_labels. Unset: the values of the training rows' masks."""
+    """Names of the classes, in the order of their values in the masks, from 0, or from 1 with reduce_labels. Unset:
+    the values of the training rows' masks."""
     ignore_index: int = field(default=255, metadata={"most": 65_535})  # the largest of a PNG
-    """Value in the masks whose pixels count neither in the loss nor in the metrics."""
+    """Pixels with this value in the masks count neither in the loss nor in the metrics."""
     reduce_labels: bool = False
-    """Whether 0 in the masks is no class, and does not count either: the first label is then 1."""
+    """Whether 0 in the masks means no class and does not count either; the first label is then 1."""
 
     def model_options(self) -> dict[str, Any]:
         """Options of ``from_pretrained`` for these classes."""
@@ -240,28 +240,28 @@ class Preference(TaskSettings):
     """Settings of preference. Recipes may also give max_length and overlong under ``dataset``."""
 
     loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = field(default="dpo", metadata=NOT_ENCODED | MAY_DIFFER)
-    """What is learnt from a row. dpo and ipo compare the answers' log-probabilities with those of a reference; orpo and
-    simpo need none; kto is of single answers, good or not, and compares too."""
+    """What is learnt from a row. dpo and ipo compare the answers' log-probabilities with a reference model's; orpo and
+    simpo need no reference; kto learns from single answers, good or bad, and uses a reference too."""
     beta: float = field(default=0.1, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
     """dpo, kto: how little the model may move away from the reference; ipo: the same, its margin is 1 / (2 beta);
-    orpo: the weight of the comparison beside that of the chosen answer's own loss; simpo: the scale of the rewards."""
+    orpo: the weight of the comparison, relative to the chosen answer's own loss; simpo: the scale of the rewards."""
     label_smoothing: float = field(default=0.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0 | {"below": 0.5})
-    """dpo, simpo: the share of pairs whose two answers are taken to be the wrong way round, below 0.5."""
+    """dpo, simpo: the assumed share of pairs with the two answers swapped, below 0.5."""
     simpo_gamma: float = field(default=0.5, metadata=NOT_ENCODED | MAY_DIFFER)
-    """simpo: by how much the rewards should differ at least."""
+    """simpo: the least difference that the rewards should have."""
     desirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """kto: factor of the loss of good answers, to make up for their number."""
     undesirable_weight: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
-    """kto: the same of the other answers."""
+    """kto: factor of the loss of bad answers."""
     reference: Literal["base", "start"] | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER)
-    """What dpo, ipo and kto compare with. base: the base model, without the adapter; start: the adapter as it began,
-    of which evaluate finds only what training.init_adapter_from names. Unset: base where the adapter begins without an
-    effect."""
+    """What dpo, ipo and kto compare with. base: the base model, without the adapter; start: the adapter as it was
+    before training, which evaluate finds only for training.init_adapter_from. Unset: base if the adapter has no effect
+    at the start."""
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest answer with its prompt, in tokens, within what the base model can read."""
     overlong: Literal["truncate", "drop", "error"] = field(default="truncate", metadata=MAY_DIFFER)
-    """What to do with rows of which an answer is longer: truncate it at the end, drop the row, or stop with an error.
-    They are counted in any case."""
+    """What to do with a row if an answer is longer: truncate it at the end, drop the row, or stop with an error. Such
+    rows are counted in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,19 +273,19 @@ class FeatureExtraction(TaskSettings):
     the other rows of the batch; cosine: the cosine of two texts is their score; triplet: the positive is closer than
     the row's own negatives. Unset: cosine where rows have scores, else contrastive."""
     temperature: float = field(default=0.05, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
-    """contrastive: what cosines are divided by; the smaller, the more the hardest negatives count."""
+    """contrastive: divisor of the cosines; the smaller it is, the more the hardest negatives count."""
     triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
-    """triplet: by how much the cosine of the positive should be the higher one at least."""
+    """triplet: the least amount by which the cosine of the positive should be higher."""
     pooling: Literal["mean", "cls", "last", "max"] | None = field(default=None, metadata=NOT_ENCODED)
-    """What makes one embedding of a text's hidden states: their mean, the first, the last, or the largest value of each
-    number. Unset: what the base model's folder says to sentence-transformers, else mean for encoders and last for
+    """How the hidden states of a text become one embedding: their mean, the first, the last, or the largest value of
+    each dimension. Unset: as the base model's folder tells sentence-transformers, else mean for encoders and last for
     decoders."""
     normalize: bool | None = field(default=None, metadata=NOT_ENCODED)
-    """Whether embeddings that are given have length 1; losses and metrics compare cosines in any case. Unset: what the
-    base model's folder says to sentence-transformers, else true."""
+    """Whether output embeddings have length 1; losses and metrics compare cosines in any case. Unset: as the
+    base model's folder tells sentence-transformers, else true."""
     mini_batch_size: int | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_1)
-    """Texts at once in the model while it trains, for batches that are too large for memory: each part is computed
-    twice, and the result is the same. Unset: the rows of the batch."""
+    """Number of texts in the model at once, for batches that are too large for memory: each part is computed twice, and
+    the result is the same. Unset: the rows of the batch."""
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
     """Longest text, in tokens, within what the base model can read; the end of a longer one is cut. May stand under
     ``dataset`` as well."""
@@ -296,23 +296,23 @@ class SpeechRecognition(TaskSettings):
     """Settings of speech_recognition."""
 
     language: str | None = None
-    """The language that is spoken, as ``de`` or ``german``. A Whisper model that knows several needs it; one that knows
-    English alone has no use for it."""
+    """The spoken language, as ``de`` or ``german``. Required for Whisper models of several languages; English-only
+    models do not use it."""
     mode: Literal["transcribe", "translate"] = "transcribe"
-    """What the text of a row is: what is said, or what it means in English. For Whisper models that know several
+    """What the text of a row is: a transcript, or a translation into English. For Whisper models of several
     languages."""
     timestamps: bool = False
-    """Whether texts say when each part begins and ends, as in ``<|0.00|> Hello.<|1.20|>``, and answers do. For Whisper
-    models."""
+    """Whether texts and answers contain the times at which each part begins and ends, as in
+    ``<|0.00|> Hello.<|1.20|>``. For Whisper models."""
     prompt: str | None = None
-    """Text that the model reads before each answer, in training too, as if it had been said before: names and words to
-    spell as it does. It is no part of an answer. For Whisper models."""
+    """Text that the model reads before each answer, in training too, as if it had been said before: with names and
+    words in their right spelling. It does not become a part of answers. For Whisper models."""
     num_beams: int = field(default=1, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Answers that are followed at once when one is looked for; 1: the likeliest token is taken each time, as
-    far as the base model's generation_config.json (repetition_penalty, min_length) lets it."""
+    """Number of beams when an answer is generated; 1: greedy decoding, within the base model's generation_config.json
+    (repetition_penalty, min_length)."""
     normalize_text: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
-    """Compare texts as Whisper's authors do, in evaluation: in lower case, without punctuation, English numbers and
-    spellings in one form. Texts are trained as they are."""
+    """In evaluation, compare texts as Whisper's authors do: in lower case, without punctuation, English numbers and
+    spellings in one form. Training uses the texts unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,32 +320,33 @@ class TextToImage(TaskSettings):
     """Settings of text_to_image."""
 
     instance_prompt: str | None = field(default=None, metadata=MAY_DIFFER)
-    """What is on the pictures whose rows do not say it, as in ``a photo of sks dog``: in DreamBooth on all."""
+    """Caption of the rows without one, as in ``a photo of sks dog``; in DreamBooth of all rows."""
     class_prompt: str | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER)
-    """What kind of thing it is, as in ``a photo of a dog``. Each picture is trained beside one of this kind, which the
-    base model has made, so that the model does not forget the others (prior preservation,
+    """The kind of thing on the pictures, as in ``a photo of a dog``. Each picture is trained together with one of this
+    kind from the base model, so that the model does not forget the others (prior preservation,
     https://arxiv.org/abs/2208.12242)."""
     class_data_dir: str | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER)
-    """Folder of pictures for class_prompt. Unset: the base model makes them, once for a prompt and seed; they are kept
-    in the cache."""
+    """Folder of pictures for class_prompt. Unset: the base model makes them, once for a prompt and seed, and they are
+    cached."""
     num_class_images: int = field(default=100, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_1)
-    """How many pictures of class_prompt the base model makes."""
+    """Number of pictures of class_prompt that the base model makes."""
     prior_loss_weight: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
-    """How much these count beside the pictures of the rows."""
+    """Weight of these pictures, relative to the pictures of the rows."""
     train_text_encoder: bool = field(default=False, metadata=NOT_ENCODED)
-    """Adapt the encoders of texts too, those that are CLIP's: truer pictures of one thing, and more memory."""
+    """Also adapt CLIP's text encoders: pictures are truer to one thing, and training takes more memory."""
     resolution: int | None = field(default=None, metadata=AT_LEAST_1)
-    """Side of the pictures in training and in answers, in pixels. Unset: that of the base model."""
+    """Side of the pictures in training and in answers, in pixels. Unset: the base model's."""
     center_crop: bool = field(default=True, metadata=NOT_ENCODED | MAY_DIFFER)
-    """Cut squares out of the middle; false: from another place at each step."""
+    """Crop squares from the middle; false: from a random place at each step."""
     random_flip: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
-    """Mirror half of the pictures, another half at each step."""
+    """Mirror a random half of the pictures at each step."""
     sample_prompts: list[str] = field(default_factory=list, metadata=NOT_ENCODED | MAY_DIFFER)
-    """Prompts whose pictures each evaluation makes, always from the same noise: ``samples/`` in the run folder."""
+    """Prompts for sample pictures at each evaluation, always from the same noise; they are in ``samples/`` of the run
+    folder."""
     num_inference_steps: int | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Steps in which a picture is made. Unset: the pipeline's own number."""
+    """Number of denoising steps for a picture. Unset: the pipeline's default."""
     guidance_scale: float | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_0)
-    """How closely a picture follows its prompt. Unset: the pipeline's own number."""
+    """How closely a picture follows its prompt. Unset: the pipeline's default."""
 
     def files(self) -> list[str]:
         """The folder of class_data_dir."""

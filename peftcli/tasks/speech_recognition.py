@@ -270,7 +270,7 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
                     return Outcome(reason=TOO_LONG, size=size)
                 loudest = [float(np.abs(block).max()) for block in sound.blocks(_BLOCK, dtype="float32")]
             if not loudest or not math.isfinite(sum(loudest)):
-                raise DataError("has samples that are no numbers" if loudest else "has no samples", file=file.path)
+                raise DataError("has samples that are not numbers" if loudest else "has no samples", file=file.path)
             if max(loudest) > _LOUDEST:
                 message = f"has samples up to {max(loudest):g}; those of a sound are from -1 to 1"
                 raise DataError(message, file=file.path, hint="Divide samples of 16 bits by 32768.")

@@ -97,7 +97,7 @@ class TextToImage(Task[settings.TextToImage]):
             DataError: it is another kind of model.
         """
         if not isinstance(self.base, OpenPipeline):
-            raise DataError(f"{self.base.name} is no pipeline of diffusers: it has no model_index.json", key="task")
+            raise DataError(f"{self.base.name} is not a pipeline of diffusers: it has no model_index.json", key="task")
         return self.base
 
     @cached_property

@@ -112,7 +112,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
         if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):
             if len(types) < len(given):
-                message = f"{types[0]!r} is no tag of the scheme iob2, as the others are"
+                message = f"{types[0]!r} is not a tag of the scheme iob2, unlike the others"
                 raise DataError(message, key="task.labels", hint="Name the types of entities alone, as in [PER, ORG].")
             given = _with_prefixes(given)
         if scheme == "iob2" and not given and (others := [tag for tag in own if not settings.is_iob2(as_iob2(tag))]):

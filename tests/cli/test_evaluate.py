@@ -114,7 +114,7 @@ def test_a_gate_on_what_is_not_measured(cli: Callable, tmp_path: Path) -> None:
     trainkit.write_rows(tmp_path / "eval.jsonl", [row for row in ROWS if row["label"] == "good"])
     ran = cli("evaluate", recipe, EVALUATES, "gates.eval_auc=> 0")
     assert ran.code == 12
-    assert "eval_auc was not measured, or is no finite number, expected > 0" in ran.err
+    assert "eval_auc was not measured, or is not finite, expected > 0" in ran.err
 
 
 def test_one_process_measures_what_several_trained(cli: Callable, recipe: Path) -> None:

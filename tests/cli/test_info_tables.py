@@ -174,7 +174,7 @@ def test_damaged_adapters(cli, tmp_path: Path, config: bytes | None, weights: by
 
 
 def test_what_is_no_adapter(cli, tmp_path: Path) -> None:
-    assert "this is no adapter folder" in cli("info", tmp_path).err
+    assert "this is not an adapter folder" in cli("info", tmp_path).err
     (tmp_path / "run.json").touch()
     assert f"peftcli status {tmp_path}" in cli("info", tmp_path).err, "a run that was stopped"
     folder = adapter(tmp_path)

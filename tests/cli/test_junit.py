@@ -78,7 +78,7 @@ def test_a_case_a_gate(report: Callable[..., Path]) -> None:
     assert cases(path) == {
         "eval_loss <= 1.2": "passed",
         "eval_token_accuracy >= 0.5": "Failure GateFailed: eval_token_accuracy is 0.25, expected >= 0.5",
-        "eval_bleu > 1": "Failure GateFailed: eval_bleu was not measured, or is no finite number, expected > 1",
+        "eval_bleu > 1": "Failure GateFailed: eval_bleu was not measured, or is not finite, expected > 1",
     }
     [suite] = junitparser.JUnitXml.fromfile(str(path))
     assert {one.name: one.value for one in suite.properties()} == {"eval_loss": "1.1", "device": "cpu"}

@@ -56,7 +56,7 @@ def test_generating_them_needs_no_torch() -> None:
 def test_the_page_of_json_says_what_each_field_is() -> None:
     page = generate.json_page()
     assert "|  |" not in page
-    assert "| `audit.train.duplicates.pairs[].like` | string | Where the earlier one stands. |" in page
+    assert "| `audit.train.duplicates.pairs[].like` | string | Place of the earlier row. |" in page
     assert "| `eval.kept` | object: name -> number or null | Of the adapter that was written. |" in page
     assert "| `updates.reason` | string | Why. |" in page
     assert "| `gates` | list, each as in [run.json](#runjson) | The recipe's gates. |" in page

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[str | bytes, int | None, str | None, str]] = {
     "not UTF-8": (b'{"a":\n"\xff"}', 2, None, "not UTF-8 text"),
     "no object": ("[1]", None, None, "holds no JSON object"),
     "a key twice": ('{"a": {"b": 1, "b": 2}}', None, "b", "is given twice"),
-    "no number": ('{"a": NaN}', None, None, "NaN is no number"),
+    "no number": ('{"a": NaN}', None, None, "NaN is not a number"),
     "large": ('{"a": 1}' + " " * 1000, None, None, "1,008 bytes, and at most 1,000"),
     "deep": ('{"a": ' + "[" * 64 + "]" * 64 + "}", None, None, "nested deeper than 64"),
 }

@@ -90,7 +90,7 @@ def test_a_convolution_with_groups_reads_all_channels_and_says_why_it_is_not_mer
         layer.folded(dict(base.named_parameters()))
     with pytest.raises(AdapterError, match=r"use_dora: is not supported for x\.proj, a convolution with groups"):
         _filled(base, r=4, use_dora=True)
-    with pytest.raises(AdapterError, match=r"r: 3 is no multiple of x.proj's 2 groups"):
+    with pytest.raises(AdapterError, match=r"r: 3 is not a multiple of x.proj's 2 groups"):
         _filled(base, r=3)
 
 

@@ -147,9 +147,9 @@ def test_chatml_brings_its_marks_as_new_tokens(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(BaseModel(name=str(base), chat_template="chatml"))
     assert caught.value.key == "base_model.chat_template"
-    assert "<|im_start|> and <|im_end|>, which are no tokens of" in caught.value.message
+    assert "<|im_start|> and <|im_end|>, which are not tokens of" in caught.value.message
     assert caught.value.hint == f"add what is missing: base_model.new_tokens: {marks}"
-    with pytest.raises(ModelError, match=r"needs <\|im_end\|>, which is no token") as caught:
+    with pytest.raises(ModelError, match=r"needs <\|im_end\|>, which is not a token") as caught:
         load_tokenizer(BaseModel(name=str(base), chat_template="chatml", new_tokens=marks[:1]))
     tokenizer: Any = load_tokenizer(BaseModel(name=str(base), chat_template="chatml", new_tokens=marks))
     ids = tokenizer.apply_chat_template(CHAT[:1])["input_ids"]

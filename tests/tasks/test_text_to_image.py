@@ -518,7 +518,7 @@ def test_checkpointed_activations_change_nothing(tmp_path: Path, kind: str) -> N
 def test_what_the_base_model_cannot_do_is_refused() -> None:
     for match, change in {
         "must be a multiple of 2, not 33": lambda: open_task(resolution=33).fingerprint(),
-        "is no pipeline of diffusers": lambda: open_task(base=trainkit.base_folder()).fingerprint(),
+        "is not a pipeline of diffusers": lambda: open_task(base=trainkit.base_folder()).fingerprint(),
         "not quantised here": lambda: open_base(
             BaseModel(name=str(pipeline_base("sd")), quantization=Quantization(type="nf4"))
         ),

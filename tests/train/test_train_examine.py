@@ -121,7 +121,7 @@ def test_an_encoder_is_no_language_model(recipe: Path, tmp_path: Path) -> None:
 def test_a_model_of_sounds_in_a_prompt_is_no_encoder_decoder(tmp_path: Path) -> None:
     base = shutil.copytree(trainkit.base_folder("t5"), tmp_path / "base")
     transformers.VoxtralConfig().save_pretrained(base)
-    assert "is no encoder-decoder" in says_so(CASES["seq2seq_lm"].write(tmp_path), f"base_model={base}")
+    assert "is not an encoder-decoder" in says_so(CASES["seq2seq_lm"].write(tmp_path), f"base_model={base}")
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "preference"])

@@ -61,31 +61,31 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     use_rslora: bool = False
     """Multiply by lora_alpha / sqrt(r) instead, which keeps large r stable (https://arxiv.org/abs/2312.03732)."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases of the base model are trained too: none, all, or those of the adapted layers."""
+    """Which biases of the base model train too: none, all, or those of the adapted layers."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """An r of their own for some layers: name ending or regular expression -> r."""
+    """Other values of r for some layers: name ending or regular expression -> r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """A lora_alpha of their own for some layers: name ending or regular expression -> lora_alpha."""
+    """Other values of lora_alpha for some layers: name ending or regular expression -> lora_alpha."""
     use_dora: bool = False
-    """Train the length of each output's weights apart from their direction (DoRA, https://arxiv.org/abs/2402.09353):
-    better at a small r, and slower: the norm of the adapted weight is computed at each step."""
+    """Train the magnitude of each output's weights apart from their direction (DoRA, https://arxiv.org/abs/2402.09353):
+    better at a small r, but slower, since each step computes the norm of the adapted weight."""
     lora_bias: bool = False
     """Give B a bias. For adapters that were extracted from a fully fine-tuned model."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Token ids whose embeddings are trained in full beside LoRA: a list for the input embedding, or a list for each
-    of several modules by name. A head that shares the embedding's weight follows it."""
+    """Token ids with embeddings that train in full besides LoRA: a list for the input embedding, or a mapping of module
+    names to lists. A head that shares the embedding's weight follows it."""
     target_parameters: list[str] | None = None
-    """Names or name endings of parameters to adapt that have no layer of their own, such as the fused weights of
-    experts: mlp.experts.gate_up_proj. While target_modules is unset, nothing else is adapted."""
+    """Names or name endings of parameters to adapt that are not the weight of a layer, such as the fused weights of
+    experts: mlp.experts.gate_up_proj. If target_modules is unset, nothing else is adapted."""
     layer_replication: list[list[int]] | None = None
-    """Build a deeper model of the base model's layers, each with a LoRA of its own: [[0, 4], [2, 5]] gives the layers
+    """Build a deeper model from the base model's layers, each copy with its own LoRA: [[0, 4], [2, 5]] gives the layers
     0 1 2 3 2 3 4. The base weights are shared."""
     ensure_weight_tying: bool = False
     """Let a head that shares its weight with the input embedding share the embedding's adapter too."""
     alora_invocation_tokens: list[int] | str | None = None
-    """Token ids, or a text, that turn the adapter on (aLoRA, https://arxiv.org/abs/2504.12397), such as what begins an
-    answer. It is on from their last occurrence in a row; before that the base model computes, so its cache can be used.
-    The file holds the ids. Rows without them train nothing."""
+    """Token ids, or a text, that turn the adapter on (aLoRA, https://arxiv.org/abs/2504.12397), such as the start of an
+    answer. The adapter is on from their last occurrence in a row. Before it, only the base model computes, so its cache
+    can be used. The file has the ids. Rows without them train nothing."""
     use_bdlora: BdLoraConfig | None = None
     """Block-diagonal A or B (BD-LoRA, https://arxiv.org/abs/2510.23346), for servers that split layers over devices."""
     use_qalora: bool = False
@@ -104,10 +104,10 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     init_lora_weights: bool | Name | str = True
     """How A and B start. true: A Kaiming uniform, B zero. gaussian: A normal with deviation 1/r, B zero. orthogonal:
     both random, their product zero. pissa, olora: the strongest directions of the base weight, which learns faster;
-    pissa_niter_16: an approximation that takes seconds. mica: B the weakest directions of the base weight, which stays,
-    A zero. eva, corda, lora_ga: from the training data, before the first step. loftq: what makes up for the error of a
-    quantised base. false: both random, for tests. The base model itself is never changed, and the file is that of a
-    plain LoRA, of 2r for pissa, olora, corda and lora_ga; but not with a loftq_config, and mica keeps its name."""
+    pissa_niter_16: an approximation that takes seconds. mica: B the weakest directions of the base weight, frozen, and
+    A zero. eva, corda, lora_ga: from the training data, before the first step. loftq: the error of a quantised base.
+    false: both random, for tests. The base model never changes, and the file is a plain LoRA, of 2r for pissa, olora,
+    corda and lora_ga; not with a loftq_config, and mica keeps its name."""
     eva_config: EvaConfig | None = None
     """Settings of init_lora_weights: eva (https://arxiv.org/abs/2410.07170)."""
     corda_config: CordaConfig | None = None
@@ -116,8 +116,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     """Settings of init_lora_weights: lora_ga (https://arxiv.org/abs/2407.05000)."""
     loftq_config: LoftQConfig | None = None
     """For init_lora_weights: loftq (https://arxiv.org/abs/2310.08659) over a base model that is not quantised: the
-    adapted layers compute with rounded weights. The adapter belongs to these; who reads it rounds the base model's
-    again. Leave it out where base_model.quantization is set."""
+    adapted layers compute with rounded weights. The adapter belongs to these, and its readers must round the base
+    model's weights again. Leave it out if base_model.quantization is set."""
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
     runtime_config: LoraRuntimeConfig = field(

@@ -97,7 +97,7 @@ def _update(layer: AdapterLayer, name: str) -> torch.Tensor:
     if isinstance(layer, TrainedBias):
         raise AdapterError(f"the adapter trains the bias of {name} too, which LoRA's files hold otherwise", key="bias")
     if view is None:
-        raise AdapterTypeError(f"{name} is no linear layer, and only those can become LoRA")
+        raise AdapterTypeError(f"{name} is not a linear layer; only linear layers can become LoRA")
     try:
         return view.as_stored(_weight_update(layer))
     except AdapterError as error:

@@ -158,7 +158,7 @@ class LoraConv(LoraLayer):
         if config.use_dora and conv.groups > 1:
             raise AdapterError(f"is not supported for {name}, a convolution with groups", key="use_dora")
         if self.r % conv.groups:
-            raise AdapterError(f"{self.r} is no multiple of {name}'s {conv.groups} groups", key="r")
+            raise AdapterError(f"{self.r} is not a multiple of {name}'s {conv.groups} groups", key="r")
         kind = next(kind for kind in CONVOLUTIONS if isinstance(conv, kind))
         moves = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
         self.lora_A = kind(conv.in_channels, self.r, bias=False, **moves, **like)

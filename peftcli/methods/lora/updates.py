@@ -80,7 +80,7 @@ def updates(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str
         name = path.partition(".base_layer")[0]
         r, scaling = size_of(plain, name)
         if min(tensors[name].ndim for name in (pair.a, pair.b)) < 2:
-            raise AdapterError(f"{pair.a} and {pair.b} are no matrices")
+            raise AdapterError(f"{pair.a} and {pair.b} are not matrices")
         right, left = tensors[pair.a].flatten(1), tensors[pair.b].flatten(1)
         if config.use_qalora:
             right = spread(right, config.qalora_group_size)

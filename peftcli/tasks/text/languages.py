@@ -34,7 +34,7 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> No
         if written not in known:
             near = difflib.get_close_matches(code, [token.strip("_") for token in known], n=3)
             hint = f"closest: {', '.join(near)}" if near else "codes are written as de_DE, deu_Latn or de"
-            raise DataError(f"{code!r} is no language of the base model's tokenizer", key=f"task.{name}", hint=hint)
+            raise DataError(f"{code!r} is not a language of the base model's tokenizer", key=f"task.{name}", hint=hint)
         setattr(tokenizer, attribute, code)
 
 

@@ -224,9 +224,9 @@ class ParametersRecord:
     """Numbers of parameters."""
 
     trainable: Count
-    """Those of the adapter."""
+    """Parameters of the adapter."""
     all: Count
-    """With those of the base model."""
+    """Parameters of adapter and base model."""
 
 
 @dataclass(kw_only=True)
@@ -293,7 +293,7 @@ class RunRecord:
     schema_version: Literal[1] = 1
     """The version of this file's layout."""
     status: Literal["running", "complete", "interrupted", "failed"]
-    """How the run stands. Running with a pid that is gone: interrupted."""
+    """Status of the run. Running with a pid that no longer exists means interrupted."""
     exit_code: int | None
     """The exit code that it ended with; null while it runs."""
     error: Annotated[ErrorRecord, Keywords(ref="error.schema.json#/$defs/stored_failure")] | None

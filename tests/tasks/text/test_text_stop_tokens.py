@@ -82,7 +82,7 @@ ASKS_TO_THINK = THINKS.replace("{{ '<|A|>' }}", "{{ '<|A|><think>' }}")
         (HARMONY.replace("m.thinking %}", "false %}"), "final<|A|>"),
         ("qwen3", "</think>"),
         (TEMPLATES["qwen3"].replace("think>", "thought>"), "</thought>"),
-        (BRACKETS, "[none]"),  # what both end with is no token
+        (BRACKETS, "[none]"),  # what both end with is not a token
         (THINKS, "</think>"),
         (ASKS_TO_THINK, "</think>"),
         (THINKS.replace("{{ '<|A|>' }}", "{{ '<|A|><think></think>' }}"), ""),
