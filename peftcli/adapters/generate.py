@@ -88,9 +88,8 @@ def _load(source: AdapterSource, spec: BaseModel, numbers: NumberFormat, with_ad
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
     model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
-    form = source.prompt_form(tokenizer, decoder_only=not model.config.is_encoder_decoder)
     loaded_from = describe(source, spec, model, numbers, with_adapter)
-    return generator_of(model, tokenizer, form, loaded_from, bf16=numbers.bf16)
+    return generator_of(model, tokenizer, source.prompt_form, loaded_from, bf16=numbers.bf16)
 
 
 def describe(

@@ -32,7 +32,7 @@ from peftcli.tasks.found import task_of_class
 from peftcli.tasks.text.prompt_form import PromptForm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
     from peftcli.core.config import AdapterConfig
     from peftcli.models.open import LoadedModel, OpenBase
@@ -188,12 +188,12 @@ class AdapterSource:
         found = mapping_at(self.record, "data").get("format")
         return found if isinstance(found, str) else None
 
-    def prompt_form(self, tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool = True) -> PromptForm:
-        """Return the form in which the model is asked: as it was trained, as far as the tokenizer has a template.
+    def prompt_form(self, *, has_template: bool, decoder_only: bool = True) -> PromptForm:
+        """Return the form in which the model is asked: as it was trained, as far as there is a chat template.
 
         That of an adapter without task.json is found from run.json.
         """
-        has_template, recorded = bool(tokenizer.chat_template), self.recorded_form
+        recorded = self.recorded_form
         if recorded is not None and (has_template or not recorded.chat):
             return recorded
         shared, format = {"system": recorded.system if recorded else ""}, self.trained_format or "messages"

@@ -181,7 +181,7 @@ def _open_job(source: AdapterSource, dtype: str | None, dequantize: bool, comman
 def open_trained_base(source: AdapterSource, processors: Path | None = None) -> OpenBase:
     """Open the base model, quantised as it was trained, also where another place is given for it.
 
-    ``processors`` is the folder of the adapter's own tokenizer or other processor, by default the adapter's.
+    ``processors`` is the folder of the adapter's own processor, by default the adapter's.
     """
     processors = processors or source.folder
     opened = open_base(source.base, processors=processors)
@@ -446,9 +446,9 @@ def _save_generation_config(job: _Job, output: Path, processor: Any, config: Any
         return
     made = GenerationConfig.from_model_config(config)
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else made.eos_token_id
-    tokenizer = getattr(processor, "tokenizer", processor)
-    form = job.source.prompt_form(tokenizer, decoder_only=not config.is_encoder_decoder)
-    stops = missing_stops(tokenizer, named, chat=form.chat)
+    reads = getattr(processor, "tokenizer", processor)
+    form = job.source.prompt_form(has_template=bool(reads.chat_template), decoder_only=not config.is_encoder_decoder)
+    stops = missing_stops(reads, named, chat=form.chat)
     if not stops:
         return
     if not path.exists():

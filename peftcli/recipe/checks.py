@@ -61,7 +61,7 @@ def why_failed(gate: Mapping[str, Any]) -> str:
     """Return why a gate of a run.json does not hold."""
     if "reason" in gate:
         return f"{gate['metric']}: {gate['reason']}"
-    value = "was not measured, or is no finite number" if gate["value"] is None else f"is {gate['value']}"
+    value = "was not measured, or is not finite" if gate["value"] is None else f"is {gate['value']}"
     return f"{gate['metric']} {value}, expected {gate['gate']}"
 
 

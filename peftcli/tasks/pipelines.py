@@ -47,17 +47,16 @@ def has_pipeline(name: str, base: OpenBase) -> bool:
 
 
 def answers_of_both(
-    name: str, task: Any, model: Any, other: Any, folder: Path, form_of: Callable[[Any], PromptForm]
+    name: str, task: Any, model: Any, other: Any, folder: Path, form_of: Callable[..., PromptForm]
 ) -> tuple[list[Answer], list[Answer]]:
     """The answers of peftcli to made-up inputs, and those of transformers' pipeline.
 
-    ``model`` is peftcli's with the adapter, ``other`` transformers'; ``form_of`` returns the form of prompts for a
-    tokenizer.
+    ``model`` is peftcli's with the adapter, ``other`` transformers'; ``form_of`` is that of ``generator_of``.
     """
     tag = TASKS[name].pipeline_tag
     pipeline = _pipeline(tag, other, task.processor)
     if tag == _GENERATES:
-        return _continued(pipeline, generator_of(model, task.processor, form_of(task.processor)))
+        return _continued(pipeline, generator_of(model, task.processor, form_of))
     kind = _KINDS[tag]
     given = kind.inputs(pipeline)
     rows = [Row(dict(values), Place("made up", number)) for number, values in enumerate(given, start=1)]

@@ -195,13 +195,19 @@ class TextGenerator:
 
 
 def generator_of(
-    model: Any, tokenizer: Any, form: PromptForm, loaded_from: dict[str, Any] | None = None, *, bf16: bool = False
+    model: Any,
+    tokenizer: Any,
+    form_of: Callable[..., PromptForm],
+    loaded_from: dict[str, Any] | None = None,
+    *,
+    bf16: bool = False,
 ) -> TextGenerator:
     """Make a generator of an adapter's model: prompts have the form of its training, and answers end as there.
 
-    ``loaded_from`` says what both were loaded from, as JSON.
+    ``form_of`` is ``AdapterSource.prompt_form``; ``loaded_from`` says what both were loaded from, as JSON.
     """
     tokens.settle_pad(tokenizer, model)
+    form = form_of(has_template=bool(tokenizer.chat_template), decoder_only=not model.config.is_encoder_decoder)
     return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, chat=form.chat), loaded_from or {}, bf16)
 
 

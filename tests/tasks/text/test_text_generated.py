@@ -180,7 +180,7 @@ def streamed(
         return torch.cat([input_ids, ids[None]], 1)
 
     monkeypatch.setattr("peftcli.tasks.text.generation.generate", says)
-    [answer] = generator_of(build("llama"), tokenizer, PromptForm(True)).generate(
+    [answer] = generator_of(build("llama"), tokenizer, lambda **_: PromptForm(True)).generate(
         [asked], GenerationSettings(), stream=write
     )
     return answer, written
@@ -199,7 +199,9 @@ def test_an_answer_is_what_follows_thinking_and_header(
     answer, written = streamed(monkeypatch, tokenizer, asked, trained)
     assert (answer.text, answer.tokens, answer.finish_reason) == ("In  France.", len(trained), "stop")
     assert "".join(written) == "In  France."
-    assert generator_of(build("llama"), tokenizer, PromptForm(True)).generate([], GenerationSettings()) == []
+    assert (
+        generator_of(build("llama"), tokenizer, lambda **_: PromptForm(True)).generate([], GenerationSettings()) == []
+    )
 
 
 @pytest.mark.parametrize(

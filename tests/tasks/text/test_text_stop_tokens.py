@@ -135,7 +135,7 @@ def test_the_form_of_an_older_folder_is_that_of_the_trained_rows(
 ) -> None:
     if trained_on:
         (tmp_path / "run.json").write_text(json.dumps({"data": {"format": trained_on}}))
-    form = AdapterSource(tmp_path, {}).prompt_form(make_tokenizer(template))
+    form = AdapterSource(tmp_path, {}).prompt_form(has_template=template is not None)
     assert form == PromptForm(chat, trained_on or "messages", text)
 
 
