@@ -87,7 +87,7 @@ def test_inspect(told: Callable, place: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_push(told: Callable, cli: Callable, place: Path, hub: Any) -> None:
     to = ("push", place / "lora", "alice/tiny", "--base-model-id", "acme/base")
-    assert told(*to)[-1].startswith("uploaded 4 files, ")
+    assert told(*to)[-1].startswith("uploaded 5 files, ")
     ran = cli(*to, "--dry-run", "--quiet")
     assert "adapter_model.safetensors\n" in ran.out, "what would be uploaded is the answer"
 

@@ -86,7 +86,7 @@ def ended(process: Any) -> int:
 def test_built_once(root: Path) -> None:
     told: list[str] = []
     store = cache.cached(KEY, build, on_wait=told.append)
-    assert (holds(store), store.about) == (IDS, {"source": "a.jsonl"})
+    assert (holds(store), store.about) == (IDS, {"source": "a.jsonl", "common": {}})
     same = dict(reversed(KEY.items()))
     assert holds(cache.cached(same, never, on_wait=told.append)) == IDS
     assert (names(root), told) == (["entry", "lock"], [])

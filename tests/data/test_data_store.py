@@ -57,7 +57,7 @@ FEATURES = [feature(0, 5), feature(10, 3), feature(20, 1), feature(30, 0)]
 def test_what_is_written_is_read(write: Write, at_once: int) -> None:
     store = write(MIXED, at_once=at_once)
     assert list(map(plain, store)) == FEATURES
-    assert (store.columns, store.about) == (COLUMNS, {"format": "text", "counts": {"a": 1}})
+    assert (store.columns, store.about) == (COLUMNS, {"format": "text", "counts": {"a": 1}, "common": {}})
     assert (store.sizes.tolist(), store.targets.tolist(), store.row_of.tolist()) == (
         [5, 3, 1, 0], [4, 2, 0, 0], [0, 3, 3, 4],
     )  # fmt: skip

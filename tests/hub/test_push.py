@@ -204,7 +204,7 @@ def test_an_invalid_folder_is_refused_before_anything_is_asked(hub: Hub, folder:
         with pytest.raises(AdapterError, match=r"adapter_config\.json"):
             push(folder, REPO)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(AdapterError, match="no adapter folder"):
+    with pytest.raises(AdapterError, match="not an adapter folder"):
         push(folder, REPO)
     assert hub.requests == []
 

@@ -215,7 +215,7 @@ def test_tags_of_other_schemes_are_turned_into_iob2(tags: str) -> None:
     assert scanned(rows, NAME, scheme="none").labels == tuple(dict.fromkeys(words))
     for settings in ({"labels": ["PER", "LOC"]}, {"scheme": "iob2"}):
         assert set(scanned(rows, NAME, **settings).labels) <= set(LABELS)
-    with pytest.raises(DataError, match="is no tag of the scheme iob2") as caught:
+    with pytest.raises(DataError, match="is not a tag of the scheme iob2") as caught:
         scanned(rows, NAME, labels=words[:4])
     assert "[PER, ORG]" in (caught.value.hint or "")
     for wrong in ("NOUN", "S-"):

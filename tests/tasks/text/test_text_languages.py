@@ -67,8 +67,8 @@ def test_languages_that_are_missing_or_unknown_are_named() -> None:
     for base, given, key, words in (
         (many, {}, "source_language", "several languages"),
         (many, {"source_language": "deu_Latn"}, "target_language", "several languages"),
-        (many, {"source_language": "deu_Latin"}, "source_language", "'deu_Latin' is no language"),
-        (many, {"target_language": "a"}, "target_language", "is no language"),
+        (many, {"source_language": "deu_Latin"}, "source_language", "'deu_Latin' is not a language"),
+        (many, {"target_language": "a"}, "target_language", "is not a language"),
         (none, {"source_language": "de"}, "source_language", "has no languages"),
     ):
         with pytest.raises(DataError, match=words) as caught:
