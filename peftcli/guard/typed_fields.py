@@ -134,8 +134,8 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file:
         return int(value)
     if value is None and (entry.metadata.get("nullable") or default_of(entry) in ([], {})):
         return default_of(entry)
-    if value is None and choices_of(hint):
-        return None  # the config's problems() say what it may be
+    if value is None and (choices := choices_of(hint)):
+        raise AdapterTypeError(f"must be {' or '.join(map(str, choices))}, not null", key=key, file=file)
     found = "null" if value is None else short_repr(value)
     raise AdapterTypeError(f"expected {entry.type}, found {found}", key=key, file=file)
 

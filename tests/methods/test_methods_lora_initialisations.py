@@ -229,7 +229,7 @@ def test_a_section_takes_its_own_settings_only(section: str, values: dict[str, A
     [(VeloraConfig, "init_type"), (CordaConfig, "corda_method"), (LoraGAConfig, "direction"), (LoraGAConfig, "scale")],
 )
 def test_a_choice_of_a_section_is_not_unset(section: Any, key: str) -> None:
-    with pytest.raises(AdapterError, match=rf"^{section.key}\.{key}: must be .* or .*, not None"):
+    with pytest.raises(AdapterError, match=rf"^{section.key}\.{key}: must be .* or .*, not null"):
         section(**{key: None})
 
 
