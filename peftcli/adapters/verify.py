@@ -235,12 +235,13 @@ def verify_adapter(
     if not recorded and not readers:
         hint = "peftcli train writes it; --with peft compares peftcli with PEFT instead"
         raise UsageError(f"has no {RECORD_FILE}: nothing says what the trained model was", file=name, hint=hint)
-    with _as_pushed(source) as pushed, open_trained_base(source, processors=pushed.folder) as opened:
+    with _as_pushed(source) as pushed:
         if recorded:
             _compare_files(pushed, recorded)
-        task = _open_task(pushed, opened, recorded)
-        dtype = getattr(torch, recorded.get("dtype", "float32"))
-        model: Any = load_for_task(pushed, opened, task, dtype).model
+        with open_trained_base(source, processors=pushed.folder) as opened:
+            task = _open_task(pushed, opened, recorded)
+            dtype = getattr(torch, recorded.get("dtype", "float32"))
+            model: Any = load_for_task(pushed, opened, task, dtype).model
     here = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(here).eval()
     unpad(model, source.config)  # as in training, or bfloat16 rounds otherwise

@@ -200,11 +200,6 @@ class Records:
         unread = [not part.columns_not_read.isdisjoint(columns) for part in self.parts]
         return [used & some for used, some in zip(self.with_outcome(USED), unread, strict=True)]
 
-    def with_format(self, *formats: str) -> list[np.ndarray]:
-        """Return masks of the used rows whose source has one of these formats, part by part."""
-        known = [part.store.about["format"] in formats for part in self.parts]
-        return [used & some for used, some in zip(self.with_outcome(USED), known, strict=True)]
-
     def count(self, masks: Sequence[np.ndarray]) -> int:
         """Return the number of rows in the masks."""
         return sum(int(mask.sum()) for mask in masks)

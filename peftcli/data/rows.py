@@ -182,6 +182,11 @@ def truth_in(value: Any) -> bool | None:
     return _TRUTHS.get(str(value).strip().lower()) if isinstance(value, str | bool | int | float) else None
 
 
+def is_true_or_false(value: Any) -> bool:
+    """Return whether a value of a row is true or false, or one of these words."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def truth_columns(rows: Sequence[Row]) -> frozenset[str]:
     """The columns that hold a truth value in each of the rows."""
     names = {name for row in rows for name in row.values}

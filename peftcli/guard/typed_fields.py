@@ -132,8 +132,10 @@ def _typed(entry: dataclasses.Field[Any], hint: Any, value: Any, key: str, file:
         return value
     if isinstance(value, float) and value.is_integer() and fits(int(value), hint):
         return int(value)
-    if value is None and (entry.metadata.get("nullable") or default_of(entry) in ([], {})):
-        return default_of(entry)
+    if value is None and (
+        entry.metadata.get("nullable") or default_of(entry) in ([], {}) or default_of(entry) is False
+    ):
+        return default_of(entry)  # what is off by default is off
     if value is None and (choices := choices_of(hint)):
         raise AdapterTypeError(f"must be {' or '.join(map(str, choices))}, not null", key=key, file=file)
     found = "null" if value is None else short_repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from peftcli.data.rows import listed
@@ -13,18 +14,34 @@ _HEADLESS = "AutoModel"
 """Its architectures are those of every task: a model that was saved without a head says nothing."""
 
 
+Found = tuple[str, str, Mapping[str, Any]]
+"""The name of a task, what it was found from, and settings that it needs."""
+
+
 def find_task(
-    config: Any, columns: Collection[str], truths: Collection[str] = ()
-) -> tuple[str, str, Mapping[str, Any]]:
-    """The name of the one task that fits the base model and the data, what it was found from, and settings it needs.
+    config: Any, columns: Collection[str], truths: Collection[str] = (), perhaps: Collection[str] = ()
+) -> Found:
+    """Find the one task that fits the base model and the data.
 
     A task whose columns are part of another fitting task's is left out: rows of text and label are for classification,
     though text alone would be enough for a language model. ``columns`` are those of the training rows, and the names
-    that ``dataset.columns`` gives them; ``truths`` are those of them that hold true or false.
+    that ``dataset.columns`` gives them; ``truths`` are those of them that hold true or false, ``perhaps`` also those of
+    0 and 1, which may be something else.
 
     Raises:
         UsageError: no task fits, or several do.
     """
+    found = other = _find(config, columns, truths)
+    with suppress(UsageError):
+        other = _find(config, columns, perhaps or truths)
+    if other[0] == found[0]:
+        return found
+    settings = "".join(f", {key}: {value}" for key, value in other[2].items())
+    hint = f"set task: {{type: {other[0]}{settings}}} if 1 marks the good answers, else task: {found[0]}"
+    raise UsageError("is left out, and a label of 0 or 1 may say which answers are good", key="task", hint=hint)
+
+
+def _find(config: Any, columns: Collection[str], truths: Collection[str]) -> Found:
     architecture = (config.architectures or [type(config).__name__])[0]
     classes = {name: _classes(row, config) for name, row in TASKS.items()}
     by_model = [

@@ -11,7 +11,7 @@ from typing import Any
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
-from peftcli.data.rows import BAD, USED, Row, Table, truth_columns
+from peftcli.data.rows import BAD, USED, Row, Table, is_true_or_false, truth_columns
 from peftcli.data.sources import eval_source, open_source
 from peftcli.data.split import split_parts
 from peftcli.data.store import Part, Store, View
@@ -205,8 +205,11 @@ def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool
 
 
 def _common(parts: Sequence[Part], format: str) -> dict[str, str]:
-    """The texts that all training rows of a format have."""
-    first, *others = [part.store.about["common"] for part in parts if part.store.about["format"] == format]
+    """The texts that all training rows have, but for texts alone, where they are of one format."""
+    asking = [part.store.about for part in parts if part.store.about["format"] not in ("text", None)]
+    if any(each["format"] != format for each in asking) or not asking:
+        return {}
+    first, *others = [each["common"] for each in asking]
     return {name: text for name, text in first.items() if all(each.get(name) == text for each in others)}
 
 
@@ -225,7 +228,8 @@ def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:
     table, _ = _table(recipe.dataset.sources()[0])
     columns, renamed = {*table.columns, *table.source.columns}, dict(table.source.renamed())
     truths = [each for each in columns if renamed.get(each, each) in table.truths]
-    name, reason, needed = find_task(open_base(recipe.base_model).config, columns, truths)
+    sure = [each for each in truths if is_true_or_false(table.first.get(renamed.get(each, each)))]
+    name, reason, needed = find_task(open_base(recipe.base_model).config, columns, sure, truths)
     settings = "".join(f", {key}: {value}" for key, value in needed.items())
     tell(warning(f"task: {f'{{type: {name}{settings}}}' if needed else name}, found from {reason}"))
     found = replace(recipe, task={"type": name, **needed, **given})

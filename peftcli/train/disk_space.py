@@ -23,8 +23,9 @@ def refuse_full_disk(recipe: Recipe, needs: Mapping[str, int]) -> None:
     folder = RunFolder(Path(recipe.training.output_dir))
     path = folder.path.absolute()
     there = next(each for each in (path, *path.parents) if each.is_dir())
-    free = shutil.disk_usage(there).free + _bytes_below(folder.checkpoints)
-    if needs["peak"] <= free:
+    disk = shutil.disk_usage(there)
+    free = disk.free + _bytes_below(folder.checkpoints)
+    if needs["peak"] <= free or not disk.total:  # some file systems say nothing of their size
         return
     checkpoints = f"{count_of(needs['checkpoints'], 'checkpoint')} of {_size(needs['checkpoint'])}"
     raise StorageError(

@@ -73,7 +73,10 @@ def test_a_file_has_null_where_peft_writes_it_and_nowhere_else(method: str) -> N
     cls.from_dict(written)
     hints = hints_of(cls)
     for key in [key for key in hints if written.get(key) not in _NOTHING and not fits(None, hints[key])]:
-        with pytest.raises(AdapterTypeError, match="(found|not) null") as caught:
+        if written[key] is False:  # axolotl writes fan_in_fan_out: null
+            cls.from_dict({**written, key: None})
+            continue
+        with pytest.raises(AdapterTypeError, match=r"(found|not) null") as caught:
             cls.from_dict({**written, key: None})
         assert caught.value.key == key
 

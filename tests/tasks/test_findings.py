@@ -128,6 +128,17 @@ FOUND = {
         "1 of 2 rows have a label that is false, which is not read: their answers are trained like the good ones",
         ("train.jsonl:1",),
     ),
+    "texts without the chat template that there is": Odd(
+        "causal_lm",
+        lambda: (
+            [{"prompt": text, "completion": "yes"} for text in ("old?", "<|im_start|>user\nHi<|im_end|>\n", "new?")],
+            [{"prompt": "red?", "completion": "yes"}],
+        ),
+        "chat_model_without_template",
+        "warning",
+        "2 of 3 rows are trained without the chat template that the base model's tokenizer has",
+        ("train.jsonl:1", "train.jsonl:3"),
+    ),
     "one class of texts at 95 %": Odd(
         "sequence_classification",
         lambda: (_texts("sun", good=19, bad=1), _texts("tea", good=1, bad=1)),
@@ -348,7 +359,6 @@ def test_inspect_finds_it_and_names_its_rows(cli: Callable, tmp_path: Path, name
     assert found["level"] == odd.level
     assert found["rows"] == [f"{tmp_path}/{line}" for line in odd.lines]
     assert f"{odd.finding}: {odd.says}" in cli("inspect", recipe, *settings, code=code)
-    assert {each["name"] for each in findings.values() if each["level"] != "info"} - {"exact_duplicates"} == {
-        odd.finding
-    }
+    also = {"exact_duplicates", "chat_model_without_template"} - {odd.finding}
+    assert {each["name"] for each in findings.values() if each["level"] != "info"} - also == {odd.finding}
     assert code or answer["audit"]["train"]["duplicates"]["exact"] == odd.exact

@@ -185,7 +185,7 @@ def _sign_flipped(found: dict[str, torch.Tensor]) -> str:
 
 def _labels_permuted(folder: Path) -> str | None:
     path = folder / "task.json"
-    labels = _read(path)["settings"].get("labels") if path.is_file() else None
+    labels = _read(path).get("settings", {}).get("labels") if path.is_file() else None
     if not labels:
         return None
     _edit(path, settings={**_read(path)["settings"], "labels": labels[::-1]})

@@ -78,6 +78,16 @@ def test_the_other_names_of_columns_count(recipe: Path) -> None:
     assert done.run["task"]["type"] == "causal_lm"
 
 
+def test_labels_of_0_and_1_beside_answers_are_asked_about(recipe: Path) -> None:
+    rows = [{"prompt": "What?", "completion": " That.", "label": at % 2} for at in range(10)]
+    Path(recipe.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="a label of 0 or 1 may say which answers are good") as caught:
+        run_recipe(recipe, "dataset.eval=null")
+    assert (
+        caught.value.hint == "set task: {type: preference, loss: kto} if 1 marks the good answers, else task: causal_lm"
+    )
+
+
 def test_a_setting_that_the_found_task_lacks_is_refused(tmp_path: Path) -> None:
     path = without_task(write_recipe(tmp_path, trainkit.base_folder("t5", chat=False), trainkit.PROMPTS))
     assert run_recipe(path, "training.max_steps=1").run["task"]["type"] == "seq2seq_lm"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftcli.data.rows import Row, Table
+from peftcli.data.rows import Row, Table, is_true_or_false
 from peftcli.data.text_rows import json_kind
 from peftcli.tasks.text.formats import (
     SYSTEM_ROLES,
@@ -154,7 +154,7 @@ def text_reader(table: Table, *, whole: bool) -> ExampleReader:
         return found
     if isinstance(table.first.get(found.names["completion"]), list):
         found = replace(answer_reader(table, ("completion",)), whole=whole)
-    verdict = "label" in table.truths and "label" not in found.names.values()
+    verdict = is_true_or_false(table.first.get("label")) and "label" not in found.names.values()
     return replace(found, verdict="label" if verdict else None)
 
 

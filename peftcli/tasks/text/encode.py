@@ -48,6 +48,9 @@ class CausalEncoder:
         wanted = reader.name in ("messages", "sharegpt") or (reader.name == "alpaca" and tokenizer.chat_template)
         self.template: Template | None = chat_template(tokenizer) if wanted else None
         self._compared: set[tuple[object, ...]] = set()
+        written = tokenizer.chat_template if self.template is None else None
+        self._marks = [each for each in tokenizer.get_added_vocab() if each.strip() and each in str(written)]
+        self._may_be_raw = bool(written)
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
         read, results = _read_each(rows, self._read)
@@ -58,6 +61,8 @@ class CausalEncoder:
                 check_ids(example, each, self.tokenizer)
         for (at, (_, marked, common)), each in zip(read.items(), encoded, strict=True):
             flags = each.flags | (Flag.PROMPT_DIFFERS if self._asks_otherwise(marked, each) else NONE)
+            if self._may_be_raw and not any(mark in marked.text for mark in self._marks):
+                flags |= Flag.RAW
             outcome = self._outcome(replace(each, flags=flags), rows[at])
             results[at] = outcome if isinstance(outcome, DataError) else replace(outcome, common=common)
         return results

@@ -78,8 +78,7 @@ FINDINGS = by_name(
         "warning",
         "are trained without the chat template that the base model's tokenizer has",
         "Pairs of prompt and completion become turns of the template with dataset: {format: alpaca, columns: "
-        "{instruction: prompt, output: completion}}; texts have to be written as messages. To keep them as they are: "
-        "dataset.allow: [chat_model_without_template].",
+        "{instruction: prompt, output: completion}}; texts have to be written as messages.",
     ),
     Kind(
         "turns_left_out",

@@ -44,6 +44,8 @@ class Flag(enum.IntFlag):
     """A column that is not read holds turns of a conversation."""
     BAD_ANSWER = 8192
     """A column that is not read says that the answer is a bad one."""
+    RAW = 16384
+    """A text, or a prompt and its completion, has none of the tokens that the tokenizer's chat template writes."""
 
 
 NONE = Flag(0)

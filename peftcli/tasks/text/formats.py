@@ -154,9 +154,13 @@ class ExampleReader(Reader):
             raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
 
     def drops_turns(self, row: Row) -> bool:
-        """Whether a column that is not read holds turns whose texts no column that is read repeats."""
-        names = {*self.names.values()}
-        unread = [text for name, value in row.values.items() if name not in names for text in _texts_of_turns(value)]
+        """Whether a column that is not read holds turns whose texts no column that is read repeats.
+
+        Beside a whole conversation only ``history`` does: another one is another conversation, as in ``rejected``.
+        """
+        names, is_whole = {*self.names.values()}, self.name in ("messages", "sharegpt")
+        columns = [name for name in row.values if name not in names and (name == "history" or not is_whole)]
+        unread = [text for name in columns for text in _texts_of_turns(row.values[name], pairs=name == "history")]
         read = json.dumps([row.values.get(name) for name in names], default=str) if unread else ""
         return any(json.dumps(text.strip())[1:-1] not in read for text in unread)
 
@@ -373,10 +377,10 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
 
 
-def _texts_of_turns(value: Any) -> list[str]:
+def _texts_of_turns(value: Any, *, pairs: bool) -> list[str]:
     """The texts of the turns that a value of a row is; none where it is something else.
 
-    Turns are objects of role and content, or of from and value, or pairs of texts.
+    Turns are objects of role and content, or of from and value, or ``pairs`` of texts.
     """
     if not isinstance(value, str | list) or not value:
         return []
@@ -385,7 +389,7 @@ def _texts_of_turns(value: Any) -> list[str]:
     texts = list[Any]()
     for turn in value if isinstance(value, list) else ():
         key = next((key for key, role in _TURN_KEYS if isinstance(turn, dict) and {key, role} <= turn.keys()), None)
-        if key is None and not _is_pair(turn):
+        if key is None and not (pairs and _is_pair(turn)):
             return []
         texts += turn if key is None else [joined_parts(turn[key])]
     return [text for text in texts if isinstance(text, str)]

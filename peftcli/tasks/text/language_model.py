@@ -131,11 +131,8 @@ class LanguageModel(Task[Settings]):
         return found
 
     def record_findings(self, records: Records) -> list[Finding]:
-        found = record_findings(records)
-        if self.processor.chat_template and not self.base.config.is_encoder_decoder:
-            raw = records.with_format("text", "prompt_completion")
-            found += records.findings(FINDINGS["chat_model_without_template"], raw, of_used=True)
-        return found
+        raw = records.findings(FINDINGS["chat_model_without_template"], records.with_flag(Flag.RAW), of_used=True)
+        return record_findings(records) + raw
 
     def read(self, table: Table) -> ExampleReader:
         return text_reader(table, whole=self.settings.train_on == "all")

@@ -81,6 +81,8 @@ def test_turns_that_a_column_which_is_read_repeats_are_not_dropped() -> None:
     turns = [{"role": "user", "content": 'It\'s\n"1"?'}, {"role": "assistant", "content": "Yes."}]
     for values in (
         {"messages": turns, "prompt": turns[:1]},
+        {"messages": turns, "rejected": [*turns[:1], {"role": "assistant", "content": "No."}]},
+        {"text": "Ada lives in Paris.", "entities": [["Paris", "LOC"]]},
         {"text": 'User: It\'s\n"1"?\nAssistant: Yes.', "conversation": turns},
     ):
         row = Row(values, Place("a.jsonl", 1))
