@@ -23,7 +23,7 @@ from peftcli.methods.lora.conversion import as_lora
 from peftcli.methods.lora.hotswap import check_same, swap, widen
 from peftcli.methods.lora.intruders import Intruders, without_intruders
 from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
-from peftcli.methods.lora.variant_settings import ArrowConfig, variant_of
+from peftcli.methods.lora.variants.config import ArrowConfig, variant_of
 from peftcli.peft_api.adding import find_by_options
 from peftcli.peft_api.model import PeftModel
 from peftcli.peft_api.tuner import find_tuner

@@ -33,7 +33,7 @@ _PEFT = {
     "methods.lora.config": "LoraRuntimeConfig",
     "methods.lora.initialisations.config": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
     "methods.lora.kappa": "find_kappa_target_modules",
-    "methods.lora.variant_settings": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "methods.lora.variants.config": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     "peft_api.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)]),
     "peft_api.config": """
         MultitaskPromptTuningInit PeftConfig PeftConfigMixin PeftError PeftType PromptEncoderReparameterizationType
@@ -76,7 +76,7 @@ PEFT_NAMES = {
 _LORA = (
     "methods.lora.config",
     "methods.lora.initialisations.config",
-    "methods.lora.variant_settings",
+    "methods.lora.variants.config",
     "methods.lora.lora",
     "peft_api.lora",
     "peft_api.initialisations",

@@ -16,7 +16,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import PairNames, pairs, updates
-from peftcli.methods.lora.variant_settings import variant_of
+from peftcli.methods.lora.variants.config import variant_of
 from peftcli.methods.updates import Update, distance, weighted_sum
 
 _SAME = (

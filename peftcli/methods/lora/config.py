@@ -20,7 +20,7 @@ from peftcli.methods.lora.initialisations.config import (
     init_problems,
     is_residual,
 )
-from peftcli.methods.lora.variant_settings import (
+from peftcli.methods.lora.variants.config import (
     VARIANTS,
     ArrowConfig,
     BdLoraConfig,

@@ -20,7 +20,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lora import updates as lora_updates
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.variant_settings import variant_of
+from peftcli.methods.lora.variants.config import variant_of
 from peftcli.methods.updates import Update
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.methods.xlora.mixture import Mixture

@@ -103,6 +103,8 @@ SECTIONS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_co
 """Initialisation -> the field of its settings."""
 FROM_DATA = ("eva", "corda", "lora_ga")
 """The initialisations that read training data."""
+ON_EVERY_LAYER = (True, False, "gaussian")
+"""The initialisations of every kind of layer, and of fused experts."""
 
 
 def is_residual(init: bool | str) -> bool:
@@ -121,7 +123,7 @@ def init_problems(config: LoraConfig) -> Problems:
             found.append((section, f"means nothing without init_lora_weights: {name}"))
     if init == "orthogonal" and any(r % 2 for r in (config.r, *config.rank_pattern.values())):
         found.append(("r", "must be even for init_lora_weights: orthogonal"))
-    if config.target_parameters and init not in (True, False, "gaussian"):
+    if config.target_parameters and init not in ON_EVERY_LAYER:
         found.append(("target_parameters", f"does not go with init_lora_weights: {init}"))
     if config.use_dora and init == "loftq":
         found.append(("use_dora", "does not go with init_lora_weights: loftq"))
