@@ -33,7 +33,6 @@ from peftcli.methods.lora.variants import kasa, monteclora
 from peftcli.methods.lora.variants.alora import ALoraLinear
 from peftcli.methods.lora.variants.arrow import ArrowLayer
 from peftcli.methods.lora.variants.bdlora import BdLoraLinear
-from peftcli.methods.lora.variants.config import variant_of
 from peftcli.methods.lora.variants.dora import add_magnitude
 from peftcli.methods.lora.variants.qalora import QaLoraLinear
 from peftcli.methods.lora.variants.velora import VeloraLinear
@@ -64,7 +63,7 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
         return ArrowLayer(module, name, config)
     if config.init_lora_weights not in ON_EVERY_LAYER:
         check_initialisation(module, name, config)
-    base, view, variant = base_module(module), linear_view(module), variant_of(config)
+    base, view, variant = base_module(module), linear_view(module), config.variant_key
     in_attention = isinstance(base, NonDynamicallyQuantizableLinear)  # the output's projection, which it never calls
     if variant and (view is None or in_attention):
         raise AdapterError(f"adapts linear layers; {name} is a {type(base).__name__}", key=variant)
@@ -129,7 +128,7 @@ def start_from_base(model: nn.Module, config: LoraConfig, weight: Callable[[str]
 
 def penalty(model: nn.Module, config: LoraConfig) -> torch.Tensor | None:
     """Return what the enabled layers of the config's variant add to the loss."""
-    compute = _PENALTIES.get(variant_of(config) or "")
+    compute = _PENALTIES.get(config.variant_key or "")
     return compute([layer for layer in adapter_layers(model).values() if layer.enabled]) if compute else None
 
 

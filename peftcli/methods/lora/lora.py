@@ -16,17 +16,9 @@ from peftcli.core.targets import CONVOLUTIONS, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.fused import (
-    FUSED,
-    Pair,
-    adapted_linear,
-    add_update,
-    is_frozen,
-    needs_plain_operations,
-    plain_weight,
-)
+from peftcli.methods.lora.fused import Pair, fused_output, plain_pair
 from peftcli.methods.lora.initialisations.start import initialise
-from peftcli.methods.lora.joined import Share, joined_linear
+from peftcli.methods.lora.joined import joined_linear, share_of
 from peftcli.methods.lora.variants import dora
 
 _USUAL_R = 64
@@ -108,41 +100,17 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         pair = self.fused_pair() if self.enabled else None
-        if pair is None:
-            return super().forward(x, *args, **kwargs)
-        base: Any = self._modules["base_layer"]  # an attribute of a module takes a microsecond
-        given, more = self.lora_dropout(x) if self.drops() else x, args or kwargs
-        if given is x and torch.is_grad_enabled() and not more and is_frozen(base):
-            return adapted_linear(x, base, pair, self.scaling)
-        return add_update(base(x, *args, **kwargs), given, pair, self.scaling)
-
-    def drops(self) -> bool:
-        """Return whether dropout changes the input."""
-        dropout: Any = self._modules["lora_dropout"]
-        return isinstance(dropout, nn.Dropout) and dropout.training
+        return super().forward(x, *args, **kwargs) if pair is None else fused_output(self, pair, x, *args, **kwargs)
 
     def fused_pair(self) -> Pair | None:
-        """Return A and B if ``add_update`` computes what this layer does."""
-        own = type(self).update is not LoraLayer.update or self.lora_magnitude_vector is not None
-        if own or needs_plain_operations() or not FUSED.enabled or not self.casts_input:
-            return None
-        parts: Any = self._modules
-        a, b = plain_weight(parts["lora_A"]), plain_weight(parts["lora_B"])
-        return None if a is None or b is None or parts["lora_B"]._parameters["bias"] is not None else (a, b)
+        """Return A and B if ``fused_output`` computes what this layer does, and in less time."""
+        plain = type(self).update is LoraLayer.update and self.lora_magnitude_vector is None
+        return plain_pair(self) if plain and self.casts_input else None
 
     def join_layers(self, x: torch.Tensor, layers: Sequence[tuple[AdapterLayer | None, int]]) -> torch.Tensor | None:
-        shares = list[Share]()
-        for layer, size in layers:
-            if layer is None:
-                shares.append((size, None, 0.0))
-                continue
-            if not isinstance(layer, LoraLinear) or not layer.enabled or layer.drops():
-                return None
-            pair = layer.fused_pair()
-            if pair is None or not is_frozen(layer.base_layer):
-                return None
-            shares.append((size, pair, layer.scaling))
-        return joined_linear(x, self.base_layer, shares)
+        shares = [share_of(layer, size) for layer, size in layers if layer is None or isinstance(layer, LoraLinear)]
+        known = [share for share in shares if share is not None]
+        return joined_linear(x, self.base_layer, known) if len(known) == len(layers) else None
 
     def delta(self) -> torch.Tensor:
         return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,24 +86,17 @@ def gradients(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[
 
         return watch
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
-        with evaluating(model), _frozen(model), torch.enable_grad():
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
             run()
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
     check_reached(modules, sums)
     return sums
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
