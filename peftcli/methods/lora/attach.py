@@ -41,7 +41,11 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
     Raises:
         AdapterError: it, or another adapter, adapts the output's projection of an attention that is adapted as a whole.
     """
-    _check_attentions(model)
+    for path, layer in adapter_layers(model).items():
+        inside = layers_at(base_module(layer).out_proj) if isinstance(layer, LoraAttention) else []
+        if any(not isinstance(each, TrainedBias) for each in inside):
+            whole = base_name(model, path)
+            raise AdapterError(f"{whole} adapts {whole}.out_proj too; name one of them", key="target_modules")
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     residual = (ResidualLinear, ResidualFromFile)
     config.subtracts_start = any(isinstance(layer, residual) for layer in layers.values())
@@ -105,15 +109,6 @@ def _stop_watching(model: nn.Module, *functions: Callable[..., Any] | None) -> N
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [number for number, hook in hooks.items() if hook in functions]:
             del hooks[number]
-
-
-def _check_attentions(model: nn.Module) -> None:
-    for path, layer in adapter_layers(model).items():
-        if isinstance(layer, LoraAttention):
-            inside = layers_at(base_module(layer).out_proj)
-            if any(not isinstance(each, TrainedBias) for each in inside):
-                name = base_name(model, path)
-                raise AdapterError(f"{name} adapts {name}.out_proj too; name one of them", key="target_modules")
 
 
 def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:

@@ -52,7 +52,6 @@ _Block = tuple[slice, slice]
 
 
 def _blocks(shares: Sequence[Share]) -> list[_Block]:
-    """Return the blocks of the models that are adapted."""
     blocks, token, row = list[_Block](), 0, 0
     for size, pair, _ in shares:
         if pair is not None:
