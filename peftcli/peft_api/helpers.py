@@ -15,10 +15,10 @@ from peftcli.core.layer import TrainedCopy, adapter_layers
 from peftcli.errors import AdapterError, PeftcliError
 from peftcli.methods.adalora.layers import AdaLoraLayer
 from peftcli.methods.combinations import Combination, majority_mask
-from peftcli.methods.lora.dora import CACHE
-from peftcli.methods.lora.kappa import KappaTuneSelector as KappaTuneSelector
-from peftcli.methods.lora.kappa import find_kappa_target_modules as find_kappa_target_modules
 from peftcli.methods.lora.lora import LoraLayer
+from peftcli.methods.lora.variants.dora import CACHE
+from peftcli.peft_api.kappa import KappaTuneSelector as KappaTuneSelector
+from peftcli.peft_api.kappa import find_kappa_target_modules as find_kappa_target_modules
 from peftcli.peft_api.mixed_batch import with_attributes
 from peftcli.peft_api.tuner import Tuner
 

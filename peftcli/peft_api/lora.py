@@ -19,12 +19,12 @@ from peftcli.core.linear import linear_view
 from peftcli.core.weights import load_state
 from peftcli.errors import AdapterError, AdapterTypeError, PeftWarning
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.conversion import as_lora
-from peftcli.methods.lora.hotswap import check_same, swap, widen
-from peftcli.methods.lora.intruders import Intruders, without_intruders
 from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
-from peftcli.methods.lora.variant_settings import ArrowConfig, variant_of
+from peftcli.methods.lora.variants.config import ArrowConfig
 from peftcli.peft_api.adding import find_by_options
+from peftcli.peft_api.conversion import as_lora
+from peftcli.peft_api.hotswap import check_same, swap, widen
+from peftcli.peft_api.intruders import Intruders, without_intruders
 from peftcli.peft_api.model import PeftModel
 from peftcli.peft_api.tuner import find_tuner
 from peftcli.system.outputs import expand_user
@@ -47,7 +47,7 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Return a LoRA adapter that does what another adapter does, as nearly as its r allows: config and tensors.
 
-    ``rank`` is the r of all layers; or, as a float, the share of each update to keep (see ``methods.lora.conversion``).
+    ``rank`` is the r of all layers; or, as a float, the share of each update to keep (see ``peft_api.conversion``).
     No progress bar is shown, and nothing is compiled.
 
     Raises:
@@ -115,7 +115,7 @@ def reduce_intruder_dimension(
     old = peft_model.peft_config[old_adapter_name]
     if not isinstance(old, LoraConfig):
         raise AdapterError(f"works for LORA, not {old.peft_type}", key="peft_type")
-    if (variant := variant_of(old)) in ("kasa_config", "use_bdlora", "use_qalora"):
+    if (variant := old.variant_key) in ("kasa_config", "use_bdlora", "use_qalora"):
         raise AdapterError("works for plain LoRA only", key=variant)
     how = Intruders(top_k, threshold_epsilon, mitigation_lambda)
     tensors = without_intruders(model, old_adapter_name, how, logging_sink or (lambda line: None))
@@ -202,7 +202,7 @@ def _check_plain(name: str, config: AdapterConfig) -> None:
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{name} is {config.peft_type}; Arrow routes among LoRA adapters")
     on = [key for key in _NOT_ROUTED if getattr(config, key)] + ["bias"] * (config.bias != "none")
-    if wrong := variant_of(config) or next(iter(on), None):
+    if wrong := config.variant_key or next(iter(on), None):
         raise AdapterError(f"Arrow would leave it out; {name} needs a plain LoRA", key=wrong)
 
 

@@ -32,8 +32,7 @@ _PEFT = {
     "errors": "NoMatchingPeftModuleError PeftWarning",
     "methods.lora.config": "LoraRuntimeConfig",
     "methods.lora.initialisations.config": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
-    "methods.lora.kappa": "find_kappa_target_modules",
-    "methods.lora.variant_settings": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "methods.lora.variants.config": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     "peft_api.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)]),
     "peft_api.config": """
         MultitaskPromptTuningInit PeftConfig PeftConfigMixin PeftError PeftType PromptEncoderReparameterizationType
@@ -43,6 +42,7 @@ _PEFT = {
     "peft_api.initialisations": """
         get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga replace_lora_weights_loftq
     """,
+    "peft_api.kappa": "find_kappa_target_modules",
     "peft_api.layers": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "peft_api.lora": "convert_to_lora create_arrow_model save_as_lora",
     "peft_api.mapping": """
@@ -76,7 +76,7 @@ PEFT_NAMES = {
 _LORA = (
     "methods.lora.config",
     "methods.lora.initialisations.config",
-    "methods.lora.variant_settings",
+    "methods.lora.variants.config",
     "methods.lora.lora",
     "peft_api.lora",
     "peft_api.initialisations",
@@ -89,8 +89,8 @@ _TUNERS = {
 
 NAMESPACES: dict[str, tuple[str, ...]] = {
     "mapping_func": ("peft_api.mapping",),
-    "optimizers": ("peft_api.training", "methods.lora.optimizers"),
-    "optimizers.lorafa": ("peft_api.training", "methods.lora.optimizers"),
+    "optimizers": ("peft_api.training", "peft_api.lora_optimizers"),
+    "optimizers.lorafa": ("peft_api.training", "peft_api.lora_optimizers"),
     "optimizers.loraplus": ("peft_api.training",),
     "optimizers.riemannian": ("peft_api.training",),
     "peft_model": (

@@ -19,7 +19,7 @@ from peftcli.core.quantised import is_quantised
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.learning_rates import rate_groups
-from peftcli.methods.lora.optimizers import LoraFAOptimizer, MatrixPair, matrix_pairs, precondition
+from peftcli.peft_api.lora_optimizers import LoraFAOptimizer, MatrixPair, matrix_pairs, precondition
 from peftcli.peft_api.tuner import find_tuner
 
 _HALVES = ("gptq", "aqlm", "eetq", "hqq", "torchao")

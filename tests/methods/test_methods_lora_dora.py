@@ -16,9 +16,9 @@ from peftcli.core.inject import inject, set_active, set_trainable
 from peftcli.core.merge import merge
 from peftcli.methods.beft.config import BeftConfig
 from peftcli.methods.glora.config import GloraConfig
-from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import wrap
+from peftcli.methods.lora.variants import dora
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from peftcli.methods import config_from_dict
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import CordaConfig, EvaConfig, LoraGAConfig
 from peftcli.methods.lora.layers import calibrate
-from peftcli.methods.lora.variant_settings import VeloraConfig
+from peftcli.methods.lora.variants.config import VeloraConfig
 
 LR = 0.05
 

@@ -19,7 +19,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import EvaConfig, LoftQConfig
-from peftcli.methods.lora.variant_settings import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peftcli.methods.lora.variants.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 
 @pytest.fixture(params=FURTHER)

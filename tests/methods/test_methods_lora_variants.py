@@ -27,8 +27,8 @@ from peftcli.core.weights import load_state, load_training_state, named_tensors,
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.layers import wrap
-from peftcli.methods.lora.monteclora import MontecloraLinear, Sampler
 from peftcli.methods.lora.updates import updates
+from peftcli.methods.lora.variants.monteclora import MontecloraLinear, Sampler
 from peftcli.methods.updates import UpdateUnknown
 from peftcli.peft_api import PeftModel, get_peft_model
 

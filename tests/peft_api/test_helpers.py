@@ -14,7 +14,7 @@ from torch import nn
 
 import peftcli
 from peftcli.errors import AdapterError
-from peftcli.methods.lora import dora
+from peftcli.methods.lora.variants import dora
 from peftcli.peft_api import helpers
 
 

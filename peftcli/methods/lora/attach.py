@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.inject import replace_modules, train_other_biases
+from peftcli.core.inject import on_unload, replace_modules, train_other_biases
 from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
@@ -24,14 +26,13 @@ from peftcli.core.layer import (
 from peftcli.core.targets import check_forward, find_modules
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import share_rows, tied_group, wrap_rows
-from peftcli.methods.lora.alora import find_invocations, keep_active
-from peftcli.methods.lora.arrow import find_experts
-from peftcli.methods.lora.calls import watch_calls
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.residual import ResidualFromFile, ResidualLinear
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.parameters import LoraAttention
 from peftcli.methods.lora.targets import name_group, token_modules
+from peftcli.methods.lora.variants.alora import find_invocations, keep_active
+from peftcli.methods.lora.variants.arrow import find_experts
 
 
 def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:
@@ -40,16 +41,20 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
     Raises:
         AdapterError: it, or another adapter, adapts the output's projection of an attention that is adapted as a whole.
     """
-    _check_attentions(model)
+    for path, layer in adapter_layers(model).items():
+        inside = layers_at(base_module(layer).out_proj) if isinstance(layer, LoraAttention) else []
+        if any(not isinstance(each, TrainedBias) for each in inside):
+            whole = base_name(model, path)
+            raise AdapterError(f"{whole} adapts {whole}.out_proj too; name one of them", key="target_modules")
     config.fan_in_fan_out = any(isinstance(layer, LoraLinear) and layer.view.transposed for layer in layers.values())
     residual = (ResidualLinear, ResidualFromFile)
     config.subtracts_start = any(isinstance(layer, residual) for layer in layers.values())
     if config.bias == "all":
         train_other_biases(model, config, layers)
     if config.alora_invocation_tokens:
-        watch_calls(model, find_invocations, keep_active)
+        _watch_calls(model, find_invocations, keep_active)
     if config.arrow_config:
-        watch_calls(model, find_experts)
+        _watch_calls(model, find_experts)
     unbiased = (name for name, layer in layers.items() if base_module(layer).bias is None)
     if config.lora_bias and not config.inference_mode and (name := next(unbiased, None)):
         told = f"lora_bias: {name} has no bias in the base model, so this adapter cannot be merged"
@@ -88,13 +93,22 @@ class TiedHead(LoraLayer):
         return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
 
 
-def _check_attentions(model: nn.Module) -> None:
-    for path, layer in adapter_layers(model).items():
-        if isinstance(layer, LoraAttention):
-            inside = layers_at(base_module(layer).out_proj)
-            if any(not isinstance(each, TrainedBias) for each in inside):
-                name = base_name(model, path)
-                raise AdapterError(f"{name} adapts {name}.out_proj too; name one of them", key="target_modules")
+def _watch_calls(model: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None) -> None:
+    """Call functions of a module around every call of the model, as PyTorch's hooks, until its adapters are unloaded.
+
+    They get the keywords too. Each is registered once.
+    """
+    if before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        if after is not None:
+            model.register_forward_hook(after, with_kwargs=True)
+        on_unload(model, functools.partial(_stop_watching, model, before, after))
+
+
+def _stop_watching(model: nn.Module, *functions: Callable[..., Any] | None) -> None:
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [number for number, hook in hooks.items() if hook in functions]:
+            del hooks[number]
 
 
 def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) -> None:

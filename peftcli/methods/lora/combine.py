@@ -16,7 +16,6 @@ from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.updates import PairNames, pairs, updates
-from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update, distance, weighted_sum
 
 _SAME = (
@@ -68,7 +67,7 @@ def _lora(adapter: Adapter) -> LoraConfig:
     config = adapter.config
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{adapter.name} is {config.peft_type}; only LoRA adapters can be combined")
-    if (variant := variant_of(config)) not in (None, "alora_invocation_tokens"):
+    if (variant := config.variant_key) not in (None, "alora_invocation_tokens"):
         raise AdapterError(f"{adapter.name} is a variant of LoRA that cannot be combined", key=variant)
     if config.target_parameters:
         raise AdapterError(

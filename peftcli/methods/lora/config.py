@@ -11,23 +11,23 @@ from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, Excludi
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, problems_of_sections, too_small
 from peftcli.methods.lora.initialisations.config import (
+    FAST_PISSA,
+    ON_EVERY_LAYER,
     SECTIONS,
     CordaConfig,
     EvaConfig,
     LoftQConfig,
     LoraGAConfig,
     Name,
-    init_problems,
     is_residual,
 )
-from peftcli.methods.lora.variant_settings import (
+from peftcli.methods.lora.variants.config import (
     VARIANTS,
     ArrowConfig,
     BdLoraConfig,
     KasaConfig,
     MontecloraConfig,
     VeloraConfig,
-    variant_problems,
 )
 
 _MAX_LAYERS = 500
@@ -136,6 +136,11 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         """Less for a LoRA that starts with an effect of its own: its first steps are large already."""
         return 2e-4 if is_residual(self.init_lora_weights) else 5e-4
 
+    @property
+    def variant_key(self) -> str | None:
+        """The field that switches a variant of LoRA on, or None."""
+        return next((key for key in VARIANTS if getattr(self, key)), None)
+
     def normalise(self) -> None:
         if isinstance(self.target_parameters, str):
             raise AdapterTypeError("must be a list of names", key="target_parameters")
@@ -151,7 +156,8 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
         found = super().problems()
         if self.target_parameters:  # enough to adapt
             found = [problem for problem in found if problem != ("target_modules", "names no module")]
-        return found + _own_problems(self) + init_problems(self) + variant_problems(self) + problems_of_sections(self)
+        found += _own_problems(self) + _init_problems(self) + _variant_problems(self)
+        return found + problems_of_sections(self)
 
     def prepare(self, load_tokenizer: Callable[..., Any]) -> None:
         if isinstance(text := self.alora_invocation_tokens, str):
@@ -223,7 +229,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
 
 def _own_problems(config: LoraConfig) -> Problems:
-    """Return the problems of all settings but ``init_lora_weights``: ``(key, message)`` each."""
+    """Return the problems of all settings but ``init_lora_weights`` and the variant's: ``(key, message)`` each."""
     found = too_small(config, r=1, rank_pattern=1) + not_positive(config, "lora_alpha", "alpha_pattern")
     found += outside_unit_interval(config, "lora_dropout") + _conflicts(config)
     if (wanted := config.trainable_token_indices) is not None:
@@ -232,7 +238,16 @@ def _own_problems(config: LoraConfig) -> Problems:
         found += [("trainable_token_indices", message) for message in (wrong if any(lists) else ["names no token"])]
     if config.alora_invocation_tokens in ([], "") and not config.inference_mode:  # in PEFT's files, a plain LoRA
         found.append(("alora_invocation_tokens", "names no token"))
-    return found + _range_problems(config)
+    if (ranges := config.layer_replication) is not None:
+        wrong = [
+            f"each range is [first layer, last layer + 1], not {pair}"
+            for pair in ranges
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1]
+        ]
+        if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
+            wrong = [f"makes more than {_MAX_LAYERS} layers, the most that is accepted"]
+        found += [("layer_replication", message) for message in (wrong if ranges else ["names no layer"])]
+    return found
 
 
 def _conflicts(config: LoraConfig) -> Problems:
@@ -252,13 +267,49 @@ def _conflicts(config: LoraConfig) -> Problems:
     return found
 
 
-def _range_problems(config: LoraConfig) -> Problems:
-    ranges = config.layer_replication
-    if ranges is None:
+def _init_problems(config: LoraConfig) -> Problems:
+    """Return what does not go with ``init_lora_weights``."""
+    init, names = config.init_lora_weights, get_args(Name)
+    found: Problems = []
+    if not isinstance(init, bool) and init not in names and not FAST_PISSA.fullmatch(init):
+        return [("init_lora_weights", f"{init!r} is not supported; true, false, {', '.join(names)}")]
+    for name, section in SECTIONS.items():
+        if init != name and getattr(config, section) is not None:
+            found.append((section, f"means nothing without init_lora_weights: {name}"))
+    if init == "orthogonal" and any(r % 2 for r in (config.r, *config.rank_pattern.values())):
+        found.append(("r", "must be even for init_lora_weights: orthogonal"))
+    if config.target_parameters and init not in ON_EVERY_LAYER:
+        found.append(("target_parameters", f"does not go with init_lora_weights: {init}"))
+    if config.use_dora and init == "loftq":
+        found.append(("use_dora", "does not go with init_lora_weights: loftq"))
+    return found
+
+
+def _variant_problems(config: LoraConfig) -> Problems:
+    """Return what does not go with the config's variant."""
+    on = [key for key in (*VARIANTS, "use_dora") if getattr(config, key)]
+    if not on or on == ["use_dora"]:
         return []
-    if not ranges:
-        return [("layer_replication", "names no layer")]
-    wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1]]
-    if not wrong and sum(end - start for start, end in ranges) > _MAX_LAYERS:
-        return [("layer_replication", f"makes more than {_MAX_LAYERS} layers, the most that is accepted")]
-    return [("layer_replication", f"each range is [first layer, last layer + 1], not {pair}") for pair in wrong]
+    key, init = on[0], config.init_lora_weights
+    if len(on) > 1:
+        return [(key, f"does not go with {on[1]}: a layer has one variant")]
+    found: Problems = []
+    if is_residual(init) or init == "mica":
+        found.append((key, f"does not go with init_lora_weights: {init}"))
+    if config.target_parameters:
+        found.append((key, "does not go with target_parameters: it adapts linear layers"))
+    if key == "use_qalora":
+        found += too_small(config, qalora_group_size=1)
+    if key in ("use_bdlora", "use_qalora"):  # whose A or B has another shape
+        if not isinstance(init, bool) and not config.inference_mode:
+            found.append((key, f"needs init_lora_weights: true or false, not {init}"))
+        if config.lora_bias:
+            found.append((key, "does not go with lora_bias"))
+    if key == "alora_invocation_tokens":
+        ids = config.alora_invocation_tokens if isinstance(config.alora_invocation_tokens, list) else []
+        found += [(key, f"token ids count from 0, not {token}") for token in ids if token < 0]
+        if config.task_type not in (None, "CAUSAL_LM"):
+            found.append((key, f"needs a causal language model, not {config.task_type}"))
+        if config.bias != "none":
+            found.append((key, "does not go with bias: that changes the tokens before the invocation too"))
+    return found

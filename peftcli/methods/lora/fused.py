@@ -47,16 +47,38 @@ def plain_weight(module: Any) -> nn.Parameter | None:
     return weight if type(weight) in PLAIN_WEIGHTS and "forward" not in own else None
 
 
+def plain_pair(layer: Any) -> Pair | None:
+    """Return a layer's ``lora_A`` and ``lora_B`` if they are plain, and PyTorch runs what is called as it is.
+
+    It does not while it compiles, traces, transforms (``torch.func``) or differentiates forward.
+    """
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or not FUSED.enabled:
+        return None
+    parts = layer._modules  # an attribute of a module takes a microsecond
+    a, b = plain_weight(parts["lora_A"]), plain_weight(parts["lora_B"])
+    return None if a is None or b is None or parts["lora_B"]._parameters["bias"] is not None else (a, b)
+
+
+def fused_output(layer: Any, pair: Pair, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return the output of a LoRA layer with the plain ``pair`` for ``x``; the rest is the base layer's."""
+    base = layer._modules["base_layer"]
+    given = layer._modules["lora_dropout"](x) if drops(layer) else x
+    if given is x and torch.is_grad_enabled() and not (args or kwargs) and is_frozen(base):
+        return adapted_linear(x, base, pair, layer.scaling)
+    return add_update(base(x, *args, **kwargs), given, pair, layer.scaling)
+
+
+def drops(layer: Any) -> bool:
+    """Return whether dropout changes the layer's input."""
+    dropout = layer._modules["lora_dropout"]
+    return isinstance(dropout, nn.Dropout) and dropout.training
+
+
 def is_frozen(module: nn.Module) -> bool:
     """Return whether ``adapted_linear`` takes ``module`` for its base layer."""
     weight = plain_weight(module)
     return weight is not None and not weight.requires_grad and (module.bias is None or not module.bias.requires_grad)
-
-
-def needs_plain_operations() -> bool:
-    """Return whether PyTorch compiles, traces, transforms (``torch.func``) or differentiates forward what is called."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

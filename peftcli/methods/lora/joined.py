@@ -11,12 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peftcli.methods.lora.fused import Pair, compute_dtype
+from peftcli.methods.lora.fused import Pair, compute_dtype, drops, is_frozen
 
 Share = tuple[int, Pair | None, float]
 """How many tokens are a model's, and its A, B and scaling; without a pair, they are not adapted."""
 _WORTH_A_CALL = 7_000_000
 """How many multiplications take as long on a CPU as a call that makes few."""
+
+
+def share_of(layer: Any, tokens: int) -> Share | None:
+    """Return the share of a model with this LoRA layer, or with none. None: the layer computes in another way."""
+    if layer is None:
+        return tokens, None, 0.0
+    pair = layer.fused_pair() if layer.enabled and not drops(layer) else None
+    return None if pair is None or not is_frozen(layer.base_layer) else (tokens, pair, layer.scaling)
 
 
 def joined_linear(x: torch.Tensor, base: nn.Linear, shares: Sequence[Share]) -> torch.Tensor:
@@ -44,7 +52,6 @@ _Block = tuple[slice, slice]
 
 
 def _blocks(shares: Sequence[Share]) -> list[_Block]:
-    """Return the blocks of the models that are adapted."""
     blocks, token, row = list[_Block](), 0, 0
     for size, pair, _ in shares:
         if pair is not None:

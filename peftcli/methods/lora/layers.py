@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.layer import AdapterLayer, base_module
+from peftcli.core.layer import AdapterLayer, adapter_layers, base_module
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import CONVOLUTIONS, named_parameters
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
-from peftcli.methods.lora.arrow import ArrowLayer
 from peftcli.methods.lora.attach import attach as attach
 from peftcli.methods.lora.combine import combine as combine
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.dora import add_magnitude
-from peftcli.methods.lora.initialisations.config import FROM_DATA
-from peftcli.methods.lora.initialisations.from_data import calibrate as calibrate
-from peftcli.methods.lora.initialisations.loftq import start_loftq
-from peftcli.methods.lora.initialisations.residual import check_initialisation, linear_layer
-from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, check_size, size_of
-from peftcli.methods.lora.parameters import (
-    LoraAttention,
-    LoraOutputProjection,
-    check_attention,
-    wrap_parameters,
-)
+from peftcli.methods.lora.initialisations.config import FROM_DATA, ON_EVERY_LAYER, is_residual
+from peftcli.methods.lora.initialisations.loftq import LoftQLinear, start_loftq
+from peftcli.methods.lora.initialisations.residual import calibrate as calibrate
+from peftcli.methods.lora.initialisations.residual import check_initialisation, residual_kind
+from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, check_size, size_of
+from peftcli.methods.lora.parameters import LoraAttention, LoraOutputProjection, check_attention, wrap_parameters
 from peftcli.methods.lora.replicate import replicate, separate
 from peftcli.methods.lora.targets import read_names as read_names
 from peftcli.methods.lora.targets import targets as targets
 from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates
-from peftcli.methods.lora.variant_settings import variant_of
-from peftcli.methods.lora.variants import LAYERS as VARIANT_LAYERS
-from peftcli.methods.lora.variants import model_attributes as model_attributes
-from peftcli.methods.lora.variants import penalty as penalty
+from peftcli.methods.lora.variants import kasa, monteclora
+from peftcli.methods.lora.variants.alora import ALoraLinear
+from peftcli.methods.lora.variants.arrow import ArrowLayer
+from peftcli.methods.lora.variants.bdlora import BdLoraLinear
+from peftcli.methods.lora.variants.dora import add_magnitude
+from peftcli.methods.lora.variants.qalora import QaLoraLinear
+from peftcli.methods.lora.variants.velora import VeloraLinear
+
+_KINDS: dict[type[nn.Module], type[LoraLayer]] = {
+    nn.Embedding: LoraEmbedding,
+    nn.MultiheadAttention: LoraAttention,
+    **dict.fromkeys(CONVOLUTIONS, LoraConv),
+}
+"""Kind of module -> its layer; linear layers have more than one."""
+_VARIANTS: dict[str, type[LoraLinear]] = {
+    "alora_invocation_tokens": ALoraLinear,
+    "use_bdlora": BdLoraLinear,
+    "use_qalora": QaLoraLinear,
+    "kasa_config": kasa.KasaLinear,
+    "monteclora_config": monteclora.MontecloraLinear,
+    "velora_config": VeloraLinear,
+    "loftq_config": LoftQLinear,
+}
+"""The field that switches a variant on -> its linear layer."""
+_PENALTIES = {"kasa_config": kasa.penalty, "monteclora_config": monteclora.penalty}
+"""The same field -> what its layers add to the loss."""
 
 
 def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
     """Return the LoRA layer over ``module``, whose name in the model is ``name``."""
     if config.arrow_config:
         return ArrowLayer(module, name, config)
-    check_initialisation(module, name, config)
-    base, view, variant = base_module(module), linear_view(module), variant_of(config)
-    projects = isinstance(base, NonDynamicallyQuantizableLinear)  # an attention's output
-    if variant and (view is None or projects):
+    if config.init_lora_weights not in ON_EVERY_LAYER:
+        check_initialisation(module, name, config)
+    base, view, variant = base_module(module), linear_view(module), config.variant_key
+    in_attention = isinstance(base, NonDynamicallyQuantizableLinear)  # the output's projection, which it never calls
+    if variant and (view is None or in_attention):
         raise AdapterError(f"adapts linear layers; {name} is a {type(base).__name__}", key=variant)
     if named_parameters(module, name, config):
         return wrap_parameters(with_bias(module, config.bias), name, config)
@@ -57,23 +75,19 @@ def wrap(module: nn.Module, name: str, config: LoraConfig) -> AdapterLayer:
         check_size(r, (view.out_features, view.in_features), name)
     elif weight is not None and weight.ndim > 1:
         check_size(r, weight.flatten(1).shape, name)
-    if projects or isinstance(base, nn.MultiheadAttention):
+    if in_attention or isinstance(base, nn.MultiheadAttention):
         check_attention(name, config)
-    if isinstance(base, nn.MultiheadAttention):
-        return LoraAttention(module, name, config)
     below = with_bias(module, config.bias)
     layer: LoraLayer
-    if projects or variant:
-        kind = VARIANT_LAYERS[variant] if variant else LoraOutputProjection
-        layer = kind(below, name, config.plain() if config.inference_mode else config)
+    if view is not None and is_residual(config.init_lora_weights) and not variant:
+        layer = residual_kind(below, config)(below, name, config)
     elif view is not None:
-        layer = linear_layer(below, name, config)
-    elif isinstance(base, CONVOLUTIONS):
-        layer = LoraConv(below, name, config)
-    elif isinstance(base, nn.Embedding):
-        if config.lora_bias:
-            raise AdapterError(f"is not supported for {name}, an Embedding", key="lora_bias")
-        layer = LoraEmbedding(below, name, config)
+        linear = _VARIANTS[variant] if variant else LoraOutputProjection if in_attention else LoraLinear
+        layer = linear(below, name, config.plain() if config.inference_mode else config)
+        if config.init_lora_weights == "mica":
+            layer.fix("lora_B.weight")
+    elif kind := next((kind for each, kind in _KINDS.items() if isinstance(base, each)), None):
+        layer = kind(below, name, config)
     else:
         raise AdapterError(
             f"{name} is a {type(base).__name__}; LoRA adapts Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
@@ -110,3 +124,28 @@ def needs_base_weights(config: LoraConfig) -> bool:
 def start_from_base(model: nn.Module, config: LoraConfig, weight: Callable[[str], torch.Tensor]) -> None:
     """Start from what quantisation took away."""
     start_loftq(model, weight)
+
+
+def penalty(model: nn.Module, config: LoraConfig) -> torch.Tensor | None:
+    """Return what the enabled layers of the config's variant add to the loss."""
+    compute = _PENALTIES.get(config.variant_key or "")
+    return compute([layer for layer in adapter_layers(model).values() if layer.enabled]) if compute else None
+
+
+def model_attributes(model: nn.Module, configs: Mapping[str, LoraConfig]) -> dict[str, Any]:
+    """Return the methods of a model with LoRA, under PEFT's names: what to add to the loss."""
+
+    def loss_of(
+        compute: Callable[[Iterable[AdapterLayer]], torch.Tensor | None],
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> torch.Tensor | float:
+        """Return the penalty of these adapters, or of the active ones; 0.0 where there is none."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        layers = adapter_layers(model).values()
+        found = compute([each for each in layers if each.adapter in (each.active_adapters if names is None else names)])
+        return 0.0 if found is None else found
+
+    return {
+        "_get_kasa_loss": partial(loss_of, kasa.penalty),
+        "_get_monteclora_loss": partial(loss_of, monteclora.penalty),
+    }

@@ -15,19 +15,11 @@ from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.targets import CONVOLUTIONS, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
-from peftcli.methods.lora import dora
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.fused import (
-    FUSED,
-    Pair,
-    adapted_linear,
-    add_update,
-    is_frozen,
-    needs_plain_operations,
-    plain_weight,
-)
-from peftcli.methods.lora.initialisations.initialise import initialise
-from peftcli.methods.lora.joined import Share, joined_linear
+from peftcli.methods.lora.fused import Pair, fused_output, plain_pair
+from peftcli.methods.lora.initialisations.start import initialise
+from peftcli.methods.lora.joined import joined_linear, share_of
+from peftcli.methods.lora.variants import dora
 
 _USUAL_R = 64
 """The largest r that fits a layer of any size."""
@@ -57,29 +49,15 @@ class LoraLayer(AdapterLayer):
         if self.lora_B.bias is not None and init:
             nn.init.zeros_(self.lora_B.bias)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        pair = self.fused_pair() if self.enabled else None
-        if pair is None:
-            return super().forward(x, *args, **kwargs)
-        base: Any = self._modules["base_layer"]  # an attribute of a module takes a microsecond
-        given, more = self.lora_dropout(x) if self.drops() else x, args or kwargs
-        if given is x and torch.is_grad_enabled() and not more and is_frozen(base):
-            return adapted_linear(x, base, pair, self.scaling)
-        return add_update(base(x, *args, **kwargs), given, pair, self.scaling)
+    def fix(self, tensor: str) -> None:
+        """Keep A or B as it starts."""
+        self.fixed = (tensor,)
+        self.get_parameter(tensor).requires_grad_(False)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = self.lora_dropout(x.to(self.lora_A.weight.dtype) if self.casts_input else x)
         z = self.update(x) if self.lora_magnitude_vector is None else dora.update(self, x, y)
         return y + z.to(y.dtype)
-
-    def drops(self) -> bool:
-        """Return whether dropout changes the input."""
-        dropout: Any = self._modules["lora_dropout"]
-        return isinstance(dropout, nn.Dropout) and dropout.training
-
-    def fused_pair(self) -> Pair | None:
-        """Return A and B if ``add_update`` computes what this layer does."""
-        return None
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Return what LoRA adds to the output for the input ``x``, which has the adapter's dtype."""
@@ -120,27 +98,19 @@ class LoraLinear(LoraLayer):
         self.lora_A = nn.Linear(self.view.in_features, self.r, bias=False, **like)
         self.lora_B = nn.Linear(self.r, self.view.out_features, bias=config.lora_bias, **like)
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        pair = self.fused_pair() if self.enabled else None
+        return super().forward(x, *args, **kwargs) if pair is None else fused_output(self, pair, x, *args, **kwargs)
+
     def fused_pair(self) -> Pair | None:
-        own = type(self).update is not LoraLayer.update or self.lora_magnitude_vector is not None
-        if own or needs_plain_operations() or not FUSED.enabled or not self.casts_input:
-            return None
-        parts: Any = self._modules
-        a, b = plain_weight(parts["lora_A"]), plain_weight(parts["lora_B"])
-        return None if a is None or b is None or parts["lora_B"]._parameters["bias"] is not None else (a, b)
+        """Return A and B if ``fused_output`` computes what this layer does, and in less time."""
+        plain = type(self).update is LoraLayer.update and self.lora_magnitude_vector is None
+        return plain_pair(self) if plain and self.casts_input else None
 
     def join_layers(self, x: torch.Tensor, layers: Sequence[tuple[AdapterLayer | None, int]]) -> torch.Tensor | None:
-        shares = list[Share]()
-        for layer, size in layers:
-            if layer is None:
-                shares.append((size, None, 0.0))
-                continue
-            if not isinstance(layer, LoraLinear) or not layer.enabled or layer.drops():
-                return None
-            pair = layer.fused_pair()
-            if pair is None or not is_frozen(layer.base_layer):
-                return None
-            shares.append((size, pair, layer.scaling))
-        return joined_linear(x, self.base_layer, shares)
+        shares = [share_of(layer, size) for layer, size in layers if layer is None or isinstance(layer, LoraLinear)]
+        known = [share for share in shares if share is not None]
+        return joined_linear(x, self.base_layer, known) if len(known) == len(layers) else None
 
     def delta(self) -> torch.Tensor:
         return self.view.as_stored(self.scaling * (self.lora_B.weight @ self.lora_A.weight))
@@ -192,6 +162,8 @@ class LoraEmbedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig):
         super().__init__(base_layer, name, config)
+        if config.lora_bias:
+            raise AdapterError(f"is not supported for {name}, an Embedding", key="lora_bias")
         (vocabulary, width), like = self.base_layer.weight.shape, factory_kwargs(base_layer)
         first = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_embedding_A = nn.Parameter(first(self.r, vocabulary, **like))
@@ -200,8 +172,7 @@ class LoraEmbedding(LoraLayer):
             if not config.inference_mode:
                 weight = widened(self.base_layer.weight.detach()).T
                 initialise(self.lora_embedding_A, self.lora_embedding_B, "mica", self.scaling, lambda: weight)
-            self.fixed = ("lora_embedding_B",)
-            self.lora_embedding_B.requires_grad_(False)
+            self.fix("lora_embedding_B")
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         chosen = F.embedding(x, self.lora_embedding_A.T, padding_idx=base_module(self).padding_idx)

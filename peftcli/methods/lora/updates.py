@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.bdlora import dense_pair
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import is_residual
 from peftcli.methods.lora.lora import size_of
-from peftcli.methods.lora.qalora import spread
+from peftcli.methods.lora.variants.bdlora import dense_pair
+from peftcli.methods.lora.variants.qalora import spread
 from peftcli.methods.updates import Update, UpdateUnknown
 
 _ENDS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}

@@ -20,7 +20,6 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lora import updates as lora_updates
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.variant_settings import variant_of
 from peftcli.methods.updates import Update
 from peftcli.methods.xlora.config import XLoraConfig
 from peftcli.methods.xlora.mixture import Mixture
@@ -189,7 +188,7 @@ def _read(name: str, place: str, config: XLoraConfig) -> Expert:
     if values.get("peft_type") != LoraConfig.peft_type:
         raise AdapterError(f"{name} is {values.get('peft_type')}; X-LoRA mixes LORA", key="adapters", file=str(folder))
     lora = cast("LoraConfig", LoraConfig.from_dict(values, str(folder)))
-    if variant := variant_of(lora):
+    if variant := lora.variant_key:
         raise AdapterError(f"{name} has {variant}; X-LoRA mixes plain LoRA", key="adapters", file=str(folder))
     tensors = read_tensors(folder)
     found = lora_updates.updates(lora, tensors)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal
 
 from peftcli.methods._settings import Problems, Section, not_one_of, not_positive, too_small
-
-if TYPE_CHECKING:
-    from peftcli.methods.lora.config import LoraConfig
 
 Name = Literal["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", "eva", "corda", "lora_ga", "loftq"]
 """PEFT's names. The number of pissa_niter_16 may be another."""
@@ -103,26 +100,10 @@ SECTIONS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_co
 """Initialisation -> the field of its settings."""
 FROM_DATA = ("eva", "corda", "lora_ga")
 """The initialisations that read training data."""
+ON_EVERY_LAYER = (True, False, "gaussian")
+"""The initialisations of every kind of layer, and of fused experts."""
 
 
 def is_residual(init: bool | str) -> bool:
     """Return whether B A is not zero at the start, so that the layer subtracts that product."""
     return init in ("pissa", "olora", "corda", "lora_ga") or FAST_PISSA.fullmatch(str(init)) is not None
-
-
-def init_problems(config: LoraConfig) -> Problems:
-    """Return the problems of ``init_lora_weights``: ``(key, message)`` each."""
-    init, names = config.init_lora_weights, get_args(Name)
-    found: Problems = []
-    if not isinstance(init, bool) and init not in names and not FAST_PISSA.fullmatch(init):
-        return [("init_lora_weights", f"{init!r} is not supported; true, false, {', '.join(names)}")]
-    for name, section in SECTIONS.items():
-        if init != name and getattr(config, section) is not None:
-            found.append((section, f"means nothing without init_lora_weights: {name}"))
-    if init == "orthogonal" and any(r % 2 for r in (config.r, *config.rank_pattern.values())):
-        found.append(("r", "must be even for init_lora_weights: orthogonal"))
-    if config.target_parameters and init not in (True, False, "gaussian"):
-        found.append(("target_parameters", f"does not go with init_lora_weights: {init}"))
-    if config.use_dora and init == "loftq":
-        found.append(("use_dora", "does not go with init_lora_weights: loftq"))
-    return found

@@ -10,8 +10,11 @@ from torch import nn
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import CordaConfig
-from peftcli.methods.lora.initialisations.singular import Pair, balanced, check_directions
-from peftcli.methods.lora.initialisations.statistics import check_reached, inputs_recorded
+from peftcli.methods.lora.initialisations.start import Pair, balanced, check_directions
+from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, first_batches, inputs_recorded
+
+_EXAMPLES = 256
+"""As many as the paper takes."""
 
 
 def corda(weight: torch.Tensor, covariance: torch.Tensor, r: int, scaling: float, config: LoraConfig) -> Pair:
@@ -25,6 +28,16 @@ def corda(weight: torch.Tensor, covariance: torch.Tensor, r: int, scaling: float
     u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
     kept = slice(0, r) if method == "ipm" else slice(len(s) - r, len(s))
     return balanced(u[:, kept], s[kept] / scaling, (vh @ inverse)[kept])
+
+
+def covariances_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> dict[str, torch.Tensor]:
+    """Return ``covariances`` over the first of these batches."""
+
+    def forward() -> None:
+        for batch in first_batches(batches, _EXAMPLES):
+            model(**batch)
+
+    return covariances(model, modules, forward)
 
 
 def covariances(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, torch.Tensor]:

@@ -77,6 +77,13 @@ class _Spectrum:
         assert self.values is not None
         return (self.values.square() / self.squares).tolist()
 
+    def main(self, count: int, whiten: bool) -> torch.Tensor:
+        """Return the first ``count`` directions; to whiten, each divided by the root of its singular value."""
+        assert self.directions is not None
+        assert self.values is not None
+        found = self.directions[:count]
+        return found / self.values[:count].sqrt().unsqueeze(1) if whiten else found
+
     def has_converged(self, count: int) -> bool:
         """Return whether the first ``count`` directions have converged."""
         return len(self.similar) >= count and all(self.similar[:count])
@@ -128,15 +135,7 @@ def eva_directions(
             key=_KEY,
             hint="a lower eva_config.tau accepts them sooner; a lower r makes them steadier",
         )
-    found = {}
-    for name, leader in leaders.items():
-        directions, values = spectra[leader].directions, spectra[leader].values
-        assert directions is not None
-        assert values is not None
-        found[name] = directions[: counts[name]]
-        if settings.whiten:
-            found[name] = found[name] / values[: counts[name]].sqrt().unsqueeze(1)
-    return found
+    return {name: spectra[leader].main(counts[name], settings.whiten) for name, leader in leaders.items()}
 
 
 def start_eva(

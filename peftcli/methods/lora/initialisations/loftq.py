@@ -18,8 +18,7 @@ from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.pissa import pissa
-from peftcli.methods.lora.initialisations.singular import check_directions
+from peftcli.methods.lora.initialisations.start import check_directions, pissa
 from peftcli.methods.lora.lora import LoraLinear, lora_layers
 
 _KEY = "init_lora_weights"

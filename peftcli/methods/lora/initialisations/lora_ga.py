@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftcli.core.inject import evaluating
+from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import LoraGAConfig
-from peftcli.methods.lora.initialisations.singular import Pair, check_directions
-from peftcli.methods.lora.initialisations.statistics import check_reached
+from peftcli.methods.lora.initialisations.start import Pair, check_directions
+from peftcli.methods.lora.initialisations.statistics import PADDED, Batches, check_reached, first_batches
+
+_EXAMPLES = 64
+"""As many as the paper's code takes."""
 
 
 def lora_ga(weight: torch.Tensor, gradient: torch.Tensor, r: int, scaling: float, config: LoraConfig) -> Pair:
@@ -39,6 +42,23 @@ def lora_ga(weight: torch.Tensor, gradient: torch.Tensor, r: int, scaling: float
     elif settings.scale == "gd_scale":
         size = 1 / scaling
     return size * v[:, order[:r].to(v.device)].T, size * u[:, order[r:].to(u.device)]
+
+
+def gradients_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> dict[str, torch.Tensor]:
+    """Return ``gradients`` of the model's own loss over the first of these batches."""
+
+    def backward() -> None:
+        for batch in first_batches(batches, _EXAMPLES):
+            loss = getattr(model(**batch), "loss", None)
+            if loss is None:
+                message = "lora_ga starts from gradients of the model's own loss, and the task has another"
+                raise AdapterError(message, key="init_lora_weights")
+            # the mean of a batch's targets counts as often as it has targets, as in training
+            labels = batch.get("labels")
+            targets = len(next(iter(batch.values()))) if labels is None else int((labels != PADDED).sum())
+            (loss * targets).backward()
+
+    return gradients(model, modules, backward)
 
 
 def gradients(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, torch.Tensor]:
@@ -66,24 +86,17 @@ def gradients(model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[
 
         return watch
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
-        with evaluating(model), _frozen(model), torch.enable_grad():
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
             run()
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
     check_reached(modules, sums)
     return sums
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

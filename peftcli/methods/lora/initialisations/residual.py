@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from peftcli.core.inject import disabled
 from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.quantised import is_quantised
@@ -19,11 +20,13 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import stored_weight
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.initialisations.config import FROM_DATA, is_residual
-from peftcli.methods.lora.initialisations.corda import corda
-from peftcli.methods.lora.initialisations.initialise import FROM_WEIGHT, from_weight
+from peftcli.methods.lora.initialisations.corda import corda, covariances_of
+from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import check_loftq
-from peftcli.methods.lora.initialisations.lora_ga import lora_ga
-from peftcli.methods.lora.lora import LoraLinear
+from peftcli.methods.lora.initialisations.lora_ga import gradients_of, lora_ga
+from peftcli.methods.lora.initialisations.start import FROM_WEIGHT, from_weight
+from peftcli.methods.lora.initialisations.statistics import Batches
+from peftcli.methods.lora.lora import LoraLinear, lora_layers
 
 STATISTIC = "_lora_statistic"
 """Attribute of a base layer: what the training data says of it, left there before the adapter is made."""
@@ -144,16 +147,26 @@ def check_initialisation(module: nn.Module, name: str, config: LoraConfig) -> No
         raise AdapterError(f"PEFT starts {name}, a Conv1D, from its transpose; such a file is not read", key=_KEY)
 
 
-def linear_layer(base_layer: nn.Module, name: str, config: LoraConfig) -> LoraLinear:
-    """Return the LoRA layer over a linear layer that starts as the config says, or that a file fills."""
-    init = config.init_lora_weights
-    if is_residual(init):
-        kind: type[LoraLinear] = ResidualLinear
-        if config.inference_mode:
-            kind = ResidualMerge if stored_weight(base_layer).is_meta else ResidualFromFile
-        return kind(base_layer, name, config)
-    layer = LoraLinear(base_layer, name, config.plain() if config.inference_mode else config)
-    if init == "mica":  # B stays as it starts
-        layer.fixed = ("lora_B.weight",)
-        layer.lora_B.weight.requires_grad_(False)
-    return layer
+def residual_kind(base_layer: nn.Module, config: LoraConfig) -> type[LoraLinear]:
+    """Return the class of a layer that subtracts what it starts from, or that a file of such a layer fills."""
+    if not config.inference_mode:
+        return ResidualLinear
+    return ResidualMerge if stored_weight(base_layer).is_meta else ResidualFromFile
+
+
+def calibrate(model: nn.Module, config: LoraConfig, batches: Batches) -> None:
+    """Start the model's LoRA layers from data, with the adapter disabled: see ``core.protocols.Calibrates``.
+
+    Raises:
+        AdapterError: the data do not suffice, or do not reach a layer.
+    """
+    layers = lora_layers(model)
+    if config.init_lora_weights == "eva":
+        start_eva(model, config, layers, eva_directions(model, config, layers, batches))
+        return
+    started = {name: layer for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
+    statistics_of = covariances_of if config.init_lora_weights == "corda" else gradients_of
+    with disabled(model):
+        found = statistics_of(model, started, batches)
+    for name, layer in started.items():
+        layer.start_from(found[name], config)

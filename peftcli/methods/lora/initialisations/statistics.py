@@ -17,6 +17,15 @@ PADDED = -100
 """The label of a position that a decoder does not read."""
 
 
+def first_batches(batches: Batches, examples: int) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Return the first batches that hold ``examples`` together."""
+    for batch in batches:
+        if examples <= 0:
+            return
+        examples -= len(next(iter(batch.values())))
+        yield batch
+
+
 @contextmanager
 def inputs_recorded(
     model: nn.Module,

@@ -56,7 +56,8 @@ class ArrowLayer(AdapterLayer):
         shapes = {(layer.lora_A.weight.shape, layer.lora_B.weight.shape) for layer in self.experts.values()}
         if len(shapes) != 1 or not tasks:
             raise AdapterError(f"the experts on {self.name} must be there and of one r", key=_KEY)
-        a, b = (torch.stack([getattr(layer, part).weight for layer in tasks]) for part in ("lora_A", "lora_B"))
+        a = torch.stack([layer.lora_A.weight for layer in tasks])
+        b = torch.stack([layer.lora_B.weight for layer in tasks])
         if self.settings.use_gks:
             known = [layer for name, layer in self.experts.items() if name in general]
             a = a - torch.stack([layer.lora_A.weight for layer in known]).mean(0)
@@ -66,7 +67,7 @@ class ArrowLayer(AdapterLayer):
     @torch.no_grad()
     def _directions(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return the direction of the inputs that each expert's ``B A`` stretches most: (E, in), of any sign."""
-        weights = [getattr(e, part).weight for e in self.experts.values() for part in ("lora_A", "lora_B")]
+        weights = [part.weight for expert in self.experts.values() for part in (expert.lora_A, expert.lora_B)]
         state = [(id(weight), version_of(weight)) for weight in weights]
         if self.found is None or self.found[0] != state:
             self.found = state, torch.stack([self._strongest(*pair) for pair in zip(a, b, strict=True)])

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from peftcli.methods._settings import Problems, Section, negative, not_positive, too_large, too_small
-from peftcli.methods.lora.initialisations.config import is_residual
-
-if TYPE_CHECKING:
-    from peftcli.methods.lora.config import LoraConfig
 
 VARIANTS = (
     "alora_invocation_tokens",
@@ -125,42 +121,3 @@ class VeloraConfig(Section):
 
     def problems(self) -> Problems:
         return not_positive(self, "num_groups", "scale")
-
-
-def variant_of(config: LoraConfig) -> str | None:
-    """Return the field that switches the config's variant on, or None for a plain LoRA."""
-    return next((key for key in VARIANTS if getattr(config, key)), None)
-
-
-def variant_problems(config: LoraConfig) -> Problems:
-    """Return what does not go with the config's variant: ``(key, message)`` each."""
-    on = [key for key in (*VARIANTS, "use_dora") if getattr(config, key)]
-    if not on or on == ["use_dora"]:
-        return []
-    key, init = on[0], config.init_lora_weights
-    if len(on) > 1:
-        return [(key, f"does not go with {on[1]}: a layer has one variant")]
-    found: Problems = []
-    if is_residual(init) or init == "mica":
-        found.append((key, f"does not go with init_lora_weights: {init}"))
-    if config.target_parameters:
-        found.append((key, "does not go with target_parameters: it adapts linear layers"))
-    if key == "use_qalora":
-        found += too_small(config, qalora_group_size=1)
-    if key in ("use_bdlora", "use_qalora"):  # whose A or B has another shape
-        if not isinstance(init, bool) and not config.inference_mode:
-            found.append((key, f"needs init_lora_weights: true or false, not {init}"))
-        if config.lora_bias:
-            found.append((key, "does not go with lora_bias"))
-    return found + (_alora(config) if key == "alora_invocation_tokens" else [])
-
-
-def _alora(config: LoraConfig) -> Problems:
-    key, tokens = "alora_invocation_tokens", config.alora_invocation_tokens
-    ids = tokens if isinstance(tokens, list) else []
-    found = [(key, f"token ids count from 0, not {token}") for token in ids if token < 0]
-    if config.task_type not in (None, "CAUSAL_LM"):
-        found.append((key, f"needs a causal language model, not {config.task_type}"))
-    if config.bias != "none":
-        found.append((key, "does not go with bias: that changes the tokens before the invocation too"))
-    return found

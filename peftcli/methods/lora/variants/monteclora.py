@@ -6,16 +6,18 @@ under a penalty on the distance from the priors. Afterwards the layer is a plain
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftcli.core.layer import AdapterLayer
 from peftcli.methods._linear import factory_kwargs
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
-from peftcli.methods.lora.variant_settings import MontecloraConfig
+from peftcli.methods.lora.variants.config import MontecloraConfig
 
 _LEAST_VARIANCE, _LEAST_SHARE = 1e-3, 1e-6
 
@@ -99,3 +101,10 @@ class MontecloraLinear(LoraLinear):
             return super().update(x)
         a = self.lora_A.weight + self.lora_monteclora_sampler.draw(self.view.in_features)
         return self.scaling * self.lora_B(F.linear(x, a))
+
+
+def penalty(layers: Iterable[AdapterLayer]) -> torch.Tensor | None:
+    """Return the mean over the MonteCLoRA layers among these that train of what they add to the loss, or None."""
+    trained = [layer for layer in layers if isinstance(layer, MontecloraLinear) and layer.training]
+    parts = [layer.lora_monteclora_sampler.penalty() for layer in trained]
+    return torch.stack(parts).mean() if parts else None

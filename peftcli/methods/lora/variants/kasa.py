@@ -7,11 +7,13 @@ that the disabled layer is the base layer exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import layers_below, widened
+from peftcli.core.layer import AdapterLayer, layers_below, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, stored_weight
@@ -70,6 +72,12 @@ class KasaLinear(LoraLinear):
         a, b, identity = self.lora_A.weight, self.lora_B.weight, torch.eye(self.r, device=self.lora_diag.device)
         apart = torch.linalg.norm(b.T @ b - identity) + torch.linalg.norm(a @ a.T - identity)
         return self.beta * self.lora_diag.square().sum() + self.gamma * apart
+
+
+def penalty(layers: Iterable[AdapterLayer]) -> torch.Tensor | None:
+    """Return the sum over the KaSA layers among these of what they add to the loss, or None."""
+    parts = [layer.penalty() for layer in layers if isinstance(layer, KasaLinear)]
+    return torch.stack(parts).sum() if parts else None
 
 
 def weakest(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

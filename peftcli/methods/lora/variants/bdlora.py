@@ -8,7 +8,7 @@ from torch import nn
 from peftcli.errors import AdapterError
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
-from peftcli.methods.lora.variant_settings import BdLoraConfig
+from peftcli.methods.lora.variants.config import BdLoraConfig
 
 _KEY = "use_bdlora"
 
