@@ -132,7 +132,7 @@ FOUND = {
         "causal_lm",
         lambda: (
             [{"prompt": text, "completion": "yes"} for text in ("old?", "<|im_start|>user\nHi<|im_end|>\n", "new?")],
-            [{"prompt": "<|im_start|>user\nHi<|im_end|>\n", "completion": "no"}],
+            [{"prompt": "<|im_start|>user\nYo<|im_end|>\n", "completion": "no"}],
         ),
         "chat_model_without_template",
         "warning",
