@@ -25,8 +25,8 @@ from peftcli.tasks.base import Task
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
-from peftcli.train.launch import MEASURING, report
-from peftcli.train.sharded import is_sharded
+from peftcli.train.devices.launch import MEASURING, report
+from peftcli.train.devices.sharding import is_sharded
 
 _LOOK_SECONDS = 0.02
 _evaluations = count()

@@ -19,6 +19,7 @@ from peftcli.system.disk import sha256, write_file
 from peftcli.tasks import TASK_FILE, task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
+from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.learnt import find_doubts, main_metric, no_learning
 from peftcli.train.report import loss_curve, peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
@@ -26,7 +27,6 @@ from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateReco
 from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import ABSENT
 from peftcli.train.setup import base_dtype, uses_bf16
-from peftcli.train.sharded import is_sharded
 
 
 def finish(run: Run, data: RunData, state: State) -> None:

@@ -21,9 +21,9 @@ from peftcli.tasks.base import Batch, Gathers
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import BatchForm, batches, num_workers
 from peftcli.train.data import RunData
+from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.events import StepResult
 from peftcli.train.plan import MicroBatch
-from peftcli.train.sharded import is_sharded
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""

@@ -42,14 +42,17 @@ from peftcli.tasks.base import Begins, ChecksModel, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import RunData, load_data, plan_of, refuse_few_rows, with_task
+from peftcli.train.devices.kernels import compile_layers
+from peftcli.train.devices.launch import TRAINING, report
+from peftcli.train.devices.sharding import shard
+from peftcli.train.devices.strategies import STAGES, is_dividing, refuse_strategy
+from peftcli.train.devices.threads import use_threads
 from peftcli.train.evaluate import import_packages, refuse_metrics
 from peftcli.train.events import Message, OnEvent, Ready
 from peftcli.train.finish import finish
-from peftcli.train.fit_memory import check_disk, with_chosen_settings
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_base, with_init_settings
-from peftcli.train.kernels import compile_layers
-from peftcli.train.launch import TRAINING, report
 from peftcli.train.loop import Gradients, PreparedModel
+from peftcli.train.memory.fit import check_disk, with_chosen_settings
 from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer, unfinished_warmup
 from peftcli.train.options import DEFAULTS, StartOptions
@@ -69,9 +72,6 @@ from peftcli.train.runs.record import (
 from peftcli.train.runs.resume import Run, checkpoint_to_resume, commit_of, open_run
 from peftcli.train.runs.typed_json import ABSENT, flatten, from_json
 from peftcli.train.setup import adapted_model, calibrate, load_base, prepare, start_accelerator
-from peftcli.train.sharded import shard
-from peftcli.train.strategies import STAGES, is_dividing, refuse_strategy
-from peftcli.train.threads import use_threads
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import TrainingLoop
 

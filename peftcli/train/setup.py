@@ -40,15 +40,15 @@ from peftcli.tasks import row_of
 from peftcli.tasks.base import FitsModel, Task, refuse_other_classes, with_trained_head
 from peftcli.tasks.scores import model_inputs, on_device
 from peftcli.train.data import Data, prepare_config
+from peftcli.train.devices.kernels import use_liger_kernel
+from peftcli.train.devices.launch import started_by_peftcli
+from peftcli.train.devices.sharding import load_by_first
+from peftcli.train.devices.strategies import STAGES, is_dividing
+from peftcli.train.devices.zero import ZeroModel, start_engine
 from peftcli.train.init_adapter import its_base_named
-from peftcli.train.kernels import use_liger_kernel
-from peftcli.train.launch import started_by_peftcli
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import build_optimizer, build_schedule, keep_embeddings_exact, parameter_groups
 from peftcli.train.plan import Plan
-from peftcli.train.sharded import load_by_first
-from peftcli.train.strategies import STAGES, is_dividing
-from peftcli.train.zero import ZeroModel, start_engine
 
 _PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others."""

@@ -12,7 +12,7 @@ from peftcli.models.hub_files import hash_ahead
 from peftcli.schema import Recipe
 from peftcli.system import signals
 from peftcli.system.outputs import expand_user
-from peftcli.train import launch
+from peftcli.train.devices import launch
 from peftcli.train.events import OnEvent
 from peftcli.train.options import StartOptions
 from peftcli.train.runs.folder import RunFolder
@@ -66,7 +66,8 @@ def _launch(
     recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, overwrite: bool, tell: OnEvent
 ) -> None:
     """Lock the run folder, encode the data once, and start ``count`` processes."""
-    from peftcli.train import data, fresh_process, machines
+    from peftcli.train import data, fresh_process
+    from peftcli.train.devices import machines
 
     several, save_on = recipe.launch.num_machines > 1, recipe.training.save_on_signal
     record, is_first = folder.read(), recipe.launch.machine_rank == 0

@@ -28,11 +28,12 @@ from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
-from peftcli.train import fresh_process, launch
+from peftcli.train import fresh_process
 from peftcli.train.data import RunData
+from peftcli.train.devices import launch
 from peftcli.train.events import OnEvent
-from peftcli.train.fit_memory import first_auto
 from peftcli.train.loop import Gradients
+from peftcli.train.memory.fit import first_auto
 from peftcli.train.options import DEFAULTS, RESUME_MODES, StartOptions
 from peftcli.train.run import RunHost, complete_recipe, steps_of
 from peftcli.train.runs.checkpoint import State

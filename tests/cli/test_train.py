@@ -179,7 +179,7 @@ def test_memory_that_is_not_known(cli: Callable, recipe: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise RuntimeError("needs values")
 
-    monkeypatch.setattr("peftcli.train.estimate._estimate", fail)
+    monkeypatch.setattr("peftcli.train.memory.estimate._estimate", fail)
     line = "memory: not known for this model\n"
     dry = cli("train", recipe, "--dry-run")
     assert (json.loads(dry.out)["memory"], line in dry.err, "needs values" in dry.err) == (None, True, False)

@@ -19,7 +19,7 @@ from trainkit import FULL, Child, read_metrics, read_run, write_recipe
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the recipe is read": ("peftcli.recipe", "load_recipe", (1,)),
-    "torch is loaded": ("peftcli.train.launch", "follow_parent", (1,)),
+    "torch is loaded": ("peftcli.train.devices.launch", "follow_parent", (1,)),
     "the folder is opened": ("peftcli.train.runs.resume", "identity", (1,)),
     "the tokenizer is loaded": ("peftcli.models.open:OpenBase", "processor", (1,)),
     "the data is read": ("peftcli.train.run", "load_data", (1,)),

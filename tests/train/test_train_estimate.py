@@ -26,7 +26,7 @@ from peftcli.tasks.text.unpadded import unpad
 from peftcli.train import setup
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import load_data, plan_of, with_task
-from peftcli.train.estimate import _HELD_BACK, _largest
+from peftcli.train.memory.estimate import _HELD_BACK, _largest
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.preview import preview
 
@@ -119,7 +119,7 @@ def test_packages_that_only_an_evaluation_imports_are_counted(tmp_path: Path, mo
     (tmp_path / "of_metrics.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("peftcli.tasks.classification.Classification.packages", {"of_metrics": "metrics"})
-    monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: int("of_metrics" in sys.modules))
+    monkeypatch.setattr("peftcli.train.memory.estimate.resident_memory", lambda: int("of_metrics" in sys.modules))
     recipe = CASES["sequence_classification"].write(tmp_path)
     packages = {
         strategy: preview(load_recipe(recipe, [f"training.eval_strategy={strategy}"]))["memory"]["packages"]

@@ -23,9 +23,10 @@ from trainkit import read_run, run_recipe
 
 from peftcli.errors import AdapterError, DataError, Diverged, GateFailed, ProcessDied, UsageError
 from peftcli.schema import Launch
-from peftcli.train import machines, run
-from peftcli.train.launch import Failed, Watch
-from peftcli.train.machines import Agent, Meeting
+from peftcli.train import run
+from peftcli.train.devices import machines
+from peftcli.train.devices.launch import Failed, Watch
+from peftcli.train.devices.machines import Agent, Meeting
 
 STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
 

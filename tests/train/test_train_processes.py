@@ -19,7 +19,7 @@ import trainkit
 from trainkit import Child, read_metrics, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.train.launch import Watch, _Group, first_error, peftcli_command
+from peftcli.train.devices.launch import Watch, _Group, first_error, peftcli_command
 
 HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
 
@@ -268,7 +268,7 @@ class Forked:
 
 
 def _start_forked_processes() -> None:
-    from peftcli.train import launch as module
+    from peftcli.train.devices import launch as module
 
     module.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
 
@@ -459,7 +459,7 @@ def test_a_process_that_is_aborted_after_its_work_has_not_failed(tmp_path: Path)
 def test_a_process_that_has_done_its_work_need_not_end(
     reported: str, failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcli.train.launch._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("peftcli.train.devices.launch._GRACE_SECONDS", 0.5)
     group = _Group(tmp_path, None)
     for number, code in enumerate(("import time; time.sleep(60)", "")):
         if number == 1 or reported:
@@ -474,7 +474,7 @@ def test_a_process_that_has_done_its_work_need_not_end(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a watch reads /proc")
 def test_a_group_is_busy_while_what_its_processes_have_started_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcli.train.launch._IDLE_BEFORE", 0.0)
+    monkeypatch.setattr("peftcli.train.devices.launch._IDLE_BEFORE", 0.0)
     code = "print(flush=True)\nwhile True: pass"
     for _ in range(2):  # a process that has started a worker that has started a compiler
         code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"

@@ -34,8 +34,7 @@ from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
 from peftcli.system.addresses import local_address_towards, notice_lost_machines, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
-from peftcli.train.events import Message, OnEvent, warning
-from peftcli.train.launch import (
+from peftcli.train.devices.launch import (
     GO_ON,
     MEASURING,
     STATUS,
@@ -49,6 +48,7 @@ from peftcli.train.launch import (
     peftcli_command,
     shared_variables,
 )
+from peftcli.train.events import Message, OnEvent, warning
 
 _NAME = "peftcli"
 _JOIN_SECONDS = 1800

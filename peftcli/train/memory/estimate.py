@@ -34,10 +34,10 @@ from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
 from peftcli.train.evaluate import import_packages
+from peftcli.train.memory.sizes import Sizes
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.setup import base_dtype, uses_bf16
-from peftcli.train.sizes import Sizes
 
 _HELD_BACK = 1.2
 """Factor by which a process on a CPU takes more than the counted memory of a step, since freed memory is not all used

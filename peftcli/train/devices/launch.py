@@ -25,7 +25,7 @@ from peftcli.errors import GateFailed, Interrupted, PeftcliError, ProcessDied, S
 from peftcli.schema import Launch
 from peftcli.system.cores import usable_cores
 from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS, end_with_parent
-from peftcli.train.schedulers import is_pod
+from peftcli.train.devices.schedulers import is_pod
 
 _GRACE_SECONDS = 12.0
 """Time for the other processes to end after one has failed."""

@@ -1,7 +1,7 @@
 """A run under DeepSpeed's ZeRO: each process keeps a part of the optimizer's state and, with ``zero3``, of the model.
 
 DeepSpeed adds the gradients up, clips them, and updates the parts. What trains is whole in every process, as it is with
-FSDP2 (``sharded``), so adapters and checkpoints are those of a run without it.
+FSDP2 (``sharding``), so adapters and checkpoints are those of a run without it.
 
 ZeRO: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054
 """
@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftcli.schema import Launch
+from peftcli.train.devices.sharding import check_divisible, is_sharded
+from peftcli.train.devices.strategies import STAGES
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
-from peftcli.train.sharded import check_divisible, is_sharded
-from peftcli.train.strategies import STAGES
 
 _LARGEST_BUCKET = 50_000_000
 _COMPILED = "deepspeed_shm_comm"
