@@ -16,7 +16,7 @@ from peftcli.cli.progress import Progress, summary
 from peftcli.cli.train_together import train_together
 from peftcli.system.outputs import require_writable
 from peftcli.train.devices.schedulers import with_schedulers_place
-from peftcli.train.options import StartOptions
+from peftcli.train.runs.folder import StartOptions
 
 
 def train(

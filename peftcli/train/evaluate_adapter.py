@@ -23,15 +23,17 @@ from peftcli.tasks.base import Begins, FitsModel
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import load_data, refuse_few_eval_rows, with_task
+from peftcli.train.devices.accelerator import start_accelerator
 from peftcli.train.evaluate import evaluate, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.learnt import find_doubts
-from peftcli.train.report import peak_memory_bytes, versions
+from peftcli.train.memory.out_of_memory import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
+from peftcli.train.runs.resume import versions
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import load_base, start_accelerator
+from peftcli.train.setup import load_base
 
 
 def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: None) -> dict[str, Any]:

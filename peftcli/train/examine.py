@@ -24,7 +24,8 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel, refuse_other_classes
 from peftcli.train.checked import DeepCheck
 from peftcli.train.data import load_data, plan_of, prepare_method, refuse_few_rows, with_task
-from peftcli.train.devices.kernels import check_liger_kernel
+from peftcli.train.devices.accelerator import refuse_attention
+from peftcli.train.devices.kernels import check_liger_kernel, checkpoint_activations
 from peftcli.train.devices.launch import total_processes
 from peftcli.train.devices.sharding import check_divisible
 from peftcli.train.devices.strategies import refuse_strategy
@@ -33,9 +34,8 @@ from peftcli.train.events import Event, Message
 from peftcli.train.init_adapter import KEY, find_init_adapter, its_base_named, with_init_settings
 from peftcli.train.memory.estimate import bytes_written, estimate
 from peftcli.train.memory.fit import choose_settings, first_auto, settings_of, smallest
-from peftcli.train.noise import add_embedding_noise
 from peftcli.train.optim import check_optimizer, parameter_groups, unfinished_warmup
-from peftcli.train.setup import checkpoint_activations, refuse_attention
+from peftcli.train.setup import add_embedding_noise
 from peftcli.train.trackers import require_packages
 
 T = TypeVar("T")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,14 +21,14 @@ from peftcli.system.disk import sha256, write_file
 from peftcli.tasks import TASK_FILE, task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
+from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.learnt import find_doubts, main_metric, no_learning
-from peftcli.train.report import loss_curve, peak_memory_bytes
+from peftcli.train.memory.out_of_memory import peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import ABSENT
-from peftcli.train.setup import base_dtype, uses_bf16
 
 
 def finish(run: Run, data: RunData, state: State) -> None:
@@ -136,6 +138,27 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
         state.prepared.take_values()
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
     return said_by(state.model, task, few_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
+
+
+def loss_curve(metrics: list[dict[str, Any]]) -> bytes:
+    """Draw training loss over the steps, and evaluation loss where there is one. Returns the PNG."""
+    # where matplotlib cannot write a cache into the home folder, it warns, and writes a temporary one
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_axes((0.1, 0.12, 0.87, 0.85))  # left, bottom, width, height
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss per target")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
+    return image.getvalue()
 
 
 def check_gates(

@@ -14,8 +14,7 @@ from peftcli.system import signals
 from peftcli.system.outputs import expand_user
 from peftcli.train.devices import launch
 from peftcli.train.events import OnEvent
-from peftcli.train.options import StartOptions
-from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.folder import RunFolder, StartOptions
 
 
 def start(recipe: Recipe, command: Sequence[str], options: StartOptions, tell: OnEvent) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ def test_each_error_of_runs_together_is_told_once(
 
 @pytest.mark.slow  # imports torch and matplotlib anew
 def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written(tmp_path: Path) -> None:
-    code = "from peftcli.train.report import loss_curve; loss_curve([{'step': 1, 'loss': 1.0}])"
+    code = "from peftcli.train.finish import loss_curve; loss_curve([{'step': 1, 'loss': 1.0}])"
     environment = {**os.environ, "HOME": "/proc/none", "TMPDIR": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stderr == ""

@@ -26,6 +26,7 @@ from peftcli.tasks.text.unpadded import unpad
 from peftcli.train import setup
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import load_data, plan_of, with_task
+from peftcli.train.devices.accelerator import uses_bf16
 from peftcli.train.memory.estimate import _HELD_BACK, _largest
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.preview import preview
@@ -71,7 +72,7 @@ def step_of(recipe: Recipe) -> int:
     def computed(step: int, rows: MicroBatch) -> int:
         batch, living = form.batch(data.task, data.train, plan, step, rows), Living(model)
         for mode in (nullcontext(), living):  # at first it looks for the head
-            with torch.autocast("cpu", torch.bfloat16, enabled=setup.uses_bf16(recipe)), mode:
+            with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16(recipe)), mode:
                 data.task.loss(model, batch).total.backward()
         return living.most
 

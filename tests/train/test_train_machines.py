@@ -23,10 +23,11 @@ from trainkit import read_run, run_recipe
 
 from peftcli.errors import AdapterError, DataError, Diverged, GateFailed, ProcessDied, UsageError
 from peftcli.schema import Launch
-from peftcli.train import run
+from peftcli.train import read_data
 from peftcli.train.devices import machines
 from peftcli.train.devices.launch import Failed, Watch
 from peftcli.train.devices.machines import Agent, Meeting
+from peftcli.train.runs import identity
 
 STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
 
@@ -211,7 +212,8 @@ def test_what_differs_between_machines_is_refused(
             theirs = []
         return [value, theirs]
 
-    monkeypatch.setattr(run, "gather_object", gather)
+    for module in (identity, read_data):
+        monkeypatch.setattr(module, "gather_object", gather)
     if said is None:
         run_recipe(recipe)
     else:

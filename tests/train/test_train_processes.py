@@ -165,7 +165,7 @@ def test_the_others_end_when_one_dies(recipe: Path) -> None:
 
 def _note_copies() -> None:
     """Write which of the base model's weights were copied before the first step: pages of its file are shared."""
-    from peftcli.train import run as module
+    from peftcli.train import setup as module
 
     load, prepare = module.load_base, module.prepare
     there = set[int]()

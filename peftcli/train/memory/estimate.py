@@ -33,11 +33,11 @@ from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
+from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.evaluate import import_packages
 from peftcli.train.memory.sizes import Sizes
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
-from peftcli.train.setup import base_dtype, uses_bf16
 
 _HELD_BACK = 1.2
 """Factor by which a process on a CPU takes more than the counted memory of a step, since freed memory is not all used

@@ -34,6 +34,7 @@ from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of, prepare_config
+from peftcli.train.devices.kernels import checkpoint_activations
 from peftcli.train.devices.strategies import may_divide, supports_quantization
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.memory.disk_space import refuse_full_disk
@@ -42,7 +43,6 @@ from peftcli.train.plan import Plan
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import checkpoint_activations
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
