@@ -12,7 +12,7 @@ from typing import Any
 from peftcli.adapters.card import write_card
 from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.updates import analyse
-from peftcli.adapters.verify import few_rows, record_model, said_by
+from peftcli.adapters.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed, PeftcliError
@@ -42,7 +42,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
     said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
-    state.prepared.make_whole()
+    state.prepared.gather_parameters()
     if curve is None:
         return
     (run.replaces or folder).keep_lock()
@@ -133,11 +133,11 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
     if state.best_adapter is not None:  # the model in memory is the last one
         if not holds_its_file(state.model):
             return {}
-        state.prepared.make_whole()
+        state.prepared.gather_parameters()
         load_state(state.model, state.best_adapter)
-        state.prepared.take_values()
+        state.prepared.sync_parameters()
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
-    return said_by(state.model, task, few_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
+    return trained_outputs(state.model, task, sample_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> bytes:

@@ -31,7 +31,7 @@ from peftcli.train.runs.attempt import record_outcome, record_start
 from peftcli.train.runs.folder import DEFAULTS, StartOptions
 from peftcli.train.runs.identity import refuse_other_recipes
 from peftcli.train.runs.resume import Run, open_run, resume_state
-from peftcli.train.setup import RunHost, build
+from peftcli.train.setup import RunResources, build
 from peftcli.train.trackers import Trackers, require_packages
 from peftcli.train.training_loop import TrainingLoop
 
@@ -69,7 +69,7 @@ def train(
         tell: OnEvent = on_event if accelerator.is_main_process else lambda event: None
         recipe = complete_recipe(recipe, tell)
         recipe = with_chosen_settings(recipe, accelerator, options.overwrite, tell)
-        training_run = steps_of(recipe, options, accelerator, stop, tell, RunHost())
+        training_run = steps_of(recipe, options, accelerator, stop, tell, RunResources())
         while True:
             try:
                 next(training_run)
@@ -83,7 +83,7 @@ def complete_recipe(recipe: Recipe, tell: OnEvent) -> Recipe:
 
 
 def steps_of(
-    recipe: Recipe, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent, host: RunHost
+    recipe: Recipe, options: StartOptions, accelerator: Accelerator, stop: Stop, tell: OnEvent, host: RunResources
 ) -> Generator[None, None, dict[str, Any]]:
     """Train, pausing when the model is built, before the first step and after each. Returns the content of run.json."""
     with open_run(recipe, options, accelerator, stop, tell) as run:
@@ -97,7 +97,7 @@ def steps_of(
         return content
 
 
-def _train(run: Run, host: RunHost) -> Iterator[None]:
+def _train(run: Run, host: RunResources) -> Iterator[None]:
     require_packages(run.recipe)
     threads = use_threads(run)
     data = read_data(run)

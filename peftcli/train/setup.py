@@ -237,7 +237,7 @@ def add_embedding_noise(model: nn.Module, alpha: float) -> None:
     embedding.register_forward_hook(add_noise)
 
 
-class RunHost:
+class RunResources:
     """Provides a run's base model and gradients: its own, or those of a group (``together.Member``)."""
 
     def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
@@ -264,7 +264,7 @@ class BuiltModel:
     """The adapter that training begins from."""
 
 
-def build(run: Run, data: RunData, host: RunHost) -> BuiltModel:
+def build(run: Run, data: RunData, host: RunResources) -> BuiltModel:
     """Load the base model, inject the adapter, calibrate it where the method needs data, and place all on the devices.
 
     Raises:
@@ -306,7 +306,7 @@ def _checked_recipe(run: Run, data: RunData, config: AdapterConfig) -> Recipe:
 
 
 def _start_adapter(
-    run: Run, recipe: Recipe, config: AdapterConfig, data: RunData, source: AdapterSource | None, host: RunHost
+    run: Run, recipe: Recipe, config: AdapterConfig, data: RunData, source: AdapterSource | None, host: RunResources
 ) -> tuple[nn.Module, Injection]:
     """Load the model with its adapter, from where training starts it: ``source``, the method's start, or the data."""
     model, injection, notes = adapted_model(recipe, config, data.task, source, host.load)

@@ -39,7 +39,7 @@ from peftcli.train.run import complete_recipe, steps_of
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.folder import DEFAULTS, RESUME_MODES, RunFolder, StartOptions
 from peftcli.train.runs.resume import Run
-from peftcli.train.setup import RunHost, load_base
+from peftcli.train.setup import RunResources, load_base
 
 Outcome = dict[str, Any] | PeftcliError
 """The content of a complete run's run.json, or why the run ended earlier."""
@@ -235,7 +235,7 @@ class Group:
             self.accelerator.backward(sum(added))
 
 
-class Member(RunHost):
+class Member(RunResources):
     """One of the runs."""
 
     steps: Any

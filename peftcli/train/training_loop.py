@@ -172,7 +172,7 @@ class TrainingLoop:
             num_workers=num_workers(training, data.task),
             stopping=self._stops_evaluation,
         )
-        self.state.prepared.make_whole()
+        self.state.prepared.gather_parameters()
         if metrics is None:
             restore_random(random)  # as when it is made from the beginning
             if not wants_save(self.request()):

@@ -57,12 +57,12 @@ class ZeroModel(PreparedModel):
         norm = float(self.engine.get_global_grad_norm() or 0)
         return math.inf if self.engine.optimizer.overflow or norm < 0 else norm
 
-    def make_whole(self) -> None:
+    def gather_parameters(self) -> None:
         first: Any = self.parameters[0]  # to which DeepSpeed has given methods
         if is_sharded(self.model):
             first.all_gather(self.parameters)
 
-    def take_values(self) -> None:
+    def sync_parameters(self) -> None:
         take = importlib.import_module("deepspeed.utils").safe_set_full_fp32_param
         values, first = [parameter.detach().clone() for parameter in self.parameters], cast(Any, self.parameters[0])
         if is_sharded(self.model):  # the parts that are gathered, beside those that are updated

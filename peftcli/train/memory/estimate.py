@@ -35,7 +35,7 @@ from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.evaluate import import_packages
-from peftcli.train.memory.sizes import Sizes
+from peftcli.train.memory.sizes import MemoryCounter
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
 
@@ -137,13 +137,13 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         packages = resident_memory()
     if recipe.base_model.attn_implementation is not None:
         model.set_attn_implementation(recipe.base_model.attn_implementation)
-    sizes = Sizes(device)
-    sizes.place(model, base_dtype(recipe))
+    counter = MemoryCounter(device)
+    counter.place(model, base_dtype(recipe))
     tensors = named_tensors(model)
     trained = [parameter for _, _, parameter in tensors.values()]
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     saved = _saved_by_quantization(model, recipe)
-    whole = sizes.live - values - sum(saved.values())
+    whole = counter.live - values - sum(saved.values())
     elsewhere = _held_by_others(model, recipe, plan.num_processes, saved)
     in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
     if not (in_step and recipe.launch.strategy == "zero3"):
@@ -153,13 +153,13 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe))
     model.train()
     for parameter in trained:
-        parameter.grad = sizes.like(parameter)
+        parameter.grad = counter.like(parameter)
     kept = 0 if recipe.launch.reshard_after_forward else elsewhere  # layers that stay whole after the forward pass
 
     def taken(step: int, rows: MicroBatch) -> int:
         batch = form.batch(data.task, data.train, plan, step, rows)
         with autocast:
-            return sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
+            return counter.peak_of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
 
     most_tokens, *most_pairs = (taken(*each) for each in _largest(form, plan, data))
     step = max([most_tokens, *most_pairs])
@@ -169,17 +169,17 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     evaluation = 0
     if data.eval is not None and recipe.training.eval_strategy != "no":
         model.eval()
-        before = sizes.live
+        before = counter.live
         largest = np.argsort(data.eval.sizes)[-recipe.training.per_device_eval_batch_size :].tolist()
         rows = collate(data.task, data.eval, largest, training=False)
         with torch.no_grad(), autocast:
             try:
-                sizes.of(lambda: data.task.loss(model, on_device(rows, device)))
+                counter.peak_of(lambda: data.task.loss(model, on_device(rows, device)))
             except (Interrupted, MemoryError):
                 raise
             except Exception:  # what comes after the model looks at its answers; by then most is known
                 pass
-        evaluation = kept + sizes.most - before
+        evaluation = kept + counter.most - before
     training = recipe.training
     stored, file = base.stored_bytes(), 0
     if on_cpu and abs(stored - whole) > whole / 20:  # or else the weights are pages of the file

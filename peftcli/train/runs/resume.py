@@ -388,7 +388,7 @@ def resume_state(run: Run, prepared: PreparedModel, total: int) -> State:
     with checkpoint_to_resume(run) as checkpoint:
         if checkpoint is None:
             return state
-        prepared.make_whole()
+        prepared.gather_parameters()
         try:
             load_checkpoint(checkpoint, state, run.accelerator)
         except Misfit as error:
