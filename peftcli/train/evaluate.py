@@ -140,10 +140,10 @@ def evaluate(
     reduced = {name: total.cpu().numpy() for name, total in accelerator.reduce(here, reduction="sum").items()}
     gathered = sorted(gather_object(outputs), key=lambda each: each[0])
     ordered = [output for _, output in gathered]
-    return measured_once(lambda: task.metrics(reduced, ordered, int(examples.targets.sum())), accelerator)
+    return _measure_in_first(lambda: task.metrics(reduced, ordered, int(examples.targets.sum())), accelerator)
 
 
-def measured_once(compute: Callable[[], Mapping[str, float]], accelerator: Accelerator) -> dict[str, float]:
+def _measure_in_first(compute: Callable[[], Mapping[str, float]], accelerator: Accelerator) -> dict[str, float]:
     """Compute metrics in process 0, however long it takes, and return them in all processes.
 
     Raises:

@@ -90,7 +90,12 @@ class _Examination:
             place = f"{error.file}:{error.line}" if error.line else error.file
             section, dot, _ = (error.key or "").partition(".")
             is_column = error.file is not None and error.key != key and not (dot and section in _SECTIONS)
-            own, column = (key, error.key) if is_column else (_recipe_key(error.key, key), None)
+            own, column = (key, error.key) if is_column else (key, None)
+            if error.key is not None and not is_column:
+                if error.key.startswith(key) or section in _SECTIONS:
+                    own = error.key
+                elif key == "method":  # whose settings stand in that section
+                    own = f"method.{error.key}"
             text = ": ".join(filter(None, (place, column, error.message)))
             hint = f" ({' '.join(error.hint.split())})" if error.hint else ""
             self.found.errors.append(Problem(text + hint, file="", key=own))
@@ -182,12 +187,3 @@ class _Examination:
             self._attempt("training", partial(add_embedding_noise, model, training.neftune_noise_alpha))
         needs = estimate(model, config, begun, base, data, plan_of(begun, data, self.processes))
         would["memory"] = needs and {**needs.as_dict(), "processes": self.processes // begun.launch.num_machines}
-
-
-def _recipe_key(key: str | None, section: str) -> str:
-    """The recipe's key for an error's: a method's settings stand in the section ``method``."""
-    if key is None:
-        return section
-    if key.startswith(section) or key.partition(".")[0] in _SECTIONS:
-        return key
-    return f"{section}.{key}" if section == "method" else section

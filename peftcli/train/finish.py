@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from peftcli.adapters.card import write_card
 from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.updates import analyse
@@ -46,27 +48,10 @@ def finish(run: Run, data: RunData, state: State) -> None:
     if curve is None:
         return
     (run.replaces or folder).keep_lock()
-    tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
-    kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
-    write_finite(tensors, state.prepared.config, folder.path)
-    own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
-    if TASK_FILE in own:
-        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
-    if verify:
-        record_model(
-            folder.path,
-            state.model,
-            state.prepared.config,
-            tensors,
-            data.task,
-            task_record(data.task, run.pinned),
-            said,
-            files=own,
-            dtype=base_dtype(run.pinned),
-            bf16=uses_bf16(run.pinned),
-            base_sha256=record.base_model.sha256,
-        )
-    if recipe.training.load_best_model_at_end and progress.last_eval and state.best_adapter is None:
+    best = state.best_adapter
+    tensors, kept = (adapter_state(state.model), progress.last_eval) if best is None else (best, progress.best_eval)
+    own = _write_adapter(run, data, state, tensors, said if verify else None)
+    if recipe.training.load_best_model_at_end and progress.last_eval and best is None:
         run.warn(f"no evaluation gave a finite {recipe.training.metric_for_best_model}: the last adapter is written")
     if doubts := _doubts(run, data, state, kept):
         record.warnings = [no_learning(doubts)]
@@ -83,8 +68,10 @@ def finish(run: Run, data: RunData, state: State) -> None:
         best_step=progress.best_step if progress.best_eval else None,
         kept=kept,
     )
-    record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.gates = check_gates(recipe.gates, kept, doubts)
+    record.peak_memory_bytes, record.gates = (
+        MemoryRecord(**peak_memory_bytes()),
+        check_gates(recipe.gates, kept, doubts),
+    )
     if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(state.model)):
         record.eos_token_id = stops
     run.write_record()
@@ -99,6 +86,35 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.status, record.resumable, record.error = "complete", False, None
     record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
     run.write_record()
+
+
+def _write_adapter(
+    run: Run, data: RunData, state: State, tensors: Mapping[str, torch.Tensor], said: dict[str, Any] | None
+) -> list[str]:
+    """Write the adapter, and what ``verify_adapter`` compares it with unless ``said`` is None.
+
+    Returns the names of the files that the task keeps beside it.
+    """
+    recipe, folder = run.recipe, run.folder
+    write_finite(tensors, state.prepared.config, folder.path)
+    own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
+    if TASK_FILE in own:
+        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
+    if said is not None:
+        record_model(
+            folder.path,
+            state.model,
+            state.prepared.config,
+            tensors,
+            data.task,
+            task_record(data.task, run.pinned),
+            said,
+            files=own,
+            dtype=base_dtype(run.pinned),
+            bf16=uses_bf16(run.pinned),
+            base_sha256=run.record.base_model.sha256,
+        )
+    return own
 
 
 def warn_of_unchanged(run: Run) -> list[str]:

@@ -119,6 +119,29 @@ def start_engine(
     Raises:
         ModelError: there is no stack of layers to divide, or the weights are quantised.
     """
+    stage, config = STAGES[launch.strategy], _engine_config(model, parameters, launch, max_grad_norm)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        deepspeed = importlib.import_module("deepspeed")
+        _speak_on_stderr()
+        deepspeed.ops.__compatible_ops__[_COMPILED] = False
+        if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(parameters[0].device)
+                torch.distributed.broadcast(buffer.data, 0)  # as Init does with the parameters
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if stage == STAGES["zero3"]:
+        for parameter in parameters:  # after it was gathered for the first time
+            vars(parameter)["ds_persist"] = True
+        engine.optimizer.persistent_parameters += parameters
+        for each in model.modules():
+            if isinstance(each, PreTrainedModel):
+                vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
+    return engine
+
+
+def _engine_config(model: nn.Module, parameters: list[nn.Parameter], launch: Launch, max_grad_norm: float) -> Any:
+    """Return DeepSpeed's configuration, by the sizes of the layers to divide and of what trains."""
     stage = STAGES[launch.strategy]
     zero: dict[str, Any] = {
         "stage": stage,
@@ -142,25 +165,7 @@ def start_engine(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
     }
-    config = DeepSpeedPlugin(hf_ds_config=config).deepspeed_config
-    with contextlib.redirect_stdout(sys.stderr):  # it prints
-        deepspeed = importlib.import_module("deepspeed")
-        _speak_on_stderr()
-        deepspeed.ops.__compatible_ops__[_COMPILED] = False
-        if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
-            deepspeed.zero.Init(module=model, config_dict_or_path=config)
-            for buffer in model.buffers():
-                buffer.data = buffer.data.to(parameters[0].device)
-                torch.distributed.broadcast(buffer.data, 0)  # as Init does with the parameters
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    if stage == STAGES["zero3"]:
-        for parameter in parameters:  # after it was gathered for the first time
-            vars(parameter)["ds_persist"] = True
-        engine.optimizer.persistent_parameters += parameters
-        for each in model.modules():
-            if isinstance(each, PreTrainedModel):
-                vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
-    return engine
+    return DeepSpeedPlugin(hf_ds_config=config).deepspeed_config
 
 
 def _copied(value: Any, device: Any) -> Any:

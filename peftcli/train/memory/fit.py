@@ -144,14 +144,7 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
         UsageError: it is not known what the model needs, or there is nothing to choose from.
     """
     given, key = settings_of(recipe), first_auto(recipe)
-    size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
-    if not data.task.divides:
-        raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)
-    if size == "auto" and steps == 1:
-        hint = "set training.gradient_accumulation_steps to the examples that a step has on a device"
-        raise UsageError("auto divides training.gradient_accumulation_steps, which is 1", key=key, hint=hint)
-    sizes = [each for each in range(1, steps + 1) if steps % each == 0] if size == "auto" else [size]
-    total = steps if size == "auto" else size * steps
+    sizes, total = _possible_sizes(recipe, data)
 
     def chosen(size: int, checkpointing: bool, strategy: str) -> Recipe:
         return with_settings(recipe, dict(zip(given, (size, total // size, checkpointing, strategy), strict=True)))
@@ -190,6 +183,24 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
         assert refused is not None
         raise refused
     return last
+
+
+def _possible_sizes(recipe: Recipe, data: Data) -> tuple[list[int], int]:
+    """Return how many examples may be at once in the model, and how many a step has on a device.
+
+    Raises:
+        UsageError: there is nothing to choose from.
+    """
+    given, key = settings_of(recipe), first_auto(recipe)
+    size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
+    if not data.task.divides:
+        raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)
+    if size != "auto":
+        return [size], size * steps
+    if steps == 1:
+        hint = "set training.gradient_accumulation_steps to the examples that a step has on a device"
+        raise UsageError("auto divides training.gradient_accumulation_steps, which is 1", key=key, hint=hint)
+    return [each for each in range(1, steps + 1) if steps % each == 0], steps
 
 
 def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Sequence[str]:

@@ -117,36 +117,7 @@ def open_run(
     shared: Any = None
     try:
         if accelerator.is_main_process:
-            check_keys(options.allow_change, recipe)
-            if options.resume not in RESUME_MODES and not Path(options.resume).is_dir():
-                hint = f"{', '.join(RESUME_MODES)}, or the folder of a checkpoint"
-                raise UsageError("no such checkpoint", file=options.resume, key="--resume", hint=hint)
-            now = identity(recipe, accelerator.num_processes)
-            if not folder.is_replacing():
-                _choose(folder, now, options)  # refuses before anything is written
-            folder.lock()
-            folder.finish_replacing()
-            chosen, record, changed = _choose(folder, now, options)
-            if record is None and chosen.path != folder.path and chosen.path.exists():
-                if (begun := chosen.read()) is not None and begun.steps and begun.steps.done:
-                    tell(warning(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
-                chosen.clear()
-            for each in (folder, chosen):
-                each.tidy()
-                tidy(each.checkpoints)
-            if record is None:
-                record = _new_record(recipe, now, accelerator.num_processes)
-            elif record.status != "complete":
-                # a kill may have come before this was recorded
-                record.resumable = bool(checkpoints(chosen.checkpoints))
-            if record.status != "complete":
-                if options.resume not in RESUME_MODES:
-                    changed += _take_checkpoint(Path(options.resume), record, options)
-                if record.data:
-                    changed += _environment_changes(record, accelerator)
-                else:
-                    record.versions = versions()
-            shared = chosen.path, record, now, changed
+            shared = _lock_and_choose(folder, recipe, options, accelerator, tell)
         ((path, record, now, changed),) = broadcast_object_list([shared])
         replaces = None if path == folder.path else folder
         within = folder if replaces is None else RunFolder(path)
@@ -155,6 +126,42 @@ def open_run(
             yield Run(recipe, pinned, options, within, record, now, changed, replaces, accelerator, stop, tell)
     finally:
         folder.close()
+
+
+def _lock_and_choose(
+    folder: RunFolder, recipe: Recipe, options: StartOptions, accelerator: Accelerator, tell: OnEvent
+) -> tuple[Path, RunRecord, IdentityRecord, list[Change]]:
+    """Lock the run folder, and choose its run: return where it is, its record, and how this recipe differs from it."""
+    check_keys(options.allow_change, recipe)
+    if options.resume not in RESUME_MODES and not Path(options.resume).is_dir():
+        hint = f"{', '.join(RESUME_MODES)}, or the folder of a checkpoint"
+        raise UsageError("no such checkpoint", file=options.resume, key="--resume", hint=hint)
+    now = identity(recipe, accelerator.num_processes)
+    if not folder.is_replacing():
+        _choose(folder, now, options)  # refuses before anything is written
+    folder.lock()
+    folder.finish_replacing()
+    chosen, record, changed = _choose(folder, now, options)
+    if record is None and chosen.path != folder.path and chosen.path.exists():
+        if (begun := chosen.read()) is not None and begun.steps and begun.steps.done:
+            tell(warning(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
+        chosen.clear()
+    for each in (folder, chosen):
+        each.tidy()
+        tidy(each.checkpoints)
+    if record is None:
+        record = _new_record(recipe, now, accelerator.num_processes)
+    elif record.status != "complete":
+        # a kill may have come before this was recorded
+        record.resumable = bool(checkpoints(chosen.checkpoints))
+    if record.status != "complete":
+        if options.resume not in RESUME_MODES:
+            changed += _take_checkpoint(Path(options.resume), record, options)
+        if record.data:
+            changed += _environment_changes(record, accelerator)
+        else:
+            record.versions = versions()
+    return chosen.path, record, now, changed
 
 
 def _environment_changes(record: RunRecord, accelerator: Accelerator) -> list[Change]:
