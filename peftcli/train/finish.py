@@ -19,7 +19,7 @@ from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed, PeftcliError
 from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
-from peftcli.system.disk import sha256, write_file
+from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE, task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
@@ -68,19 +68,14 @@ def finish(run: Run, data: RunData, state: State) -> None:
         best_step=progress.best_step if progress.best_eval else None,
         kept=kept,
     )
-    record.peak_memory_bytes, record.gates = (
-        MemoryRecord(**peak_memory_bytes()),
-        check_gates(recipe.gates, kept, doubts),
-    )
+    record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
+    record.gates = check_gates(recipe.gates, kept, doubts)
     if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(state.model)):
         record.eos_token_id = stops
     run.write_record()
     write_card(folder.path)  # from run.json
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
-    record.artefacts = [
-        ArtefactRecord(path=name, bytes=(folder.path / name).stat().st_size, sha256=sha256(folder.path / name))
-        for name in names
-    ]
+    record.artefacts = [ArtefactRecord.of(folder.path, name) for name in names]
     prune(folder.checkpoints, recipe.training.save_total_limit)  # those that could not be deleted at their time
     record.attempts[-1].end_step, record.attempts[-1].reason = progress.step, "complete"
     record.status, record.resumable, record.error = "complete", False, None
