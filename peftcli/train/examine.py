@@ -55,8 +55,6 @@ class _Examination:
     def __init__(self, recipe: Recipe):
         self.recipe, self.found, self.processes = recipe, DeepCheck(), total_processes(recipe.launch)
         self.data: RunData | None = None
-        self.options: dict[str, Any] = {}
-        """The task's options of the model, once the data is read."""
 
     def run(self) -> DeepCheck:
         """Open all of it; return what was found."""
@@ -109,7 +107,6 @@ class _Examination:
         data = self._attempt("dataset", lambda: load_data(recipe, task)) if ready else None
         if data is None:
             return
-        self.options = data.task.model_options()
         self._attempt("dataset", lambda: refuse(data.findings, recipe.dataset.allow))
         self._attempt("training", partial(refuse_metrics, recipe, data))
         self._attempt("dataset", data.refuse_size)
@@ -137,7 +134,7 @@ class _Examination:
 
     def _open_model(self, base: OpenBase, task: Task[Any] | None, config: AdapterConfig | None) -> Any:
         """Return the model without values; with the adapter in it, if there is no error."""
-        recipe, options = self.recipe, self.options
+        recipe, options = self.recipe, self.data.task.model_options() if self.data is not None else {}
         model = self._attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
         if model is None or config is None:
             return model

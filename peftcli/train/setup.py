@@ -227,7 +227,7 @@ def add_embedding_noise(model: nn.Module, alpha: float) -> None:
     while isinstance(embedding, SoftPrompt):
         embedding = embedding.base_layer
 
-    def add_noise(module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+    def add_noise(module: nn.Module, args: object, embedded: torch.Tensor) -> torch.Tensor | None:
         if not module.training:
             return None
         length: Any = lengths_in_row(embedded.device)

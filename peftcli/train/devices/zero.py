@@ -140,7 +140,7 @@ def start_engine(
     return engine
 
 
-def _engine_config(model: nn.Module, parameters: list[nn.Parameter], launch: Launch, max_grad_norm: float) -> Any:
+def _engine_config(model: nn.Module, parameters: list[nn.Parameter], launch: Launch, max_grad_norm: float) -> object:
     """Return DeepSpeed's configuration, by the sizes of the layers to divide and of what trains."""
     stage = STAGES[launch.strategy]
     zero: dict[str, Any] = {
