@@ -307,7 +307,7 @@ class Training:
 
     @property
     def rows_at_once(self) -> int:
-        """per_device_train_batch_size, once it is a number: see ``train.fit_memory``."""
+        """per_device_train_batch_size, once it is a number: see ``train.memory.fit``."""
         assert self.per_device_train_batch_size != "auto"
         return self.per_device_train_batch_size
 

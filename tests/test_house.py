@@ -61,7 +61,7 @@ CLASSES = {
     "peft_api/layers.py": {"Int8Params", "MixedModel", "ModulesToSaveWrapper", "Params4bit", "PreTrainedModel"},
     "peft_api/namespaces.py": {"AutoPeftModelFor", "PeftModelFor"},
     "train/optim.py": {"AdamW"},
-    "train/zero.py": {"DeepSpeed"},
+    "train/devices/zero.py": {"DeepSpeed"},
 }
 """File -> classes of libraries that it still names in a text, as one that compares the name of a type does."""
 

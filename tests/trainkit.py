@@ -53,10 +53,10 @@ from peftcli.recipe import load_recipe, to_yaml
 from peftcli.schema import Recipe
 from peftcli.train import finish
 from peftcli.train.events import Event, Message, Stepped
-from peftcli.train.options import StartOptions
-from peftcli.train.report import loss_curve
+from peftcli.train.finish import loss_curve
 from peftcli.train.run import train
 from peftcli.train.runs import resume
+from peftcli.train.runs.folder import StartOptions
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -25,7 +25,7 @@ from PIL import Image
 from peftcli.recipe import load_recipe
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
-from peftcli.train.setup import base_dtype, uses_bf16
+from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 
 Rows = list[dict[str, Any]]
 

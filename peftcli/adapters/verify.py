@@ -120,7 +120,7 @@ class _RecordWithRows(_Record):
 # --- what training records --------------------------------------------------------------------------------------------
 
 
-def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
+def sample_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
     """Choose a few rows of a source, the smallest of the first ones; None where none can be kept.
 
     ``source`` has rows that the model was not trained on, if there are such; ``day`` is what chat templates write.
@@ -150,7 +150,7 @@ def few_rows(task: Task[Any], source: Source, day: str | None) -> Rows | None:
     return rows if chosen else None
 
 
-def said_by(model: nn.Module, task: Task[Any], rows: Rows | None, *, bf16: bool) -> dict[str, Any]:
+def trained_outputs(model: nn.Module, task: Task[Any], rows: Rows | None, *, bf16: bool) -> dict[str, Any]:
     """Return what a trained model says of rows, and of what the task asks besides, for ``record_model``."""
     values: dict[str, Any] = {"rows": rows}
     if rows:
@@ -179,7 +179,7 @@ def record_model(
 ) -> None:
     """Write what a trained model is and says, for ``verify_adapter``.
 
-    ``described`` has the task's ``type`` and settings. ``said`` is what ``said_by`` returned; empty where the model
+    ``described`` has the task's ``type`` and settings. ``said`` is from ``trained_outputs``; empty where the model
     cannot be asked. ``files`` are the names of those that the task keeps in the folder.
     """
     values = {

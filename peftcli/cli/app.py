@@ -41,8 +41,8 @@ from peftcli.system import signals
 from peftcli.system.cores import set_variables
 from peftcli.system.garbage import postponed_collection
 from peftcli.system.outputs import StdoutClosed
-from peftcli.train.launch import is_main_process, launched_processes, report_outcome, started_by_peftcli
-from peftcli.train.schedulers import take_slurms_rank
+from peftcli.train.devices.launch import is_main_process, launched_processes, report_outcome, started_by_peftcli
+from peftcli.train.devices.schedulers import take_slurms_rank
 
 _BROKEN_PIPE = 141
 _SHARE_WORK = ("train", "evaluate")

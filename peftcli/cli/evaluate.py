@@ -11,7 +11,7 @@ from peftcli.cli.junit_report import Junit, junit_report
 from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
 from peftcli.cli.progress import Progress
 from peftcli.system.outputs import require_writable
-from peftcli.train.launch import is_main_process, leave_group_on_exit
+from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from peftcli.cli import console
 from peftcli.cli.options import path
 from peftcli.errors import GateFailed, PeftcliError, to_peftcli_error
 from peftcli.system.outputs import StdoutClosed, expand_user
-from peftcli.train.launch import started_by_peftcli
+from peftcli.train.devices.launch import started_by_peftcli
 from peftcli.train.runs.typed_json import flatten
 
 Junit = Annotated[

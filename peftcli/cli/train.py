@@ -15,8 +15,8 @@ from peftcli.cli.options import Overrides, Quiet, RecipeFile, not_empty, progres
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.train_together import train_together
 from peftcli.system.outputs import require_writable
-from peftcli.train.options import StartOptions
-from peftcli.train.schedulers import with_schedulers_place
+from peftcli.train.devices.schedulers import with_schedulers_place
+from peftcli.train.runs.folder import StartOptions
 
 
 def train(
@@ -51,7 +51,7 @@ def train(
 ) -> None:
     """Fine-tune the model that a recipe names; run it again to resume after a stop."""
     from peftcli.recipe import load_recipe
-    from peftcli.train import launch
+    from peftcli.train.devices import launch
 
     progress_log(quiet)
     options = StartOptions(resume, allow_change or (), overwrite)

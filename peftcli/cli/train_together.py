@@ -12,9 +12,9 @@ from peftcli.cli import console
 from peftcli.cli.check import MEMORY_UNKNOWN
 from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
+from peftcli.train.devices.schedulers import with_schedulers_place
 from peftcli.train.events import OnEvent
-from peftcli.train.options import StartOptions
-from peftcli.train.schedulers import with_schedulers_place
+from peftcli.train.runs.folder import StartOptions
 
 if TYPE_CHECKING:
     from peftcli.schema import Recipe

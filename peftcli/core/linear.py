@@ -12,7 +12,7 @@ from peftcli.core.layer import base_module, check_not_offloaded, widened
 from peftcli.core.quantised import dequantised_weight, is_packed, is_quantised
 
 PLAIN_WEIGHTS: set[type] = {nn.Parameter}
-"""Types of weights that are ordinary numbers, unlike quantised ones; ``train.sizes`` adds one without values."""
+"""Types of weights that are ordinary numbers, unlike quantised ones; ``train.memory.sizes`` adds one without values."""
 
 
 @dataclass(frozen=True)

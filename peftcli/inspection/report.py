@@ -28,9 +28,9 @@ from peftcli.tasks import open_task
 from peftcli.tasks.base import Packs, Shows
 from peftcli.tasks.shown import Label, Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of, with_task
+from peftcli.train.devices.launch import total_processes
 from peftcli.train.events import Message, OnEvent, warning
-from peftcli.train.fit_memory import smallest
-from peftcli.train.launch import total_processes
+from peftcli.train.memory.fit import smallest
 from peftcli.train.plan import Plan
 
 _PLACE = re.compile(r"(.+?)(:| row )([0-9]{1,18})")

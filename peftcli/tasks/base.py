@@ -429,7 +429,7 @@ class Compares(Protocol):
 class Gathers(Compares, Protocol):
     """Compares the rows of all processes: each must take part each time."""
 
-    def take_part(self, device: torch.device) -> None:
+    def gather_nothing(self, device: torch.device) -> None:
         """Take part in the comparison of a micro-batch of which this process has no rows."""
 
 
@@ -437,7 +437,7 @@ class Gathers(Compares, Protocol):
 class KnowsStep(Protocol):
     """Has a loss that depends on all examples of a step, however they are split."""
 
-    def of_step(self, examples: Sequence[Example]) -> Batch:
+    def step_inputs(self, examples: Sequence[Example]) -> Batch:
         """Return what is computed from all examples of a step, and added to each of its training batches."""
 
 

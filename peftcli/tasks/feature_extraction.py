@@ -253,7 +253,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
                 key="training.per_device_train_batch_size",
             )
 
-    def take_part(self, device: torch.device) -> None:
+    def gather_nothing(self, device: torch.device) -> None:
         if self.settings.loss == "contrastive":
             gathered(torch.zeros(0, 0, device=device))
             gathered(torch.zeros(0, 0, dtype=torch.long, device=device))

@@ -141,7 +141,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         batch, labels = self.collate_inputs(examples), padded(self.in_order(examples, "labels"), IGNORED)
-        batch |= {"labels": labels, "_answers": labels != IGNORED} | self.of_step(examples)
+        batch |= {"labels": labels, "_answers": labels != IGNORED} | self.step_inputs(examples)
         if self.settings.loss == "orpo":  # whose own loss is of the chosen conversation, prompt included
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         if self.settings.loss == "kto":
@@ -150,7 +150,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
                 batch |= self._mismatch(examples)
         return batch
 
-    def of_step(self, examples: Sequence[Example]) -> Batch:
+    def step_inputs(self, examples: Sequence[Example]) -> Batch:
         """For orpo ``_tokens``, float32: the mean number of predicted tokens in a chosen conversation."""
         if self.settings.loss != "orpo":
             return {}
@@ -183,7 +183,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
         return self._pairs(found, reference, batch.get("_tokens"))
 
     def _pairs(self, found: Answers, reference: torch.Tensor | None, tokens: torch.Tensor | None) -> Loss:
-        """The loss of pairs, from the answers, the reference's log-probabilities (2 B,) of them, and ``of_step``."""
+        """The loss of pairs, from the answers, the reference's log-probabilities (2 B,), and ``step_inputs``."""
         beta, kind = self.settings.beta, self.settings.loss
         rewards = beta * (found.means if reference is None else found.sums - reference)
         chosen, rejected = rewards.chunk(2)

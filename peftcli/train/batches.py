@@ -90,7 +90,7 @@ class BatchForm:
             return task.collate([task.join([examples[at] for at in row]) for row in rows], training=True)
         batch = collate(task, examples, list(chain(*rows)), training=True, draw=partial(plan.draw, step))
         if isinstance(task, KnowsStep):
-            batch |= task.of_step([examples[at] for at in plan.global_batch(step)])
+            batch |= task.step_inputs([examples[at] for at in plan.global_batch(step)])
         return batch
 
 

@@ -26,7 +26,7 @@ from peftcli.schema import Recipe
 from peftcli.system import date
 from peftcli.system.disk import write_file
 from peftcli.system.memory import free_memory, resident_memory
-from peftcli.train.disk_space import refuse_full_disk
+from peftcli.train.memory.disk_space import refuse_full_disk
 from peftcli.train.runs.folder import RunFolder
 
 _NOT_READ = {

@@ -19,7 +19,7 @@ from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError, UsageError
 from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import check_task
-from peftcli.schema import BaseModel, Recipe, Source, Training
+from peftcli.schema import BaseModel, Dataset, Recipe, Source, Training
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Compares, Gathers, Limits, Scans, Task, encoding, require_extra
@@ -32,6 +32,9 @@ _COUNTED = ("truncated", "split", "pieces_left_out")
 """Facts of rows that run.json counts for every task."""
 _OFF = 0.25
 """How far the share that is held out may be from the one asked for, relative to it, before a note says so."""
+_NO_EVALUATION_DATA = (
+    "training.eval_strategy: there is no evaluation data: give dataset.eval, eval_split or eval_fraction"
+)
 _FIRST = 512
 """Rows whose columns are those of a source."""
 
@@ -127,25 +130,17 @@ def load_data(
         DataError: a row that cannot be used, or none that can.
     """
     dataset, notes = recipe.dataset, list(task.notes)
-    prepare_method(task)
-    if isinstance(task, Scans) and task.needs_scan:
-        task = row_of(recipe).open(task.scan(map(_table, dataset.sources())), task.base, task.method)
-        if isinstance(task, Scans):
-            tell(Message(task.found))
-    for package, extra in task.packages.items():
-        require_extra(package, extra)
+    task = _completed_task(recipe, task, tell)
     assert recipe.task is not None
     key = encoding(recipe.task["type"], task)
-    workers = num_workers(recipe.training, task)
-    stop = not keep_bad_rows and dataset.on_bad_row == "error"
 
     def store_of(source: Source) -> Store:
         return prepare(
             source,
             task,
             key,
-            stop_at_bad=stop,
-            num_workers=workers,
+            stop_at_bad=not keep_bad_rows and dataset.on_bad_row == "error",
+            num_workers=num_workers(recipe.training, task),
             on_rows=lambda *read: tell(RowsRead(*read)),
             on_note=lambda text: tell(warning(text)),
         )
@@ -161,25 +156,48 @@ def load_data(
         raise
     if dataset.eval_fraction is not None:
         parts, held = split_parts(parts, dataset.eval_fraction, recipe.training.seed, task.identity, task.label_columns)
-        count, total = (len(UsedRows(View(some))) for some in (held, [*parts, *held]))
-        wanted = total * dataset.eval_fraction
-        if abs(count - wanted) > max(1, _OFF * wanted):
-            held_out = f"{count:,} of {total:,} rows are held out"
-            notes.append(f"dataset.eval_fraction: {held_out}, because rows that belong together stay on one side")
+        notes += _uneven_split(parts, held, dataset.eval_fraction)
     if not held and recipe.training.eval_strategy == "steps":  # not the default, so it is meant
-        notes.append(
-            "training.eval_strategy: there is no evaluation data: give dataset.eval, eval_split or eval_fraction"
-        )
-    train, evaluation = View([] if only_eval else parts), View(held) if held else None
+        notes.append(_NO_EVALUATION_DATA)
+    data = _account_for(View([] if only_eval else parts), View(held) if held else None, task, dataset, notes)
+    data.report["content"] = [part.content for part in (*parts, *held)]
+    return data
+
+
+def _completed_task(recipe: Recipe, task: Task[Any], tell: OnEvent) -> Task[Any]:
+    """Return the task with the settings that the data completes, after a check that its packages are installed."""
+    prepare_method(task)
+    if isinstance(task, Scans) and task.needs_scan:
+        task = row_of(recipe).open(task.scan(map(_table, recipe.dataset.sources())), task.base, task.method)
+        if isinstance(task, Scans):
+            tell(Message(task.found))
+    for package, extra in task.packages.items():
+        require_extra(package, extra)
+    return task
+
+
+def _uneven_split(parts: Sequence[Part], held: Sequence[Part], fraction: float) -> list[str]:
+    """Return a note if the rows that are held out are not about the fraction that was asked for."""
+    count, total = (len(UsedRows(View(some))) for some in (held, [*parts, *held]))
+    wanted = total * fraction
+    if abs(count - wanted) <= max(1, _OFF * wanted):
+        return []
+    held_out = f"{count:,} of {total:,} rows are held out"
+    return [f"dataset.eval_fraction: {held_out}, because rows that belong together stay on one side"]
+
+
+def _account_for(train: View, evaluation: View | None, task: Task[Any], dataset: Dataset, notes: list[str]) -> Data:
+    """Return the data with its account and its findings; let the task see what it is trained on."""
     report = _report(train, evaluation, task, dataset.packing)
     if train.parts:
         task.trained_on(report["format"], _common(train.parts, report["format"]))
-    findings = _findings(train, evaluation, task, skip_bad_rows=dataset.on_bad_row == "skip")
-    report |= {
-        "findings": [each.as_dict() for each in findings],
-        "unit": task.unit,
-        "content": [part.content for part in (*parts, *held)],
-    }
+    records = [Records(train.parts)] if train.parts else []
+    if evaluation is not None:
+        records.append(Records(evaluation.parts, "eval"))
+    skips = dataset.on_bad_row == "skip"
+    found = [find_in_records(some, task.record_findings, skip_bad_rows=skips) for some in records]
+    findings = worst_first([each for some in found for each in some])
+    report |= {"findings": [each.as_dict() for each in findings], "unit": task.unit}
     return Data(task, train, evaluation, report, findings, notes)
 
 
@@ -313,14 +331,6 @@ def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     values = first[0].values if first else {}
     table = Table(source, opened.name, columns, opened.class_names, values, truth_columns(first))
     return table, chain(first, rows)
-
-
-def _findings(train: View, evaluation: View | None, task: Task[Any], *, skip_bad_rows: bool) -> list[Finding]:
-    records = [Records(train.parts)] if train.parts else []
-    if evaluation is not None:
-        records.append(Records(evaluation.parts, "eval"))
-    found = [find_in_records(some, task.record_findings, skip_bad_rows=skip_bad_rows) for some in records]
-    return worst_first([each for some in found for each in some])
 
 
 def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,8 +25,8 @@ from peftcli.tasks.base import Task
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
-from peftcli.train.launch import MEASURING, report
-from peftcli.train.sharded import is_sharded
+from peftcli.train.devices.launch import MEASURING, report
+from peftcli.train.devices.sharding import is_sharded
 
 _LOOK_SECONDS = 0.02
 _evaluations = count()
@@ -138,15 +138,23 @@ def evaluate(
     model.train(was_training)
     here = {name: sums[name].to(accelerator.device).contiguous() for name in sorted(sums)}
     reduced = {name: total.cpu().numpy() for name, total in accelerator.reduce(here, reduction="sum").items()}
-    outputs = gather_object(outputs)
-    outputs.sort(key=lambda each: each[0])
-    found: dict[str, float] | PeftcliError | None = None
+    gathered = sorted(gather_object(outputs), key=lambda each: each[0])
+    ordered = [output for _, output in gathered]
+    return _measure_in_first(lambda: task.metrics(reduced, ordered, int(examples.targets.sum())), accelerator)
+
+
+def _measure_in_first(compute: Callable[[], Mapping[str, float]], accelerator: Accelerator) -> dict[str, float]:
+    """Compute metrics in process 0, however long it takes, and return them in all processes.
+
+    Raises:
+        PeftcliError: process 0 raised it.
+    """
+    found: Any = None
     store, key = _shared_store(), f"peftcli evaluation {next(_evaluations)}"
     if accelerator.process_index == 0:  # a user's own metric may draw random numbers, and cost money
         report(MEASURING)
         try:
-            metrics = task.metrics(reduced, [output for _, output in outputs], int(examples.targets.sum()))
-            found = {f"eval_{name}": float(value) for name, value in metrics.items()}
+            found = {f"eval_{name}": float(value) for name, value in compute().items()}
         except PeftcliError as error:
             found = error
         finally:

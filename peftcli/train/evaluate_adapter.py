@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import set_seed
+from torch import nn
 
-from peftcli.adapters.load import apply_adapter, find_adapter, other_base
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.adapters.number_format import trained_bf16
 from peftcli.core.heads import widen_heads
 from peftcli.core.inject import unload
@@ -19,19 +20,21 @@ from peftcli.recipe import LEARNT, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task
-from peftcli.tasks.base import Begins, FitsModel
+from peftcli.tasks.base import Begins, FitsModel, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
-from peftcli.train.data import load_data, refuse_few_eval_rows, with_task
+from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
+from peftcli.train.devices.accelerator import start_accelerator
 from peftcli.train.evaluate import evaluate, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.learnt import find_doubts
-from peftcli.train.report import peak_memory_bytes, versions
+from peftcli.train.memory.out_of_memory import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
+from peftcli.train.runs.resume import versions
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import load_base, start_accelerator
+from peftcli.train.setup import load_base
 
 
 def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: None) -> dict[str, Any]:
@@ -52,39 +55,9 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         recipe = replace(recipe, training=replace(recipe.training, bf16=bf16))
     # as many processes measure as were started, whatever the recipe's launch section says
     accelerator = start_accelerator(replace(recipe, launch=Launch()))
-    base = open_base(recipe.base_model)
-    if source is not None and (odd := other_base(source, recipe.base_model)):
-        tell(warning(odd))
-    trained = source is not None and source.recorded_settings and source.task == (recipe.task or {}).get("type")
-    with date.fixed_date(None if source is None else source.day):  # as training rendered its rows
-        opened = source.open_task(base) if source is not None and trained else None
-        data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
-    task = data.task
-    refuse(data.findings, recipe.dataset.allow)
-    data.refuse_size()
-    refuse_gates(recipe, data)
-    refuse_few_eval_rows(data, recipe.training)
-    for text in data.warnings:
-        tell(warning(text))
+    data = _evaluation_data(recipe, source, tell)
     assert data.eval is not None
-    set_seed(recipe.training.seed)  # a new head is the one that training starts from
-    loaded = load_base(recipe, task)
-    if source is None and loaded.initialised:
-        new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
-        untrained = f"{recipe.base_model.name} has a new and untrained {new}"
-        tell(warning(f"{untrained}: this measures what training starts from"))
-    if isinstance(task, FitsModel):
-        task.fit_model(loaded.model, None)
-    if source is not None:
-        if isinstance(task, Begins) and (start := find_init_adapter(recipe)) is not None:
-            refuse_other_start(source, recipe)
-            apply_adapter(loaded, start)
-            task.begin(loaded.model.to(accelerator.device), from_adapter=True)  # as training did
-            unload(loaded.model)
-        apply_adapter(loaded, source)
-    widen_heads(loaded.model)
-    model = loaded.model.to(accelerator.device)
-    unpad(model, None if source is None else source.config)
+    model, task = _adapted_model(recipe, source, data.task, accelerator.device, tell), data.task
     batch_size, workers = recipe.training.per_device_eval_batch_size, num_workers(recipe.training, task)
     metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less
@@ -105,3 +78,46 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _evaluation_data(recipe: Recipe, source: AdapterSource | None, tell: OnEvent) -> Data:
+    """Read and check the evaluation data, for the task as the adapter was trained on it."""
+    base = open_base(recipe.base_model)
+    if source is not None and (odd := other_base(source, recipe.base_model)):
+        tell(warning(odd))
+    trained = source is not None and source.recorded_settings and source.task == (recipe.task or {}).get("type")
+    with date.fixed_date(None if source is None else source.day):  # as training rendered its rows
+        opened = source.open_task(base) if source is not None and trained else None
+        data = load_data(recipe, opened or open_task(recipe, base), only_eval=True, tell=tell)
+    refuse(data.findings, recipe.dataset.allow)
+    data.refuse_size()
+    refuse_gates(recipe, data)
+    refuse_few_eval_rows(data, recipe.training)
+    for text in data.warnings:
+        tell(warning(text))
+    return data
+
+
+def _adapted_model(
+    recipe: Recipe, source: AdapterSource | None, task: Task[Any], device: Any, tell: OnEvent
+) -> nn.Module:
+    """Load the base model on the device, with the adapter in it."""
+    set_seed(recipe.training.seed)  # a new head is the one that training starts from
+    loaded = load_base(recipe, task)
+    if source is None and loaded.initialised:
+        new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
+        untrained = f"{recipe.base_model.name} has a new and untrained {new}"
+        tell(warning(f"{untrained}: this measures what training starts from"))
+    if isinstance(task, FitsModel):
+        task.fit_model(loaded.model, None)
+    if source is not None:
+        if isinstance(task, Begins) and (start := find_init_adapter(recipe)) is not None:
+            refuse_other_start(source, recipe)
+            apply_adapter(loaded, start)
+            task.begin(loaded.model.to(device), from_adapter=True)  # as training did
+            unload(loaded.model)
+        apply_adapter(loaded, source)
+    widen_heads(loaded.model)
+    model: nn.Module = loaded.model.to(device)
+    unpad(model, None if source is None else source.config)
+    return model

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from peftcli.adapters.card import write_card
 from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.updates import analyse
-from peftcli.adapters.verify import few_rows, record_model, said_by
+from peftcli.adapters.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import GateFailed, PeftcliError
 from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
-from peftcli.system.disk import sha256, write_file
+from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE, task_record
 from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
+from peftcli.train.devices.accelerator import base_dtype, uses_bf16
+from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.learnt import find_doubts, main_metric, no_learning
-from peftcli.train.report import loss_curve, peak_memory_bytes
+from peftcli.train.memory.out_of_memory import peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, write_finite
 from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
 from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import ABSENT
-from peftcli.train.setup import base_dtype, uses_bf16
-from peftcli.train.sharded import is_sharded
 
 
 def finish(run: Run, data: RunData, state: State) -> None:
@@ -40,31 +44,14 @@ def finish(run: Run, data: RunData, state: State) -> None:
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
     said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
-    state.prepared.make_whole()
+    state.prepared.gather_parameters()
     if curve is None:
         return
     (run.replaces or folder).keep_lock()
-    tensors = state.best_adapter if state.best_adapter is not None else adapter_state(state.model)
-    kept = progress.best_eval if state.best_adapter is not None else progress.last_eval
-    write_finite(tensors, state.prepared.config, folder.path)
-    own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
-    if TASK_FILE in own:
-        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
-    if verify:
-        record_model(
-            folder.path,
-            state.model,
-            state.prepared.config,
-            tensors,
-            data.task,
-            task_record(data.task, run.pinned),
-            said,
-            files=own,
-            dtype=base_dtype(run.pinned),
-            bf16=uses_bf16(run.pinned),
-            base_sha256=record.base_model.sha256,
-        )
-    if recipe.training.load_best_model_at_end and progress.last_eval and state.best_adapter is None:
+    best = state.best_adapter
+    tensors, kept = (adapter_state(state.model), progress.last_eval) if best is None else (best, progress.best_eval)
+    own = _write_adapter(run, data, state, tensors, said if verify else None)
+    if recipe.training.load_best_model_at_end and progress.last_eval and best is None:
         run.warn(f"no evaluation gave a finite {recipe.training.metric_for_best_model}: the last adapter is written")
     if doubts := _doubts(run, data, state, kept):
         record.warnings = [no_learning(doubts)]
@@ -88,15 +75,41 @@ def finish(run: Run, data: RunData, state: State) -> None:
     run.write_record()
     write_card(folder.path)  # from run.json
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
-    record.artefacts = [
-        ArtefactRecord(path=name, bytes=(folder.path / name).stat().st_size, sha256=sha256(folder.path / name))
-        for name in names
-    ]
+    record.artefacts = [ArtefactRecord.of(folder.path, name) for name in names]
     prune(folder.checkpoints, recipe.training.save_total_limit)  # those that could not be deleted at their time
     record.attempts[-1].end_step, record.attempts[-1].reason = progress.step, "complete"
     record.status, record.resumable, record.error = "complete", False, None
     record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
     run.write_record()
+
+
+def _write_adapter(
+    run: Run, data: RunData, state: State, tensors: Mapping[str, torch.Tensor], said: dict[str, Any] | None
+) -> list[str]:
+    """Write the adapter, and what ``verify_adapter`` compares it with unless ``said`` is None.
+
+    Returns the names of the files that the task keeps beside it.
+    """
+    recipe, folder = run.recipe, run.folder
+    write_finite(tensors, state.prepared.config, folder.path)
+    own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
+    if TASK_FILE in own:
+        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
+    if said is not None:
+        record_model(
+            folder.path,
+            state.model,
+            state.prepared.config,
+            tensors,
+            data.task,
+            task_record(data.task, run.pinned),
+            said,
+            files=own,
+            dtype=base_dtype(run.pinned),
+            bf16=uses_bf16(run.pinned),
+            base_sha256=run.record.base_model.sha256,
+        )
+    return own
 
 
 def warn_of_unchanged(run: Run) -> list[str]:
@@ -131,11 +144,32 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
     if state.best_adapter is not None:  # the model in memory is the last one
         if not holds_its_file(state.model):
             return {}
-        state.prepared.make_whole()
+        state.prepared.gather_parameters()
         load_state(state.model, state.best_adapter)
-        state.prepared.take_values()
+        state.prepared.sync_parameters()
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
-    return said_by(state.model, task, few_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
+    return trained_outputs(state.model, task, sample_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
+
+
+def loss_curve(metrics: list[dict[str, Any]]) -> bytes:
+    """Draw training loss over the steps, and evaluation loss where there is one. Returns the PNG."""
+    # where matplotlib cannot write a cache into the home folder, it warns, and writes a temporary one
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_axes((0.1, 0.12, 0.87, 0.85))  # left, bottom, width, height
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss per target")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
+    return image.getvalue()
 
 
 def check_gates(

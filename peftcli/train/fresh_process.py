@@ -15,8 +15,8 @@ import torch
 from peftcli.adapters.verify import mark_verified, needs_verification
 from peftcli.errors import AdapterError, Interrupted, PeftcliError
 from peftcli.guard.files import command_word
+from peftcli.train.devices.launch import STATUS, peftcli_command
 from peftcli.train.events import Message, OnEvent, warning
-from peftcli.train.launch import STATUS, peftcli_command
 
 _LAUNCHERS = (
     *("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),

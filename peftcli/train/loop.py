@@ -21,9 +21,9 @@ from peftcli.tasks.base import Batch, Gathers
 from peftcli.tasks.scores import on_device
 from peftcli.train.batches import BatchForm, batches, num_workers
 from peftcli.train.data import RunData
+from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.events import StepResult
 from peftcli.train.plan import MicroBatch
-from peftcli.train.sharded import is_sharded
 
 LESS_LEARNING = "lower training.learning_rate, or add warm-up; the last checkpoint is kept"
 """What to do about a run that diverged."""
@@ -66,10 +66,10 @@ class PreparedModel:
             self.optimizer.step()
         return norm
 
-    def make_whole(self) -> None:
+    def gather_parameters(self) -> None:
         """Make the trained parameters whole where each process holds a part. All processes do so together."""
 
-    def take_values(self) -> None:
+    def sync_parameters(self) -> None:
         """Adopt the values that were put into the trained parameters from outside. All processes do so together."""
 
     def optimizer_state(self) -> dict[nn.Parameter, dict[str, Any]]:
@@ -129,7 +129,7 @@ class Gradients:
                 elif self.in_step:
                     parts.append(self.loss(next(self.ahead)) * 0)
                 elif isinstance(self.task, Gathers):
-                    self.task.take_part(self.accelerator.device)
+                    self.task.gather_nothing(self.accelerator.device)
                 if is_last and (added := self.penalty()) is not None:
                     parts.append(added / self.accelerator.num_processes)
                 if parts:

@@ -1,140 +1,64 @@
-"""The parts of a run, built from its recipe: accelerator and model."""
+"""The model of a run, built from its recipe: loaded, with its adapter, placed on the devices."""
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peftcli.adapters.load import AdapterSource
-from peftcli.adapters.number_format import has_bf16
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import begin_from_adapter
 from peftcli.core.heads import widen_heads
 from peftcli.core.inject import Injection, inject
-from peftcli.core.layer import adapter_layers, base_modules
-from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of
+from peftcli.core.layer import adapter_layers, base_module, base_modules, model_ends
+from peftcli.core.prompts.inputs import SoftPrompt
+from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of, needs_batches
 from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.targets import expert_parameters
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
-from peftcli.errors import ModelError, UsageError
+from peftcli.errors import ModelError
 from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import LoadedModel
 from peftcli.models.weights import BaseWeights
+from peftcli.recipe import method_config
 from peftcli.schema import Recipe
-from peftcli.system.addresses import notice_lost_machines, on_several_machines, use_interface_to
 from peftcli.tasks import row_of
-from peftcli.tasks.base import FitsModel, Task, refuse_other_classes, with_trained_head
+from peftcli.tasks.base import Begins, ChecksModel, FitsModel, Task, refuse_other_classes, with_trained_head
 from peftcli.tasks.scores import model_inputs, on_device
-from peftcli.train.data import Data, prepare_config
-from peftcli.train.init_adapter import its_base_named
-from peftcli.train.kernels import use_liger_kernel
-from peftcli.train.launch import started_by_peftcli
-from peftcli.train.loop import PreparedModel
-from peftcli.train.optim import build_optimizer, build_schedule, keep_embeddings_exact, parameter_groups
+from peftcli.tasks.text.unpadded import lengths_in_row, unpad
+from peftcli.train.batches import BatchForm
+from peftcli.train.data import Data, RunData, prepare_config
+from peftcli.train.devices.accelerator import base_dtype, refuse_attention
+from peftcli.train.devices.kernels import checkpoint_activations, compile_layers, use_liger_kernel
+from peftcli.train.devices.sharding import load_by_first, shard
+from peftcli.train.devices.strategies import STAGES, is_dividing, refuse_strategy
+from peftcli.train.devices.zero import ZeroModel, start_engine
+from peftcli.train.events import Message
+from peftcli.train.init_adapter import find_init_adapter, its_base_named, refuse_other_base
+from peftcli.train.loop import Gradients, PreparedModel
+from peftcli.train.memory.fit import check_disk
+from peftcli.train.optim import (
+    build_optimizer,
+    build_schedule,
+    check_optimizer,
+    keep_embeddings_exact,
+    parameter_groups,
+)
+from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import Plan
-from peftcli.train.sharded import load_by_first
-from peftcli.train.strategies import STAGES, is_dividing
-from peftcli.train.zero import ZeroModel, start_engine
-
-_PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others."""
-
-
-def start_accelerator(recipe: Recipe) -> Accelerator:
-    """The devices of this process and its place among the others.
-
-    Raises:
-        UsageError: fewer processes were started than were asked for.
-    """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if not torch.cuda.is_available():  # or DeepSpeed says on stdout, wherever it is installed, that it has found none
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "accelerate was asked for several processes and started one",
-            hint="add --multi_gpu, on the CPU too; or set launch.num_processes and run peftcli by itself",
-        )
-    if on_several_machines():
-        use_interface_to(os.environ.get("MASTER_ADDR", ""))
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # or accelerate divides what the loop has divided
-    precision = "bf16" if uses_bf16(recipe) else "no"
-    if asked == 1 and is_initialized() and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # or accelerate refuses another precision than that of this process's last run
-    with nullcontext() if asked == 1 else _nothing_on_stdout():
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=not torch.cuda.is_available(),
-            # evaluation runs out of step; and not every step uses all that trains
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=_PATIENCE),  # of NCCL 10 minutes, in which process 0 may encode the data
-            ],
-        )
-    if on_several_machines():
-        notice_lost_machines(unanswered=accelerator.device.type == "cpu")
-    if accelerator.device.type == "cpu":  # of several processes accelerate calls it cpu:0, to which weights are copied
-        PartialState().device = accelerator.state.device = torch.device("cpu")
-    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-        hint = "launch.strategy: fsdp, zero2 or zero3 in the recipe, and accelerate without it"
-        raise UsageError("accelerate was told to use Megatron-LM, which peftcli does not", hint=hint)
-    wanted, started = recipe.launch.num_processes, accelerator.num_processes
-    if started < asked:
-        raise UsageError(f"{asked} processes were asked for and {started} started")
-    if wanted != "auto" and not started_by_peftcli() and started != wanted * recipe.launch.num_machines:
-        message = f"the recipe wants {wanted * recipe.launch.num_machines} processes, the launcher started {started}"
-        raise UsageError(message, key="launch.num_processes")
-    return accelerator
-
-
-@contextmanager
-def _nothing_on_stdout() -> Iterator[None]:
-    """Inside, not even C++ prints there, where ``--json`` has its object: torch 2.10's gloo says who is connected."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def uses_bf16(recipe: Recipe) -> bool:
-    """Whether the forward pass computes in bfloat16: as the recipe says, or if the device has arithmetic for it."""
-    if recipe.training.bf16 != "auto":
-        return recipe.training.bf16
-    return has_bf16()
-
-
-def base_dtype(recipe: Recipe) -> torch.dtype:
-    """Number format of the frozen weights."""
-    if recipe.base_model.dtype == "auto":
-        return torch.bfloat16 if uses_bf16(recipe) else torch.float32
-    dtype: torch.dtype = getattr(torch, recipe.base_model.dtype)
-    return dtype
-
-
-def refuse_attention(recipe: Recipe) -> None:
-    """Raise UsageError where flash attention is asked for and computes nothing in half precision."""
-    halves = uses_bf16(recipe) or base_dtype(recipe) != torch.float32
-    if "flash" in (recipe.base_model.attn_implementation or "") and not halves:
-        hint = "set training.bf16: true, or base_model.dtype: bfloat16"
-        raise UsageError("flash attention does not compute in float32", key="base_model.attn_implementation", hint=hint)
+from peftcli.train.runs.checkpoint import State
+from peftcli.train.runs.record import ParametersRecord
+from peftcli.train.runs.resume import Run, commit_of
 
 
 def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
@@ -197,20 +121,6 @@ def adapted_model(
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model, injection, notes
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Let a model compute its activations again in the backward pass.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    # under the name of transformers 5.24 and later, or the one before
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ModelError(str(error), key="training.gradient_checkpointing") from None
 
 
 _NEAR = 64
@@ -299,3 +209,137 @@ def unquantised_experts(model: nn.Module, kind: str) -> str | None:
         return None
     share = 1 - sum(num_weights(each) for each in model.modules() if is_quantised(each)) / num_weights(model)
     return f"{share:.0%} of the weights are not quantised: {kind} takes linear layers, not {' and '.join(names)}"
+
+
+def add_embedding_noise(model: nn.Module, alpha: float) -> None:
+    """Let training add noise to the embeddings of tokens (NEFTune, https://arxiv.org/abs/2310.05914).
+
+    To each number it adds one drawn evenly from ± alpha / sqrt(T * D). T is the length of the token's
+    example where the model computes no padding, otherwise of the longest example of the batch; D is the size of an
+    embedding. Virtual tokens get no noise.
+
+    Raises:
+        ModelError: the model has no embedding of tokens.
+    """
+    embedding = model_ends(model)[0]
+    if not isinstance(base_module(embedding), nn.Embedding):
+        raise ModelError("there is no embedding of tokens in the model", key="training.neftune_noise_alpha")
+    while isinstance(embedding, SoftPrompt):
+        embedding = embedding.base_layer
+
+    def add_noise(module: nn.Module, args: object, embedded: torch.Tensor) -> torch.Tensor | None:
+        if not module.training:
+            return None
+        length: Any = lengths_in_row(embedded.device)
+        length = embedded.shape[1] if length is None else length[None, :, None]
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1).mul_(alpha * (length * embedded.shape[2]) ** -0.5)
+
+    embedding.register_forward_hook(add_noise)
+
+
+class RunResources:
+    """Provides a run's base model and gradients: its own, or those of a group (``together.Member``)."""
+
+    def load(self, recipe: Recipe, task: Task[Any]) -> LoadedModel:
+        """Load the base model."""
+        return load_base(recipe, task)
+
+    def check(self, model: nn.Module, config: AdapterConfig) -> None:
+        """Check the model that was built, before run.json records the start."""
+
+    def gradients_of(self, run: Run, data: RunData, state: State) -> Gradients:
+        """Return what computes the gradients of the steps to come."""
+        return Gradients(data, state.prepared, run.accelerator, state.progress.step)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The model, ready to train, and what run.json records of it."""
+
+    prepared: PreparedModel
+    parameters: ParametersRecord
+    efficiency: float
+    """Share of a batch that is not padding."""
+    source: AdapterSource | None
+    """The adapter that training begins from."""
+
+
+def build(run: Run, data: RunData, host: RunResources) -> BuiltModel:
+    """Load the base model, inject the adapter, calibrate it where the method needs data, and place all on the devices.
+
+    Raises:
+        ModelError: the base model cannot be loaded.
+        AdapterError: the method's settings do not fit it.
+    """
+    config = method_config(run.recipe)
+    recipe = _checked_recipe(run, data, config)
+    run.tell(Message(f"loading {recipe.base_model.name}"))
+    source = find_init_adapter(recipe)
+    model, injection = _start_adapter(run, recipe, config, data, source, host)
+    if recipe.launch.strategy == "fsdp" and is_dividing(recipe):
+        run.tell(Message(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
+        shard(model, run.accelerator.device, recipe.launch)
+    prepared = prepare(model, config, recipe, data.plan, run.accelerator)
+    if isinstance(data.task, ChecksModel):
+        data.task.check_model(model)
+    if isinstance(data.task, Begins):
+        data.task.begin(model, from_adapter=source is not None)
+    _change_forward(model, config, recipe, data, run.accelerator)
+    form = BatchForm.of(model, data.task, config, data.plan, in_step=prepared.in_step)
+    parameters = ParametersRecord(trainable=injection.trainable, all=injection.total)
+    return BuiltModel(prepared, parameters, form.efficiency(data.plan, data.examples.train), source)
+
+
+def _checked_recipe(run: Run, data: RunData, config: AdapterConfig) -> Recipe:
+    """Check what needs no model, warn of settings that have no effect, and return the recipe without them."""
+    recipe, num_processes = run.pinned, run.accelerator.num_processes
+    refuse_strategy(recipe, data.task, config, num_processes)
+    check_optimizer(recipe.training)
+    if recipe.launch.strategy in ("fsdp", *STAGES) and num_processes == 1:
+        run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
+    if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
+        run.warn("each process reads the base model, to start the adapter from data")
+        recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
+    if run.is_main:
+        check_disk(recipe, data.task.base, data.examples, data.plan)
+    return recipe
+
+
+def _start_adapter(
+    run: Run, recipe: Recipe, config: AdapterConfig, data: RunData, source: AdapterSource | None, host: RunResources
+) -> tuple[nn.Module, Injection]:
+    """Load the model with its adapter, from where training starts it: ``source``, the method's start, or the data."""
+    model, injection, notes = adapted_model(recipe, config, data.task, source, host.load)
+    config.revision = run.recipe.base_model.revision
+    if source is not None:
+        base_hash = run.identity.base_model or commit_of(recipe.base_model).get("sha256")
+        refuse_other_base(source, recipe, base_hash)
+    for note in notes:
+        run.warn(note)
+    if config.modules_to_save:
+        run.tell(Message(f"training in full: {', '.join(config.modules_to_save)}"))
+    if needs_batches(config):
+        run.tell(Message("calibrating the adapter on the training data"))
+        injection = calibrate(model, injection, config, data.examples, run.accelerator)
+    return model, injection
+
+
+def _change_forward(
+    model: nn.Module, config: AdapterConfig, recipe: Recipe, data: RunData, accelerator: Accelerator
+) -> None:
+    """Let the model leave out padding where it can, add noise and be compiled where the recipe says so.
+
+    Raises:
+        ModelError: it does not keep the examples of packed rows apart.
+    """
+    # of a module that DeepSpeed divides, each call is one of all processes, whatever their rows
+    may_unpad = not (recipe.launch.strategy == "zero3" and is_dividing(recipe))
+    # what a GPU computes in half precision is tried out in it
+    with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
+        unpadded = may_unpad and unpad(model, config)
+    if data.plan.packs and not unpadded:
+        refuse_contamination(model, data.task, accelerator)
+    if recipe.training.neftune_noise_alpha is not None:
+        add_embedding_noise(model, recipe.training.neftune_noise_alpha)
+    if recipe.training.torch_compile:
+        compile_layers(model)

@@ -28,17 +28,18 @@ from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
-from peftcli.train import fresh_process, launch
+from peftcli.train import fresh_process
 from peftcli.train.data import RunData
+from peftcli.train.devices import launch
+from peftcli.train.devices.accelerator import start_accelerator, uses_bf16
 from peftcli.train.events import OnEvent
-from peftcli.train.fit_memory import first_auto
 from peftcli.train.loop import Gradients
-from peftcli.train.options import DEFAULTS, RESUME_MODES, StartOptions
-from peftcli.train.run import RunHost, complete_recipe, steps_of
+from peftcli.train.memory.fit import first_auto
+from peftcli.train.run import complete_recipe, steps_of
 from peftcli.train.runs.checkpoint import State
-from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.folder import DEFAULTS, RESUME_MODES, RunFolder, StartOptions
 from peftcli.train.runs.resume import Run
-from peftcli.train.setup import load_base, start_accelerator, uses_bf16
+from peftcli.train.setup import RunResources, load_base
 
 Outcome = dict[str, Any] | PeftcliError
 """The content of a complete run's run.json, or why the run ended earlier."""
@@ -234,7 +235,7 @@ class Group:
             self.accelerator.backward(sum(added))
 
 
-class Member(RunHost):
+class Member(RunResources):
     """One of the runs."""
 
     steps: Any

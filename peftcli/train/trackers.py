@@ -22,8 +22,8 @@ from peftcli.recipe import to_dict
 from peftcli.schema import Recipe
 from peftcli.system.outputs import expand_user
 from peftcli.tasks.base import require_extra
+from peftcli.train.devices.launch import TRAINING, report
 from peftcli.train.events import Message
-from peftcli.train.launch import TRAINING, report
 from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import flatten
 

@@ -24,7 +24,7 @@ from peftcli.train.data import RunData
 from peftcli.train.evaluate import best_metric, evaluate
 from peftcli.train.events import Evaluated, Message, Stepped, StepResult
 from peftcli.train.loop import LESS_LEARNING, Gradients, fit
-from peftcli.train.memory import too_large_a_step, too_large_an_evaluation
+from peftcli.train.memory.out_of_memory import too_large_a_step, too_large_an_evaluation
 from peftcli.train.plan import Plan
 from peftcli.train.runs.checkpoint import State, random_state, restore_random, save_checkpoint
 from peftcli.train.runs.identity import digests
@@ -172,7 +172,7 @@ class TrainingLoop:
             num_workers=num_workers(training, data.task),
             stopping=self._stops_evaluation,
         )
-        self.state.prepared.make_whole()
+        self.state.prepared.gather_parameters()
         if metrics is None:
             restore_random(random)  # as when it is made from the beginning
             if not wants_save(self.request()):

@@ -30,8 +30,8 @@ from peftcli.recipe import json_schema, load_recipe
 from peftcli.recipe.reference import _explainable
 from peftcli.tasks import TASKS
 from peftcli.train.events import Ready, Stepped
-from peftcli.train.options import StartOptions
 from peftcli.train.run import train
+from peftcli.train.runs.folder import StartOptions
 
 FOLDER = Path(output_schemas.__file__).parent
 EVALUATES = ("training.eval_strategy=epoch", "training.eval_on_start=true", "gates.eval_loss=<= 100")

@@ -149,7 +149,7 @@ def test_each_error_of_runs_together_is_told_once(
 
 @pytest.mark.slow  # imports torch and matplotlib anew
 def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written(tmp_path: Path) -> None:
-    code = "from peftcli.train.report import loss_curve; loss_curve([{'step': 1, 'loss': 1.0}])"
+    code = "from peftcli.train.finish import loss_curve; loss_curve([{'step': 1, 'loss': 1.0}])"
     environment = {**os.environ, "HOME": "/proc/none", "TMPDIR": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stderr == ""
@@ -179,7 +179,7 @@ def test_memory_that_is_not_known(cli: Callable, recipe: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise RuntimeError("needs values")
 
-    monkeypatch.setattr("peftcli.train.estimate._estimate", fail)
+    monkeypatch.setattr("peftcli.train.memory.estimate._estimate", fail)
     line = "memory: not known for this model\n"
     dry = cli("train", recipe, "--dry-run")
     assert (json.loads(dry.out)["memory"], line in dry.err, "needs values" in dry.err) == (None, True, False)

@@ -21,7 +21,7 @@ from PIL import Image
 from trainkit import Child
 
 from peftcli.adapters.readers import READERS
-from peftcli.adapters.verify import RECORD_FILE, few_rows, verify_adapter
+from peftcli.adapters.verify import RECORD_FILE, sample_rows, verify_adapter
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Source
@@ -92,7 +92,7 @@ def test_a_bad_row_leaves_the_others_to_compare(tmp_path: Path) -> None:
     row = TASKS["sequence_classification"]
     with open_base(BaseModel(name=str(classifier_base("bert")))) as base:
         task = row.open(row.settings(labels=["good", "bad"], problem_type="single_label"), base)
-    kept = few_rows(task, Source(train=str(data)), None)
+    kept = sample_rows(task, Source(train=str(data)), None)
     assert kept is not None
     assert kept["values"] == [rows[0], rows[2]]
 
@@ -105,7 +105,7 @@ def test_rows_of_a_folder_keep_where_their_files_are(tmp_path: Path) -> None:
     row = TASKS["image_classification"]
     with open_base(BaseModel(name=str(classifier_base("vit")))) as base:
         task = row.open(row.settings(labels=["a", "b"], problem_type="single_label"), base)
-        kept = few_rows(task, Source(train=str(tmp_path)), None)
+        kept = sample_rows(task, Source(train=str(tmp_path)), None)
     assert kept is not None
     assert kept["folders"] == [str(tmp_path / "a"), str(tmp_path / "b")]
 

@@ -21,7 +21,7 @@ from peftcli.errors import Interrupted
 from peftcli.methods.lora.config import LoraConfig
 from peftcli.schema import Launch
 from peftcli.tasks.text import segments
-from peftcli.train.sharded import shard
+from peftcli.train.devices.sharding import shard
 
 pytestmark = pytest.mark.gpu
 

@@ -190,8 +190,8 @@ def test_pairs_in_one_batch_lose_what_they_lose_alone(loss: str, padding: bool) 
     task, model = examples_of(loss)[0], adapted()
     assert padding or unpad(model)
     examples = encoded(task, PREFERRED[:4])
-    together, of_step = task.loss(model, task.collate(examples, training=True)), task.of_step(examples)
-    alone = [task.loss(model, task.collate([each], training=True) | of_step) for each in examples]
+    together, step_inputs = task.loss(model, task.collate(examples, training=True)), task.step_inputs(examples)
+    alone = [task.loss(model, task.collate([each], training=True) | step_inputs) for each in examples]
     torch.testing.assert_close(together.total, sum(each.total for each in alone))
     evaluated = [task.loss(model, task.collate([each], training=False)) for each in examples]
     sums = [

@@ -151,9 +151,9 @@ def memory() -> Sequence[Trial]:
     return [
         Trial(f"{room} MiB from {place} on", partial(_hungry, module, place, room))
         for module, place, rooms in (
-            ("peftcli.train.run", "prepare", (10, 40)),
+            ("peftcli.train.setup", "prepare", (10, 40)),
             ("peftcli.train.training_loop", "fit", (1, 20, 60)),
-            ("peftcli.train.run", "checkpoint_to_resume", (5, 30)),
+            ("peftcli.train.runs.resume", "checkpoint_to_resume", (5, 30)),
         )
         for room in rooms
     ]

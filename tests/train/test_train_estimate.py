@@ -26,7 +26,8 @@ from peftcli.tasks.text.unpadded import unpad
 from peftcli.train import setup
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import load_data, plan_of, with_task
-from peftcli.train.estimate import _HELD_BACK, _largest
+from peftcli.train.devices.accelerator import uses_bf16
+from peftcli.train.memory.estimate import _HELD_BACK, _largest
 from peftcli.train.plan import MicroBatch, Plan
 from peftcli.train.preview import preview
 
@@ -71,7 +72,7 @@ def step_of(recipe: Recipe) -> int:
     def computed(step: int, rows: MicroBatch) -> int:
         batch, living = form.batch(data.task, data.train, plan, step, rows), Living(model)
         for mode in (nullcontext(), living):  # at first it looks for the head
-            with torch.autocast("cpu", torch.bfloat16, enabled=setup.uses_bf16(recipe)), mode:
+            with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16(recipe)), mode:
                 data.task.loss(model, batch).total.backward()
         return living.most
 
@@ -119,7 +120,7 @@ def test_packages_that_only_an_evaluation_imports_are_counted(tmp_path: Path, mo
     (tmp_path / "of_metrics.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("peftcli.tasks.classification.Classification.packages", {"of_metrics": "metrics"})
-    monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: int("of_metrics" in sys.modules))
+    monkeypatch.setattr("peftcli.train.memory.estimate.resident_memory", lambda: int("of_metrics" in sys.modules))
     recipe = CASES["sequence_classification"].write(tmp_path)
     packages = {
         strategy: preview(load_recipe(recipe, [f"training.eval_strategy={strategy}"]))["memory"]["packages"]

@@ -17,8 +17,8 @@ from peftcli.data.rows import Place
 from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
 from peftcli.tasks.base import Loss, Task
 from peftcli.train import evaluate as module
+from peftcli.train.devices.launch import MEASURING, STATUS
 from peftcli.train.evaluate import evaluate
-from peftcli.train.launch import MEASURING, STATUS
 
 CLASSES = 3
 

@@ -230,11 +230,11 @@ def test_a_disk_without_room_for_the_checkpoints_is_found_before_the_model_is_lo
     assert disk["checkpoints"] == len(checkpoints) + 1
     shutil.rmtree(tmp_path / "run")
     for lacks in (1, 0):
-        free = SimpleNamespace(free=disk["peak"] - lacks)
+        free = SimpleNamespace(free=disk["peak"] - lacks, total=1 << 30)
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: free)
         assert main(["train", str(recipe), "--dry-run", *settings]) == lacks * StorageError.exit_code
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-    monkeypatch.delattr("peftcli.train.run.adapted_model")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0, total=1 << 30))
+    monkeypatch.delattr("peftcli.train.setup.adapted_model")
     trainkit.reset_accelerate()
     with pytest.raises(StorageError, match=r"a run needs 0\.\d MB there, and 0\.0 MB are free"):
         trainkit.run_recipe(recipe, *settings)

@@ -17,9 +17,9 @@ from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.schema import Recipe
 from peftcli.tasks import open_task
-from peftcli.train import fit_memory
 from peftcli.train.data import load_data
-from peftcli.train.estimate import Estimate
+from peftcli.train.memory import fit as module
+from peftcli.train.memory.estimate import Estimate
 
 SIZE, STEPS = "training.per_device_train_batch_size=auto", "training.gradient_accumulation_steps=4"
 CHECKPOINTING, STRATEGY = "training.gradient_checkpointing=auto", "launch={strategy: auto, num_processes: 2}"
@@ -32,16 +32,16 @@ NEEDS = Estimate("cpu", packages=0, weights=0, file=0, adapter=0, step=1, evalua
 @pytest.fixture
 def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
     """Choose settings for so much memory, without a number for any. Returns what a step needs, too."""
-    real, known = fit_memory._estimate, dict[str, Any]()
+    real, known = module._estimate, dict[str, Any]()
 
     def once(made: Recipe, base: Any, data: Any, processes: int) -> Estimate | None:
         """An estimate takes a third of a second, and a search asks for the same ones again."""
-        key = f"{fit_memory.settings_of(made)} {processes}"
+        key = f"{module.settings_of(made)} {processes}"
         if key not in known:
             known[key] = real(made, base, data, processes)
         return known[key]
 
-    monkeypatch.setattr(fit_memory, "_estimate", once)
+    monkeypatch.setattr(module, "_estimate", once)
 
     def chosen(
         *settings: str, memory: float = 1e12, processes: int = 1, path: Path = recipe
@@ -49,10 +49,10 @@ def fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[di
         made = load_recipe(path, [*settings] if path != recipe else [PADDED, *settings])
         base = open_base(made.base_model)
         task = open_task(made, base)
-        monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: memory)
-        monkeypatch.setattr("peftcli.train.estimate.resident_memory", lambda: 0)
-        found, needs = fit_memory.choose_settings(made, base, load_data(made, task), processes)
-        return fit_memory.settings_of(found), 0 if needs is None else fit_memory._in_step(needs)
+        monkeypatch.setattr(module, "_memory", lambda recipe, processes: memory)
+        monkeypatch.setattr("peftcli.train.memory.estimate.resident_memory", lambda: 0)
+        found, needs = module.choose_settings(made, base, load_data(made, task), processes)
+        return module.settings_of(found), 0 if needs is None else module._in_step(needs)
 
     return chosen
 
@@ -76,7 +76,7 @@ def test_the_model_is_divided_only_where_it_must_be(fit, monkeypatch: pytest.Mon
     found, whole = fit(STRATEGY, processes=8)
     assert found["strategy"] == "replicate"
     monkeypatch.setattr(
-        "peftcli.train.estimate._held_by_others",
+        "peftcli.train.memory.estimate._held_by_others",
         lambda model, recipe, count, saved: 1 if (recipe.launch.strategy == "fsdp") else 0,
     )  # of two small layers nothing is saved
     found, divided = fit(STRATEGY, processes=8, memory=whole - 1)
@@ -88,14 +88,14 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
 ) -> None:
     folder = f"training.output_dir={tmp_path / 'usual'}"
     usual = trainkit.run_recipe(recipe, "training.per_device_train_batch_size=4", folder)
-    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 0)
+    monkeypatch.setattr(module, "_memory", lambda recipe, processes: 0)
     auto = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     training = auto.run["recipe"]["training"]
     sizes = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
     assert (*sizes, training["gradient_checkpointing"]) == (1, 4, True)
     assert auto.run["train_loss"] == pytest.approx(usual.run["train_loss"], rel=1e-4)
-    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
-    monkeypatch.setattr(fit_memory, "_estimate", lambda *given: NEEDS)
+    monkeypatch.setattr(module, "_memory", lambda recipe, processes: 1e12)
+    monkeypatch.setattr(module, "_estimate", lambda *given: NEEDS)
     again = trainkit.run_recipe(recipe, SIZE, STEPS, CHECKPOINTING)
     assert again.run["artefacts"] == auto.run["artefacts"]
     for changed in ("training.gradient_accumulation_steps=8", "training.gradient_checkpointing=false"):
@@ -105,10 +105,10 @@ def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
 
 @pytest.mark.usefixtures("short")
 def test_a_run_that_replaces_another_chooses_for_itself(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_memory, "_estimate", lambda *given: NEEDS)
-    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 0)
+    monkeypatch.setattr(module, "_estimate", lambda *given: NEEDS)
+    monkeypatch.setattr(module, "_memory", lambda recipe, processes: 0)
     assert trainkit.run_recipe(recipe, SIZE, STEPS).run["recipe"]["training"]["per_device_train_batch_size"] == 1
-    monkeypatch.setattr(fit_memory, "_memory", lambda recipe, processes: 1e12)
+    monkeypatch.setattr(module, "_memory", lambda recipe, processes: 1e12)
     for settings, size in (((), 1), (("method.lora_alpha=3",), 4)):
         replaced = trainkit.run_recipe(recipe, SIZE, STEPS, *settings, overwrite=True)
         assert replaced.run["recipe"]["training"]["per_device_train_batch_size"] == size
@@ -121,14 +121,14 @@ def test_a_damaged_recipe_in_run_json_chooses_nothing(recipe: Path) -> None:
     for damaged in ({}, {"training": "x"}, {"training": {}}):
         (done.folder / "run.json").write_text(json.dumps(done.run | {"recipe": damaged}))
         for overwrite in (False, True):
-            assert fit_memory._settings_of_begun_run(wanted, overwrite) is None
+            assert module._settings_of_begun_run(wanted, overwrite) is None
 
 
 def test_a_model_that_cannot_compute_again_says_so(fit, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: object) -> None:
         raise ModelError("cannot compute its activations again")
 
-    monkeypatch.setattr(fit_memory, "checkpoint_activations", refuse)
+    monkeypatch.setattr(module, "checkpoint_activations", refuse)
     with pytest.raises(ModelError, match="cannot compute its activations again"):
         fit(SIZE, STEPS, "training.gradient_checkpointing=true")
 
@@ -136,7 +136,7 @@ def test_a_model_that_cannot_compute_again_says_so(fit, monkeypatch: pytest.Monk
 def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"auto divides training\.gradient_accumulation_steps, which is 1"):
         fit(SIZE)
-    monkeypatch.setattr(fit_memory, "estimate", lambda *given: None)
+    monkeypatch.setattr(module, "estimate", lambda *given: None)
     with pytest.raises(UsageError, match="what this model needs of memory is not known before"):
         fit(SIZE, STEPS)
     with pytest.raises(UsageError, match="auto is not for a task that compares the rows of a batch"):
@@ -147,13 +147,13 @@ def test_it_says_what_was_chosen_and_why(recipe: Path, fit, monkeypatch: pytest.
     def said(strategy: str, processes: int, *settings: str) -> str:
         asked = load_recipe(recipe, [STRATEGY, *settings])
         chosen = replace(asked, launch=replace(asked.launch, strategy=strategy))
-        return fit_memory._account(asked, chosen, None, 2.0**30, processes)
+        return module._account(asked, chosen, None, 2.0**30, processes)
 
     assert said("replicate", 1).endswith("the base model whole in each process, since there is only one")
     assert said("replicate", 2).endswith("the base model whole in each process, since it cannot be divided")
     assert said("fsdp", 2).endswith("the base model divided, since it does not fit whole")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(fit_memory, "free_memory", lambda: 8.0)
-    monkeypatch.setattr(fit_memory, "resident_memory", lambda: 0.0)
+    monkeypatch.setattr(module, "free_memory", lambda: 8.0)
+    monkeypatch.setattr(module, "resident_memory", lambda: 0.0)
     one, two = (load_recipe(recipe, [f"launch={{num_machines: {n}, main_process_port: 29500}}"]) for n in (1, 2))
-    assert fit_memory._memory(two, 4) == 2 * fit_memory._memory(one, 4), "each machine has memory of its own"
+    assert module._memory(two, 4) == 2 * module._memory(one, 4), "each machine has memory of its own"

@@ -23,9 +23,11 @@ from trainkit import read_run, run_recipe
 
 from peftcli.errors import AdapterError, DataError, Diverged, GateFailed, ProcessDied, UsageError
 from peftcli.schema import Launch
-from peftcli.train import machines, run
-from peftcli.train.launch import Failed, Watch
-from peftcli.train.machines import Agent, Meeting
+from peftcli.train import read_data
+from peftcli.train.devices import machines
+from peftcli.train.devices.launch import Failed, HangDetector
+from peftcli.train.devices.machines import Agent, NumberedRendezvous
+from peftcli.train.runs import identity
 
 STEPS = ("training.max_steps=40", "training.save_strategy=steps", "training.save_steps=5", "training.eval_strategy=no")
 
@@ -210,7 +212,8 @@ def test_what_differs_between_machines_is_refused(
             theirs = []
         return [value, theirs]
 
-    monkeypatch.setattr(run, "gather_object", gather)
+    for module in (identity, read_data):
+        monkeypatch.setattr(module, "gather_object", gather)
     if said is None:
         run_recipe(recipe)
     else:
@@ -227,46 +230,48 @@ def test_a_machine_waits_for_the_first_one_no_longer_than_it_says(monkeypatch: p
             machines._rendezvous(place, "127.0.0.1")
 
 
-def meeting(number: int, store: Any) -> Meeting:
+def rendezvous(number: int, store: Any) -> NumberedRendezvous:
     """A machine's rendezvous, which the agent would number otherwise."""
     found = SimpleNamespace(store=store, rank=5, world_size=2, bootstrap_store_info=None)
-    return Meeting(SimpleNamespace(next_rendezvous=lambda: found), number, "10.0.0.9" if number == 0 else "10.0.0.10")
+    return NumberedRendezvous(
+        SimpleNamespace(next_rendezvous=lambda: found), number, "10.0.0.9" if number == 0 else "10.0.0.10"
+    )
 
 
 def test_machines_have_the_numbers_of_their_recipes() -> None:
     with ThreadPoolExecutor(2) as machines:
         store = HashStore()
-        both = [machines.submit(meeting(each, store).next_rendezvous) for each in (1, 0)]
+        both = [machines.submit(rendezvous(each, store).next_rendezvous) for each in (1, 0)]
         assert [each.result().rank for each in both] == [1, 0]
         assert {each.result().bootstrap_store_info.master_addr for each in both} == {"10.0.0.9"}
         store = HashStore()
-        for each in [machines.submit(meeting(1, store).next_rendezvous) for _ in range(2)]:
+        for each in [machines.submit(rendezvous(1, store).next_rendezvous) for _ in range(2)]:
             with pytest.raises(UsageError, match="not every machine has a number of its own below 2"):
                 each.result()
 
 
 def test_machines_that_are_all_idle_hang() -> None:
-    one, other = meeting(0, HashStore()), meeting(1, None)
+    one, other = rendezvous(0, HashStore()), rendezvous(1, None)
     one.store = other.store = HashStore()
     one.others = other.others = 1
     assert one.idle_everywhere(200.0) == 0  # nothing is known of the other
     assert other.idle_everywhere(3.0) == 3
     assert other.idle_everywhere(190.0) == 190
     for everywhere, reason in ((one.idle_everywhere, None), (lambda _: 181.0, "for 181 seconds")):
-        watch = Watch(seen=(0.0, float("inf"), 2**62))  # nobody computes, or reads and writes
-        found = watch.look({0: os.getpid()}, training=True, everywhere=everywhere)
+        detector = HangDetector(seen=(0.0, float("inf"), 2**62))  # nobody computes, or reads and writes
+        found = detector.find_hang({0: os.getpid()}, training=True, everywhere=everywhere)
         assert found is None if reason is None else reason in str(found)
 
 
 def test_a_machine_hears_why_another_has_ended() -> None:
-    one, other = meeting(0, HashStore()), meeting(1, None)
-    assert other.hear(0) is None
+    one, other = rendezvous(0, HashStore()), rendezvous(1, None)
+    assert other.wait_for_end(0) is None
     one.store = other.store = HashStore()
     one.others = 1
-    assert other.hear(0) is None
+    assert other.wait_for_end(0) is None
     with ThreadPoolExecutor(1) as machines:
-        said = machines.submit(one.say, Diverged("the loss of step 3 is not finite", hint="lower it"))
-        heard = other.hear(5)
+        said = machines.submit(one.announce_end, Diverged("the loss of step 3 is not finite", hint="lower it"))
+        heard = other.wait_for_end(5)
         said.result(timeout=5)
     assert heard is not None
     assert (heard.exit_code, str(heard)) == (Diverged.exit_code, "the loss of step 3 is not finite\nlower it")
@@ -296,7 +301,7 @@ def test_only_lost_processes_are_started_again(
         [],
         2,
     )
-    agent.spec, agent.meeting = SimpleNamespace(max_restarts=3), SimpleNamespace(hear=lambda seconds: other)
+    agent.spec, agent.rendezvous = SimpleNamespace(max_restarts=3), SimpleNamespace(wait_for_end=lambda seconds: other)
     if again:
         agent._restart_workers("group")
     else:
@@ -316,8 +321,8 @@ def test_processes_that_are_aborted_after_their_work_are_not_started_again(
         (tmp_path / f"{number}.json").write_text(text)
     agent: Any = object.__new__(Agent)
     agent.status, agent.waiting, agent.forwarded, agent._pcontext = tmp_path, [], [], None
-    agent.spec, agent.watch = SimpleNamespace(local_world_size=2), SimpleNamespace(look=lambda *_, **__: None)
-    agent.meeting = SimpleNamespace(idle_everywhere=None)
+    agent.spec, agent.detector = SimpleNamespace(local_world_size=2), SimpleNamespace(find_hang=lambda *_, **__: None)
+    agent.rendezvous = SimpleNamespace(idle_everywhere=None)
     group: Any = SimpleNamespace(workers=[SimpleNamespace(global_rank=2), SimpleNamespace(global_rank=3)])
     result = agent._monitor_workers(group)
     assert result.state.name == state

@@ -19,7 +19,7 @@ import trainkit
 from trainkit import Child, read_metrics, read_run, run_recipe
 
 from peftcli.cli.app import main
-from peftcli.train.launch import Watch, _Group, first_error, peftcli_command
+from peftcli.train.devices.launch import HangDetector, _Group, first_error, peftcli_command
 
 HALF = ("training.per_device_train_batch_size=2", "training.eval_strategy=epoch")
 
@@ -165,7 +165,7 @@ def test_the_others_end_when_one_dies(recipe: Path) -> None:
 
 def _note_copies() -> None:
     """Write which of the base model's weights were copied before the first step: pages of its file are shared."""
-    from peftcli.train import run as module
+    from peftcli.train import setup as module
 
     load, prepare = module.load_base, module.prepare
     there = set[int]()
@@ -268,7 +268,7 @@ class Forked:
 
 
 def _start_forked_processes() -> None:
-    from peftcli.train import launch as module
+    from peftcli.train.devices import launch as module
 
     module.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
 
@@ -459,7 +459,7 @@ def test_a_process_that_is_aborted_after_its_work_has_not_failed(tmp_path: Path)
 def test_a_process_that_has_done_its_work_need_not_end(
     reported: str, failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcli.train.launch._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("peftcli.train.devices.launch._GRACE_SECONDS", 0.5)
     group = _Group(tmp_path, None)
     for number, code in enumerate(("import time; time.sleep(60)", "")):
         if number == 1 or reported:
@@ -472,9 +472,9 @@ def test_a_process_that_has_done_its_work_need_not_end(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="a watch reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="the detector reads /proc")
 def test_a_group_is_busy_while_what_its_processes_have_started_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcli.train.launch._IDLE_BEFORE", 0.0)
+    monkeypatch.setattr("peftcli.train.devices.launch._IDLE_BEFORE", 0.0)
     code = "print(flush=True)\nwhile True: pass"
     for _ in range(2):  # a process that has started a worker that has started a compiler
         code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
@@ -482,16 +482,16 @@ def test_a_group_is_busy_while_what_its_processes_have_started_computes(monkeypa
     with process:
         assert process.stdout is not None
         process.stdout.readline()
-        watch = Watch()
-        found = [(watch.look({0: process.pid}, training=False), time.sleep(1.1))[0] for _ in range(2)]
+        detector = HangDetector()
+        found = [(detector.find_hang({0: process.pid}, training=False), time.sleep(1.1))[0] for _ in range(2)]
         os.killpg(process.pid, signal.SIGKILL)
     assert found == [None, None]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a watch reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="the detector reads /proc")
 @pytest.mark.parametrize("measuring", [True, False])
 def test_a_group_that_measures_may_wait(measuring: bool) -> None:
     now = time.monotonic()
-    watch = Watch(busy=now - 60, seen=(now - 2, float("inf"), 2**62))  # nobody computes, or reads and writes
-    found = watch.look({0: os.getpid()}, training=True, measuring=measuring)
+    detector = HangDetector(busy=now - 60, seen=(now - 2, float("inf"), 2**62))  # nobody computes, or reads and writes
+    found = detector.find_hang({0: os.getpid()}, training=True, measuring=measuring)
     assert (found is None) is measuring

@@ -428,7 +428,7 @@ def test_a_bug_leaves_its_traceback_in_train_log(recipe: Path, monkeypatch: pyte
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("correct-horse-9")
 
-    monkeypatch.setattr("peftcli.train.run.plan_of", broken)
+    monkeypatch.setattr("peftcli.train.read_data.plan_of", broken)
     with pytest.raises(PeftcliError) as caught:
         run_recipe(recipe)
     assert caught.value.exit_code == 1

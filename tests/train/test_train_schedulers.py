@@ -10,8 +10,8 @@ import pytest
 from trainkit import Child, read_run
 
 from peftcli.schema import Launch
-from peftcli.train import launch
-from peftcli.train.schedulers import take_slurms_rank, with_schedulers_place
+from peftcli.train.devices import launch
+from peftcli.train.devices.schedulers import take_slurms_rank, with_schedulers_place
 
 STEP = {
     "SLURM_JOB_ID": "4711",

@@ -13,7 +13,7 @@ from test_train_resume import stop_after
 from trainkit import run_recipe
 
 from peftcli.errors import Interrupted
-from peftcli.train import launch, threads
+from peftcli.train.devices import launch, threads
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from trainkit import at_step, run_recipe
 
 from peftcli.errors import Interrupted, UsageError
 from peftcli.train import trackers
-from peftcli.train.launch import STATUS, TRAINING
+from peftcli.train.devices.launch import STATUS, TRAINING
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 Told = dict[str, list[Any]]

@@ -100,7 +100,7 @@ def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelera
         Diverged: the adapter contains NaN or Inf.
     """
     final = folder / f"step-{state.progress.step:06d}"
-    state.prepared.make_whole()
+    state.prepared.gather_parameters()
     states = gather_object([{name: value.cpu() for name, value in random_state().items()}])
     remembered = _optimizer_state(state)
     if accelerator.is_main_process:
@@ -301,7 +301,7 @@ def load_checkpoint(path: Path, state: State, accelerator: Accelerator) -> None:
         load_training_state(state.model, tensors)
         if manifest["optim"] == state.prepared.optim:  # or else --allow-change training.optim
             _load_optimizer(state, safetensors.torch.load_file(path / _OPTIMIZER))
-        state.prepared.take_values()
+        state.prepared.sync_parameters()
         for name, value in asdict(_progress(path)).items():
             setattr(state.progress, name, value)
         best = path / _BEST

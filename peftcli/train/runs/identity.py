@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from peftcli.data.media import is_media
 from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
@@ -143,3 +145,21 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
             described = "".join(f"{each.name} {sha256(each)}\n" for each in media)
             hashes[name] = hashlib.sha256(described.encode()).hexdigest()
     return hashes | init_hashes(recipe)
+
+
+_FILES = ("base_model.name", "base_model.chat_template", "dataset.train", "dataset.eval", "training.init_adapter_from")
+"""Settings that name files, which each machine may have elsewhere. What is in them is compared as they are read."""
+
+
+def refuse_other_recipes(recipe: Recipe) -> None:
+    """Refuse recipes that differ between processes: each would take a step of its own."""
+    settings = comparable_settings(recipe)
+    settings["training"] |= {"save_strategy": recipe.training.save_strategy, "save_steps": recipe.training.save_steps}
+    settings["dataset"]["mix"] = [{**source, "train": None} for source in settings["dataset"]["mix"]]
+    own = {key: value for key, value in flatten(settings).items() if key not in _FILES}
+    first, *others = gather_object([own])
+    for number, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                message = f"is {first.get(key)!r} in process 0, and {other.get(key)!r} in process {number}"
+                raise UsageError(message, key=key, hint="start each machine with the same recipe and overrides")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peftcli.errors import PeftcliError
+from peftcli.system.disk import sha256
 from peftcli.system.secrets import redact_values
 from peftcli.train.runs.typed_json import ABSENT, LATER, Keywords, WrongValue, from_json, to_json
 
@@ -135,6 +137,11 @@ class ArtefactRecord:
     """Its size."""
     sha256: Sha256
     """Its hash."""
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> ArtefactRecord:
+        """The record of a file that is written."""
+        return cls(path=name, bytes=(folder / name).stat().st_size, sha256=sha256(folder / name))
 
 
 @dataclass(kw_only=True)

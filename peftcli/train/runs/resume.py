@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from peftcli.core.protocols import AfterResume, layers_of
 from peftcli.errors import StorageError, UsageError
 from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
@@ -20,10 +24,20 @@ from peftcli.schema import BaseModel, Dataset, Recipe, Source
 from peftcli.system import date
 from peftcli.system.signals import Stop
 from peftcli.train.events import OnEvent, warning
-from peftcli.train.options import RESUME_MODES, StartOptions
-from peftcli.train.report import versions
-from peftcli.train.runs.checkpoint import OTHER_VERSION, find_damage, newest_whole, prune, read_manifest, tidy
-from peftcli.train.runs.folder import RunFolder, checkpoints, refuse_without_product
+from peftcli.train.loop import PreparedModel
+from peftcli.train.runs.checkpoint import (
+    OTHER_VERSION,
+    Misfit,
+    Progress,
+    State,
+    find_damage,
+    load_checkpoint,
+    newest_whole,
+    prune,
+    read_manifest,
+    tidy,
+)
+from peftcli.train.runs.folder import RESUME_MODES, RunFolder, StartOptions, checkpoints, refuse_without_product
 from peftcli.train.runs.identity import Change, changes, check_keys, digests, identity, is_allowed
 from peftcli.train.runs.record import (
     AccountRecord,
@@ -103,36 +117,7 @@ def open_run(
     shared: Any = None
     try:
         if accelerator.is_main_process:
-            check_keys(options.allow_change, recipe)
-            if options.resume not in RESUME_MODES and not Path(options.resume).is_dir():
-                hint = f"{', '.join(RESUME_MODES)}, or the folder of a checkpoint"
-                raise UsageError("no such checkpoint", file=options.resume, key="--resume", hint=hint)
-            now = identity(recipe, accelerator.num_processes)
-            if not folder.is_replacing():
-                _choose(folder, now, options)  # refuses before anything is written
-            folder.lock()
-            folder.finish_replacing()
-            chosen, record, changed = _choose(folder, now, options)
-            if record is None and chosen.path != folder.path and chosen.path.exists():
-                if (begun := chosen.read()) is not None and begun.steps and begun.steps.done:
-                    tell(warning(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
-                chosen.clear()
-            for each in (folder, chosen):
-                each.tidy()
-                tidy(each.checkpoints)
-            if record is None:
-                record = _new_record(recipe, now, accelerator.num_processes)
-            elif record.status != "complete":
-                # a kill may have come before this was recorded
-                record.resumable = bool(checkpoints(chosen.checkpoints))
-            if record.status != "complete":
-                if options.resume not in RESUME_MODES:
-                    changed += _take_checkpoint(Path(options.resume), record, options)
-                if record.data:
-                    changed += _environment_changes(record, accelerator)
-                else:
-                    record.versions = versions()
-            shared = chosen.path, record, now, changed
+            shared = _lock_and_choose(folder, recipe, options, accelerator, tell)
         ((path, record, now, changed),) = broadcast_object_list([shared])
         replaces = None if path == folder.path else folder
         within = folder if replaces is None else RunFolder(path)
@@ -141,6 +126,42 @@ def open_run(
             yield Run(recipe, pinned, options, within, record, now, changed, replaces, accelerator, stop, tell)
     finally:
         folder.close()
+
+
+def _lock_and_choose(
+    folder: RunFolder, recipe: Recipe, options: StartOptions, accelerator: Accelerator, tell: OnEvent
+) -> tuple[Path, RunRecord, IdentityRecord, list[Change]]:
+    """Lock the run folder, and choose its run: return where it is, its record, and how this recipe differs from it."""
+    check_keys(options.allow_change, recipe)
+    if options.resume not in RESUME_MODES and not Path(options.resume).is_dir():
+        hint = f"{', '.join(RESUME_MODES)}, or the folder of a checkpoint"
+        raise UsageError("no such checkpoint", file=options.resume, key="--resume", hint=hint)
+    now = identity(recipe, accelerator.num_processes)
+    if not folder.is_replacing():
+        _choose(folder, now, options)  # refuses before anything is written
+    folder.lock()
+    folder.finish_replacing()
+    chosen, record, changed = _choose(folder, now, options)
+    if record is None and chosen.path != folder.path and chosen.path.exists():
+        if (begun := chosen.read()) is not None and begun.steps and begun.steps.done:
+            tell(warning(f"another run that was to replace it, stopped after step {begun.steps.done}, is gone"))
+        chosen.clear()
+    for each in (folder, chosen):
+        each.tidy()
+        tidy(each.checkpoints)
+    if record is None:
+        record = _new_record(recipe, now, accelerator.num_processes)
+    elif record.status != "complete":
+        # a kill may have come before this was recorded
+        record.resumable = bool(checkpoints(chosen.checkpoints))
+    if record.status != "complete":
+        if options.resume not in RESUME_MODES:
+            changed += _take_checkpoint(Path(options.resume), record, options)
+        if record.data:
+            changed += _environment_changes(record, accelerator)
+        else:
+            record.versions = versions()
+    return chosen.path, record, now, changed
 
 
 def _environment_changes(record: RunRecord, accelerator: Accelerator) -> list[Change]:
@@ -208,6 +229,17 @@ _WAYS_OUT = "choose another training.output_dir; or --overwrite: the old run is 
 def has_begun(folder: RunFolder, record: RunRecord | None) -> bool:
     """Whether there is something to lose. A run that ended before its first step has nothing."""
     return record is not None and bool(record.attempts or folder.checkpoints.exists())
+
+
+_PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+_version = functools.cache(version)  # which reads a file each time
 
 
 def _new_record(recipe: Recipe, now: IdentityRecord, num_processes: int) -> RunRecord:
@@ -350,3 +382,63 @@ def _take_checkpoint(path: Path, record: RunRecord, options: StartOptions) -> li
         for name in _BEGAN_WITH if not record.attempts else ():
             setattr(record, name, getattr(began, name))
     return other
+
+
+def resume_state(run: Run, prepared: PreparedModel, total: int) -> State:
+    """The state of training, of ``total`` steps: from the newest whole checkpoint, or from the start.
+
+    Raises:
+        UsageError: the run has more steps done than the recipe wants.
+        StorageError: the checkpoint does not fit.
+    """
+    state = State(prepared, run.accelerator.unwrap_model(prepared.model), Progress())
+    with checkpoint_to_resume(run) as checkpoint:
+        if checkpoint is None:
+            return state
+        prepared.gather_parameters()
+        try:
+            load_checkpoint(checkpoint, state, run.accelerator)
+        except Misfit as error:
+            if not any(is_allowed(change, run.options.allow_change) for change in run.changes):
+                raise
+            hint = "undo the changes that were allowed; or choose another training.output_dir"
+            raise UsageError(error.message, file=error.file, key="--allow-change", hint=hint) from None
+    _drop_outdated(run, state)
+    progress = state.progress
+    if progress.step > total:
+        message = f"the run has done {progress.step} steps, and the recipe now wants {total}"
+        raise UsageError(message, key="training.max_steps")
+    if isinstance(method := layers_of(prepared.config), AfterResume):
+        method.after_resume(state.model, prepared.config, progress.step, total)
+    if progress.step == total and progress.pending is None:
+        # before, an earlier step than the last one
+        progress.pending = next((line for line in run.folder.metrics() if line["step"] == total), {})
+    return state
+
+
+_MEASURED = ("base_model", "task", "method", "dataset", "data", "recipe")
+"""Keys and sections on which the metrics of an adapter depend."""
+_CHOOSING = ("training.metric_for_best_model", "training.greater_is_better")
+"""Keys on which it depends which of two adapters is better."""
+
+
+def _drop_outdated(run: Run, state: State) -> None:
+    """Drop what a change has made outdated: the metrics before training, and the best adapter so far.
+
+    The best adapter is also dropped where the recipe does not keep it, or compares by another metric now.
+    """
+    progress, wanted = state.progress, run.recipe.training.load_best_model_at_end
+    if not wanted:
+        state.best_adapter = None
+    # changes after the checkpoint, also those of an attempt that was killed before it saved one
+    recorded = [each for each in run.record.changes if each.step >= progress.step]
+    differing = [*run.changes, *(Change(each.key, each.before, each.now) for each in recorded)]
+    if any(is_allowed(each, _MEASURED) for each in differing):
+        progress.first_eval = {}
+    keys = [each.key for each in differing if is_allowed(each, (*_MEASURED, *_CHOOSING))]
+    if wanted and state.best_adapter is None:
+        keys.append("training.load_best_model_at_end")
+    if keys and progress.best_eval:
+        best = f"the best evaluation so far, after step {progress.best_step}"
+        run.warn(f"{keys[0]} has changed: {best}, no longer counts")
+        state.best_adapter, progress.best_eval, progress.best_step, progress.no_better = None, {}, -1, 0

@@ -18,7 +18,7 @@ _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
 
 
-class Sizes(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Inside, floating-point numbers are not computed; whole numbers, as token ids and masks, are.
 
     Torch's fake tensors stand for the former. What a model does with the latter may depend on their values: which
@@ -57,7 +57,7 @@ class Sizes(TorchDispatchMode):
         """Return another tensor like one, which is counted too."""
         return self._placed(tensor.detach(), tensor.dtype)
 
-    def of(self, compute: Callable[[], object]) -> int:
+    def peak_of(self, compute: Callable[[], object]) -> int:
         """Call a function without values; return how many bytes lived at most beyond those from before.
 
         Raises:

@@ -33,11 +33,11 @@ from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
+from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.evaluate import import_packages
+from peftcli.train.memory.sizes import MemoryCounter
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
-from peftcli.train.setup import base_dtype, uses_bf16
-from peftcli.train.sizes import Sizes
 
 _HELD_BACK = 1.2
 """Factor by which a process on a CPU takes more than the counted memory of a step, since freed memory is not all used
@@ -137,13 +137,13 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         packages = resident_memory()
     if recipe.base_model.attn_implementation is not None:
         model.set_attn_implementation(recipe.base_model.attn_implementation)
-    sizes = Sizes(device)
-    sizes.place(model, base_dtype(recipe))
+    counter = MemoryCounter(device)
+    counter.place(model, base_dtype(recipe))
     tensors = named_tensors(model)
     trained = [parameter for _, _, parameter in tensors.values()]
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     saved = _saved_by_quantization(model, recipe)
-    whole = sizes.live - values - sum(saved.values())
+    whole = counter.live - values - sum(saved.values())
     elsewhere = _held_by_others(model, recipe, plan.num_processes, saved)
     in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
     if not (in_step and recipe.launch.strategy == "zero3"):
@@ -153,52 +153,60 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe))
     model.train()
     for parameter in trained:
-        parameter.grad = sizes.like(parameter)
+        parameter.grad = counter.like(parameter)
     kept = 0 if recipe.launch.reshard_after_forward else elsewhere  # layers that stay whole after the forward pass
 
     def taken(step: int, rows: MicroBatch) -> int:
         batch = form.batch(data.task, data.train, plan, step, rows)
         with autocast:
-            return sizes.of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
+            return counter.peak_of(lambda: data.task.loss(model, on_device(batch, device)).total.backward())
 
     most_tokens, *most_pairs = (taken(*each) for each in _largest(form, plan, data))
     step = max([most_tokens, *most_pairs])
     if on_cpu:
         of_other_lengths = step - most_tokens  # what attention has freed does not fit where rows are longer
         step = round(_HELD_BACK * (step + of_other_lengths)) + (bytes_of_kernels() if uses_bf16(recipe) else 0)
-    evaluation = 0
-    if data.eval is not None and recipe.training.eval_strategy != "no":
-        model.eval()
-        before = sizes.live
-        largest = np.argsort(data.eval.sizes)[-recipe.training.per_device_eval_batch_size :].tolist()
-        rows = collate(data.task, data.eval, largest, training=False)
-        with torch.no_grad(), autocast:
-            try:
-                sizes.of(lambda: data.task.loss(model, on_device(rows, device)))
-            except (Interrupted, MemoryError):
-                raise
-            except Exception:  # what comes after the model looks at its answers; by then most is known
-                pass
-        evaluation = kept + sizes.most - before
-    training = recipe.training
-    stored, file = base.stored_bytes(), 0
-    if on_cpu and abs(stored - whole) > whole / 20:  # or else the weights are pages of the file
-        file = stored + elsewhere
-    elif on_cpu and elsewhere:  # and what stays in this process is copied
-        file = whole if recipe.launch.cpu_ram_efficient_loading else whole - elsewhere
-    elif elsewhere and saved:  # quantised on the GPU, whole, and divided then
-        file = elsewhere
-    best = values if training.load_best_model_at_end and on_cpu else 0
+    evaluation = _evaluation_peak(model, recipe, data, counter, kept)
+    best = values if recipe.training.load_best_model_at_end and on_cpu else 0
     return Estimate(
         device=device.type,
         packages=packages,
         weights=whole - elsewhere,
-        file=file,
-        adapter=2 * values + state_bytes(tensors, training) + best,
+        file=_loading_bytes(recipe, base, whole, elsewhere, on_cpu=on_cpu, quantised=bool(saved)),
+        adapter=2 * values + state_bytes(tensors, recipe.training) + best,
         step=kept + step,
         evaluation=evaluation,
         saving=max((each.numel() * each.element_size() for each in trained), default=0) if on_cpu else 0,
     )
+
+
+def _evaluation_peak(model: nn.Module, recipe: Recipe, data: Data, counter: MemoryCounter, kept: int) -> int:
+    """Bytes that the largest batch of an evaluation takes, with the ``kept`` ones of layers; 0 without evaluation."""
+    task, examples = data.task, data.eval
+    if examples is None or recipe.training.eval_strategy == "no":
+        return 0
+    model.eval()
+    before = counter.live
+    largest = np.argsort(examples.sizes)[-recipe.training.per_device_eval_batch_size :].tolist()
+    rows = collate(task, examples, largest, training=False)
+    with torch.no_grad(), torch.autocast(counter.device.type, torch.bfloat16, enabled=uses_bf16(recipe)):
+        try:
+            counter.peak_of(lambda: task.loss(model, on_device(rows, counter.device)))
+        except (Interrupted, MemoryError):
+            raise
+        except Exception:  # what comes after the model looks at its answers; by then most is known
+            pass
+    return kept + counter.most - before
+
+
+def _loading_bytes(recipe: Recipe, base: OpenBase, whole: int, elsewhere: int, *, on_cpu: bool, quantised: bool) -> int:
+    """Bytes that loading takes beyond the weights: ``whole`` in all, of which ``elsewhere`` other processes keep."""
+    stored = base.stored_bytes()
+    if on_cpu and abs(stored - whole) > whole / 20:  # or else the weights are pages of the file
+        return stored + elsewhere
+    if on_cpu and elsewhere:  # and what stays in this process is copied
+        return whole if recipe.launch.cpu_ram_efficient_loading else whole - elsewhere
+    return elsewhere if quantised else 0  # quantised on the GPU, whole, and divided then
 
 
 def _largest(form: BatchForm, plan: Plan, data: Data) -> list[tuple[int, MicroBatch]]:

@@ -1,4 +1,4 @@
-"""Other ways to compute the same layers: compiled by torch, or with liger-kernel's functions."""
+"""Other ways to compute the same layers: compiled by torch, with liger-kernel's functions, or again backward."""
 
 from __future__ import annotations
 
@@ -60,3 +60,17 @@ def use_liger_kernel(model: Any) -> None:
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ModelError(f"liger-kernel has nothing for models of the type {kind}", key=_LIGER)
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute its activations again in the backward pass.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    # under the name of transformers 5.24 and later, or the one before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(str(error), key="training.gradient_checkpointing") from None

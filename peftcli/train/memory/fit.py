@@ -34,15 +34,15 @@ from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of, prepare_config
-from peftcli.train.disk_space import refuse_full_disk
-from peftcli.train.estimate import Estimate, bytes_written, estimate
+from peftcli.train.devices.kernels import checkpoint_activations
+from peftcli.train.devices.strategies import may_divide, supports_quantization
 from peftcli.train.events import Message, OnEvent, warning
+from peftcli.train.memory.disk_space import refuse_full_disk
+from peftcli.train.memory.estimate import Estimate, bytes_written, estimate
 from peftcli.train.plan import Plan
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.resume import has_begun
 from peftcli.train.runs.typed_json import to_json
-from peftcli.train.setup import checkpoint_activations
-from peftcli.train.strategies import may_divide, supports_quantization
 
 _USED = 0.9
 """The share of the memory that an estimate may fill."""
@@ -144,14 +144,7 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
         UsageError: it is not known what the model needs, or there is nothing to choose from.
     """
     given, key = settings_of(recipe), first_auto(recipe)
-    size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
-    if not data.task.divides:
-        raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)
-    if size == "auto" and steps == 1:
-        hint = "set training.gradient_accumulation_steps to the examples that a step has on a device"
-        raise UsageError("auto divides training.gradient_accumulation_steps, which is 1", key=key, hint=hint)
-    sizes = [each for each in range(1, steps + 1) if steps % each == 0] if size == "auto" else [size]
-    total = steps if size == "auto" else size * steps
+    sizes, total = _possible_sizes(recipe, data)
 
     def chosen(size: int, checkpointing: bool, strategy: str) -> Recipe:
         return with_settings(recipe, dict(zip(given, (size, total // size, checkpointing, strategy), strict=True)))
@@ -190,6 +183,24 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
         assert refused is not None
         raise refused
     return last
+
+
+def _possible_sizes(recipe: Recipe, data: Data) -> tuple[list[int], int]:
+    """Return how many examples may be at once in the model, and how many a step has on a device.
+
+    Raises:
+        UsageError: there is nothing to choose from.
+    """
+    given, key = settings_of(recipe), first_auto(recipe)
+    size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
+    if not data.task.divides:
+        raise UsageError("auto is not for a task that compares the rows of a batch", key=key, hint=_NUMBERS)
+    if size != "auto":
+        return [size], size * steps
+    if steps == 1:
+        hint = "set training.gradient_accumulation_steps to the examples that a step has on a device"
+        raise UsageError("auto divides training.gradient_accumulation_steps, which is 1", key=key, hint=hint)
+    return [each for each in range(1, steps + 1) if steps % each == 0], steps
 
 
 def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Sequence[str]:

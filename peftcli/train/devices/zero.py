@@ -1,7 +1,7 @@
 """A run under DeepSpeed's ZeRO: each process keeps a part of the optimizer's state and, with ``zero3``, of the model.
 
 DeepSpeed adds the gradients up, clips them, and updates the parts. What trains is whole in every process, as it is with
-FSDP2 (``sharded``), so adapters and checkpoints are those of a run without it.
+FSDP2 (``sharding``), so adapters and checkpoints are those of a run without it.
 
 ZeRO: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054
 """
@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftcli.schema import Launch
+from peftcli.train.devices.sharding import check_divisible, is_sharded
+from peftcli.train.devices.strategies import STAGES
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
-from peftcli.train.sharded import check_divisible, is_sharded
-from peftcli.train.strategies import STAGES
 
 _LARGEST_BUCKET = 50_000_000
 _COMPILED = "deepspeed_shm_comm"
@@ -57,12 +57,12 @@ class ZeroModel(PreparedModel):
         norm = float(self.engine.get_global_grad_norm() or 0)
         return math.inf if self.engine.optimizer.overflow or norm < 0 else norm
 
-    def make_whole(self) -> None:
+    def gather_parameters(self) -> None:
         first: Any = self.parameters[0]  # to which DeepSpeed has given methods
         if is_sharded(self.model):
             first.all_gather(self.parameters)
 
-    def take_values(self) -> None:
+    def sync_parameters(self) -> None:
         take = importlib.import_module("deepspeed.utils").safe_set_full_fp32_param
         values, first = [parameter.detach().clone() for parameter in self.parameters], cast(Any, self.parameters[0])
         if is_sharded(self.model):  # the parts that are gathered, beside those that are updated
@@ -119,6 +119,29 @@ def start_engine(
     Raises:
         ModelError: there is no stack of layers to divide, or the weights are quantised.
     """
+    stage, config = STAGES[launch.strategy], _engine_config(model, parameters, launch, max_grad_norm)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        deepspeed = importlib.import_module("deepspeed")
+        _speak_on_stderr()
+        deepspeed.ops.__compatible_ops__[_COMPILED] = False
+        if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(parameters[0].device)
+                torch.distributed.broadcast(buffer.data, 0)  # as Init does with the parameters
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if stage == STAGES["zero3"]:
+        for parameter in parameters:  # after it was gathered for the first time
+            vars(parameter)["ds_persist"] = True
+        engine.optimizer.persistent_parameters += parameters
+        for each in model.modules():
+            if isinstance(each, PreTrainedModel):
+                vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
+    return engine
+
+
+def _engine_config(model: nn.Module, parameters: list[nn.Parameter], launch: Launch, max_grad_norm: float) -> object:
+    """Return DeepSpeed's configuration, by the sizes of the layers to divide and of what trains."""
     stage = STAGES[launch.strategy]
     zero: dict[str, Any] = {
         "stage": stage,
@@ -142,25 +165,7 @@ def start_engine(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
     }
-    config = DeepSpeedPlugin(hf_ds_config=config).deepspeed_config
-    with contextlib.redirect_stdout(sys.stderr):  # it prints
-        deepspeed = importlib.import_module("deepspeed")
-        _speak_on_stderr()
-        deepspeed.ops.__compatible_ops__[_COMPILED] = False
-        if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
-            deepspeed.zero.Init(module=model, config_dict_or_path=config)
-            for buffer in model.buffers():
-                buffer.data = buffer.data.to(parameters[0].device)
-                torch.distributed.broadcast(buffer.data, 0)  # as Init does with the parameters
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    if stage == STAGES["zero3"]:
-        for parameter in parameters:  # after it was gathered for the first time
-            vars(parameter)["ds_persist"] = True
-        engine.optimizer.persistent_parameters += parameters
-        for each in model.modules():
-            if isinstance(each, PreTrainedModel):
-                vars(each)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
-    return engine
+    return DeepSpeedPlugin(hf_ds_config=config).deepspeed_config
 
 
 def _copied(value: Any, device: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What to change where the memory does not suffice."""
+"""The peak memory of a process, and what to change where the memory does not suffice."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import torch
+
 from peftcli.errors import OutOfMemory
 from peftcli.schema import Recipe
+from peftcli.system.memory import peak_resident_memory
 from peftcli.tasks.base import Task
-from peftcli.train.report import peak_memory_bytes
 
 _TO_GO_ON = ". To go on at the last checkpoint, add --allow-change KEY"
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """The peak memory of this process: resident, and on the GPU if there is one."""
+    peak = {"rss": peak_resident_memory()}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
 
 
 def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any], *, saved: bool) -> OutOfMemory:

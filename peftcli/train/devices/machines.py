@@ -34,21 +34,21 @@ from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
 from peftcli.schema import Launch
 from peftcli.system.addresses import local_address_towards, notice_lost_machines, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
-from peftcli.train.events import Message, OnEvent, warning
-from peftcli.train.launch import (
+from peftcli.train.devices.launch import (
     GO_ON,
     MEASURING,
     STATUS,
     TRAINING,
     ErrorOfProcess,
     Failed,
-    Watch,
+    HangDetector,
     conclude,
     error_fields,
     first_error,
     peftcli_command,
     shared_variables,
 )
+from peftcli.train.events import Message, OnEvent, warning
 
 _NAME = "peftcli"
 _JOIN_SECONDS = 1800
@@ -57,7 +57,7 @@ _HEAR_SECONDS = 5.0
 """How long it waits for the reason why another one's processes ended."""
 _AGENTS_OWN = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that the agent handles, too, if it is let."""
-_DEBIANS_OWN = "127."
+_LOOPBACK = "127."
 """Where ``/etc/hosts`` often says that a machine's own name is."""
 
 
@@ -89,21 +89,21 @@ def run_on_machine(
     where, minutes = launch.main_process_ip, _JOIN_SECONDS // 60
     tell(Message(f"waiting for {launch.num_machines} machines at {where}, at most {minutes} minutes"))
     address = _own_address(launch)
-    meeting = Meeting(_rendezvous(launch, address), launch.machine_rank, address)
+    rendezvous = NumberedRendezvous(_rendezvous(launch, address), launch.machine_rank, address)
     before()
     program, *words = peftcli_command(command)
     with tempfile.TemporaryDirectory(prefix="peftcli-") as folder:
         spec = WorkerSpec(
             role=_NAME,
             local_world_size=count,
-            rdzv_handler=cast(RendezvousHandler, meeting),
+            rdzv_handler=cast(RendezvousHandler, rendezvous),
             entrypoint=program,
             args=tuple(words),
             max_restarts=launch.max_restarts,
             local_addr=address,
         )
         save = signal.Signals[save_on] if save_on else None
-        agent = Agent(spec, meeting, Path(folder), save, resumable, tell)
+        agent = Agent(spec, rendezvous, Path(folder), save, resumable, tell)
         with _environment(count, folder, address), agent.signals_passed_on():
             error = agent.train()
         conclude(error, agent.answer, afterwards)
@@ -153,7 +153,7 @@ def _own_address(launch: Launch) -> str:
                 message = f"{meets[0]} cannot be reached: {error.strerror or error}"
                 raise UsageError(message, key="launch.main_process_ip") from None
         time.sleep(1.0)  # a pod has a name only once it runs
-    if not found.startswith(_DEBIANS_OWN) or meets[0].startswith(_DEBIANS_OWN) or meets[0] == "localhost":
+    if not found.startswith(_LOOPBACK) or meets[0].startswith(_LOOPBACK) or meets[0] == "localhost":
         return found
     try:
         # an address that nobody has: by the way to other networks
@@ -182,7 +182,7 @@ def _environment(count: int, folder: str, address: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class Meeting:
+class NumberedRendezvous:
     """A rendezvous in which each machine has the number that its recipe gives it."""
 
     def __init__(self, inner: Any, number: int, address: str):
@@ -225,7 +225,7 @@ class Meeting:
         names = [f"idle {each}" for each in range(self.others + 1)]
         return min(map(float, self.store.multi_get(names))) if self.store.check(names) else 0.0
 
-    def say(self, error: PeftcliError) -> None:
+    def announce_end(self, error: PeftcliError) -> None:
         """Tell the other machines why this one ends. Where they meet, this one waits until they have heard it."""
         if self.store is None:
             return
@@ -234,7 +234,7 @@ class Meeting:
             if self.number == 0:
                 _wait_for_count(self.store, "heard", self.others, 2 * _HEAR_SECONDS)
 
-    def hear(self, seconds: float) -> PeftcliError | None:
+    def wait_for_end(self, seconds: float) -> PeftcliError | None:
         """Return why another machine has ended, if one says so in time."""
         if self.store is None:
             return None
@@ -265,19 +265,19 @@ class Agent(LocalElasticAgent):
     def __init__(
         self,
         spec: WorkerSpec,
-        meeting: Meeting,
+        rendezvous: NumberedRendezvous,
         folder: Path,
         save_on: signal.Signals | None,
         resumable: Callable[[], bool],
         tell: OnEvent,
     ):
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder), redirects=Std.OUT), exit_barrier_timeout=60)
-        self.spec, self.meeting, self.status, self.save_on = spec, meeting, folder, save_on
+        self.spec, self.rendezvous, self.status, self.save_on = spec, rendezvous, folder, save_on
         self.resumable, self.tell = resumable, tell
         self.waiting: list[int] = []
         """Signals to pass on."""
         self.forwarded: list[int] = []
-        self.watch = Watch()
+        self.detector = HangDetector()
         self.error: PeftcliError | None = None
         """Why the processes ended, the last time that they did."""
 
@@ -291,11 +291,11 @@ class Agent(LocalElasticAgent):
             self.error = error
         except (RendezvousError, RuntimeError):  # the latter of the store, which is gone
             gone = ProcessDied("the other machines have ended, or did not come", hint=GO_ON)
-            self.error = self.meeting.hear(0) or self.error or gone
+            self.error = self.rendezvous.wait_for_end(0) or self.error or gone
         if self.error is not None:
-            self.meeting.say(self.error)
+            self.rendezvous.announce_end(self.error)
         with suppress(Exception):
-            self.meeting.shutdown()  # others, which wait for this one, end too
+            self.rendezvous.shutdown()  # others, which wait for this one, end too
         return self.error
 
     def answer(self) -> str:
@@ -348,7 +348,7 @@ class Agent(LocalElasticAgent):
         for name in (TRAINING, MEASURING):
             (self.status / name).unlink(missing_ok=True)
         self.error = None
-        self.tell(Message(f"{self.meeting.others + 1} machines are there; starting the processes"))
+        self.tell(Message(f"{self.rendezvous.others + 1} machines are there; starting the processes"))
         started: dict[int, Any] = super()._start_workers(worker_group)
         self._listen()  # before torch 2.13 the agent has just put its own handlers there
         return started
@@ -361,8 +361,8 @@ class Agent(LocalElasticAgent):
             for pid in pids.values():
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
-        measuring, everywhere = (self.status / MEASURING).exists(), self.meeting.idle_everywhere
-        if reason := self.watch.look(pids, training=training, measuring=measuring, everywhere=everywhere):
+        measuring, everywhere = (self.status / MEASURING).exists(), self.rendezvous.idle_everywhere
+        if reason := self.detector.find_hang(pids, training=training, measuring=measuring, everywhere=everywhere):
             raise ProcessDied(reason, hint=GO_ON)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.SUCCEEDED):  # of the latter a gate may have failed
@@ -382,7 +382,7 @@ class Agent(LocalElasticAgent):
         self._stop_if_asked()
         if self.error is None:
             self.tell(warning("another machine is new here, or has lost a process; all go on at the newest checkpoint"))
-        elif (other := self.meeting.hear(_HEAR_SECONDS)) is not None:
+        elif (other := self.rendezvous.wait_for_end(_HEAR_SECONDS)) is not None:
             raise other
         else:
             again = f"restart {self.spec.max_restarts - self._remaining_restarts} of {self.spec.max_restarts}"

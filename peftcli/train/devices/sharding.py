@@ -68,12 +68,7 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
         keep_scales(each)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     if send:
-        shapes = [(name, tuple(value.shape)) for name, value in (*model.named_parameters(), *model.named_buffers())]
-        if any(others != shapes for others in gather_object([shapes])):
-            text = (
-                "is not for a method whose shapes depend on the base model's weights, which only the first process has"
-            )
-            raise ModelError(text, key="launch.cpu_ram_efficient_loading")
+        _refuse_other_shapes(model)
     whole = _whole(model, [layer for _, layers in found for layer in layers])
     # the same order in all; and not as a view of the file, of which the layers would stay in memory too
     for value in (*(each for each in model.parameters() if each in whole), *model.buffers()):
@@ -101,6 +96,14 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
             vars(part)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
             # by its class, of which fully_shard has made another
             _CAN_RECORD_REGISTRY.update({str(type(part)): part._can_record_outputs})
+
+
+def _refuse_other_shapes(model: nn.Module) -> None:
+    """Raise ModelError where the first process's model has other shapes than that of another one."""
+    shapes = [(name, tuple(value.shape)) for name, value in (*model.named_parameters(), *model.named_buffers())]
+    if any(others != shapes for others in gather_object([shapes])):
+        text = "is not for a method whose shapes depend on the base model's weights, which only the first process has"
+        raise ModelError(text, key="launch.cpu_ram_efficient_loading")
 
 
 def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, list[nn.Module]]]:

@@ -25,7 +25,7 @@ from peftcli.errors import GateFailed, Interrupted, PeftcliError, ProcessDied, S
 from peftcli.schema import Launch
 from peftcli.system.cores import usable_cores
 from peftcli.system.signals import SAVE_SIGNAL, STARTED, STOP_SIGNALS, end_with_parent
-from peftcli.train.schedulers import is_pod
+from peftcli.train.devices.schedulers import is_pod
 
 _GRACE_SECONDS = 12.0
 """Time for the other processes to end after one has failed."""
@@ -283,7 +283,7 @@ class _Group:
 
     def wait(self) -> PeftcliError | None:
         """Wait for all. Returns the error of the first that failed, once the others have ended or been killed."""
-        watch = Watch()
+        detector = HangDetector()
         ended: dict[int, float] = {}  # process -> when it was seen to have ended, or to be about to, in that order
         error: PeftcliError | None = None
         while any(process.poll() is None for process in self.processes) or len(ended) < len(self.processes):
@@ -298,7 +298,7 @@ class _Group:
             late = bool(ended) and time.monotonic() - next(iter(ended.values())) > _GRACE_SECONDS
             if error is None and len(ended) < len(self.processes):
                 living = {number: each.pid for number, each in enumerate(self.processes) if number not in ended}
-                reason = watch.look(living, training=training, measuring=(self.status / MEASURING).exists())
+                reason = detector.find_hang(living, training=training, measuring=(self.status / MEASURING).exists())
                 if reason is not None:
                     self.end()
                     return ProcessDied(reason, hint=GO_ON)
@@ -374,7 +374,7 @@ _STOPPED = (75, *_AT_ONCE)
 
 
 @dataclass
-class Watch:
+class HangDetector:
     """Detects stopped processes and an idle group (Linux)."""
 
     stopped: dict[int, float] = field(default_factory=dict)
@@ -384,7 +384,7 @@ class Watch:
     seen: tuple[float, float, int] = (0.0, 0.0, 0)
     """When the group was last looked at, and its CPU seconds and bytes read and written then."""
 
-    def look(
+    def find_hang(
         self,
         living: dict[int, int],
         *,

@@ -23,8 +23,9 @@ def refuse_full_disk(recipe: Recipe, needs: Mapping[str, int]) -> None:
     folder = RunFolder(Path(recipe.training.output_dir))
     path = folder.path.absolute()
     there = next(each for each in (path, *path.parents) if each.is_dir())
+    kept = sum(path.stat().st_size for path in folder.checkpoints.rglob("*") if path.is_file())
     disk = shutil.disk_usage(there)
-    free = disk.free + _bytes_below(folder.checkpoints)
+    free = disk.free + kept
     if needs["peak"] <= free or not disk.total:  # some file systems say nothing of their size
         return
     checkpoints = f"{count_of(needs['checkpoints'], 'checkpoint')} of {_size(needs['checkpoint'])}"
@@ -36,10 +37,6 @@ def refuse_full_disk(recipe: Recipe, needs: Mapping[str, int]) -> None:
         hint="free some space, name a folder on another disk, lower training.save_total_limit "
         f"({recipe.training.save_total_limit}; one more is there while it is written), or set save_strategy: no",
     )
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _size(count: int) -> str:
