@@ -1,8 +1,8 @@
 """The split of rows into those to train on and those that ``dataset.eval_fraction`` holds out for evaluation.
 
 Rows that belong together form a group, which stays on one side: rows with equal or nearly equal inputs, with the same
-value in ``dataset.group_by``, or with a part of the input in common (a prompt, a premise, a context), unless so many
-rows have that part that it says nothing. Groups are found from hashes: the rows are read once, and some 200 bytes a row
+value in ``dataset.group_by``, or with a part of the input in common (a prompt, a premise, a context). A part that many
+rows have does not count. Groups are found from hashes: the rows are read once, and some 200 bytes a row
 are held.
 """
 

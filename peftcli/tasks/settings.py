@@ -106,8 +106,8 @@ class Classification(TaskSettings):
     """What the label of a row is: one class, a list of classes, or a number to predict. Unset: found in the training
     rows."""
     label_separator: str | None = field(default=None, metadata=MAY_DIFFER)
-    """What stands between the labels of a row that are one text, as "|" in `spam|urgent`: they are then several classes
-    (multi_label), and an empty text is none of them. Unset: such a text is the name of one class."""
+    """Separator of several labels in one text, as "|" in `spam|urgent` (multi_label). An empty text has no label.
+    Unset: the whole text is the name of one class."""
     class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
     """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes. They are not normalised:
     factors above 1 enlarge the loss and the gradients."""

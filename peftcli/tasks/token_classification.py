@@ -261,7 +261,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return "accuracy" if self.settings.scheme == "none" else "f1"
 
     def constant_metrics(self, view: View) -> dict[str, float]:
-        """The share of the most frequent tag; words that are outside of entities are none to be found."""
+        """The share of the most frequent tag, and an F1 of 0 where all words are outside of entities."""
         counts = self._counts(view)
         share = max(counts.values()) / counts.total()
         return {"accuracy": share, "f1": 0.0, "loss": math.log(len(self.labels))}

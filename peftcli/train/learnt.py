@@ -32,7 +32,7 @@ class Losses:
 
     @property
     def rise(self) -> str:
-        """What to say of a rise; empty where there is none."""
+        """What to say of a rise; empty without a rise."""
         rises = self.last > self.first + (self.factor - 1) * abs(self.first)
         return f"{self.name} rose from {self.first:.4f} to {self.last:.4f}" if rises else ""
 
@@ -59,7 +59,7 @@ def find_doubts(
     """Return why nothing seems to have been learnt; empty where something was, or where too little is known.
 
     ``before`` and ``after`` are metrics of the evaluation data, as far as they were measured, ``lines`` those of
-    metrics.jsonl, and ``view`` the evaluation data, or the training data where there is none.
+    metrics.jsonl, and ``view`` the evaluation data, or the training data without one.
     """
     losses = _losses(before, after, lines)
     if not after and losses is not None:

@@ -139,7 +139,7 @@ def model_attributes(model: nn.Module, configs: Mapping[str, LoraConfig]) -> dic
         compute: Callable[[Iterable[AdapterLayer]], torch.Tensor | None],
         adapter_names: str | Sequence[str] | None = None,
     ) -> torch.Tensor | float:
-        """Return the penalty of these adapters, or of the active ones; 0.0 where there is none."""
+        """Return the penalty of these adapters, or of the active ones; 0.0 without a penalty."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         layers = adapter_layers(model).values()
         found = compute([each for each in layers if each.adapter in (each.active_adapters if names is None else names)])

@@ -188,7 +188,7 @@ _OF_FLAGS = {
 
 
 def unread_columns(records: Records) -> str:
-    """The columns that are not read, as the end of a message; empty where there are none."""
+    """The end of a message that lists the columns that are not read; empty if all are."""
     unread = {name for part in records.parts for name in part.columns_not_read}
     return f"; columns that are not read: {listed(sorted(unread))}" if unread else ""
 
