@@ -37,7 +37,7 @@ def measure() -> dict[str, float]:
 
     from peftcli.core.inject import inject
     from peftcli.core.weights import named_tensors
-    from peftcli.methods.lora.config import LoraConfig
+    from peftcli.methods.lora import LoraConfig
     from peftcli.methods.lora.fused import FUSED
     from peftcli.tasks.text import token_loss
     from peftcli.tasks.text.collate import padded

@@ -30,7 +30,7 @@ def write_model(folder: Path, shard: str, **sizes: int) -> None:
     from peftcli.core.files import content_of, write_adapter
     from peftcli.core.inject import inject
     from peftcli.core.weights import adapter_state
-    from peftcli.methods.lora.config import LoraConfig
+    from peftcli.methods.lora import LoraConfig
     from peftcli.system.disk import write_file
 
     base = folder / "base"

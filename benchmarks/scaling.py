@@ -99,7 +99,7 @@ def step(tokens: int, batch: int, r: int, modules: int, adapters: int) -> dict[s
     from transformers import AutoModelForCausalLM
 
     from peftcli.core.inject import inject
-    from peftcli.methods.lora.config import LoraConfig
+    from peftcli.methods.lora import LoraConfig
     from peftcli.tasks.text.token_loss import next_tokens, target_losses
 
     chosen = rows("long", 0, 25)

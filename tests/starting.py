@@ -12,7 +12,7 @@ from torch import nn
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.protocols import needs_batches
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.layers import calibrate
 from peftcli.methods.lora.lora import LoraLayer
 

@@ -21,7 +21,7 @@ from peftcli.adapters.verify import verify_adapter
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS

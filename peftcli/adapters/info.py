@@ -12,7 +12,7 @@ from peftcli.errors import AdapterError
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 _BOTH = (
     *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),

@@ -1,6 +1,6 @@
-"""The table of methods. Readable without torch: a method's config module is imported on demand.
+"""The table of methods. Readable without torch: a method's module is imported on demand.
 
-A new method is one folder (``config.py`` without torch, ``layers.py`` with it), one row here and one recipe.
+A new method is one folder (``__init__.py``: its settings, without torch; ``layers.py``), one row here and one recipe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Method:
     name: str
     """In recipes, and of its folder below peftcli.methods; in capitals, in adapter_config.json."""
     config_name: str
-    """The name of its class in ``config.py``."""
+    """The name of its config class."""
     title: str
     """The method's name in a sentence."""
     summary: str
@@ -45,7 +45,7 @@ class Method:
 
     def config_class(self) -> type[AdapterConfig]:
         """The method's config class. Imports no torch."""
-        return getattr(importlib.import_module(f"peftcli.methods.{self.name}.config"), self.config_name)
+        return getattr(importlib.import_module(f"peftcli.methods.{self.name}"), self.config_name)
 
 
 _soft_prompt = partial(Method, soft_prompt=True)

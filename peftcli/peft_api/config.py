@@ -18,9 +18,9 @@ from peftcli.guard.adapter_folder import CONFIG_FILE, read_config
 from peftcli.guard.files import is_folder, short_repr
 from peftcli.guard.typed_fields import choices_of, hints_of
 from peftcli.methods import PeftType as PeftType
-from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
-from peftcli.methods.p_tuning.config import PromptEncoderConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from peftcli.methods.p_tuning import PromptEncoderConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 from peftcli.system.disk import write_file
 from peftcli.system.hub_requests import (
     DOWNLOAD_OPTIONS,

@@ -21,7 +21,7 @@ from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import as_pattern
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.updates import svd
 
 

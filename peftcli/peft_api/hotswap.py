@@ -20,8 +20,8 @@ from peftcli.core.targets import as_pattern
 from peftcli.core.weights import check_finite, file_tensors, holds_its_file
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_name
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import SECTIONS
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import SECTIONS
 from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, size_of
 
 _R = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}

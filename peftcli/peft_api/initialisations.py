@@ -23,8 +23,8 @@ from peftcli.core.layer import base_module, outer_modules
 from peftcli.core.linear import Linear, linear_view
 from peftcli.core.targets import targets
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import CordaConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import CordaConfig
 from peftcli.methods.lora.initialisations.corda import covariances
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import start_loftq

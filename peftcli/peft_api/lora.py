@@ -18,9 +18,9 @@ from peftcli.core.layer import adapter_layers, base_module, base_name
 from peftcli.core.linear import linear_view
 from peftcli.core.weights import load_state
 from peftcli.errors import AdapterError, AdapterTypeError, PeftWarning
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
-from peftcli.methods.lora.variants.config import ArrowConfig
+from peftcli.methods.lora.variants import ArrowConfig
 from peftcli.peft_api.adding import find_by_options
 from peftcli.peft_api.conversion import as_lora
 from peftcli.peft_api.hotswap import check_same, swap, widen

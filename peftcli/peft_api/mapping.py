@@ -17,7 +17,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods import METHODS
-from peftcli.methods.ia3.config import TARGETS
+from peftcli.methods.ia3 import TARGETS
 from peftcli.peft_api.adding import check_config, put_new
 from peftcli.peft_api.config import PeftType
 from peftcli.peft_api.functional import inject_adapter_in_model as inject_adapter_in_model

@@ -30,9 +30,9 @@ _TASKS = (
 )
 _PEFT = {
     "errors": "NoMatchingPeftModuleError PeftWarning",
-    "methods.lora.config": "LoraRuntimeConfig",
-    "methods.lora.initialisations.config": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
-    "methods.lora.variants.config": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "methods.lora": "LoraRuntimeConfig",
+    "methods.lora.initialisations": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
+    "methods.lora.variants": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     "peft_api.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)]),
     "peft_api.config": """
         MultitaskPromptTuningInit PeftConfig PeftConfigMixin PeftError PeftType PromptEncoderReparameterizationType
@@ -67,23 +67,23 @@ _PEFT = {
 """Module of peftcli -> PEFT's public names that it holds, but for the classes of the methods."""
 
 PEFT_NAMES = {
-    **{row.config_name: f"peftcli.methods.{row.name}.config" for row in METHODS.values()},
+    **{row.config_name: f"peftcli.methods.{row.name}" for row in METHODS.values()},
     **dict.fromkeys(TUNER_MODELS, "peftcli.peft_api.mapping"),
     **{name: f"peftcli.{module}" for module, names in _PEFT.items() for name in names.split()},
 }
 """PEFT's public names -> the module that holds it; ``peftcli.peft_api`` has these too."""
 
 _LORA = (
-    "methods.lora.config",
-    "methods.lora.initialisations.config",
-    "methods.lora.variants.config",
+    "methods.lora",
+    "methods.lora.initialisations",
+    "methods.lora.variants",
     "methods.lora.lora",
     "peft_api.lora",
     "peft_api.initialisations",
     "peft_api.mapping",
 )
 _TUNERS = {
-    **{f"tuners.{name}": (f"methods.{name}.config", "peft_api.config", "peft_api.mapping") for name in METHODS},
+    **{f"tuners.{name}": (f"methods.{name}", "peft_api.config", "peft_api.mapping") for name in METHODS},
     "tuners.lora": _LORA,
 }
 

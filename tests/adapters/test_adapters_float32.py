@@ -14,7 +14,7 @@ from peftcli.adapters import float32, merge
 from peftcli.adapters.float32 import computing_in_float32
 from peftcli.core.files import content_of, save_adapter
 from peftcli.core.inject import inject
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.system.disk import write_file
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from peftcli.adapters.merged import load_merged
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 
 class _FarFromZero(nn.Module):

@@ -26,7 +26,7 @@ from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import inject
 from peftcli.errors import ModelError
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))

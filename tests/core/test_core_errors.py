@@ -23,12 +23,12 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.adamss.config import AdamssConfig
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import EvaConfig
-from peftcli.methods.poly.config import PolyConfig
-from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.adamss import AdamssConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import EvaConfig
+from peftcli.methods.poly import PolyConfig
+from peftcli.methods.prefix_tuning import PrefixTuningConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 
 
 def _fingerprint(model: nn.Module) -> list[Any]:

@@ -20,7 +20,7 @@ from peftcli.core.prompts import virtual_tokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 
 pytestmark = pytest.mark.grid
 

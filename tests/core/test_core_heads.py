@@ -37,7 +37,7 @@ from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

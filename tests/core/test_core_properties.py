@@ -21,7 +21,7 @@ from peftcli.core.merge import merge
 from peftcli.core.targets import module_matches
 from peftcli.core.weights import adapter_state
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 repeatable = settings(max_examples=40, derandomize=True, database=None)
 

@@ -24,7 +24,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 from peftcli.methods._linear import stored_weight
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.train.setup import unquantised_experts
 
 

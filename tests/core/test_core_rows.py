@@ -14,8 +14,8 @@ import peftcli
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.initialisations.config import LoftQConfig
-from peftcli.methods.lora.variants.config import KasaConfig
+from peftcli.methods.lora.initialisations import LoftQConfig
+from peftcli.methods.lora.variants import KasaConfig
 from peftcli.peft_api import PeftModel, get_peft_model
 from peftcli.peft_api.mixed_batch import adapted_by_row
 

@@ -51,14 +51,14 @@ from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard import patterns
 from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods import METHODS
-from peftcli.methods.frod.config import FrodConfig
-from peftcli.methods.ia3.config import IA3Config
-from peftcli.methods.loha.config import LoHaConfig
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.oft.config import OFTConfig
-from peftcli.methods.osf.config import OSFConfig
-from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
-from peftcli.methods.vera.config import VeraConfig
+from peftcli.methods.frod import FrodConfig
+from peftcli.methods.ia3 import IA3Config
+from peftcli.methods.loha import LoHaConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.oft import OFTConfig
+from peftcli.methods.osf import OSFConfig
+from peftcli.methods.trainable_tokens import TrainableTokensConfig
+from peftcli.methods.vera import VeraConfig
 
 
 def _found(kind: str, **settings: object) -> list[str]:

@@ -18,7 +18,7 @@ from trainkit import at_step, run_recipe
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Launch
 from peftcli.tasks.text import segments
 from peftcli.train.devices.sharding import shard

@@ -28,10 +28,10 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.files import write_adapter
 from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state
-from peftcli.methods.ia3.config import IA3Config
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.ia3 import IA3Config
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.prefix_tuning import PrefixTuningConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 from peftcli.peft_api import get_peft_model
 
 

@@ -22,7 +22,7 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 BASE_WEIGHTS = {"embedding", "embedding-scaled", "head", "head-tied", "embedding-tied", "both-ends-tied"}
 """Cases for which PEFT also writes the base weights of the adapted embedding or head."""

@@ -24,7 +24,7 @@ from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 
 @pytest.fixture(autouse=True)

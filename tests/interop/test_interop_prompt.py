@@ -23,7 +23,7 @@ from peftcli.core.prompts import virtual_tokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 
 N = 4
 KINDS = ("llama", "gpt2", "opt", "qwen2", "gemma3", "bloom", "t5")

@@ -16,7 +16,7 @@ from torch import nn
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.errors import AdapterError
-from peftcli.methods.xlora.config import XLoraConfig
+from peftcli.methods.xlora import XLoraConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

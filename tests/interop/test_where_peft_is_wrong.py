@@ -28,7 +28,7 @@ from peftcli.core.merge import merge
 from peftcli.core.prompts import virtual_tokens
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 
 def _greedy(model: nn.Module, tokens: torch.Tensor, steps: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from peftcli.core.protocols import after_step, describe
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
-from peftcli.methods.adalora.config import AdaLoraConfig
+from peftcli.methods.adalora import AdaLoraConfig
 from peftcli.methods.adalora.layers import AdaLoraLayer, penalty, wrap
 from peftcli.train.events import Event, Stepped
 

@@ -32,8 +32,8 @@ from peftcli.core.merge import merge
 from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
+from peftcli.methods.adaption_prompt import AdaptionPromptConfig
 from peftcli.methods.adaption_prompt import layers as module
-from peftcli.methods.adaption_prompt.config import AdaptionPromptConfig
 from peftcli.peft_api import get_peft_model
 
 SETTINGS: dict[str, Any] = {"adapter_len": 3, "adapter_layers": 2}

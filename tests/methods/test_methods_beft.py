@@ -11,7 +11,7 @@ from peftcli.core.inject import inject
 from peftcli.core.merge import merge
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.beft.config import BeftConfig
+from peftcli.methods.beft import BeftConfig
 
 
 @pytest.mark.parametrize(("kind", "mergeable"), [("qwen2", True), ("bert", True), ("llama", False), ("t5", False)])

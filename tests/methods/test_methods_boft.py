@@ -12,8 +12,8 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.boft.config import BOFTConfig
-from peftcli.methods.ia3.config import IA3Config
+from peftcli.methods.boft import BOFTConfig
+from peftcli.methods.ia3 import IA3Config
 
 
 def test_each_factor_doubles_what_comes_together() -> None:

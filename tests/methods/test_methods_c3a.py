@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
-from peftcli.methods.c3a.config import C3AConfig
+from peftcli.methods.c3a import C3AConfig
 from peftcli.methods.c3a.layers import C3ALinear
 
 

@@ -17,9 +17,9 @@ from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.cartridge.config import CartridgeConfig
+from peftcli.methods.cartridge import CartridgeConfig
 from peftcli.methods.cartridge.layers import prefix_from_cache
-from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
+from peftcli.methods.prefix_tuning import PrefixTuningConfig
 from peftcli.peft_api import (
     PeftConfig,
     PeftModel,

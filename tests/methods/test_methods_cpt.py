@@ -15,7 +15,7 @@ from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, DataError
 from peftcli.methods import config_from_dict
-from peftcli.methods.cpt.config import CPTConfig
+from peftcli.methods.cpt import CPTConfig
 from peftcli.train.examine import examine
 
 IDS, KINDS = [50, 51, 52, 53, 54, 55], [1, 2, 3, 4, 0, 6]

@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
-from peftcli.methods.deft.config import DeftConfig
+from peftcli.methods.deft import DeftConfig
 from peftcli.methods.deft.layers import DeftLinear
 
 

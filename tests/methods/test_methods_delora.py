@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
-from peftcli.methods.delora.config import DeloraConfig
+from peftcli.methods.delora import DeloraConfig
 from peftcli.methods.delora.layers import DeloraLinear
 
 

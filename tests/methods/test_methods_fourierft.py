@@ -16,7 +16,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
-from peftcli.methods.fourierft.config import FourierFTConfig
+from peftcli.methods.fourierft import FourierFTConfig
 from peftcli.methods.fourierft.layers import FourierFTLinear
 
 

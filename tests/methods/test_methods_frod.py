@@ -19,7 +19,7 @@ from peftcli.core.merge import merge
 from peftcli.core.weights import load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.frod.config import FrodConfig
+from peftcli.methods.frod import FrodConfig
 from peftcli.methods.frod.layers import FrodLinear, decompose, kind_of, num_places, shared_basis
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's FRoD leaves it open, of which torch warns

@@ -14,9 +14,9 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.beft.config import BeftConfig
-from peftcli.methods.glora.config import GloraConfig
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.beft import BeftConfig
+from peftcli.methods.glora import GloraConfig
+from peftcli.methods.lora import LoraConfig
 
 
 def _layer(base: nn.Module, **settings: Any) -> Any:

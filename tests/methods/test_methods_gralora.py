@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject
 from peftcli.errors import AdapterError
-from peftcli.methods.gralora.config import GraloraConfig
+from peftcli.methods.gralora import GraloraConfig
 from peftcli.methods.gralora.layers import GraloraLinear
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peftcli.core.inject import inject
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
-from peftcli.methods.hira.config import HiraConfig
+from peftcli.methods.hira import HiraConfig
 from peftcli.methods.hira.layers import wrap
 
 BASES: dict[str, tuple[Any, tuple[int, ...]]] = {

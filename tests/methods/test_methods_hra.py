@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.targets import wrap
-from peftcli.methods.hra.config import HRAConfig
+from peftcli.methods.hra import HRAConfig
 
 
 def _layer(**settings: Any) -> Any:

@@ -14,7 +14,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.ia3.config import IA3Config
+from peftcli.methods.ia3 import IA3Config
 
 BASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 4), (2, 6)),

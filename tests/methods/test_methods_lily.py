@@ -16,7 +16,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import named_tensors
 from peftcli.methods import config_from_dict
-from peftcli.methods.lily.config import LilyConfig
+from peftcli.methods.lily import LilyConfig
 from peftcli.methods.lily.layers import LilyLinear
 
 SETTINGS: dict[str, Any] = {"r": 4, "num_B": 3, "target_modules": ["q_proj", "down_proj"]}

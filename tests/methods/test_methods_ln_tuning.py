@@ -16,7 +16,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.targets import wrap
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
+from peftcli.methods.ln_tuning import TARGETS, LNTuningConfig
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.loha.config import LoHaConfig
-from peftcli.methods.lokr.config import LoKrConfig
+from peftcli.methods.loha import LoHaConfig
+from peftcli.methods.lokr import LoKrConfig
 
 CONFIGS = [LoHaConfig, LoKrConfig]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.lokr.config import LoKrConfig
+from peftcli.methods.lokr import LoKrConfig
 from peftcli.methods.lokr.layers import factors
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.weights import adapter_state
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.layers import wrap
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.inject import inject, set_active, set_trainable
 from peftcli.core.merge import merge
-from peftcli.methods.beft.config import BeftConfig
-from peftcli.methods.glora.config import GloraConfig
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.beft import BeftConfig
+from peftcli.methods.glora import GloraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.layers import wrap
 from peftcli.methods.lora.variants import dora
 

@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError, PeftWarning
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a parameter": (

@@ -15,8 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
-from peftcli.methods.lora import fused
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig, fused
 from peftcli.methods.lora.layers import wrap
 from peftcli.methods.lora.lora import LoraLinear
 from peftcli.peft_api.mixed_batch import BASE, adapted_by_row

@@ -21,10 +21,10 @@ from peftcli.core.protocols import needs_batches
 from peftcli.core.weights import adapter_state, load_training_state, training_state, unsaved_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import CordaConfig, EvaConfig, LoraGAConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import CordaConfig, EvaConfig, LoraGAConfig
 from peftcli.methods.lora.layers import calibrate
-from peftcli.methods.lora.variants.config import VeloraConfig
+from peftcli.methods.lora.variants import VeloraConfig
 
 LR = 0.05
 

@@ -20,8 +20,8 @@ from peftcli.core.weights import adapter_state, training_state
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import config_from_dict
 from peftcli.methods.combinations import Adapter, Combination, combine
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import EvaConfig, LoftQConfig, LoraGAConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import EvaConfig, LoftQConfig, LoraGAConfig
 from peftcli.methods.lora.initialisations.corda import covariances
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import start_loftq

@@ -15,7 +15,7 @@ from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.methods import config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 INPUTS = {"input_ids": ids(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {

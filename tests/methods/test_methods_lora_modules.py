@@ -23,8 +23,8 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import fold, merge
 from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods.ia3.config import IA3Config
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.ia3 import IA3Config
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.layers import wrap
 
 CONVOLUTIONS = {

@@ -17,7 +17,7 @@ from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import disabled, inject, unload
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.replicate import replicate
 
 TWICE = [[0, 2], [1, 2]]

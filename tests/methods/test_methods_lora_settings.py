@@ -17,9 +17,9 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import EvaConfig, LoftQConfig
-from peftcli.methods.lora.variants.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import EvaConfig, LoftQConfig
+from peftcli.methods.lora.variants import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 
 @pytest.fixture(params=FURTHER)

@@ -17,7 +17,7 @@ from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state, load_state, named_tensors
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import wrap_rows
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraEmbedding
 
 TOKENS = [7, 3, 90]

@@ -25,7 +25,7 @@ from peftcli.core.protocols import penalty
 from peftcli.core.quantised import is_packed
 from peftcli.core.weights import load_state, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.layers import wrap
 from peftcli.methods.lora.updates import updates
 from peftcli.methods.lora.variants.monteclora import MontecloraLinear, Sampler

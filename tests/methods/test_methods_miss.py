@@ -12,7 +12,7 @@ from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
-from peftcli.methods.miss.config import MissConfig
+from peftcli.methods.miss import MissConfig
 from peftcli.methods.miss.layers import wrap
 
 

@@ -15,8 +15,8 @@ from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 
 N = 4
 

@@ -14,9 +14,9 @@ from peftcli.core.protocols import after_step
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.boft.config import BOFTConfig
-from peftcli.methods.hra.config import HRAConfig
-from peftcli.methods.oft.config import OFTConfig
+from peftcli.methods.boft import BOFTConfig
+from peftcli.methods.hra import HRAConfig
+from peftcli.methods.oft import OFTConfig
 
 CONFIGS: dict[str, Any] = {
     "oft": OFTConfig(oft_block_size=4, use_cayley_neumann=False),

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.osf.config import OSFConfig
+from peftcli.methods.osf import OSFConfig
 
 BASES = [nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(8, 8)]
 

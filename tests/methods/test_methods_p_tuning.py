@@ -19,7 +19,7 @@ from peftcli.core.inject import inject, set_trainable
 from peftcli.core.weights import adapter_state, load_training_state, named_tensors, unsaved_state
 from peftcli.errors import Interrupted
 from peftcli.methods import config_from_dict
-from peftcli.methods.p_tuning.config import PromptEncoderConfig
+from peftcli.methods.p_tuning import PromptEncoderConfig
 from peftcli.train.events import Event, Stepped
 
 N = 4

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from peftcli.core.inject import inject
-from peftcli.methods.peanut.config import ACTIVATIONS, PeanutConfig
+from peftcli.methods.peanut import ACTIVATIONS, PeanutConfig
 from peftcli.methods.peanut.layers import _ACTIVATIONS, PeanutLinear
 
 

@@ -16,8 +16,8 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
 from peftcli.methods._task_ids import generate
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.poly.config import PolyConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.poly import PolyConfig
 from peftcli.methods.poly.layers import PolyLinear, attach
 from peftcli.peft_api import PeftModel, get_peft_model
 

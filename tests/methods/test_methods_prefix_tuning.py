@@ -20,7 +20,7 @@ from peftcli.core.prompts import virtual_tokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
-from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
+from peftcli.methods.prefix_tuning import PrefixTuningConfig
 
 N = 4
 

@@ -16,7 +16,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import load_training_state, training_state, unsaved_state
 from peftcli.errors import AdapterError
-from peftcli.methods.psoft.config import PsoftConfig
+from peftcli.methods.psoft import PsoftConfig
 from peftcli.methods.psoft.layers import PsoftLinear
 
 

@@ -12,7 +12,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
-from peftcli.methods.pvera.config import PveraConfig
+from peftcli.methods.pvera import PveraConfig
 from peftcli.methods.pvera.layers import PveraLinear, attach
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}

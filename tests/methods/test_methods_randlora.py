@@ -15,7 +15,7 @@ from peftcli.core.files import load_adapter, read_config, read_tensors, save_ada
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.methods import config_from_dict
-from peftcli.methods.randlora.config import RandLoraConfig
+from peftcli.methods.randlora import RandLoraConfig
 from peftcli.methods.randlora.layers import RandLoraLinear, attach
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj", "up_proj"], "r": 3}

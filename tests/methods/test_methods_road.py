@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core.targets import wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.road.config import RoadConfig
+from peftcli.methods.road import RoadConfig
 
 
 def _layer(base: nn.Module, **settings: Any) -> Any:

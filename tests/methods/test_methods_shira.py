@@ -16,7 +16,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods.shira.config import ShiraConfig
+from peftcli.methods.shira import ShiraConfig
 from peftcli.methods.shira.layers import ShiraLinear
 from peftcli.peft_api import PeftModel, get_peft_model
 

@@ -14,7 +14,7 @@ from torch import nn
 from peftcli.core.files import read_tensors, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
-from peftcli.methods.supertuning.config import SupertuningConfig
+from peftcli.methods.supertuning import SupertuningConfig
 from peftcli.methods.supertuning.layers import SupertuningLinear
 
 

@@ -17,7 +17,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
-from peftcli.methods.tinylora.config import TinyLoraConfig
+from peftcli.methods.tinylora import TinyLoraConfig
 from peftcli.methods.tinylora.layers import TinyLoraEmbedding, TinyLoraLinear, attach
 
 SETTINGS: dict[str, Any] = {"r": 3, "u": 5, "init_weights": "uniform", "init_v_bound": 0.5}

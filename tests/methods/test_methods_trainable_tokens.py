@@ -14,7 +14,7 @@ from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.errors import AdapterError
-from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
+from peftcli.methods.trainable_tokens import TrainableTokensConfig
 
 
 def _adapted(kind: str, **settings: Any) -> tuple[Any, TrainableTokensConfig]:

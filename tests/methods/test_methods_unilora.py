@@ -15,7 +15,7 @@ from peftcli.core.files import load_adapter, read_config, read_tensors, save_ada
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import named_tensors
 from peftcli.methods import config_from_dict
-from peftcli.methods.unilora.config import UniLoraConfig
+from peftcli.methods.unilora import UniLoraConfig
 from peftcli.methods.unilora.layers import UniLoraLinear, attach
 
 SETTINGS: dict[str, Any] = {"r": 2, "theta_d_length": 20}

@@ -17,7 +17,7 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state, load_state, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
-from peftcli.methods.vblora.config import VBLoRAConfig
+from peftcli.methods.vblora import VBLoRAConfig
 from peftcli.methods.vblora.layers import VBLoraLinear, attach
 
 SETTINGS: dict[str, Any] = {"num_vectors": 12, "vector_length": 8}

@@ -15,7 +15,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.methods import config_from_dict
-from peftcli.methods.vera.config import VeraConfig
+from peftcli.methods.vera import VeraConfig
 from peftcli.methods.vera.layers import VeraLinear, attach
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}

@@ -17,7 +17,7 @@ from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.waveft.config import MOMENTS, WaveFTConfig
+from peftcli.methods.waveft import MOMENTS, WaveFTConfig
 from peftcli.methods.waveft.layers import WaveFTLinear, _daubechies, synthesis
 
 

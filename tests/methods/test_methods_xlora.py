@@ -19,7 +19,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
 from peftcli.methods.updates import UpdateUnknown, find_updates
-from peftcli.methods.xlora.config import XLoraConfig
+from peftcli.methods.xlora import XLoraConfig
 from peftcli.methods.xlora.layers import find_mixture
 from peftcli.peft_api import LoraConfig, PeftModel, get_peft_model
 

@@ -20,7 +20,7 @@ from transformers import DistilBertConfig, DistilBertModel, SegformerConfig, Seg
 from peftcli.core.inject import inject
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import ModelError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.models.quantization import trained_quantization
 from peftcli.recipe import load_recipe

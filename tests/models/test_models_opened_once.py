@@ -18,7 +18,7 @@ import peftcli
 from peftcli.adapters.generate import load_generator
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.models import validate
 from peftcli.models.hub_files import base_hash, hash_ahead
 from peftcli.models.open import open_base

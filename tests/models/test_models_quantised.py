@@ -34,7 +34,7 @@ from peftcli.core.quantised import is_quantised, keep_layout, num_weights
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, Interrupted, ModelError, UsageError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.fused import FUSED
 from peftcli.schema import BaseModel, Quantization
 from peftcli.train.events import Event, Stepped

@@ -38,9 +38,9 @@ from peftcli.data.store import Example
 from peftcli.errors import AdapterError, ModelError
 from peftcli.guard.adapter_folder import find_weights, read_header
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.methods.ia3.config import IA3Config
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
+from peftcli.methods.ia3 import IA3Config
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.trainable_tokens import TrainableTokensConfig
 from peftcli.models import tokens
 from peftcli.schema import BaseModel, Source
 from peftcli.tasks import settings as task_settings

@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 
 from peftcli.errors import Problem
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import EvaConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import EvaConfig
 from peftcli.recipe import explain, method_config
 from peftcli.recipe.dump import to_dict
 from peftcli.recipe.reference import json_schema

@@ -15,7 +15,7 @@ from peftcli.adapters.verify import verify_adapter
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.methods import METHODS
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.recipe import read
 from peftcli.schema import Launch, Recipe
 from peftcli.tasks import row_of

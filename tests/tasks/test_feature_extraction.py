@@ -18,8 +18,8 @@ from trainkit import base_folder, write_rows
 
 from peftcli.core.inject import inject
 from peftcli.errors import DataError, ModelError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 from peftcli.tasks.base import PredictOptions
 
 NAME = "feature_extraction"

@@ -42,7 +42,7 @@ from peftcli.core.inject import inject
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
 from peftcli.errors import AdapterError, DataError, Interrupted, ModelError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Source
 from peftcli.tasks import TASKS

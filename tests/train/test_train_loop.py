@@ -28,7 +28,7 @@ from peftcli.adapters.verify import verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, ModelError, OutOfMemory, PeftWarning, StorageError, UsageError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.recipe import load_recipe
 from peftcli.schema import Training

@@ -37,7 +37,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.rows import Place
 from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
 from peftcli.errors import Interrupted, ModelError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM

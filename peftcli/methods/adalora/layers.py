@@ -13,7 +13,7 @@ from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_i
 from peftcli.errors import AdapterError
 from peftcli.methods._conv import DeltaConv
 from peftcli.methods._linear import DeltaLinear, by_kind, factory_kwargs
-from peftcli.methods.adalora.config import AdaLoraConfig
+from peftcli.methods.adalora import AdaLoraConfig
 from peftcli.methods.updates import Update
 
 _TENSORS = ("lora_A", "lora_E", "lora_B")

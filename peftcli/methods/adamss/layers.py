@@ -13,7 +13,7 @@ from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs, stored_weight
-from peftcli.methods.adamss.config import AdamssConfig
+from peftcli.methods.adamss import AdamssConfig
 from peftcli.methods.adamss.subspaces import cluster, decompose
 
 _SAME_DIRECTIONS = 0.999

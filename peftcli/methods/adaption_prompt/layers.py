@@ -21,7 +21,7 @@ from peftcli.core.prompts.inputs import bound, hook_once, starts, takes, tokens_
 from peftcli.core.prompts.prefix import CACHE, MASK, find_attention, keeps_keys
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
-from peftcli.methods.adaption_prompt.config import AdaptionPromptConfig
+from peftcli.methods.adaption_prompt import AdaptionPromptConfig
 
 _NO_MASK = ("flash", "flex", "paged")
 """Parts of the names of implementations of attention that do not take a tensor as mask."""

@@ -1,1 +1,32 @@
 """C3A: Parameter-Efficient Fine-Tuning via Circular Convolution (https://arxiv.org/abs/2407.19342)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from peftcli.core.config import BiasConfig, LayeredConfig
+from peftcli.methods._families import MLP_OUTPUTS
+from peftcli.methods._settings import Problems, too_small
+
+
+@dataclass(kw_only=True)
+class C3AConfig(BiasConfig, LayeredConfig):
+    """Settings of C3A, under PEFT's names."""
+
+    peft_type = "C3A"
+    learning_rate = 5e-2
+    family_targets: ClassVar[dict[str, list[str]]] = MLP_OUTPUTS
+    sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
+    always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
+
+    block_size: int = 256
+    """Side of the blocks into which each weight is cut. It divides the inputs and outputs of every adapted layer;
+    the trained numbers are those of the weight divided by it."""
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    """A block_size of their own for some layers: name ending or regular expression -> block_size."""
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+    """How the kernels start. true: at zero, from no update at all; false is xavier_uniform."""
+
+    def problems(self) -> Problems:
+        return super().problems() + too_small(self, block_size=1, block_size_pattern=1)

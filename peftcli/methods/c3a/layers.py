@@ -11,7 +11,7 @@ from peftcli.core.layer import widened
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
-from peftcli.methods.c3a.config import C3AConfig
+from peftcli.methods.c3a import C3AConfig
 
 
 class C3ALinear(DeltaLinear):

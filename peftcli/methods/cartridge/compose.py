@@ -9,7 +9,7 @@ import torch
 
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import AdapterError
-from peftcli.methods.cartridge.config import CartridgeConfig
+from peftcli.methods.cartridge import CartridgeConfig
 
 _EQUAL = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 

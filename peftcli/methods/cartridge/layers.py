@@ -14,7 +14,7 @@ from peftcli.core.prompts.prefix import Prefix, PrefixAttention, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
 from peftcli.core.prompts.prefix import wrap as wrap
 from peftcli.errors import AdapterError
-from peftcli.methods.cartridge.config import CartridgeConfig
+from peftcli.methods.cartridge import CartridgeConfig
 
 _FROZEN = "prefix.frozen_embedding"
 

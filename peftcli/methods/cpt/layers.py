@@ -15,7 +15,7 @@ from peftcli.core.prompts import virtual_tokens
 from peftcli.core.prompts.inputs import IGNORED, active_at, bound, cached_length, hook_once
 from peftcli.core.prompts.virtual_tokens import VirtualTokens, insert_virtual_tokens
 from peftcli.errors import AdapterError
-from peftcli.methods.cpt.config import INPUT, OUTPUT, CPTConfig
+from peftcli.methods.cpt import INPUT, OUTPUT, CPTConfig
 
 
 class ContextTokens(VirtualTokens):

@@ -10,7 +10,7 @@ from peftcli.core.layer import widened
 from peftcli.core.linear import dense_weight
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods._product import base_product
-from peftcli.methods.deft.config import DeftConfig
+from peftcli.methods.deft import DeftConfig
 
 
 class DeftLinear(WeightDeltaLinear):

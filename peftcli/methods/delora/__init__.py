@@ -1,1 +1,38 @@
 """DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation (https://arxiv.org/abs/2503.18225)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small, zero
+
+
+@dataclass(kw_only=True)
+class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
+    """Settings of DeLoRA, under PEFT's names."""
+
+    peft_type = "DELORA"
+    learning_rate = 1e-3
+    always_written: ClassVar[tuple[str, ...]] = ("r", "delora_lambda", "target_modules")
+
+    r: int = 8
+    """Size of the bottleneck. Parameters and memory grow linearly with it."""
+    delora_lambda: float = 15
+    """Where the bound on the size of the update starts; it is trained."""
+    module_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """An r of their own for some layers: name ending or regular expression -> r."""
+    lambda_pattern: dict[str, float] = field(default_factory=dict)
+    """A delora_lambda of their own for some layers: name ending or regular expression -> delora_lambda."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1, rank_pattern=1)
+        found += outside_unit_interval(self, "module_dropout")
+        if self.init_weights and not self.inference_mode:  # else B is not zero, and lambda leaves 0
+            found += zero(self, "delora_lambda", "lambda_pattern")
+        return found

@@ -1,1 +1,36 @@
 """FourierFT: Parameter-Efficient Fine-Tuning with Discrete Fourier Transform (https://arxiv.org/abs/2405.03003)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
+from peftcli.methods._families import MLP_OUTPUTS
+from peftcli.methods._settings import Problems, not_positive, too_small
+
+
+@dataclass(kw_only=True)
+class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
+    """Settings of FourierFT, under PEFT's names."""
+
+    peft_type = "FOURIERFT"
+    learning_rate = 5e-3
+    family_targets: ClassVar[dict[str, list[str]]] = MLP_OUTPUTS
+    sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
+    always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
+
+    n_frequency: int = 1000
+    """Trained coefficients of the update's spectrum, in each layer. The file holds this many numbers for each layer."""
+    scaling: float = 150.0
+    """Strength of the update. About 300 for Llama models."""
+    random_loc_seed: int = 777
+    """Seed of the places in the spectrum that are trained."""
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    """An n_frequency of their own for some layers: name ending or regular expression -> n_frequency."""
+    init_weights: bool = False
+    """Start from no update at all. false: the spectrum starts at random."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, n_frequency=1, n_frequency_pattern=1)
+        return found + not_positive(self, "scaling")

@@ -9,7 +9,7 @@ from peftcli.core.layer import widened
 from peftcli.core.targets import pattern_value
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
-from peftcli.methods.fourierft.config import FourierFTConfig
+from peftcli.methods.fourierft import FourierFTConfig
 
 
 class FourierFTLinear(DeltaLinear):

@@ -17,7 +17,7 @@ from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods._product import base_product, layer_below
-from peftcli.methods.frod.config import FrodConfig
+from peftcli.methods.frod import FrodConfig
 
 
 class Places(nn.Module):

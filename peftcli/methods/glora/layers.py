@@ -14,7 +14,7 @@ from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_layers, base_m
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
-from peftcli.methods.glora.config import GloraConfig
+from peftcli.methods.glora import GloraConfig
 
 
 class Part(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
-from peftcli.methods.gralora.config import GraloraConfig
+from peftcli.methods.gralora import GraloraConfig
 
 
 class GraloraLinear(DeltaLinear):

@@ -12,7 +12,7 @@ from peftcli.core.layer import base_module
 from peftcli.core.targets import CONVOLUTIONS
 from peftcli.methods._conv import WeightDeltaConv
 from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, by_kind, check_ungrouped, factory_kwargs
-from peftcli.methods.hira.config import HiraConfig
+from peftcli.methods.hira import HiraConfig
 
 
 class HiraLinear(WeightDeltaLinear):

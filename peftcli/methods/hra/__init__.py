@@ -1,1 +1,30 @@
 """HRA: Householder Reflection Adaptation (https://arxiv.org/abs/2405.17484)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
+from peftcli.methods._settings import Problems, too_small
+
+
+@dataclass(kw_only=True)
+class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
+    """Settings of HRA, under PEFT's names."""
+
+    peft_type = "HRA"
+    learning_rate = 1e-3
+    always_written: ClassVar[tuple[str, ...]] = ("r", "apply_GS", "target_modules", "bias")
+
+    r: int = 8
+    """Number of reflections of a layer's inputs. They start in pairs that undo one another, so an odd number starts
+    as a single reflection, not from the base model. Parameters grow linearly with it."""
+    apply_GS: bool = False
+    """Make the reflections orthogonal to one another. They cannot start in pairs then, so training starts far from
+    the base model."""
+    init_weights: bool = True
+    """Start in pairs; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        return super().problems() + too_small(self, r=1)

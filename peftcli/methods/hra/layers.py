@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.layer import widened
 from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
-from peftcli.methods.hra.config import HRAConfig
+from peftcli.methods.hra import HRAConfig
 
 
 class HRALayer(Rotating):

@@ -9,7 +9,7 @@ import torch
 
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
-from peftcli.methods.ia3.config import IA3Config
+from peftcli.methods.ia3 import IA3Config
 
 _SAME = ("modules_to_save", "exclude_modules")
 

@@ -12,8 +12,8 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.targets import CONVOLUTIONS, find_modules, find_targets, module_matches, shortest_names
 from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods.ia3 import TARGETS, IA3Config
 from peftcli.methods.ia3.combine import combine as combine
-from peftcli.methods.ia3.config import TARGETS, IA3Config
 
 
 class IA3Layer(AdapterLayer):

@@ -10,7 +10,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_modules, first_parameter
 from peftcli.core.targets import find_targets, module_matches, shortest_names
 from peftcli.errors import AdapterError
-from peftcli.methods.ln_tuning.config import TARGETS, LNTuningConfig
+from peftcli.methods.ln_tuning import TARGETS, LNTuningConfig
 
 
 class TrainedNorm(TrainedCopy):

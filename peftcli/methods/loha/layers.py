@@ -10,7 +10,7 @@ from torch import nn
 from peftcli.core.layer import base_module
 from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
-from peftcli.methods.loha.config import LoHaConfig
+from peftcli.methods.loha import LoHaConfig
 
 
 class LoHaLayer(LycorisLayer):

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
-from peftcli.methods.lokr.config import LoKrConfig
+from peftcli.methods.lokr import LoKrConfig
 
 
 class LoKrLayer(LycorisLayer):

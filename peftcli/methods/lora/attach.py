@@ -26,7 +26,7 @@ from peftcli.core.layer import (
 from peftcli.core.targets import check_forward, find_modules
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import share_rows, tied_group, wrap_rows
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations.residual import ResidualFromFile, ResidualLinear
 from peftcli.methods.lora.lora import LoraEmbedding, LoraLayer, LoraLinear
 from peftcli.methods.lora.parameters import LoraAttention

@@ -14,7 +14,7 @@ from peftcli.core.layer import adapter_dtype
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.updates import PairNames, pairs, updates
 from peftcli.methods.updates import Update, distance, weighted_sum
 

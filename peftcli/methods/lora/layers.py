@@ -15,10 +15,10 @@ from peftcli.core.linear import linear_view
 from peftcli.core.targets import CONVOLUTIONS, named_parameters
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.attach import attach as attach
 from peftcli.methods.lora.combine import combine as combine
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import FROM_DATA, ON_EVERY_LAYER, is_residual
+from peftcli.methods.lora.initialisations import FROM_DATA, ON_EVERY_LAYER, is_residual
 from peftcli.methods.lora.initialisations.loftq import LoftQLinear, start_loftq
 from peftcli.methods.lora.initialisations.residual import calibrate as calibrate
 from peftcli.methods.lora.initialisations.residual import check_initialisation, residual_kind

@@ -19,7 +19,7 @@ from peftcli.core.targets import (
 )
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import check_tokens, tied_group
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 
 _TOKENS = "trainable_token_indices"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import is_residual
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import is_residual
 from peftcli.methods.lora.lora import size_of
 from peftcli.methods.lora.variants.bdlora import dense_pair
 from peftcli.methods.lora.variants.qalora import spread

@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, WeightDeltaLinear, factory_kwargs
-from peftcli.methods.miss.config import MissConfig
+from peftcli.methods.miss import MissConfig
 
 
 class MissLinear(DeltaLinear):

@@ -15,7 +15,7 @@ from peftcli.core.prompts.virtual_tokens import attach as attach
 from peftcli.core.prompts.virtual_tokens import targets as targets
 from peftcli.errors import AdapterError
 from peftcli.methods._task_ids import check_task_ids
-from peftcli.methods.multitask_prompt_tuning.config import MultitaskPromptTuningConfig
+from peftcli.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peftcli.methods.prompt_tuning.layers import start
 
 

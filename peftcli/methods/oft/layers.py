@@ -10,7 +10,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.methods._linear import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out, neumann, skew_of
-from peftcli.methods.oft.config import OFTConfig
+from peftcli.methods.oft import OFTConfig
 
 
 class Rotation(nn.Module):

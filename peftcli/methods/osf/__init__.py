@@ -1,1 +1,56 @@
 """OSF: Orthogonal Subspace Fine-Tuning, sculpting subspaces (https://arxiv.org/abs/2504.07097)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peftcli.core.config import UNSUPPORTED, TargetedConfig
+from peftcli.methods._settings import Problems, not_positive
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_GATED = [*_ATTENTION, "gate_proj", "down_proj", "up_proj"]
+_TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "qwen2", "qwen3"), _GATED),
+    "bloom": ["query_key_value", "dense_4h_to_h"],
+    "falcon": ["query_key_value", "dense_4h_to_h"],
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt_bigcode": ["c_attn", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+    "mixtral": _ATTENTION,  # the other names that PEFT has for it and for phi are of no module there
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "phi": _ATTENTION[:3],
+}
+"""What PEFT adapts by default, per model_type."""
+
+
+@dataclass(kw_only=True)
+class OSFConfig(TargetedConfig):
+    """Settings of OSF, under PEFT's names."""
+
+    peft_type = "OSF"
+    learning_rate = 1e-4
+    as_sets: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = ("effective_rank", "rank_pattern")
+    always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")
+
+    effective_rank: int | float | None = None
+    """How many of a weight's singular directions, the strongest, stay as they are: a number, or below or at 1.0 the
+    share of them. The others are trained. Unset: half."""
+    rank_pattern: dict[str, int | float] = field(default_factory=dict)
+    """An effective_rank of their own for some layers: part of the name or regular expression -> effective_rank."""
+    init_weights: bool = True
+    """Start from the base model's weights; false starts at random, for tests."""
+    target_svd_config: dict[str, int] | None = field(default=None, metadata=UNSUPPORTED)
+    """Not supported: rank_pattern says the same."""
+
+    def problems(self) -> Problems:
+        return super().problems() + not_positive(self, "effective_rank", "rank_pattern")
+
+    def usual_targets(self, model_type: str) -> list[str] | str:
+        return _TARGETS.get(model_type, "all-linear")
+
+    def anywhere(self) -> dict[str, float]:
+        """``rank_pattern`` as patterns that match where PEFT's do: anywhere in a name."""
+        return {f".*(?:{key}).*": value for key, value in self.rank_pattern.items()}

@@ -12,7 +12,7 @@ from peftcli.core.layer import adapter_dtype
 from peftcli.core.prompts.virtual_tokens import TrainedTokens, VirtualTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
 from peftcli.core.prompts.virtual_tokens import targets as targets
-from peftcli.methods.p_tuning.config import PromptEncoderConfig
+from peftcli.methods.p_tuning import PromptEncoderConfig
 
 
 class PromptEncoder(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
-from peftcli.methods.peanut.config import PeanutConfig
+from peftcli.methods.peanut import PeanutConfig
 
 _Function = Callable[[torch.Tensor], torch.Tensor]
 

@@ -13,7 +13,7 @@ from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._task_ids import TaskLayer
 from peftcli.methods._task_ids import attach as attach
-from peftcli.methods.poly.config import PolyConfig
+from peftcli.methods.poly import PolyConfig
 
 
 class Router(nn.Module):

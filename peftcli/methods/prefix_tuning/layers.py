@@ -13,7 +13,7 @@ from peftcli.core.layer import AdapterLayer
 from peftcli.core.prompts.prefix import Prefix, TrainedPrefix, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
 from peftcli.core.prompts.prefix import wrap as wrap
-from peftcli.methods.prefix_tuning.config import PrefixTuningConfig
+from peftcli.methods.prefix_tuning import PrefixTuningConfig
 
 
 class ProjectedPrefix(Prefix):

@@ -11,7 +11,7 @@ from peftcli.core.prompts.virtual_tokens import TrainedTokens
 from peftcli.core.prompts.virtual_tokens import attach as attach
 from peftcli.core.prompts.virtual_tokens import targets as targets
 from peftcli.errors import AdapterError
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig, TextPromptConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig, TextPromptConfig
 
 
 def wrap(module: Any, name: str, config: PromptTuningConfig) -> TrainedTokens:

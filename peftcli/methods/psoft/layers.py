@@ -11,7 +11,7 @@ from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
 from peftcli.methods._rotation import cayley, neumann, skew_of
-from peftcli.methods.psoft.config import PsoftConfig
+from peftcli.methods.psoft import PsoftConfig
 
 
 class PsoftLinear(WeightDeltaLinear):

@@ -1,1 +1,41 @@
 """RandLoRA: Full-rank Parameter-efficient Fine-tuning of Large Models (https://arxiv.org/abs/2502.00987)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
+from peftcli.methods._settings import Problems, outside_unit_interval, too_small, zero
+
+
+@dataclass(kw_only=True)
+class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
+    """Settings of RandLoRA, under PEFT's names."""
+
+    peft_type = "RANDLORA"
+    learning_rate = 2e-4
+    always_written: ClassVar[tuple[str, ...]] = (
+        "r", "randlora_alpha", "target_modules", "projection_prng_key", "save_projection",
+    )  # fmt: skip
+
+    r: int = 32
+    """Size of each random basis. Smaller means more bases, and more trained numbers."""
+    randlora_alpha: float = 640
+    """Strength of the update: it is multiplied by randlora_alpha / r. About 20 r."""
+    projection_prng_key: int = 0
+    """Seed of the random bases that all layers share."""
+    save_projection: bool = True
+    """Write the random bases to the file too: it is larger, and does not depend on the random generator."""
+    sparse: bool = False
+    """Bases of -1, 0 and 1, of which 2/3 are 0."""
+    very_sparse: bool = False
+    """Bases of -1, 0 and 1, nearly all of which are 0. Learns less."""
+    randlora_dropout: float = 0.0
+    """Share of the input values that the update does not see during training."""
+    init_weights: bool = True
+    """Start from no update at all; false starts at random, for tests."""
+
+    def problems(self) -> Problems:
+        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "randlora_dropout")
+        return found if self.inference_mode else found + zero(self, "randlora_alpha")

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
-from peftcli.methods.randlora.config import RandLoraConfig
+from peftcli.methods.randlora import RandLoraConfig
 
 _MOST_COPIED = 256 * 2**20
 """Bytes of the random bases' copies in a file. On a model of 7B parameters they would be gigabytes."""

@@ -9,7 +9,7 @@ from peftcli.core.layer import base_module
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
-from peftcli.methods.shira.config import ShiraConfig
+from peftcli.methods.shira import ShiraConfig
 
 
 class ShiraLinear(DeltaLinear):

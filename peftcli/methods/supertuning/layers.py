@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.linear import dense_weight
 from peftcli.methods._linear import WeightDeltaLinear, dropout_layer, factory_kwargs
 from peftcli.methods._sparse import scattered
-from peftcli.methods.supertuning.config import SupertuningConfig
+from peftcli.methods.supertuning import SupertuningConfig
 
 
 class SupertuningLinear(WeightDeltaLinear):

@@ -11,7 +11,7 @@ from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_en
 from peftcli.core.targets import find_targets, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods._token_rows import TrainedRows, check_tokens, share_rows, tied_group, wrap_rows
-from peftcli.methods.trainable_tokens.config import TrainableTokensConfig
+from peftcli.methods.trainable_tokens import TrainableTokensConfig
 
 
 def wrap(module: nn.Module, name: str, config: TrainableTokensConfig) -> AdapterLayer:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.methods._linear import SharingLinear, factory_kwargs, share_projections
-from peftcli.methods.vera.config import VeraConfig
+from peftcli.methods.vera import VeraConfig
 
 
 class VeraLinear(SharingLinear):

@@ -17,7 +17,7 @@ from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import DeltaLinear, factory_kwargs
 from peftcli.methods._sparse import drawn_places, scattered
-from peftcli.methods.waveft.config import MOMENTS, WaveFTConfig
+from peftcli.methods.waveft import MOMENTS, WaveFTConfig
 
 
 class WaveFTLinear(DeltaLinear):

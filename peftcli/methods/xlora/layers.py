@@ -18,10 +18,10 @@ from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora import updates as lora_updates
-from peftcli.methods.lora.config import LoraConfig
 from peftcli.methods.updates import Update
-from peftcli.methods.xlora.config import XLoraConfig
+from peftcli.methods.xlora import XLoraConfig
 from peftcli.methods.xlora.mixture import Mixture
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.layer import first_parameter
 from peftcli.core.prompts.inputs import cached_length, tokens_of
 from peftcli.errors import AdapterError
-from peftcli.methods.xlora.config import XLoraConfig
+from peftcli.methods.xlora import XLoraConfig
 
 _NOT_READ = ("labels", "use_cache", "past_key_values", "cache", "output_hidden_states", "return_dict", "logits_to_keep")
 """Arguments of the model that the pass for the classifier does without."""

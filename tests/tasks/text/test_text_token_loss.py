@@ -29,8 +29,8 @@ from transformers import (
 
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.prompt_tuning.config import PromptTuningConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.prompt_tuning import PromptTuningConfig
 from peftcli.tasks.text import token_loss
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.output_head import output_head

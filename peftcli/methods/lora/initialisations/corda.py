@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import CordaConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import CordaConfig
 from peftcli.methods.lora.initialisations.start import Pair, balanced, check_directions
 from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, first_batches, inputs_recorded
 

@@ -15,8 +15,8 @@ from peftcli.core.inject import disabled, replace_modules
 from peftcli.core.layer import TrainedBias
 from peftcli.core.targets import as_pattern, pattern_value, shortest_names
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import EvaConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import EvaConfig
 from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, inputs_recorded
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear
 

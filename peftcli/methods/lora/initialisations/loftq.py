@@ -17,7 +17,7 @@ from peftcli.core.layer import base_module, layers_below, widened
 from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations.start import check_directions, pissa
 from peftcli.methods.lora.lora import LoraLinear, lora_layers
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from peftcli.core.inject import evaluating
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import LoraGAConfig
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import LoraGAConfig
 from peftcli.methods.lora.initialisations.start import Pair, check_directions
 from peftcli.methods.lora.initialisations.statistics import PADDED, Batches, check_reached, first_batches
 

@@ -18,8 +18,8 @@ from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import stored_weight
-from peftcli.methods.lora.config import LoraConfig
-from peftcli.methods.lora.initialisations.config import FROM_DATA, is_residual
+from peftcli.methods.lora import LoraConfig
+from peftcli.methods.lora.initialisations import FROM_DATA, is_residual
 from peftcli.methods.lora.initialisations.corda import corda, covariances_of
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import check_loftq

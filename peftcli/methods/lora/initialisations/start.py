@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.initialisations.config import FAST_PISSA, FROM_DATA
+from peftcli.methods.lora.initialisations import FAST_PISSA, FROM_DATA
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r)."""

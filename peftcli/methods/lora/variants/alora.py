@@ -20,7 +20,7 @@ from torch import nn
 
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
 _CACHE = ("cache", "past_key_values")

@@ -15,7 +15,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, version_of
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
 _KEY = "arrow_config"

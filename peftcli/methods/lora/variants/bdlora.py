@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
-from peftcli.methods.lora.variants.config import BdLoraConfig
+from peftcli.methods.lora.variants import BdLoraConfig
 
 _KEY = "use_bdlora"
 

@@ -17,7 +17,7 @@ from peftcli.core.layer import AdapterLayer, layers_below, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import factory_kwargs, stored_weight
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 from peftcli.methods._linear import factory_kwargs
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
-from peftcli.methods.lora.variants.config import MontecloraConfig
+from peftcli.methods.lora.variants import MontecloraConfig
 
 _LEAST_VARIANCE, _LEAST_SHARE = 1e-3, 1e-6
 

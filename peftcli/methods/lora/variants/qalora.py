@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.layer import base_module
 from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
 

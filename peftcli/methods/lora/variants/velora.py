@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.methods._linear import factory_kwargs
-from peftcli.methods.lora.config import LoraConfig
+from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
 
