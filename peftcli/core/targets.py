@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import warnings
@@ -120,7 +121,12 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Targ
     body = [name for name in modules if is_body(name)]
     names = [name for name in body if linear_view(modules[name]) is not None]
     if not names:
-        others = shortest_names(model, [name for name in body if _is_adaptable(modules[name], name, config)])
+        adaptable = list[str]()
+        for name in body:
+            with contextlib.suppress(AdapterError):
+                wrap(modules[name], name, config)
+                adaptable.append(name)
+        others = shortest_names(model, adaptable)
         more = f", or {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         todo = f"name other layers, as in [{', '.join(others[:_SHOWN])}]{more}"
         todo = todo if others else "choose another method or another base model"
@@ -130,14 +136,6 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Targ
         text = f"all-linear adapts layers alone, not weights as those of experts; add target_parameters: {experts}"
         warnings.warn(text, PeftWarning, stacklevel=4)
     return names
-
-
-def _is_adaptable(module: nn.Module, name: str, config: TargetedConfig) -> bool:
-    try:
-        wrap(module, name, config)
-    except AdapterError:
-        return False
-    return True
 
 
 def _without_excluded(
@@ -241,19 +239,13 @@ def matching(
     hint: str | None = None,
     allow_unmatched: bool = False,
 ) -> list[str]:
-    """Return those of the names that a regular expression, or a list of names or name endings, matches, in their order.
+    """Return the names that ``wanted``, a regular expression or a list of names or name endings, matches, in order.
 
-    Args:
-        model: Whose names they are, for the message.
-        names: Of modules or parameters.
-        wanted: The expression or the list.
-        key: The setting that holds it.
-        what: What is named.
-        hint: What to do where a name matches nothing and none is near.
-        allow_unmatched: Whether one entry with a match is enough: in a file, whose tensors say what was adapted.
+    ``key`` is the setting that has ``wanted``, and ``hint`` what to do where it matches nothing. With
+    ``allow_unmatched``, one entry with a match is enough: in a file, whose tensors say what was adapted.
 
     Raises:
-        AdapterError: it or one of them matches nothing; the message gives near names.
+        AdapterError: an entry matches nothing; the message gives near names.
     """
     names = [name for name in names if name]
     if isinstance(wanted, str):

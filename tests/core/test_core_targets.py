@@ -38,7 +38,6 @@ from peftcli.core.config import READ_PAST_CALLS
 from peftcli.core.inject import inject
 from peftcli.core.linear import check_forward
 from peftcli.core.targets import (
-    _layer_index,
     as_pattern,
     find_targets,
     module_matches,
@@ -48,7 +47,6 @@ from peftcli.core.targets import (
 )
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard import patterns
-from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods import METHODS
 from peftcli.methods.frod import FrodConfig
 from peftcli.methods.ia3 import IA3Config
@@ -126,25 +124,29 @@ def test_a_module_that_is_named_in_full_is_adapted_in_any_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lists", "expected"),
+    ("lists", "layer"),
     [
-        ("model.layers.3.experts.7.up", [], 3),
-        ("model.layers.3.experts.7.up", ["experts"], 7),
-        ("model.layers.3.experts.7.up", ["experts", "layers"], 7),
-        ("model.layers.3.experts.7.up", ["layers", "experts"], 3),
-        ("model.layers.3.experts.7.up", ["3.experts"], 7),
-        ("model.layers.3.experts.7.up", ["expert", "ayers", ""], None),
-        ("model.layers.3.experts.7.up", [r"\d+\.experts"], 7),
-        ("model.layers.3.experts.7.up", ["(layers|h)", "experts"], 3),
-        ("h.3.h.4.x", ["h"], 3),
-        ("layers.3", [], None),
-        ("0.1.2", [], 1),
-        ("up", [], None),
+        ([], 3),
+        (["experts"], 7),
+        (["experts", "layers"], 7),
+        (["layers", "experts"], 3),
+        (["3.experts"], 7),
+        ([r"\d+\.experts"], 7),
+        (["(layers|h)", "experts"], 3),
+        (["expert", "ayers"], None),
     ],
 )
-def test_which_number_is_the_layers(name: str, lists: list[str], expected: int | None) -> None:
-    expressions = [entry for entry in lists if not PLAIN_NAME.fullmatch(entry)]
-    assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}, expressions) == expected
+def test_which_number_is_the_layers(lists: list[str], layer: int | None) -> None:
+    model: nn.Module = nn.Linear(4, 4)
+    for name in reversed(["layers", "3", "experts", "7", "up"]):
+        model = nn.ModuleDict({name: model})
+    for index in (3, 7):
+        config = LoraConfig(target_modules=["up"], layers_to_transform=[index], layers_pattern=lists)
+        if index == layer:
+            assert find_targets(model, config) == ["layers.3.experts.7.up"]
+        else:
+            with pytest.raises(AdapterError, match=f"no target module in layer {index}"):
+                find_targets(model, config)
 
 
 def test_lists_of_layers_are_written_in_their_order() -> None:
