@@ -236,7 +236,7 @@ ABSENT: dict[str, str] = {
     "bloom_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
     "starcoder_model_postprocess_past_key_value": _NO_CACHE_LAYOUT,
     "TRANSFORMERS_MODELS_TO_*_TARGET_MODULES_MAPPING": "only LoRA's and (IA)^3's tables are names here: the other "
-    "methods take LoRA's, but for the families in their config's `family_targets`; for one that no table has, all "
+    "methods take LoRA's, but for the families in their rows of `methods/_families.py`; for one that no table has, all "
     "linear layers",
     "register_peft_method": "a method is a folder and a row here: see [add a method](add-a-method.md)",
     "EMBEDDING_LAYER_NAMES": "embeddings and heads are found by the model's own accessors, not by names",

@@ -33,9 +33,13 @@ _NEWEST_PEFT = (0, 21)
 
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """The settings that say which modules are adapted."""
-FAMILY_TARGETS: dict[str, list[str] | str] = {}
-"""model_type -> the modules that are adapted by default. ``peftcli.methods`` fills it. Families outside the table get
-every linear layer but the head."""
+USUAL_TARGETS: dict[str, dict[str, list[str] | str]] = {}
+"""Method -> ``model_type`` -> the modules that it adapts by default; ``*`` is any other family. ``peftcli.methods``
+fills this table and the next two from ``methods/_families.py``."""
+READ_PAST_CALLS: dict[str, list[str]] = {}
+"""``model_type`` -> modules whose weights the model reads without calling them: see ``core.targets``."""
+COUNT_AFTER_PADDING: set[str] = set()
+"""The model types that count positions from the one after the pad token's id."""
 
 
 @dataclass(kw_only=True)
@@ -257,8 +261,6 @@ def _is_newer(version: object) -> bool:
 class TargetedConfig(AdapterConfig):
     """A config of a method that wraps chosen modules of the model."""
 
-    family_targets: ClassVar[dict[str, list[str]]] = {}
-    """Where the method's usual targets are not LoRA's: family of models -> modules."""
     adapts_attention: ClassVar[bool] = False
     """Whether it adapts the output projection of PyTorch's ``MultiheadAttention``, of which only the weight is read."""
     as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
@@ -287,7 +289,8 @@ class TargetedConfig(AdapterConfig):
 
     def usual_targets(self, model_type: str) -> list[str] | str:
         """Return what unset target_modules mean for a family of models."""
-        return self.family_targets.get(model_type) or FAMILY_TARGETS.get(model_type, "all-linear")
+        own, loras = USUAL_TARGETS.get(self.peft_type.lower(), {}), USUAL_TARGETS.get("lora", {})
+        return own.get(model_type) or own.get("*") or loras.get(model_type, "all-linear")
 
 
 @dataclass(kw_only=True)

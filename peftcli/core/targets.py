@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftcli.core.config import AdapterConfig, ExcludingConfig, LayeredConfig, TargetedConfig, as_list
+from peftcli.core.config import (
+    READ_PAST_CALLS,
+    AdapterConfig,
+    ExcludingConfig,
+    LayeredConfig,
+    TargetedConfig,
+    as_list,
+)
 from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_ends
-from peftcli.core.linear import linear_view, needs_no_trial
+from peftcli.core.linear import check_forward, linear_view
 from peftcli.core.protocols import FindsTargets, layers_of
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard.patterns import PLAIN_NAME, Pattern, ends_with
 
-_READ_PAST_CALLS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((
-        "bailing_hybrid", "glm5_next_text", "inkling2_loop_text", "inkling2_text", "inkling_text", "kimi_linear",
-        "lara_mini", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "zamba",
-    ), ("conv1d",)),
-    **dict.fromkeys((
-        "bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2",
-    ), ("conv1d", "out_proj")),
-    **dict.fromkeys(("falcon_mamba", "mamba"), ("conv1d", "dt_proj", "out_proj")),
-    "jamba": ("conv1d", "dt_proj"),
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("conv",)),
-    "recurrent_gemma": ("conv_1d",),
-    **dict.fromkeys((
-        "data2vec-audio", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer",
-    ), ("kernel",)),
-    "wavlm": ("k_proj", "kernel", "out_proj", "q_proj", "v_proj"),
-    **dict.fromkeys(("conditional_detr", "detr"), ("bbox_attention.k_proj",)),
-    **dict.fromkeys(("layoutlmv2", "layoutlmv3"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
-    "gemma3n_text": ("correction_coefs",),
-    "longcat_flash": ("classifier",),
-    "mobilebert": ("predictions.decoder", "predictions.dense"),
-    "neomme": ("unembedding_projection",),
-}  # fmt: skip
-"""model_type -> modules whose weights the model reads without calling them, in its kernels, in steps of generation or
-always: what an adapter adds to the output of such a module would be lost."""
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRIED = 8
-"""How many rows of a weight are enough to see how a layer uses it."""
-_ROUNDED = 0.01
-"""How far a layer that rounds its weight, its input and its output to bfloat16 may be off, as a share."""
 _SHOWN = 6
 """How many names a message gives."""
 _OTHER_NAME = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -87,129 +62,97 @@ def wrap(module: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
     return layers_of(config).wrap(module, name, config)
 
 
-def check_forward(module: nn.Module, name: str, key: str = "target_modules") -> None:
-    """Raise AdapterError if ``module`` has a forward of its own that computes otherwise than torch's."""
-    base = base_module(module)
-    kind = next((kind for kind in (*CONVOLUTIONS, nn.Linear, nn.Embedding) if isinstance(base, kind)), None)
-    if kind and not _computes_as(base, kind):
-        raise AdapterError(
-            f"{name} is a {type(base).__name__}, which computes otherwise than torch's {kind.__name__}, so that an "
-            "adapter there would be wrong, or could not be merged",
-            key=key,
-            hint="leave it out",
-        )
-
-
-def _computes_as(layer: Any, kind: Any) -> bool:
-    """Return whether a layer of a class of its own computes as torch's ``kind``, by values drawn for a trial.
-
-    An embedding may multiply what it looks up by its ``embed_scale``. Numbers may be rounded to half precision.
-    """
-    if needs_no_trial(layer, kind):
-        return True
-    if kind is nn.Embedding and (list(layer.children()) or len(layer._parameters) > 1):
-        return False  # it looks some ids up elsewhere: those beyond its rows, or a token of pictures
-    with torch.device("cpu"):
-        trial, random = _with_drawn_weights(layer, kind), torch.Generator().manual_seed(1)
-        rows, *sizes = trial.weight.shape
-        given = torch.tensor([[2, 0, 1]]) % rows
-        if kind is not nn.Embedding:
-            shape = [3, 1, *sizes]
-            if kind in CONVOLUTIONS:
-                widths = zip(layer.kernel_size, layer.dilation, strict=True)
-                shape = [1, layer.in_channels, *((width - 1) * step + 2 for width, step in widths)]
-            given = 3 * torch.randn(shape, generator=random) / math.prod(sizes) ** 0.5  # so that a bias counts
-        try:
-            made, expected = type(layer).forward(trial, given), kind.forward(trial, given)
-            expected = expected * getattr(trial, "embed_scale", 1.0)
-            return made.shape == expected.shape and bool((made - expected).norm() <= _ROUNDED * expected.norm())
-        except Exception:  # whatever code the class has
-            return False
-
-
-def _with_drawn_weights(layer: Any, kind: Any) -> Any:
-    """Return a copy of a layer for a trial, with drawn weights that no norm leaves as they are."""
-    random = torch.Generator().manual_seed(0)
-
-    def draw(module: nn.Module, name: str, value: torch.Tensor | None) -> torch.Tensor | None:
-        if value is None or not value.is_floating_point():
-            return value
-        shape = list(getattr(value, "ds_shape", value.shape))  # DeepSpeed may have divided it
-        if module is layer and name in ("weight", "bias") and kind not in CONVOLUTIONS:
-            shape[0] = min(shape[0], _TRIED)
-        return 1 + 2 * torch.randn(shape, generator=random)
-
-    def twin(module: nn.Module) -> nn.Module:
-        new = object.__new__(type(module))
-        vars(new).update(vars(module), training=False)
-        for held in ("_parameters", "_buffers"):
-            vars(new)[held] = {name: draw(module, name, value) for name, value in vars(module)[held].items()}
-        vars(new)["_modules"] = {name: child and twin(child) for name, child in module._modules.items()}
-        return new
-
-    trial: Any = twin(layer)
-    size = {nn.Linear: "out_features", nn.Embedding: "num_embeddings"}.get(kind)
-    if size:
-        vars(trial).update({size: len(trial.weight)}, padding_idx=None)
-    return trial
-
-
 def find_targets(model: nn.Module, config: TargetedConfig) -> list[str]:
     """Return the names of the modules that ``target_modules`` matches, in the model's order.
 
     Raises:
         AdapterError: an entry matches nothing; the message gives near names.
     """
-    modules = base_modules(model)
-    wanted = config.target_modules
-    if wanted is None:
-        wanted = config.usual_targets(getattr(getattr(model, "config", None), "model_type", ""))
-        wanted = list(getattr(model, "usual_targets", ())) or wanted
-        if isinstance(wanted, list):  # parts of a family's models differ, and modules were renamed
-            there = {ending for name in modules for ending in _endings(name)}
-            spelled = [(entry, _OTHER_NAME.get(entry, entry)) for entry in wanted]
-            wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
-    if wanted == "all-linear":
-        body = _body(model, modules, config)
-        names = [name for name in body if linear_view(modules[name]) is not None]
-        if not names:
-            others = shortest_names(model, [name for name in body if _is_adaptable(modules[name], name, config)])
-            more = f", or {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-            todo = f"name other layers, as in [{', '.join(others[:_SHOWN])}]{more}"
-            todo = todo if others else "choose another method or another base model"
-            text = f"no linear layer of {type(model).__name__} is left to adapt"
-            raise NoMatchingPeftModuleError(text, key="target_modules", hint=todo)
-        if getattr(config, "target_parameters", ()) is None and (experts := expert_parameters(modules)):
-            text = f"all-linear adapts layers alone, not weights as those of experts; add target_parameters: {experts}"
-            warnings.warn(text, PeftWarning, stacklevel=2)
-    else:
-        experts = expert_parameters(modules) if hasattr(config, "target_parameters") else []
-        hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else None
-        names = matching(model, modules, wanted, "target_modules", hint=hint, allow_unmatched=config.inference_mode)
-    if isinstance(config, ExcludingConfig) and config.exclude_modules is not None:
-        excluded = set[str]()
-        try:
-            excluded |= set(matching(model, modules, config.exclude_modules, "exclude_modules"))
-        except NoMatchingPeftModuleError:
-            if not config.inference_mode:
-                raise
-        resolved = excluded and config.inference_mode  # a saved config lists what was adapted, without these
-        if excluded.isdisjoint(names) and not resolved:
-            warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=2)
-        names = [name for name in names if name not in excluded]
-    unreached = {*config.unreached}
-    if config.target_modules in (None, "all-linear"):
+    modules, unreached = base_modules(model), {*config.unreached}
+    names = _named(model, modules, config)
+    names = _without_excluded(model, modules, names, config)
+    if _is_default(config):
         names = [name for name in names if name not in unreached]
-    if isinstance(config, LayeredConfig) and config.layers_to_transform is not None:
-        names = _in_layers(names, config)
-    if not config.inference_mode:
-        names = _without_read(modules, names, config)
+    names = _in_layers(names, config)
+    names = _without_read(modules, names, config)
     if still := unreached & {*names}:
         text = f"target_modules also matches modules that the data never reaches, as {min(still)}: they will not train"
         warnings.warn(f"{text}; where it is unset, such modules are left out", PeftWarning, stacklevel=2)
     if not names:
         raise NoMatchingPeftModuleError(f"no module of {type(model).__name__} is left to adapt", key="target_modules")
     return names
+
+
+def model_type(model: nn.Module) -> str:
+    """Return the ``model_type`` of the model's config, by which tables know its family; "" without one."""
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _is_default(config: TargetedConfig) -> bool:
+    return config.target_modules in (None, "all-linear")
+
+
+def _named(model: nn.Module, modules: Mapping[str, nn.Module], config: TargetedConfig) -> list[str]:
+    """Return the names that ``target_modules`` matches, or its default for this model."""
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = list(getattr(model, "usual_targets", ())) or config.usual_targets(model_type(model))
+        if isinstance(wanted, list):  # parts of a family's models differ, and modules were renamed
+            there = {ending for name in modules for ending in _endings(name)}
+            spelled = [(entry, _OTHER_NAME.get(entry, entry)) for entry in wanted]
+            wanted = [next(filter(there.__contains__, names)) for names in spelled if there & {*names}] or wanted
+    if wanted == "all-linear":
+        return _all_linear(model, modules, config)
+    experts = expert_parameters(modules) if hasattr(config, "target_parameters") else []
+    hint = f"the weights of experts are no layers here: target_parameters: {experts}" if experts else None
+    return matching(model, modules, wanted, "target_modules", hint=hint, allow_unmatched=config.inference_mode)
+
+
+def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: TargetedConfig) -> list[str]:
+    """Return the names of the linear layers outside of the output head and of what trains in full."""
+    _, head = model_ends(model)
+    saved = config.modules_to_save or ()
+    heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
+
+    def is_body(name: str) -> bool:
+        inside_head = any(module_matches(name, entry) or f".{entry}." in f".{name}." for entry in heads)
+        return modules[name] is not head and not inside_head
+
+    body = [name for name in modules if is_body(name)]
+    names = [name for name in body if linear_view(modules[name]) is not None]
+    if not names:
+        adaptable = list[str]()
+        for name in body:
+            with contextlib.suppress(AdapterError):
+                wrap(modules[name], name, config)
+                adaptable.append(name)
+        others = shortest_names(model, adaptable)
+        more = f", or {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        todo = f"name other layers, as in [{', '.join(others[:_SHOWN])}]{more}"
+        todo = todo if others else "choose another method or another base model"
+        text = f"no linear layer of {type(model).__name__} is left to adapt"
+        raise NoMatchingPeftModuleError(text, key="target_modules", hint=todo)
+    if getattr(config, "target_parameters", ()) is None and (experts := expert_parameters(modules)):
+        text = f"all-linear adapts layers alone, not weights as those of experts; add target_parameters: {experts}"
+        warnings.warn(text, PeftWarning, stacklevel=4)
+    return names
+
+
+def _without_excluded(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: list[str], config: TargetedConfig
+) -> list[str]:
+    """Leave out what ``exclude_modules`` matches. A file's may match nothing, as it lists what was adapted."""
+    excluded, wanted = set[str](), config.exclude_modules if isinstance(config, ExcludingConfig) else None
+    if wanted is None:
+        return names
+    try:
+        excluded |= set(matching(model, modules, wanted, "exclude_modules"))
+    except NoMatchingPeftModuleError:
+        if not config.inference_mode:
+            raise
+    if excluded.isdisjoint(names) and not (excluded and config.inference_mode):
+        warnings.warn("exclude_modules excludes none of the modules to adapt", PeftWarning, stacklevel=3)
+    return [name for name in names if name not in excluded]
 
 
 def _endings(name: str) -> set[str]:
@@ -287,27 +230,6 @@ def expert_parameters(modules: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _body(model: Any, modules: Mapping[str, nn.Module], config: TargetedConfig) -> list[str]:
-    """Return the names of the modules outside of the output head and of what trains in full."""
-    _, head = model_ends(model)
-    saved = config.modules_to_save or ()
-    heads = {"classifier", "score", "lm_head", *saved} if head is None else set(saved)
-
-    def is_body(name: str, module: nn.Module) -> bool:
-        inside_head = any(module_matches(name, entry) or f".{entry}." in f".{name}." for entry in heads)
-        return module is not head and not inside_head
-
-    return [name for name, module in modules.items() if is_body(name, module)]
-
-
-def _is_adaptable(module: nn.Module, name: str, config: TargetedConfig) -> bool:
-    try:
-        wrap(module, name, config)
-    except AdapterError:
-        return False
-    return True
-
-
 def matching(
     model: nn.Module,
     names: Iterable[str],
@@ -317,19 +239,13 @@ def matching(
     hint: str | None = None,
     allow_unmatched: bool = False,
 ) -> list[str]:
-    """Return those of the names that a regular expression, or a list of names or name endings, matches, in their order.
+    """Return the names that ``wanted``, a regular expression or a list of names or name endings, matches, in order.
 
-    Args:
-        model: Whose names they are, for the message.
-        names: Of modules or parameters.
-        wanted: The expression or the list.
-        key: The setting that holds it.
-        what: What is named.
-        hint: What to do where a name matches nothing and none is near.
-        allow_unmatched: Whether one entry with a match is enough: in a file, whose tensors say what was adapted.
+    ``key`` is the setting that has ``wanted``, and ``hint`` what to do where it matches nothing. With
+    ``allow_unmatched``, one entry with a match is enough: in a file, whose tensors say what was adapted.
 
     Raises:
-        AdapterError: it or one of them matches nothing; the message gives near names.
+        AdapterError: an entry matches nothing; the message gives near names.
     """
     names = [name for name in names if name]
     if isinstance(wanted, str):
@@ -355,14 +271,16 @@ def matching(
 
 def _without_read(modules: Mapping[str, Any], names: list[str], config: TargetedConfig) -> list[str]:
     """Leave out what the model reads without calling it, or raise AdapterError if the config names it."""
+    if config.inference_mode:  # where it was trained, it may have been called
+        return names
     readers = {name: kind for name in names if (kind := _reader(modules, name))}
     if not config.adapts_attention:
         projections = [name for name in names if isinstance(modules[name], NonDynamicallyQuantizableLinear)]
         readers = dict.fromkeys(projections, nn.MultiheadAttention.__name__) | readers
-    if readers and config.target_modules not in (None, "all-linear"):
+    if readers and not _is_default(config):
         name, kind = next(iter(readers.items()))
         message = f"{kind} reads the weight of {name} without calling it, so that an adapter there would do nothing"
-        left_out = _READ_PAST_CALLS.get(kind)
+        left_out = READ_PAST_CALLS.get(kind)
         hint = f"leave out {', '.join(left_out)}" if left_out else "leave it out, or choose lora, which adapts it"
         raise AdapterError(message, key="target_modules", hint=hint)
     return [name for name in names if name not in readers]
@@ -371,16 +289,15 @@ def _without_read(modules: Mapping[str, Any], names: list[str], config: Targeted
 def _reader(modules: Mapping[str, Any], name: str) -> str | None:
     """Return the type of the model, or of the model in it, that reads a module's weight without calling the module."""
     parts = name.split(".")
-    for count in range(len(parts)):
-        config = getattr(modules.get(".".join(parts[:count])), "config", None)
-        kind = str(getattr(config, "model_type", ""))
-        if any(module_matches(name, entry) for entry in _READ_PAST_CALLS.get(kind, ())):
-            return kind
-    return None
+    outer = (modules.get(".".join(parts[:count])) for count in range(len(parts)))
+    kinds = (model_type(module) for module in outer if module is not None)
+    return next((kind for kind in kinds if any(module_matches(name, e) for e in READ_PAST_CALLS.get(kind, ()))), None)
 
 
-def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
+def _in_layers(names: list[str], config: TargetedConfig) -> list[str]:
     """Return the names in ``layers_to_transform``, and as PEFT does those that ``target_modules`` gives in full."""
+    if not isinstance(config, LayeredConfig) or config.layers_to_transform is None:
+        return names
     wanted, lists = set(as_list(config.layers_to_transform)), as_list(config.layers_pattern)
     ranks = {entry: rank for rank, entry in reversed(list(enumerate(lists)))}
     expressions = [entry for entry in ranks if not PLAIN_NAME.fullmatch(entry)]
@@ -393,7 +310,7 @@ def _in_layers(names: list[str], config: LayeredConfig) -> list[str]:
         there = sorted(index for index in set(indices.values()) if index is not None)
         span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
         raise AdapterError(f"no target module in layer {min(missing)}; there are {span}", key="layers_to_transform")
-    given = () if config.target_modules in (None, "all-linear") else config.target_modules
+    given = () if _is_default(config) else config.target_modules or ()
     return [name for name in names if indices[name] in wanted or name in given]
 
 

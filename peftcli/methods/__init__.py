@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, cast
 
 from peftcli.core import config_classes
-from peftcli.core.config import FAMILY_TARGETS, AdapterConfig
+from peftcli.core.config import COUNT_AFTER_PADDING, READ_PAST_CALLS, USUAL_TARGETS, AdapterConfig
 from peftcli.core.protocols import LAYERS
-from peftcli.methods._families import FAMILIES
+from peftcli.methods import _families
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,9 @@ NOT_HERE: dict[str, str] = {
 PeftType: Any = cast("Any", config_classes.NameEnum)("PeftType", {row.peft_type: row.peft_type for row in _ROWS})
 """PEFT's names of the methods."""
 
-FAMILY_TARGETS.update(FAMILIES)
+USUAL_TARGETS.update(_families.TARGETS)
+READ_PAST_CALLS.update(_families.READ_PAST_CALLS)
+COUNT_AFTER_PADDING.update(_families.COUNT_AFTER_PADDING)
 LAYERS.update({row.peft_type: f"{__name__}.{row.name}.layers" for row in _ROWS})
 config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in _ROWS})
 config_classes.NOT_HERE.update(NOT_HERE)

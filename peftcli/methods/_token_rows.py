@@ -19,7 +19,7 @@ from peftcli.core.layer import (
     modules_sharing,
     name_in,
 )
-from peftcli.core.targets import check_forward
+from peftcli.core.linear import check_forward
 from peftcli.errors import AdapterError
 
 

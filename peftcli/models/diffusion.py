@@ -226,7 +226,7 @@ class DiffusionModel(nn.Module):
         """Return latents and noise (B, C, h, w) of pictures, drawn on the CPU: they depend on the seeds alone."""
         found = [self._latents.get(each.key, partial(self._moments, each)) for each in pictures]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        means, logs = (torch.stack(part) for part in zip(*((value.mean, value.log) for value in found), strict=True))
+        means, logs = (torch.stack([each[name] for each in found]) for name in ("mean", "log"))
         extra, noise = (torch.stack([torch.randn(means.shape[1:], generator=draw) for draw in draws]) for _ in range(2))
         config = self.pipeline.vae.config
         latents = means + torch.exp(0.5 * logs) * extra
@@ -234,11 +234,12 @@ class DiffusionModel(nn.Module):
         return (shifted * config.scaling_factor).to(self.device), noise.to(self.device)
 
     @torch.no_grad()
-    def _moments(self, picture: Picture) -> _Moments:
+    def _moments(self, picture: Picture) -> Tensors:
+        """Return the mean of a picture's latents and the logarithm of their variance, (C, h, w) each."""
         pixels = picture.read()[None].to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             found = self.pipeline.vae.encode(pixels).latent_dist
-        return _Moments(found.mean[0].cpu(), found.logvar[0].cpu())
+        return {"mean": found.mean[0].cpu(), "log": found.logvar[0].cpu()}
 
     def _encode_cached(self, prompts: Sequence[str]) -> Tensors:
         if len(self.trained) > 1:
@@ -307,29 +308,19 @@ class DiffusionModel(nn.Module):
         return self
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Mean and variance of a picture's latents, (C, h, w) each."""
-
-    mean: torch.Tensor
-    log: torch.Tensor
-    """Logarithms of variances."""
-
-
 class _Cache:
-    """Values that are computed once, up to a number of bytes."""
+    """Tensors that are computed once, up to a number of bytes."""
 
     def __init__(self) -> None:
-        self._values: dict[Hashable, Any] = {}
+        self._values: dict[Hashable, Tensors] = {}
         self._free_bytes = _CACHE_BYTES
 
-    def get(self, key: Hashable | None, make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable | None, make: Callable[[], Tensors]) -> Tensors:
         """Return the value of a key, computed by ``make`` if it is not cached. None is never cached."""
         if key in self._values:
             return self._values[key]
         value = make()
-        tensors = value.values() if isinstance(value, dict) else vars(value).values()
-        size = sum(each.numel() * each.element_size() for each in tensors)
+        size = sum(each.numel() * each.element_size() for each in value.values())
         if key is not None and size <= self._free_bytes:
             self._free_bytes -= size
             self._values[key] = value

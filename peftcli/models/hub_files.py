@@ -120,12 +120,9 @@ def _base_hash(path: Path) -> str | None:
     files = [file for kind in kinds for file in sorted(path.glob(kind))] if path.is_dir() else [path]
     if not all(file.is_file() for file in files) or not files:
         return None
-    names = [file.relative_to(path) if parts else file.name for file in files]
-    described = (f"{name} {_content_hash(file)}\n" for name, file in zip(names, files, strict=True))
-    return hashlib.sha256("".join(described).encode()).hexdigest()
-
-
-def _content_hash(file: Path) -> str:
-    """sha256 of a file. In the hub's cache, a large one is a link to a file of that name."""
-    stored = file.resolve().name
-    return stored if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored) else sha256(file)
+    described = ""
+    for file in files:
+        stored = file.resolve().name  # in the hub's cache, a large file is a link to one that is named by its hash
+        content = stored if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", stored) else sha256(file)
+        described += f"{file.relative_to(path) if parts else file.name} {content}\n"
+    return hashlib.sha256(described.encode()).hexdigest()

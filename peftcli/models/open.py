@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftcli.models.base import LoadedModel, OpenBase, ProcessorKind, build_empty, label_options
+from peftcli.models.base import BaseWeights, LoadedModel, OpenBase, ProcessorKind, build_empty, label_options
 from peftcli.models.find import find_base
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.models.tokens import template_text
 from peftcli.schema import BaseModel
 from peftcli.system.garbage import collect_from_here
 
-__all__ = ["LoadedModel", "OpenBase", "ProcessorKind", "build_empty", "label_options", "open_base"]
+__all__ = ["BaseWeights", "LoadedModel", "OpenBase", "ProcessorKind", "build_empty", "label_options", "open_base"]
 
 
 def open_base(spec: BaseModel, processors: Path | None = None) -> OpenBase:

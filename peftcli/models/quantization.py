@@ -182,14 +182,16 @@ def trained_quantization(record: Mapping[str, Any], folder: Path) -> Quantizatio
         return None
     known = get_type_hints(Quantization)
     given = {name: values[name] for name in known if name in values} if isinstance(values, dict) else {}
-    if "type" not in given or not all(_fits(value, known[name]) for name, value in given.items()):
+    choices = {name: get_args(hint) for name, hint in known.items() if get_origin(hint) is Literal}
+    wrong = [
+        name
+        for name, value in given.items()
+        if not (value in choices[name] if name in choices else fits(value, known[name]))
+    ]
+    if "type" not in given or wrong:
         raise AdapterError(
             f"{short_repr(values)} is not a known quantisation",
             file=str(folder / RUN_FILE),
             key="recipe.base_model.quantization",
         )
     return Quantization(**given)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    return value in get_args(hint) if get_origin(hint) is Literal else fits(value, hint)

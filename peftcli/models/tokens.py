@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,9 @@ def fit_adapter(model: Any, config: AdapterConfig, header: Mapping[str, TensorEn
         for leaf in ("weight", "base_layer.weight")
         if (held := header.get(f"{config.file_prefix}{name}.{leaf}")) and held.shape[1:] == end.weight.shape[1:]
     ]
-    more = max([*wanted, _plausible_rows(_named_tokens(config), rows)])
+    named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    trained = [token for tokens in named.values() for token in tokens] if isinstance(named, dict) else named
+    more = max([*wanted, _plausible_rows(trained, rows)])
     grow(model, more)
     return more if more > rows else None
 
@@ -286,12 +288,6 @@ def _plausible_rows(ids: Collection[int], rows: int) -> int:
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
     return rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
-
-
-def _named_tokens(config: Any) -> Sequence[int]:
-    """Return the tokens whose rows an adapter trains."""
-    named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
-    return [token for tokens in named.values() for token in tokens] if isinstance(named, dict) else named
 
 
 def _train_rows(model: Any, config: Any, ids: list[int]) -> None:

@@ -31,8 +31,7 @@ from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import STATISTIC
 from peftcli.methods.lora.lora import LoraLayer, lora_layers
-from peftcli.models.open import open_base
-from peftcli.models.weights import BaseWeights
+from peftcli.models.open import BaseWeights, open_base
 from peftcli.peft_api.tuner import find_tuner
 from peftcli.schema import BaseModel
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peftcli.core.config import FAMILY_TARGETS, AdapterConfig
+from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods import METHODS
-from peftcli.methods.ia3 import TARGETS
+from peftcli.methods._families import IA3_INPUTS, TARGETS
 from peftcli.peft_api.adding import check_config, put_new
 from peftcli.peft_api.config import PeftType
 from peftcli.peft_api.functional import inject_adapter_in_model as inject_adapter_in_model
@@ -68,9 +68,13 @@ WEIGHTS_NAME = "adapter_model.bin"
 """The pickle, which is not read here."""
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = FAMILY_TARGETS
-TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = {name: [*outer, *inner] for name, (outer, inner) in TARGETS.items()}
-TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {name: inner for name, (_, inner) in TARGETS.items()}
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = TARGETS["lora"]
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = {
+    name: names for name, names in TARGETS["ia3"].items() if name != "*"
+}
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
+    name: IA3_INPUTS.get(name, []) for name in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+}
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 """Families whose cache has a layout of its own: none, in the versions of transformers that peftcli runs with."""
 

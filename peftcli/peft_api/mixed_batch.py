@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.core.targets import model_type
 from peftcli.errors import AdapterError
 from peftcli.methods._families import TIME_FIRST
 
@@ -146,7 +147,7 @@ def _check(model: nn.Module, names: Sequence[str], layers: dict[str, AdapterLaye
         raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are: {there}")
     if len(set(names)) == 1:
         return
-    if getattr(getattr(model, "config", None), "model_type", None) in TIME_FIRST:
+    if model_type(model) in TIME_FIRST:
         raise AdapterError(f"{type(model).__name__} does not keep rows apart", key="adapter_names")
     for path, layer in layers.items():
         if layer.adapter in wanted and not layer.by_row:

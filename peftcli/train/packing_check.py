@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from peftcli.core.inject import evaluating
 from peftcli.errors import ModelError
+from peftcli.models.probe import deviation, probing
 from peftcli.tasks.base import Batch, Packs, Task
 from peftcli.tasks.scores import model_inputs, on_device
 
@@ -38,20 +38,15 @@ def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) 
     packed = _logits(model, task.collate(rows, training=True), accelerator).view_as(alone)
     exact = packed.dtype == torch.float32 and accelerator.mixed_precision == "no"
     after_one, after_other = packed[1], packed[5]
-    off, leaked = (
-        (found - wanted).square().mean(dim=-1).sqrt().max() / alone.std()
-        for found, wanted in ((packed, alone), (after_one, after_other))
-    )
+    off, leaked = deviation(packed, alone), deviation(after_one, after_other, alone)
     if not (off <= (_EXACT if exact else _ROUNDED) and leaked <= (_EXACT if exact else _LEAKED)):
         raise _refusal(model)
 
 
-@torch.no_grad()
 def _logits(model: Any, batch: Batch, accelerator: Accelerator) -> torch.Tensor:
     """Logits (B, T, V) in evaluation mode. Leaves the modules' modes and the random state as they were."""
     inputs = model_inputs(on_device(batch, accelerator.device))
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices), accelerator.autocast():
+    with probing(model, accelerator.device), accelerator.autocast():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits
 

@@ -28,8 +28,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError
 from peftcli.models.conversions import warn_of_peft
-from peftcli.models.open import LoadedModel
-from peftcli.models.weights import BaseWeights
+from peftcli.models.open import BaseWeights, LoadedModel
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of

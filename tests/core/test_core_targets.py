@@ -34,13 +34,11 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
 
-from peftcli.core.config import FAMILY_TARGETS
+from peftcli.core.config import READ_PAST_CALLS
 from peftcli.core.inject import inject
+from peftcli.core.linear import check_forward
 from peftcli.core.targets import (
-    _READ_PAST_CALLS,
-    _layer_index,
     as_pattern,
-    check_forward,
     find_targets,
     module_matches,
     pattern_value,
@@ -49,7 +47,6 @@ from peftcli.core.targets import (
 )
 from peftcli.errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from peftcli.guard import patterns
-from peftcli.guard.patterns import PLAIN_NAME
 from peftcli.methods import METHODS
 from peftcli.methods.frod import FrodConfig
 from peftcli.methods.ia3 import IA3Config
@@ -84,7 +81,6 @@ def test_a_family_outside_the_table_gets_every_linear_layer() -> None:
     model = tiny("llama")
     model.config.model_type = "brand_new"
     assert find_targets(model, LoraConfig()) == _found("llama", target_modules="all-linear")
-    assert "brand_new" not in FAMILY_TARGETS
 
 
 def test_usual_modules_are_found_under_their_new_names() -> None:
@@ -128,25 +124,29 @@ def test_a_module_that_is_named_in_full_is_adapted_in_any_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lists", "expected"),
+    ("lists", "layer"),
     [
-        ("model.layers.3.experts.7.up", [], 3),
-        ("model.layers.3.experts.7.up", ["experts"], 7),
-        ("model.layers.3.experts.7.up", ["experts", "layers"], 7),
-        ("model.layers.3.experts.7.up", ["layers", "experts"], 3),
-        ("model.layers.3.experts.7.up", ["3.experts"], 7),
-        ("model.layers.3.experts.7.up", ["expert", "ayers", ""], None),
-        ("model.layers.3.experts.7.up", [r"\d+\.experts"], 7),
-        ("model.layers.3.experts.7.up", ["(layers|h)", "experts"], 3),
-        ("h.3.h.4.x", ["h"], 3),
-        ("layers.3", [], None),
-        ("0.1.2", [], 1),
-        ("up", [], None),
+        ([], 3),
+        (["experts"], 7),
+        (["experts", "layers"], 7),
+        (["layers", "experts"], 3),
+        (["3.experts"], 7),
+        ([r"\d+\.experts"], 7),
+        (["(layers|h)", "experts"], 3),
+        (["expert", "ayers"], None),
     ],
 )
-def test_which_number_is_the_layers(name: str, lists: list[str], expected: int | None) -> None:
-    expressions = [entry for entry in lists if not PLAIN_NAME.fullmatch(entry)]
-    assert _layer_index(name.split("."), {entry: rank for rank, entry in enumerate(lists)}, expressions) == expected
+def test_which_number_is_the_layers(lists: list[str], layer: int | None) -> None:
+    model: nn.Module = nn.Linear(4, 4)
+    for name in reversed(["layers", "3", "experts", "7", "up"]):
+        model = nn.ModuleDict({name: model})
+    for index in (3, 7):
+        config = LoraConfig(target_modules=["up"], layers_to_transform=[index], layers_pattern=lists)
+        if index == layer:
+            assert find_targets(model, config) == ["layers.3.experts.7.up"]
+        else:
+            with pytest.raises(AdapterError, match=f"no target module in layer {index}"):
+                find_targets(model, config)
 
 
 def test_lists_of_layers_are_written_in_their_order() -> None:
@@ -239,7 +239,7 @@ def test_what_transformers_reads_without_calling_it_is_left_out() -> None:
         code = models / kind / f"modeling_{kind}.py"
         if code.exists():  # older versions lack some
             read = _READ.findall(code.read_text(encoding="utf-8"))
-            row = _READ_PAST_CALLS.get(kind) or _READ_PAST_CALLS[f"{kind}_text"]
+            row = READ_PAST_CALLS.get(kind) or READ_PAST_CALLS[f"{kind}_text"]
             assert set(read) <= set(row), kind
             seen += len(read)
     assert seen
@@ -263,95 +263,99 @@ def test_a_linear_layer_of_a_class_of_its_own_is_adapted_where_it_gives_one_outp
     inject(model, LoraConfig(target_modules=["plain"], target_parameters=["router.weight"]))
 
 
-@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig, IA3Config, OFTConfig])
-def test_a_convolution_that_computes_otherwise_is_refused(kind: Any) -> None:
-    class Same(nn.Conv2d):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x.contiguous())
+class _Own(nn.Linear):
+    """Computes the same as Linear, after ``before`` and before ``after``."""
 
-    inject(nn.ModuleDict({"same": Same(4, 4, 3)}), kind(target_modules=["same"]))
-    model = nn.ModuleDict({"plain": EfficientNetDepthwiseConv2d(8), "own": WeightStandardizedConv2d(4, 4, 3)})
-    with pytest.raises(AdapterError, match="target_modules: own is a WeightStandardizedConv2d, which computes other"):
-        inject(model, kind(target_modules=["own"]))
-    if kind is not OFTConfig:  # which adapts none with groups
-        inject(model, kind(target_modules=["plain"]))
+    def __init__(self, before: Any = None, after: Any = None, size: int = 4) -> None:
+        super().__init__(size, 6)
+        self.before, self.after, self.branch = before, after, nn.Linear(size, 6, bias=False)
+        nn.init.zeros_(self.branch.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(self.before(x) if self.before else x)
+        return self.after(self, x, y) if self.after else y
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(target_modules=["own"]),
-        TrainableTokensConfig(token_indices=[1], target_modules=["own"]),
-        LoraConfig(target_modules=["q_proj"], trainable_token_indices={"own": [1]}),
-    ],
-)
-def test_an_embedding_or_a_head_that_computes_otherwise_is_refused(config: Any) -> None:
-    class Scaled(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(4, 6)
-            self.scale = nn.Parameter(torch.ones(()))
+class _Rounded(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
+        return nn.functional.linear(x.bfloat16(), weight, bias).to(x.dtype)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * self.scale
 
-    class Shifted(nn.Embedding):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids + 1)
+class _Ids(nn.Embedding):
+    """Looks up ``ids + shift``."""
 
-    class EndsPicture(nn.Embedding):  # as T5Gemma2's
-        def __init__(self) -> None:
-            super().__init__(6, 4)
-            self.end = nn.Parameter(torch.ones(4))
+    shift = 0
 
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return torch.where(ids[..., None] == 5, self.end, super().forward(ids))
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids.long() + self.shift)
 
-    for own in (Shifted(6, 4), IdeficsDecoupledEmbedding(6, 1, 4), EndsPicture(), Scaled()):
-        model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own})
+
+class _Shifted(_Ids):
+    shift = 1
+
+
+class _EndsPicture(nn.Embedding):  # as T5Gemma2's
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.end = nn.Parameter(torch.ones(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.where(ids[..., None] == 5, self.end, super().forward(ids))
+
+
+class _Same(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.contiguous())
+
+
+def _divided() -> Any:
+    layer: Any = FalconLinear(4, 6)
+    layer.weight.ds_shape = layer.weight.shape  # as DeepSpeed has it
+    layer.weight.data = torch.empty(0)
+    return layer
+
+
+SAME: dict[str, Callable[[], nn.Module]] = {
+    "shaped": lambda: _Own(after=lambda layer, x, y: y.view(*x.shape[:-1], layer.out_features)),
+    "a branch that is not called": _Own,
+    "rounded": lambda: _Rounded(4, 6),
+    "few rows": lambda: _Ids(2, 4),
+    "divided": _divided,
+    "without values": lambda: FalconLinear(4, 6, device="meta"),
+    "scaled": lambda: Gemma3TextScaledWordEmbedding(6, 4, 0, 3.0),
+    "scaled as BART's": lambda: BartScaledWordEmbedding(6, 4, 0, 3.0),
+    "convolution": lambda: _Same(4, 4, 3),
+    "groups": lambda: EfficientNetDepthwiseConv2d(8),
+}
+OTHER: dict[str, Callable[[], nn.Module]] = {
+    "no bias": lambda: _Own(after=lambda layer, x, y: y - layer.bias, size=4096),
+    "a branch": lambda: _Own(after=lambda layer, x, y: y + layer.branch(x)),
+    "scale": lambda: _Own(after=lambda layer, x, y: y * 2),
+    "shifted": lambda: _Shifted(6, 4),
+    "decoupled": lambda: IdeficsDecoupledEmbedding(6, 1, 4),
+    "end of a picture": _EndsPicture,
+    "standardised": lambda: WeightStandardizedConv2d(4, 4, 3),
+}
+
+
+@pytest.mark.parametrize("make", SAME.values(), ids=SAME)
+def test_a_layer_of_a_class_of_its_own_is_adapted_where_it_computes_the_same(make: Callable[[], nn.Module]) -> None:
+    check_forward(make(), "own")
+
+
+@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER)
+def test_a_layer_that_computes_otherwise_is_refused(make: Callable[[], nn.Module]) -> None:
+    own = make()
+    configs: list[Any] = [LoraConfig(target_modules=["own"])]
+    if isinstance(own, nn.Conv2d):
+        configs += [kind(target_modules=["own"]) for kind in (LoHaConfig, IA3Config, OFTConfig)]
+    elif isinstance(own, nn.Embedding):
+        configs += [TrainableTokensConfig(token_indices=[1], target_modules=["own"])]
+        configs += [LoraConfig(target_modules=["q_proj"], trainable_token_indices={"own": [1]})]
+    for config in configs:
         with pytest.raises(AdapterError, match=f"own is a {type(own).__name__}, which computes otherwise"):
-            inject(model, config)
-    for own in (Gemma3TextScaledWordEmbedding(6, 4, 0, 3.0), BartScaledWordEmbedding(6, 4, 0, 3.0), FalconLinear(4, 6)):
-        inject(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own}), config)
-
-
-def test_a_layer_of_a_class_of_its_own_is_adapted_where_it_computes_the_same() -> None:
-    class Shaped(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x).view(*x.shape[:-1], self.out_features)
-
-    class Rounded(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
-            return nn.functional.linear(x.bfloat16(), weight, bias).to(x.dtype)
-
-    class Unbiased(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, self.weight)
-
-    class WithBranch(nn.Linear):
-        def __init__(self, always: bool) -> None:
-            super().__init__(4, 4)
-            self.always, self.branch = always, nn.Linear(4, 4, bias=False)
-            nn.init.zeros_(self.branch.weight)
-
-        def forward(self, x: torch.Tensor, marked: bool = False) -> torch.Tensor:
-            y = super().forward(x)
-            return y + self.branch(x) if marked or self.always else y
-
-    class Small(nn.Embedding):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids.long())
-
-    divided: Any = FalconLinear(4, 6)
-    divided.weight.ds_shape = divided.weight.shape  # as DeepSpeed has it
-    divided.weight.data = torch.empty(0)
-    for own in (Shaped(4, 32), Rounded(4, 6), WithBranch(False), Small(2, 4), divided):
-        check_forward(own, "own")
-    with torch.device("meta"):
-        check_forward(FalconLinear(4, 6), "own")
-    for own in (Unbiased(4096, 6), WithBranch(True)):
-        with pytest.raises(AdapterError, match="computes otherwise"):
-            check_forward(own, "own")
+            inject(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "own": own}), config)
 
 
 @pytest.mark.parametrize("values", [{"proj": 8, "body.proj": 16}, {"proj": 16, "body.proj": 8}, {"a.x": 8, "b.x": 8}])

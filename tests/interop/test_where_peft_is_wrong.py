@@ -21,7 +21,6 @@ from torch import nn
 
 from peftcli import PeftModel
 from peftcli.adapters.merge import merge_adapter
-from peftcli.core.config import FAMILY_TARGETS
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.merge import merge
@@ -121,7 +120,7 @@ def test_interop_3_7_families_without_default_targets() -> None:
         "eos_token_id": 2,
     }
     model = SmolLM3ForCausalLM(SmolLM3Config(**sizes, **heads))
-    assert "smollm3" not in FAMILY_TARGETS
+    assert LoraConfig().usual_targets("smollm3") == "all-linear"
     with pytest.raises(ValueError, match="target_modules"):
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig())
     config = LoraConfig()

@@ -16,7 +16,8 @@ from peftcli.core.layer import adapter_layers
 from peftcli.core.targets import wrap
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.ln_tuning import TARGETS, LNTuningConfig
+from peftcli.methods._families import TARGETS
+from peftcli.methods.ln_tuning import LNTuningConfig
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_families_without_a_default_train_every_norm(kind: str, names: list[str]
     ("settings", "names"),
     [
         ({"parallel_attn": True}, ["input_layernorm", "ln_f"]),
-        ({"parallel_attn": False}, [*TARGETS["falcon"]]),
+        ({"parallel_attn": False}, [*TARGETS["ln_tuning"]["falcon"]]),
         ({"new_decoder_architecture": True, "num_kv_heads": 1}, ["ln_attn", "ln_f", "ln_mlp"]),
     ],
     ids=["7b", "rw", "40b"],

@@ -28,8 +28,7 @@ from peftcli.methods.lora.initialisations.loftq import start_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients
 from peftcli.methods.lora.initialisations.residual import ResidualLinear
 from peftcli.methods.lora.layers import calibrate
-from peftcli.models.open import open_base
-from peftcli.models.weights import BaseWeights
+from peftcli.models.open import BaseWeights, open_base
 from peftcli.schema import BaseModel
 
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,6 @@ def test_a_pickle_is_never_read(keep: bool, folder: Path) -> None:
     assert not (folder / "mark").exists()
 
 
-def test_a_model_without_weights_is_refused(folder: Path) -> None:
-    (folder / SINGLE).unlink()
-    with pytest.raises(ModelError, match=r"contains neither model\.safetensors nor"):
-        load(folder)
-
-
 ATTENTION: dict[str, dict[str, Any]] = {
     "_attn_implementation": {"_attn_implementation": "org/kernel"},
     "attn_implementation": {"attn_implementation": {"": "eager", "text": "org/kernel:run"}},
@@ -105,12 +98,6 @@ def test_code_beside_a_model_is_not_run_and_refused_where_it_is_needed(folder: P
         load(folder)
     assert caught.value.key == "auto_map"
     assert not (folder / "mark").exists()
-
-
-def test_trusted_code_is_that_of_a_commit_and_of_one_repository(folder: Path) -> None:
-    with pytest.raises(ModelError, match="at a pinned commit only") as caught:
-        load_config(BaseModel(name="org/model", trust_remote_code=True, revision="main"))
-    assert caught.value.key == "base_model.revision"
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -158,15 +145,6 @@ def test_a_config_of_a_version_is_looked_at_too(folder: Path) -> None:
     assert caught.value.file == str(folder / "config.4.0.json")
 
 
-@pytest.mark.parametrize("of_an_adapter", [False, True])
-def test_a_tokenizers_config_takes_no_memory(of_an_adapter: bool, folder: Path) -> None:
-    change(folder / "config.json", num_labels=10**9)
-    load_one = partial(load_tokenizer, adapter=folder) if of_an_adapter else load_tokenizer
-    base = BaseModel(name=str(trainkit.base_folder() if of_an_adapter else folder))
-    with pytest.raises(ModelError, match="is not a plausible value"):
-        load_one(base)
-
-
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "..", "", "pytorch_model.bin", "a/b.safetensors", 3]
 )
@@ -209,51 +187,55 @@ def test_no_weight_is_noise(name: str, folder: Path, capfd: pytest.CaptureFixtur
     assert "LOAD REPORT" not in capfd.readouterr().err
 
 
-def test_a_new_head_is_no_noise(folder: Path) -> None:
-    model = load_model(BaseModel(name=str(folder)), "AutoModelForSequenceClassification", torch.float32)
-    assert type(model).__name__ == "LlamaForSequenceClassification"
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda base: (base / SINGLE).unlink(), r"contains neither model\.safetensors nor"),
+    "far larger than its weights": (
+        lambda base: change(base / "config.json", vocab_size=10**10),
+        "describes a model of .* numbers, but its weights have",
+    ),
+    **{
+        f"{value} {key}": (
+            lambda base, key=key, value=value: change(base / "config.json", **{key: value}),
+            f"{key}: .*is not a plausible value",
+        )
+        for key, value in {"num_hidden_layers": 10**9, "decoder_layers": -1, "num_labels": 10**9}.items()
+    },
+    "a damaged generation config": (
+        lambda base: (base / "generation_config.json").write_text("{"),
+        r"generation_config\.json:1: not valid JSON",
+    ),
+    "an adapter": (lambda base: (base / "adapter_config.json").write_text("{}"), "contains an adapter"),
+}
 
 
-def test_a_model_far_larger_than_its_weights_takes_no_memory(folder: Path) -> None:
-    change(folder / "config.json", vocab_size=10**10)
-    with pytest.raises(ModelError, match=r"describes a model of .* numbers, but its weights have"):
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_a_whole_model_is_refused_before_it_takes_memory(name: str, folder: Path) -> None:
+    spoil, message = WRONG[name]
+    spoil(folder)
+    with pytest.raises(ModelError, match=message):
         load(folder)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", 10**9), ("decoder_layers", -1), ("num_labels", 10**9)]
-)
-def test_a_model_of_endless_parts_is_refused_before_it_is_made(key: str, value: int, folder: Path) -> None:
-    change(folder / "config.json", **{key: value})
-    with pytest.raises(ModelError, match="is not a plausible value") as caught:
-        load(folder)
-    assert caught.value.key == key
+def test_an_adapters_tokenizer_is_checked_like_the_base_models(folder: Path) -> None:
+    change(folder / "config.json", num_labels=10**9)
+    with pytest.raises(ModelError, match="is not a plausible value"):
+        load_tokenizer(BaseModel(name=str(trainkit.base_folder())), adapter=folder)
 
 
-def test_a_damaged_generation_config_is_not_taken_for_none(folder: Path) -> None:
-    (folder / "generation_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"generation_config\.json:1: not valid JSON"):
-        load(folder)
+def test_trusted_code_is_that_of_a_pinned_commit() -> None:
+    with pytest.raises(ModelError, match=r"base_model\.revision: .*at a pinned commit only"):
+        load_config(BaseModel(name="org/model", trust_remote_code=True, revision="main"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "source.spm"])
 def test_a_pipe_is_not_waited_for(name: str, folder: Path) -> None:
+    os.mkfifo(folder / ".lock")  # which nobody reads, as a link to nothing
+    (folder / "notes.txt").symlink_to("nowhere")
+    check_folder(folder)
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     with pytest.raises(ModelError, match=f"{name}: is a pipe"):
         check_folder(folder)
-
-
-def test_a_hidden_pipe_and_a_link_to_nothing_are_no_concern(folder: Path) -> None:
-    os.mkfifo(folder / ".lock")
-    (folder / "notes.txt").symlink_to("nowhere")
-    check_folder(folder)
-
-
-def test_an_adapter_is_no_base_model(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="contains an adapter"):
-        load(folder)
 
 
 class PanicException(BaseException):

@@ -264,23 +264,42 @@ def test_rows_to_spare_are_used_and_start_as_the_mean_too() -> None:
     assert torch.equal(weight[untouched], before[untouched])
 
 
-@pytest.mark.parametrize(
-    ("kind", "given", "expected"),
-    [
-        ("llama_tied", None, [300, 301]),
-        ("llama_tied", [5, 7], [5, 7, 300, 301]),
-        ("llama_tied", {"embed_tokens": [5]}, [5, 300, 301]),
-        ("llama", None, {"embed_tokens": [300, 301], "lm_head": [300, 301]}),
-        ("llama", [5], {"embed_tokens": [5, 300, 301], "lm_head": [300, 301]}),
-        ("llama", {"lm_head": [5, 300]}, {"lm_head": [5, 300, 301], "embed_tokens": [300, 301]}),
-        ("gpt2", None, [300, 301]),
-        ("t5", None, [300, 301]),
-    ],
-)
-def test_the_config_names_the_rows(kind: str, given: Any, expected: Any) -> None:
-    config = LoraConfig(trainable_token_indices=given)
+NAMED: list[tuple[str, Any, dict[str, Any]]] = [
+    *(
+        (kind, LoraConfig(trainable_token_indices=given), {"trainable_token_indices": expected})
+        for kind, given, expected in (
+            ("llama_tied", None, [300, 301]),
+            ("llama_tied", [5, 7], [5, 7, 300, 301]),
+            ("llama_tied", {"embed_tokens": [5]}, [5, 300, 301]),
+            ("llama", None, {"embed_tokens": [300, 301], "lm_head": [300, 301]}),
+            ("llama", [5], {"embed_tokens": [5, 300, 301], "lm_head": [300, 301]}),
+            ("llama", {"lm_head": [5, 300]}, {"lm_head": [5, 300, 301], "embed_tokens": [300, 301]}),
+            ("gpt2", None, [300, 301]),
+            ("t5", None, [300, 301]),
+        )
+    ),
+    *(  # what trains in full needs no rows of its own
+        (kind, LoraConfig(modules_to_save=saved, **more), {"trainable_token_indices": left})
+        for kind, saved, more, left in (
+            ("llama", ["embed_tokens", "lm_head"], {}, None),
+            ("llama", ["embed_tokens"], {}, {"lm_head": [300, 301]}),
+            ("llama_tied", ["embed_tokens", "lm_head"], {}, None),
+            ("llama_tied", ["embed_tokens"], {"ensure_weight_tying": True}, None),
+        )
+    ),
+    ("llama", IA3Config(modules_to_save=["embed_tokens", "lm_head"]), {}),
+    *(
+        (kind, TrainableTokensConfig(token_indices=[4]), {"token_indices": [4, 300, 301], "target_modules": targets})
+        for kind, targets in (("llama", ["embed_tokens", "lm_head"]), ("llama_tied", ["embed_tokens"]))
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "expected"), NAMED)
+def test_the_config_names_the_rows(kind: str, config: Any, expected: dict[str, Any]) -> None:
+    config = dataclasses.replace(config)
     prepared(kind, config)
-    assert config.trainable_token_indices == expected
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "gemma", "t5"])
@@ -295,28 +314,6 @@ def test_only_their_rows_train(kind: str) -> None:
     assert {value for value in model.parameters() if value.requires_grad} == trained
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all((value.grad.abs().sum(dim=1) > 0).all() for value in rows.values())
-
-
-def test_a_module_that_is_trained_in_full_needs_no_rows_of_its_own() -> None:
-    for kind, saved, left in (
-        ("llama", ["embed_tokens", "lm_head"], None),
-        ("llama", ["embed_tokens"], {"lm_head": [300, 301]}),
-        ("llama_tied", ["embed_tokens", "lm_head"], None),
-    ):
-        config = LoraConfig(modules_to_save=saved)
-        prepared(kind, config)
-        assert config.trainable_token_indices == left
-    config = LoraConfig(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    prepared("llama_tied", config)
-    assert config.trainable_token_indices is None
-    prepared("llama", IA3Config(modules_to_save=["embed_tokens", "lm_head"]))
-
-
-def test_the_method_of_trained_rows_gets_them() -> None:
-    for kind, targets in (("llama", ["embed_tokens", "lm_head"]), ("llama_tied", ["embed_tokens"])):
-        config = TrainableTokensConfig(token_indices=[4])
-        prepared(kind, config)
-        assert (config.token_indices, config.target_modules) == ([4, 300, 301], targets)
 
 
 @pytest.mark.parametrize(
@@ -583,17 +580,11 @@ def test_eos_is_trained_where_it_pads_too(rows: list[dict[str, Any]]) -> None:
         assert labels[:size].tolist() == feature.arrays["labels"]
         assert (labels[size:] == -100).all()
         assert mask.tolist() == [1] * size + [0] * (len(labels) - size)
-
-
-def test_eos_is_trained_in_packed_rows_where_it_pads_too() -> None:
-    tokenizer = unsaved(pad_token="<|im_end|>")
-    encoded = features(tokenizer, trainkit.MESSAGES[:3])
     task = causal_lm(tokenizer)
-    batch = task.collate([task.join(encoded[:2]), task.join(encoded[2:])], training=True)
-    assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [2, 1]
-    short = encoded[2].size
-    assert (batch["labels"][1, short:] == -100).all()
-    assert batch["position_ids"][1, short] == 0, "padding is nobody's"
+    packed = task.collate([task.join(encoded[:2]), task.join(encoded[2:])], training=True)
+    assert (packed["labels"] == eos).sum(dim=1).tolist() == [2, 1]
+    assert (packed["labels"][1, encoded[2].size :] == -100).all()
+    assert packed["position_ids"][1, encoded[2].size] == 0, "padding is nobody's"
 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|endoftext|>", "a"])

@@ -16,7 +16,6 @@ from peftcli.core.config import (
     TargetedConfig,
 )
 from peftcli.errors import PeftWarning
-from peftcli.methods._families import ALL_MATRICES
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 from peftcli.methods.lora import LoraRuntimeConfig
 
@@ -58,7 +57,6 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
 
     peft_type = "ADALORA"
     learning_rate = 1e-2
-    family_targets: ClassVar[dict[str, list[str]]] = {**ALL_MATRICES, "roberta": ["query", "key", "value", "dense"]}
     sizes: ClassVar[tuple[str, ...]] = ("init_r",)
     found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")

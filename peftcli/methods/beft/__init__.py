@@ -7,11 +7,6 @@ from typing import ClassVar
 
 from peftcli.core.config import TargetedConfig
 
-_NAMES = {"bert": "value", "deberta-v2": "value_proj", "mt5": "v", "roberta": "value", "t5": "v"}
-_FAMILIES = ("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral")
-_TARGETS = dict.fromkeys((*_FAMILIES, "opt", "phi", "qwen2", "qwen3"), "v_proj") | _NAMES
-"""What PEFT adapts by default, per model_type: the attention's values."""
-
 
 @dataclass(kw_only=True)
 class BeftConfig(TargetedConfig):
@@ -19,7 +14,6 @@ class BeftConfig(TargetedConfig):
 
     peft_type = "BEFT"
     learning_rate = 1e-2
-    family_targets: ClassVar[dict[str, list[str]]] = {family: [name] for family, name in _TARGETS.items()}
     always_written: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     init_weights: bool = True

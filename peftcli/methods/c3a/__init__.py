@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, LayeredConfig
-from peftcli.methods._families import MLP_OUTPUTS
 from peftcli.methods._settings import Problems, too_small
 
 
@@ -16,7 +15,6 @@ class C3AConfig(BiasConfig, LayeredConfig):
 
     peft_type = "C3A"
     learning_rate = 5e-2
-    family_targets: ClassVar[dict[str, list[str]]] = MLP_OUTPUTS
     sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
 

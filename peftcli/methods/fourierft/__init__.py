@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._families import MLP_OUTPUTS
 from peftcli.methods._settings import Problems, not_positive, too_small
 
 
@@ -16,7 +15,6 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "FOURIERFT"
     learning_rate = 5e-3
-    family_targets: ClassVar[dict[str, list[str]]] = MLP_OUTPUTS
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 

@@ -20,7 +20,6 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     peft_type = "FROD"
     learning_rate = 2e-3
-    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"], "vit": ["query", "value"]}
     always_written: ClassVar[tuple[str, ...]] = (
         "target_modules", "sparse_rate", "projection_prng_key", "save_projection",
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import base_module
-from peftcli.core.targets import CONVOLUTIONS
+from peftcli.core.linear import CONVOLUTIONS
 from peftcli.methods._conv import WeightDeltaConv
 from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, by_kind, check_ungrouped, factory_kwargs
 from peftcli.methods.hira import HiraConfig

@@ -8,35 +8,6 @@ from typing import ClassVar
 from peftcli.core.config import ExcludingConfig, FanInConfig
 from peftcli.methods._settings import Problems
 
-TARGETS: dict[str, tuple[list[str], list[str]]] = {
-    "bart": (["q_proj", "v_proj"], ["fc2"]),
-    "bert": (["key", "value"], ["output.dense"]),
-    "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
-    "deberta": (["in_proj"], ["output.dense"]),
-    "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
-    "falcon": (["query_key_value"], ["dense_4h_to_h"]),
-    "gemma": (["q_proj", "v_proj"], ["down_proj"]),
-    "gemma2": (["q_proj", "v_proj"], ["down_proj"]),
-    "gemma3_text": (["q_proj", "v_proj"], ["down_proj"]),
-    "gpt2": (["c_attn"], ["mlp.c_proj"]),
-    "gpt_bigcode": (["c_attn"], ["mlp.c_proj"]),
-    "gpt_neo": (["q_proj", "v_proj"], ["c_proj"]),
-    "gpt_neox": (["query_key_value"], ["dense_4h_to_h"]),
-    "gptj": (["q_proj", "v_proj"], ["fc_out"]),
-    "llama": (["k_proj", "v_proj"], ["down_proj"]),
-    "llama4": (["q_proj", "v_proj"], ["down_proj"]),
-    "mistral": (["k_proj", "v_proj"], ["down_proj"]),
-    "mixtral": (["k_proj", "v_proj"], []),  # its experts' w2, which PEFT names too, is no module of its own any more
-    "mt5": (["k", "v", "wi_1"], []),
-    "opt": (["q_proj", "k_proj"], ["fc2"]),
-    "phi": (["q_proj", "v_proj"], ["fc2"]),
-    "qwen2": (["q_proj", "v_proj"], ["down_proj"]),
-    "qwen3": (["q_proj", "v_proj"], ["down_proj"]),
-    "roberta": (["key", "value"], ["output.dense"]),
-    "t5": (["k", "v"], ["wo"]),
-}
-"""What PEFT adapts by default, per model_type: modules scaled at their outputs, and at their inputs."""
-
 
 @dataclass(kw_only=True)
 class IA3Config(FanInConfig, ExcludingConfig):
@@ -59,7 +30,3 @@ class IA3Config(FanInConfig, ExcludingConfig):
             strange = sorted(self.feedforward_modules - self.target_modules)
             found += [("feedforward_modules", f"{name!r} is not in target_modules") for name in strange[:1]]
         return found
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        outputs, inputs = TARGETS.get(model_type, ([], []))
-        return [*outputs, *inputs] or "all-linear"

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
-from peftcli.core.targets import CONVOLUTIONS, find_modules, find_targets, module_matches, shortest_names
+from peftcli.core.linear import CONVOLUTIONS
+from peftcli.core.targets import find_modules, find_targets, model_type, module_matches, shortest_names
+from peftcli.methods._families import IA3_INPUTS
 from peftcli.methods._linear import factory_kwargs, require_linear
-from peftcli.methods.ia3 import TARGETS, IA3Config
+from peftcli.methods.ia3 import IA3Config
 from peftcli.methods.ia3.combine import combine as combine
 
 
@@ -95,7 +97,7 @@ def targets(model: nn.Module, config: IA3Config) -> list[str]:
     """Return the names of the target modules; the config then says which of them have their inputs scaled."""
     names, entries = find_targets(model, config), config.feedforward_modules
     if entries is None:
-        _, usual = TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), ([], []))
+        usual = IA3_INPUTS.get(model_type(model), [])
         found = [name for name in names if any(module_matches(name, entry) for entry in usual)]
         config.feedforward_modules = shortest_names(model, found)
     elif isinstance(entries, str):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, TrainedCopy, base_module, base_modules, first_parameter
-from peftcli.core.targets import find_targets, module_matches, shortest_names
+from peftcli.core.targets import find_targets, model_type, module_matches, shortest_names
 from peftcli.errors import AdapterError
-from peftcli.methods.ln_tuning import TARGETS, LNTuningConfig
+from peftcli.methods._families import TARGETS
+from peftcli.methods.ln_tuning import LNTuningConfig
 
 
 class TrainedNorm(TrainedCopy):
@@ -44,9 +45,8 @@ def wrap(module: nn.Module, name: str, config: LNTuningConfig) -> AdapterLayer:
 def targets(model: nn.Module, config: LNTuningConfig) -> list[str]:
     """Return the names of the norms to train."""
     if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", "")
         reached = [name for name in norms(model) if name not in config.unreached]
-        usual, names = TARGETS.get(model_type, ()), base_modules(model)
+        usual, names = TARGETS["ln_tuning"].get(model_type(model), ()), base_modules(model)
         # some Falcons have other norms than the family's first
         is_usual = all(any(module_matches(name, entry) for name in names) for entry in usual)
         config.target_modules = list(usual if is_usual else ()) or shortest_names(model, reached)

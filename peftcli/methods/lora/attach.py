@@ -23,7 +23,8 @@ from peftcli.core.layer import (
     layers_at,
     outer_modules,
 )
-from peftcli.core.targets import check_forward, find_modules
+from peftcli.core.linear import check_forward
+from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods._token_rows import share_rows, tied_group, wrap_rows
 from peftcli.methods.lora import LoraConfig

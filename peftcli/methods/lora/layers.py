@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module
-from peftcli.core.linear import linear_view
-from peftcli.core.targets import CONVOLUTIONS, named_parameters
+from peftcli.core.linear import CONVOLUTIONS, linear_view
+from peftcli.core.targets import named_parameters
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import with_bias
 from peftcli.methods.lora import LoraConfig

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file, widened
-from peftcli.core.linear import dense_weight, linear_view
-from peftcli.core.targets import CONVOLUTIONS, pattern_value
+from peftcli.core.linear import CONVOLUTIONS, dense_weight, linear_view
+from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._linear import dropout_layer, factory_kwargs
 from peftcli.methods.lora import LoraConfig

@@ -8,22 +8,6 @@ from typing import ClassVar
 from peftcli.core.config import UNSUPPORTED, TargetedConfig
 from peftcli.methods._settings import Problems, not_positive
 
-_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-_GATED = [*_ATTENTION, "gate_proj", "down_proj", "up_proj"]
-_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "qwen2", "qwen3"), _GATED),
-    "bloom": ["query_key_value", "dense_4h_to_h"],
-    "falcon": ["query_key_value", "dense_4h_to_h"],
-    "gpt2": ["c_attn", "c_proj"],
-    "gpt_bigcode": ["c_attn", "c_proj"],
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
-    "mixtral": _ATTENTION,  # the other names that PEFT has for it and for phi are of no module there
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "phi": _ATTENTION[:3],
-}
-"""What PEFT adapts by default, per model_type."""
-
 
 @dataclass(kw_only=True)
 class OSFConfig(TargetedConfig):
@@ -47,9 +31,6 @@ class OSFConfig(TargetedConfig):
 
     def problems(self) -> Problems:
         return super().problems() + not_positive(self, "effective_rank", "rank_pattern")
-
-    def usual_targets(self, model_type: str) -> list[str] | str:
-        return _TARGETS.get(model_type, "all-linear")
 
     def anywhere(self) -> dict[str, float]:
         """``rank_pattern`` as patterns that match where PEFT's do: anywhere in a name."""

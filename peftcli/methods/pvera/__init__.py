@@ -19,7 +19,6 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     peft_type = "PVERA"
     learning_rate = 2e-2
-    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
     r: int = 256

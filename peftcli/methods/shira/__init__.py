@@ -15,7 +15,6 @@ class ShiraConfig(FanInConfig):
 
     peft_type = "SHIRA"
     learning_rate = 1e-3
-    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"]}
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
     filled_later: ClassVar[tuple[str, ...]] = ("mask_type",)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._families import ALL_MATRICES
 from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
 
 
@@ -16,7 +15,6 @@ class VBLoRAConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "VBLORA"
     learning_rate = 5e-3
-    family_targets: ClassVar[dict[str, list[str]]] = ALL_MATRICES
     sizes: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "num_vectors", "vector_length", "topk")
 

@@ -15,7 +15,6 @@ class VeraConfig(BiasConfig, FanInConfig, LayeredConfig):
 
     peft_type = "VERA"
     learning_rate = 1e-2
-    family_targets: ClassVar[dict[str, list[str]]] = {"phi": ["q_proj", "v_proj"]}
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
     r: int = 256

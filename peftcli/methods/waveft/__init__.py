@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._families import MLP_OUTPUTS
 from peftcli.methods._settings import Problems, not_one_of, not_positive, too_small
 
 MOMENTS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
@@ -19,7 +18,6 @@ class WaveFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
 
     peft_type = "WAVEFT"
     learning_rate = 2e-4
-    family_targets: ClassVar[dict[str, list[str]]] = MLP_OUTPUTS
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 

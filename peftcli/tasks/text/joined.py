@@ -21,6 +21,7 @@ from peftcli.core.joined import Guest, Joined, Randomness
 from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
+from peftcli.models.probe import probing
 from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
 from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad, unpadded_part
 
@@ -160,15 +161,13 @@ class JoinedModels:
             return False
         return list(map(id, own.parameters())) == list(map(id, self.head.parameters()))
 
-    @torch.no_grad()
     def _agrees(self, added: JoinedModel) -> bool:
         """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
         model, inner, inputs = added.model, unpadded_part(added.model), self._probe()
         kept, exact = inputs["attention_mask"].bool(), not rounds(inner)
         exact &= not torch.is_autocast_enabled(inner.device.type)
         tensors = {parameter: parameter.clone() for _, _, parameter in named_tensors(model).values()}
-        devices = [inner.device] if inner.device.type == "cuda" else []
-        with evaluating(model), evaluating(self.inner), torch.random.fork_rng(devices):
+        with probing(model, inner.device), evaluating(self.inner):
             torch.manual_seed(0)
             for parameter in tensors:
                 parameter.add_(_NOISE * torch.randn_like(parameter))

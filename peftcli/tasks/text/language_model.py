@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig, TargetedConfig
-from peftcli.core.inject import evaluating
 from peftcli.core.layer import base_modules
 from peftcli.core.prompts.config import PrefixConfig, max_positions
 from peftcli.data.findings import Finding, Records
@@ -26,6 +25,7 @@ from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models import tokens
+from peftcli.models.probe import deviation, probing
 from peftcli.schema import BaseModel
 from peftcli.system import date
 from peftcli.tasks.base import Batch, Loss, Task, write_task
@@ -378,7 +378,6 @@ def _refuse_encoder(config: Any) -> None:
     raise ModelError(message, key="base_model", hint=hint)
 
 
-@torch.no_grad()
 def refuse_later_tokens(model: Any, probe: Batch) -> None:
     """Raise ModelError if the logits before the last token of a probe depend on it, which they would have to predict.
 
@@ -388,9 +387,8 @@ def refuse_later_tokens(model: Any, probe: Batch) -> None:
     given |= no_cache(model, given)  # as in training
     other = given["input_ids"].clone()
     other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
-    with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    with probing(model, model.device):
         one, two = (model(**given | {"input_ids": ids}).logits[:, :-1].float() for ids in (given["input_ids"], other))
-    seen = (one - two).square().mean(dim=-1).sqrt().max() / one.std()
-    if seen > (_ROUNDED if rounds(model) else _EXACT):
+    if deviation(two, one) > (_ROUNDED if rounds(model) else _EXACT):
         message = f"{type(model).__name__} sees the tokens that it would have to predict"
         raise ModelError(message, key="base_model", hint="name a model that reads texts in one direction")

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from peftcli.core.inject import evaluating
 from peftcli.core.layer import base_module, model_ends
 from peftcli.core.quantised import is_quantised
+from peftcli.models.probe import probing
 
 _FEW = 8
 """Tokens that the model reads while its head is looked for."""
@@ -74,8 +74,7 @@ def output_head(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> OutputH
         return None
     if model not in _found:
         few = {name: value[:1, :_FEW] if value.ndim == 2 else value[:1] for name, value in inputs.items()}
-        devices = [value.device for value in few.values() if value.is_cuda][:1]
-        with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model):
+        with probing(model, next(iter(few.values())).device):
             _found[model] = _find_redo(model, module, few)
     redo = _found[model]
     return None if redo is None else OutputHead(module, module.forward, redo)

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.inject import evaluating
 from peftcli.core.prompts.inputs import bound, position_tables, takes
 from peftcli.core.prompts.prefix import PrefixAttention
 from peftcli.errors import ModelError
+from peftcli.models.probe import agrees, probing
 from peftcli.tasks.text.segments import ATTENTION, Layout, Segment, borders_of, layout_of_call
 
 _WORTHWHILE = 0.95
@@ -327,7 +327,6 @@ def lengths_in_row(device: torch.device) -> torch.Tensor | None:
     return torch.tensor(counts, device=device)
 
 
-@torch.no_grad()
 def _agree(model: Any, unpadded: _Unpadded) -> bool:
     """Let part of a model compute no padding if it can, and the model then says the same of rows of unequal length.
 
@@ -348,13 +347,13 @@ def _agree(model: Any, unpadded: _Unpadded) -> bool:
     agree = False
     try:
         options = {"use_cache": False} if takes(model, "use_cache") else {}
-        with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with probing(model, device):
             padded = model(input_ids=ids[0], attention_mask=mask, **options)
             inner.forward = unpadded
             found, beside = (model(input_ids=each, attention_mask=mask, **options) for each in ids)
         rounded = rounds(model) or torch.is_autocast_enabled(device.type)
         agree = unpadded.used and all(
-            bool((one - other).square().mean(dim=-1).sqrt().max() / other.std() <= (limit if rounded else _EXACT))
+            agrees(one, other, limit if rounded else _EXACT)
             for wanted, tokens, limit in ((padded, mask, _ROUNDED), (beside, second, _LEAKED))
             for one, other in zip(_said(found, tokens), _said(wanted, tokens), strict=True)
         )

@@ -27,7 +27,7 @@ from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
-from peftcli.models.stacks import stacks
+from peftcli.models.probe import stacks
 from peftcli.recipe import method_config, to_dict
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.system.memory import free_memory, resident_memory
