@@ -24,7 +24,8 @@ from peftcli.core.protocols import after_step
 from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
-from peftcli.methods.adamss import AdamssConfig, subspaces
+from peftcli.methods.adamss import AdamssConfig
+from peftcli.methods.adamss import layers as subspaces
 from peftcli.methods.adamss.layers import AdamssLinear, after_resume
 from peftcli.peft_api import get_peft_model
 from peftcli.train.events import Event, Stepped

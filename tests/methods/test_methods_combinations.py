@@ -21,7 +21,7 @@ from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.combinations import COMBINATIONS, Adapter, Combination, Combined
-from peftcli.methods.lora.combine import combine
+from peftcli.methods.lora.updates import combine
 from peftcli.methods.updates import Update, distance, effective_r, find_updates, weighted_sum
 from peftcli.peft_api import get_peft_model
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file
 from peftcli.errors import AdapterError
-from peftcli.methods._conv import DeltaConv
-from peftcli.methods._linear import DeltaLinear, by_kind, factory_kwargs
+from peftcli.methods._delta import DeltaConv, DeltaLinear, by_kind, factory_kwargs
 from peftcli.methods.adalora import AdaLoraConfig
 from peftcli.methods.updates import Update
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.linear import dense_weight
 from peftcli.core.targets import pattern_value
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, factory_kwargs
 from peftcli.methods.delora import DeloraConfig
 
 _SMALLEST_NORM = 1e-4

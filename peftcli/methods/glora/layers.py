@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_layers, base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
+from peftcli.methods._delta import factory_kwargs, require_linear, with_bias
 from peftcli.methods.glora import GloraConfig
 
 

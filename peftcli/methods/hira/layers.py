@@ -10,8 +10,14 @@ from torch import nn
 
 from peftcli.core.layer import base_module
 from peftcli.core.targets import CONVOLUTIONS
-from peftcli.methods._conv import WeightDeltaConv
-from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, by_kind, check_ungrouped, factory_kwargs
+from peftcli.methods._delta import (
+    WeightDelta,
+    WeightDeltaConv,
+    WeightDeltaLinear,
+    by_kind,
+    check_ungrouped,
+    factory_kwargs,
+)
 from peftcli.methods.hira import HiraConfig
 
 

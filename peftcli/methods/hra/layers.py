@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import widened
-from peftcli.methods._linear import by_kind, factory_kwargs
+from peftcli.methods._delta import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
 from peftcli.methods.hra import HRAConfig
 

@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import find_targets, module_matches, shortest_names
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods._delta import factory_kwargs, require_linear
 from peftcli.methods.lily import LilyConfig
 
 _SHARED = ("lily_A.weight", "lily_B.weight")

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from peftcli.methods._linear import by_kind, factory_kwargs
-from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
+from peftcli.methods._delta import by_kind, factory_kwargs
+from peftcli.methods.loha.layers import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.lokr import LoKrConfig
 
 

@@ -14,11 +14,10 @@ from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_i
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.targets import CONVOLUTIONS, pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import dropout_layer, factory_kwargs
+from peftcli.methods._delta import dropout_layer, factory_kwargs
 from peftcli.methods.lora import LoraConfig
-from peftcli.methods.lora.fused import Pair, fused_output, plain_pair
+from peftcli.methods.lora.fused import Pair, fused_output, joined_linear, plain_pair, share_of
 from peftcli.methods.lora.initialisations.start import initialise
-from peftcli.methods.lora.joined import joined_linear, share_of
 from peftcli.methods.lora.variants import dora
 
 _USUAL_R = 64

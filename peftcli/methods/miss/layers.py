@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, WeightDeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, WeightDeltaLinear, factory_kwargs
 from peftcli.methods.miss import MissConfig
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
+from peftcli.methods._delta import WeightDeltaLinear, factory_kwargs
 from peftcli.methods.peanut import PeanutConfig
 
 _Function = Callable[[torch.Tensor], torch.Tensor]

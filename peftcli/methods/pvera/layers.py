@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, factory_kwargs, share_projections
+from peftcli.methods._delta import SharingLinear, factory_kwargs, share_projections
 from peftcli.methods.pvera import PveraConfig
 
 

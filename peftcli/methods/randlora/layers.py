@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
+from peftcli.methods._delta import SharingLinear, check_drawn, factory_kwargs, share_tensors
 from peftcli.methods.randlora import RandLoraConfig
 
 _MOST_COPIED = 256 * 2**20

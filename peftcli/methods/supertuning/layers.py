@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import WeightDeltaLinear, dropout_layer, factory_kwargs
-from peftcli.methods._sparse import scattered
+from peftcli.methods._delta import WeightDeltaLinear, dropout_layer, factory_kwargs, scattered
 from peftcli.methods.supertuning import SupertuningConfig
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import DeltaLinear, by_kind, dropout_layer, factory_kwargs, stored_weight
+from peftcli.methods._delta import DeltaLinear, by_kind, dropout_layer, factory_kwargs, stored_weight
 from peftcli.methods.tinylora import TinyLoraConfig
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs, in_base_dtype, stored_weight
+from peftcli.methods._delta import SharingLinear, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods.unilora import UniLoraConfig
 
 _PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs
+from peftcli.methods._delta import SharingLinear, factory_kwargs
 from peftcli.methods.vblora import VBLoRAConfig
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")

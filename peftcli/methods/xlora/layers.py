@@ -17,7 +17,7 @@ from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_en
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._delta import factory_kwargs
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora import updates as lora_updates
 from peftcli.methods.updates import Update

@@ -1,4 +1,4 @@
-"""The base of methods that add a delta to the weight of a linear layer."""
+"""The bases of methods that add a delta to the weight of a linear layer or a convolution."""
 
 from __future__ import annotations
 
@@ -196,3 +196,74 @@ def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Te
         parameter = nn.Parameter(in_base_dtype(tensor, weight).to(device, adapter_dtype(weight)), requires_grad=False)
         for layer in layers:
             setattr(layer, name, parameter)
+
+
+class DeltaConv(AdapterLayer):
+    """A convolution with the kernel ``W + delta``, both ``(out, in / groups, k...)``."""
+
+    def __init__(self, module: nn.Module, bias: str = "none", dropout: float = 0.0):
+        super().__init__(with_bias(module, bias))
+        self.dropout = dropout_layer(dropout)
+
+    def delta(self) -> torch.Tensor:
+        """Return what the adapter adds to the kernel."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
+        # with the stride, padding, ... of the base layer
+        return base_module(self)._conv_forward(x, self.delta().to(x.dtype), None)
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.update(self.dropout(widened(x))).to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"weight": widened(base["weight"]) + self.delta()}
+
+
+class WeightDeltaConv(WeightDelta, DeltaConv):
+    """A convolution whose delta is made from its kernel."""
+
+    def delta(self) -> torch.Tensor:
+        return self.delta_of(widened(base_module(self).weight.detach()))
+
+
+def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """``W x`` with the base model's own weight, without bias: (..., out), in float32 or wider.
+
+    ``y``, if given, is what the layer's base layer made of ``x``: it serves unless other adapters stand below.
+    """
+    if y is None or isinstance(layer_below(layer), AdapterLayer):
+        y, bias = base_module(layer)(x), base_module(layer).bias
+    else:
+        bias = layer.base_layer.bias
+    return widened(y) if bias is None else widened(y) - widened(bias)
+
+
+def layer_below(layer: AdapterLayer) -> nn.Module:
+    """The layer that this adapter changes: another adapter's, or the base model's. A trained bias is this adapter's."""
+    return layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
+
+
+def drawn_places(layer: DeltaLinear, name: str, key: str, count: int, seed: int | None) -> torch.Tensor:
+    """Random places in an (out, in) matrix, as indices into its flat form: (count,).
+
+    They are drawn as PEFT draws them: its files may hold the seed alone. On the CPU when the model is on the meta
+    device. Without a seed the generator has its own, always the same.
+
+    Raises:
+        AdapterError: the matrix has fewer entries; ``key`` is the setting that asks for them.
+    """
+    view, weight = layer.view, stored_weight(layer)
+    size = view.out_features * view.in_features
+    if count > size:
+        raise AdapterError(f"asks for {count} of the {size} numbers of {name}", key=key)
+    generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+    places = torch.randperm(size, generator=generator)[:count].clone()
+    return places if weight.is_meta else places.to(weight.device)
+
+
+def scattered(values: torch.Tensor, places: torch.Tensor, view: Linear) -> torch.Tensor:
+    """An (out, in) matrix that is zero but for ``values`` at ``places``."""
+    flat = values.new_zeros(view.out_features * view.in_features)
+    return flat.index_put((places.to(values.device),), values).view(view.out_features, view.in_features)
