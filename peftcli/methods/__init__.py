@@ -1,6 +1,7 @@
 """The table of methods. Readable without torch: a method's module is imported on demand.
 
-A new method is one folder (``__init__.py``: its settings, without torch; ``layers.py``), one line of the table here and one recipe.
+A new method is one folder (``__init__.py``: its settings, without torch; ``layers.py``), one line of the table here
+and one recipe.
 """
 
 from __future__ import annotations

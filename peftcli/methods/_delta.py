@@ -55,9 +55,13 @@ class DeltaLinear(AdapterLayer):
         return {"weight": widened(base["weight"]) + self.view.as_stored(self.delta())}
 
 
-class SharingLinear(DeltaLinear):
-    """A linear layer some of whose tensors are one for the whole model; their names in the file have no path."""
+class LowRank(DeltaLinear):
+    """``delta = scaling * second @ first`` with ``first: (r, in)`` and ``second: (out, r)``.
 
+    Some of its tensors may be one for the whole model; their names in the file have no path.
+    """
+
+    scaling = 1.0
     shared: tuple[str, ...] = ()
     """Names of those tensors."""
 
@@ -65,16 +69,17 @@ class SharingLinear(DeltaLinear):
         return f"base_model.{tensor}" if tensor in self.shared else super().file_name(path, tensor)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the matrices (r, in) and (out, r) that an input goes through, where ``delta`` is their product."""
+        """Return the matrices that an input goes through, the first and the second."""
         raise NotImplementedError
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         first, second = self.factors()
-        return F.linear(F.linear(x, first), second)
+        z = F.linear(F.linear(x, first), second)
+        return z if self.scaling == 1 else self.scaling * z
 
     def delta(self) -> torch.Tensor:
         first, second = self.factors()
-        return second @ first
+        return self.scaling * (second @ first)
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the columns and rows of ``share_projections`` that the layer uses: (rows, in) and (out, r)."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file
 from peftcli.errors import AdapterError
-from peftcli.methods._delta import DeltaConv, DeltaLinear, by_kind, factory_kwargs
+from peftcli.methods._delta import DeltaConv, LowRank, by_kind, factory_kwargs
 from peftcli.methods.adalora import AdaLoraConfig
 from peftcli.methods.updates import Update
 
@@ -49,9 +49,9 @@ class AdaLoraLayer(AdapterLayer):
                 self.register_buffer(f"{average}_{tensor}", torch.zeros_like(getattr(self, tensor)))
         self.fixed = tuple(self._buffers)
 
-    def delta(self) -> torch.Tensor:
-        """Return what the adapter adds to the weight, as a matrix: (out, in)."""
-        return self.scaling * (self.lora_B @ (self.lora_A * self.lora_E))
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices (r, in) and (out, r) that an input goes through."""
+        return self.lora_A * self.lora_E, self.lora_B
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         own: dict[str, torch.Tensor] = {**self.own_tensors()}
@@ -82,7 +82,7 @@ class AdaLoraLayer(AdapterLayer):
         self.lora_E.masked_fill_(~kept.unsqueeze(1), 0.0)
 
 
-class AdaLoraLinear(AdaLoraLayer, DeltaLinear):
+class AdaLoraLinear(AdaLoraLayer, LowRank):
     """AdaLoRA over a linear layer."""
 
     kinds = "Linear, Conv1D and Conv2d"
@@ -90,9 +90,6 @@ class AdaLoraLinear(AdaLoraLayer, DeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: AdaLoraConfig):
         super().__init__(module, name, "AdaLoRA", config.bias, config.lora_dropout)
         self.start(self.view.out_features, self.view.in_features, name, config)
-
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scaling * (x @ (self.lora_A * self.lora_E).T @ self.lora_B.T)
 
 
 class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
@@ -107,7 +104,8 @@ class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
         return y + self.update(self.dropout(x.to(self.lora_E.dtype))).to(y.dtype)
 
     def delta(self) -> torch.Tensor:
-        return super().delta().reshape(base_module(self).weight.shape)
+        first, second = self.factors()
+        return (self.scaling * (second @ first)).reshape(base_module(self).weight.shape)
 
 
 wrap = by_kind({nn.Conv2d: AdaLoraConv2d}, otherwise=AdaLoraLinear)
