@@ -242,8 +242,8 @@ def lokr(at: Any, w: Tensor, b: Tensor) -> Tensor:
     return w + 2 * torch.kron(at.lokr_w1, at.lokr_w2)
 
 
-_GLORA = [(a, c, d) for a in ("lora", "vector", "constant", "none") for c in ("lora", "vector", "none")
-          for d in ("vector", "constant")]  # fmt: skip
+_GLORA = [("lora", "lora", "vector"), ("vector", "vector", "constant"), ("constant", "none", "vector"),
+          ("none", "lora", "constant"), ("lora", "vector", "none")]  # fmt: skip
 _DEFT: dict[str, Any] = {"r": 3, "alpha": 6, "deft_dropout": 0.5}
 _PSOFT: dict[str, Any] = {"r": 4, "psoft_alpha": 3, "psoft_dropout": 0.5}
 FORMULAS: dict[str, Row] = {

@@ -104,6 +104,7 @@ OVER: dict[str, tuple[str, dict[str, Any], str]] = {
 """Method, settings, and which convolutions it adapts."""
 
 
+@pytest.mark.grid(each="name", keep=3)
 @pytest.mark.filterwarnings("ignore:lora_bias")
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
 @pytest.mark.parametrize("name", OVER)
