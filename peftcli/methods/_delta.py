@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
     adapter_dtype,
+    adapter_layers,
     base_module,
     first_parameter,
     offloaded_to_run_on,
@@ -22,6 +24,7 @@ from peftcli.core.linear import Linear, dense_weight, linear_view
 from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
 
+LayerKind = TypeVar("LayerKind", bound=AdapterLayer)
 _LARGEST_R = 4096
 """Of drawn tensors, which may be larger than a small layer."""
 
@@ -130,6 +133,22 @@ def with_bias(module: nn.Module, bias: str) -> nn.Module:
 def dropout_layer(share: float) -> nn.Module:
     """Return dropout, or an identity that does not copy the input."""
     return nn.Dropout(share) if share else nn.Identity()
+
+
+def draw_as_linear(*tensors: torch.Tensor) -> None:
+    """Fill matrices as nn.Linear draws its weight."""
+    for tensor in tensors:
+        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def lookup_scale(layer: AdapterLayer) -> Any:
+    """Return what an embedding multiplies its rows by. Updates are scaled alike, so that merging changes nothing."""
+    return getattr(base_module(layer), "embed_scale", 1.0)
+
+
+def layers_of_kind(model: nn.Module, kind: type[LayerKind], adapter: str | None = None) -> dict[str, LayerKind]:
+    """Return the model's adapter layers of this class, by path; of one adapter, if it is named."""
+    return {path: layer for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, kind)}
 
 
 def stored_weight(module: nn.Module) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._delta import DeltaLinear, factory_kwargs, stored_weight
+from peftcli.methods._delta import DeltaLinear, factory_kwargs, layers_of_kind, stored_weight
 from peftcli.methods.adamss import AdamssConfig
 
 _SEED = 123456789
@@ -312,11 +312,12 @@ def after_resume(model: nn.Module, config: AdamssConfig, step: int, total: int) 
 
 def _allocating(model: nn.Module, config: AdamssConfig) -> list[AdamssLinear]:
     """Return the adapter's layers whose subspaces share the budget: none if it was loaded from a file, or is frozen."""
-    own = [module for module in model.modules() if isinstance(module, AdamssLinear) and module.config is config]
     return [
         layer
-        for layer in own
-        if "active" in layer.fixed and all(layer.adamss_A[each].requires_grad for each in layer.training_subspaces())
+        for layer in layers_of_kind(model, AdamssLinear).values()
+        if layer.config is config
+        and "active" in layer.fixed
+        and all(layer.adamss_A[each].requires_grad for each in layer.training_subspaces())
     ]
 
 

@@ -11,11 +11,12 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import disabled, evaluating
-from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.core.layer import AdapterLayer
 from peftcli.core.prompts.prefix import Prefix, PrefixAttention, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
 from peftcli.core.prompts.prefix import wrap as wrap
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import layers_of_kind
 from peftcli.methods.cartridge import CartridgeConfig
 
 _FROZEN = "prefix.frozen_embedding"
@@ -86,7 +87,7 @@ def start_prefix(model: nn.Module, values: torch.Tensor, adapter: str | None = N
     Raises:
         AdapterError: it has no prefix, or one that a network makes, or of another size.
     """
-    layers = [layer for layer in adapter_layers(model, adapter).values() if isinstance(layer, PrefixAttention)]
+    layers = list(layers_of_kind(model, PrefixAttention, adapter).values())
     if not layers:
         raise AdapterError("the adapter has no prefix; use CARTRIDGE or PREFIX_TUNING", key="adapter_name")
     prefix = layers[0].prefix

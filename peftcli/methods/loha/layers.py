@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.targets import pattern_value
-from peftcli.methods._delta import DeltaConv, DeltaLinear, by_kind, factory_kwargs
+from peftcli.methods._delta import DeltaConv, DeltaLinear, by_kind, draw_as_linear, factory_kwargs
 from peftcli.methods.loha import LoHaConfig, LycorisConfig
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -101,8 +101,7 @@ class LoHaLayer(LycorisLayer):
         self.hada_w2_a, self.hada_w2_b = free(*outer, **like), free(r, columns, **like)
         self.hada_t1 = free(r, r, *window, **like) if window else None
         self.hada_t2 = free(r, r, *window, **like) if window else None
-        for parameter in self.own_tensors().values():
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        draw_as_linear(*self.own_tensors().values())
         if config.init_weights:
             nn.init.zeros_(self.hada_w2_b)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -37,6 +36,7 @@ from peftcli.core.targets import (
     shortest_names,
 )
 from peftcli.errors import AdapterError, PeftWarning
+from peftcli.methods._delta import draw_as_linear
 from peftcli.methods._token_rows import check_tokens, share_rows, tied_group, wrap_rows
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations.residual import ResidualFromFile, ResidualLinear
@@ -247,7 +247,7 @@ def _tie(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]) 
             else:
                 new[at[name]] = TiedHead(at[name], name, config, source, group[0])
                 if config.init_lora_weights is True and not config.inference_mode:  # as the A of a linear layer
-                    nn.init.kaiming_uniform_(source.lora_embedding_B.T, a=math.sqrt(5))
+                    draw_as_linear(source.lora_embedding_B.T)
     elif not config.inference_mode and not (group and config.trainable_token_indices):
         reason = "changes nothing: no tied modules are added by target_modules or modules_to_save"
         if not group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from peftcli.core.inject import evaluating
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import draw_as_linear
 from peftcli.methods.lora.initialisations import FAST_PISSA, FROM_DATA
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -39,13 +39,13 @@ def initialise(
 
 def kaiming(a: torch.Tensor, b: torch.Tensor) -> None:
     """Draw A as nn.Linear does and set B to zero, as loralib does."""
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    draw_as_linear(a)
     nn.init.zeros_(b)
 
 
 def random(a: torch.Tensor, b: torch.Tensor) -> None:
     """Leave B as nn.Linear drew it, so that the adapter has an effect before it is trained."""
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    draw_as_linear(a)
 
 
 def gaussian(a: torch.Tensor, b: torch.Tensor) -> None:
