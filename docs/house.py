@@ -42,7 +42,6 @@ PATHS: dict[str, dict[str, str]] = {
         "core/merge.py": "adds the update to the base weight",
         "methods/_settings.py": "the settings that methods share",
         "methods/_delta.py": "dropout and biases of linear layers",
-        "methods/_token_rows.py": "asked which tokens train",
         "methods/lora/__init__.py": "LoraConfig",
         "methods/lora/variants/__init__.py": "asked which variant it is: none",
         "methods/lora/layers.py": "chooses the layer's class",

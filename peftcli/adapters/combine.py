@@ -16,7 +16,7 @@ from peftcli.core.files import read_tensors, write_adapter
 from peftcli.errors import AdapterError, HubError, ModelError, NetworkError, UsageError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods.combinations import Adapter, Combination
-from peftcli.methods.lora.updates import combine
+from peftcli.methods.lora.combine import combine
 from peftcli.models.open import open_base
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact

@@ -25,8 +25,7 @@ from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
 
 LayerKind = TypeVar("LayerKind", bound=AdapterLayer)
-_LARGEST_R = 4096
-"""Of drawn tensors, which may be larger than a small layer."""
+_LARGEST_R = 4096  # of drawn tensors, which may be larger than a small layer
 
 
 class DeltaLinear(AdapterLayer):

@@ -21,7 +21,8 @@ from peftcli.core.weights import adapter_state, base_weights, file_tensors, load
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora import LoraConfig
-from peftcli.methods.lora.updates import combine, pairs
+from peftcli.methods.lora.combine import combine
+from peftcli.methods.lora.updates import pairs
 from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misfits, renaming
 from peftcli.peft_api.tuner import Tuner, find_tuner
 

@@ -279,7 +279,7 @@ FORMULAS: dict[str, Row] = {
     "randlora": Row("randlora", {"r": 2, "randlora_alpha": 6, "randlora_dropout": 0.5}, randlora),
     "randlora, wide": Row("randlora", {"r": 2, "randlora_alpha": 6}, randlora, shape=(6, 9)),
     "vblora": Row("vblora", {"r": 2, "num_vectors": 7, "vector_length": 3, "topk": 3}, vblora, starts=False),
-    "unilora": Row("unilora", {"r": 2, "theta_d_length": 20, "unilora_dropout": 0.5}, unilora, starts=False),
+    "unilora": Row("unilora", {"r": 2, "theta_d_length": 20, "init_weights": False}, unilora, starts=False),
     "tinylora": Row("tinylora", {"r": 3, "u": 5, "tinylora_dropout": 0.5}, tinylora),
     "psoft": Row("psoft", _PSOFT, psoft),
     "psoft, pissa": Row("psoft", {**_PSOFT, "ab_svd_init": "pissa_init"}, psoft),

@@ -214,3 +214,10 @@ def test_update_and_allocate_from_python_and_without_gradients() -> None:
     model(**labelled("llama")).loss.backward()
     model.base_model.update_and_allocate(2)
     assert sum(len(layer.training_subspaces()) for layer in _asa_layers(model)) == 8, "5 + 7 * (4 / 5) ** 3"
+
+
+def test_a_run_must_be_long_enough_to_freeze_them() -> None:
+    AdamssConfig(**ASA).check_steps(6)
+    with pytest.raises(AdapterError, match="final_warmup: 6 is above the run's 5 steps"):
+        AdamssConfig(**ASA).check_steps(5)
+    assert not AdamssConfig(mask_interval=0, init_weights=False).problems()

@@ -25,6 +25,18 @@ from peftcli.methods.frod.layers import FrodLinear, decompose, kind_of, shared_b
 torch.sparse.check_sparse_tensor_invariants.disable()  # PEFT's FRoD leaves it open, of which torch warns
 
 
+def test_dropout_falls_on_what_differs_from_the_base_layer() -> None:
+    config = FrodConfig(target_modules=["0"], frod_dropout=0.5, init_weights=False)
+    base, x = nn.Linear(5, 7), torch.randn(2, 3, 5)
+    layer: Any = inject(nn.Sequential(base), config).layers["0"]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = layer.train()(x)
+        torch.manual_seed(0)
+        dropped = nn.functional.dropout(x, 0.5)
+        torch.testing.assert_close(found, base(x) + dropped @ layer.delta().T, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shapes", [[(3, 6)], [(3, 6), (8, 6)], [(4, 6), (4, 6), (4, 6)]])
 def test_every_weight_is_scales_in_the_shared_basis(shapes: list[tuple[int, int]]) -> None:
     weights = [torch.randn(shape) for shape in shapes]

@@ -60,7 +60,8 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     adapted = [*modules, *(f"{name}.{parameter}" for name, own in owners.items() for parameter in own)]
     check_pattern_keys(dict(config.rank_pattern), adapted, "rank_pattern", config)
     check_pattern_keys(config.alpha_pattern, adapted, "alpha_pattern", config)
-    _check_tokens(model, config, modules)
+    if config.trainable_token_indices is not None:
+        _check_tokens(model, config, modules)
     if owners and config.target_modules in (None, "all-linear"):
         config.target_modules = shortest_names(model, modules)
     return [name for name in base_modules(model) if name in owners or name in modules]
@@ -117,9 +118,7 @@ def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
     Raises:
         AdapterError: a name matches nothing.
     """
-    wanted = config.trainable_token_indices
-    if wanted is None:
-        return {}
+    wanted = config.trainable_token_indices or {}
     if isinstance(wanted, list):
         embedding = base_module(model_ends(model)[0])
         if embedding is None:
@@ -168,7 +167,8 @@ def attach(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterLayer]
         warnings.warn(told, PeftWarning, stacklevel=2)
     if config.ensure_weight_tying:
         _tie(model, config, layers)
-    _train_rows(model, config)
+    if config.trainable_token_indices is not None:
+        _train_rows(model, config)
 
 
 class TiedHead(LoraLayer):

@@ -16,12 +16,12 @@ from peftcli.core.targets import CONVOLUTIONS, pattern_value
 from peftcli.errors import AdapterError
 from peftcli.methods._delta import dropout_layer, factory_kwargs, layers_of_kind, lookup_scale
 from peftcli.methods.lora import LoraConfig
-from peftcli.methods.lora.fused import Pair, fused_output, joined_linear, plain_pair, share_of
+from peftcli.methods.lora.fused import Pair, fused_output, plain_pair
 from peftcli.methods.lora.initialisations.start import initialise
+from peftcli.methods.lora.joined import joined_linear, share_of
 from peftcli.methods.lora.variants import dora
 
-_USUAL_R = 64
-"""The largest r that fits a layer of any size."""
+_USUAL_R = 64  # the largest r that fits a layer of any size
 
 
 class LoraLayer(AdapterLayer):

@@ -17,7 +17,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import METHODS
 from peftcli.methods.lora import LoraConfig
-from peftcli.methods.lora.fused import joined_linear
+from peftcli.methods.lora.joined import joined_linear
 from peftcli.tasks.text.joined import JoinedModels
 from peftcli.tasks.text.token_loss import frozen_losses, next_tokens, target_losses
 from peftcli.tasks.text.unpadded import unpad
@@ -116,7 +116,7 @@ def test_lora_of_several_models_is_one_function(
     kind: str, precision: str, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without dropout. In half precision it is about as close to float32 as each alone."""
-    monkeypatch.setattr("peftcli.methods.lora.fused._WORTH_A_CALL", math.inf if few else 0)
+    monkeypatch.setattr("peftcli.methods.lora.joined._WORTH_A_CALL", math.inf if few else 0)
     called = list[int]()
 
     def counted(x: torch.Tensor, base: nn.Linear, shares: Any) -> torch.Tensor:

@@ -43,11 +43,6 @@ def kaiming(a: torch.Tensor, b: torch.Tensor) -> None:
     nn.init.zeros_(b)
 
 
-def random(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Leave B as nn.Linear drew it, so that the adapter has an effect before it is trained."""
-    draw_as_linear(a)
-
-
 def gaussian(a: torch.Tensor, b: torch.Tensor) -> None:
     """Draw A from a normal distribution with standard deviation 1/r and set B to zero."""
     nn.init.normal_(a, std=1 / len(a))
@@ -82,7 +77,7 @@ def mica(weight: torch.Tensor, r: int, scaling: float) -> Pair:
 
 _DRAWN: dict[bool | str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     True: kaiming,
-    False: random,
+    False: lambda a, b: draw_as_linear(a),  # B stays as nn.Linear drew it, so that there is an effect at once
     "gaussian": gaussian,
     "orthogonal": orthogonal,
     **dict.fromkeys((*FROM_DATA, "loftq"), kaiming),  # until the data or the weights are known
@@ -113,8 +108,7 @@ def check_directions(weight: torch.Tensor, r: int) -> None:
 
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
-PADDED = -100
-"""The label of a position that a decoder does not read."""
+PADDED = -100  # the label of a position that a decoder does not read
 
 
 def first_batches(batches: Batches, examples: int) -> Iterator[Mapping[str, torch.Tensor]]:
