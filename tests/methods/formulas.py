@@ -110,6 +110,7 @@ def randlora(at: Any, w: Tensor, b: Tensor) -> Tensor:
         r, n = divmod(pair, 3)
         scaled = at.randlora_lambda[r, n] * at.randlora_A[r, 0] * at.randlora_gamma[n]
         total = total + 3 * torch.outer(at.randlora_B.flatten(1)[:, pair], scaled)
+    assert torch.linalg.matrix_rank(total) == 6
     return w + (total if len(w) == 9 else total.T)
 
 

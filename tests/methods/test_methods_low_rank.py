@@ -44,6 +44,7 @@ from peftcli.methods.tinylora.layers import TinyLoraEmbedding
 from peftcli.methods.unilora import UniLoraConfig
 from peftcli.methods.unilora.layers import UniLoraLinear
 from peftcli.methods.vblora import VBLoRAConfig
+from peftcli.methods.vera import VeraConfig
 from peftcli.peft_api import PeftModel, get_peft_model
 
 
@@ -88,19 +89,20 @@ def test_how_a_and_b_start() -> None:
     assert 0.99 / math.sqrt(32) < free.gralora_B.abs().max() <= 1 / math.sqrt(32)
 
 
-def test_an_embedding_that_scales_is_merged_right() -> None:
-    model, config = ours("gemma3", "hira", r=4, target_modules=["embed_tokens", "q_proj"])
-    expected = logits(model, batch("gemma3"))
-    merge(model, config)
-    torch.testing.assert_close(logits(model, batch("gemma3")), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_whispers_convolutions_go_too() -> None:
-    model, config = ours("whisper", "hira", r=4, target_modules=["conv1", "conv2", "q_proj"])
-    expected = logits(model, batch("whisper"))
-    assert not torch.allclose(expected, logits(tiny("whisper"), batch("whisper")), atol=1e-3)
-    merge(model, config)
-    torch.testing.assert_close(logits(model, batch("whisper")), expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(
+    ("method", "kind", "targets"),
+    [
+        ("hira", "gemma3", ["embed_tokens", "q_proj"]),
+        ("tinylora", "gemma3", ["embed_tokens"]),
+        ("hira", "whisper", ["conv1", "conv2", "q_proj"]),
+    ],
+)
+def test_embeddings_that_scale_and_convolutions_are_merged_right(method: str, kind: str, targets: list[str]) -> None:
+    model, config = ours(kind, method, r=4, target_modules=targets)
+    expected = logits(model, batch(kind))
+    assert not torch.allclose(expected, logits(tiny(kind), batch(kind)), atol=1e-3)
+    assert merge(model, config) == (kind == "gemma3"), "an embedding had the head's weight too"
+    torch.testing.assert_close(logits(model, batch(kind)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("start", "deviation"), [(True, math.sqrt(1 / 400 / 3)), ("gaussian", 1 / 50), (False, 1.0)])
@@ -210,13 +212,6 @@ def test_an_embeddings_update_is_looked_up() -> None:
         assert (merged - base.weight).norm() > 0.1
 
 
-def test_an_embedding_that_scales_is_merged_to_the_same_logits() -> None:
-    model, config = ours("gemma3", "tinylora", r=3, target_modules=["embed_tokens"])
-    expected = logits(model, batch("gemma3"))
-    assert merge(model, config), "it had the head's weight too"
-    torch.testing.assert_close(logits(model, batch("gemma3")), expected)
-
-
 @pytest.mark.parametrize(
     ("tying", "groups"), [(0.0, [0, 1, 2, 3, 4]), (0.4, [0, 1, 2, 2, 2]), (0.5, [0, 0, 1, 1, 1]), (1.0, [0] * 5)]
 )
@@ -231,6 +226,8 @@ TARGETS = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 
 
 def test_every_layer_has_the_same_matrices_and_the_file_has_them_once() -> None:
+    fresh: dict[str, Any] = inject(tiny("llama"), VeraConfig(**TARGETS, d_initial=0.25)).layers  # type: ignore[arg-type]
+    assert all((layer.vera_lambda_d == 0.25).all() for layer in fresh.values())
     model, _ = ours("llama", "vera", **TARGETS)
     layers = list(adapter_layers(model).values())
     assert len({id(layer.vera_A) for layer in layers} | {id(layer.vera_B) for layer in layers}) == 2
@@ -239,9 +236,6 @@ def test_every_layer_has_the_same_matrices_and_the_file_has_them_once() -> None:
     assert state["base_model.vera_B"].shape == (32, 3)
     assert not any(name.endswith((".vera_A", ".vera_B")) and name.count(".") > 1 for name in state)
     assert not any(layer.vera_A.requires_grad for layer in layers)
-
-
-TARGETS_PVERA = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 
 
 def _layer(**settings: object) -> tuple[nn.Linear, PveraLinear]:
@@ -267,12 +261,12 @@ def test_what_is_drawn_has_the_mean_and_the_variance_that_it_should(training: bo
 
 def test_a_new_adapter_changes_nothing_though_it_draws() -> None:
     model = tiny("llama").train()
-    inject(model, PveraConfig(**TARGETS_PVERA))  # type: ignore[arg-type]
+    inject(model, PveraConfig(**TARGETS))  # type: ignore[arg-type]
     assert torch.equal(logits(model, batch("llama")), logits(tiny("llama").train(), batch("llama")))
 
 
 def test_an_adapter_that_always_draws_is_not_merged() -> None:
-    model, config = ours("llama", "pvera", **TARGETS_PVERA, sample_at_inference=True)
+    model, config = ours("llama", "pvera", **TARGETS, sample_at_inference=True)
     with pytest.raises(AdapterError, match="drawn anew"):
         merge(model, config)
 

@@ -159,6 +159,7 @@ WRONG: list[tuple[str, str, dict[str, Any], str]] = [
     ("gralora", "llama", {"gralora_k": 3}, "gralora_k: 3 does not divide r, 32"),
     ("gralora", "llama", {"r": 3, "gralora_k": 3}, "gralora_k: 3 does not divide 32, a side of .*q_proj"),
     ("hira", "norm", {}, "0 is a LayerNorm; HiRA adapts"),
+    ("hira", "llama", {"rank_pattern": {"q_proj": 2}}, "rank_pattern: HIRA with rank_pattern=.* is not supported"),
     ("lily", "llama", {"num_B": 1}, "num_B: must be at least 2"),
     ("lily", "llama", {"stride_A": 0}, "stride_A: must be at least 1"),
     ("ln_tuning", "llama", {"target_modules": "all-linear"}, "target_modules: all-linear names no norm"),
