@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
-from peftcli.methods._conv import WeightDeltaConv
-from peftcli.methods._linear import check_ungrouped, require_linear, with_bias
+from peftcli.methods._delta import WeightDeltaConv, check_ungrouped, require_linear, with_bias
 
 
 class Rotating(AdapterLayer):

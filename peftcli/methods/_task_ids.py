@@ -13,6 +13,7 @@ from peftcli.core.layer import AdapterLayer
 from peftcli.core.prompts import virtual_tokens
 from peftcli.core.prompts.inputs import SoftPrompt, hook_once
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import layers_of_kind
 
 
 @dataclass
@@ -117,7 +118,7 @@ def _forget(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 
 def _layers(model: nn.Module) -> list[TaskLayer]:
     """Return the layers that have tasks. All of them share their ``task_ids``."""
-    return [module for module in model.modules() if isinstance(module, TaskLayer)]
+    return list(layers_of_kind(model, TaskLayer).values())
 
 
 def _check(layers: list[TaskLayer], task_ids: Any, model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from peftcli.core.layer import (
 )
 from peftcli.core.linear import check_forward
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import lookup_scale
 
 
 class TrainedRows(AdapterLayer):
@@ -64,8 +65,7 @@ class EmbeddingRows(TrainedRows):
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         place = self.place[x]
-        scale = getattr(base_module(self), "embed_scale", 1.0)  # of embeddings that scale what they look up
-        rows = scale * F.embedding(place.clamp(min=0), self.trainable_tokens_delta)
+        rows = lookup_scale(self) * F.embedding(place.clamp(min=0), self.trainable_tokens_delta)
         return torch.where((place >= 0)[..., None], rows.to(y.dtype), y)
 
 

@@ -17,8 +17,7 @@ from peftcli.core.prompts.inputs import SoftPrompt
 from peftcli.core.prompts.virtual_tokens import VirtualTokens
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods.cartridge.compose import compose
-from peftcli.methods.cartridge.layers import prefix_from_cache, start_from_tokens, start_prefix
+from peftcli.methods.cartridge.layers import compose, prefix_from_cache, start_from_tokens, start_prefix
 from peftcli.peft_api.state_dicts import refuse_pickle
 
 _NAMES = {"prompt_embeddings": "embedding.weight", "delta": "delta_embedding.weight"}

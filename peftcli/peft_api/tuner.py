@@ -22,7 +22,7 @@ from peftcli.core.protocols import ExtendsModel, layers_of, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
-from peftcli.methods.lora.targets import find_parameters
+from peftcli.methods.lora.attach import find_parameters
 from peftcli.models.quantization import forget
 from peftcli.peft_api.conversion import can_be_lora
 from peftcli.peft_api.mixed_batch import BASE, adapted_by_row, check_count

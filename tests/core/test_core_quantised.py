@@ -23,7 +23,7 @@ from peftcli.core.targets import find_targets
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
-from peftcli.methods._linear import stored_weight
+from peftcli.methods._delta import stored_weight
 from peftcli.methods.lora import LoraConfig
 from peftcli.train.setup import unquantised_experts
 

@@ -157,7 +157,7 @@ def _with_peft(module: nn.Module, **settings: Any) -> Any:
 
 
 def test_peft_drops_dilation_and_padding_mode() -> None:
-    """Ours keep both and are merged right: see test_methods_lora_modules.py."""
+    """Ours keep both and are merged right: see test_methods_formulas.py."""
     x = torch.randn(1, 4, 8, 8)
     dilated = _with_peft(nn.Conv2d(4, 4, 3, dilation=2), target_modules=["part"])
     with pytest.raises(RuntimeError, match="must match the size"):

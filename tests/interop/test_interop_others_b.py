@@ -231,7 +231,7 @@ def test_peft_ignores_hiras_rank_pattern() -> None:
 
 
 def test_pefts_hira_forgets_that_an_embedding_scales(tmp_path: Path) -> None:
-    """Ours gives the logits of the merged model; see tests/methods/test_methods_hira.py."""
+    """Ours gives the logits of the merged model; see tests/methods/test_methods_low_rank.py."""
     model, folder = written_by_us(("hira", "gemma3", {"r": 4, "target_modules": ["embed_tokens"]}), tmp_path)
     found = logits(read_by_peft("gemma3", folder), batch("gemma3"))
     assert not torch.allclose(found, logits(model, batch("gemma3")), atol=1e-2)

@@ -1,4 +1,4 @@
-"""AdaMSS: its formula, how its subspaces are found, and how the number of them that train goes down."""
+"""AdaMSS: how its subspaces are found, and how the number of them that train goes down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from peftcli.core.protocols import after_step
 from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.methods import config_from_dict
-from peftcli.methods.adamss import AdamssConfig, subspaces
+from peftcli.methods.adamss import AdamssConfig
+from peftcli.methods.adamss import layers as subspaces
 from peftcli.methods.adamss.layers import AdamssLinear, after_resume
 from peftcli.peft_api import get_peft_model
 from peftcli.train.events import Event, Stepped
@@ -37,30 +38,6 @@ ASA: dict[str, Any] = {
 
 def _asa_layers(model: nn.Module) -> list[AdamssLinear]:
     return [layer for layer in adapter_layers(model).values() if isinstance(layer, AdamssLinear)]
-
-
-def test_each_subspace_has_an_update_of_its_own() -> None:
-    torch.manual_seed(0)
-    base = nn.Linear(12, 20)
-    layer = AdamssLinear(base, "x", AdamssConfig(r=6, num_subspaces=3, subspace_rank=2))
-    x = torch.randn(2, 4, 12)
-    with torch.no_grad():
-        assert torch.equal(layer(x), base(x)), "B starts at zero"
-        weight = torch.cat([base.weight, base.bias[:, None]], dim=1)
-        torch.testing.assert_close(layer.adamss_newB @ layer.adamss_newB.T, torch.eye(6))
-        assert (weight @ layer.adamss_newB.T).norm() > 0.9 * torch.linalg.svdvals(weight)[:6].norm()
-        for b in layer.adamss_B:
-            b.normal_()
-        delta, start = torch.zeros(20, 13), 0
-        for a, b in zip(layer.adamss_A, layer.adamss_B, strict=True):
-            torch.testing.assert_close(a @ a.T, torch.eye(2))
-            for number, row in enumerate(b):
-                output = layer.adamss_rows.tolist().index(start + number)
-                delta[output] = row @ a @ layer.adamss_newB
-            start += len(b)
-        torch.testing.assert_close(layer(x), base(x) + x @ delta[:, :12].T + delta[:, 12])
-        merged = layer.merged_tensors({"weight": base.weight, "bias": base.bias})
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, merged["weight"], merged["bias"]))
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "count"), [(96, 32, 3), (300, 40, 10), (2048, 64, 5)])
@@ -239,17 +216,8 @@ def test_update_and_allocate_from_python_and_without_gradients() -> None:
     assert sum(len(layer.training_subspaces()) for layer in _asa_layers(model)) == 8, "5 + 7 * (4 / 5) ** 3"
 
 
-def test_settings_that_cannot_be_right_are_refused() -> None:
-    for wrong, key in (
-        ({"init_weights": "random"}, "init_weights"),
-        ({"r": 0}, "r"),
-        ({"use_asa": True, "init_warmup": 1000}, "init_warmup"),
-        ({"use_asa": True, "mask_interval": 0}, "mask_interval"),
-        ({"use_asa": True, "asa_target_subspaces": 0}, "asa_target_subspaces"),
-        ({"use_asa": True, "asa_schedule_exponent": 0.0}, "asa_schedule_exponent"),
-    ):
-        assert [name for name, _ in AdamssConfig.unchecked(**wrong).problems()] == [key]
-    assert not AdamssConfig(mask_interval=0, init_weights=False).problems()
+def test_a_run_must_be_long_enough_to_freeze_them() -> None:
     AdamssConfig(**ASA).check_steps(6)
     with pytest.raises(AdapterError, match="final_warmup: 6 is above the run's 5 steps"):
         AdamssConfig(**ASA).check_steps(5)
+    assert not AdamssConfig(mask_interval=0, init_weights=False).problems()

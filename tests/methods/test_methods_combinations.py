@@ -97,46 +97,28 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[float]]] = {
     "one": ("llama", [{"r": 3, "lora_alpha": 7}], [2.0]),
     "three": ("llama", [{"r": 2}, {"r": 3}, {"r": 4}], [0.5, 0.25, 0.0]),
     "rslora": ("llama", [{"use_rslora": True, "r": 4}, {}], [0.7, 0.3]),
-    "other modules": (
-        "llama",
-        [{"target_modules": ["q_proj", "k_proj"]}, {"target_modules": ["k_proj", "o_proj"], "r": 3}],
-        [0.7, 0.3],
-    ),
-    "patterns": (
-        "llama",
-        [
-            {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 5}, "alpha_pattern": {"v_proj": 3}},
-            {"rank_pattern": {"layers.0.*": 3}, "alpha_pattern": {r".*\.1\..*": 30}},
-        ],
-        [0.7, 0.3],
-    ),
-    "a regex and all-linear": (
-        "llama",
-        [{"target_modules": r".*\.0\..*_proj"}, {"target_modules": "all-linear"}],
-        [1, 1],
-    ),
-    "some layers": (
-        "llama",
-        [
-            {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
-        ],
-        [1, 1],
-    ),
+    "other modules": ("llama",
+     [{"target_modules": ["q_proj", "k_proj"]}, {"target_modules": ["k_proj", "o_proj"], "r": 3}], [0.7, 0.3]),
+    "patterns": ("llama",
+     [{"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 5}, "alpha_pattern": {"v_proj": 3}},
+      {"rank_pattern": {"layers.0.*": 3}, "alpha_pattern": {r".*\.1\..*": 30}}],
+     [0.7, 0.3]),
+    "a regex and all-linear": ("llama", [{"target_modules": r".*\.0\..*_proj"}, {"target_modules": "all-linear"}],
+     [1, 1]),
+    "some layers": ("llama",
+     [{"target_modules": ["q_proj"], "layers_to_transform": [layer]} for layer in (1, 0)],
+     [1, 1]),
     "the same layers": ("llama", [{"target_modules": ["q_proj"], "layers_to_transform": [1]}] * 2, [1, 1]),
     "gpt2": ("gpt2", [{"target_modules": ["c_attn", "wte"]}, {"target_modules": ["c_fc", "wte"], "r": 3}], [0.7, 0.3]),
     "t5": ("t5", [{}, {"target_modules": "all-linear"}], [0.7, 0.3]),
-    "convolutions": (
-        "convnet",
-        [{"target_modules": ["convolution"]}, {"target_modules": ["convolution"], "r": 4}],
-        [0.7, -0.3],
-    ),
+    "convolutions": ("convnet", [{"target_modules": ["convolution"]}, {"target_modules": ["convolution"], "r": 4}],
+     [0.7, -0.3]),
     "pissa": ("llama", [{"init_lora_weights": "pissa"}, {}], [0.7, 0.3]),
     "bias of B": ("gpt2", [{"lora_bias": True}, {"r": 3}], [0.7, 0.3]),
     "heads": ("bert", [{"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}], [0.7, 0.3]),
     "biases": ("gpt2", [{"bias": "lora_only"}, {"bias": "lora_only", "r": 4}], [1.5, -0.5]),
     "tokens": ("llama", [{"trainable_token_indices": [5, 9]}, {"trainable_token_indices": [5, 9]}], [0.7, 0.3]),
-}
+}  # fmt: skip
 
 
 def _adapter(kind: str, settings: dict[str, Any], name: str, seed: int) -> tuple[Adapter, nn.Module]:
@@ -283,66 +265,27 @@ def test_pefts_copies_of_base_weights_are_kept() -> None:
 # refusals
 
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[float], str]] = {
-    "base models": (
-        "llama",
-        {"base_model_name_or_path": "org/a"},
-        {"base_model_name_or_path": "org/b"},
-        [1, 1],
-        "A is for org/a, B is for org/b",
-    ),
-    "tasks": (
-        "llama",
-        {"task_type": "CAUSAL_LM"},
-        {"task_type": "SEQ_CLS"},
-        [1, 1],
-        "A is for CAUSAL_LM, B is for SEQ_CLS",
-    ),
+    "base models": ("llama", {"base_model_name_or_path": "org/a"}, {"base_model_name_or_path": "org/b"}, [1, 1],
+     "A is for org/a, B is for org/b"),
+    "tasks": ("llama", {"task_type": "CAUSAL_LM"}, {"task_type": "SEQ_CLS"}, [1, 1],
+     "A is for CAUSAL_LM, B is for SEQ_CLS"),
     "dora": ("llama", {}, {"use_dora": True}, [1, 1], "B cannot be combined: what DoRA adds depends on the base"),
-    "heads, weights": (
-        "bert",
-        {"modules_to_save": ["classifier"]},
-        {"modules_to_save": ["classifier"]},
-        [1, 1],
-        "can only be averaged, and the weights add up to 2, not 1",
-    ),
+    "heads, weights": ("bert", {"modules_to_save": ["classifier"]}, {"modules_to_save": ["classifier"]}, [1, 1],
+     "can only be averaged, and the weights add up to 2, not 1"),
     "heads, one": ("bert", {"modules_to_save": ["classifier"]}, {}, [0.5, 0.5], "modules_to_save: must be the same"),
-    "biases": (
-        "gpt2",
-        {"bias": "lora_only"},
-        {},
-        [0.5, 0.5],
-        "bias: must be the same to be combined: A has 'lora_only', B has 'none'",
-    ),
-    "tokens": (
-        "llama",
-        {"trainable_token_indices": [1]},
-        {"trainable_token_indices": [2]},
-        [0.5, 0.5],
-        "trainable_token_indices: must be the same",
-    ),
-    "replication": (
-        "llama",
-        {"layer_replication": [[0, 2], [0, 2]]},
-        {},
-        [1, 1],
-        "layer_replication: must be the same",
-    ),
-    "biases elsewhere": (
-        "gpt2",
-        {"bias": "lora_only", "target_modules": ["c_attn"]},
-        {"bias": "lora_only", "target_modules": ["c_fc"]},
-        [0.5, 0.5],
-        "does not hold .*bias, which another of the adapters replaces",
-    ),
-    "experts": (
-        "mixtral",
-        {"target_parameters": ["experts.gate_up_proj"]},
-        {"target_parameters": ["experts.gate_up_proj"]},
-        [1, 1],
-        "target_parameters: A adapts parameters without layers",
-    ),
+    "biases": ("gpt2", {"bias": "lora_only"}, {}, [0.5, 0.5],
+     "bias: must be the same to be combined: A has 'lora_only', B has 'none'"),
+    "tokens": ("llama", {"trainable_token_indices": [1]}, {"trainable_token_indices": [2]}, [0.5, 0.5],
+     "trainable_token_indices: must be the same"),
+    "replication": ("llama", {"layer_replication": [[0, 2], [0, 2]]}, {}, [1, 1],
+     "layer_replication: must be the same"),
+    "biases elsewhere": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]},
+     {"bias": "lora_only", "target_modules": ["c_fc"]}, [0.5, 0.5],
+     "does not hold .*bias, which another of the adapters replaces"),
+    "experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj"]},
+     {"target_parameters": ["experts.gate_up_proj"]}, [1, 1], "target_parameters: A adapts parameters without layers"),
     "not a number": ("llama", {}, {}, [1, math.nan], "weights: must be finite"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PAIRS)
@@ -383,7 +326,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "useless density": ({"method": "svd", "density": 0.5}, "density: svd drops nothing"),
     "votes": ({"method": "ties", "density": 0.5, "majority_sign": "some"}, "majority_sign_method: must be total or"),
     "two r's": ({"method": "linear"}, r"linear needs adapters of one r; .*q_proj has 8, 4\ncat or svd do not"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SETTINGS)

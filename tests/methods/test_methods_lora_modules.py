@@ -1,4 +1,4 @@
-"""LoRA on convolutions, attention and the weights of experts."""
+"""LoRA on convolutions with groups, attention and the weights of experts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,6 @@ from peftcli.methods.ia3 import IA3Config
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.layers import wrap
 
-CONVOLUTIONS = {
-    "1d": (nn.Conv1d, {}),
-    "2d": (nn.Conv2d, {}),
-    "3d": (nn.Conv3d, {}),
-    "1x1": (nn.Conv2d, {"kernel_size": 1}),
-    "stride": (nn.Conv2d, {"stride": 2, "padding": 1}),
-    "dilation": (nn.Conv2d, {"dilation": 2, "padding": "same"}),
-    "reflect": (nn.Conv2d, {"padding": 1, "padding_mode": "reflect"}),
-    "circular": (nn.Conv1d, {"padding": 2, "padding_mode": "circular"}),
-    "no bias": (nn.Conv1d, {"bias": False}),
-}
-
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -57,25 +45,6 @@ def _adapted(model: nn.Module, **settings: Any) -> tuple[Any, LoraConfig]:
     set_trainable(model, True)
     randomise(model)
     return model.eval(), config
-
-
-@pytest.mark.grid(keep=4)
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}])
-def test_a_convolution_merges_into_its_weight(name: str, settings: dict[str, Any]) -> None:
-    kind, moves = CONVOLUTIONS[name]
-    base = kind(4, 6, **{"kernel_size": 3, **moves})
-    layer = _filled(base, r=2, **settings)
-    x = torch.randn(2, 4, *[7] * (base.weight.ndim - 2))
-    before = base(x)
-    expected = layer(x)
-    assert not torch.allclose(before, expected, atol=1e-2)
-    if "lora_bias" in settings and base.bias is None:
-        with pytest.raises(AdapterError, match="lora_bias: cannot be merged"):
-            layer.folded(dict(base.named_parameters()))
-        return
-    tensors = {**dict(base.named_parameters()), **layer.folded(dict(base.named_parameters()))}
-    torch.testing.assert_close(torch.func.functional_call(base, tensors, (x,)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_convolution_with_groups_reads_all_channels_and_says_why_it_is_not_merged() -> None:

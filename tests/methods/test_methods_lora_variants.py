@@ -18,7 +18,6 @@ from peft.tuners.lora import variants as peft_variants
 from torch import nn
 
 import peftcli.peft_api
-from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
 from peftcli.core.protocols import penalty
@@ -342,53 +341,6 @@ def test_alora_needs_the_ids_and_cannot_be_merged() -> None:
     assert torch.equal(base(LONG).logits, tiny("llama")(LONG).logits)
     assert not base._forward_pre_hooks
     assert not base._forward_hooks
-
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "two variants": ({"kasa_config": {}, "use_dora": True}, "kasa_config: does not go with use_dora"),
-    "a residual start": ({"velora_config": {}, "init_lora_weights": "pissa"}, "velora_config: .*: pissa"),
-    "parameters": ({"velora_config": {}, "target_parameters": ["a.weight"]}, "velora_config: .*target_parameters"),
-    "an embedding": ({"kasa_config": {}, "target_modules": ["embed_tokens"]}, "kasa_config: adapts linear layers"),
-    "a bias before the invocation": ({"alora_invocation_tokens": [1], "bias": "all"}, "does not go with bias"),
-    "another task": ({"alora_invocation_tokens": [1], "task_type": "SEQ_CLS"}, "needs a causal language model"),
-    "a text": ({"alora_invocation_tokens": "Answer:"}, "alora_invocation_tokens: must be token ids here"),
-    "a token": ({"alora_invocation_tokens": [-1]}, "count from 0, not -1"),
-    "no tokens": ({"alora_invocation_tokens": []}, "alora_invocation_tokens: names no token"),
-    "an empty text": ({"alora_invocation_tokens": ""}, "alora_invocation_tokens: names no token"),
-    "both lists": (
-        {"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q_proj"]}},
-        "use_bdlora: both lists name model.layers.0.self_attn.q_proj",
-    ),
-    "blocks of a Conv1D": ({"use_bdlora": {"target_modules_bd_a": ["c_attn"]}}, "c_attn is a Conv1D; BD-LoRA adapts"),
-    "directions of a Conv1D": ({"kasa_config": {}}, "c_attn is a Conv1D; KaSA adapts Linear"),
-    "no list": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "use_bdlora: no list names .*v_proj"),
-    "blocks": (
-        {"use_bdlora": {"target_modules_bd_a": ["q_proj", "v_proj"], "nblocks": 3}},
-        "use_bdlora.nblocks: 3 does not divide .*q_proj's 32 and 8",
-    ),
-    "a bias of B": (
-        {"use_bdlora": {"target_modules_bd_a": ["_proj"]}, "lora_bias": True},
-        "use_bdlora: does not go with lora_bias",
-    ),
-    "a dense layer": ({"use_qalora": True}, "use_qalora: adapts layers of GPTQ and AWQ; .* is a Linear"),
-    "all directions": ({"kasa_config": {}, "r": 16}, "r: 16 leaves nothing of .*v_proj"),
-    "beta": ({"kasa_config": {"beta": -1.0}}, "kasa_config.beta: must be at least 0, not -1.0"),
-    "samples": ({"monteclora_config": {"num_samples": 0}}, "monteclora_config.num_samples: must be at least 1, not 0"),
-    "prior": ({"monteclora_config": {"dirichlet_prior": 0.0}}, "dirichlet_prior: must be above 0"),
-    "groups": ({"velora_config": {"num_groups": 0}}, "velora_config.num_groups: must be above 0"),
-    "direction": ({"velora_config": {"init_type": "mean"}}, "velora_config.init_type: must be batch_average"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_means_nothing_is_named(name: str) -> None:
-    settings, message = WRONG[name]
-    kind = "gpt2" if "Conv1D" in name else "llama"
-    model = tiny(kind)
-    with pytest.raises(AdapterError, match=message):
-        inject(model, LoraConfig(**settings))
-    assert not adapter_layers(model)
-    assert torch.equal(logits(model, batch(kind)), logits(tiny(kind), batch(kind)))
 
 
 def test_two_kasas_take_a_direction_away_once_as_in_peft() -> None:

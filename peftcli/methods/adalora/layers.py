@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file
+from peftcli.core.layer import AdapterLayer, base_module, path_in_file
 from peftcli.errors import AdapterError
-from peftcli.methods._conv import DeltaConv
-from peftcli.methods._linear import DeltaLinear, by_kind, factory_kwargs
+from peftcli.methods._delta import DeltaConv, LowRank, by_kind, factory_kwargs, layers_of_kind
 from peftcli.methods.adalora import AdaLoraConfig
 from peftcli.methods.updates import Update
 
@@ -50,9 +49,9 @@ class AdaLoraLayer(AdapterLayer):
                 self.register_buffer(f"{average}_{tensor}", torch.zeros_like(getattr(self, tensor)))
         self.fixed = tuple(self._buffers)
 
-    def delta(self) -> torch.Tensor:
-        """Return what the adapter adds to the weight, as a matrix: (out, in)."""
-        return self.scaling * (self.lora_B @ (self.lora_A * self.lora_E))
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the matrices (r, in) and (out, r) that an input goes through."""
+        return self.lora_A * self.lora_E, self.lora_B
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         own: dict[str, torch.Tensor] = {**self.own_tensors()}
@@ -83,7 +82,7 @@ class AdaLoraLayer(AdapterLayer):
         self.lora_E.masked_fill_(~kept.unsqueeze(1), 0.0)
 
 
-class AdaLoraLinear(AdaLoraLayer, DeltaLinear):
+class AdaLoraLinear(AdaLoraLayer, LowRank):
     """AdaLoRA over a linear layer."""
 
     kinds = "Linear, Conv1D and Conv2d"
@@ -91,9 +90,6 @@ class AdaLoraLinear(AdaLoraLayer, DeltaLinear):
     def __init__(self, module: nn.Module, name: str, config: AdaLoraConfig):
         super().__init__(module, name, "AdaLoRA", config.bias, config.lora_dropout)
         self.start(self.view.out_features, self.view.in_features, name, config)
-
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scaling * (x @ (self.lora_A * self.lora_E).T @ self.lora_B.T)
 
 
 class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
@@ -108,7 +104,8 @@ class AdaLoraConv2d(AdaLoraLayer, DeltaConv):
         return y + self.update(self.dropout(x.to(self.lora_E.dtype))).to(y.dtype)
 
     def delta(self) -> torch.Tensor:
-        return super().delta().reshape(base_module(self).weight.shape)
+        first, second = self.factors()
+        return (self.scaling * (second @ first)).reshape(base_module(self).weight.shape)
 
 
 wrap = by_kind({nn.Conv2d: AdaLoraConv2d}, otherwise=AdaLoraLinear)
@@ -153,7 +150,7 @@ def _mask(config: AdaLoraConfig, name: str, left: int) -> list[bool]:
 
 def penalty(model: nn.Module, config: AdaLoraConfig) -> torch.Tensor | None:
     """Return how far A's rows and B's columns are from orthogonal, on average over the matrices, times the weight."""
-    layers = [layer for layer in _layers(model).values() if layer.lora_A.requires_grad]
+    layers = [layer for layer in layers_of_kind(model, AdaLoraLayer).values() if layer.lora_A.requires_grad]
     if not config.orth_reg_weight or not layers:
         return None
     squares = [square for layer in layers for square in (layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B)]
@@ -221,8 +218,8 @@ def model_attributes(model: nn.Module, configs: Mapping[str, AdaLoraConfig]) -> 
 def _update_and_allocate(model: nn.Module, configs: Mapping[str, AdaLoraConfig], global_step: int) -> None:
     """Act after an optimizer step. An adapter that was saved before its directions were settled goes on to settle."""
     for name, config in configs.items():
-        for layer in adapter_layers(model, name).values() if not config.rank_pattern else ():
-            if isinstance(layer, AdaLoraLayer) and layer.lora_E.requires_grad and not layer.fixed:
+        for layer in layers_of_kind(model, AdaLoraLayer, name).values() if not config.rank_pattern else ():
+            if layer.lora_E.requires_grad and not layer.fixed:
                 layer.begin_to_share()
         if config.total_step is not None:
             after_step(model, config, global_step, config.total_step)
@@ -230,9 +227,9 @@ def _update_and_allocate(model: nn.Module, configs: Mapping[str, AdaLoraConfig],
 
 def _resize(model: nn.Module, rank_pattern: Mapping[str, Sequence[bool]], adapter_name: str) -> None:
     """Take away every direction of the adapter but those of ``rank_pattern``. One that was loaded has no others."""
-    for path, layer in adapter_layers(model, adapter_name).items():
+    for path, layer in layers_of_kind(model, AdaLoraLayer, adapter_name).items():
         mask = rank_pattern.get(f"{path_in_file(model, path)}.lora_E")
-        if isinstance(layer, AdaLoraLayer) and layer.fixed and mask is not None:
+        if layer.fixed and mask is not None:
             layer.kept.copy_(torch.as_tensor(mask))
             layer.clear(layer.kept)
 
@@ -246,11 +243,8 @@ def _note_kept(model: nn.Module, config: AdaLoraConfig) -> None:
 
 def _sharing(model: nn.Module) -> dict[str, AdaLoraLayer]:
     """The layers that share the budget. Those that were loaded from a file keep their directions."""
-    return {path: layer for path, layer in _layers(model).items() if layer.fixed and layer.lora_E.requires_grad}
-
-
-def _layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
-    return {path: layer for path, layer in adapter_layers(model).items() if isinstance(layer, AdaLoraLayer)}
+    layers = layers_of_kind(model, AdaLoraLayer).items()
+    return {path: layer for path, layer in layers if layer.fixed and layer.lora_E.requires_grad}
 
 
 def _budget(config: AdaLoraConfig, step: int, last: int, start: int, num_layers: int) -> int:

@@ -1,10 +1,11 @@
-"""The layer of AdaMSS (https://neurips.cc/virtual/2025/poster/119606), and which of its subspaces train on."""
+"""The layer of AdaMSS (https://neurips.cc/virtual/2025/poster/119606), its subspaces, and which of these train on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,9 +13,58 @@ from torch import nn
 from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs, stored_weight
+from peftcli.methods._delta import DeltaLinear, factory_kwargs, layers_of_kind, stored_weight
 from peftcli.methods.adamss import AdamssConfig
-from peftcli.methods.adamss.subspaces import cluster, decompose
+
+_SEED = 123456789
+_ROUNDS = 10
+_TOLERANCE = 1e-4
+
+
+def decompose(weight: torch.Tensor, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return about the first ``r`` singular vectors of ``weight``: left (out, r) and right (r, in)."""
+    devices = [] if weight.device.type == "cpu" else [weight.device]
+    with torch.random.fork_rng(devices, device_type=weight.device.type if devices else "cuda"):
+        torch.manual_seed(seed)  # the method starts from a random matrix
+        left, _, right = torch.svd_lowrank(weight, q=min(r, *weight.shape))
+    return left, right.T
+
+
+def cluster(points: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the number of the cluster of each of the ``points``, (N, r) -> (N,), by k-means from random points."""
+    points = points.double().cpu()
+    limit = _TOLERANCE * points.var(0, correction=0).mean()
+    points = points - points.mean(0)
+    shares = np.full(len(points), 1 / len(points))  # without them NumPy draws others
+    first = np.random.RandomState(_SEED).choice(len(points), count, replace=False, p=shares)
+    centres, labels = points[first], points.new_full((len(points),), -1, dtype=torch.long)
+    for _ in range(_ROUNDS):
+        before, labels = labels, _nearest(points, centres)
+        if torch.equal(labels, before):
+            return labels
+        moved = _centres(points, labels, centres)
+        shift, centres = (moved - centres).square().sum(), moved
+        if shift <= limit:
+            break
+    return _nearest(points, centres)
+
+
+def _nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    return (centres.square().sum(1) - 2 * points @ centres.T).argmin(1)
+
+
+def _centres(points: torch.Tensor, labels: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each cluster's points. A cluster without any gets the point that is farthest from its own."""
+    sums = torch.zeros_like(before).index_add_(0, labels, points)
+    sizes = torch.bincount(labels, minlength=len(before))
+    empty = (sizes == 0).nonzero().flatten().tolist()
+    farthest = (points - before[labels]).square().sum(1).topk(len(empty)).indices.tolist()
+    for cluster_, point in zip(empty, farthest, strict=True):
+        sums[labels[point]] -= points[point]
+        sizes[labels[point]] -= 1
+        sums[cluster_], sizes[cluster_] = points[point], 1
+    return sums / sizes.clamp(min=1).unsqueeze(1)
+
 
 _SAME_DIRECTIONS = 0.999
 """Share of the file's directions that are found again in the base weight, up to rounding."""
@@ -262,11 +312,12 @@ def after_resume(model: nn.Module, config: AdamssConfig, step: int, total: int) 
 
 def _allocating(model: nn.Module, config: AdamssConfig) -> list[AdamssLinear]:
     """Return the adapter's layers whose subspaces share the budget: none if it was loaded from a file, or is frozen."""
-    own = [module for module in model.modules() if isinstance(module, AdamssLinear) and module.config is config]
     return [
         layer
-        for layer in own
-        if "active" in layer.fixed and all(layer.adamss_A[each].requires_grad for each in layer.training_subspaces())
+        for layer in layers_of_kind(model, AdamssLinear).values()
+        if layer.config is config
+        and "active" in layer.fixed
+        and all(layer.adamss_A[each].requires_grad for each in layer.training_subspaces())
     ]
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_dtype, adapter_layers, base_module
+from peftcli.core.layer import AdapterLayer, adapter_dtype, base_module
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once, starts, takes, tokens_of
 from peftcli.core.prompts.prefix import CACHE, MASK, find_attention, keeps_keys
 from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import layers_of_kind
 from peftcli.methods.adaption_prompt import AdaptionPromptConfig
 
 _NO_MASK = ("flash", "flex", "paged")
@@ -181,7 +182,7 @@ def attach(model: Any, config: AdaptionPromptConfig, layers: Mapping[str, Adapte
 
 def _count_positions(decoder: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
     """The decoder's forward pre-hook, which serves every adapter and those of copies."""
-    if not any(isinstance(layer, AdaptedAttention) and layer.enabled for layer in adapter_layers(decoder).values()):
+    if not any(layer.enabled for layer in layers_of_kind(decoder, AdaptedAttention).values()):
         return None
     inputs = bound(decoder.forward, args, kwargs)
     mask = inputs.get("attention_mask")

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods._delta import factory_kwargs, require_linear
 from peftcli.methods.beft import BeftConfig
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import by_kind, factory_kwargs
+from peftcli.methods._delta import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out
 from peftcli.methods.boft import BOFTConfig
 

@@ -10,7 +10,7 @@ from torch import nn
 from peftcli.core.layer import widened
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, factory_kwargs
 from peftcli.methods.c3a import C3AConfig
 
 

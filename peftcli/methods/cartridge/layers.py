@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import disabled, evaluating
-from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.core.layer import AdapterLayer
 from peftcli.core.prompts.prefix import Prefix, PrefixAttention, insert_prefix
 from peftcli.core.prompts.prefix import targets as targets
 from peftcli.core.prompts.prefix import wrap as wrap
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import layers_of_kind
 from peftcli.methods.cartridge import CartridgeConfig
 
 _FROZEN = "prefix.frozen_embedding"
@@ -84,7 +87,7 @@ def start_prefix(model: nn.Module, values: torch.Tensor, adapter: str | None = N
     Raises:
         AdapterError: it has no prefix, or one that a network makes, or of another size.
     """
-    layers = [layer for layer in adapter_layers(model, adapter).values() if isinstance(layer, PrefixAttention)]
+    layers = list(layers_of_kind(model, PrefixAttention, adapter).values())
     if not layers:
         raise AdapterError("the adapter has no prefix; use CARTRIDGE or PREFIX_TUNING", key="adapter_name")
     prefix = layers[0].prefix
@@ -117,3 +120,26 @@ def prefix_from_cache(cache: Any, count: int) -> torch.Tensor:
         raise AdapterError(f"does not hold the first {count} tokens", key="past_key_values")
     first = [tensor[0, :, :count].transpose(0, 1).reshape(count, heads * width) for tensor in tensors]
     return torch.cat(first, dim=1)
+
+
+_EQUAL = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+def compose(
+    configs: Sequence[AdapterConfig], tensors: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[CartridgeConfig, dict[str, torch.Tensor]]:
+    """Return the cartridge that holds the tokens of all; those that the first one freezes stay frozen.
+
+    Raises:
+        AdapterError: there are fewer than two, or one is of another method or fits another base model.
+    """
+    own = [config for config in configs if isinstance(config, CartridgeConfig)]
+    if len(own) < 2 or len(own) < len(configs):
+        found = ", ".join(config.peft_type for config in configs) or "nothing"
+        raise AdapterError(f"composing takes two cartridges or more, not {found}")
+    for config in own[1:]:
+        for key in _EQUAL:
+            if (value := getattr(config, key)) != (first := getattr(own[0], key)):
+                raise AdapterError(f"one cartridge has {first}, another {value}", key=key)
+    whole = torch.cat([each["prompt_embeddings"] for each in tensors])
+    return replace(own[0], num_virtual_tokens=len(whole)), {"prompt_embeddings": whole}

@@ -8,8 +8,7 @@ from torch import nn
 
 from peftcli.core.layer import widened
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
-from peftcli.methods._product import base_product
+from peftcli.methods._delta import WeightDeltaLinear, base_product, factory_kwargs
 from peftcli.methods.deft import DeftConfig
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.linear import dense_weight
 from peftcli.core.targets import pattern_value
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, draw_as_linear, factory_kwargs
 from peftcli.methods.delora import DeloraConfig
 
 _SMALLEST_NORM = 1e-4
@@ -34,9 +32,9 @@ class DeloraLinear(DeltaLinear):
         self.delora_A = nn.Parameter(torch.empty(r, self.view.in_features, **like))
         self.delora_B = nn.Parameter(torch.zeros(self.view.out_features, r, **like))
         self.delora_lambda = nn.Parameter(torch.full((1,), float(bound), **like))
-        nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
+        draw_as_linear(self.delora_A)
         if not config.init_weights:
-            nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
+            draw_as_linear(self.delora_B)
         self.register_buffer("delora_w_norm", dense_weight(module).norm(dim=0))
 
     def update(self, x: torch.Tensor) -> torch.Tensor:

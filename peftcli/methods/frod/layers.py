@@ -15,8 +15,14 @@ from peftcli.core.layer import AdapterLayer, base_module, version_of
 from peftcli.core.linear import dense_weight
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, in_base_dtype, stored_weight
-from peftcli.methods._product import base_product, layer_below
+from peftcli.methods._delta import (
+    WeightDeltaLinear,
+    base_product,
+    factory_kwargs,
+    in_base_dtype,
+    layer_below,
+    stored_weight,
+)
 from peftcli.methods.frod import FrodConfig
 
 

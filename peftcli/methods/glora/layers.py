@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, TrainedBias, adapter_layers, base_module, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs, require_linear, with_bias
+from peftcli.methods._delta import draw_as_linear, factory_kwargs, require_linear, with_bias
 from peftcli.methods.glora import GloraConfig
 
 
@@ -28,7 +27,7 @@ class Part(nn.Module):
         elif what == "lora":
             self.Xd = nn.Parameter(torch.zeros(shape[0], config.r, **like))
             self.Xu = nn.Parameter(torch.empty(config.r, shape[1], **like))
-            nn.init.kaiming_uniform_(self.Xu, a=math.sqrt(5))
+            draw_as_linear(self.Xu)
         else:
             rows = (shape[0], *[1] * (len(shape) - 1))
             self.X = nn.Parameter(torch.zeros(rows if what == "vector" else 1, **like))

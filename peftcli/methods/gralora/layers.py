@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, factory_kwargs
 from peftcli.methods.gralora import GraloraConfig
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import base_module
 from peftcli.core.linear import CONVOLUTIONS
-from peftcli.methods._conv import WeightDeltaConv
-from peftcli.methods._linear import WeightDelta, WeightDeltaLinear, by_kind, check_ungrouped, factory_kwargs
+from peftcli.methods._delta import (
+    WeightDelta,
+    WeightDeltaConv,
+    WeightDeltaLinear,
+    by_kind,
+    check_ungrouped,
+    draw_as_linear,
+    factory_kwargs,
+    lookup_scale,
+)
 from peftcli.methods.hira import HiraConfig
 
 
@@ -59,9 +65,7 @@ class HiraEmbedding(WeightDelta):
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         factor = F.embedding(x, self.hira_embedding_A.T) @ self.hira_embedding_B.T
-        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
-        scale = getattr(base_module(self), "embed_scale", 1.0)
-        return y + (scale * F.embedding(x, base_module(self).weight) * factor).to(y.dtype)
+        return y + (lookup_scale(self) * F.embedding(x, base_module(self).weight) * factor).to(y.dtype)
 
     def delta_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * (self.hira_embedding_B @ self.hira_embedding_A).T
@@ -73,7 +77,7 @@ wrap = by_kind({CONVOLUTIONS: HiraConv, nn.Embedding: HiraEmbedding}, otherwise=
 def _start(a: nn.Parameter, b: nn.Parameter, config: HiraConfig) -> None:
     nn.init.normal_(a, std=1 / config.r if config.init_weights == "gaussian" else 1)
     if config.init_weights is True:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        draw_as_linear(a)
     if config.init_weights:
         nn.init.zeros_(b)
     else:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import widened
-from peftcli.methods._linear import by_kind, factory_kwargs
+from peftcli.methods._delta import by_kind, draw_as_linear, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating
 from peftcli.methods.hra import HRAConfig
 
@@ -22,7 +20,7 @@ class HRALayer(Rotating):
     def start(self, features: int, name: str, config: HRAConfig) -> None:
         self.orthogonal = config.apply_GS
         self.hra_u = nn.Parameter(torch.empty(features, config.r, **factory_kwargs(self)))
-        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
+        draw_as_linear(self.hra_u)
         if config.init_weights and not config.apply_GS:
             pairs = self.hra_u.data[:, : 2 * (config.r // 2)]
             pairs[:, 1::2] = pairs[:, ::2]

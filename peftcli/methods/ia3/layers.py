@@ -1,8 +1,8 @@
-"""The layers of (IA)^3 (https://arxiv.org/abs/2205.05638)."""
+"""The layers of (IA)^3 (https://arxiv.org/abs/2205.05638), and how its adapters are combined."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, base_module
 from peftcli.core.linear import CONVOLUTIONS
 from peftcli.core.targets import find_modules, find_targets, model_type, module_matches, shortest_names
+from peftcli.errors import AdapterError
+from peftcli.methods._delta import factory_kwargs, require_linear
 from peftcli.methods._families import IA3_INPUTS
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods.combinations import Adapter, Combination, Combined, check_alike, replaced
 from peftcli.methods.ia3 import IA3Config
-from peftcli.methods.ia3.combine import combine as combine
 
 
 class IA3Layer(AdapterLayer):
@@ -114,3 +115,40 @@ def attach(model: nn.Module, config: IA3Config, layers: Mapping[str, AdapterLaye
     wanted, inside = config.target_modules, config.feedforward_modules
     if not isinstance(wanted, str) and not isinstance(inside, str):
         config.target_modules = sorted({*(wanted or ()), *(inside or ())})
+
+
+_SAME = ("modules_to_save", "exclude_modules")
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: Combination) -> Combined:
+    """Return the weighted sum of the factors; a module that an adapter leaves alone has the factor 1 there."""
+    if how.method not in ("cat", "linear"):
+        raise AdapterError(f"(IA)^3 has no matrices, so {how.method} means nothing", key="combination_type")
+    how.check()
+    check_alike(adapters, weights, _SAME)
+    names = sorted({name for adapter in adapters for name in adapter.tensors if name.endswith(".ia3_l")})
+    tensors = replaced(adapters, weights, names)
+    for name in names:
+        there = [adapter.tensors[name].float() for adapter in adapters if name in adapter.tensors]
+        if any(value.shape != there[0].shape for value in there):
+            raise AdapterError(f"{name} scales inputs in one adapter and outputs in another")
+        one = torch.ones_like(there[0])
+        tensors[name] = torch.stack(
+            [weight * adapter.tensors.get(name, one) for adapter, weight in zip(adapters, weights, strict=True)]
+        ).sum(0)
+    configs = [adapter.config for adapter in adapters if isinstance(adapter.config, IA3Config)]
+    config = replace(
+        configs[0],
+        target_modules=_union([config.target_modules for config in configs], "target_modules"),
+        feedforward_modules=_union([config.feedforward_modules for config in configs], "feedforward_modules"),
+    )
+    return Combined(config, tensors, errors=dict.fromkeys(names, 0.0), error=0.0)
+
+
+def _union(wanted: Sequence[list[str] | str | None], key: str) -> list[str] | str:
+    """Return what matches where any of these does: lists of names, or patterns."""
+    if all(isinstance(each, str) for each in wanted):
+        return "|".join(dict.fromkeys(f"({each})" for each in wanted))
+    if any(isinstance(each, str) for each in wanted):
+        raise AdapterError("is a pattern in one adapter and a list in another", key=key)
+    return sorted({name for each in wanted for name in each or ()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.linear import linear_view
 from peftcli.core.targets import find_targets, module_matches, shortest_names
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods._delta import draw_as_linear, factory_kwargs, require_linear
 from peftcli.methods.lily import LilyConfig
 
 _SHARED = ("lily_A.weight", "lily_B.weight")
@@ -34,8 +33,7 @@ class LilyLinear(AdapterLayer):
         self.lily_A = nn.Linear(view.in_features, r, bias=False, **like)
         self.lily_B = nn.Linear(view.out_features, count * r, bias=False, **like)
         self.lily_router = nn.Linear(r, count, bias=False, **like)
-        for part in (self.lily_A, self.lily_B, self.lily_router):
-            nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5))
+        draw_as_linear(self.lily_A.weight, self.lily_B.weight, self.lily_router.weight)
         if config.init_weights:
             nn.init.zeros_(self.lily_B.weight)
         self.borrowed: frozenset[str] = frozenset()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from peftcli.methods._lycoris_settings import LycorisConfig
 from peftcli.methods._settings import Problems
+from peftcli.methods.loha import LycorisConfig
 
 
 @dataclass(kw_only=True)

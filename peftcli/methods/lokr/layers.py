@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from peftcli.methods._linear import by_kind, factory_kwargs
-from peftcli.methods._lycoris import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
+from peftcli.methods._delta import by_kind, draw_as_linear, factory_kwargs
+from peftcli.methods.loha.layers import CONVOLUTIONS, LycorisConv, LycorisLayer, LycorisLinear, free
 from peftcli.methods.lokr import LoKrConfig
 
 
@@ -39,8 +39,7 @@ class LoKrLayer(LycorisLayer):
             self.lokr_w2_a, self.lokr_w2_b = free(r, out2, **like), free(r, in2, **like)
         else:
             self.lokr_w2_a, self.lokr_w2_b = free(out2, r, **like), free(r, in2 * math.prod(shape[2:]), **like)
-        for parameter in self.own_tensors().values():
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        draw_as_linear(*self.own_tensors().values())
         if config.init_weights is True:
             nn.init.zeros_(self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1)
         elif config.init_weights == "lycoris":

@@ -14,9 +14,11 @@ from peftcli.core.layer import AdapterLayer, adapter_layers, base_module
 from peftcli.core.linear import CONVOLUTIONS, linear_view
 from peftcli.core.targets import named_parameters
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import with_bias
+from peftcli.methods._delta import with_bias
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.attach import attach as attach
+from peftcli.methods.lora.attach import read_names as read_names
+from peftcli.methods.lora.attach import targets as targets
 from peftcli.methods.lora.combine import combine as combine
 from peftcli.methods.lora.initialisations import FROM_DATA, ON_EVERY_LAYER, is_residual
 from peftcli.methods.lora.initialisations.loftq import LoftQLinear, start_loftq
@@ -25,8 +27,6 @@ from peftcli.methods.lora.initialisations.residual import check_initialisation, 
 from peftcli.methods.lora.lora import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, check_size, size_of
 from peftcli.methods.lora.parameters import LoraAttention, LoraOutputProjection, check_attention, wrap_parameters
 from peftcli.methods.lora.replicate import replicate, separate
-from peftcli.methods.lora.targets import read_names as read_names
-from peftcli.methods.lora.targets import targets as targets
 from peftcli.methods.lora.updates import describe as describe
 from peftcli.methods.lora.updates import updates as updates
 from peftcli.methods.lora.variants import kasa, monteclora

@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers, base_module, path_in_file, widened
+from peftcli.core.layer import AdapterLayer, base_module, path_in_file, widened
 from peftcli.core.linear import CONVOLUTIONS, dense_weight, linear_view
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import dropout_layer, factory_kwargs
+from peftcli.methods._delta import dropout_layer, factory_kwargs, layers_of_kind, lookup_scale
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.fused import Pair, fused_output, plain_pair
 from peftcli.methods.lora.initialisations.start import initialise
 from peftcli.methods.lora.joined import joined_linear, share_of
 from peftcli.methods.lora.variants import dora
 
-_USUAL_R = 64
-"""The largest r that fits a layer of any size."""
+_USUAL_R = 64  # the largest r that fits a layer of any size
 
 
 class LoraLayer(AdapterLayer):
@@ -176,9 +175,7 @@ class LoraEmbedding(LoraLayer):
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         chosen = F.embedding(x, self.lora_embedding_A.T, padding_idx=base_module(self).padding_idx)
-        # some embeddings scale what they look up; the update is scaled alike, so that merging changes nothing
-        output_scale = getattr(base_module(self), "embed_scale", 1.0)
-        z = self.scaling * output_scale * (chosen @ self.lora_embedding_B.T)
+        z = self.scaling * lookup_scale(self) * (chosen @ self.lora_embedding_B.T)
         if self.lora_magnitude_vector is not None:
             return (dora.factor(self) * (y + z)).to(y.dtype)
         return y + z.to(y.dtype)
@@ -189,7 +186,7 @@ class LoraEmbedding(LoraLayer):
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
     """Return the LoRA layers of the model's adapter, or of several the one of that name, by what they adapt."""
-    found = {path: layer for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, LoraLayer)}
+    found = layers_of_kind(model, LoraLayer, adapter)
     if len({layer.adapter for layer in found.values()}) > 1:
         raise AdapterError("the model holds several adapters; name one", key="init_lora_weights")
     return {path_in_file(model, path): layer for path, layer in found.items()}

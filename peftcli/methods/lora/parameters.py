@@ -11,7 +11,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, TrainedCopy, adapter_dtype, base_module, layers_at, widened
 from peftcli.core.targets import named_parameters
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._delta import factory_kwargs
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations.start import initialise
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear, check_size

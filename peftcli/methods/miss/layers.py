@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, WeightDeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, WeightDeltaLinear, draw_as_linear, factory_kwargs
 from peftcli.methods.miss import MissConfig
 
 
@@ -30,7 +28,7 @@ class MissLinear(DeltaLinear):
             raise AdapterError(f"{columns} does not divide {out_features}, the outputs of {name}", key="mini_r")
         self.miss_block = nn.Parameter(torch.zeros(config.r, columns, **factory_kwargs(self)))
         if not config.init_weights:
-            nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
+            draw_as_linear(self.miss_block)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         r = len(self.miss_block)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
-from peftcli.methods._linear import by_kind, factory_kwargs
+from peftcli.methods._delta import by_kind, factory_kwargs
 from peftcli.methods._rotation import RotatedConv, RotatedLinear, Rotating, cayley, leave_out, neumann, skew_of
 from peftcli.methods.oft import OFTConfig
 

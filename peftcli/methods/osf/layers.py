@@ -8,7 +8,7 @@ from torch import nn
 from peftcli.core.linear import dense_weight
 from peftcli.core.targets import check_pattern_keys, find_targets, pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs, stored_weight
+from peftcli.methods._delta import WeightDeltaLinear, factory_kwargs, stored_weight
 from peftcli.methods.osf import OSFConfig
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
+from peftcli.methods._delta import WeightDeltaLinear, draw_as_linear, factory_kwargs
 from peftcli.methods.peanut import PeanutConfig
 
 _Function = Callable[[torch.Tensor], torch.Tensor]
@@ -32,8 +31,8 @@ class PeanutLinear(WeightDeltaLinear):
         self.peanut_encoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
         self.peanut_decoders = nn.ModuleList(layer(r, r) for _ in range(config.depth))
         self.peanut_B = layer(r, outputs)
-        for part in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders, self.peanut_B):
-            nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5))
+        parts = (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders, self.peanut_B)
+        draw_as_linear(*(part.weight for part in parts))
         if config.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
         self.scaling, self.activation = config.scaling, config.act_fn

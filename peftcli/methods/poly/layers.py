@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import RelaxedBernoulli
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
+from peftcli.methods._delta import DeltaLinear, factory_kwargs
 from peftcli.methods._task_ids import TaskLayer
 from peftcli.methods._task_ids import attach as attach
 from peftcli.methods.poly import PolyConfig

@@ -9,7 +9,7 @@ from torch import nn
 from peftcli.core.layer import widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import WeightDeltaLinear, factory_kwargs
+from peftcli.methods._delta import WeightDeltaLinear, factory_kwargs
 from peftcli.methods._rotation import cayley, neumann, skew_of
 from peftcli.methods.psoft import PsoftConfig
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, factory_kwargs, share_projections
+from peftcli.methods._delta import LowRank, factory_kwargs, share_projections
 from peftcli.methods.pvera import PveraConfig
 
 
-class PveraLinear(SharingLinear):
+class PveraLinear(LowRank):
     """``y = W x + diag(lambda_b) B z``; ``z`` is drawn around ``diag(lambda_d) A x`` in training, and is that after it.
 
     Only the vectors train; ``lambda_b`` starts at zero. ``A: (2 r, in)`` gives a mean and the logarithm of a variance

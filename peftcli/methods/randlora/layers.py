@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, check_drawn, factory_kwargs, share_tensors
+from peftcli.methods._delta import LowRank, check_drawn, factory_kwargs, share_tensors
 from peftcli.methods.randlora import RandLoraConfig
 
 _MOST_COPIED = 256 * 2**20
 """Bytes of the random bases' copies in a file. On a model of 7B parameters they would be gigabytes."""
 
 
-class RandLoraLinear(SharingLinear):
+class RandLoraLinear(LowRank):
     """``delta = scaling * sum over n bases of B_n diag(lambda_n) A diag(gamma_n)``, of full rank.
 
     ``A: (r, 1, short)`` and ``B: (long, n, r)`` are random and shared by all layers, which use their first rows and
@@ -42,12 +42,6 @@ class RandLoraLinear(SharingLinear):
             nn.init.normal_(self.randlora_lambda)
             nn.init.constant_(self.randlora_gamma, 1 / self.long)
         self.saves_fixed = config.save_projection
-
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scaling * super().update(x)
-
-    def delta(self) -> torch.Tensor:
-        return self.scaling * super().delta()
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:  # (n * r, in) and (out, n * r)
         device, count = self.randlora_lambda.device, self.randlora_lambda.shape[1]

@@ -7,7 +7,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, widened
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs, require_linear
+from peftcli.methods._delta import factory_kwargs, require_linear
 from peftcli.methods.road import RoadConfig
 
 _PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}

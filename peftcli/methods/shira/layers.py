@@ -7,8 +7,7 @@ from torch import nn
 
 from peftcli.core.layer import base_module
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
-from peftcli.methods._sparse import drawn_places, scattered
+from peftcli.methods._delta import DeltaLinear, drawn_places, factory_kwargs, scattered
 from peftcli.methods.shira import ShiraConfig
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import WeightDeltaLinear, dropout_layer, factory_kwargs
-from peftcli.methods._sparse import scattered
+from peftcli.methods._delta import WeightDeltaLinear, draw_as_linear, dropout_layer, factory_kwargs, scattered
 from peftcli.methods.supertuning import SupertuningConfig
 
 
@@ -37,8 +34,7 @@ class SupertuningLinear(WeightDeltaLinear):
             self.supertuning_lora_A = nn.Linear(self.view.in_features, r, bias=False, **like)
             self.supertuning_lora_B = nn.Linear(r, self.view.out_features, bias=False, **like)
             self.lora_dropout = dropout_layer(config.lora_dropout)
-            for part in (self.supertuning_lora_A, self.supertuning_lora_B):
-                nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5))
+            draw_as_linear(self.supertuning_lora_A.weight, self.supertuning_lora_B.weight)
             if config.init_weights:
                 nn.init.zeros_(self.supertuning_lora_B.weight)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli.core.layer import AdapterLayer, base_module, widened
 from peftcli.core.linear import dense_weight
-from peftcli.methods._linear import DeltaLinear, by_kind, dropout_layer, factory_kwargs, stored_weight
+from peftcli.methods._delta import DeltaLinear, by_kind, dropout_layer, factory_kwargs, lookup_scale, stored_weight
 from peftcli.methods.tinylora import TinyLoraConfig
 
 
@@ -96,9 +96,8 @@ class TinyLoraEmbedding(TinyLoraLayer):
         return y + (chosen @ self.mixture() @ self.tinylora_A).to(y.dtype)
 
     def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        layer = base_module(self)
-        # some embeddings scale what they look up; the update is not scaled, as it is not in PEFT
-        scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
+        # the update is not scaled, as it is not in PEFT
+        scale = getattr(base_module(self), "scalar_embed_scale", lookup_scale(self))
         delta = self.tinylora_B @ self.mixture() @ self.tinylora_A
         return {"weight": widened(base["weight"]) + delta / scale}
 

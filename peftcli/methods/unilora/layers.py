@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs, in_base_dtype, stored_weight
+from peftcli.methods._delta import LowRank, factory_kwargs, in_base_dtype, stored_weight
 from peftcli.methods.unilora import UniLoraConfig
 
 _PLACES = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
@@ -19,7 +19,7 @@ _MOST_PLACES = 200_000_000
 """Gigabytes while they are drawn."""
 
 
-class UniLoraLinear(SharingLinear):
+class UniLoraLinear(LowRank):
     """``delta = B A``; every number of both is one of the model's trained vector, times a fixed scale.
 
     A number of the vector that stands at ``n`` places has the scale ``1 / sqrt(n)`` there, so that the map from the

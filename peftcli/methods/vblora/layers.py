@@ -11,13 +11,13 @@ from torch import nn
 
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import SharingLinear, factory_kwargs
+from peftcli.methods._delta import LowRank, factory_kwargs
 from peftcli.methods.vblora import VBLoRAConfig
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 
 
-class VBLoraLayer(SharingLinear):
+class VBLoraLayer(LowRank):
     """``delta = B A``, both put together from pieces that are mixtures of the bank's vectors.
 
     ``A`` is ``(r, in / length)`` pieces, ``B`` is ``(out / length, r)``; the bank ``(vectors, length)`` belongs to all

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import SharingLinear, factory_kwargs, share_projections
+from peftcli.methods._delta import LowRank, factory_kwargs, share_projections
 from peftcli.methods.vera import VeraConfig
 
 
-class VeraLinear(SharingLinear):
+class VeraLinear(LowRank):
     """``delta = diag(lambda_b) B diag(lambda_d) A``, of which only the vectors train; ``lambda_b`` starts at zero.
 
     ``A: (r, in)`` and ``B: (out, r)`` are the first columns and rows of the matrices that all layers share.

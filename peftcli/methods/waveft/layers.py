@@ -15,8 +15,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer
 from peftcli.core.targets import pattern_value
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import DeltaLinear, factory_kwargs
-from peftcli.methods._sparse import drawn_places, scattered
+from peftcli.methods._delta import DeltaLinear, drawn_places, factory_kwargs, scattered
 from peftcli.methods.waveft import MOMENTS, WaveFTConfig
 
 

@@ -17,7 +17,7 @@ from peftcli.core.layer import AdapterLayer, base_module, base_modules, model_en
 from peftcli.core.linear import linear_view
 from peftcli.core.prompts.inputs import bound, hook_once
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._delta import factory_kwargs, lookup_scale
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora import updates as lora_updates
 from peftcli.methods.updates import Update
@@ -84,9 +84,8 @@ class XLoraLayer(AdapterLayer):
 
     def _update(self, number: str, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         a, b = self.lora_A[number], self.lora_B[number]
-        if self.embeds:  # some embeddings scale what they look up
-            output_scale = getattr(base_module(self), "embed_scale", 1.0)
-            return F.linear(scale * F.embedding(x, a.T), b) * output_scale
+        if self.embeds:
+            return F.linear(scale * F.embedding(x, a.T), b) * lookup_scale(self)
         return F.linear(F.linear(self.dropout[number](x.to(a.dtype) * scale.to(a.dtype)), a), b)
 
 

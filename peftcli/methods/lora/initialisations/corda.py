@@ -10,8 +10,15 @@ from torch import nn
 from peftcli.errors import AdapterError
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations import CordaConfig
-from peftcli.methods.lora.initialisations.start import Pair, balanced, check_directions
-from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, first_batches, inputs_recorded
+from peftcli.methods.lora.initialisations.start import (
+    Batches,
+    Pair,
+    balanced,
+    check_directions,
+    check_reached,
+    first_batches,
+    inputs_recorded,
+)
 
 _EXAMPLES = 256
 """As many as the paper takes."""

@@ -17,7 +17,7 @@ from peftcli.core.targets import as_pattern, pattern_value, shortest_names
 from peftcli.errors import AdapterError
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations import EvaConfig
-from peftcli.methods.lora.initialisations.statistics import Batches, check_reached, inputs_recorded
+from peftcli.methods.lora.initialisations.start import Batches, check_reached, inputs_recorded
 from peftcli.methods.lora.lora import LoraLayer, LoraLinear
 
 _MAX_BATCHES = 2000

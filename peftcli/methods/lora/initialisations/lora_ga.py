@@ -13,8 +13,14 @@ from peftcli.core.inject import evaluating
 from peftcli.errors import AdapterError
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations import LoraGAConfig
-from peftcli.methods.lora.initialisations.start import Pair, check_directions
-from peftcli.methods.lora.initialisations.statistics import PADDED, Batches, check_reached, first_batches
+from peftcli.methods.lora.initialisations.start import (
+    PADDED,
+    Batches,
+    Pair,
+    check_directions,
+    check_reached,
+    first_batches,
+)
 
 _EXAMPLES = 64
 """As many as the paper's code takes."""

@@ -17,15 +17,14 @@ from peftcli.core.layer import base_module, widened
 from peftcli.core.linear import dense_weight, linear_view
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import stored_weight
+from peftcli.methods._delta import stored_weight
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.initialisations import FROM_DATA, is_residual
 from peftcli.methods.lora.initialisations.corda import corda, covariances_of
 from peftcli.methods.lora.initialisations.eva import eva_directions, start_eva
 from peftcli.methods.lora.initialisations.loftq import check_loftq
 from peftcli.methods.lora.initialisations.lora_ga import gradients_of, lora_ga
-from peftcli.methods.lora.initialisations.start import FROM_WEIGHT, from_weight
-from peftcli.methods.lora.initialisations.statistics import Batches
+from peftcli.methods.lora.initialisations.start import FROM_WEIGHT, Batches, from_weight
 from peftcli.methods.lora.lora import LoraLinear, lora_layers
 
 STATISTIC = "_lora_statistic"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
+from peftcli.methods._delta import layers_of_kind
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 
@@ -128,7 +128,7 @@ def _cache_in(values: dict[str, Any]) -> Any:
 
 
 def _layers(model: nn.Module) -> list[ALoraLinear]:
-    return [layer for layer in adapter_layers(model).values() if isinstance(layer, ALoraLinear) and layer.enabled]
+    return [layer for layer in layers_of_kind(model, ALoraLinear).values() if layer.enabled]
 
 
 def _places(ids: Any, tokens: tuple[int, ...], offsets: Sequence[int | None] | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from peftcli.core.layer import AdapterLayer, layers_below, widened
 from peftcli.core.linear import dense_weight
 from peftcli.errors import AdapterError
-from peftcli.methods._linear import factory_kwargs, stored_weight
+from peftcli.methods._delta import factory_kwargs, stored_weight
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._delta import factory_kwargs
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 from peftcli.methods.lora.variants import MontecloraConfig

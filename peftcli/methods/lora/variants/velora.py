@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftcli.methods._linear import factory_kwargs
+from peftcli.methods._delta import factory_kwargs
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.lora import LoraLinear
 

@@ -1,9 +1,10 @@
-"""The base of methods that add a delta to the weight of a linear layer."""
+"""The bases of methods that add a delta to the weight of a linear layer or a convolution."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from peftcli.core.layer import (
     AdapterLayer,
     TrainedBias,
     adapter_dtype,
+    adapter_layers,
     base_module,
     first_parameter,
     offloaded_to_run_on,
@@ -22,8 +24,8 @@ from peftcli.core.linear import Linear, dense_weight, linear_view
 from peftcli.core.quantised import is_packed
 from peftcli.errors import AdapterError
 
-_LARGEST_R = 4096
-"""Of drawn tensors, which may be larger than a small layer."""
+LayerKind = TypeVar("LayerKind", bound=AdapterLayer)
+_LARGEST_R = 4096  # of drawn tensors, which may be larger than a small layer
 
 
 class DeltaLinear(AdapterLayer):
@@ -55,9 +57,13 @@ class DeltaLinear(AdapterLayer):
         return {"weight": widened(base["weight"]) + self.view.as_stored(self.delta())}
 
 
-class SharingLinear(DeltaLinear):
-    """A linear layer some of whose tensors are one for the whole model; their names in the file have no path."""
+class LowRank(DeltaLinear):
+    """``delta = scaling * second @ first`` with ``first: (r, in)`` and ``second: (out, r)``.
 
+    Some of its tensors may be one for the whole model; their names in the file have no path.
+    """
+
+    scaling = 1.0
     shared: tuple[str, ...] = ()
     """Names of those tensors."""
 
@@ -65,16 +71,17 @@ class SharingLinear(DeltaLinear):
         return f"base_model.{tensor}" if tensor in self.shared else super().file_name(path, tensor)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the matrices (r, in) and (out, r) that an input goes through, where ``delta`` is their product."""
+        """Return the matrices that an input goes through, the first and the second."""
         raise NotImplementedError
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         first, second = self.factors()
-        return F.linear(F.linear(x, first), second)
+        z = F.linear(F.linear(x, first), second)
+        return z if self.scaling == 1 else self.scaling * z
 
     def delta(self) -> torch.Tensor:
         first, second = self.factors()
-        return second @ first
+        return self.scaling * (second @ first)
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the columns and rows of ``share_projections`` that the layer uses: (rows, in) and (out, r)."""
@@ -125,6 +132,22 @@ def with_bias(module: nn.Module, bias: str) -> nn.Module:
 def dropout_layer(share: float) -> nn.Module:
     """Return dropout, or an identity that does not copy the input."""
     return nn.Dropout(share) if share else nn.Identity()
+
+
+def draw_as_linear(*tensors: torch.Tensor) -> None:
+    """Fill matrices as nn.Linear draws its weight."""
+    for tensor in tensors:
+        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def lookup_scale(layer: AdapterLayer) -> Any:
+    """Return what an embedding multiplies its rows by. Updates are scaled alike, so that merging changes nothing."""
+    return getattr(base_module(layer), "embed_scale", 1.0)
+
+
+def layers_of_kind(model: nn.Module, kind: type[LayerKind], adapter: str | None = None) -> dict[str, LayerKind]:
+    """Return the model's adapter layers of this class, by path; of one adapter, if it is named."""
+    return {path: layer for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, kind)}
 
 
 def stored_weight(module: nn.Module) -> torch.Tensor:
@@ -196,3 +219,74 @@ def share_tensors(layers: Sequence[AdapterLayer], tensors: Mapping[str, torch.Te
         parameter = nn.Parameter(in_base_dtype(tensor, weight).to(device, adapter_dtype(weight)), requires_grad=False)
         for layer in layers:
             setattr(layer, name, parameter)
+
+
+class DeltaConv(AdapterLayer):
+    """A convolution with the kernel ``W + delta``, both ``(out, in / groups, k...)``."""
+
+    def __init__(self, module: nn.Module, bias: str = "none", dropout: float = 0.0):
+        super().__init__(with_bias(module, bias))
+        self.dropout = dropout_layer(dropout)
+
+    def delta(self) -> torch.Tensor:
+        """Return what the adapter adds to the kernel."""
+        raise NotImplementedError
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds to the output for the input ``x``, which has the adapter's dtype."""
+        # with the stride, padding, ... of the base layer
+        return base_module(self)._conv_forward(x, self.delta().to(x.dtype), None)
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.update(self.dropout(widened(x))).to(y.dtype)
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"weight": widened(base["weight"]) + self.delta()}
+
+
+class WeightDeltaConv(WeightDelta, DeltaConv):
+    """A convolution whose delta is made from its kernel."""
+
+    def delta(self) -> torch.Tensor:
+        return self.delta_of(widened(base_module(self).weight.detach()))
+
+
+def base_product(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """``W x`` with the base model's own weight, without bias: (..., out), in float32 or wider.
+
+    ``y``, if given, is what the layer's base layer made of ``x``: it serves unless other adapters stand below.
+    """
+    if y is None or isinstance(layer_below(layer), AdapterLayer):
+        y, bias = base_module(layer)(x), base_module(layer).bias
+    else:
+        bias = layer.base_layer.bias
+    return widened(y) if bias is None else widened(y) - widened(bias)
+
+
+def layer_below(layer: AdapterLayer) -> nn.Module:
+    """The layer that this adapter changes: another adapter's, or the base model's. A trained bias is this adapter's."""
+    return layer.base_layer.base_layer if isinstance(layer.base_layer, TrainedBias) else layer.base_layer
+
+
+def drawn_places(layer: DeltaLinear, name: str, key: str, count: int, seed: int | None) -> torch.Tensor:
+    """Random places in an (out, in) matrix, as indices into its flat form: (count,).
+
+    They are drawn as PEFT draws them: its files may hold the seed alone. On the CPU when the model is on the meta
+    device. Without a seed the generator has its own, always the same.
+
+    Raises:
+        AdapterError: the matrix has fewer entries; ``key`` is the setting that asks for them.
+    """
+    view, weight = layer.view, stored_weight(layer)
+    size = view.out_features * view.in_features
+    if count > size:
+        raise AdapterError(f"asks for {count} of the {size} numbers of {name}", key=key)
+    generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+    places = torch.randperm(size, generator=generator)[:count].clone()
+    return places if weight.is_meta else places.to(weight.device)
+
+
+def scattered(values: torch.Tensor, places: torch.Tensor, view: Linear) -> torch.Tensor:
+    """An (out, in) matrix that is zero but for ``values`` at ``places``."""
+    flat = values.new_zeros(view.out_features * view.in_features)
+    return flat.index_put((places.to(values.device),), values).view(view.out_features, view.in_features)
