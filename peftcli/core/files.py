@@ -18,7 +18,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.inject import Injection, inject, meta_copy, set_trainable, unchanged_on_error, unload
 from peftcli.core.layer import base_modules
-from peftcli.core.protocols import ReadsFiles, describe, layers_of
+from peftcli.core.protocols import describe, layers_of
 from peftcli.core.targets import module_matches, pattern_value, shortest_names
 from peftcli.core.weights import adapter_state, check_finite, check_state, holds_its_file, load_state, named_tensors
 from peftcli.errors import AdapterError, OutOfMemory
@@ -320,9 +320,7 @@ def _is_inside(name: str, entries: list[str]) -> bool:
 def _read_names(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:
     """Change the config to what the names of the file's tensors say of the modules that PEFT finds by other rules."""
     _add_saved_by_ending(model, config, header)
-    method = layers_of(config)
-    if isinstance(method, ReadsFiles):
-        method.read_names(model, config, header.keys())
+    layers_of(config).read_names(model, config, header.keys())
 
 
 def _add_saved_by_ending(model: nn.Module, config: AdapterConfig, header: Mapping[str, TensorEntry]) -> None:

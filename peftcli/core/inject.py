@@ -32,7 +32,7 @@ from peftcli.core.layer import (
     plain_dtype,
 )
 from peftcli.core.linear import linear_view
-from peftcli.core.protocols import Attaches, Reshapes, layers_of
+from peftcli.core.protocols import layers_of
 from peftcli.core.quantised import check_gradients, is_quantised, keep_layout, num_weights
 from peftcli.core.targets import find_modules, module_matches, shortest_names, targets, wrap
 from peftcli.errors import AdapterError, PeftWarning
@@ -293,8 +293,7 @@ def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str
     An error may leave the model half changed.
     """
     method, is_first = layers_of(config), not adapter_layers(model)
-    if isinstance(method, Reshapes):
-        method.reshape(model, config)
+    method.reshape(model, config)
     layers, saved = _wrapped(model, config, initialised)
     total_before = num_weights(model)
     if is_first:
@@ -303,8 +302,7 @@ def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str
     new = {places[name]: layer for name, layer in [*layers.items(), *saved.items()]}
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
     _complete(model, config, layers)
-    if isinstance(method, Attaches):
-        method.attach(model, config, layers)
+    method.attach(model, config, layers)
     return total_before
 
 

@@ -21,7 +21,7 @@ from peftcli.core.layer import (
     modules_sharing,
     plain_dtype,
 )
-from peftcli.core.protocols import Reshapes, layers_of
+from peftcli.core.protocols import layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised
 from peftcli.errors import AdapterError
 
@@ -63,9 +63,7 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     keep_shape(model)
     free_statistics(model)
     for config in configs:
-        method = layers_of(config)
-        if isinstance(method, Reshapes):
-            method.after_merge(model, config)
+        layers_of(config).after_merge(model, config)
     untied = tied and not _tied(model)
     if untied:  # of modules that share the weight of one end, a checkpoint would hold one alone
         for end in model_ends(model):

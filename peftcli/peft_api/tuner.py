@@ -18,7 +18,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
 from peftcli.core.merge import Folded, fold, merge
-from peftcli.core.protocols import ExtendsModel, layers_of, penalty
+from peftcli.core.protocols import layers_of, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
@@ -161,7 +161,7 @@ class Tuner(nn.Module):
         for kind in dict.fromkeys(config.peft_type for config in self.peft_config.values()):
             configs = {each: config for each, config in self.peft_config.items() if config.peft_type == kind}
             layers = layers_of(next(iter(configs.values())))
-            if isinstance(layers, ExtendsModel) and name in (more := layers.model_attributes(self.model, configs)):
+            if name in (more := layers.model_attributes(self.model, configs)):
                 found.append(more[name])
         return found
 
