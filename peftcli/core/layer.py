@@ -6,13 +6,12 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.core.quantised import FLOATS, is_quantised
+from peftcli.core.quantised import FLOATS
 from peftcli.errors import AdapterError, AdapterTypeError
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -22,9 +21,6 @@ _SAME_SIZE = {
     "out_features": ("out_channels", "embedding_dim", "nf"),
 }
 """What layers that are not linear call their sizes."""
-
-WeightChange = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
-"""A weight or buffer that merging replaces: its module, its name there, what it was and what it becomes."""
 
 
 class AdapterLayer(nn.Module):
@@ -174,47 +170,6 @@ class AdapterLayer(nn.Module):
     def folded_over(self, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return what this layer makes of the base layer's tensors and those that layers below have changed."""
         return self.merged_tensors(base | below)
-
-    def folded_weights(self, name: str) -> list[WeightChange]:
-        """Return what ``folded`` changes on the layer's module, called ``name``. Nothing is in place yet.
-
-        Raises:
-            AdapterError: a layer cannot be merged, or a merged weight is not finite.
-        """
-        base, changes = base_module(self), []
-        if is_quantised(base):
-            raise AdapterError(
-                f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
-                hint="merge into the full-precision base model, or ask for dequantize",
-            )
-        check_not_offloaded(base, name)
-        tensors = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers())}
-        made = dict[torch.Tensor, torch.Tensor]()
-        try:
-            with torch.no_grad(), ready_to_merge(self):
-                values = self.folded(dict(tensors))
-        except KeyError as error:
-            if error.args != ("weight",) or not isinstance(getattr(base, "weight", None), torch.Tensor):
-                raise
-            raise AdapterError(
-                f"{name} computes its weight from other tensors, as by pruning or a weight norm, and cannot be merged",
-                hint="make the weight an ordinary one before the adapter is put in, by remove_parametrizations",
-            ) from None
-        for tensor, value in values.items():
-            before = tensors[tensor]
-            if before not in made:
-                merged = value.detach().to(before.dtype)
-                made[before] = nn.Parameter(merged, requires_grad=False) if isinstance(before, nn.Parameter) else merged
-            merged = made[before]
-            if not torch.isfinite(merged).all():
-                adapters = {each.adapter for each in layers_at(self) if each.enabled}
-                raise AdapterError(
-                    f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
-                    f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
-                )
-            owner, _, leaf = tensor.rpartition(".")
-            changes.append((base.get_submodule(owner), leaf, before, merged))
-        return changes
 
 
 class EmptyLayer(AdapterLayer):
@@ -421,31 +376,6 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
             f"{name} is offloaded, and its weights are needed",
             hint="load the base model without offloading, or leave this module out",
         )
-
-
-@contextmanager
-def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
-    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
-
-    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
-    cast to half precision needs more digits, and operations that have no half precision.
-    """
-    base = base_module(layer)
-    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
-    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
-    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
-    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
-    for module in training:
-        module.training = False
-    for tensor, value in narrow:
-        tensor.data = value.float()
-    try:
-        yield
-    finally:
-        for tensor, value in narrow:
-            tensor.data = value
-        for module in training:
-            module.training = True
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
