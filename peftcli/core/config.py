@@ -97,7 +97,7 @@ class AdapterConfig:
         """Convert values to the types that all code here relies on."""
         kind = cast("Any", type(self))
         for entry in fields(self):
-            value, hint = plain(getattr(self, entry.name)), hints_of(kind)[entry.name]
+            value, hint = plain(vars(self)[entry.name]), hints_of(kind)[entry.name]
             if isinstance(value, list):
                 value = set(value) if entry.name in self.as_sets and fits(value, hint) else value
             elif isinstance(value, int) and not fits(value, hint) and fits(bool(value), hint):
@@ -124,7 +124,7 @@ class AdapterConfig:
             found.append(("task_type", f"{message}{', '.join(TaskType)}."))
         found += other_choices(self)
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value = vars(self)[entry.name]
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
                 found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
         if self.revision is not None and ".." in self.revision:
@@ -134,7 +134,7 @@ class AdapterConfig:
     def check(self, later: Collection[str] = ()) -> None:
         """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
         for entry in dataclasses.fields(self):
-            value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
+            value, hint = vars(self)[entry.name], hints_of(cast("Any", type(self)))[entry.name]
             is_setting = entry.metadata.get("file", True) and not section_class(hint)  # normalise() reads the sections
             given = list(value) if isinstance(value, set) else value
             if is_setting and not fits(given, hint):
@@ -216,7 +216,7 @@ class AdapterConfig:
         keep = {"task_type", "base_model_name_or_path", "inference_mode", *self.always_written}
         out: dict[str, Any] = {"peft_type": type(self).peft_type, "peft_version": self.readable_by}
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value = vars(self)[entry.name]
             if not entry.metadata.get("file", True) or entry.name in out:
                 continue
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -275,7 +275,7 @@ class TargetedConfig(AdapterConfig):
         if self.target_modules is not None and not self.target_modules:
             found.append(("target_modules", "names no module"))
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value = vars(self)[entry.name]
             try:
                 if entry.name in ("target_modules", "exclude_modules") and isinstance(value, str):
                     Pattern(value)

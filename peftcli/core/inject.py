@@ -179,7 +179,7 @@ def unload(model: nn.Module, adapter: str | None = None) -> None:
     _remove(model, lambda layer: adapter in (None, layer.adapter))
     if not adapter_layers(model):
         _take_back(model)
-    free_statistics(model)
+        free_statistics(model)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -425,7 +425,7 @@ def _call_layers(model: nn.Module) -> None:
 
 def _freeze_statistics(model: nn.Module) -> None:
     """Keep every norm with running statistics in evaluation mode unless it trains, or the head that it is in."""
-    _free(model)
+    free_statistics(model)
     heads = {norm: one.copy for one in model.modules() if isinstance(one, TrainedCopy) for norm in one.copy.modules()}
     for module in model.modules():
         if module._buffers.get("running_mean") is not None:
@@ -433,12 +433,7 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 
 def free_statistics(model: nn.Module) -> None:
-    """Let norms with running statistics follow ``train()`` again, once no adapter is left."""
-    if not adapter_layers(model):
-        _free(model)
-
-
-def _free(model: nn.Module) -> None:
+    """Let norms with running statistics follow ``train()`` again."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "func", None) is _use_statistics:

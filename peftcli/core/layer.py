@@ -23,6 +23,16 @@ _SAME_SIZE = {
 """What layers that are not linear call their sizes."""
 
 
+@dataclasses.dataclass
+class MixedRows:
+    """The rows of a batch that one layer serves, while rows have different adapters."""
+
+    numbers: list[int] | None = None
+    """None: all."""
+    read: str = ""
+    """Name of a trained parameter that the model has read by itself: it is one for all rows."""
+
+
 class AdapterLayer(nn.Module):
     """A base layer of the model with one adapter's weights beside it.
 
@@ -43,9 +53,7 @@ class AdapterLayer(nn.Module):
     embedding_rate: tuple[str, ...] = ()
     """Names of the tensors that LoRA+ trains at the rate of embeddings."""
     copies: tuple[str, ...] = ()
-    """Names of tensors that PEFT puts into the file once more for each layer. They are not read."""
-    writes_copies = False
-    """Whether the file that is written has these copies too, without which PEFT warns."""
+    """Names of shared tensors that the file holds once more for each layer, without which PEFT warns."""
     optional: tuple[str, ...] = ()
     """Names of tensors that files of other writers lack. The layer then finds them by itself."""
     by_row = True
@@ -53,12 +61,8 @@ class AdapterLayer(nn.Module):
     casts_input = True
     """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
     on their way."""
-    rows: list[int] | None = None
-    """The rows of the batch that ``forward`` gets, while rows have different adapters; None: all."""
-    mixed = False
-    """Whether rows of the batch have different adapters now."""
-    read = ""
-    """Name of a trained parameter that the model has read by itself while they had: it is one for all rows."""
+    serves: MixedRows | None = None
+    """Which rows of the batch the layer serves, while they have different adapters."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
     active_adapters: list[str]
@@ -214,8 +218,8 @@ class TrainedCopy(AdapterLayer):
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             value = getattr(self.copy, name)
-            if self.mixed and isinstance(value, nn.Parameter):
-                self.read = name
+            if self.serves and isinstance(value, nn.Parameter):
+                self.serves.read = name
             return cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
@@ -265,8 +269,8 @@ class TrainedBias(AdapterLayer):
             return super().__getattr__(name)
         if not self.enabled:
             return self.base_layer.bias
-        if self.mixed:
-            self.read = name
+        if self.serves:
+            self.serves.read = name
         return own.to(base_module(self).bias.dtype)
 
     def overrides(self, below: AdapterLayer) -> bool:
@@ -387,15 +391,20 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     }
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``named_modules`` does, whose nested generators are slow where adapter layers are nested too."""
+def _walk(
+    model: nn.Module, parent: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``named_modules`` does, whose nested generators are slow where adapter layers are nested too.
+
+    The children of a module are those of ``parent(module)``.
+    """
     left, seen = [("", model)], set[nn.Module]()
     while left:
         path, module = left.pop()
         if module not in seen:
             seen.add(module)
             yield path, module
-            inner = [(name, child) for name, child in module._modules.items() if child is not None]
+            inner = [(name, child) for name, child in parent(module)._modules.items() if child is not None]
             left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
 
 
@@ -426,20 +435,11 @@ def _path_past(model: nn.Module, path: str, absent: Callable[[AdapterLayer], boo
 
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what stands at each name of the base model: the module, or the outermost adapter layer over it."""
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
+    """Return what stands at each name of the base model: the module, or the outermost adapter layer over it.
 
-    def walk(module: nn.Module, name: str) -> None:
-        if module in seen:  # a module with several names counts under its first, as in named_modules
-            return
-        seen.add(module)
-        found[name] = module
-        for child, inner in base_module(module).named_children():
-            walk(inner, without_wrappers(f"{name}.{child}".lstrip(".")))
-
-    walk(model, "")
-    return found
+    A module with several names counts under its first, as in ``named_modules``.
+    """
+    return {without_wrappers(path): module for path, module in _walk(model, base_module)}
 
 
 def base_modules(model: nn.Module) -> dict[str, Any]:
@@ -453,14 +453,14 @@ def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]
     return {
         name: other
         for name, other in outer_modules(model).items()
-        if base_module(other) is not module and getattr(base_module(other), "weight", None) is weight
+        if base_module(other) is not module and base_module(other)._parameters.get("weight") is weight
     }
 
 
 def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
     """Return the enabled layers below ``layer`` on its module that see the rows of its adapter, the outermost first."""
     below = [each for each in layers_at(layer.base_layer) if each.enabled]
-    return [each for each in below if each.adapter == layer.adapter or not layer.mixed]
+    return [each for each in below if each.adapter == layer.adapter or not layer.serves]
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:

@@ -248,5 +248,5 @@ def _keep_parameters(model: nn.Module, changes: list[WeightChange]) -> None:
 
 
 def _tied(model: nn.Module) -> bool:
-    first, last = (end and getattr(base_module(end), "weight", None) for end in model_ends(model))
+    first, last = (end and base_module(end)._parameters.get("weight") for end in model_ends(model))
     return first is not None and first is last

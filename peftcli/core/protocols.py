@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LAYERS: dict[str, str] = {}
 """PEFT's name of a method -> the module with its layers, imported on demand. ``peftcli.methods`` fills it."""
+CONVERTERS: list[str] = []
+"""Modules, imported on demand, that give what other writers' files hold core's names. ``peftcli.methods`` fills it."""
 
 
 class Layers:
@@ -113,6 +115,11 @@ class NamesAdapters(Protocol):
 def layers_of(config: AdapterConfig) -> Layers:
     """Import and return the layers module of the config's method."""
     return Layers(importlib.import_module(LAYERS[config.peft_type]))
+
+
+def converters() -> list[Any]:
+    """Import and return the modules that convert other writers' files; see ``peftcli.adapters.convert``."""
+    return [importlib.import_module(name) for name in CONVERTERS]
 
 
 def needs_batches(config: AdapterConfig) -> bool:

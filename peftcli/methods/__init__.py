@@ -12,8 +12,9 @@ from typing import Any, cast
 
 from peftcli.core import config_classes
 from peftcli.core.config import FAMILY_TARGETS, AdapterConfig
-from peftcli.core.protocols import LAYERS
-from peftcli.methods._families import FAMILIES
+from peftcli.core.prompts.config import AFTER_PADDING
+from peftcli.core.protocols import CONVERTERS, LAYERS
+from peftcli.methods import _families
 
 
 @dataclass(frozen=True)
@@ -216,10 +217,12 @@ NOT_HERE: dict[str, str] = {
 PeftType: Any = cast("Any", config_classes.NameEnum)("PeftType", {row.peft_type: row.peft_type for row in _ROWS})
 """PEFT's names of the methods."""
 
-FAMILY_TARGETS.update(FAMILIES)
+FAMILY_TARGETS.update(_families.FAMILIES)
+AFTER_PADDING.update(_families.AFTER_PADDING)
 LAYERS.update({row.peft_type: f"{__name__}.{row.name}.layers" for row in _ROWS})
 config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in _ROWS})
 config_classes.NOT_HERE.update(NOT_HERE)
+CONVERTERS[:] = ["peftcli.adapters.convert"]
 
 
 def config_from_dict(values: dict[str, Any], file: str | None = None) -> AdapterConfig:

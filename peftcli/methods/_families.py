@@ -36,3 +36,8 @@ MLP_OUTPUTS: dict[str, list[str]] = {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["ml
 """The families of which some methods adapt the second layer of each MLP, and not the attention."""
 TIME_FIRST = {"fsmt", "led", "longformer", "transfo-xl", "xlnet"}
 """The families whose layers see (T, B, D), so that rows of a batch cannot have different adapters."""
+AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""The families that count positions from the one after the pad token's id."""

@@ -14,10 +14,9 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peftcli.adapters.begin import begin_from_adapter
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import begin_from_adapter
-from peftcli.core.heads import widen_heads
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers, base_module, base_modules, model_ends
 from peftcli.core.prompts.inputs import SoftPrompt
@@ -28,6 +27,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError
 from peftcli.models.conversions import warn_of_peft
+from peftcli.models.heads import widen_heads
 from peftcli.models.open import LoadedModel
 from peftcli.models.weights import BaseWeights
 from peftcli.recipe import method_config

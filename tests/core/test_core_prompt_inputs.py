@@ -53,8 +53,8 @@ from transformers import (
 
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.prompts.config import max_positions
+from peftcli.core.prompts.generate import generate
 from peftcli.core.prompts.inputs import Insertion
-from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 

@@ -8,11 +8,8 @@ from typing import Any, ClassVar
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import AdapterError
 
-_AFTER_PADDING = {
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-}  # fmt: skip
-"""Models that count positions from the one after the pad token's id."""
+AFTER_PADDING: set[str] = set()
+"""Families of models that count positions from the one after the pad token's id. ``peftcli.methods`` fills it."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +88,7 @@ def max_positions(config: Any, virtual_tokens: int = 0) -> int | None:
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:  # XLNet, which has no limit, says -1
         return None
-    after_padding = getattr(config, "model_type", None) in _AFTER_PADDING and config.pad_token_id is not None
+    after_padding = getattr(config, "model_type", None) in AFTER_PADDING and config.pad_token_id is not None
     if after_padding and getattr(config, "position_embedding_type", None) != "rotary":  # ESM-2 has no table of them
         limit -= config.pad_token_id + 1
     return limit - virtual_tokens if virtual_tokens < limit else limit

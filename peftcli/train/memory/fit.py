@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import inject
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.base import OpenBase
+from peftcli.models.heads import parameters_of_heads
 from peftcli.models.open import open_base
 from peftcli.models.stacks import stacks
 from peftcli.recipe import method_config, to_dict
