@@ -7,7 +7,7 @@ Python and by PEFT's names come through here too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ _GUESSES = ("classifier", "score", "qa_outputs")
 """What PEFT adds to modules_to_save, whether the model has it or not. Longer names with these endings match too."""
 _BIAS_COPY = re.compile(r"\.(modules_to_save(\.[^.]+)?|original_module)(?=\.([^.]+\.)*bias$)")
 """With bias: all, PEFT writes the biases of saved modules under these names too, beside the true ones."""
+_EXPERT = re.compile(r"(.+\.experts\.\d+)\.")
+"""The name of a tensor of one expert of several, and in it the expert's path."""
 
 
 def convert_config(model: nn.Module, config: AdapterConfig, names: Mapping[str, str]) -> None:
@@ -59,6 +61,17 @@ def convert_tensors(
         for name, value in found.items()
         if name in known or not (name in twice or _BIAS_COPY.sub("", name) in known)
     }
+
+
+def explain(model: nn.Module, config: AdapterConfig, names: Collection[str]) -> str | None:
+    """Return what to do with a file whose tensors, with these names, belong to modules that the model had once."""
+    modules, experts = base_modules(model), (_EXPERT.match(name.removeprefix(config.file_prefix)) for name in names)
+    if not any(expert and expert[1] not in modules for expert in experts):
+        return None
+    return (
+        "the file has a LoRA for each expert, as transformers 4 had them, and this model has the weights of "
+        "all experts in one parameter; load it with PEFT 0.21.2, which converts it, and save it again"
+    )
 
 
 def _rename_targets(model: nn.Module, config: AdapterConfig, names: Mapping[str, str]) -> None:

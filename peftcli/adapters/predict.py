@@ -19,8 +19,8 @@ from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.data.rows import Place, Row, add_keys
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
-from peftcli.models.heads import widen_heads
 from peftcli.models.open import LoadedModel, OpenBase, open_base
+from peftcli.models.parts import widen_heads
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator

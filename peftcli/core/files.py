@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BufferedReader
@@ -38,8 +37,6 @@ _NAMES = {getattr(torch, name): theirs for theirs, name in DTYPES.items()} | {
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 """Dtypes -> safetensors' names."""
-_EXPERT = re.compile(r"(.+\.experts\.\d+)\.")
-"""The name of a tensor of one expert of several, and in it the expert's path."""
 _WIDER, _SMALL = 8, 1024
 """Sizes above this multiple of the base model's largest dimension, and above this number, are rejected."""
 
@@ -240,18 +237,13 @@ def check_header(
             inject(empty, completed, adapter, initialised=initialised)
         check_state(empty, found, str(path), adapter)
     except AdapterError as error:
-        place, hint, names = error.file or str(path.parent / CONFIG_FILE), error.hint, base_modules(model)
-        experts = (_EXPERT.match(name.removeprefix(config.file_prefix)) for name in header)
-        if any(expert and expert[1] not in names for expert in experts):
-            hint = (
-                "the file has a LoRA for each expert, as transformers 4 had them, and this model has the weights of "
-                "all experts in one parameter; load it with PEFT 0.21.2, which converts it, and save it again"
-            )
-        elif error.file is not None:
+        hint = next(filter(None, (each.explain(model, config, header.keys()) for each in converters())), None)
+        if hint is None and error.file is not None:
             if not (unmatched := unmatched_targets(model, config)):
                 raise
             hint = f"no module of the model matches {', '.join(first_of(unmatched))} of target_modules"
-        raise AdapterError(error.message, file=place, key=error.key, hint=hint) from None
+        place = error.file or str(path.parent / CONFIG_FILE)
+        raise AdapterError(error.message, file=place, key=error.key, hint=hint or error.hint) from None
     finally:
         unload(empty)
     return completed

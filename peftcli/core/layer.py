@@ -23,16 +23,6 @@ _SAME_SIZE = {
 """What layers that are not linear call their sizes."""
 
 
-@dataclasses.dataclass
-class MixedRows:
-    """The rows of a batch that one layer serves, while rows have different adapters."""
-
-    numbers: list[int] | None = None
-    """None: all."""
-    read: str = ""
-    """Name of a trained parameter that the model has read by itself: it is one for all rows."""
-
-
 class AdapterLayer(nn.Module):
     """A base layer of the model with one adapter's weights beside it.
 
@@ -41,28 +31,8 @@ class AdapterLayer(nn.Module):
     convolution or an embedding, ``in_features`` and ``out_features`` are its channels, or its rows and columns.
     """
 
-    file_prefix = "base_model.model."
     adapter = "default"
     """Name of the layer's adapter."""
-    fixed: tuple[str, ...] = ()
-    """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
-    saves_fixed = True
-    """Whether the file holds the ``fixed`` tensors too."""
-    larger_rate: tuple[str, ...] = ()
-    """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
-    embedding_rate: tuple[str, ...] = ()
-    """Names of the tensors that LoRA+ trains at the rate of embeddings."""
-    copies: tuple[str, ...] = ()
-    """Names of shared tensors that the file holds once more for each layer, without which PEFT warns."""
-    optional: tuple[str, ...] = ()
-    """Names of tensors that files of other writers lack. The layer then finds them by itself."""
-    by_row = True
-    """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
-    casts_input = True
-    """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
-    on their way."""
-    serves: MixedRows | None = None
-    """Which rows of the batch the layer serves, while they have different adapters."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
     active_adapters: list[str]
@@ -103,16 +73,6 @@ class AdapterLayer(nn.Module):
         """Return the layer's output for ``x``, of which the base layer has made ``y``."""
         raise NotImplementedError
 
-    def check_active(self, names: Collection[str], place: str = "") -> None:
-        """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
-        for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
-            both = {self.adapter, below.adapter}
-            if len(both) == 2 and both <= set(names) and self.overrides(below):
-                raise AdapterError(
-                    f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
-                    "only one of them can be active"
-                )
-
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
         found = {name: value for name, value in own_parameters(self).items() if value is not None}
@@ -120,6 +80,26 @@ class AdapterLayer(nn.Module):
             if name != "base_layer" and module is not None:  # with many adapters, most of the model is below
                 found |= {f"{name}.{inner}": value for inner, value in module.named_parameters()}
         return {name: value for name, value in found.items() if name not in self.fixed}
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the base layer's tensors that change when the adapter is folded in, in float32 or wider.
+
+        Raises:
+            AdapterError: this kind of layer cannot be merged.
+        """
+        raise AdapterError(f"{type(self).__name__} cannot be merged into the base model")
+
+    # what the adapter file holds of the layer, where that is not what trains under its own name
+
+    file_prefix = "base_model.model."
+    fixed: tuple[str, ...] = ()
+    """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
+    saves_fixed = True
+    """Whether the file holds the ``fixed`` tensors too."""
+    copies: tuple[str, ...] = ()
+    """Names of shared tensors that the file holds once more for each layer, without which PEFT warns."""
+    optional: tuple[str, ...] = ()
+    """Names of tensors that files of other writers lack. The layer then finds them by itself."""
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """Return the adapter's tensors that never train, parameters or buffers: name below the layer -> tensor."""
@@ -133,7 +113,7 @@ class AdapterLayer(nn.Module):
         """
         return {**self.own_tensors(), **(self.fixed_tensors() if self.saves_fixed else {})}
 
-    def held(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
+    def parts(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of the layer whose rows are those of ``value``, which the file holds as ``tensor``."""
         return [value]
 
@@ -154,17 +134,26 @@ class AdapterLayer(nn.Module):
         """Convert a file's ``value`` of ``tensor`` to the layer's shape, where other writers have another."""
         return value
 
+    # several adapters, in one layer over another
+
+    by_row = True
+    """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
+    serves: MixedRows | None = None
+    """Which rows of the batch the layer serves, while they have different adapters."""
+
     def overrides(self, below: AdapterLayer) -> bool:
         """Return whether this layer overrides ``below``, another adapter's on the same module, if both are enabled."""
         return False
 
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the base layer's tensors that change when the adapter is folded in, in float32 or wider.
-
-        Raises:
-            AdapterError: this kind of layer cannot be merged.
-        """
-        raise AdapterError(f"{type(self).__name__} cannot be merged into the base model")
+    def check_active(self, names: Collection[str], place: str = "") -> None:
+        """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
+        for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
+            both = {self.adapter, below.adapter}
+            if len(both) == 2 and both <= set(names) and self.overrides(below):
+                raise AdapterError(
+                    f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
+                    "only one of them can be active"
+                )
 
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the ``merged_tensors`` of this layer and of the adapter layers below it that are enabled."""
@@ -174,6 +163,26 @@ class AdapterLayer(nn.Module):
     def folded_over(self, base: dict[str, torch.Tensor], below: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return what this layer makes of the base layer's tensors and those that layers below have changed."""
         return self.merged_tensors(base | below)
+
+    # settings of training that concern few layers
+
+    larger_rate: tuple[str, ...] = ()
+    """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
+    embedding_rate: tuple[str, ...] = ()
+    """Names of the tensors that LoRA+ trains at the rate of embeddings."""
+    casts_input = True
+    """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
+    on their way."""
+
+
+@dataclasses.dataclass
+class MixedRows:
+    """The rows of a batch that one layer serves, while rows have different adapters."""
+
+    numbers: list[int] | None = None
+    """None: all."""
+    read: str = ""
+    """Name of a trained parameter that the model has read by itself: it is one for all rows."""
 
 
 class EmptyLayer(AdapterLayer):

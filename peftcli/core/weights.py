@@ -79,7 +79,7 @@ def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], a
 def holds_its_file(model: nn.Module, adapter: str | None = None) -> bool:
     """Return whether the model holds the adapter file's tensors as they are, so that ``load_state`` can fill them."""
     state = {value.data_ptr() for value in training_state(model, adapter).values()}
-    held = {name: layer.held(tensor, value) for name, (layer, tensor, value) in file_tensors(model, adapter).items()}
+    held = {name: layer.parts(tensor, value) for name, (layer, tensor, value) in file_tensors(model, adapter).items()}
     parts = (part for name, value in adapter_state(model, adapter).items() for part in held.get(name, [value]))
     return all(part.data_ptr() in state for part in parts)
 
@@ -114,7 +114,7 @@ def load_state(
         for name, value in values.items():
             if name in own:
                 layer, tensor, place = own[name]
-                _fill(layer.held(tensor, place), value, layer)
+                _fill(layer.parts(tensor, place), value, layer)
             elif not base[name].is_meta and not torch.equal(base[name], new := value.to(base[name])):
                 replace_weight(model, base[name], new)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from peftcli.core import config_classes
+from peftcli.core import config as core_config
 from peftcli.core.config import FAMILY_TARGETS, AdapterConfig
 from peftcli.core.prompts.config import AFTER_PADDING
 from peftcli.core.protocols import CONVERTERS, LAYERS
@@ -214,14 +214,14 @@ NOT_HERE: dict[str, str] = {
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 
 
-PeftType: Any = cast("Any", config_classes.NameEnum)("PeftType", {row.peft_type: row.peft_type for row in _ROWS})
+PeftType: Any = cast("Any", core_config.NameEnum)("PeftType", {row.peft_type: row.peft_type for row in _ROWS})
 """PEFT's names of the methods."""
 
 FAMILY_TARGETS.update(_families.FAMILIES)
 AFTER_PADDING.update(_families.AFTER_PADDING)
 LAYERS.update({row.peft_type: f"{__name__}.{row.name}.layers" for row in _ROWS})
-config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in _ROWS})
-config_classes.NOT_HERE.update(NOT_HERE)
+core_config.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in _ROWS})
+core_config.NOT_HERE.update(NOT_HERE)
 CONVERTERS[:] = ["peftcli.adapters.convert"]
 
 
@@ -231,4 +231,4 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     Raises:
         AdapterError: no such method, or its settings cannot be read.
     """
-    return config_classes.config_class(values, file).from_dict(values, file)
+    return core_config.config_class(values, file).from_dict(values, file)

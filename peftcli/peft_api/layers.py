@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcli.core.config_classes import extend
+from peftcli.core.config import extend
 from peftcli.core.inject import num_replaced
 from peftcli.core.layer import (
     AdapterLayer,
@@ -199,7 +199,7 @@ def cast_weights(model: nn.Module, adapter: str, *, as_base: bool = False) -> No
 def empty_state(model: nn.Module, adapter: str) -> None:
     """Move the tensors that the adapter's file holds to the meta device, to be filled by ``load_state``."""
     files = file_tensors(model, adapter).values()
-    for value in [part for layer, tensor, whole in files for part in layer.held(tensor, whole)]:
+    for value in [part for layer, tensor, whole in files for part in layer.parts(tensor, whole)]:
         empty = torch.empty_like(value, device="meta")
         torch.utils.swap_tensors(
             value, nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty

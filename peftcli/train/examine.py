@@ -17,8 +17,8 @@ from peftcli.errors import HubError, Interrupted, NetworkError, PeftcliError, Pr
 from peftcli.guard.adapter_folder import find_weights
 from peftcli.models.base import OpenBase
 from peftcli.models.conversions import warn_of_peft
-from peftcli.models.heads import parameters_of_heads
 from peftcli.models.open import open_base
+from peftcli.models.parts import parameters_of_heads
 from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import DIVIDED, Recipe

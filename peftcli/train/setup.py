@@ -27,8 +27,8 @@ from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
 from peftcli.errors import ModelError
 from peftcli.models.conversions import warn_of_peft
-from peftcli.models.heads import widen_heads
 from peftcli.models.open import LoadedModel
+from peftcli.models.parts import widen_heads
 from peftcli.models.weights import BaseWeights
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe

@@ -38,7 +38,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora import LoraConfig
-from peftcli.models.heads import widen_heads
+from peftcli.models.parts import widen_heads
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -64,17 +64,20 @@ class Prefix(nn.Module):
         """Return the tensor of the adapter file: (n, pairs * 2 * width)."""
         return torch.cat([self.pair(index) for index in range(self.pairs)], dim=1)
 
-    def held(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors whose rows are those of the ``whole``."""
-        return [whole]
+    def parts(self) -> list[torch.Tensor]:
+        """Return the parameters whose rows are those of ``whole``; none where a network computes it."""
+        return []
 
     def fill(self, values: torch.Tensor) -> None:
-        """Copy ``values``, as ``whole`` returns them, into what trains.
+        """Copy ``values``, as ``whole`` returns them, into the ``parts``.
 
         Raises:
-            AdapterError: something else trains.
+            AdapterError: there are none.
         """
-        raise AdapterError("a network makes this prefix; leave prefix_projection out", key="prefix_projection")
+        if not (parts := self.parts()):
+            raise AdapterError("a network makes this prefix; leave prefix_projection out", key="prefix_projection")
+        for part, rows in zip(parts, values.split([len(part) for part in parts]), strict=True):
+            part.copy_(rows)
 
 
 class TrainedPrefix(Prefix):
@@ -90,8 +93,8 @@ class TrainedPrefix(Prefix):
     def whole(self) -> torch.Tensor:
         return self.prompt_embeddings
 
-    def fill(self, values: torch.Tensor) -> None:
-        self.prompt_embeddings.copy_(values)
+    def parts(self) -> list[torch.Tensor]:
+        return [self.prompt_embeddings]
 
 
 class PrefixAttention(SoftPrompt):
@@ -115,8 +118,8 @@ class PrefixAttention(SoftPrompt):
     def file_tensors(self) -> dict[str, torch.Tensor]:
         return {"prompt_embeddings": self.prefix.whole()}
 
-    def held(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
-        return self.prefix.held(value)
+    def parts(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
+        return self.prefix.parts() or [value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
