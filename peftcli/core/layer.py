@@ -147,7 +147,7 @@ class AdapterLayer(nn.Module):
 
     def check_active(self, names: Collection[str], place: str = "") -> None:
         """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
-        for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
+        for below in adapter_layers(self.base_layer).values():
             both = {self.adapter, below.adapter}
             if len(both) == 2 and both <= set(names) and self.overrides(below):
                 raise AdapterError(
