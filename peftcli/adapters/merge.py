@@ -372,7 +372,6 @@ def _to_untie(model: nn.Module, layers: dict[str, AdapterLayer], places: dict[st
 
 
 def _merge_whole(job: _Job, output: Path) -> bool:
-    """Merge with the whole model in memory."""
     model: Any = job.load(job.dtype or _dtype_of(job.base.config))
     untied = merge(model, job.source.config, dequantise=job.dequantise)
     if job.dequantise:

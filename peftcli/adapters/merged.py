@@ -75,7 +75,7 @@ def _problem(model: nn.Module, config: AdapterConfig) -> str | None:
     return "layers of the model share their weights" if is_reshaped(model) else None
 
 
-class _Enough(Exception):
+class _FirstPassDone(Exception):
     """Ends an answer after its first forward pass."""
 
 
@@ -85,12 +85,12 @@ def _scores(loaded: T, answer: Callable[[T], object]) -> torch.Tensor:
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append(scores_of(output).float().cpu())
-        raise _Enough
+        raise _FirstPassDone
 
     hook = loaded.model.register_forward_hook(keep)
     try:
         answer(loaded)
-    except _Enough:
+    except _FirstPassDone:
         pass
     finally:
         hook.remove()

@@ -16,11 +16,11 @@ from peftcli.adapters.generate import describe, first_batch, load_generator, lon
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, number_format
-from peftcli.core.heads import widen_heads
 from peftcli.data.rows import Place, Row, add_keys
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
+from peftcli.models.parts import widen_heads
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator

@@ -107,7 +107,6 @@ def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: T
 
 
 def _compare_outputs(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
-    """Compare the outputs for the task's example inputs."""
     if not isinstance(task, Probes):
         raise UsageError(f"the task has no inputs to compare readers with: {source.task}", key="--with")
     other, inputs = _load_with(reader, source, opened, task).to(model.device).eval(), task.probe()

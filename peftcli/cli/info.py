@@ -46,7 +46,7 @@ def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
         _print_facts(facts)
     if not updates:
         return console.print_json(facts) if as_json else None
-    from peftcli.adapters.updates import analyse
+    from peftcli.adapters.diff import analyse
 
     found = analyse(adapter)
     if as_json:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal, cast
 
-from peftcli.core.config_classes import CONFIGS, TaskType, plain
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, check_patterns
@@ -23,6 +24,11 @@ from peftcli.guard.typed_fields import (
     read_section,
     section_class,
 )
+
+CONFIGS: dict[str, Callable[[], Any]] = {}
+"""PEFT's name of a method, a ``PeftType`` -> how to import its config class. ``peftcli.methods`` fills it."""
+NOT_HERE: dict[str, str] = {}
+"""PEFT's methods that peftcli does not have: name in adapter_config.json -> why. ``peftcli.methods`` fills it."""
 
 BOOKKEEPING = {"recipe": False}
 """Metadata of the fields that describe the file, not the method: a recipe's ``method`` does not take them."""
@@ -40,6 +46,23 @@ READ_PAST_CALLS: dict[str, list[str]] = {}
 """``model_type`` -> modules whose weights the model reads without calling them: see ``core.targets``."""
 COUNT_AFTER_PADDING: set[str] = set()
 """The model types that count positions from the one after the pad token's id."""
+
+
+class NameEnum(str, Enum):
+    """A text with a ``value``, and shown as that."""
+
+    __str__ = str.__str__
+
+
+class TaskType(NameEnum):
+    """PEFT's names of the tasks."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 @dataclass(kw_only=True)
@@ -101,7 +124,7 @@ class AdapterConfig:
         """Convert values to the types that all code here relies on."""
         kind = cast("Any", type(self))
         for entry in fields(self):
-            value, hint = plain(getattr(self, entry.name)), hints_of(kind)[entry.name]
+            value, hint = plain(vars(self)[entry.name]), hints_of(kind)[entry.name]
             if isinstance(value, list):
                 value = set(value) if entry.name in self.as_sets and fits(value, hint) else value
             elif isinstance(value, int) and not fits(value, hint) and fits(bool(value), hint):
@@ -128,7 +151,7 @@ class AdapterConfig:
             found.append(("task_type", f"{message}{', '.join(TaskType)}."))
         found += other_choices(self)
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value = vars(self)[entry.name]
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):
                 found.append((entry.name, f"{self.peft_type} with {entry.name}={short_repr(value)} is not supported"))
         if self.revision is not None and ".." in self.revision:
@@ -138,7 +161,7 @@ class AdapterConfig:
     def check(self, later: Collection[str] = ()) -> None:
         """Raise AdapterError for the first of ``problems()``, but for those of the fields ``later``."""
         for entry in dataclasses.fields(self):
-            value, hint = getattr(self, entry.name), hints_of(cast("Any", type(self)))[entry.name]
+            value, hint = vars(self)[entry.name], hints_of(cast("Any", type(self)))[entry.name]
             is_setting = entry.metadata.get("file", True) and not section_class(hint)  # normalise() reads the sections
             given = list(value) if isinstance(value, set) else value
             if is_setting and not fits(given, hint):
@@ -220,7 +243,7 @@ class AdapterConfig:
         keep = {"task_type", "base_model_name_or_path", "inference_mode", *self.always_written}
         out: dict[str, Any] = {"peft_type": type(self).peft_type, "peft_version": self.readable_by}
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value = vars(self)[entry.name]
             if not entry.metadata.get("file", True) or entry.name in out:
                 continue
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -277,7 +300,7 @@ class TargetedConfig(AdapterConfig):
         if self.target_modules is not None and not self.target_modules:
             found.append(("target_modules", "names no module"))
         for entry in fields(self):
-            value = getattr(self, entry.name)
+            value = vars(self)[entry.name]
             try:
                 if entry.name in ("target_modules", "exclude_modules") and isinstance(value, str):
                     Pattern(value)
@@ -359,3 +382,42 @@ class FanInConfig(TargetedConfig):
 
     fan_in_fan_out: bool = field(default=False, metadata={"recipe": False})
     """Whether the adapted weights are stored (in, out), as GPT-2's are. Found from the layer itself."""
+
+
+def extend(kind: type, methods: type) -> None:
+    """Give a class the attributes and methods of another, which a layer above brings, as if it were a base class."""
+    for name, value in vars(methods).items():
+        if not name.startswith("__") and name not in vars(kind):
+            setattr(kind, name, value)
+
+
+def config_class(values: dict[str, Any], file: str | None = None) -> Any:
+    """Return the config class of the method that an ``adapter_config.json`` object names.
+
+    Raises:
+        AdapterError: there is no such method.
+    """
+    name = values.get("peft_type")
+    if isinstance(name, str) and name in CONFIGS:
+        return CONFIGS[name]()
+    if isinstance(name, str) and name in NOT_HERE:
+        raise AdapterError(f"{name} is not supported: {NOT_HERE[name]}", key="peft_type", file=file)
+    problem = "no method is named" if name is None else f"no method is called {short_repr(name)}"
+    kind = AdapterTypeError if name is None else AdapterError
+    raise kind(f"{problem}; known: {', '.join(CONFIGS)}", key="peft_type", file=file)
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as JSON has it: the value of an enum, the text of a path, the sorted list of a set.
+
+    Mappings and sequences of other kinds become dicts and lists, and what numpy and PyTorch have, numbers and lists.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, Set):
+        value = sorted(value, key=lambda one: (type(one).__name__, one))
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(each) for each in value]
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, PurePath) else value

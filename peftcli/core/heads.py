@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.layer import base_module, base_modules, cast, model_ends
-from peftcli.core.quantised import is_quantised
-from peftcli.core.targets import find_modules, module_matches
+from peftcli.core.layer import base_module, base_modules, model_ends
+from peftcli.core.targets import find_modules
 from peftcli.errors import AdapterError
 from peftcli.guard.files import first_of
 
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's names of the tasks whose models have a head of their own."""
-
-_PEFT_GUESSES = ("classifier", "score", "qa_outputs")
-"""What PEFT adds to modules_to_save, whether the model has it or not. Longer names with these endings match too."""
 
 
 def head_names(model: Any) -> list[str]:
@@ -37,37 +31,6 @@ def head_names(model: Any) -> list[str]:
     return [name for name, child in model.named_children() if is_head(child)]
 
 
-def parameters_of_heads(model: Any) -> list[str]:
-    """Return the names of the parameters of ``head_names``."""
-    heads = tuple(f"{name}." for name in head_names(model))
-    return [name for name, _ in model.named_parameters() if name.startswith(heads)]
-
-
-def widen_heads(model: Any) -> None:
-    """Let each head with an output for each label compute in float32, whatever the rest computes in.
-
-    Of numbers near 2000, bfloat16 has every eighth. A quantised head stays as it is. An adapter's layers on a head
-    compute so too: they must be in the model by then. A model without a head stays as it is.
-    """
-    if not any(hasattr(child, "base_model_prefix") for child in model.children()):
-        return
-    modules = base_modules(model)
-    for name in head_names(model):
-        parts = [module for path, module in modules.items() if f"{path}.".startswith(f"{name}.")]
-        labelled = any(isinstance(part, nn.Linear) and part.out_features == model.config.num_labels for part in parts)
-        if labelled and not any(map(is_quantised, parts)):
-            head: Any = model.get_submodule(name)
-            head.float()
-            for each in {head, base_module(head)}:  # of which the latter stays where the adapter is taken out
-                each.forward = functools.partial(_in_float32, each, each.forward)
-
-
-def _in_float32(head: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with torch.autocast(next(head.parameters()).device.type, enabled=False):
-        given = {name: cast(value, torch.float32) for name, value in kwargs.items()}
-        return forward(*cast(args, torch.float32), **given)
-
-
 def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collection[str] = ()) -> None:
     """Complete the ``modules_to_save`` of a new adapter by what is new; make a loaded one's those that its file holds.
 
@@ -80,12 +43,6 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
     """
     has_head = config.task_type in TASKS_WITH_HEADS
     given = config.modules_to_save or []
-    if config.inference_mode:  # whose file would hold the tensors of more, and is refused then
-        guesses = [guess for guess in _PEFT_GUESSES if has_head and guess in given]
-        names = [name for name in base_modules(model) if name]
-        guessed = [name for name in names if any(name.endswith(guess) for guess in guesses)]
-        there = [entry for entry in given if any(module_matches(name, entry) for name in names)]
-        given = [*dict.fromkeys([*(entry for entry in there if entry not in guesses), *guessed])]
     saved = find_modules(model, given, "modules_to_save")
     new = _new_modules(model, initialised, saved)
     if new and config.inference_mode:
@@ -96,7 +53,12 @@ def resolve_heads(model: nn.Module, config: AdapterConfig, initialised: Collecti
             hint="load it over the base model that it was trained on",
         )
     heads = head_names(model) if has_head and not (initialised and config.inference_mode) else []
-    missing = [*dict.fromkeys(head for head in [*heads, *new] if not any(_overlap(head, name) for name in saved))]
+    covered = {f"{name}." for name in saved}
+    missing = [
+        head
+        for head in dict.fromkeys([*heads, *new])
+        if not any(f"{head}.".startswith(name) or name.startswith(f"{head}.") for name in covered)
+    ]
     if missing and config.inference_mode:
         warnings.warn(
             f"the adapter was saved without {', '.join(first_of(missing))}, which is part of the head and stays as "
@@ -131,7 +93,3 @@ def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str
                 key="modules_to_save",
             )
     return found
-
-
-def _overlap(one: str, other: str) -> bool:
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")

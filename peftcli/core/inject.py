@@ -32,7 +32,7 @@ from peftcli.core.layer import (
     plain_dtype,
 )
 from peftcli.core.linear import linear_view
-from peftcli.core.protocols import Attaches, Reshapes, layers_of
+from peftcli.core.protocols import layers_of
 from peftcli.core.quantised import check_gradients, is_quantised, keep_layout, num_weights
 from peftcli.core.targets import find_modules, module_matches, shortest_names, targets, wrap
 from peftcli.errors import AdapterError, PeftWarning
@@ -179,7 +179,7 @@ def unload(model: nn.Module, adapter: str | None = None) -> None:
     _remove(model, lambda layer: adapter in (None, layer.adapter))
     if not adapter_layers(model):
         _take_back(model)
-    free_statistics(model)
+        free_statistics(model)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -293,8 +293,7 @@ def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str
     An error may leave the model half changed.
     """
     method, is_first = layers_of(config), not adapter_layers(model)
-    if isinstance(method, Reshapes):
-        method.reshape(model, config)
+    method.reshape(model, config)
     layers, saved = _wrapped(model, config, initialised)
     total_before = num_weights(model)
     if is_first:
@@ -303,8 +302,7 @@ def _insert(model: nn.Module, config: AdapterConfig, initialised: Collection[str
     new = {places[name]: layer for name, layer in [*layers.items(), *saved.items()]}
     replace_modules(model, {module: layer.train(module.training) for module, layer in new.items()})
     _complete(model, config, layers)
-    if isinstance(method, Attaches):
-        method.attach(model, config, layers)
+    method.attach(model, config, layers)
     return total_before
 
 
@@ -427,7 +425,7 @@ def _call_layers(model: nn.Module) -> None:
 
 def _freeze_statistics(model: nn.Module) -> None:
     """Keep every norm with running statistics in evaluation mode unless it trains, or the head that it is in."""
-    _free(model)
+    free_statistics(model)
     heads = {norm: one.copy for one in model.modules() if isinstance(one, TrainedCopy) for norm in one.copy.modules()}
     for module in model.modules():
         if module._buffers.get("running_mean") is not None:
@@ -435,12 +433,7 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 
 def free_statistics(model: nn.Module) -> None:
-    """Let norms with running statistics follow ``train()`` again, once no adapter is left."""
-    if not adapter_layers(model):
-        _free(model)
-
-
-def _free(model: nn.Module) -> None:
+    """Let norms with running statistics follow ``train()`` again."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "func", None) is _use_statistics:

@@ -6,13 +6,12 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.core.quantised import FLOATS, is_quantised
+from peftcli.core.quantised import FLOATS
 from peftcli.errors import AdapterError, AdapterTypeError
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -23,9 +22,6 @@ _SAME_SIZE = {
 }
 """What layers that are not linear call their sizes."""
 
-WeightChange = tuple[nn.Module, str, torch.Tensor, torch.Tensor]
-"""A weight or buffer that merging replaces: its module, its name there, what it was and what it becomes."""
-
 
 class AdapterLayer(nn.Module):
     """A base layer of the model with one adapter's weights beside it.
@@ -35,34 +31,8 @@ class AdapterLayer(nn.Module):
     convolution or an embedding, ``in_features`` and ``out_features`` are its channels, or its rows and columns.
     """
 
-    file_prefix = "base_model.model."
     adapter = "default"
     """Name of the layer's adapter."""
-    fixed: tuple[str, ...] = ()
-    """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
-    saves_fixed = True
-    """Whether the file holds the ``fixed`` tensors too."""
-    larger_rate: tuple[str, ...] = ()
-    """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
-    embedding_rate: tuple[str, ...] = ()
-    """Names of the tensors that LoRA+ trains at the rate of embeddings."""
-    copies: tuple[str, ...] = ()
-    """Names of tensors that PEFT puts into the file once more for each layer. They are not read."""
-    writes_copies = False
-    """Whether the file that is written has these copies too, without which PEFT warns."""
-    optional: tuple[str, ...] = ()
-    """Names of tensors that files of other writers lack. The layer then finds them by itself."""
-    by_row = True
-    """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
-    casts_input = True
-    """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
-    on their way."""
-    rows: list[int] | None = None
-    """The rows of the batch that ``forward`` gets, while rows have different adapters; None: all."""
-    mixed = False
-    """Whether rows of the batch have different adapters now."""
-    read = ""
-    """Name of a trained parameter that the model has read by itself while they had: it is one for all rows."""
     base_layer: Any
     """The layer of the model, or another adapter layer over it."""
     active_adapters: list[str]
@@ -103,16 +73,6 @@ class AdapterLayer(nn.Module):
         """Return the layer's output for ``x``, of which the base layer has made ``y``."""
         raise NotImplementedError
 
-    def check_active(self, names: Collection[str], place: str = "") -> None:
-        """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
-        for below in (module for module in self.base_layer.modules() if isinstance(module, AdapterLayer)):
-            both = {self.adapter, below.adapter}
-            if len(both) == 2 and both <= set(names) and self.overrides(below):
-                raise AdapterError(
-                    f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
-                    "only one of them can be active"
-                )
-
     def own_tensors(self) -> dict[str, nn.Parameter]:
         """Return the adapter's tensors that train: name below the layer -> parameter."""
         found = {name: value for name, value in own_parameters(self).items() if value is not None}
@@ -120,6 +80,26 @@ class AdapterLayer(nn.Module):
             if name != "base_layer" and module is not None:  # with many adapters, most of the model is below
                 found |= {f"{name}.{inner}": value for inner, value in module.named_parameters()}
         return {name: value for name, value in found.items() if name not in self.fixed}
+
+    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the base layer's tensors that change when the adapter is folded in, in float32 or wider.
+
+        Raises:
+            AdapterError: this kind of layer cannot be merged.
+        """
+        raise AdapterError(f"{type(self).__name__} cannot be merged into the base model")
+
+    # what the adapter file holds of the layer, where that is not what trains under its own name
+
+    file_prefix = "base_model.model."
+    fixed: tuple[str, ...] = ()
+    """Names, below the layer, of the adapter's tensors that never train: projections drawn once, starting values."""
+    saves_fixed = True
+    """Whether the file holds the ``fixed`` tensors too."""
+    copies: tuple[str, ...] = ()
+    """Names of shared tensors that the file holds once more for each layer, without which PEFT warns."""
+    optional: tuple[str, ...] = ()
+    """Names of tensors that files of other writers lack. The layer then finds them by itself."""
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """Return the adapter's tensors that never train, parameters or buffers: name below the layer -> tensor."""
@@ -133,7 +113,7 @@ class AdapterLayer(nn.Module):
         """
         return {**self.own_tensors(), **(self.fixed_tensors() if self.saves_fixed else {})}
 
-    def held(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
+    def parts(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of the layer whose rows are those of ``value``, which the file holds as ``tensor``."""
         return [value]
 
@@ -154,17 +134,26 @@ class AdapterLayer(nn.Module):
         """Convert a file's ``value`` of ``tensor`` to the layer's shape, where other writers have another."""
         return value
 
+    # several adapters, in one layer over another
+
+    by_row = True
+    """Whether rows of a batch can have different adapters: ``forward`` does all that the layer does."""
+    serves: MixedRows | None = None
+    """Which rows of the batch the layer serves, while they have different adapters."""
+
     def overrides(self, below: AdapterLayer) -> bool:
         """Return whether this layer overrides ``below``, another adapter's on the same module, if both are enabled."""
         return False
 
-    def merged_tensors(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the base layer's tensors that change when the adapter is folded in, in float32 or wider.
-
-        Raises:
-            AdapterError: this kind of layer cannot be merged.
-        """
-        raise AdapterError(f"{type(self).__name__} cannot be merged into the base model")
+    def check_active(self, names: Collection[str], place: str = "") -> None:
+        """Raise AdapterError if the layer, at ``place``, would override that of another of these adapters."""
+        for below in adapter_layers(self.base_layer).values():
+            both = {self.adapter, below.adapter}
+            if len(both) == 2 and both <= set(names) and self.overrides(below):
+                raise AdapterError(
+                    f"{self.adapter} replaces {place or 'what'}{place and ', which'} {below.adapter} changes too; "
+                    "only one of them can be active"
+                )
 
     def folded(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the ``merged_tensors`` of this layer and of the adapter layers below it that are enabled."""
@@ -175,46 +164,25 @@ class AdapterLayer(nn.Module):
         """Return what this layer makes of the base layer's tensors and those that layers below have changed."""
         return self.merged_tensors(base | below)
 
-    def folded_weights(self, name: str) -> list[WeightChange]:
-        """Return what ``folded`` changes on the layer's module, called ``name``. Nothing is in place yet.
+    # settings of training that concern few layers
 
-        Raises:
-            AdapterError: a layer cannot be merged, or a merged weight is not finite.
-        """
-        base, changes = base_module(self), []
-        if is_quantised(base):
-            raise AdapterError(
-                f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
-                hint="merge into the full-precision base model, or ask for dequantize",
-            )
-        check_not_offloaded(base, name)
-        tensors = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers())}
-        made = dict[torch.Tensor, torch.Tensor]()
-        try:
-            with torch.no_grad(), ready_to_merge(self):
-                values = self.folded(dict(tensors))
-        except KeyError as error:
-            if error.args != ("weight",) or not isinstance(getattr(base, "weight", None), torch.Tensor):
-                raise
-            raise AdapterError(
-                f"{name} computes its weight from other tensors, as by pruning or a weight norm, and cannot be merged",
-                hint="make the weight an ordinary one before the adapter is put in, by remove_parametrizations",
-            ) from None
-        for tensor, value in values.items():
-            before = tensors[tensor]
-            if before not in made:
-                merged = value.detach().to(before.dtype)
-                made[before] = nn.Parameter(merged, requires_grad=False) if isinstance(before, nn.Parameter) else merged
-            merged = made[before]
-            if not torch.isfinite(merged).all():
-                adapters = {each.adapter for each in layers_at(self) if each.enabled}
-                raise AdapterError(
-                    f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
-                    f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
-                )
-            owner, _, leaf = tensor.rpartition(".")
-            changes.append((base.get_submodule(owner), leaf, before, merged))
-        return changes
+    larger_rate: tuple[str, ...] = ()
+    """Names of the tensors that LoRA+ trains faster; see ``methods.learning_rates``."""
+    embedding_rate: tuple[str, ...] = ()
+    """Names of the tensors that LoRA+ trains at the rate of embeddings."""
+    casts_input = True
+    """Whether LoRA and trained copies convert their input to the adapter's dtype. Off where hooks convert the weights
+    on their way."""
+
+
+@dataclasses.dataclass
+class MixedRows:
+    """The rows of a batch that one layer serves, while rows have different adapters."""
+
+    numbers: list[int] | None = None
+    """None: all."""
+    read: str = ""
+    """Name of a trained parameter that the model has read by itself: it is one for all rows."""
 
 
 class EmptyLayer(AdapterLayer):
@@ -259,8 +227,8 @@ class TrainedCopy(AdapterLayer):
             return nn.Module.__getattr__(self, name)
         except AttributeError:
             value = getattr(self.copy, name)
-            if self.mixed and isinstance(value, nn.Parameter):
-                self.read = name
+            if self.serves and isinstance(value, nn.Parameter):
+                self.serves.read = name
             return cast(value, getattr(base_module(self), name).dtype) if isinstance(value, nn.Parameter) else value
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
@@ -310,8 +278,8 @@ class TrainedBias(AdapterLayer):
             return super().__getattr__(name)
         if not self.enabled:
             return self.base_layer.bias
-        if self.mixed:
-            self.read = name
+        if self.serves:
+            self.serves.read = name
         return own.to(base_module(self).bias.dtype)
 
     def overrides(self, below: AdapterLayer) -> bool:
@@ -423,31 +391,6 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
         )
 
 
-@contextmanager
-def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
-    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
-
-    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
-    cast to half precision needs more digits, and operations that have no half precision.
-    """
-    base = base_module(layer)
-    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
-    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
-    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
-    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
-    for module in training:
-        module.training = False
-    for tensor, value in narrow:
-        tensor.data = value.float()
-    try:
-        yield
-    finally:
-        for tensor, value in narrow:
-            tensor.data = value
-        for module in training:
-            module.training = True
-
-
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
     """Return the adapter layers of the model, or of one of its adapters, by path, in the model's order."""
     return {
@@ -457,15 +400,20 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     }
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``named_modules`` does, whose nested generators are slow where adapter layers are nested too."""
+def _walk(
+    model: nn.Module, parent: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``named_modules`` does, whose nested generators are slow where adapter layers are nested too.
+
+    The children of a module are those of ``parent(module)``.
+    """
     left, seen = [("", model)], set[nn.Module]()
     while left:
         path, module = left.pop()
         if module not in seen:
             seen.add(module)
             yield path, module
-            inner = [(name, child) for name, child in module._modules.items() if child is not None]
+            inner = [(name, child) for name, child in parent(module)._modules.items() if child is not None]
             left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(inner)]
 
 
@@ -496,20 +444,11 @@ def _path_past(model: nn.Module, path: str, absent: Callable[[AdapterLayer], boo
 
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what stands at each name of the base model: the module, or the outermost adapter layer over it."""
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
+    """Return what stands at each name of the base model: the module, or the outermost adapter layer over it.
 
-    def walk(module: nn.Module, name: str) -> None:
-        if module in seen:  # a module with several names counts under its first, as in named_modules
-            return
-        seen.add(module)
-        found[name] = module
-        for child, inner in base_module(module).named_children():
-            walk(inner, without_wrappers(f"{name}.{child}".lstrip(".")))
-
-    walk(model, "")
-    return found
+    A module with several names counts under its first, as in ``named_modules``.
+    """
+    return {without_wrappers(path): module for path, module in _walk(model, base_module)}
 
 
 def base_modules(model: nn.Module) -> dict[str, Any]:
@@ -523,14 +462,14 @@ def modules_sharing(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]
     return {
         name: other
         for name, other in outer_modules(model).items()
-        if base_module(other) is not module and getattr(base_module(other), "weight", None) is weight
+        if base_module(other) is not module and base_module(other)._parameters.get("weight") is weight
     }
 
 
 def layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
     """Return the enabled layers below ``layer`` on its module that see the rows of its adapter, the outermost first."""
     below = [each for each in layers_at(layer.base_layer) if each.enabled]
-    return [each for each in below if each.adapter == layer.adapter or not layer.mixed]
+    return [each for each in below if each.adapter == layer.adapter or not layer.serves]
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:

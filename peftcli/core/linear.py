@@ -41,7 +41,7 @@ def linear_view(module: Any) -> Linear | None:
     module = base_module(module)
     if is_packed(module) or (isinstance(module, nn.Linear) and _gives_outputs(module)):
         return Linear(module.in_features, module.out_features, transposed=False)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which core does not import
+    if type(module).__name__ == "Conv1D" and "nf" in vars(module):  # transformers', which core does not import
         rows, columns = module.weight.shape
         return Linear(rows, columns, transposed=True)
     return None

@@ -1,10 +1,12 @@
-"""Fold an adapter into its base model."""
+"""Merge adapters into the weights of their base model: layer by layer, for good or until it is undone."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,21 +15,54 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import free_statistics, keep_shape, replace_modules
 from peftcli.core.layer import (
     AdapterLayer,
-    WeightChange,
     adapter_layers,
     base_module,
+    check_not_offloaded,
     layers_at,
     model_ends,
     modules_sharing,
     plain_dtype,
 )
-from peftcli.core.protocols import Reshapes, layers_of
+from peftcli.core.protocols import layers_of
 from peftcli.core.quantised import as_before_quantising, dense_layer, is_quantised
 from peftcli.errors import AdapterError
 
 
+class WeightChange(NamedTuple):
+    """A weight or buffer that merging replaces."""
+
+    module: nn.Module
+    name: str
+    """Its name in the module."""
+    before: torch.Tensor
+    after: torch.Tensor
+
+    def undo(self) -> None:
+        """Put back what was there, in the dtype and on the device of what is there by now."""
+        there = getattr(self.module, self.name)
+        if self.before.is_meta == there.is_meta:  # else there is no value to put back
+            self.before.data = self.before.data.to(there)
+            setattr(self.module, self.name, self.before)
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """Weights with the updates of enabled adapters in them, until ``undo``."""
+
+    changes: list[WeightChange]
+    layers: list[AdapterLayer]
+    """The layers that were enabled."""
+
+    def undo(self) -> None:
+        """Put the weights back, exactly, and enable the layers."""
+        for change in reversed(self.changes):
+            change.undo()
+        for layer in self.layers:
+            layer.enabled, layer.merged_adapters = True, []
+
+
 def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -> bool:
-    """Fold the model's enabled adapters into its weights, in place. No adapter layer is left.
+    """Merge the model's enabled adapters into its weights, in place. No adapter layer is left.
 
     Sums are computed in float32 or wider. An adapted embedding or head that shares its weight with the
     other one gets a weight of its own, as do all other modules that share it then.
@@ -53,19 +88,17 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
     dense = {module: dense_layer(module, dtype) for module in quantised}
     replace_modules(model, dense)
     try:
-        folded = fold(model)
+        merged = merge_in_place(model)
     except AdapterError:
         replace_modules(model, {new: old for old, new in dense.items()})
         raise
-    _keep_parameters(model, folded)
+    _keep_parameters(model, merged.changes)
     replace_modules(model, {layer: base_module(layer) for layer in outermost(model).values()})
     replace_modules(model, {new: as_before_quantising(new, old) for old, new in dense.items()})
     keep_shape(model)
     free_statistics(model)
     for config in configs:
-        method = layers_of(config)
-        if isinstance(method, Reshapes):
-            method.after_merge(model, config)
+        layers_of(config).after_merge(model, config)
     untied = tied and not _tied(model)
     if untied:  # of modules that share the weight of one end, a checkpoint would hold one alone
         for end in model_ends(model):
@@ -75,7 +108,7 @@ def merge(model: nn.Module, *configs: AdapterConfig, dequantise: bool = False) -
 
 
 def merge_layer_by_layer(model: nn.Module) -> None:
-    """Fold the model's enabled adapters into its weights, in place, with memory for the weights of one layer more.
+    """Merge the model's enabled adapters into its weights, in place, with memory for the weights of one layer more.
 
     Unlike ``merge`` it keeps no weight to go back to: after an error the model is of no use.
 
@@ -83,87 +116,38 @@ def merge_layer_by_layer(model: nn.Module) -> None:
         AdapterError: a layer cannot be merged, or a merged weight is not finite.
     """
     holders = Counter(map(id, (weight for _, weight in model.named_parameters(remove_duplicate=False))))
-    for module, leaf, before, value in _changes(model):
+    for module, name, before, after in _changes(model):
         if holders[id(before)] == 1:
-            before.data.copy_(value)  # where it is: the pages of a file that is mapped would stay in memory
+            before.data.copy_(after)  # where it is: the pages of a file that is mapped would stay in memory
         else:
-            setattr(module, leaf, value)
+            setattr(module, name, after)
     replace_modules(model, {layer: base_module(layer) for layer in outermost(model).values()})
 
 
-@dataclass(frozen=True)
-class Folded:
-    """Weights with their adapters' updates folded in, and the way back."""
-
-    before: list[tuple[nn.Module, str, torch.Tensor]]
-    """Where each weight or buffer stood: module, name, and what it was."""
-    layers: list[AdapterLayer]
-    """The layers that were enabled."""
-
-    def undo(self) -> None:
-        """Put the weights back, exactly, and enable the layers."""
-        for change in reversed(self.before):
-            put_back(*change)
-        for layer in self.layers:
-            layer.enabled, layer.merged_adapters = True, []
-
-
-def fold(model: nn.Module) -> Folded:
+def merge_in_place(model: nn.Module) -> MergedWeights:
     """Put the enabled adapters' updates into the base weights and disable their layers, which stay in place.
+
+    ``model`` may also be an adapter layer, which is merged with those below it.
 
     Raises:
         AdapterError: a layer cannot be merged, or a merged weight is not finite. The model is as it was then.
     """
-    done = Folded([], [layer for layer in adapter_layers(model).values() if layer.enabled])
-    kept: dict[torch.Tensor, torch.Tensor] = {}
+    done = MergedWeights([], [layer for layer in adapter_layers(model).values() if layer.enabled])
+    first: dict[torch.Tensor, torch.Tensor] = {}
     try:
-        for module, leaf, before, value in _changes(model):
-            first = kept.setdefault(before, value)
-            merged = first if torch.equal(first, value) else value  # shared and changed alike: still shared
-            done.before.append((module, leaf, before))
-            setattr(module, leaf, merged)
+        for change in _changes(model):
+            known = first.setdefault(change.before, change.after)
+            after = (
+                known if torch.equal(known, change.after) else change.after
+            )  # shared and changed alike: still shared
+            done.changes.append(change._replace(after=after))
+            setattr(change.module, change.name, after)
     except AdapterError:
         done.undo()
         raise
     for layer in done.layers:
         layer.enabled, layer.merged_adapters = False, [layer.adapter]
     return done
-
-
-def put_back(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Set a weight or buffer of a module to what it was, in the dtype and on the device of what is there by now."""
-    there = getattr(module, name)
-    if tensor.is_meta == there.is_meta:  # else there is no value to put back
-        tensor.data = tensor.data.to(there)
-        setattr(module, name, tensor)
-
-
-def _changes(model: nn.Module) -> Iterator[WeightChange]:
-    """Yield what the enabled adapters change; a bias also in a module around its layer that holds it, as in BERT."""
-    around = [module for module in model.modules() if module._modules and "bias" in module._parameters]
-    for name, layer in outermost(model).items():
-        changes = layer.folded_weights(name)
-        yield from changes
-        if [leaf for _, leaf, _, _ in changes] == ["bias"]:  # or the weight is untied, and saving would drop the bias
-            _, leaf, before, value = changes[0]
-            yield from ((module, leaf, before, value) for module in around if module._parameters["bias"] is before)
-
-
-def _keep_parameters(model: nn.Module, folded: Folded) -> None:
-    """Put the merged values into the parameters that were there, which others may hold, where the values are one.
-
-    A parameter that is still in the model was shared with a module that is not merged, and keeps its value.
-    """
-    shared: set[torch.Tensor] = {*model.parameters()}
-    merged: dict[torch.Tensor, torch.Tensor] = {}
-    for module, name, before in folded.before:
-        value = getattr(module, name)
-        if merged.setdefault(before, value) is not value:
-            shared.add(before)
-    for module, name, before in folded.before:
-        if isinstance(before, nn.Parameter) and before not in shared:
-            before.data = merged[before].data
-            setattr(module, name, before.requires_grad_(False))
 
 
 def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -173,6 +157,96 @@ def outermost(model: nn.Module) -> dict[str, AdapterLayer]:
     return {path: layer for path, layer in layers.items() if layer not in below}
 
 
+@contextmanager
+def ready_to_merge(layer: AdapterLayer) -> Iterator[None]:
+    """Hold the adapters on one module in evaluation mode inside, and their tensors in float32 or wider.
+
+    Training leaves parts out at random, or adds noise, which must not stay in a merged weight. Merging a model that was
+    cast to half precision needs more digits, and operations that have no half precision.
+    """
+    base = base_module(layer)
+    foreign = {id(part) for part in (*base.modules(), *base.parameters(), *base.buffers())}
+    training = [module for module in layer.modules() if module.training and id(module) not in foreign]
+    own = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in foreign]
+    narrow = [(tensor, tensor.data) for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for module in training:
+        module.training = False
+    for tensor, value in narrow:
+        tensor.data = value.float()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for tensor, value in narrow:
+            tensor.data = value
+        for module in training:
+            module.training = True
+
+
+def _changes(model: nn.Module) -> Iterator[WeightChange]:
+    """Yield what the enabled adapters change; a bias also in a module around its layer that holds it, as in BERT."""
+    around = [module for module in model.modules() if module._modules and "bias" in module._parameters]
+    for name, layer in outermost(model).items():
+        changes = _changes_at(layer, name or type(base_module(layer)).__name__)
+        yield from changes
+        if [change.name for change in changes] == ["bias"]:  # or the weight is untied, and saving would drop the bias
+            holders = (module for module in around if module._parameters["bias"] is changes[0].before)
+            yield from (changes[0]._replace(module=module) for module in holders)
+
+
+def _changes_at(layer: AdapterLayer, name: str) -> list[WeightChange]:
+    """Return what the enabled layers on one module, called ``name``, change in it. Nothing is in place yet."""
+    base = base_module(layer)
+    if is_quantised(base):
+        raise AdapterError(
+            f"{name} is quantised, and rounding the merged weight again would lose much of what was learned",
+            hint="merge into the full-precision base model, or ask for dequantize",
+        )
+    check_not_offloaded(base, name)
+    tensors = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers())}
+    try:
+        with ready_to_merge(layer):
+            values = layer.folded(dict(tensors))
+    except KeyError as error:
+        if error.args != ("weight",) or not isinstance(getattr(base, "weight", None), torch.Tensor):
+            raise
+        raise AdapterError(
+            f"{name} computes its weight from other tensors, as by pruning or a weight norm, and cannot be merged",
+            hint="make the weight an ordinary one before the adapter is put in, by remove_parametrizations",
+        ) from None
+    made, changes = dict[torch.Tensor, torch.Tensor](), list[WeightChange]()
+    for tensor, value in values.items():
+        before = tensors[tensor]
+        if before not in made:
+            merged = value.detach().to(before.dtype)
+            made[before] = nn.Parameter(merged, requires_grad=False) if isinstance(before, nn.Parameter) else merged
+        if not torch.isfinite(made[before]).all():
+            adapters = {each.adapter for each in layers_at(layer) if each.enabled}
+            raise AdapterError(
+                f"NaNs detected in the merged {'bias' if tensor.endswith('bias') else 'weights'}. The adapter "
+                f"{' or '.join(sorted(adapters))} seems to be broken: {name}.{tensor} contains NaN or Inf"
+            )
+        owner, _, leaf = tensor.rpartition(".")
+        changes.append(WeightChange(base.get_submodule(owner), leaf, before, made[before]))
+    return changes
+
+
+def _keep_parameters(model: nn.Module, changes: list[WeightChange]) -> None:
+    """Put the merged values into the parameters that were there, which others may hold, where the values are one.
+
+    A parameter that is still in the model was shared with a module that is not merged, and keeps its value.
+    """
+    shared: set[torch.Tensor] = {*model.parameters()}
+    merged: dict[torch.Tensor, torch.Tensor] = {}
+    for change in changes:
+        if merged.setdefault(change.before, change.after) is not change.after:
+            shared.add(change.before)
+    for module, name, before, after in changes:
+        if isinstance(before, nn.Parameter) and before not in shared:
+            before.data = after.data
+            setattr(module, name, before.requires_grad_(False))
+
+
 def _tied(model: nn.Module) -> bool:
-    first, last = (end and getattr(base_module(end), "weight", None) for end in model_ends(model))
+    first, last = (end and base_module(end)._parameters.get("weight") for end in model_ends(model))
     return first is not None and first is last

@@ -29,7 +29,7 @@ def is_quantised(module: Any) -> bool:
 
 def is_packed(module: Any) -> bool:
     """Return whether the module is a linear layer of GPTQ or AWQ, which have no tensor called weight."""
-    return "qweight" in module._buffers.keys() | module._parameters.keys() and hasattr(module, "in_features")
+    return "qweight" in module._buffers.keys() | module._parameters.keys() and "in_features" in vars(module)
 
 
 def in_four_bits(module: Any) -> bool:
@@ -64,7 +64,7 @@ def dense_layer(module: Any, dtype: torch.dtype) -> nn.Linear:
     Raises:
         AdapterError: the module is not a linear layer.
     """
-    if not hasattr(module, "in_features"):
+    if "in_features" not in vars(module):
         raise AdapterError(f"a quantised {type(module).__name__} cannot be dequantised")
     bias = module.bias
     layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
@@ -118,7 +118,7 @@ def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:
     """
     kinds: dict[Any, Any] = {}
     for module in model.modules():
-        if is_quantised(module) and hasattr(module, "in_features"):
+        if is_quantised(module) and "in_features" in vars(module):
             kinds.setdefault((type(module), type(module._parameters.get("weight"))), module)
     for (kind, storage), module in kinds.items():
         device = next(iter([*module.parameters(), *module.buffers()])).device

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from peftcli.core.inject import replace_weight
 from peftcli.core.layer import (
     AdapterLayer,
-    TrainedBias,
     TrainedCopy,
     adapter_layers,
     base_module,
@@ -22,11 +20,9 @@ from peftcli.core.layer import (
     offloaded_to_run_on,
     path_in_file,
 )
+from peftcli.core.protocols import converters
 from peftcli.errors import AdapterError
 from peftcli.guard.files import first_of, short_name
-
-_PEFT_COPY = re.compile(r"\.(modules_to_save(\.[^.]+)?|original_module)(?=\.([^.]+\.)*bias$)")
-"""With bias: all, PEFT writes the biases of saved modules under these names too, beside the true ones."""
 
 
 def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[AdapterLayer, str, nn.Parameter]]:
@@ -44,10 +40,9 @@ def named_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, tup
 def adapter_state(model: nn.Module, adapter: str | None = None) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors by the names of the adapter file, detached."""
     copies = {
-        name: getattr(layer, tensor).detach()
+        f"{layer.file_prefix}{path}.{tensor}": getattr(layer, tensor).detach()
         for path, layer in _paths_in_file(model, adapter).items()
-        if layer.writes_copies
-        for name, tensor in _copies(path, layer).items()
+        for tensor in layer.copies
     }
     return {name: value.detach() for name, (_, _, value) in file_tensors(model, adapter).items()} | copies
 
@@ -84,7 +79,7 @@ def load_training_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], a
 def holds_its_file(model: nn.Module, adapter: str | None = None) -> bool:
     """Return whether the model holds the adapter file's tensors as they are, so that ``load_state`` can fill them."""
     state = {value.data_ptr() for value in training_state(model, adapter).values()}
-    held = {name: layer.held(tensor, value) for name, (layer, tensor, value) in file_tensors(model, adapter).items()}
+    held = {name: layer.parts(tensor, value) for name, (layer, tensor, value) in file_tensors(model, adapter).items()}
     parts = (part for name, value in adapter_state(model, adapter).items() for part in held.get(name, [value]))
     return all(part.data_ptr() in state for part in parts)
 
@@ -119,7 +114,7 @@ def load_state(
         for name, value in values.items():
             if name in own:
                 layer, tensor, place = own[name]
-                _fill(layer.held(tensor, place), value, layer)
+                _fill(layer.parts(tensor, place), value, layer)
             elif not base[name].is_meta and not torch.equal(base[name], new := value.to(base[name])):
                 replace_weight(model, base[name], new)
 
@@ -133,7 +128,8 @@ def check_state(
         AdapterError: a missing, unexpected, misshapen or non-finite tensor; all of them in one message.
     """
     paths = _paths_in_file(model, adapter)
-    tensors = _without_adapter_names(tensors, {layer.adapter for layer in paths.values()}, file_tensors(model, adapter))
+    for converter in converters():
+        tensors = converter.convert_tensors(model, paths, tensors, file_tensors(model, adapter))
     for path, layer in paths.items():
         names = {tensor: layer.file_name(path, tensor) for tensor in layer.file_tensors()}
         layer.before_loading({tensor: tensors[name] for tensor, name in names.items() if name in tensors})
@@ -143,8 +139,6 @@ def check_state(
         name: wanted[name][0].adapt_from_file(wanted[name][1], tensors[name]) for name in tensors if name in wanted
     }
     values |= {name: tensors[name] for name in tensors if name in base}
-    copies = {name for path, layer in paths.items() for name in _copies(path, layer)} | _biases_again(model, paths)
-    extra = [name for name in tensors if name not in copies and _PEFT_COPY.sub("", name) not in wanted]
     missing = {
         name: isinstance(layer, TrainedCopy) and own in layer.fixed_tensors()
         for name, (layer, own, _) in wanted.items()
@@ -153,7 +147,7 @@ def check_state(
     if kept := [name for name, is_buffer in missing.items() if is_buffer]:
         warnings.warn(f"the adapter was saved without {kept[0]}, which stays as in the base model", stacklevel=2)
     wrong = [f"missing: {name}" for name, is_buffer in missing.items() if not is_buffer]
-    wrong += [f"unexpected: {short_name(name)}" for name in extra if name not in values]
+    wrong += [f"unexpected: {short_name(name)}" for name in tensors if name not in values]
     for name, value in values.items():
         place = base[name] if name in base else wanted[name][2]
         if value.shape != place.shape:
@@ -207,39 +201,9 @@ def _fill(targets: list[torch.Tensor], value: torch.Tensor, layer: AdapterLayer)
         torch.utils.swap_tensors(target, new)
 
 
-def _without_adapter_names(
-    tensors: Mapping[str, torch.Tensor], adapters: Collection[str], wanted: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """Return the tensors without the adapter's name in theirs, as the states of PEFT's models have it.
-
-    There, and in what diffusers makes of Kohya's files, DoRA's length is a ``weight`` of its own.
-    """
-    found = dict(tensors)
-    for name in (*adapters, "default"):  # the adapter's own first: a state may hold several
-        within = re.compile(rf"(\.modules_to_save)?\.{re.escape(name)}(?=\.|$)")
-        for given in [*found]:
-            plain = within.sub("", given)
-            plain = plain if plain in wanted else plain.removesuffix(".weight")
-            if given not in wanted and plain in wanted and plain not in found:
-                found[plain] = found.pop(given)
-    return found
-
-
 def _listed(what: str, wrong: list[str]) -> str:
     """Return the message ``what`` with the first problems, each on its own line."""
     return "\n  ".join([f"{what}:", *first_of(wrong)])
-
-
-def _copies(path: str, layer: AdapterLayer) -> dict[str, str]:
-    """Return what PEFT's file holds once more for this layer: name in the file -> the tensor's name in the layer."""
-    return {f"{layer.file_prefix}{path}.{tensor}": tensor for tensor in layer.copies}
-
-
-def _biases_again(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> set[str]:
-    """Return the names in a file of trained biases at all places of the base model that hold them."""
-    trained = {base_module(layer).bias: layer for layer in layers.values() if isinstance(layer, TrainedBias)}
-    held = ((name, module._parameters.get("bias")) for name, module in base_modules(model).items())
-    return {trained[bias].file_name(name, "bias") for name, bias in held if bias in trained}
 
 
 def _paths_in_file(model: nn.Module, adapter: str | None) -> dict[str, AdapterLayer]:

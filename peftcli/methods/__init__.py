@@ -10,9 +10,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, cast
 
-from peftcli.core import config_classes
+from peftcli.core import config as core_config
 from peftcli.core.config import COUNT_AFTER_PADDING, READ_PAST_CALLS, USUAL_TARGETS, AdapterConfig
-from peftcli.core.protocols import LAYERS
+from peftcli.core.protocols import CONVERTERS, LAYERS
 from peftcli.methods import _families
 
 
@@ -120,7 +120,7 @@ NOT_HERE: dict[str, str] = {
 """PEFT's methods that peftcli does not have: name in adapter_config.json -> why."""
 
 
-PeftType: Any = cast("Any", config_classes.NameEnum)(
+PeftType: Any = cast("Any", core_config.NameEnum)(
     "PeftType", {row.peft_type: row.peft_type for row in METHODS.values()}
 )
 """PEFT's names of the methods."""
@@ -129,8 +129,9 @@ USUAL_TARGETS.update(_families.TARGETS)
 READ_PAST_CALLS.update(_families.READ_PAST_CALLS)
 COUNT_AFTER_PADDING.update(_families.COUNT_AFTER_PADDING)
 LAYERS.update({row.peft_type: f"{__name__}.{row.name}.layers" for row in METHODS.values()})
-config_classes.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
-config_classes.NOT_HERE.update(NOT_HERE)
+core_config.CONFIGS.update({PeftType[row.peft_type]: row.config_class for row in METHODS.values()})
+core_config.NOT_HERE.update(NOT_HERE)
+CONVERTERS[:] = ["peftcli.adapters.convert"]
 
 
 def config_from_dict(values: dict[str, Any], file: str | None = None) -> AdapterConfig:
@@ -139,4 +140,4 @@ def config_from_dict(values: dict[str, Any], file: str | None = None) -> Adapter
     Raises:
         AdapterError: no such method, or its settings cannot be read.
     """
-    return config_classes.config_class(values, file).from_dict(values, file)
+    return core_config.config_class(values, file).from_dict(values, file)

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from peftcli.core.config import not_one_of as not_one_of
-from peftcli.core.config import other_choices
-from peftcli.core.config_classes import plain
+from peftcli.core.config import other_choices, plain
 from peftcli.errors import AdapterError
 from peftcli.guard.typed_fields import read_section
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcli.core.layer import AdapterLayer
-from peftcli.core.prompts import virtual_tokens
+from peftcli.core.prompts.generate import generate as generate_with_prompt
 from peftcli.core.prompts.inputs import SoftPrompt, hook_once
 from peftcli.errors import AdapterError
 from peftcli.methods._delta import layers_of_kind
@@ -77,7 +77,7 @@ def attach(model: nn.Module, config: Any, layers: Mapping[str, Any]) -> None:
 
 
 def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """``generate`` of ``core.prompts.virtual_tokens``, for rows of these tasks: (B,), or (1,) for all.
+    """``generate`` of ``core.prompts.generate``, for rows of these tasks: (B,), or (1,) for all.
 
     Raises:
         AdapterError: they are no tasks of the model's adapters.
@@ -89,7 +89,7 @@ def generate(model: Any, *args: Any, task_ids: torch.Tensor | None = None, **kwa
     for layer in layers[:1]:
         layer.task_ids.of_generation = task_ids
     try:
-        return virtual_tokens.generate(model, *args, task_ids=task_ids, **kwargs)
+        return generate_with_prompt(model, *args, task_ids=task_ids, **kwargs)
     finally:
         for layer in layers[:1]:
             layer.task_ids.of_generation = None

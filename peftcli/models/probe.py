@@ -1,4 +1,4 @@
-"""What a model does, found by its outputs for two small batches that agree only then; and its stacks of layers."""
+"""What a model does, found by its outputs for two small batches that agree only then."""
 
 from __future__ import annotations
 
@@ -30,18 +30,3 @@ def deviation(found: torch.Tensor, expected: torch.Tensor, outputs: torch.Tensor
 def agrees(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Return whether outputs deviate by the tolerance at most; those with NaN do not agree."""
     return deviation(found, expected) <= tolerance
-
-
-def stacks(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Yield each module that holds a stack of layers, and the layers. A stack inside a layer is a part of the layer."""
-    lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1]
-    if lists:
-        yield module, [layer for each in lists for layer in _layers(each)]
-    for child in module.children():
-        if child not in lists:
-            yield from stacks(child)
-
-
-def _layers(found: nn.Module) -> Iterator[nn.Module]:
-    for layer in found.children():  # a list of lists has nothing to call but what these hold
-        yield from _layers(layer) if isinstance(layer, (nn.ModuleList, nn.ModuleDict)) else [layer]

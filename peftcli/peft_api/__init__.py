@@ -10,8 +10,7 @@ import importlib
 import sys
 from typing import Any
 
-from peftcli.core.config import AdapterConfig
-from peftcli.core.config_classes import extend
+from peftcli.core.config import AdapterConfig, extend
 from peftcli.peft_api.config import ConfigMethods
 from peftcli.peft_api.namespaces import PEFT_NAMES, add_namespaces, stand_in_for_peft
 

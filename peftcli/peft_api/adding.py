@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peftcli.adapters.convert import convert_config
 from peftcli.adapters.load import AdapterSource, adapter_folder, find_adapter
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.files import load_adapter, read_tensors
@@ -99,6 +100,8 @@ def start_adapter(
         return open_base(BaseModel(name=str(name or base))).processor(**options)
 
     config.prepare(load_tokenizer)
+    if config.inference_mode:  # read from a file, maybe of another writer
+        convert_config(model, config, {})
     inject(model, config, name)
     if isinstance(config, TargetedConfig) and not config.inference_mode:
         _warn_of_untied(model, config, name)

@@ -9,9 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peftcli.core.config import AdapterConfig
-from peftcli.core.config_classes import TaskType as TaskType
-from peftcli.core.config_classes import config_class, plain
+from peftcli.core.config import AdapterConfig, config_class, plain
+from peftcli.core.config import TaskType as TaskType
 from peftcli.core.prompts.config import SoftPromptConfig
 from peftcli.errors import AdapterError, AdapterTypeError, HubError, NetworkError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config

@@ -15,9 +15,9 @@ from peftcli.core.layer import (
     base_name,
     layers_at,
     path_in_file,
-    ready_to_merge,
 )
 from peftcli.core.linear import dense_weight, linear_view
+from peftcli.core.merge import ready_to_merge
 from peftcli.core.quantised import is_quantised
 from peftcli.core.targets import as_pattern
 from peftcli.errors import AdapterError, AdapterTypeError
@@ -117,7 +117,7 @@ def _weight_update(layer: AdapterLayer) -> torch.Tensor:
     try:
         for each in layers:
             each.enabled = each is layer
-        with torch.no_grad(), ready_to_merge(layer):
+        with ready_to_merge(layer):
             values = layer.folded(dict(tensors))
             changed = [
                 name for name, value in values.items() if not torch.equal(value.to(tensors[name]), tensors[name])

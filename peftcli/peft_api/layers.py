@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcli.core.config_classes import extend
+from peftcli.core.config import extend
 from peftcli.core.inject import num_replaced
 from peftcli.core.layer import (
     AdapterLayer,
@@ -24,7 +24,7 @@ from peftcli.core.layer import (
     layers_at,
     plain_dtype,
 )
-from peftcli.core.merge import put_back
+from peftcli.core.merge import MergedWeights, merge_in_place
 from peftcli.core.quantised import FLOATS, is_packed, is_quantised, num_weights
 from peftcli.core.weights import file_tensors
 from peftcli.errors import AdapterError
@@ -42,10 +42,8 @@ class LayerMethods:
 
     full_scaling: float | None = None
     """Of a layer whose update is multiplied by ``scaling``: what that is at first."""
-    merged_layers: tuple[Any, ...] = ()
-    """Of the innermost layer on a module: those on it that were merged one by one."""
-    before_merging: tuple[tuple[nn.Module, str, torch.Tensor], ...] = ()
-    """What they replaced: module, name, and the weight or buffer that was there."""
+    merged_weights: MergedWeights | None = None
+    """Of the innermost layer on a module: what the layers on it changed that were merged one by one."""
     peft_name: str | None = None
     """PEFT's name of a layer that it does not name by its method and the base model's class."""
 
@@ -115,7 +113,7 @@ class LayerMethods:
         names = self.active_adapters if adapter_names is None else adapter_names
         if self.adapter in names and not self.merged_adapters:
             innermost = layers_at(self)[-1]
-            _merge_only(innermost, [*innermost.merged_layers, self])
+            _merge_only(innermost, [*_merged_at(innermost), self])
 
     def unmerge(self: Any) -> None:
         """Take back ``merge``, exactly; what else is merged on the module stays so.
@@ -124,8 +122,8 @@ class LayerMethods:
             AdapterError: the layer was merged with the whole model, or beside an adapter that was deleted since.
         """
         innermost = layers_at(self)[-1]
-        if self in innermost.merged_layers:
-            _merge_only(innermost, [layer for layer in innermost.merged_layers if layer is not self])
+        if self in _merged_at(innermost):
+            _merge_only(innermost, [layer for layer in _merged_at(innermost) if layer is not self])
         elif self.merged_adapters:
             raise AdapterError(f"{self.adapter} was not merged by this layer alone", hint="call unmerge_adapter()")
 
@@ -140,7 +138,7 @@ class LayerMethods:
         others = [layer.adapter for layer in stack if layer.adapter not in ("", adapter_name)]
         if self.adapter == adapter_name:
             if self.merged_adapters:
-                _note_merged(stack[-1])
+                _note_merged(stack[-1], None)
             _empty(self)
             self.active_adapters = left or others[-1:]
         elif left:
@@ -201,7 +199,7 @@ def cast_weights(model: nn.Module, adapter: str, *, as_base: bool = False) -> No
 def empty_state(model: nn.Module, adapter: str) -> None:
     """Move the tensors that the adapter's file holds to the meta device, to be filled by ``load_state``."""
     files = file_tensors(model, adapter).values()
-    for value in [part for layer, tensor, whole in files for part in layer.held(tensor, whole)]:
+    for value in [part for layer, tensor, whole in files for part in layer.parts(tensor, whole)]:
         empty = torch.empty_like(value, device="meta")
         torch.utils.swap_tensors(
             value, nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
@@ -372,40 +370,40 @@ def _common(values: Iterable[Any]) -> Any:
 
 def _empty(layer: AdapterLayer) -> None:
     """Make the layer an empty one, without an adapter."""
-    base, merged = layer.base_layer, (layer.merged_layers, layer.before_merging)
+    base, merged = layer.base_layer, layer.merged_weights
     layer.__dict__.clear()
     layer.__class__ = EmptyLayer
     layer.__init__(base)  # type: ignore[misc]
-    _note_merged(layer, *merged)
+    _note_merged(layer, merged)
 
 
-def _note_merged(innermost: Any, layers: Sequence[Any] = (), before: Sequence[Any] = ()) -> None:
-    innermost.merged_layers, innermost.before_merging, innermost.stays = tuple(layers), tuple(before), bool(layers)
+def _merged_at(innermost: Any) -> list[Any]:
+    return [] if innermost.merged_weights is None else list(innermost.merged_weights.layers)
+
+
+def _note_merged(innermost: Any, merged: MergedWeights | None) -> None:
+    innermost.merged_weights, innermost.stays = merged, merged is not None
 
 
 def _merge_only(innermost: Any, layers: list[Any]) -> None:
     """Merge these layers into the weights of the module that ``innermost`` is on, and no others."""
-    merged = [(module, name, getattr(module, name)) for module, name, _ in innermost.before_merging]
-    for change in innermost.before_merging:
-        put_back(*change)
-    changes = []
+    before = _merged_at(innermost)
+    if before:
+        innermost.merged_weights.undo()
+    _note_merged(innermost, None)
     if layers:
         top = max(layers, key=lambda layer: len(layers_at(layer)))
         enabled = {layer: layer.enabled for layer in top.modules() if isinstance(layer, AdapterLayer)}
+        for layer in enabled:
+            layer.enabled = layer in layers
         try:
-            for layer in enabled:
-                layer.enabled = layer in layers
-            changes = top.folded_weights(type(innermost.get_base_layer()).__name__)
+            _note_merged(innermost, merge_in_place(top))
         except AdapterError:
-            for module, name, value in merged:
-                setattr(module, name, value)
-            raise
-        finally:
             for layer, was in enabled.items():
                 layer.enabled = was
-    for module, name, _, value in changes:
-        setattr(module, name, value)
-    for layer in {*innermost.merged_layers, *layers}:
-        layer.merged_adapters = [layer.adapter] if layer in layers else []
+            _merge_only(innermost, before)
+            raise
+        for layer in enabled.keys() - {*layers}:
+            layer.enabled = enabled[layer]
+    for layer in before:
         layer.enabled = layer not in layers and layer.adapter in layer.active_adapters
-    _note_merged(innermost, layers, [change[:3] for change in changes])

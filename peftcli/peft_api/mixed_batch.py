@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.core.layer import AdapterLayer, adapter_layers
+from peftcli.core.layer import AdapterLayer, MixedRows, adapter_layers
 from peftcli.core.targets import model_type
 from peftcli.errors import AdapterError
 from peftcli.methods._families import TIME_FIRST
@@ -43,18 +43,18 @@ def adapted_by_row(model: nn.Module, names: Sequence[str], copies: int = 1) -> I
     routing = _Routing(list(names), copies)
     before = [(layer, layer.enabled, vars(layer).get("forward")) for layer in layers.values()]
     for path, layer in layers.items():
-        layer.enabled, layer.mixed, layer.read = layer.adapter in wanted, len(set(names)) > 1, ""
+        layer.enabled, layer.serves = layer.adapter in wanted, MixedRows() if len(set(names)) > 1 else None
         vars(layer)["forward"] = functools.partial(routing.forward, path, layer, layer.forward)
     try:
         yield
         for path, layer in layers.items():
-            if layer.read and path not in routing.called:
-                message = f"the model reads the {layer.read} of {path} without calling it"
+            if layer.serves and layer.serves.read and path not in routing.called:
+                message = f"the model reads the {layer.serves.read} of {path} without calling it"
                 hint = f"{layer.adapter} can only be used for whole batches"
                 raise AdapterError(message, key="adapter_names", hint=hint)
     finally:
         for layer, enabled, forward in before:
-            layer.enabled, layer.mixed = enabled, False
+            layer.enabled, layer.serves = enabled, None
             del vars(layer)["forward"]
             if forward is not None:
                 vars(layer)["forward"] = forward
@@ -92,7 +92,7 @@ class _Routing:
         rows = self.names if len(set(self.names)) == 1 else self._rows_of(path, x)
         own = [name == layer.adapter for name in rows]
         if all(own):
-            with with_attributes(layer, rows=self.places):
+            with with_attributes(layer.serves, numbers=self.places) if layer.serves else nullcontext():
                 return forward(x, *args, **kwargs)
         if not any(own):
             return layer.base_layer(x, *args, **kwargs)
@@ -104,7 +104,7 @@ class _Routing:
             inside = index if self.places is None else [self.places[i] for i in index]
             with (
                 with_attributes(self, names=[rows[i] for i in index], copies=1, places=inside),
-                with_attributes(layer, rows=inside),
+                with_attributes(layer.serves, numbers=inside),
             ):
                 parts.append(compute(x[index], *args, **kwargs))
             places += index

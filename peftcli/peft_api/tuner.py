@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject, set_active, set_trainable, unload
 from peftcli.core.layer import TrainedBias, TrainedCopy, adapter_layers, base_name
-from peftcli.core.merge import Folded, fold, merge
-from peftcli.core.protocols import ExtendsModel, layers_of, penalty
+from peftcli.core.merge import MergedWeights, merge, merge_in_place
+from peftcli.core.protocols import layers_of, penalty
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.combinations import Adapter, Combination, combine
@@ -48,7 +48,7 @@ class Tuner(nn.Module):
         """Names of the active adapters. While adapters are disabled or merged they are active too."""
         self.merged_adapters: list[str] = []
         """Names of the adapters that are merged."""
-        self.folded: Folded | None = None
+        self.folded: MergedWeights | None = None
         """What ``merge_adapter`` did, until ``unmerge_adapter``."""
         self.disabled = False
         """Whether the model computes what the base model computes."""
@@ -161,7 +161,7 @@ class Tuner(nn.Module):
         for kind in dict.fromkeys(config.peft_type for config in self.peft_config.values()):
             configs = {each: config for each, config in self.peft_config.items() if config.peft_type == kind}
             layers = layers_of(next(iter(configs.values())))
-            if isinstance(layers, ExtendsModel) and name in (more := layers.model_attributes(self.model, configs)):
+            if name in (more := layers.model_attributes(self.model, configs)):
                 found.append(more[name])
         return found
 
@@ -274,7 +274,7 @@ class Tuner(nn.Module):
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
             return
         with self._enabled_alone(names):
-            self.folded = fold(self.model)
+            self.folded = merge_in_place(self.model)
         self.merged_adapters = names
 
     def unmerge_adapter(self) -> None:

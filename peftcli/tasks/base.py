@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from peftcli.core.heads import parameters_of_heads
 from peftcli.data.rows import UNANSWERED, Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, PeftcliError
+from peftcli.models.parts import parameters_of_heads
 from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE

@@ -11,11 +11,11 @@ from torch import nn
 
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.adapters.number_format import trained_bf16
-from peftcli.core.heads import widen_heads
 from peftcli.core.inject import unload
 from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
 from peftcli.models.open import open_base
+from peftcli.models.parts import widen_heads
 from peftcli.recipe import LEARNT, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from peftcli.adapters.begin import check_begin
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import check_begin
-from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import Injection, inject
 from peftcli.core.weights import named_tensors
 from peftcli.data.findings import refuse
@@ -19,6 +18,7 @@ from peftcli.guard.adapter_folder import find_weights
 from peftcli.models.base import OpenBase
 from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import open_base
+from peftcli.models.parts import parameters_of_heads
 from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import DIVIDED, Recipe

@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from peftcli.adapters.load import AdapterSource, find_adapter
-from peftcli.core.config import AdapterConfig
-from peftcli.core.config_classes import plain
+from peftcli.core.config import AdapterConfig, plain
 from peftcli.core.targets import module_matches
 from peftcli.errors import AdapterError, HubError, NetworkError
 from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights

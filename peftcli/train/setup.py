@@ -14,14 +14,13 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peftcli.adapters.begin import begin_from_adapter
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
-from peftcli.core.files import begin_from_adapter
-from peftcli.core.heads import widen_heads
 from peftcli.core.inject import Injection, inject
 from peftcli.core.layer import adapter_layers, base_module, base_modules, model_ends
 from peftcli.core.prompts.inputs import SoftPrompt
-from peftcli.core.protocols import Calibrates, StartsFromBase, layers_of, needs_batches
+from peftcli.core.protocols import layers_of, needs_batches
 from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.targets import expert_parameters
 from peftcli.core.weights import named_tensors
@@ -29,6 +28,7 @@ from peftcli.data.store import View
 from peftcli.errors import ModelError
 from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import BaseWeights, LoadedModel
+from peftcli.models.parts import widen_heads
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
@@ -113,7 +113,8 @@ def adapted_model(
             injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
     else:
         injection = inject(model, config, initialised=loaded.initialised)
-        if isinstance(method := layers_of(config), StartsFromBase) and method.needs_base_weights(config):
+        method = layers_of(config)
+        if method.needs_base_weights(config):
             method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     widen_heads(model)
     warn_of_peft(model, config, named_tensors(model))
@@ -166,8 +167,7 @@ def calibrate(
 ) -> Injection:
     """Let the method start the adapter from the training data. Gives what is in the model then: sizes may change."""
     model.to(accelerator.device)
-    if isinstance(method := layers_of(config), Calibrates):
-        method.calibrate(model, config, CalibrationBatches(data.train, data.task, accelerator.device))
+    layers_of(config).calibrate(model, config, CalibrationBatches(data.train, data.task, accelerator.device))
     trainable = sum(parameter.numel() for _, _, parameter in named_tensors(model).values())
     return Injection(adapter_layers(model), trainable, injection.total - injection.trainable + trainable)
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.joined import Randomness, sharing_copy
 from peftcli.errors import AdapterError, Interrupted, PeftcliError, UsageError
 from peftcli.models.open import LoadedModel
 from peftcli.recipe import parse_duration
@@ -28,6 +27,7 @@ from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
 from peftcli.tasks.text.joined import JoinedModel, JoinedModels
+from peftcli.tasks.text.shared_base import Randomness, sharing_copy
 from peftcli.train import fresh_process
 from peftcli.train.data import RunData
 from peftcli.train.devices import launch

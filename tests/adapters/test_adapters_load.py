@@ -49,31 +49,19 @@ def test_the_number_of_labels_is_that_of_the_adapters_head(lib: Any, base: Path,
         torch.testing.assert_close(logits(model, batch("llama")), expected)
 
 
-def test_a_head_of_the_base_model_for_other_labels_gives_way(base: Path, tmp_path: Path) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
-    model.save_pretrained(tmp_path / "five")
-    expected = classifier(peftcli, base, tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "five")}))
-    model = peftcli.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits(model, batch("llama")), expected)
-
-
-def test_a_classifier_is_merged_with_its_head(base: Path, tmp_path: Path) -> None:
-    expected = classifier(peftcli, base, tmp_path / "adapter")
-    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+@pytest.mark.parametrize("others", [False, True])
+def test_a_classifier_is_merged_with_its_head_also_over_one_for_other_classes(
+    others: bool, base: Path, tmp_path: Path
+) -> None:
+    expected, adapter = classifier(peftcli, base, tmp_path / "adapter"), tmp_path / "adapter"
+    if others:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
+        model.save_pretrained(base)
+        loaded: Any = peftcli.AutoPeftModelForSequenceClassification.from_pretrained(adapter)
+        torch.testing.assert_close(logits(loaded, batch("llama")), expected)
+    merge_adapter(str(adapter), tmp_path / "merged")
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.num_labels == 3
-    torch.testing.assert_close(logits(merged.eval(), batch("llama")), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_classifier_is_merged_over_a_head_for_other_classes(base: Path, tmp_path: Path) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
-    model.save_pretrained(tmp_path / "five")
-    trainkit.tokenizer().save_pretrained(tmp_path / "five")
-    expected = classifier(peftcli, base, tmp_path / "adapter")
-    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", base=str(tmp_path / "five"))
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged.eval(), batch("llama")), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -218,6 +206,13 @@ def test_what_a_model_of_no_known_task_writes_with_is_merged_too(tmp_path: Path)
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "merged").max_length == 7
 
 
+def write(folder: Path, adapter_config: dict[str, Any] | None = None, **files: dict[str, Any]) -> None:
+    """Write the JSON files of an adapter."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": "x", **(adapter_config or {})}
+    for name, values in {"adapter_config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+
+
 RECORDS: dict[str, tuple[dict[str, Any], str | None, str | None, str]] = {
     "recorded": ({"recipe": {"task": "seq2seq_lm"}}, "CAUSAL_LM", "seq2seq_lm", "AutoModelForSeq2SeqLM"),
     "with settings": ({"recipe": {"task": {"type": "causal_lm"}}}, None, "causal_lm", "AutoModelForCausalLM"),
@@ -231,9 +226,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str | None, str | None, str]] = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_task_is_the_recorded_one(name: str, base: Path, tmp_path: Path) -> None:
     record, task_type, task, auto_class = RECORDS[name]
-    (tmp_path / "run.json").write_text(json.dumps(record))
-    values = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(base)}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    write(tmp_path, run=record, adapter_config={"task_type": task_type, "base_model_name_or_path": str(base)})
     source = find_adapter(str(tmp_path))
     with open_base(source.base) as opened:
         assert (source.task, source.auto_class(lambda: opened.config)) == (task, auto_class)
@@ -254,41 +247,34 @@ def test_the_task_is_the_recorded_one(name: str, base: Path, tmp_path: Path) -> 
     ],
 )
 def test_a_damaged_task_file_is_an_error_of_the_adapter(values: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
-    (tmp_path / "task.json").write_text(json.dumps(values))
+    write(tmp_path, task=values)
     with pytest.raises(AdapterError) as caught:
         _ = find_adapter(str(tmp_path)).recorded_options
     assert caught.value.file == str(tmp_path / "task.json")
 
 
 def test_a_task_without_labels_needs_no_options(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
-    (tmp_path / "task.json").write_text(json.dumps({"type": "causal_lm", "settings": {}}))
+    write(tmp_path, task={"type": "causal_lm", "settings": {}})
     assert find_adapter(str(tmp_path)).recorded_options == {}
 
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
 def test_numbers_count_no_names_of_a_task_file_that_does_not_say_so(task: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
     for given, found in (({}, False), ({"labels_by_number": True}, True)):
-        (tmp_path / "task.json").write_text(json.dumps({"type": task, "settings": {"labels": ["B", "A"], **given}}))
+        write(tmp_path, task={"type": task, "settings": {"labels": ["B", "A"], **given}})
         assert find_adapter(str(tmp_path)).recorded_settings.labels_by_number is found
 
 
 def test_another_base_model_has_no_revision(base: Path, tmp_path: Path) -> None:
-    values = {"peft_type": "LORA", "base_model_name_or_path": "org/model", "revision": "abc"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    write(tmp_path, adapter_config={"base_model_name_or_path": "org/model", "revision": "abc"})
     assert find_adapter(str(tmp_path)).base.revision == "abc"
-    assert (find_adapter(str(tmp_path), base=str(base)).base.name, find_adapter(str(tmp_path), "x").base.revision) == (
-        str(base),
-        None,
-    )
+    assert find_adapter(str(tmp_path), base=str(base)).base.name == str(base)
+    assert find_adapter(str(tmp_path), "x").base.revision is None
 
 
 def test_other_weights_than_those_whose_error_an_adapter_corrects_are_said(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
     run = {"makes_up_for_quantization": True, "recipe": {"base_model": {"quantization": {"type": "nf4"}}}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
+    write(tmp_path, run=run)
     source = find_adapter(str(tmp_path))
     assert other_base(source, source.base) is None
     told = other_base(source, BaseModel(name="x"))

@@ -168,7 +168,7 @@ def test_a_large_file_still_shows_the_facts(
     cli: Callable[..., Any], updates: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
-    monkeypatch.setattr("peftcli.adapters.updates._MAX_ANALYSED", 10)
+    monkeypatch.setattr("peftcli.adapters.diff._MAX_ANALYSED", 10)
     assert updates() == {"reason": "the file is larger than 1 GB"}
     assert cli("info", tmp_path).out.startswith("adapter: ")
 

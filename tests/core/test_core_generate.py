@@ -16,7 +16,8 @@ from transformers.generation import EosTokenCriteria
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import disabled, inject, set_trainable, unload
-from peftcli.core.prompts import virtual_tokens
+from peftcli.core.prompts.generate import generate
+from peftcli.core.prompts.inputs import soft_prompt, takes
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
@@ -81,19 +82,40 @@ def _loop(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, *, cached:
     return tokens
 
 
+def _generate(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor] | None = None, **settings: Any) -> Any:
+    """The greedy answer to the padded rows, or those given."""
+    tokens, mask = given or _padded()
+    return generate(model, input_ids=tokens, attention_mask=mask, **GREEDY | settings)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "cached": {"use_cache": True},
+    "not cached": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "in chunks": {"prefill_chunk_size": 3},
+}
+
+
 @pytest.mark.grid(each=lambda model: model[0])
-@pytest.mark.parametrize("cached", [False, True])
-def test_generate_equals_a_greedy_loop(model: nn.Module, cached: bool) -> None:
-    tokens, mask = _padded()
-    expected = _loop(model, tokens, mask, cached=cached)
-    for use_cache in (False, True):
-        got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)
-        assert torch.equal(got, expected)
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_equals_a_greedy_loop(model: nn.Module, way: str) -> None:
+    layer = soft_prompt(model)
+    assert layer is not None
+    if way == "in chunks" and not layer.chunks:
+        with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
+            _generate(model, **WAYS[way])
+    elif way != "in chunks" or model.config.model_type == "llama":
+        got = _generate(model, **WAYS[way], return_dict_in_generate=True)
+        assert torch.equal(got.sequences, _loop(model, *_padded(), cached=way == "cached"))
+        assert layer.placeholders is None
+    if "cached" in way:
+        own = model.generate(**dict(zip(("input_ids", "attention_mask"), _padded(), strict=True)), **GREEDY | WAYS[way])
+        assert torch.equal(own, _loop(model, *_padded(), cached=False)), "without our wrapper"
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_what_looks_at_the_ids_sees_no_placeholder(model: nn.Module, beams: int) -> None:
-    tokens, mask = _padded()
+    tokens, _ = _padded()
     seen: list[torch.Tensor] = []
 
     def note(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -105,32 +127,19 @@ def test_what_looks_at_the_ids_sees_no_placeholder(model: nn.Module, beams: int)
         return [*range(9)]
 
     def never(input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
-        seen.append(input_ids[:: len(input_ids) // 3, :7])
+        note(input_ids, scores)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    virtual_tokens.generate(
-        model,
-        input_ids=tokens,
-        attention_mask=mask,
-        logits_processor=[note],
-        stopping_criteria=[never],
-        prefix_allowed_tokens_fn=allow,
-        num_beams=beams,
-        **{**GREEDY, "max_new_tokens": 2},
-    )
+    looks: dict[str, Any] = {"logits_processor": [note], "stopping_criteria": [never]}
+    _generate(model, **looks, prefix_allowed_tokens_fn=allow, num_beams=beams, max_new_tokens=2)
     assert len(seen) >= 4
     assert all(torch.equal(each, tokens) for each in seen)
 
 
 def test_criteria_of_transformers_stay_what_they_are(model: nn.Module) -> None:
     """``generate`` asks for their types: rows are padded after the end of a text."""
-    tokens, mask = _padded()
-    settings = {**GREEDY, "max_new_tokens": 3}
-    plain = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **settings)
-    first = int(plain[0, 7])
-    ended = virtual_tokens.generate(
-        model, input_ids=tokens, attention_mask=mask, stopping_criteria=[EosTokenCriteria(first)], **settings
-    )
+    first = int(_generate(model, max_new_tokens=3)[0, 7])
+    ended = _generate(model, stopping_criteria=[EosTokenCriteria(first)], max_new_tokens=3)
     assert ended[0, 7:].tolist() == [first, *[PAD] * (ended.shape[1] - 8)]
 
 
@@ -138,51 +147,25 @@ def test_a_streamer_is_given_the_prompt_alone(model: nn.Module) -> None:
     given: list[torch.Tensor] = []
     streamer: Any = type("Streamer", (), {"put": lambda self, value: given.append(value), "end": lambda self: None})()
     tokens, mask = _padded()
-    virtual_tokens.generate(
-        model, input_ids=tokens[1:2], attention_mask=mask[1:2], streamer=streamer, **{**GREEDY, "max_new_tokens": 2}
-    )
+    _generate(model, (tokens[1:2], mask[1:2]), streamer=streamer, max_new_tokens=2)
     assert torch.equal(given[0], tokens[1:2])
     assert [each.shape for each in given[1:]] == [(1,), (1,)]
 
 
 def test_each_row_of_a_padded_batch_equals_its_unpadded_run(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    together = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    (tokens, mask), together = _padded(), _generate(model)
     for row, empty in enumerate((0, 3, 5)):
         alone = _loop(model, tokens[row : row + 1, empty:], mask[row : row + 1, empty:], cached=False)
         assert torch.equal(together[row, empty:], alone[0])
 
 
-@torch.no_grad()
-def test_logits_of_a_padded_row_equal_its_unpadded_run(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    together = model(input_ids=tokens, attention_mask=mask).logits
-    alone = model(input_ids=tokens[1:2, 3:], attention_mask=mask[1:2, 3:]).logits
-    torch.testing.assert_close(together[1, 3:], alone[0], atol=1e-4, rtol=1e-4)
-
-
-def test_a_static_cache_gives_the_same(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, cache_implementation="static", **GREEDY)
-    assert torch.equal(got, _loop(model, tokens, mask, cached=False))
-
-
 @pytest.mark.grid
 def test_beams_are_the_same_with_and_without_a_cache(model: nn.Module) -> None:
     tokens, mask = _padded()
-    beams = [
-        virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, num_beams=3, use_cache=cached, **GREEDY)
-        for cached in (False, True)
-    ]
+    beams = [_generate(model, num_beams=3, use_cache=cached) for cached in (False, True)]
     assert torch.equal(*beams)
     for row, empty in enumerate((0, 3, 5)):
-        alone = virtual_tokens.generate(
-            model,
-            input_ids=tokens[row : row + 1, empty:],
-            attention_mask=mask[row : row + 1, empty:],
-            num_beams=3,
-            **GREEDY,
-        )
+        alone = _generate(model, (tokens[row : row + 1, empty:], mask[row : row + 1, empty:]), num_beams=3)
         assert torch.equal(beams[0][row, empty:], alone[0])
 
 
@@ -196,21 +179,18 @@ def _score(model: nn.Module, tokens: torch.Tensor, given: int) -> float:
 
 def test_the_best_beam_is_at_least_as_likely_as_the_greedy_answer(model: nn.Module) -> None:
     tokens, mask = _padded()
-    options: dict[str, Any] = {"input_ids": tokens[:1], "attention_mask": mask[:1], **GREEDY}
-    beam = virtual_tokens.generate(
-        model, **options, num_beams=8, length_penalty=0.0, return_dict_in_generate=True, output_scores=True
-    )
-    greedy = virtual_tokens.generate(model, **options)
-    assert _score(model, beam.sequences[0], 7) >= _score(model, greedy[0], 7) - 1e-3
+    first, scored = (tokens[:1], mask[:1]), {"return_dict_in_generate": True, "output_scores": True}
+    beam = _generate(model, first, num_beams=8, length_penalty=0.0, **scored)
+    assert _score(model, beam.sequences[0], 7) >= _score(model, _generate(model, first)[0], 7) - 1e-3
     assert abs(_score(model, beam.sequences[0], 7) - float(beam.sequences_scores[0])) < 1e-2
 
 
 def test_no_mask_means_the_mask_that_transformers_infers(model: nn.Module) -> None:
-    tokens, mask = _padded()
+    tokens, _ = _padded()
     options = {**GREEDY, "eos_token_id": 95, "max_new_tokens": 4}
-    expected = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)
-    assert torch.equal(virtual_tokens.generate(model, tokens, **options), expected)
-    assert torch.equal(virtual_tokens.generate(model, inputs=tokens, **options), expected)
+    expected = _generate(model, **options)
+    assert torch.equal(generate(model, tokens, **options), expected)
+    assert torch.equal(generate(model, inputs=tokens, **options), expected)
 
 
 def test_settings_that_transformers_takes_from_the_models_config_count(
@@ -220,72 +200,61 @@ def test_settings_that_transformers_takes_from_the_models_config_count(
     own: Any = copy.deepcopy(model.generation_config)
     own.update(eos_token_id=95, pad_token_id=PAD, max_length=11)
     monkeypatch.setattr(model, "generation_config", own)
-    expected = virtual_tokens.generate(model, tokens, attention_mask=mask, do_sample=False)
+    expected = generate(model, tokens, attention_mask=mask, do_sample=False)
     assert expected.shape == (3, 11)
     given = GenerationConfig(do_sample=False)
-    assert torch.equal(virtual_tokens.generate(model, tokens, generation_config=given), expected)
+    assert torch.equal(generate(model, tokens, generation_config=given), expected)
     own.update(pad_token_id=95)
-    assert torch.equal(virtual_tokens.generate(model, tokens, generation_config=given, pad_token_id=PAD), expected)
+    assert torch.equal(generate(model, tokens, generation_config=given, pad_token_id=PAD), expected)
 
 
 def test_repetition_penalty_counts_real_tokens_only(model: nn.Module) -> None:
     tokens = ids(1, 6, seed=3)
-    mask = torch.ones_like(tokens)
-    got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, **GREEDY)
+    got, again = (
+        _generate(model, (tokens, torch.ones_like(tokens)), repetition_penalty=1e9, use_cache=cached)
+        for cached in (True, False)
+    )
     new = got[0, 6:].tolist()
     assert len(set(new)) == len(new)
     assert not set(new) & set(tokens[0].tolist())
-    assert torch.equal(
-        virtual_tokens.generate(
-            model, input_ids=tokens, attention_mask=mask, repetition_penalty=1e9, use_cache=False, **GREEDY
-        ),
-        got,
-    )
+    assert torch.equal(got, again)
 
 
 def test_a_penalty_for_a_row_hangs_on_its_own_tokens(model: nn.Module) -> None:
     tokens, mask = _padded()
-    options = {**GREEDY, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
-    together = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)
+    options = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    together = _generate(model, **options)
     for at in range(len(tokens)):
-        alone = virtual_tokens.generate(model, tokens[at : at + 1], attention_mask=mask[at : at + 1], **options)
+        alone = _generate(model, (tokens[at : at + 1], mask[at : at + 1]), **options)
         assert torch.equal(alone[0], together[at, : alone.shape[1]])
 
 
 def test_lengths_count_what_the_user_gave(model: nn.Module) -> None:
-    tokens, mask = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-    assert virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, max_length=11, **options).shape == (
-        1,
-        11,
-    )
+    given = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
+    assert _generate(model, given, max_new_tokens=None, max_length=11).shape == (1, 11)
     config = copy.deepcopy(model.generation_config)
     config.update(max_length=10, do_sample=False, eos_token_id=None)
-    given = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, generation_config=config)
-    assert given.shape == (1, 10)
+    assert generate(model, given[0], attention_mask=given[1], generation_config=config).shape == (1, 10)
     assert config.max_length == 10
 
 
 def test_min_new_tokens_and_eos(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    free = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
+    (tokens, mask), free = _padded(), _generate(model)
     stop = int(free[0, 8])
-    options = {**GREEDY, "eos_token_id": stop}
-    got = virtual_tokens.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], **options)
+    got = _generate(model, (tokens[:1], mask[:1]), eos_token_id=stop)
     assert got[0, -1] == stop
     assert torch.equal(got[0], free[0, : got.shape[1]])
     assert got.shape[1] <= 9
-    longer = virtual_tokens.generate(model, input_ids=tokens[:1], attention_mask=mask[:1], min_new_tokens=6, **options)
+    longer = _generate(model, (tokens[:1], mask[:1]), eos_token_id=stop, min_new_tokens=6)
     assert stop not in longer[0, 7:12].tolist()
 
 
 def test_samples_of_one_prompt_are_drawn_alike_with_and_without_a_cache(model: nn.Module) -> None:
-    tokens, mask = _padded()
+    tokens, _ = _padded()
     drawn = []
     for cached in (False, True):
         torch.manual_seed(0)
-        options = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "use_cache": cached}
-        drawn.append(virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options))
+        drawn.append(_generate(model, do_sample=True, num_return_sequences=2, use_cache=cached))
     assert drawn[0].shape == (6, 7 + STEPS)
     assert torch.equal(*drawn)
     assert torch.equal(drawn[0][:, :7], tokens.repeat_interleave(2, 0))
@@ -293,47 +262,11 @@ def test_samples_of_one_prompt_are_drawn_alike_with_and_without_a_cache(model: n
 
 def test_repetition_penalty_spares_the_token_that_pads_and_ends() -> None:
     model = _adapted("llama")
-    tokens, mask = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
-    expected = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY)
-    ends = int(expected[0, 6])
-    options = {**GREEDY, "eos_token_id": ends, "pad_token_id": ends, "repetition_penalty": 1e9}
-    assert ends not in tokens
-    assert virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **options)[0, 6:].tolist() == [ends]
-
-
-def test_the_answer_holds_no_placeholder_and_the_model_is_left_as_it_was(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    got = virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
-    assert torch.equal(got.sequences[:, :7], tokens)
-    assert torch.equal(got.sequences, _loop(model, tokens, mask, cached=False))
-    layer = virtual_tokens.soft_prompt(model)
-    assert layer is not None
-    assert layer.placeholders is None
-
-
-def test_disabled_generates_what_the_base_model_does(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    plain = copy.deepcopy(model)
-    unload(plain)
-    expected = plain.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
-    with disabled(model):
-        assert torch.equal(virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
-    with torch.no_grad():
-        changed = model(input_ids=tokens, attention_mask=mask).logits[:, -7:]
-        assert not torch.allclose(changed, plain(input_ids=tokens, attention_mask=mask).logits, atol=1e-2)
-
-
-def test_streamers_and_stopping_criteria_see_ids_of_the_vocabulary(model: nn.Module) -> None:
-    seen: list[torch.Tensor] = []
-
-    def watch(given: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        seen.append(given.clone())
-        return torch.zeros(given.shape[0], dtype=torch.bool)
-
-    tokens, mask = _padded()
-    virtual_tokens.generate(model, input_ids=tokens, attention_mask=mask, stopping_criteria=[watch], **GREEDY)
-    assert len(seen) == STEPS
-    assert all(int(given.max()) < 96 for given in seen)
+    given = ids(1, 6), torch.ones(1, 6, dtype=torch.long)
+    ends = int(_generate(model, given)[0, 6])
+    assert ends not in given[0]
+    got = _generate(model, given, eos_token_id=ends, pad_token_id=ends, repetition_penalty=1e9)
+    assert got[0, 6:].tolist() == [ends]
 
 
 def test_tokens_that_are_guessed_ahead_change_nothing(model: nn.Module) -> None:
@@ -341,10 +274,7 @@ def test_tokens_that_are_guessed_ahead_change_nothing(model: nn.Module) -> None:
         pytest.skip("one of each kind of attention is enough")
     tokens = ids(1, 5).repeat(1, 2)
     expected = _loop(model, tokens, torch.ones_like(tokens), cached=False)
-    got = virtual_tokens.generate(
-        model, tokens, attention_mask=torch.ones_like(tokens), prompt_lookup_num_tokens=3, **GREEDY
-    )
-    assert torch.equal(got, expected)
+    assert torch.equal(_generate(model, (tokens, torch.ones_like(tokens)), prompt_lookup_num_tokens=3), expected)
 
 
 @pytest.mark.grid
@@ -357,80 +287,42 @@ def test_an_assistant_guesses_what_it_generates_by_itself(model: nn.Module) -> N
     rounds = []
 
     def guess(**options: Any) -> Any:
-        output = virtual_tokens.generate(model, **options)
+        output = generate(model, **options)
         tokens = options["input_ids"]
         alone = GREEDY | {"max_new_tokens": output.sequences.shape[1] - tokens.shape[1]}
-        rounds.append(torch.equal(output.sequences, virtual_tokens.generate(model, tokens, **alone)))
+        rounds.append(torch.equal(output.sequences, generate(model, tokens, **alone)))
         return output
 
     assistant.generate = guess
     assert torch.equal(base.generate(**given, assistant_model=assistant, **GREEDY), base.generate(**given, **GREEDY))
     assert all(rounds)
     assert len(rounds) > 1
-    expected = virtual_tokens.generate(model, **given, **GREEDY)
-    assert torch.equal(virtual_tokens.generate(model, **given, assistant_model=assistant, **GREEDY), expected)
+    expected = generate(model, **given, **GREEDY)
+    assert torch.equal(generate(model, **given, assistant_model=assistant, **GREEDY), expected)
 
 
-def test_a_long_prompt_is_read_in_chunks(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    options = {"input_ids": tokens, "attention_mask": mask, "prefill_chunk_size": 3, **GREEDY}
-    layer = virtual_tokens.soft_prompt(model)
-    if layer is not None and not layer.chunks:
-        with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
-            virtual_tokens.generate(model, **options)
-    elif model.config.model_type == "llama":
-        assert torch.equal(virtual_tokens.generate(model, **options), _loop(model, tokens, mask, cached=False))
-
-
-def test_guidance_is_refused(model: nn.Module) -> None:
+def test_guidance_and_embeddings_are_refused(model: nn.Module) -> None:
     with pytest.raises(AdapterError, match="guidance_scale: is not supported with virtual tokens"):
-        virtual_tokens.generate(model, ids(1, 6), guidance_scale=1.5, **GREEDY)
-    virtual_tokens.generate(model, ids(1, 6), guidance_scale=1, **GREEDY)
+        generate(model, ids(1, 6), guidance_scale=1.5, **GREEDY)
+    generate(model, ids(1, 6), guidance_scale=1, **GREEDY)
+    with pytest.raises(AdapterError, match="needs input_ids"):
+        generate(model, inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
 
 
 def test_a_conversation_goes_on_with_its_cache(model: nn.Module) -> None:
     tokens = ids(1, 7)
-    mask = torch.ones_like(tokens)
-    first = virtual_tokens.generate(
-        model, input_ids=tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY
-    )
+    first = _generate(model, (tokens, torch.ones_like(tokens)), return_dict_in_generate=True)
     longer = torch.cat([first.sequences, ids(1, N + 4, seed=4)], 1)
-    mask = torch.ones_like(longer)
-    expected = virtual_tokens.generate(model, input_ids=longer, attention_mask=mask, **GREEDY)
-    cache = {CACHE: first[CACHE]}
-    assert torch.equal(
-        virtual_tokens.generate(model, input_ids=longer, attention_mask=mask, **cache, **GREEDY), expected
-    )
-
-
-def test_generation_from_embeddings_is_refused(model: nn.Module) -> None:
-    with pytest.raises(AdapterError, match="needs input_ids"):
-        virtual_tokens.generate(model, inputs_embeds=torch.zeros(1, 3, 32), **GREEDY)
-
-
-@torch.no_grad()
-def test_embeddings_as_inputs_of_forward_are_the_ids_looked_up(model: nn.Module) -> None:
-    tokens, mask = _padded()
-    with disabled(model):
-        vectors = model.get_input_embeddings()(tokens)
-    torch.testing.assert_close(
-        model(inputs_embeds=vectors, attention_mask=mask).logits,
-        model(input_ids=tokens, attention_mask=mask).logits,
-        atol=1e-4,
-        rtol=1e-4,
-    )
+    given = longer, torch.ones_like(longer)
+    assert torch.equal(_generate(model, given, **{CACHE: first[CACHE]}), _generate(model, given))
 
 
 @torch.no_grad()
 def test_positions_that_the_caller_counts_are_shifted(model: nn.Module) -> None:
-    if not virtual_tokens.takes(model, "position_ids"):
+    if not takes(model, "position_ids"):
         pytest.skip("this model takes no position_ids")
-    tokens = ids(2, 6)
-    mask, positions = torch.ones_like(tokens), torch.arange(6)[None]
-    torch.testing.assert_close(
-        model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits,
-        model(input_ids=tokens, attention_mask=mask).logits,
-    )
+    inputs = {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    torch.testing.assert_close(model(**inputs, position_ids=torch.arange(6)[None]).logits, model(**inputs).logits)
 
 
 # encoder-decoder
@@ -452,35 +344,49 @@ def _decode(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch
     return decoded
 
 
-@pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
-def test_encoder_decoder_generate_equals_a_greedy_loop(t5: nn.Module, extra: dict[str, Any]) -> None:
+def _right_padded() -> tuple[torch.Tensor, torch.Tensor]:
     tokens, mask = ids(3, 7), torch.ones(3, 7, dtype=torch.long)
     mask[1, 4:], tokens[1, 4:] = 0, PAD
-    layer = virtual_tokens.soft_prompt(t5)
+    return tokens, mask
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_encoder_decoder_generate_equals_a_greedy_loop(t5: nn.Module, extra: dict[str, Any]) -> None:
+    (tokens, mask), layer = _right_padded(), soft_prompt(t5)
     if layer is not None and layer.decodes and "cache_implementation" in extra:
         with pytest.raises(AdapterError, match="static cache has no room"):
-            virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
+            _generate(t5, (tokens, mask), **extra)
         return
-    got = virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY, **extra)
+    got = _generate(t5, (tokens, mask), **extra)
     assert torch.equal(got, _decode(t5, tokens, mask))
-    alone = virtual_tokens.generate(t5, input_ids=tokens[1:2, :4], attention_mask=mask[1:2, :4], **GREEDY, **extra)
-    assert torch.equal(got[1], alone[0])
+    assert torch.equal(got[1], _generate(t5, (tokens[1:2, :4], mask[1:2, :4]), **extra)[0])
+    if not extra:
+        own = t5.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
+        assert torch.equal(own, got), "without our wrapper"
 
 
 def test_encoder_decoder_beams_are_the_same_with_and_without_a_cache(t5: nn.Module) -> None:
-    inputs = {name: value for name, value in batch("t5").items() if name != "decoder_input_ids"}
-    beams = [virtual_tokens.generate(t5, **inputs, num_beams=3, use_cache=cached, **GREEDY) for cached in (False, True)]
+    beams = [_generate(t5, _right_padded(), num_beams=3, use_cache=cached) for cached in (False, True)]
     assert torch.equal(*beams)
 
 
-def test_encoder_decoder_disabled_generates_what_the_base_model_does(t5: nn.Module) -> None:
-    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
-    plain = copy.deepcopy(t5)
+def _check_disabled(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor]) -> None:
+    plain = copy.deepcopy(model)
     unload(plain)
-    expected = plain.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
+    expected = plain.generate(input_ids=given[0], attention_mask=given[1], **GREEDY)
+    with disabled(model):
+        assert torch.equal(_generate(model, given), expected)
+
+
+def test_disabled_generates_what_the_base_model_does(model: nn.Module) -> None:
+    _check_disabled(model, _padded())
+
+
+def test_encoder_decoder_disabled_generates_what_the_base_model_does(t5: nn.Module) -> None:
+    _check_disabled(t5, _right_padded())
     with disabled(t5):
-        assert torch.equal(virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
-    assert not torch.equal(virtual_tokens.generate(t5, input_ids=tokens, attention_mask=mask, **GREEDY), expected)
+        plain = _generate(t5, _right_padded())
+    assert not torch.equal(_generate(t5, _right_padded()), plain)
 
 
 # training goes on
@@ -530,19 +436,3 @@ def test_a_second_adapter_after_unload_inserts_its_tokens_once() -> None:
         randomise(each)
     with torch.no_grad():
         assert torch.equal(model(**batch("llama")).logits, once(**batch("llama")).logits)
-
-
-# the transformers model's own generate, without our wrapper
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_models_own_generate_is_right_too(model: nn.Module, cached: bool) -> None:
-    tokens, mask = _padded()
-    got = model.generate(input_ids=tokens, attention_mask=mask, use_cache=cached, **GREEDY)
-    assert torch.equal(got, _loop(model, tokens, mask, cached=False))
-
-
-def test_the_encoder_decoders_own_generate_is_right_too(t5: nn.Module) -> None:
-    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
-    got = t5.generate(input_ids=tokens, attention_mask=mask, **GREEDY)
-    assert torch.equal(got, _decode(t5, tokens, mask))

@@ -32,12 +32,13 @@ from transformers import (
 
 from peftcli import PeftModelForQuestionAnswering, PeftModelForSequenceClassification, get_peft_model
 from peftcli.core.files import load_adapter, read_config, save_adapter
-from peftcli.core.heads import head_names, widen_heads
+from peftcli.core.heads import head_names
 from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
 from peftcli.methods.lora import LoraConfig
+from peftcli.models.parts import widen_heads
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

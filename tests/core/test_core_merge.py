@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import peftcli
 from peftcli.core.inject import inject, set_active
 from peftcli.core.layer import adapter_layers, base_module
-from peftcli.core.merge import fold, merge, merge_layer_by_layer
+from peftcli.core.merge import merge, merge_in_place, merge_layer_by_layer
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
@@ -269,7 +269,7 @@ def test_fold_and_merge_of_the_core_take_the_enabled_ones() -> None:
         inject(model, config, name)
     set_active(model, ["b"])
     expected = logits(model, batch("llama"))
-    folded = fold(model)
+    folded = merge_in_place(model)
     torch.testing.assert_close(logits(model, batch("llama")), expected, atol=1e-4, rtol=1e-4)
     folded.undo()
     assert {layer.adapter for layer in adapter_layers(model).values() if layer.enabled} == {"b"}
@@ -310,7 +310,7 @@ def test_a_model_that_was_cast_to_half_precision_computes_and_merges(method: str
     model.to(dtype).eval()
     state = {name: value.clone() for name, value in adapter_state(model).items()}
     adapted = logits(model, batch(kind)).float()
-    fold(model)
+    merge_in_place(model)
     assert all(torch.equal(value, state[name]) for name, value in adapter_state(model).items())
     assert {parameter.dtype for parameter in model.parameters()} <= {dtype, torch.int64}
     error = (logits(model, batch(kind)).float() - adapted).norm() / adapted.norm()

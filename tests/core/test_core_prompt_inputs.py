@@ -53,8 +53,8 @@ from transformers import (
 
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.prompts.config import max_positions
+from peftcli.core.prompts.generate import generate
 from peftcli.core.prompts.inputs import Insertion
-from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS
 
@@ -159,24 +159,17 @@ def test_logits_of_tokens_line_up_with_their_labels(kind: str, method: str) -> N
 @pytest.mark.grid(each="kind")
 @torch.no_grad()
 @pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_a_right_padded_row_equals_its_unpadded_run(kind: str, method: str) -> None:
-    model, inputs = _adapted(kind, method), _right_padded()
-    alone = _head(model(**{name: value[1:, :5] for name, value in inputs.items()}))[0]
+@pytest.mark.parametrize(
+    ("kind", "left"), [*((kind, 0) for kind in BUILDERS), ("llama sequence", 4), ("llama token", 4)]
+)
+def test_a_padded_row_equals_its_unpadded_run(kind: str, left: int, method: str) -> None:
+    model, inputs = _adapted(kind, method), _inputs() if left else _right_padded()
+    inputs["attention_mask"][1, :left], inputs["input_ids"][1, :left] = 0, PAD
+    own = slice(left, None) if left else slice(5)
+    alone = _head(model(**{name: value[1:, own] for name, value in inputs.items()}))[0]
     together = _head(model(**inputs))[1]
-    torch.testing.assert_close(together[: len(alone)], alone, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.grid(each="method")
-@torch.no_grad()
-@pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("kind", ["llama sequence", "llama token"])
-def test_a_left_padded_row_equals_its_unpadded_run(kind: str, method: str) -> None:
-    model, inputs = _adapted(kind, method), _inputs()
-    inputs["attention_mask"][1, :4], inputs["input_ids"][1, :4] = 0, PAD
-    alone = _head(model(**{name: value[1:, 4:] for name, value in inputs.items()}))[0]
-    together = _head(model(**inputs))[1]
-    torch.testing.assert_close(together[-len(alone) :], alone, atol=1e-4, rtol=1e-4)
+    found = together[-len(alone) :] if left else together[: len(alone)]
+    torch.testing.assert_close(found, alone, atol=1e-4 if left else 1e-5, rtol=1e-4)
 
 
 @pytest.mark.grid(each="method")
@@ -356,23 +349,20 @@ def test_tasks_that_cannot_be_right_are_refused(kind: str) -> None:
 # inputs and settings that cannot be right
 
 
+def _roberta() -> Any:
+    """Padding takes positions: the first is the sixth."""
+    return RobertaForCausalLM(RobertaConfig(**{**_BERT, "pad_token_id": 5}, is_decoder=True))
+
+
 @pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "opt"])
-def test_more_tokens_than_positions_are_refused_in_words(kind: str, method: str) -> None:
-    model = _adapted("", method, base=tiny(kind))
-    with pytest.raises(AdapterError, match="num_virtual_tokens: 125 tokens and 4 virtual ones; the base model has 128"):
-        model(input_ids=ids(1, 125))
-    model(input_ids=ids(1, 124))
-
-
-@pytest.mark.parametrize("method", BOTH)
-def test_positions_that_padding_takes_are_no_tokens(method: str) -> None:
-    config = RobertaConfig(**{**_BERT, "pad_token_id": 5}, is_decoder=True)  # and the first position is the sixth
-    model = _adapted("", method, base=RobertaForCausalLM(config))
-    with pytest.raises(AdapterError, match="num_virtual_tokens: 55 tokens and 4 virtual ones; the base model has 58"):
-        model(input_ids=ids(1, 55))
-    model(input_ids=ids(1, 54))
+@pytest.mark.parametrize(("kind", "limit"), [("gpt2", 128), ("bert", 128), ("opt", 128), ("roberta", 58)])
+def test_more_tokens_than_positions_are_refused_in_words(kind: str, limit: int, method: str) -> None:
+    model = _adapted("", method, base=_roberta() if kind == "roberta" else tiny(kind))
+    told = f"num_virtual_tokens: {limit - 3} tokens and 4 virtual ones; the base model has {limit}"
+    with pytest.raises(AdapterError, match=told):
+        model(input_ids=ids(1, limit - 3))
+    model(input_ids=ids(1, limit - 4))
 
 
 def test_values_of_more_rows_than_the_batch_are_refused() -> None:
@@ -391,6 +381,13 @@ def test_a_prompt_as_long_as_the_model_is_refused(method: str) -> None:
     assert not any("prompt" in name for name, _ in model.named_parameters())
 
 
+def _with_typed_prompt(base: Any, place: str, typed: torch.Tensor) -> Any:
+    """The model with a prompt whose vectors are those of tokens (1, N)."""
+    model = _adapted("", "prompt_tuning", base=base)
+    model.get_parameter(f"{place}.prompt_embeddings").copy_(base.get_input_embeddings().weight[typed[0]])
+    return model
+
+
 @torch.no_grad()
 def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None:
     """XLNet gives its number of positions as -1, and has a memory of its own when it generates."""
@@ -402,10 +399,7 @@ def test_a_model_without_a_limit_of_positions_reads_a_prompt_as_tokens() -> None
         assert max_positions(EsmConfig(vocab_size=33, pad_token_id=1, position_embedding_type=kind)) == positions
     inputs, typed = _inputs(), ids(1, N, seed=1)
     expected = base(input_ids=torch.cat([typed.expand(2, -1), inputs["input_ids"]], 1)).logits
-    model = _adapted("", "prompt_tuning", base=base)
-    model.get_parameter("transformer.word_embedding.prompt_embeddings").copy_(
-        base.get_input_embeddings().weight[typed[0]]
-    )
+    model = _with_typed_prompt(base, "transformer.word_embedding", typed)
     torch.testing.assert_close(model(**inputs).logits, expected)
     assert torch.equal(
         generate(model, **inputs, max_new_tokens=3), generate(model, **inputs, max_new_tokens=3, use_mems=False)
@@ -433,10 +427,7 @@ def test_an_encoder_that_does_not_name_its_embedding_reads_a_prompt_as_tokens() 
     read, typed, answer = ids(2, 5), ids(1, N, seed=1), ids(2, 4, seed=2)
     whole = torch.cat([typed.expand(2, -1), read], 1)
     expected = base(input_ids=whole, attention_mask=torch.ones_like(whole), decoder_input_ids=answer).logits
-    model = _adapted("", "prompt_tuning", base=base)
-    model.get_parameter("model.encoder.embed_tokens.prompt_embeddings").copy_(
-        base.get_input_embeddings().weight[typed[0]]
-    )
+    model = _with_typed_prompt(base, "model.encoder.embed_tokens", typed)
     found = model(input_ids=read, attention_mask=torch.ones_like(read), decoder_input_ids=answer).logits
     torch.testing.assert_close(found, expected)
 

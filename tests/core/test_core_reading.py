@@ -61,7 +61,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_damaged(tmp_path: Path) -> None:
     with open_weights(path) as (header, file):
         os.truncate(path, 9000)
         with pytest.raises(AdapterError, match="damaged: it was truncated while it was read"):
-            files._read(header, file, path)
+            files.read_open_tensors(header, file, path)
 
 
 @pytest.mark.parametrize(

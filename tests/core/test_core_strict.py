@@ -94,11 +94,6 @@ def test_one_number_that_is_none_is_found(method: str, value: float, tmp_path: P
     assert list(model.state_dict()) == list(tiny("llama").state_dict())
 
 
-@pytest.mark.grid(keep=3)
-def test_a_sound_file_of_every_method_loads(method: str, tmp_path: Path) -> None:
-    _load(_saved(tmp_path, method))
-
-
 @pytest.mark.parametrize("name", ["U16", "F4", "F8_E8M0", "F77"])
 def test_numbers_of_a_strange_kind_are_refused(name: str, tmp_path: Path) -> None:
     header = {"x": {"dtype": name, "shape": [2], "data_offsets": [0, {"U16": 4, "F4": 1}.get(name, 2)]}}

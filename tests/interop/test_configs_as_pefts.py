@@ -16,7 +16,7 @@ from peft.utils import constants
 from transformers import CONFIG_MAPPING
 
 import peftcli
-from peftcli.core.config_classes import plain
+from peftcli.core.config import plain
 from peftcli.core.weights import load_training_state, training_state
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.typed_fields import fits, hints_of

@@ -19,7 +19,7 @@ from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
-from peftcli.core.prompts import virtual_tokens
+from peftcli.core.prompts.generate import generate
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
@@ -224,7 +224,7 @@ def test_interop_3_1_pefts_generate_repeats_the_prompt_and_ours_does_not(tmp_pat
         for _ in range(10):
             step = logits(oracle, {"input_ids": expected, "attention_mask": torch.ones_like(expected)})
             expected = torch.cat([expected, step[:, -1].argmax(-1, keepdim=True)], 1)
-        assert torch.equal(virtual_tokens.generate(model, **inputs, **settings), expected)
+        assert torch.equal(generate(model, **inputs, **settings), expected)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
-from peftcli.core.prompts import virtual_tokens
+from peftcli.core.prompts.generate import generate
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
@@ -262,7 +262,7 @@ def test_interop_3_1_pefts_generate_differs_from_its_own_forward_and_ours_does_n
             for _ in range(10):
                 step = logits(oracle, {"input_ids": expected, "attention_mask": torch.ones_like(expected)})
                 expected = torch.cat([expected, step[:, -1].argmax(-1, keepdim=True)], 1)
-            assert torch.equal(virtual_tokens.generate(model, **inputs, **settings), expected)
+            assert torch.equal(generate(model, **inputs, **settings), expected)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")

@@ -24,7 +24,7 @@ from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject
 from peftcli.core.merge import merge
-from peftcli.core.prompts import virtual_tokens
+from peftcli.core.prompts.generate import generate
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
 from peftcli.methods.lora import LoraConfig
@@ -42,7 +42,7 @@ def test_interop_3_1_soft_prompts_and_generate() -> None:
     own, _ = ours("llama", "prompt_tuning", **settings)
     oracle = theirs("llama", "prompt_tuning", **settings)
     asked, options = ids(2, 6), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(virtual_tokens.generate(own, input_ids=asked, **options), _greedy(own, asked, 8))
+    assert torch.equal(generate(own, input_ids=asked, **options), _greedy(own, asked, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not torch.equal(oracle.generate(input_ids=asked, **options), _greedy(oracle, asked, 8))

@@ -29,7 +29,7 @@ from transformers.models.gemma3.modeling_gemma3 import apply_rotary_pos_emb
 from peftcli.core.inject import disabled, inject, set_trainable
 from peftcli.core.layer import adapter_layers
 from peftcli.core.merge import merge
-from peftcli.core.prompts.virtual_tokens import generate
+from peftcli.core.prompts.generate import generate
 from peftcli.core.weights import adapter_state, load_state
 from peftcli.errors import AdapterError
 from peftcli.methods.adaption_prompt import AdaptionPromptConfig

@@ -20,7 +20,7 @@ from transformers import (
 
 from peftcli.core.inject import disabled, inject, set_active, set_trainable, unload
 from peftcli.core.layer import adapter_layers
-from peftcli.core.merge import fold, merge
+from peftcli.core.merge import merge, merge_in_place
 from peftcli.core.weights import adapter_state, named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.ia3 import IA3Config
@@ -171,7 +171,7 @@ def test_a_weight_that_two_layers_have_changed_is_taken_back() -> None:
     inject(model, LoraConfig(target_modules=["attention"]), "a")
     inject(model, IA3Config(target_modules=["out_proj"], feedforward_modules=[], inference_mode=True), "b")
     randomise(model)
-    fold(model).undo()
+    merge_in_place(model).undo()
     assert model["attention"].base_layer.out_proj.base_layer.weight is weight
 
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, MptConfig, MptForCausalLM
 import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter
 from peftcli.core.inject import inject, set_trainable
-from peftcli.core.prompts import virtual_tokens
+from peftcli.core.prompts.generate import generate
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
@@ -146,7 +146,7 @@ def test_a_prefix_for_another_shape_of_attention_does_not_fit(tmp_path: Path) ->
 def test_a_chunk_at_a_time_is_refused() -> None:
     model, _ = _adapted()
     with pytest.raises(AdapterError, match="prefill_chunk_size: this soft prompt is read in one piece"):
-        virtual_tokens.generate(model, **batch("llama"), prefill_chunk_size=4, max_new_tokens=3)
+        generate(model, **batch("llama"), prefill_chunk_size=4, max_new_tokens=3)
 
 
 @pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers", "ignore:`past_key_values` is deprecated")

@@ -271,7 +271,7 @@ READING = {
         ("generate", "{adapter}", "--prompt=a"),
         ("peftcli.tasks.text.generation:generate",),
     ),
-    "info": (("info", "{adapter}"), ("peftcli.adapters.updates:read_tensors",)),
+    "info": (("info", "{adapter}"), ("peftcli.adapters.diff:read_tensors",)),
     "diff": (("diff", "{adapter}", "{other}"), ("peftcli.adapters.diff:read_tensors",)),
     "check": (("check", "{recipe}"), ("peftcli.recipe.parse:read_tree",)),
 }

@@ -100,6 +100,14 @@ class SoftPrompt(AdapterLayer):
             return Insertion(starts(mask), length, self.count)
         raise AdapterError("virtual tokens need a two-dimensional attention_mask; generate through peftcli's model")
 
+    def begin(self, model: nn.Module, inputs: dict[str, Any]) -> Insertion:
+        """Return the ``insertion`` where a sequence starts, and add to ``inputs`` the positions that it needs."""
+        mask = inputs.get("attention_mask")
+        if self.counts and mask is not None and inputs.get("position_ids") is None and takes(model, "position_ids"):
+            inputs["position_ids"] = positions(mask)
+        inputs.pop("cache_position", None)  # counted without virtual tokens; models find it by themselves
+        return self.insertion(inputs)
+
     def file_name(self, path: str, tensor: str) -> str:
         return tensor
 

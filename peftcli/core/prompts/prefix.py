@@ -27,14 +27,12 @@ from peftcli.core.prompts.inputs import (
     continued,
     hook_once,
     inserted,
-    positions,
     set_positions,
     starts,
-    takes,
     tokens_of,
     without,
 )
-from peftcli.core.prompts.virtual_tokens import VirtualTokens, input_embedding_name
+from peftcli.core.prompts.virtual_tokens import VirtualTokens, generates, input_embedding_name
 from peftcli.errors import AdapterError
 
 CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -66,17 +64,20 @@ class Prefix(nn.Module):
         """Return the tensor of the adapter file: (n, pairs * 2 * width)."""
         return torch.cat([self.pair(index) for index in range(self.pairs)], dim=1)
 
-    def held(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors whose rows are those of the ``whole``."""
-        return [whole]
+    def parts(self) -> list[torch.Tensor]:
+        """Return the parameters whose rows are those of ``whole``; none where a network computes it."""
+        return []
 
     def fill(self, values: torch.Tensor) -> None:
-        """Copy ``values``, as ``whole`` returns them, into what trains.
+        """Copy ``values``, as ``whole`` returns them, into the ``parts``.
 
         Raises:
-            AdapterError: something else trains.
+            AdapterError: there are none.
         """
-        raise AdapterError("a network makes this prefix; leave prefix_projection out", key="prefix_projection")
+        if not (parts := self.parts()):
+            raise AdapterError("a network makes this prefix; leave prefix_projection out", key="prefix_projection")
+        for part, rows in zip(parts, values.split([len(part) for part in parts]), strict=True):
+            part.copy_(rows)
 
 
 class TrainedPrefix(Prefix):
@@ -92,8 +93,8 @@ class TrainedPrefix(Prefix):
     def whole(self) -> torch.Tensor:
         return self.prompt_embeddings
 
-    def fill(self, values: torch.Tensor) -> None:
-        self.prompt_embeddings.copy_(values)
+    def parts(self) -> list[torch.Tensor]:
+        return [self.prompt_embeddings]
 
 
 class PrefixAttention(SoftPrompt):
@@ -117,12 +118,12 @@ class PrefixAttention(SoftPrompt):
     def file_tensors(self) -> dict[str, torch.Tensor]:
         return {"prompt_embeddings": self.prefix.whole()}
 
-    def held(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
-        return self.prefix.held(value)
+    def parts(self, tensor: str, value: torch.Tensor) -> list[torch.Tensor]:
+        return self.prefix.parts() or [value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
-        later, borrows = length <= self.count, getattr(base_module(self), "is_kv_shared_layer", False)
+        later, borrows = length <= self.count, vars(base_module(self)).get("is_kv_shared_layer")
         if not self.enabled or later or borrows:  # keys of another layer have the prefix already
             return self.base_layer(*args, **kwargs)
         inputs = bound(base_module(self).forward, args, kwargs)
@@ -219,10 +220,10 @@ def find_attention(model: Any) -> Attention:
     found: dict[int, str] = {}
     keeping = []
     for name, module in modules.items():
-        index = getattr(module, "layer_idx", None)
+        index = vars(module).get("layer_idx")
         if not name.startswith(below) or not isinstance(index, int) or not keeps_keys(module):
             continue
-        if not getattr(module, "is_cross_attention", False):  # Idefics has it in a list of its own
+        if not vars(module).get("is_cross_attention"):  # Idefics has it in a list of its own
             keeping.append(name)
         # of a layer's attentions the first counts, the second is to an encoder; a block may know its index too
         if index not in found or name.startswith(f"{found[index]}."):
@@ -264,8 +265,8 @@ def targets(model: Any, config: PrefixConfig) -> list[str]:
         ("token_dim", found.width),
         ("num_transformer_submodules", submodules),
     ):
-        if getattr(config, key) not in (None, value):
-            raise AdapterError(f"the adapter's is {getattr(config, key)}, the base model's {value}", key=key)
+        if (given := vars(config)[key]) not in (None, value):
+            raise AdapterError(f"the adapter's is {given}, the base model's {value}", key=key)
         setattr(config, key, value)
     return found.names
 
@@ -288,7 +289,7 @@ def insert_prefix(model: Any, layers: Mapping[str, Any], prefix: Prefix) -> None
     like = next(itertools.chain(first.parameters(), first.buffers()))
     prefix.to(like.device, adapter_dtype(like))
     # keys of a prefix are not rotated, so that its distance from the tokens counts, whatever the padding
-    counts = hasattr(model, "prepare_inputs_for_generation") or getattr(first, "is_causal", False)
+    counts = generates(model) or getattr(first, "is_causal", False)
     for layer in layers.values():
         layer.prefix, layer.count = prefix.train(layer.training), prefix.count
         set_positions(layer, model, counts=counts)
@@ -324,11 +325,7 @@ class _Insert:
             return None
         if past:
             return (), inputs | continued(decoder, inputs, past, layer.count)
-        mask = inputs.get("attention_mask")
-        if layer.counts and mask is not None and inputs.get("position_ids") is None and takes(decoder, "position_ids"):
-            inputs["position_ids"] = positions(mask)
-        inputs.pop("cache_position", None)  # counted without the prefix; models find it by themselves
-        insertion = layer.insertion(inputs)
+        insertion = layer.begin(decoder, inputs)
         prefix.start = insertion.start
         return (), inputs | inserted(inputs, insertion)
 
@@ -377,16 +374,17 @@ def keeps_keys(module: nn.Module) -> bool:
     """Return whether the module is attention that gives its keys and values to a cache."""
     arguments = inspect.signature(module.forward).parameters
     reads = all(any(name in arguments for name in names) for names in (CACHE, MASK))
-    return reads and any(hasattr(module, name) for name in _SIZE)
+    return reads and any(name in vars(module) for name in _SIZE)
 
 
 def _key_size(attention: Any, config: Any) -> tuple[int, int]:
     """Return the number of heads that have keys of their own, and the size of all their keys together."""
     config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = next(getattr(attention, name) for name in _SIZE if hasattr(attention, name))
+    size = next(vars(attention)[name] for name in _SIZE if name in vars(attention))
     for name in ("k_proj", "key", "k"):
-        if hasattr(attention, name) and (view := linear_view(getattr(attention, name))) is not None:
+        projection = attention._modules.get(name)
+        if projection is not None and (view := linear_view(projection)) is not None:
             heads = view.out_features // size
     return heads, heads * size
 

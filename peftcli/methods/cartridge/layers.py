@@ -38,13 +38,8 @@ class Cartridge(Prefix):
     def whole(self) -> torch.Tensor:
         return torch.cat([self.frozen_embedding, self.trainable_embedding])
 
-    def held(self, whole: torch.Tensor) -> list[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor]:
         return [self.frozen_embedding, self.trainable_embedding]
-
-    def fill(self, values: torch.Tensor) -> None:
-        frozen = len(self.frozen_embedding)
-        self.frozen_embedding.copy_(values[:frozen])
-        self.trainable_embedding.copy_(values[frozen:])
 
 
 def attach(model: nn.Module, config: CartridgeConfig, layers: Mapping[str, AdapterLayer]) -> None:

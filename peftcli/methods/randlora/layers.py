@@ -27,7 +27,6 @@ class RandLoraLinear(LowRank):
 
     shared = ("randlora_A", "randlora_B")
     fixed = shared
-    copies = shared
 
     def __init__(self, module: nn.Module, name: str, config: RandLoraConfig):
         super().__init__(module, name, "RandLoRA", config.bias, config.randlora_dropout)
@@ -71,8 +70,9 @@ def attach(model: nn.Module, config: RandLoraConfig, layers: Mapping[str, Any]) 
         a = _uniform((config.r, 1, min(sides)), generator)
         b = torch.cat([_uniform((max(sides), 1, config.r), generator) for _ in range(count)], dim=1)
     share_tensors(own, {"randlora_A": a / a.std(), "randlora_B": b / b.std()})
-    for layer in own:
-        layer.writes_copies = config.save_projection and 4 * len(own) * (a.numel() + b.numel()) <= _MOST_COPIED
+    if config.save_projection and 4 * len(own) * (a.numel() + b.numel()) <= _MOST_COPIED:
+        for layer in own:
+            layer.copies = layer.shared
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -15,8 +15,8 @@ from transformers import StoppingCriteria, TextStreamer
 
 from peftcli.core.layer import model_ends
 from peftcli.core.prompts.config import max_positions
+from peftcli.core.prompts.generate import generate
 from peftcli.core.prompts.inputs import position_tables, soft_prompt
-from peftcli.core.prompts.virtual_tokens import generate
 from peftcli.data.rows import Place
 from peftcli.errors import DataError
 from peftcli.models import tokens

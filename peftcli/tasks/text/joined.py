@@ -17,11 +17,11 @@ import torch
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import disabled, evaluating
-from peftcli.core.joined import Guest, Joined, Randomness
 from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.models.probe import probing
+from peftcli.tasks.text.shared_base import ModelOnBase, Randomness, SharedBase
 from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
 from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad, unpadded_part
 
@@ -57,7 +57,7 @@ class JoinedModel:
 
     model: Any
     """With one adapter, and its own head."""
-    guest: Guest
+    guest: ModelOnBase
     shares_head: bool
     """Whether its head is the base model's, without an adapter."""
     found: list[tuple[Any, Any]] = field(default_factory=list)
@@ -111,7 +111,7 @@ class JoinedModels:
                 key="base_model",
             )
         self.inner, self.head = unpadded_part(base), model_ends(base)[1]
-        self.joined = Joined(self.inner)
+        self.joined = SharedBase(self.inner)
         self._refuse_dropout()
 
     def _refuse_dropout(self) -> None:
@@ -146,7 +146,7 @@ class JoinedModels:
             problem = "needs padding"
         try:
             if problem is None:
-                added = JoinedModel(model, self.joined.guest(unpadded_part(model), random), self._is_head_of(model))
+                added = JoinedModel(model, self.joined.add(unpadded_part(model), random), self._is_head_of(model))
                 problem = None if self._agrees(added) else "gives other outputs there"
         except AdapterError as error:
             problem = error.message

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from peftcli.errors import ModelError, UsageError
-from peftcli.models.probe import stacks
+from peftcli.models.parts import stacks
 from peftcli.tasks.base import require_extra
 from peftcli.tasks.text import segments
 

@@ -24,7 +24,7 @@ from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.quantised import in_four_bits, is_quantised, keep_scales
 from peftcli.errors import ModelError
 from peftcli.models.base import LoadedModel
-from peftcli.models.probe import stacks
+from peftcli.models.parts import stacks
 from peftcli.schema import Launch
 from peftcli.system.memory import give_back_freed
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.protocols import AfterStep, layers_of
+from peftcli.core.protocols import layers_of
 from peftcli.errors import UsageError
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks.base import Begins, Gathers, Task, require_extra
@@ -56,7 +56,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
         (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
         (("zero3",), config.reads_past_calls(), "is for LoRA without its variants: other methods read divided weights"),
-        (("zero2", "zero3"), isinstance(method, AfterStep), "leaves no gradients, which the method reads after a step"),
+        (("zero2", "zero3"), "after_step" in vars(method), "leaves no gradients, which the method reads after a step"),
     )
     for strategies, is_so, text in refused:
         if strategy in strategies and is_so:

@@ -23,7 +23,7 @@ from peftcli.core.linear import linear_view
 from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
 from peftcli.models.base import OpenBase
-from peftcli.models.probe import stacks
+from peftcli.models.parts import stacks
 from peftcli.models.quantization import bytes_of_weight
 from peftcli.schema import DIVIDED, Recipe, Training
 from peftcli.system.cores import bytes_of_kernels

@@ -21,13 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from peftcli.core.config import AdapterConfig
-from peftcli.core.heads import parameters_of_heads
 from peftcli.core.inject import inject
 from peftcli.errors import AdapterError, ModelError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
-from peftcli.models.probe import stacks
+from peftcli.models.parts import parameters_of_heads, stacks
 from peftcli.recipe import method_config, to_dict
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.system.memory import free_memory, resident_memory

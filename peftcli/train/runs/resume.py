@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from peftcli.core.protocols import AfterResume, layers_of
+from peftcli.core.protocols import layers_of
 from peftcli.errors import StorageError, UsageError
 from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
@@ -408,8 +408,7 @@ def resume_state(run: Run, prepared: PreparedModel, total: int) -> State:
     if progress.step > total:
         message = f"the run has done {progress.step} steps, and the recipe now wants {total}"
         raise UsageError(message, key="training.max_steps")
-    if isinstance(method := layers_of(prepared.config), AfterResume):
-        method.after_resume(state.model, prepared.config, progress.step, total)
+    layers_of(prepared.config).after_resume(state.model, prepared.config, progress.step, total)
     if progress.step == total and progress.pending is None:
         # before, an earlier step than the last one
         progress.pending = next((line for line in run.folder.metrics() if line["step"] == total), {})

@@ -12,13 +12,13 @@ from promises import config_of
 from torch import nn
 
 from peftcli.core.inject import inject
-from peftcli.core.joined import Randomness, sharing_copy
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import METHODS
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.joined import joined_linear
 from peftcli.tasks.text.joined import JoinedModels
+from peftcli.tasks.text.shared_base import Randomness, sharing_copy
 from peftcli.tasks.text.token_loss import frozen_losses, next_tokens, target_losses
 from peftcli.tasks.text.unpadded import unpad
 

@@ -12,7 +12,7 @@ from classifierkit import encoded, open_task
 from trainkit import PROMPTS, base_folder, multilingual_base, run_recipe, write_recipe, write_rows
 
 from peftcli.adapters.generate import load_generator
-from peftcli.core.prompts.virtual_tokens import generate
+from peftcli.core.prompts.generate import generate
 from peftcli.errors import DataError
 from peftcli.tasks.text import generation
 from peftcli.tasks.text.generated import METRICS

@@ -154,7 +154,7 @@ def residual_kind(base_layer: nn.Module, config: LoraConfig) -> type[LoraLinear]
 
 
 def calibrate(model: nn.Module, config: LoraConfig, batches: Batches) -> None:
-    """Start the model's LoRA layers from data, with the adapter disabled: see ``core.protocols.Calibrates``.
+    """Start the model's LoRA layers from data, with the adapter disabled: see ``core.protocols.Layers``.
 
     Raises:
         AdapterError: the data do not suffice, or do not reach a layer.

@@ -54,8 +54,8 @@ class ALoraLinear(LoraLinear):
 
     def _places(self, active: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return ``active`` for the positions of ``x``: (B, T, D), its last ones (B, t, D), or all as (B * T, D)."""
-        if self.rows is not None:
-            active = active[self.rows]
+        if self.serves and self.serves.numbers is not None:
+            active = active[self.serves.numbers]
         rows, tokens = active.shape
         if x.ndim == 3 and len(x) == rows and x.shape[1] <= tokens:
             return active[:, tokens - x.shape[1] :].unsqueeze(-1)

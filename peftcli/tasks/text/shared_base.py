@@ -1,7 +1,7 @@
 """Models over the same weights, each with its own adapter, computed as one: base layers once for the tokens of all.
 
-``sharing_copy`` makes such models. ``Joined`` sends one row of tokens through the base model; each adapter layer gets
-the tokens of its own model, and the output that its base layer has computed for them.
+``sharing_copy`` makes such models. ``SharedBase`` sends one row of tokens through the base model; each adapter layer
+gets the tokens of its own model, and the output that its base layer has computed for them.
 """
 
 from __future__ import annotations
@@ -68,23 +68,23 @@ class Joins(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Guest:
-    """A model in ``Joined``."""
+class ModelOnBase:
+    """One of the models that compute on a ``SharedBase``."""
 
     layers: dict[nn.Module, _Layer]
     """The joined base model's module -> the model's adapter layers on it."""
     random: Randomness
 
 
-class Joined:
+class SharedBase:
     """A base model that computes for several models over its weights at once."""
 
     def __init__(self, base: nn.Module):
         self.base = base
-        self._sizes: list[tuple[Guest | None, int]] = []
+        self._sizes: list[tuple[ModelOnBase | None, int]] = []
         self._routed: set[nn.Module] = set()
 
-    def guest(self, model: nn.Module, random: Randomness) -> Guest:
+    def add(self, model: nn.Module, random: Randomness) -> ModelOnBase:
         """Let a model with an adapter take part, which draws random numbers of its own.
 
         Raises:
@@ -104,10 +104,10 @@ class Joined:
                 if base not in self._routed:
                     self._routed.add(base)
                     base.forward = functools.partial(self._forward, base, base.forward)
-        return Guest(layers, random)
+        return ModelOnBase(layers, random)
 
     @contextmanager
-    def of(self, sizes: Sequence[tuple[Guest | None, int]]) -> Iterator[None]:
+    def of(self, sizes: Sequence[tuple[ModelOnBase | None, int]]) -> Iterator[None]:
         """Inside, the base model gets the tokens of these models one after another, of each as many as given."""
         self._sizes = list(sizes)
         try:
@@ -125,7 +125,7 @@ class Joined:
         else:
             raise AdapterError(f"a {type(base).__name__} that is adapted does not get all tokens")
         layers = [
-            (guest.layers[base].outer if guest and base in guest.layers else None, size) for guest, size in self._sizes
+            (model.layers[base].outer if model and base in model.layers else None, size) for model, size in self._sizes
         ]
         first = next((layer for layer, _ in layers if layer is not None), None)
         if isinstance(first, Joins) and torch.is_grad_enabled() and not args and not kwargs:
@@ -133,10 +133,10 @@ class Joined:
             if joined is not None:
                 return joined
         parts = list(forward(x, *args, **kwargs).split(sizes, axis))
-        for at, ((guest, _), own) in enumerate(zip(self._sizes, x.split(sizes, axis), strict=True)):
-            if guest is not None and base in guest.layers:
-                with guest.random():
-                    parts[at] = guest.layers[base](own, parts[at], args, kwargs)
+        for at, ((model, _), own) in enumerate(zip(self._sizes, x.split(sizes, axis), strict=True)):
+            if model is not None and base in model.layers:
+                with model.random():
+                    parts[at] = model.layers[base](own, parts[at], args, kwargs)
         return torch.cat(parts, axis)
 
 
@@ -146,20 +146,20 @@ class _Layer:
     def __init__(self, outer: AdapterLayer):
         inner = layers_at(outer)[-1]
         self.outer, self.inner, self.base = outer, inner, inner.base_layer
-        self.computed = _Computed(inner.base_layer)
+        self.known_output = _KnownOutput(inner.base_layer)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, args: Any, kwargs: Any) -> Any:
         """Return the output for ``x``, where ``y`` is the base layer's."""
-        self.computed.known = x, y
-        self.inner._modules["base_layer"] = self.computed
+        self.known_output.known = x, y
+        self.inner._modules["base_layer"] = self.known_output
         try:
             return self.outer(x, *args, **kwargs)
         finally:
             self.inner._modules["base_layer"] = self.base
-            self.computed.known = None
+            self.known_output.known = None
 
 
-class _Computed(EmptyLayer):
+class _KnownOutput(EmptyLayer):
     """A base layer whose output for one input is known already."""
 
     known: tuple[torch.Tensor, torch.Tensor] | None = None
