@@ -75,6 +75,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     label_columns: ClassVar = ("score",)
     shares = ("anchor", "sentence1")
     flags: ClassVar = {"truncated": _TRUNCATED}
+    gathers = True
 
     def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)

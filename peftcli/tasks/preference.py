@@ -8,7 +8,7 @@ A row: ``{"prompt": "What is 2 + 2?", "chosen": " 4", "rejected": " 5"}``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -150,7 +150,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
                 batch |= self._mismatch(examples)
         return batch
 
-    def step_inputs(self, examples: Sequence[Example]) -> Batch:
+    def step_inputs(self, examples: Iterable[Example]) -> Batch:
         """For orpo ``_tokens``, float32: the mean number of predicted tokens in a chosen conversation."""
         if self.settings.loss != "orpo":
             return {}
