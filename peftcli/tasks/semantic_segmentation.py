@@ -31,7 +31,6 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
-    left_out_hint,
     refuse_virtual_tokens,
     require_extra,
     table_of,
@@ -39,6 +38,7 @@ from peftcli.tasks.base import (
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.labels import UNBALANCED, LabelReader, LabelScan, Tables, describe_counts, index_of, missing_classes
 from peftcli.tasks.pictures import (
     noise,
     open_image,
@@ -67,7 +67,6 @@ _BINARY = 1
 _SHADES = {b"\2\0": 85, b"\4\0": 17}
 """Bits and kind of a grey PNG, as its header has them -> the number by which Pillow multiplies its values."""
 _BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."
-_UNBALANCED = 0.95
 _BYTE = 256
 
 
@@ -99,8 +98,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the classes, in the order of the model's outputs."""
-        if len(set(self.labels)) < len(self.labels):
-            raise DataError("names a class twice", key="task.labels")
+        index_of(self.labels, "class")
 
     def model_options(self) -> dict[str, Any]:
         return self.settings.model_options() | self._config_options()
@@ -135,24 +133,17 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     def found(self) -> str:
         return f"{len(self.labels)} classes: {listed(self.labels)}"
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.SemanticSegmentation:
+    def scan(self, tables: Tables) -> settings.SemanticSegmentation:
         """Find how many classes the masks have. Their names are their numbers."""
-        seen, first_error = set[int](), None
-        for table, rows in tables:
-            reader = self.read(table)
-            for row in rows:
-                try:
-                    file, content = file_of(row, reader, "annotation")
-                    seen |= set(np.unique(stored_mask(content, file.path)[0]).tolist())
-                except DataError as error:
-                    first_error = first_error or error
-        if first_error and not seen:
-            raise of_all_rows(first_error)
+        scan = LabelScan()
+        seen = set[int]().union(*scan.labels(tables, self.read, _values_of))
+        if scan.error and not seen:
+            raise of_all_rows(scan.error)
         first = int(self.settings.reduce_labels)
         classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
         held = f"the masks of the training rows hold the values {_listed(seen)}"
         if len(classes) < 2:
-            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out_hint(first_error)
+            hint = _BINARY_HINT if seen and seen <= {0, 255} else scan.hint
             message = f"{held}, of which {len(classes)} count; the model needs two classes"
             raise DataError(message, key="dataset.train", hint=hint)
         if 2 * len(classes) < max(classes) - first + 1:
@@ -160,13 +151,14 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             raise DataError(f"{held}, which hardly are the numbers of classes", key="dataset.train", hint=hint)
         return replace(self.settings, labels=[str(value) for value in range(first, max(classes) + 1)])
 
-    def read(self, table: Table, *, labelled: bool = True) -> Reader:
-        return table.reader(
+    def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
+        found = table.reader(
             "masks",
             optional=() if labelled else ("annotation",),
             image=PICTURES,
             annotation=("annotation", "mask", "annotation_file_name", "mask_file_name", "label", "label_file_name"),
         )
+        return LabelReader(found.name, found.names)
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         (file, content), (mask, held) = (file_of(row, reader, column) for column in ("image", "annotation"))
@@ -284,17 +276,14 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def describe(self, view: View) -> Description:
         pixels = self._pixels(view)
-        shares = [f"{name} {count / pixels.sum():.1%}" for name, count in zip(self.labels, pixels, strict=True)]
-        counts = dict(zip(self.labels, pixels.tolist(), strict=True))
-        return Description({"classes": counts}, {"classes": listed(shares)})
+        return describe_counts("classes", dict(zip(self.labels, pixels.tolist(), strict=True)), int(pixels.sum()))
 
     def findings(self, view: View) -> list[Finding]:
         """Look for classes without a pixel, and for one that nearly all pixels are of."""
-        pixels, found, rows = self._pixels(view), list[Finding](), len(view)
-        ignored = self.settings.ignore_index - self.settings.reduce_labels
-        if missing := [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]:
-            found.append(FINDINGS["missing_classes"].finding(rows, rows, (), more=f" {listed(missing)}, in no mask"))
-        for at in np.flatnonzero(pixels >= _UNBALANCED * pixels.sum()):
+        pixels, rows, ignored = self._pixels(view), len(view), self.settings.ignore_index - self.settings.reduce_labels
+        missing = [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]
+        found = missing_classes(missing, rows, ", in no mask")
+        for at in np.flatnonzero(pixels >= UNBALANCED * pixels.sum()):
             more = f": {self.labels[at]!r}, {pixels[at] / pixels.sum():.1%}"
             found.append(FINDINGS["unbalanced_masks"].finding(rows, rows, (), more=more))
         return found
@@ -356,6 +345,11 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         write_file(path.with_suffix(".overlay.png"), png(_overlay(image, classes)))
         pixels = np.bincount(seen, minlength=len(self.labels)) / seen.size
         return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}
+
+
+def _values_of(row: Row, reader: Reader) -> set[int]:
+    file, content = file_of(row, reader, "annotation")
+    return set(np.unique(stored_mask(content, file.path)[0]).tolist())
 
 
 def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:

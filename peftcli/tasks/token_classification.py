@@ -23,9 +23,18 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, TOKENS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out_hint, table_of
-from peftcli.tasks.classification import LabelReader, places_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
+from peftcli.tasks.labels import (
+    UNBALANCED,
+    LabelReader,
+    LabelScan,
+    Tables,
+    describe_counts,
+    index_of,
+    missing_classes,
+    places_of,
+)
 from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
@@ -37,7 +46,6 @@ from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, joined_words, owne
 _TRUNCATED, _CONVERTED, _PARTS = 1, 2, 4
 _TEXTS = ("text", "sentence")
 _SPANS = ("entities", "spans")
-_UNBALANCED = 0.95
 
 
 class TokenClassification(TextInputs, Task[settings.TokenClassification]):
@@ -56,12 +64,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the tags, in the order of the model's outputs."""
-        self._index = {name: index for index, name in enumerate(self.labels)}
-        if len(self._index) < len(self.labels):
-            raise DataError("names a tag twice", key="task.labels")
-        self._index = {name.strip(): at for name, at in self._index.items()} | self._index
-        if settings.labels_by_number:
-            self._index |= places_of(self.labels)
+        self._index = index_of(self.labels, "tag", by_number=settings.labels_by_number)
 
     @property
     def names(self) -> Sequence[str]:
@@ -80,34 +83,25 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         kind = self.settings.scheme
         return not self.labels or kind is None or (kind == "iob2" and not all(map(settings.is_iob2, self.labels)))
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.TokenClassification:
+    def scan(self, tables: Tables) -> settings.TokenClassification:
         """Find the names of the tags, and whether they mark entities."""
-        declared, seen, spans, all_declare = dict[str, None](), dict[str, None](), False, True
-        first_error = None
-        for table, rows in tables:
-            reader = self.read(table)
-            declared |= dict.fromkeys(reader.classes)
-            all_declare = all_declare and bool(reader.classes)
-            spans = spans or "entities" in reader.names
-            for row in (each for each in rows if not reader.left_out(each)):
-                try:
-                    tags, _ = tags_of(words_of(row, reader), row, reader)
-                    seen |= dict.fromkeys(tag for tag in tags if tag is not None)
-                except DataError as error:
-                    first_error = first_error or error
+        scan, seen = LabelScan(), dict[str, None]()
+        for tags, _ in scan.labels(tables, self.read, lambda row, reader: tags_of(words_of(row, reader), row, reader)):
+            seen |= dict.fromkeys(tag for tag in tags if tag is not None)
+        declared, spans = scan.declared, any("entities" in reader.names for reader in scan.readers)
         given = list(self.labels)
         numbered = bool(given and seen) and seen.keys() <= places_of(given).keys()
         if numbered and not any(map(settings.is_iob2, given)):
             message = "the tags of the training rows are numbers, and types of entities have none"
             hint = "Name the tags in the order of their numbers, as in [O, B-PER, I-PER], or set task.scheme: none."
             raise DataError(message, key="task.labels", hint=hint)
-        found = given if numbered else list(declared or seen)
+        found = given if numbered else declared or list(seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
         is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 or spans else "none")
         own, found = found, converted if scheme == "iob2" else found
-        if first_error and not seen:
-            raise of_all_rows(first_error)
+        if scan.error and not seen:
+            raise of_all_rows(scan.error)
         if spans and scheme == "none":
             raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
         if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):
@@ -124,9 +118,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if len(labels) < 2:
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
             message = f"in the training rows {what}; the model needs two tags"
-            raise DataError(message, key="dataset.train", hint=left_out_hint(first_error))
+            raise DataError(message, key="dataset.train", hint=scan.hint)
         by_number = self.settings.labels_by_number and (
-            labels == list(self.labels) or (all_declare and labels == list(declared))
+            labels == list(self.labels) or (scan.all_declare and labels == declared)
         )
         return replace(self.settings, labels=labels, scheme=scheme, labels_by_number=by_number)
 
@@ -321,23 +315,18 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
 
     def describe(self, view: View) -> Description:
         counts = self._counts(view)
-        total = max(1, sum(counts.values()))
-        shares = [f"{name} {counts[name] / total:.1%}" for name in self.labels]
-        return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
+        return describe_counts("tags", {name: counts[name] for name in self.labels}, max(1, counts.total()))
 
     def findings(self, view: View) -> list[Finding]:
         """Look for tags that no word has, and for one that nearly all words have."""
         counts = self._counts(view)
-        total, found = sum(counts.values()), list[Finding]()
-        begun = [name for name in self.labels if not name.startswith("I-")]
-        if missing := [name for name in begun if not counts[name]]:
-            more = f" {listed(missing)}"
-            found.append(FINDINGS["missing_classes"].finding(total, total, (), more=more, unit="words"))
-        for name, count in counts.items():
-            if count >= _UNBALANCED * total:
-                more = f": {name!r}"
-                found.append(FINDINGS["unbalanced_classes"].finding(count, total, (), more=more, unit="words"))
-        return found
+        total, kind = counts.total(), FINDINGS["unbalanced_classes"]
+        missing = [name for name in self.labels if not name.startswith("I-") and not counts[name]]
+        return missing_classes(missing, total, unit="words") + [
+            kind.finding(count, total, (), more=f": {name!r}", unit="words")
+            for name, count in counts.items()
+            if count >= UNBALANCED * total
+        ]
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch."""

@@ -17,7 +17,7 @@ from peftcli.data.rows import truth_columns
 from peftcli.errors import DataError
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import require_extra
-from peftcli.tasks.classification import joined_labels
+from peftcli.tasks.labels import joined_labels
 
 
 def rows(*labels: Any) -> list[dict[str, Any]]:
