@@ -10,12 +10,14 @@ import hashlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
 
 from peftcli.data.rows import UNANSWERED, Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
@@ -29,7 +31,6 @@ from peftcli.tasks.shown import Description, Shown
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import nn
 
     from peftcli.core.config import AdapterConfig
@@ -388,6 +389,55 @@ class Exports(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write such files beside a merged model."""
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
+    }
+
+
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """The model's arguments in a batch."""
+    return {name: value for name, value in batch.items() if not name.startswith("_")}
+
+
+def scores_of(outputs: Any) -> torch.Tensor:
+    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or what comes first.
+
+    First come hidden states, or the logits of a model that has several heads.
+    """
+    if "sample" in outputs:
+        return outputs.sample
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    return outputs.logits if "logits" in outputs else outputs[0]
+
+
+def logits_of(
+    model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
+) -> list[torch.Tensor]:
+    """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
+    device = next(model.parameters()).device
+
+    def compute(some: Sequence[Example]) -> torch.Tensor:
+        with torch.inference_mode():
+            return scores_of(model(**model_inputs(on_device(collate(some), device)))).float().cpu()
+
+    return in_batches(examples, batch_size, compute)
+
+
+def in_batches(
+    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], Iterable[Any]]
+) -> list[Any]:
+    """What ``compute`` gives for each example, in order. Examples of similar size share a batch."""
+    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
+    found: dict[int, Any] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)
+    return [found[at] for at in range(len(examples))]
 
 
 def write_task(folder: Path, name: str, **parts: Any) -> str:

@@ -24,7 +24,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import LABELS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.labels import (
     UNBALANCED,
@@ -38,7 +38,6 @@ from peftcli.tasks.labels import (
     number_of,
     weights_of,
 )
-from peftcli.tasks.scores import logits_of
 from peftcli.tasks.shown import Description
 
 Settings = TypeVar("Settings", bound=settings.Classification)

@@ -29,11 +29,21 @@ from peftcli.data.used_rows import Ragged, UsedRows, repeats
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, refuse_unread, table_of
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    in_batches,
+    number_in,
+    on_device,
+    refuse_unread,
+    scores_of,
+    table_of,
+)
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.gather import gathered, process
-from peftcli.tasks.scores import in_batches, on_device, scores_of
 from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED

@@ -26,8 +26,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, table_of
-from peftcli.tasks.scores import logits_of, model_inputs, scores_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, scores_of, table_of
 from peftcli.tasks.shown import Description, Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.inputs import TextInputs

@@ -31,8 +31,11 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
+    model_inputs,
+    on_device,
     refuse_virtual_tokens,
     require_extra,
+    scores_of,
     table_of,
     write_task,
 )
@@ -50,7 +53,6 @@ from peftcli.tasks.pictures import (
     shown_image,
     turned,
 )
-from peftcli.tasks.scores import model_inputs, on_device, scores_of
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:

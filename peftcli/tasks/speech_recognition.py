@@ -30,10 +30,21 @@ from peftcli.errors import DataError, ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TRANSCRIPTS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, refuse_unread, require_extra, table_of, write_task
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    in_batches,
+    model_inputs,
+    on_device,
+    refuse_unread,
+    require_extra,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
-from peftcli.tasks.scores import in_batches, model_inputs, on_device
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded

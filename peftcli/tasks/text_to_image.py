@@ -36,6 +36,7 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
+    model_inputs,
     refuse_unread,
     refuse_virtual_tokens,
     require_extra,
@@ -45,7 +46,6 @@ from peftcli.tasks.base import (
 from peftcli.tasks.diffusers_files import write_parts
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of, read_file
 from peftcli.tasks.pictures import open_image, png, shown_image
-from peftcli.tasks.scores import model_inputs
 from peftcli.tasks.shown import Shown, Text, TokenText
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 

@@ -23,7 +23,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, TOKENS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.labels import (
     UNBALANCED,
@@ -35,7 +35,6 @@ from peftcli.tasks.labels import (
     missing_classes,
     places_of,
 )
-from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded

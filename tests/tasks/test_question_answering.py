@@ -23,9 +23,8 @@ from peftcli.data.sources import open_source
 from peftcli.errors import DataError
 from peftcli.methods import config_from_dict
 from peftcli.schema import Source
-from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.base import PredictOptions, model_inputs
 from peftcli.tasks.question_answering import score_of
-from peftcli.tasks.scores import model_inputs
 
 NAME = "question_answering"
 ROW = {

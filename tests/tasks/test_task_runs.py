@@ -25,7 +25,7 @@ from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
 from peftcli.output_schemas import output_schema
 from peftcli.schema import BaseModel
-from peftcli.tasks.scores import scores_of
+from peftcli.tasks.base import scores_of
 
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
 SAVES = ("training.save_strategy=steps", "training.save_steps=3")

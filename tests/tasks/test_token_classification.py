@@ -17,8 +17,7 @@ from peftcli.core.inject import inject
 from peftcli.errors import DataError
 from peftcli.methods import config_from_dict
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import PredictOptions
-from peftcli.tasks.scores import model_inputs
+from peftcli.tasks.base import PredictOptions, model_inputs
 from peftcli.tasks.text.chat import IGNORED
 
 NAME = "token_classification"

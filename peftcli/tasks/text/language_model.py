@@ -28,8 +28,7 @@ from peftcli.errors import DataError, ModelError, UsageError
 from peftcli.models import tokens
 from peftcli.schema import BaseModel
 from peftcli.system import date
-from peftcli.tasks.base import Batch, Loss, Task, write_task
-from peftcli.tasks.scores import model_inputs, on_device
+from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device, write_task
 from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
