@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 from peftcli.methods import METHODS
 from peftcli.schema import Recipe
 from peftcli.tasks import settings
+from peftcli.tasks.settings import TASK_FILE as TASK_FILE
 
 if TYPE_CHECKING:
     from peftcli.core.config import AdapterConfig
     from peftcli.models.open import OpenBase, ProcessorKind
     from peftcli.tasks.base import Task
 
-TASK_FILE = "task.json"
-"""Beside an adapter: its task and the settings that the training data completed."""
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """Beside an adapter of a pipeline: the same LoRA as diffusers reads it."""
 PIPELINE_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")

@@ -24,9 +24,8 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, PeftcliError
 from peftcli.schema import Source
 from peftcli.system.disk import write_file
-from peftcli.tasks import TASK_FILE
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.settings import TaskSettings
+from peftcli.tasks.settings import TASK_FILE, TaskSettings
 from peftcli.tasks.shown import Description, Shown
 
 if TYPE_CHECKING:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NOT_ENCODED: dict[str, Any] = {"encodes": False}
 MAY_DIFFER: dict[str, Any] = {"may_differ": True}
+TASK_FILE = "task.json"
+"""Beside an adapter: its task and the settings that the training data completed."""
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
 
