@@ -71,6 +71,10 @@ class Task(ABC, Generic[Settings]):
     """Names of findings, each about the used rows with a flag -> bit of ``Outcome.flags``."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """Names of metrics of which a smaller value is better, or patterns of them."""
+    input_packages: ClassVar[Mapping[str, str]] = {}
+    """Optional packages that read the rows' files -> the extra that brings each."""
+    instead_of_texts: ClassVar[str] = ""
+    """What a model does that reads no text, in words: virtual tokens have no place in it."""
     reads_files: ClassVar[bool] = False
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
     gathers: ClassVar[bool] = False
@@ -92,6 +96,8 @@ class Task(ABC, Generic[Settings]):
 
         The processor is of the kind that the task's row names; None where it names none.
         """
+        for package, extra in self.input_packages.items():
+            require_extra(package, extra)
         self.settings, self.processor, self.base = settings, processor, base
 
     @property
@@ -248,7 +254,14 @@ class Task(ABC, Generic[Settings]):
 
         ``config`` is a new adapter's, which may be changed to train what is new; None where one is loaded or none is.
         Returns what the user should know.
+
+        Raises:
+            AdapterError: the method puts virtual tokens before a text, which the model does not read.
         """
+        if self.instead_of_texts and getattr(config, "is_prompt_learning", False):
+            message = "puts virtual tokens before those of a text; a model that {} has no place for them"
+            hint = "Use a method that changes layers, as lora."
+            raise AdapterError(message.format(self.instead_of_texts), key="method.type", hint=hint)
         return []
 
     def check_model(self, model: nn.Module) -> None:
@@ -303,13 +316,6 @@ class Task(ABC, Generic[Settings]):
     def describe(self, view: View) -> Description:
         """Describe the training or evaluation examples: shares, counts of classes, how answers end."""
         return Description()
-
-
-def refuse_virtual_tokens(config: AdapterConfig | None, does: str) -> None:
-    """Raise AdapterError for a method that puts virtual tokens before a text, which a model that ``does`` so lacks."""
-    if getattr(config, "is_prompt_learning", False):
-        message = f"puts virtual tokens before those of a text; a model that {does} has no place for them"
-        raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
 
 
 def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:

@@ -40,7 +40,7 @@ from peftcli.tasks.labels import (
 )
 from peftcli.tasks.shown import Description
 
-Settings = TypeVar("Settings", bound=settings.Classification)
+Settings = TypeVar("Settings", bound=settings.ClassificationSettings)
 
 LABEL = Column("float32", (None,))
 """The column ``label``: the index of the class; for multi_label 0 or 1 of each class; for regression the number."""
@@ -284,7 +284,6 @@ class Classification(Task[Settings]):
         return self.labels[int(label[0])]
 
     def findings(self, view: View) -> list[Finding]:
-        """Look for classes without rows, and for one that nearly all rows are of."""
         if not self.labels:
             return []
         rows, found = self._classes(view), list[Finding]()
@@ -298,14 +297,12 @@ class Classification(Task[Settings]):
         return found + missing_classes(missing, len(rows), ", which have no row")
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
-        """Answer rows in their order; those of similar size share a batch."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self.encode_inputs(row, reader).examples[0] for row in rows]
         for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):
             yield self._answer(logits)
 
     def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
-        """What ``predict`` says of one row, from its logits (C,)."""
         if self.settings.problem_type == "regression":
             return {"value": float(logits[0])}
         if self.settings.problem_type == "multi_label":
@@ -316,7 +313,6 @@ class Classification(Task[Settings]):
         return {"label": best, "score": scores[best], "scores": scores}
 
     def _target(self, row: Row, reader: LabelReader) -> list[float]:
-        """Return the row's label as the column ``label`` holds it."""
         label, kind, key = reader.label(row), self.settings.problem_type, reader.key
         if kind == "regression":
             number = None if isinstance(label, list) else number_of(label)

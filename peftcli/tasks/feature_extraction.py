@@ -60,7 +60,7 @@ _TRUNCATED = 1
 _TOP = (1, 5, 10)
 
 
-class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
+class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
     """The task ``feature_extraction``."""
 
     name = "feature_extraction"
@@ -72,7 +72,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     flags: ClassVar = {"truncated": _TRUNCATED}
     gathers = True
 
-    def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.FeatureExtractionSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         if getattr(base.config, "is_encoder_decoder", False):
             raise ModelError(
@@ -126,8 +126,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def found(self) -> str:
         return f"{'scored pairs' if self.settings.loss == 'cosine' else 'pairs'}: the loss is {self.settings.loss}"
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.FeatureExtraction:
-        """Find whether rows are scored pairs, by their columns."""
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.FeatureExtractionSettings:
         kinds = dict[str, str]()
         for table, _ in tables:
             there = {*table.columns, *table.source.columns}
@@ -278,7 +277,6 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     # --- what commands ask --------------------------------------------------------------------------------------------
 
     def show(self, example: Example) -> Shown:
-        """The texts, and the score of scored pairs."""
         renderer, texts = TokenRenderer(self.processor), [each.tolist() for each in split(example, "input_ids")]
         scores = np.asarray(example.arrays["score"]).tolist()
         names = list(_SCORED)[:2] if scores else [*list(_PAIR)[:2], *["negative"] * (len(texts) - 2)]

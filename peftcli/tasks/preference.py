@@ -64,7 +64,7 @@ class Answers(NamedTuple):
         return self.sums / self.lengths
 
 
-class Preference(AnswerInputs, Task[settings.Preference]):
+class Preference(AnswerInputs, Task[settings.PreferenceSettings]):
     """The task ``preference``."""
 
     name = "preference"
@@ -73,7 +73,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     main_metric = "reward_accuracy"
     lower_is_better = ("loss", "nll", "kl", "reward_rejected")
 
-    def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.PreferenceSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.reference = Reference(settings.reference)
         for name, losses in _LOSSES_OF.items():

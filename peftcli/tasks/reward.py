@@ -27,7 +27,7 @@ from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader, text_reader
 
 
-class Reward(AnswerInputs, Task[settings.Reward]):
+class Reward(AnswerInputs, Task[settings.RewardSettings]):
     """The task ``reward``."""
 
     arguments: ClassVar = ("text",)

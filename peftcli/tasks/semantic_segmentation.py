@@ -33,8 +33,6 @@ from peftcli.tasks.base import (
     Task,
     model_inputs,
     on_device,
-    refuse_virtual_tokens,
-    require_extra,
     scores_of,
     table_of,
     write_task,
@@ -47,6 +45,7 @@ from peftcli.tasks.pictures import (
     open_image,
     opened_picture,
     orientation_of,
+    picture_of,
     pixels,
     png,
     processed,
@@ -72,7 +71,7 @@ _BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it 
 _BYTE = 256
 
 
-class SemanticSegmentation(Task[settings.SemanticSegmentation]):
+class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
     """The task ``semantic_segmentation``."""
 
     name = "semantic_segmentation"
@@ -89,14 +88,15 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     identity = ("digest",)
     label_columns = ("mask_digest",)
     findings_of_flags: ClassVar = {"binary_masks": _BINARY}
+    input_packages: ClassVar = {"PIL": "vision"}
+    instead_of_texts = "reads pictures"
     reads_files = True
     versions = ("transformers", "pillow")
     advice: ClassVar = {
         "no pixel counts": "Set task.ignore_index to a value that no class has, or task.reduce_labels to false."
     }
 
-    def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
-        require_extra("PIL", "vision")
+    def __init__(self, settings: settings.SemanticSegmentationSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the classes, in the order of the model's outputs."""
@@ -110,16 +110,11 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return {"use_auxiliary_head": False} if getattr(self.base.config, "use_auxiliary_head", False) else {}
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
-        """Refuse methods that this task cannot be trained with.
-
-        Raises:
-            AdapterError: the method puts virtual tokens before a text.
-        """
-        refuse_virtual_tokens(config, "reads pictures")
+        notes = super().fit_model(model, config)
         if config and self.settings.ignore_index == _USUAL < len(self.labels) + self.settings.reduce_labels:
             hint = "Name one that no class has, as -1: then every pixel counts."
             raise DataError(f"{_USUAL} is the number of a class", key="task.ignore_index", hint=hint)
-        return []
+        return notes
 
     def save(self, folder: Path) -> list[str]:
         if hasattr(self.processor, "do_reduce_labels"):
@@ -135,7 +130,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     def found(self) -> str:
         return f"{len(self.labels)} classes: {listed(self.labels)}"
 
-    def scan(self, tables: Tables) -> settings.SemanticSegmentation:
+    def scan(self, tables: Tables) -> settings.SemanticSegmentationSettings:
         """Find how many classes the masks have. Their names are their numbers."""
         scan = LabelScan()
         seen = set[int]().union(*scan.labels(tables, self.read, _values_of))
@@ -224,7 +219,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return pixels(self, pictures) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
 
     def _read_mask(self, example: Example) -> np.ndarray:
-        """The classes of a picture's pixels."""
         mask = File.of(example, "mask_")
         values, _ = stored_mask(mask.read(), mask.path)
         return self._classes(upright(values, int(example.arrays["turn"])), mask.path)
@@ -245,7 +239,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return Loss(total, sums)
 
     def constant_metrics(self, view: View) -> dict[str, float]:
-        """The most frequent class everywhere."""
         pixels = self._pixels(view)
         share = float(pixels.max() / pixels.sum())
         return {"mean_iou": share / np.count_nonzero(pixels), "loss": math.log(len(self.labels))}
@@ -281,7 +274,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return describe_counts("classes", dict(zip(self.labels, pixels.tolist(), strict=True)), int(pixels.sum()))
 
     def findings(self, view: View) -> list[Finding]:
-        """Look for classes without a pixel, and for one that nearly all pixels are of."""
         pixels, rows, ignored = self._pixels(view), len(view), self.settings.ignore_index - self.settings.reduce_labels
         missing = [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]
         found = missing_classes(missing, rows, ", in no mask")
@@ -291,7 +283,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return found
 
     def probe(self) -> Batch:
-        """Two pictures of noise."""
         return pixels(self, noise())
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
@@ -305,9 +296,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         for start in range(0, len(rows), options.batch_size):
             images = list["Image"]()
             for row in rows[start : start + options.batch_size]:
-                file, content = file_of(row, reader, "image")
-                with errors_of_row(row, reader.names["image"]):
-                    images.append(open_image(content, file.path))
+                images.append(picture_of(row, reader)[1])
             with torch.inference_mode():
                 scores = scores_of(model(**on_device(pixels(self, images), device))).float().cpu()
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):

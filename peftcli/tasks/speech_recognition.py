@@ -39,7 +39,6 @@ from peftcli.tasks.base import (
     model_inputs,
     on_device,
     refuse_unread,
-    require_extra,
     table_of,
     write_task,
 )
@@ -72,7 +71,7 @@ _MODELS = ("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speech
 """Types of models that hear in an encoder, and whose answers begin with no prompt, or Whisper's."""
 
 
-class SpeechRecognition(Task[settings.SpeechRecognition]):
+class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
     """The task ``speech_recognition``."""
 
     name = "speech_recognition"
@@ -93,10 +92,10 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     advice: ClassVar = {TOO_LONG: FINDINGS["clips_too_long"].advice}
     versions = ("transformers", "tokenizers", "soundfile")
     packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
+    input_packages: ClassVar = {"soundfile": "audio", "soxr": "audio"}
 
-    def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):
-        for package in ("soundfile", "soxr"):
-            require_extra(package, "audio")
+    def __init__(self, settings: settings.SpeechRecognitionSettings, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
         if any(name.endswith("ForCTC") for name in base.config.architectures or ()):
             raise ModelError(
                 f"{base.name} labels each moment (CTC), another task; choose a model that writes the text, as Whisper",
@@ -106,7 +105,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             message = f"{base.name} is of type {kind}, which this task does not train: it knows Whisper's prompts alone"
             hint = "choose Whisper, Moonshine, Speech2Text, SpeechT5 or a speech-encoder-decoder"
             raise ModelError(message, key="base_model", hint=hint)
-        super().__init__(settings, processor, base)
 
     @cached_property
     def extractor(self) -> Any:
@@ -336,7 +334,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return answers
 
     def show(self, example: Example) -> Shown:
-        """How long the clip is, and its transcript."""
         ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / _FRAMES
         facts = {"sound": example.arrays["path"] or "in the row", "length": f"{seconds:.2f} s"}
         facts |= {"prompt": self.settings.prompt} if self.settings.prompt else {}

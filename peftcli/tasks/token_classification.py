@@ -47,7 +47,7 @@ _TEXTS = ("text", "sentence")
 _SPANS = ("entities", "spans")
 
 
-class TokenClassification(TextInputs, Task[settings.TokenClassification]):
+class TokenClassification(TextInputs, Task[settings.TokenClassificationSettings]):
     """The task ``token_classification``."""
 
     name = "token_classification"
@@ -59,7 +59,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     findings_of_flags: ClassVar = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
 
-    def __init__(self, settings: settings.TokenClassification, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.TokenClassificationSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the tags, in the order of the model's outputs."""
@@ -82,8 +82,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         kind = self.settings.scheme
         return not self.labels or kind is None or (kind == "iob2" and not all(map(settings.is_iob2, self.labels)))
 
-    def scan(self, tables: Tables) -> settings.TokenClassification:
-        """Find the names of the tags, and whether they mark entities."""
+    def scan(self, tables: Tables) -> settings.TokenClassificationSettings:
         scan, seen = LabelScan(), dict[str, None]()
         for tags, _ in scan.labels(tables, self.read, lambda row, reader: tags_of(words_of(row, reader), row, reader)):
             seen |= dict.fromkeys(tag for tag in tags if tag is not None)
@@ -288,7 +287,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         )
 
     def show(self, example: Example) -> Shown:
-        """The text, whose entities have their type as label, or whose words have their tag."""
         ids, word_of = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "word_of"))
         named = [self.labels[tag] if tag != IGNORED else None for tag in np.asarray(example.arrays["tags"]).tolist()]
         labels = [""] * len(ids)
@@ -303,7 +301,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return Shown([Text(tokens, "text", self.names)], {"input_ids": ids, "text": renderer.text(ids), "tags": named})
 
     def _counts(self, view: View) -> Counter[str]:
-        """How many words have each tag."""
         found = Counter[str]()
         for at in range(len(view)):
             store, number = view.locate(at)
@@ -317,7 +314,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return describe_counts("tags", {name: counts[name] for name in self.labels}, max(1, counts.total()))
 
     def findings(self, view: View) -> list[Finding]:
-        """Look for tags that no word has, and for one that nearly all words have."""
         counts = self._counts(view)
         total, kind = counts.total(), FINDINGS["unbalanced_classes"]
         missing = [name for name in self.labels if not name.startswith("I-") and not counts[name]]
@@ -328,7 +324,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         ]
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
-        """Answer rows in their order; those of similar size share a batch."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         joins = "text" in reader.names
         words, examples, _ = zip(*(self._example(words_of(row, reader), joins=joins) for row in rows), strict=True)
@@ -339,7 +334,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             yield self._answer(words[at], examples[at], scores[at].softmax(-1) if at in scores else None)
 
     def _answer(self, words: Words, example: Example, scores: torch.Tensor | None) -> dict[str, Any]:
-        """What ``predict`` says of one row, from the probabilities of its pieces' tags (T, C)."""
         tags, read, sure = [OUTSIDE] * len(words.spans), list[int](), list[float]()
         for at, piece in enumerate(_first_pieces(example.arrays["word_of"], len(words.spans))):
             if piece >= 0 and scores is not None:  # a word without a piece is no end of an entity
@@ -376,7 +370,6 @@ def _entities(tags: Sequence[str], iob2: bool) -> list[tuple[str, int, int]]:
 
 
 def _types(tags: Iterable[str]) -> list[str]:
-    """The types of entities that B- and I- tags name, in order."""
     return list(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
 
 

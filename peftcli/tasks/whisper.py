@@ -19,7 +19,9 @@ _ALL_LANGUAGES = 51865
 """Tokens of the smallest model that knows several languages."""
 
 
-def complete(generation: Any, base: OpenBase, tokens: Mapping[str, int], given: settings.SpeechRecognition) -> None:
+def complete(
+    generation: Any, base: OpenBase, tokens: Mapping[str, int], given: settings.SpeechRecognitionSettings
+) -> None:
     """Complete a generation config for the settings. Those of old models name no tokens and force some.
 
     Raises:
