@@ -87,7 +87,8 @@ def test_a_circle_is_found() -> None:
 def test_figures_only_fall() -> None:
     """A bound that a change must raise is a question for its review: is there less code that does it?"""
     bounds = json.loads((ROOT / house.BOUNDS).read_text(encoding="utf-8"))
-    found = {name: figure.value for name, figure in house.figures(ROOT, parsed()).items()}
+    figures = house.figures(ROOT, parsed()) | house.reading_figures()
+    found = {name: figure.value for name, figure in figures.items()}
     assert found.keys() == bounds.keys(), "run: python docs/house.py --write"
     above = {name: (value, bounds[name]) for name, value in found.items() if value > bounds[name]}
     assert not above, "above the bound; shorten the code (names: python docs/house.py --list), or argue for --write"
