@@ -12,13 +12,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from peftcli.core.heads import parameters_of_heads
 from peftcli.data.rows import UNANSWERED, Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, PeftcliError
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
     from peftcli.core.config import AdapterConfig
     from peftcli.data.findings import Finding, Records
-    from peftcli.models.open import OpenBase
+    from peftcli.models.open import LoadedModel, OpenBase
 
+_MAX_SHOWN = 12
+"""Labels that a note names."""
 Settings = TypeVar("Settings", bound=TaskSettings)
 Batch = dict[str, Any]
 """Tensors by the names of the model's arguments, the first dimension B. What ``loss`` alone needs, of any kind, has a
@@ -454,6 +457,41 @@ def write_task(folder: Path, name: str, **parts: Any) -> str:
     values = {"type": name, **parts}
     write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False, default=asdict) + "\n").encode())
     return TASK_FILE
+
+
+def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
+    """Check that a head that goes on training keeps the meaning of its outputs.
+
+    ``options`` are the task's ``model_options``, and ``recorded`` those of the adapter that holds the head; empty where
+    it does not say them.
+
+    Raises:
+        DataError: the classes are others, or in another order.
+    """
+    before, now = (list(each.get("id2label", {}).values()) for each in (recorded, options))
+    if before and now and before != now:
+        hint = f"task: {{labels: [{', '.join(map(str, before))}]}}"
+        raise DataError(f"are {now}, and {before} in {folder}", key="task.labels", hint=hint)
+
+
+def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
+    """Return the model, with the last layer of a head for as many other labels among the new ones, and a note."""
+    stored: dict[Any, Any] = getattr(task.base.config, "id2label", None) or {}
+    wanted: dict[Any, Any] = task.model_options().get("id2label", {})
+    before, now = ([str(names[key]) for key in sorted(names, key=int)] for names in (stored, wanted))
+    if len(before) != len(now) or before == now or all(name.startswith("LABEL_") for name in before):
+        return loaded
+    known = {name: loaded.model.get_parameter(name) for name in parameters_of_heads(loaded.model)}
+    last = [
+        name
+        for name, value in known.items()
+        if value.ndim and value.shape[0] == len(now) and name not in loaded.initialised
+    ]
+    if not last:
+        return loaded
+    modules, others = sorted({name.rpartition(".")[0] for name in last}), ", ".join(before[:_MAX_SHOWN])
+    note = f"{', '.join(modules)} of {task.base.name} was made for other labels ({others}), and is trained too"
+    return replace(loaded, initialised=(*loaded.initialised, *last), note=note)
 
 
 def number_in(value: Any) -> Any:

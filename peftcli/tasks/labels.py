@@ -7,10 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peftcli.core.heads import parameters_of_heads
 from peftcli.data.findings import Finding
 from peftcli.data.rows import Reader, Row, Table, listed, shortened, truth_in
 from peftcli.data.text_rows import parse_json
@@ -19,15 +18,10 @@ from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.shown import Description
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peftcli.models.open import LoadedModel
-    from peftcli.tasks.base import Task
+    pass
 
 UNBALANCED = 0.95
 """A larger share of one class is a finding."""
-_MAX_SHOWN = 12
-"""Labels that a note names."""
 _LIST = re.compile(r"""\s*\[\s*(["'].*["']\s*)?\]\s*""", re.DOTALL)
 """A text that holds a list of texts."""
 _SEPARATORS = ("|", ";", ",")
@@ -218,41 +212,3 @@ def missing_classes(missing: Collection[str], total: int, more: str = "", unit: 
     """Return the finding about classes that none of the rows, or of another ``unit``, is of."""
     kind, named = FINDINGS["missing_classes"], f" {listed(missing)}{more}"
     return [kind.finding(total, total, (), more=named, unit=unit)] if missing else []
-
-
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
-    """Check that a head that goes on training keeps the meaning of its outputs.
-
-    ``options`` are the task's ``model_options``, and ``recorded`` those of the adapter that holds the head; empty where
-    it does not say them.
-
-    Raises:
-        DataError: the classes are others, or in another order.
-    """
-    before, now = (list(each.get("id2label", {}).values()) for each in (recorded, options))
-    if before and now and before != now:
-        hint = f"task: {{labels: [{', '.join(map(str, before))}]}}"
-        raise DataError(f"are {now}, and {before} in {folder}", key="task.labels", hint=hint)
-
-
-def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
-    """Return the model, with the last layer of a head for as many other labels among the new ones, and a note."""
-    stored: dict[Any, Any] = getattr(task.base.config, "id2label", None) or {}
-    wanted: dict[Any, Any] = task.model_options().get("id2label", {})
-    before, now = ([str(names[key]) for key in sorted(names, key=int)] for names in (stored, wanted))
-    if len(before) != len(now) or before == now or all(name.startswith("LABEL_") for name in before):
-        return loaded
-    known = {name: loaded.model.get_parameter(name) for name in parameters_of_heads(loaded.model)}
-    last = [
-        name
-        for name, value in known.items()
-        if value.ndim and value.shape[0] == len(now) and name not in loaded.initialised
-    ]
-    if not last:
-        return loaded
-    modules, others = sorted({name.rpartition(".")[0] for name in last}), ", ".join(before[:_MAX_SHOWN])
-    note = f"{', '.join(modules)} of {task.base.name} was made for other labels ({others}), and is trained too"
-    return replace(loaded, initialised=(*loaded.initialised, *last), note=note)

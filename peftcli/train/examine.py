@@ -23,8 +23,7 @@ from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import Task
-from peftcli.tasks.labels import refuse_other_classes
+from peftcli.tasks.base import Task, refuse_other_classes
 from peftcli.train.checked import DeepCheck
 from peftcli.train.data import RunData, load_data, plan_of, prepare_method, refuse_few_rows, with_task
 from peftcli.train.devices.accelerator import refuse_attention

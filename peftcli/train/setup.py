@@ -33,8 +33,7 @@ from peftcli.models.weights import BaseWeights
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
-from peftcli.tasks.base import Begins, Task, model_inputs, on_device
-from peftcli.tasks.labels import refuse_other_classes, with_trained_head
+from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
 from peftcli.tasks.text.unpadded import lengths_in_row, unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import Data, RunData, prepare_config
