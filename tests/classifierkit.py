@@ -14,8 +14,10 @@ import transformers
 from PIL import Image
 from trainkit import base_folder, scratch, tokenizer, write_rows
 
+from peftcli.core.inject import inject
 from peftcli.data.rows import Place, Row, Table
 from peftcli.errors import DataError
+from peftcli.methods import config_from_dict
 from peftcli.schema import BaseModel, Source
 from peftcli.tasks import TASKS
 
@@ -140,6 +142,21 @@ def open_task(name: str = "sequence_classification", kind: str | Path = "bert", 
     """The task over a tiny base model."""
     row = TASKS[name]
     return row.open(row.settings(**settings), base_of(kind))
+
+
+def head_model(task: Any, method: Mapping[str, Any] | None = None) -> Any:
+    """The task's model of transformers with a new head, and with a method's weights that are drawn."""
+    row = TASKS[task.name]
+    torch.manual_seed(0)
+    model = getattr(transformers, row.auto_class).from_pretrained(task.base.name, **task.model_options())
+    task.fit_model(model, None)
+    if method is not None:
+        inject(model, config_from_dict({"task_type": row.task_type, **method}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5)
+    return model.eval()
 
 
 def table_of(

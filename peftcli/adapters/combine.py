@@ -21,7 +21,6 @@ from peftcli.models.open import open_base
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
 from peftcli.tasks import DIFFUSERS_FILE, TASK_FILE, TASKS
-from peftcli.tasks.base import Saves
 
 _MAY_DIFFER = ("_config.json", ".jinja", "special_tokens_map.json")
 """Ends of files that say how texts and pictures are prepared, and who wrote them. The first adapter's are taken."""
@@ -90,7 +89,7 @@ def combine_adapters(
                 error.message += f"; combining adapters of {task} needs their base model"
                 raise
             opened = sources[0].open_task(base)
-            assert isinstance(opened, Saves)
+            assert opened is not None
             opened.save(partial)
         write_card(partial)
     given = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]

@@ -43,8 +43,7 @@ from peftcli.schema import BaseModel
 from peftcli.system.disk import write_file
 from peftcli.system.outputs import expand_user, new_folder, require_empty, storage_errors
 from peftcli.system.secrets import redact_values
-from peftcli.tasks.base import Exports, Probes, Task
-from peftcli.tasks.scores import on_device, scores_of
+from peftcli.tasks.base import Exports, Probes, Task, on_device, scores_of
 from peftcli.tasks.text.stop_tokens import missing_stops
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}

@@ -14,7 +14,7 @@ from peftcli.core.layer import adapter_layers, base_module
 from peftcli.core.merge import merge_layer_by_layer
 from peftcli.core.quantised import is_quantised
 from peftcli.errors import AdapterError
-from peftcli.tasks.scores import scores_of
+from peftcli.tasks.base import scores_of
 
 _TOLERANCE = 1e-4
 """Largest difference of logits in float32, root mean square relative to their spread. Seen were 2e-6."""

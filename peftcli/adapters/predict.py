@@ -22,7 +22,7 @@ from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.models.parts import widen_heads
 from peftcli.system.outputs import expand_user, is_stream
-from peftcli.tasks.base import FitsModel, PredictOptions, Predicts, Task
+from peftcli.tasks.base import PredictOptions, Predicts, Task
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import Prompt, prompt_of
 from peftcli.tasks.text.unpadded import unpad
@@ -133,8 +133,7 @@ def load_for_task(
         ModelError: the base model cannot be loaded.
     """
     loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
-    if isinstance(task, FitsModel):
-        task.fit_model(loaded.model, None)
+    task.fit_model(loaded.model, None)
     if with_adapter:
         apply_adapter(loaded, source)
     widen_heads(loaded.model)

@@ -28,7 +28,7 @@ from peftcli.models.diffusion import quiet_diffusers
 from peftcli.models.guarded import quiet
 from peftcli.models.open import OpenBase
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE
-from peftcli.tasks.base import Batch, Exports, PredictOptions, Predicts, Probes, Saves, Task, reader_of_texts
+from peftcli.tasks.base import Batch, Exports, PredictOptions, Predicts, Probes, Task, reader_of_texts
 from peftcli.tasks.pipelines import Answer, answers_of_both, has_pipeline
 from peftcli.tasks.scores import scores_on
 
@@ -265,7 +265,6 @@ def _blame_form(source: AdapterSource, task: Task[Any], forms: Sequence[str]) ->
     with tempfile.TemporaryDirectory() as scratch:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copy(source.folder / name, scratch)
-        assert isinstance(task, Saves)
         task.save(Path(scratch))
         for form in forms:
             paths = (Path(folder) / form for folder in (source.folder, scratch))

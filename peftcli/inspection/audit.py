@@ -19,7 +19,7 @@ from peftcli.data.findings import FINDINGS, Finding
 from peftcli.data.rows import BAD, USED
 from peftcli.data.store import View
 from peftcli.data.used_rows import UsedRows, repeats
-from peftcli.tasks.base import Audits, Describes, Task
+from peftcli.tasks.base import Task
 from peftcli.tasks.shown import Description
 
 _LISTED = 10
@@ -50,9 +50,9 @@ def audit(view: View, task: Task[Any], *, split: str = "train") -> Audit:
     ``split``, ``train`` or ``eval``, is how findings name the rows.
     """
     rows = UsedRows(view)
-    description = task.describe(view) if isinstance(task, Describes) else Description()
+    description = task.describe(view)
     facts, hashes = _facts(view, rows, task), None
-    findings = task.findings(view) if isinstance(task, Audits) else []
+    findings = task.findings(view)
     if task.identity:
         hashes, pairs = find_duplicates(rows, task.identity)
         labelled = rows.hashes(*task.identity, *task.label_columns) if task.label_columns else hashes

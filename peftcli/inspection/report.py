@@ -25,7 +25,7 @@ from peftcli.models.open import open_base
 from peftcli.schema import Recipe
 from peftcli.system.secrets import secret_spans
 from peftcli.tasks import open_task
-from peftcli.tasks.base import Packs, Shows
+from peftcli.tasks.base import Packs
 from peftcli.tasks.shown import Label, Part, Shown, Text, TokenText
 from peftcli.train.data import Data, load_data, plan_of, with_task
 from peftcli.train.devices.launch import total_processes
@@ -106,7 +106,7 @@ class Inspection:
         example, row = store[position], int(store.row_of[position])
         first, last = np.searchsorted(store.row_of, [row, row + 1]).tolist()
         record, task = store.rows[row], self.task
-        shown = task.show(example) if isinstance(task, Shows) else Shown()
+        shown = task.show(example)
         size = example.size + (0 if task.targets_in_size else example.num_targets)
         return ShownRow(
             index=index,

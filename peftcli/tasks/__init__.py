@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 from peftcli.methods import METHODS
 from peftcli.schema import Recipe
 from peftcli.tasks import settings
+from peftcli.tasks.settings import TASK_FILE as TASK_FILE
 
 if TYPE_CHECKING:
     from peftcli.core.config import AdapterConfig
     from peftcli.models.open import OpenBase, ProcessorKind
     from peftcli.tasks.base import Task
 
-TASK_FILE = "task.json"
-"""Beside an adapter: its task and the settings that the training data completed."""
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """Beside an adapter of a pipeline: the same LoRA as diffusers reads it."""
 PIPELINE_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -173,7 +172,7 @@ TASKS: dict[str, TaskRow] = {
     "causal_lm": TaskRow(
         task_type="CAUSAL_LM",
         auto_class="AutoModelForCausalLM",
-        settings=settings.CausalLM,
+        settings=settings.CausalLMSettings,
         module="causal_lm",
         processor="tokenizer",
         reads=(("text",), *_ANSWERED),
@@ -185,7 +184,7 @@ TASKS: dict[str, TaskRow] = {
     "seq2seq_lm": TaskRow(
         task_type="SEQ_2_SEQ_LM",
         auto_class="AutoModelForSeq2SeqLM",
-        settings=settings.Seq2SeqLM,
+        settings=settings.Seq2SeqLMSettings,
         module="seq2seq_lm",
         processor="tokenizer",
         reads=_ANSWERED,
@@ -200,7 +199,7 @@ TASKS: dict[str, TaskRow] = {
     "sequence_classification": TaskRow(
         task_type="SEQ_CLS",
         auto_class="AutoModelForSequenceClassification",
-        settings=settings.SequenceClassification,
+        settings=settings.SequenceClassificationSettings,
         module="sequence_classification",
         processor="tokenizer",
         reads=tuple((*texts, label) for texts in (("text",), ("sentence",), *PAIRS) for label in LABELS),
@@ -216,7 +215,7 @@ TASKS: dict[str, TaskRow] = {
     "token_classification": TaskRow(
         task_type="TOKEN_CLS",
         auto_class="AutoModelForTokenClassification",
-        settings=settings.TokenClassification,
+        settings=settings.TokenClassificationSettings,
         module="token_classification",
         processor="tokenizer",
         reads=(*((tokens, tags) for tokens in TOKENS for tags in TAGS), ("text", "entities"), ("text", "spans")),
@@ -232,7 +231,7 @@ TASKS: dict[str, TaskRow] = {
     "question_answering": TaskRow(
         task_type="QUESTION_ANS",
         auto_class="AutoModelForQuestionAnswering",
-        settings=settings.QuestionAnswering,
+        settings=settings.QuestionAnsweringSettings,
         module="question_answering",
         processor="tokenizer",
         reads=(("question", "context", "answers"), ("question", "context", "answer")),
@@ -250,7 +249,7 @@ TASKS: dict[str, TaskRow] = {
     "feature_extraction": TaskRow(
         task_type="FEATURE_EXTRACTION",
         auto_class="AutoModel",
-        settings=settings.FeatureExtraction,
+        settings=settings.FeatureExtractionSettings,
         module="feature_extraction",
         processor="tokenizer",
         reads=(("anchor", "positive"), ("query", "positive"), ("sentence1", "sentence2", "score")),
@@ -268,7 +267,7 @@ TASKS: dict[str, TaskRow] = {
     "preference": TaskRow(
         task_type="CAUSAL_LM",
         auto_class="AutoModelForCausalLM",
-        settings=settings.Preference,
+        settings=settings.PreferenceSettings,
         module="preference",
         processor="tokenizer",
         reads=(("chosen", "rejected"), ("prompt", "completion", "label")),
@@ -283,7 +282,7 @@ TASKS: dict[str, TaskRow] = {
     "reward": TaskRow(
         task_type="SEQ_CLS",
         auto_class="AutoModelForSequenceClassification",
-        settings=settings.Reward,
+        settings=settings.RewardSettings,
         module="reward",
         processor="tokenizer",
         reads=(("chosen", "rejected"),),
@@ -297,7 +296,7 @@ TASKS: dict[str, TaskRow] = {
     "image_classification": TaskRow(
         task_type=None,
         auto_class="AutoModelForImageClassification",
-        settings=settings.ImageClassification,
+        settings=settings.ImageClassificationSettings,
         module="image_classification",
         processor="image_processor",
         reads=tuple((image, label) for image in PICTURES for label in LABELS),
@@ -316,7 +315,7 @@ TASKS: dict[str, TaskRow] = {
     "semantic_segmentation": TaskRow(
         task_type=None,
         auto_class="AutoModelForSemanticSegmentation",
-        settings=settings.SemanticSegmentation,
+        settings=settings.SemanticSegmentationSettings,
         module="semantic_segmentation",
         processor="image_processor",
         reads=tuple(
@@ -340,7 +339,7 @@ TASKS: dict[str, TaskRow] = {
     "speech_recognition": TaskRow(
         task_type=None,
         auto_class="AutoModelForSpeechSeq2Seq",
-        settings=settings.SpeechRecognition,
+        settings=settings.SpeechRecognitionSettings,
         module="speech_recognition",
         processor="processor",
         reads=tuple((audio, text) for audio in ("audio", "file_name") for text in TRANSCRIPTS),
@@ -362,7 +361,7 @@ TASKS: dict[str, TaskRow] = {
     "text_to_image": TaskRow(
         task_type=None,
         auto_class="DiffusionPipeline",
-        settings=settings.TextToImage,
+        settings=settings.TextToImageSettings,
         module="text_to_image",
         processor=None,
         reads=tuple((image, text) for image in PICTURES for text in CAPTIONS),

@@ -1,7 +1,7 @@
 """The task seam: how rows become examples, examples a batch, a batch a loss, and losses metrics.
 
-A task subclasses ``Task``; whatever else it can do it says by having the methods of a capability (``Packs``,
-``Predicts``, ...), for which commands ask with ``isinstance``.
+A task subclasses ``Task``, whose last methods do nothing by default. A few capabilities (``Packs``, ``Predicts``, ...)
+are protocols, for which commands ask with ``isinstance``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import hashlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
 
 from peftcli.data.rows import UNANSWERED, Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
@@ -23,19 +25,17 @@ from peftcli.errors import AdapterError, DataError, PeftcliError
 from peftcli.models.parts import parameters_of_heads
 from peftcli.schema import Source
 from peftcli.system.disk import write_file
-from peftcli.tasks import TASK_FILE
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.settings import TaskSettings
+from peftcli.tasks.settings import TASK_FILE, TaskSettings
+from peftcli.tasks.shown import Description, Shown
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import nn
 
     from peftcli.core.config import AdapterConfig
     from peftcli.data.findings import Finding, Records
     from peftcli.models.open import LoadedModel, OpenBase
-    from peftcli.tasks.shown import Description, Shown
 
 _MAX_SHOWN = 12
 """Labels that a note names."""
@@ -74,8 +74,14 @@ class Task(ABC, Generic[Settings]):
     """Names of findings, each about the used rows with a flag -> bit of ``Outcome.flags``."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """Names of metrics of which a smaller value is better, or patterns of them."""
+    input_packages: ClassVar[Mapping[str, str]] = {}
+    """Optional packages that read the rows' files -> the extra that brings each."""
+    instead_of_texts: ClassVar[str] = ""
+    """What a model does that reads no text, in words: virtual tokens have no place in it."""
     reads_files: ClassVar[bool] = False
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
+    gathers: ClassVar[bool] = False
+    """Whether ``loss`` compares the rows of all processes: each must take part each time."""
     identity: ClassVar[Sequence[str]] = ()
     """Columns whose values make two inputs equal, by which ``inspect`` finds duplicates. None: it does not look."""
     method: AdapterConfig | None = None
@@ -93,6 +99,8 @@ class Task(ABC, Generic[Settings]):
 
         The processor is of the kind that the task's row names; None where it names none.
         """
+        for package, extra in self.input_packages.items():
+            require_extra(package, extra)
         self.settings, self.processor, self.base = settings, processor, base
 
     @property
@@ -111,7 +119,7 @@ class Task(ABC, Generic[Settings]):
 
         That of a task that compares the rows of a batch is not.
         """
-        return not isinstance(self, Gathers)
+        return not self.gathers
 
     def sizes_with_targets(self, view: View) -> np.ndarray:
         """The size of each example, with its targets: what users read as its tokens."""
@@ -222,34 +230,95 @@ class Task(ABC, Generic[Settings]):
         order; ``num_targets`` over all examples.
         """
 
-
-@runtime_checkable
-class Scans(Protocol):
-    """Takes settings from the training data: reads it once before any row is encoded."""
-
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> Any:
-        """Read the training rows, source by source, and return complete settings.
-
-        It is called where ``needs_scan`` holds; rows that cannot be read are left out.
-
-        Raises:
-            DataError: the rows do not say it.
-        """
+    # --- what only some tasks do --------------------------------------------------------------------------------------
 
     @property
     def needs_scan(self) -> bool:
         """Whether the settings lack what only the data says, as the names of labels."""
+        return False
+
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> Any:
+        """Read the training rows, source by source, before any row is encoded, and return complete settings.
+
+        Rows that cannot be read are left out.
+
+        Raises:
+            DataError: the rows do not say it.
+        """
+        return self.settings
 
     @property
     def found(self) -> str:
         """What ``scan`` has found, for the user."""
+        return ""
 
+    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
+        """Change the loaded base model before an adapter is put into it, as new tokens need rows.
 
-def refuse_virtual_tokens(config: AdapterConfig | None, does: str) -> None:
-    """Raise AdapterError for a method that puts virtual tokens before a text, which a model that ``does`` so lacks."""
-    if getattr(config, "is_prompt_learning", False):
-        message = f"puts virtual tokens before those of a text; a model that {does} has no place for them"
-        raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+        ``config`` is a new adapter's, which may be changed to train what is new; None where one is loaded or none is.
+        Returns what the user should know.
+
+        Raises:
+            AdapterError: the method puts virtual tokens before a text, which the model does not read.
+        """
+        if self.instead_of_texts and getattr(config, "is_prompt_learning", False):
+            message = "puts virtual tokens before those of a text; a model that {} has no place for them"
+            hint = "Use a method that changes layers, as lora."
+            raise AdapterError(message.format(self.instead_of_texts), key="method.type", hint=hint)
+        return []
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check a model with its adapter, on its device, before it trains.
+
+        Raises:
+            ModelError: it cannot be trained for the task.
+        """
+
+    def refuse_size(self, largest: int, *, of_target: bool = False) -> None:
+        """Check the size of the largest example, or of the largest target where that is apart.
+
+        Raises:
+            DataError: the base model cannot read it.
+        """
+
+    def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
+        """Check, for a loss that compares rows, that there are enough of them, for ``training`` or evaluation.
+
+        ``count`` are compared at most: those that are in the model at once, in all processes if the task ``gathers``.
+
+        Raises:
+            DataError: something else would be learnt, or measured.
+        """
+
+    def gather_nothing(self, device: torch.device) -> None:
+        """Take part in the comparison of a micro-batch of which this process has no rows; of tasks that ``gathers``."""
+
+    def step_inputs(self, examples: Iterable[Example]) -> Batch:
+        """Return what the loss needs of all examples of a step, however they are split, for each of its batches."""
+        return {}
+
+    def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
+        """Write files that show what the model does into a run's folder, in one process, after an evaluation."""
+
+    def stops(self, model: nn.Module) -> list[int]:
+        """Return the tokens that end an answer of the finished adapter, where the model's own config lacks some."""
+        return []
+
+    def save(self, folder: Path) -> list[str]:
+        """Write the files that a reader needs besides adapter and base model, and return their names."""
+        return []
+
+    def show(self, example: Example) -> Shown:
+        """Show an example as texts, labels, pictures and facts."""
+        return Shown()
+
+    def findings(self, view: View) -> list[Finding]:
+        """Look for what is odd with the training or evaluation examples, beyond their records. None is an error."""
+        return []
+
+    def describe(self, view: View) -> Description:
+        """Describe the training or evaluation examples: shares, counts of classes, how answers end."""
+        return Description()
 
 
 def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:
@@ -257,11 +326,6 @@ def refuse_unread(settings: Any, names: Iterable[str], message: str) -> None:
     for each in fields(settings):
         if each.name in names and getattr(settings, each.name) != each.default:
             raise DataError(message, key=f"task.{each.name}")
-
-
-def left_out_hint(error: DataError | None) -> str | None:
-    """The hint of a scan's error, where rows that cannot be read were left out; ``error`` is that of the first one."""
-    return f"Rows that cannot be read were left out. The first: {error}" if error else None
 
 
 @runtime_checkable
@@ -309,71 +373,11 @@ class Predicts(Protocol):
 
 
 @runtime_checkable
-class Shows(Protocol):
-    """Shows an example to people."""
-
-    def show(self, example: Example) -> Shown:
-        """Show an example as texts, labels, pictures and facts."""
-
-
-@runtime_checkable
-class Audits(Protocol):
-    """Finds what is odd with examples, beyond what the records of rows show."""
-
-    def findings(self, view: View) -> list[Finding]:
-        """Examine all examples, of the training rows or of the evaluation rows. No finding may be an error."""
-
-
-@runtime_checkable
-class Describes(Protocol):
-    """Knows more of the data than sizes and outcomes: shares, counts of classes, how answers end."""
-
-    def describe(self, view: View) -> Description:
-        """Describe all examples, of the training rows or of the evaluation rows."""
-
-
-@runtime_checkable
 class Probes(Protocol):
     """Makes up inputs, to compare a model's outputs before and after a change."""
 
     def probe(self) -> Batch:
         """A small batch without targets, the same each time. The model's ``logits`` of it are compared."""
-
-
-@runtime_checkable
-class Limits(Protocol):
-    """Has examples that may be too large for the base model."""
-
-    def refuse_size(self, largest: int, *, of_target: bool = False) -> None:
-        """Check the size of the largest example, or of the largest target where that is apart.
-
-        Raises:
-            DataError: the base model cannot read it.
-        """
-
-
-@runtime_checkable
-class FitsModel(Protocol):
-    """Changes the loaded base model, as new tokens need rows."""
-
-    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
-        """Change the model before an adapter is put into it.
-
-        ``config`` is a new adapter's, which may be changed to train what is new; None where one is loaded or none is.
-        Returns what the user should know.
-        """
-
-
-@runtime_checkable
-class ChecksModel(Protocol):
-    """Cannot train every model that has its head: what a model computes decides."""
-
-    def check_model(self, model: nn.Module) -> None:
-        """Check a model with its adapter, on its device, before it trains.
-
-        Raises:
-            ModelError: it cannot be trained for the task.
-        """
 
 
 @runtime_checkable
@@ -388,65 +392,60 @@ class Begins(Protocol):
 
 
 @runtime_checkable
-class Illustrates(Protocol):
-    """Shows what the model does while it trains, in files."""
-
-    def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Write files into the folder of a run, in one process, after an evaluation at this step."""
-
-
-@runtime_checkable
-class Saves(Protocol):
-    """Keeps files beside the adapter."""
-
-    def save(self, folder: Path) -> list[str]:
-        """Write the files that a reader needs besides adapter and base model, and return their names."""
-
-
-@runtime_checkable
-class EndsAnswers(Protocol):
-    """Trains a model that writes answers."""
-
-    def stops(self, model: nn.Module) -> list[int]:
-        """Return the tokens that end an answer of the finished adapter, where the model's own config lacks some."""
-
-
-@runtime_checkable
-class Compares(Protocol):
-    """Compares rows with one another in ``loss``, while the model trains."""
-
-    def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
-        """Check whether the number of examples, for ``training`` or evaluation, is enough to compare them.
-
-        ``count`` are compared at most: those that are in the model at once, in all processes if the task gathers them.
-
-        Raises:
-            DataError: something else would be learnt, or measured.
-        """
-
-
-@runtime_checkable
-class Gathers(Compares, Protocol):
-    """Compares the rows of all processes: each must take part each time."""
-
-    def gather_nothing(self, device: torch.device) -> None:
-        """Take part in the comparison of a micro-batch of which this process has no rows."""
-
-
-@runtime_checkable
-class KnowsStep(Protocol):
-    """Has a loss that depends on all examples of a step, however they are split."""
-
-    def step_inputs(self, examples: Sequence[Example]) -> Batch:
-        """Return what is computed from all examples of a step, and added to each of its training batches."""
-
-
-@runtime_checkable
 class Exports(Protocol):
     """Has readers in another ecosystem, whose models are folders with files of their own."""
 
     def export(self, folder: Path) -> None:
         """Write such files beside a merged model."""
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
+    }
+
+
+def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """The model's arguments in a batch."""
+    return {name: value for name, value in batch.items() if not name.startswith("_")}
+
+
+def scores_of(outputs: Any) -> torch.Tensor:
+    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or what comes first.
+
+    First come hidden states, or the logits of a model that has several heads.
+    """
+    if "sample" in outputs:
+        return outputs.sample
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    return outputs.logits if "logits" in outputs else outputs[0]
+
+
+def logits_of(
+    model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
+) -> list[torch.Tensor]:
+    """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
+    device = next(model.parameters()).device
+
+    def compute(some: Sequence[Example]) -> torch.Tensor:
+        with torch.inference_mode():
+            return scores_of(model(**model_inputs(on_device(collate(some), device)))).float().cpu()
+
+    return in_batches(examples, batch_size, compute)
+
+
+def in_batches(
+    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], Iterable[Any]]
+) -> list[Any]:
+    """What ``compute`` gives for each example, in order. Examples of similar size share a batch."""
+    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
+    found: dict[int, Any] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)
+    return [found[at] for at in range(len(examples))]
 
 
 def write_task(folder: Path, name: str, **parts: Any) -> str:

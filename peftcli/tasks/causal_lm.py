@@ -24,7 +24,7 @@ _SAMPLE = 8
 """Tokens of the examples that the packing check compares."""
 
 
-class CausalLM(LanguageModel[settings.CausalLM]):
+class CausalLM(LanguageModel[settings.CausalLMSettings]):
     """The task ``causal_lm``."""
 
     name = "causal_lm"

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -21,46 +19,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import Reader, Row, Table, listed, shortened, truth_in
+from peftcli.data.rows import Reader, Row, Table, listed, shortened
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.data.text_rows import parse_json
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import LABELS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out_hint, table_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
-from peftcli.tasks.scores import logits_of
+from peftcli.tasks.labels import (
+    UNBALANCED,
+    LabelReader,
+    LabelScan,
+    Tables,
+    describe_counts,
+    index_of,
+    joined_labels,
+    missing_classes,
+    number_of,
+    weights_of,
+)
 from peftcli.tasks.shown import Description
 
-Settings = TypeVar("Settings", bound=settings.Classification)
+Settings = TypeVar("Settings", bound=settings.ClassificationSettings)
 
 LABEL = Column("float32", (None,))
 """The column ``label``: the index of the class; for multi_label 0 or 1 of each class; for regression the number."""
-_LIST = re.compile(r"""\s*\[\s*(["'].*["']\s*)?\]\s*""", re.DOTALL)
-"""A text that holds a list of texts."""
-_SEPARATORS = ("|", ";", ",")
 _JOINED = 1 << 8
 """Flag of a row whose label seems to be several ones."""
-_UNBALANCED = 0.95
 _HALF = 0.5
 _TOP = 5
-
-
-@dataclass(frozen=True)
-class LabelReader(Reader):
-    """Which columns hold a row's inputs and its label."""
-
-    classes: tuple[str, ...] = ()
-    """What the numbers in the column of labels stand for, if the source says so."""
-    labels: tuple[str, ...] = ()
-    """The classes as far as the settings name them."""
-    one_hot: tuple[str, ...] = ()
-    """The columns of 0 and 1 that hold the labels instead of one column: each is the name of its class."""
-
-    @property
-    def key(self) -> str:
-        """What errors name as the place of the label."""
-        return self.names.get("label", "dataset.columns.labels")
 
 
 class Classification(Task[Settings]):
@@ -78,29 +65,17 @@ class Classification(Task[Settings]):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the classes, in the order of the model's outputs; none for regression."""
-        self._index = {name: index for index, name in enumerate(self.labels)}
-        weights = settings.class_weights or {}
+        single, weights = settings.problem_type == "single_label", settings.class_weights or {}
         for key in ("labels", "class_weights"):
             if settings.problem_type == "regression" and getattr(settings, key):
                 raise DataError("is a setting of classes; regression predicts a number", key=f"task.{key}")
-        if len(self._index) < len(self.labels):
-            raise DataError("names a class twice", key="task.labels")
-        if self.labels and (unknown := [name for name in weights if name not in self._index]):
-            raise DataError(
-                f"{unknown[0]!r} is not one of the classes: {listed(self.labels)}", key="task.class_weights"
-            )
-        self._weights = torch.tensor([weights.get(name, 1.0) for name in self.labels])
-        if self.labels and not self._weights.any():
-            raise DataError("no class has a weight above 0: nothing would be learnt", key="task.class_weights")
+        self._index = index_of(self.labels, "class", by_number=settings.labels_by_number and single)
+        self._weights = torch.tensor(weights_of(self.labels, weights))
         separator, several = settings.label_separator, settings.problem_type in (None, "multi_label")
         if separator is not None and not (separator and several):
             problem = f"a row has one label with problem_type: {settings.problem_type}" if separator else "is empty"
             raise DataError(problem, key="task.label_separator", hint="Leave it out.")
-        one_class = settings.problem_type == "single_label"
-        self._separator, self._joined = joined_labels(self.labels) if one_class else ("", [])
-        self._index = {name.strip(): at for name, at in self._index.items()} | self._index
-        if settings.labels_by_number and settings.problem_type == "single_label":
-            self._index |= places_of(self.labels)
+        self._separator, self._joined = joined_labels(self.labels) if single else ("", [])
 
     @abstractmethod
     def input_columns(self, table: Table) -> Mapping[str, Sequence[str]]:
@@ -126,38 +101,29 @@ class Classification(Task[Settings]):
         kind = self.settings.problem_type
         return kind is None or (kind != "regression" and not self.labels)
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> Settings:
+    def scan(self, tables: Tables) -> Settings:
         """Find what kind of labels the rows have, and the names of the classes.
 
         Names keep the order of a ``ClassLabel``, else that in which the rows show them. Classes that are called 0 to
         n - 1 keep their numbers.
         """
-        declared, seen, lists, floats = dict[str, None](), dict[str, float | None](), False, False
-        lengths, repeats, first_error, limited, all_declare = set[int](), False, None, False, True
-        for table, rows in tables:
-            reader, limited = self.read(table), limited or table.source.limit is not None
-            declared |= dict.fromkeys(reader.classes)
-            all_declare = all_declare and bool(reader.classes)
-            for row in (each for each in rows if not reader.left_out(each)):
-                try:
-                    label = self._label(row, reader)
-                except DataError as error:
-                    first_error = first_error or error
-                    continue
-                lists, floats = lists or isinstance(label, list), floats or isinstance(label, float)
-                if isinstance(label, list):
-                    lengths.add(len(label))
-                    repeats = repeats or len(set(label)) < len(label)
-                seen |= {str(name): _number(name) for name in (label if isinstance(label, list) else [label])}
+        scan, seen, floats, repeats = LabelScan(), dict[str, float | None](), False, False
+        lengths = set[int]()  # of lists
+        for label in scan.labels(tables, self.read, lambda row, reader: reader.label(row)):
+            names = label if isinstance(label, list) else [label]
+            seen |= {str(name): number_of(name) for name in names}
+            floats = floats or isinstance(label, float)
+            repeats = repeats or len(set(names)) < len(names)
+            lengths |= {len(label)} if isinstance(label, list) else set()
         if len(lengths) == 1 and (repeats or lengths == {2}) and seen.keys() <= {"0", "1", "True", "False"}:
             message = "of the training rows have a 0 or 1 for each class; give the names of a row's classes"
             raise DataError(f"the labels {message}", key="dataset.train")
-        kind = self.settings.problem_type or ("multi_label" if lists else None)
+        kind = self.settings.problem_type or ("multi_label" if lengths else None)
         numbers = [number for number in seen.values() if number is not None]
         fractions = len(numbers) == len(seen) and any(number % 1 for number in numbers)
-        if kind is None and not self.labels and not declared and (floats or fractions):
+        if kind is None and not self.labels and not scan.declared and (floats or fractions):
             return replace(self.settings, problem_type="regression")
-        labels = list(self.labels or declared or seen)
+        labels = list(self.labels or scan.declared or seen)
         if not self.labels and set(labels) == set(map(str, range(len(labels)))):
             labels.sort(key=int)
         if len(self.labels) == 1 and kind != "multi_label":
@@ -165,24 +131,29 @@ class Classification(Task[Settings]):
         if len(labels) < 2 and kind != "multi_label":
             found = f"all training rows have the label {labels[0]!r}" if labels else "no training row has a label"
             cut = "dataset.limit takes the first rows, which may be of one class: raise it, or leave it out"
-            hint = left_out_hint(first_error) or (cut if limited else None)
+            hint = scan.hint or (cut if scan.is_limited else None)
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
         kind = kind or "single_label"
-        by_number = self.settings.labels_by_number and kind == "single_label" and bool(self.labels or all_declare)
+        by_number = self.settings.labels_by_number and kind == "single_label" and bool(self.labels or scan.all_declare)
         return replace(self.settings, labels=labels, problem_type=kind, labels_by_number=by_number)
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
         columns = {**self.input_columns(table), "label": LABELS}
         found = table.reader("classification", optional=("label",), lists=("labels",), **columns)
+        separator, are_numbers = self.settings.label_separator, self.settings.problem_type == "regression"
+        make = partial(LabelReader, found.name, labels=self.labels, separator=separator, are_numbers=are_numbers)
         if one_hot := tuple(name for key, name in table.source.renamed() if key == "labels"):
             names = {key: name for key, name in found.names.items() if key != "label"}
-            return LabelReader(found.name, names, one_hot, self.labels, one_hot)
+            return make(names, classes=one_hot, one_hot=one_hot)
         if labelled and "label" not in found.names:
             message = f"no column 'label' or 'labels'; the rows have: {listed(table.columns)}"
-            hint = f"Name the column in the recipe: {_columns_line(table, found)}."
+            truths = [name for name in table.columns if name in table.truths and name not in found.names.values()]
+            quoted = [name if name.isidentifier() else json.dumps(name) for name in truths]
+            value = f"labels: [{', '.join(quoted)}]" if len(quoted) > 1 else f"label: {(quoted or ['...'])[0]}"
+            hint = f"Name the column in the recipe: dataset: {{columns: {{{value}}}}}."
             raise DataError(message, file=table.described, key="dataset.columns", hint=hint)
         classes = table.class_names().get(found.names["label"], ()) if labelled else ()
-        return LabelReader(found.name, found.names, tuple(classes), self.labels)
+        return make(found.names, classes=tuple(classes))
 
     def record_findings(self, records: Records) -> list[Finding]:
         shown = " and ".join(map(repr, self._joined[:2]))
@@ -301,8 +272,7 @@ class Classification(Task[Settings]):
         if not self.labels:
             return Description()
         counts = dict(zip(self.labels, self._classes(view).sum(axis=0).tolist(), strict=True))
-        shares = [f"{name} {count / len(view):.0%}" for name, count in counts.items()]
-        return Description({"classes": counts}, {"classes": listed(shares)})
+        return describe_counts("classes", counts, len(view), digits=0)
 
     def label_text(self, example: Example) -> str:
         """The label of an example, in words."""
@@ -314,30 +284,25 @@ class Classification(Task[Settings]):
         return self.labels[int(label[0])]
 
     def findings(self, view: View) -> list[Finding]:
-        """Look for classes without rows, and for one that nearly all rows are of."""
         if not self.labels:
             return []
         rows, found = self._classes(view), list[Finding]()
         counts = rows.sum(axis=0)
-        for at in np.flatnonzero(counts >= _UNBALANCED * len(rows)):
+        for at in np.flatnonzero(counts >= UNBALANCED * len(rows)):
             places = map(view.locate, np.flatnonzero(rows[:, at]).tolist())
             named = (store.place(int(store.row_of[each])) for store, each in places)
             more = f": {self.labels[at]!r}"
             found.append(FINDINGS["unbalanced_classes"].finding(int(counts[at]), len(rows), named, more=more))
-        if missing := [name for name, count in zip(self.labels, counts, strict=True) if not count]:
-            more = f" {listed(missing)}, which have no row"
-            found.append(FINDINGS["missing_classes"].finding(len(rows), len(rows), (), more=more))
-        return found
+        missing = [name for name, count in zip(self.labels, counts, strict=True) if not count]
+        return found + missing_classes(missing, len(rows), ", which have no row")
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
-        """Answer rows in their order; those of similar size share a batch."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self.encode_inputs(row, reader).examples[0] for row in rows]
         for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):
             yield self._answer(logits)
 
     def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
-        """What ``predict`` says of one row, from its logits (C,)."""
         if self.settings.problem_type == "regression":
             return {"value": float(logits[0])}
         if self.settings.problem_type == "multi_label":
@@ -347,35 +312,10 @@ class Classification(Task[Settings]):
         best = self.labels[int(logits.argmax())]
         return {"label": best, "score": scores[best], "scores": scores}
 
-    def _label(self, row: Row, reader: LabelReader) -> str | float | list[str]:
-        """Return the row's label: a class or several by their names, or a number with a decimal point."""
-        if reader.one_hot:
-            return [name for name in reader.one_hot if _is_of(row, name, reader)]
-        value, separator = reader.value(row, "label"), self.settings.label_separator
-        try:
-            value = _listed_in(value)
-            if separator and not isinstance(value, list):
-                parts = value.split(separator) if isinstance(value, str) else [value]
-                value = [each for each in parts if each is not None and str(each).strip()]
-            if isinstance(value, float) and math.isfinite(value):
-                return value
-            if isinstance(value, int) and self.settings.problem_type == "regression":
-                return float(value)
-            if isinstance(value, list):
-                return [class_name(each, reader) for each in value]
-            return class_name(value, reader)
-        except ValueError as error:
-            below = isinstance(value, int) and not reader.classes and not places_of(self.labels)
-            hint = (
-                f"Where {value} is a class, name all classes in task.labels, '{value}' among them." if below else None
-            )
-            raise row.place.error(str(error), key=reader.key, hint=hint) from None
-
     def _target(self, row: Row, reader: LabelReader) -> list[float]:
-        """Return the row's label as the column ``label`` holds it."""
-        label, kind, key = self._label(row, reader), self.settings.problem_type, reader.key
+        label, kind, key = reader.label(row), self.settings.problem_type, reader.key
         if kind == "regression":
-            number = None if isinstance(label, list) else _number(label)
+            number = None if isinstance(label, list) else number_of(label)
             if number is None:
                 raise row.place.error(f"expected a number, found {shortened(label)}", key=key)
             return [number]
@@ -395,83 +335,6 @@ class Classification(Task[Settings]):
         if kind == "multi_label":
             return [float(at in places) for at in range(len(self.labels))]
         return [float(places[0])]
-
-
-def _is_of(row: Row, name: str, reader: LabelReader) -> bool:
-    """Whether a row is of the class that a column is named as."""
-    value = reader.value(row, f"labels.{name}")
-    if (found := truth_in(value)) is None:
-        raise row.place.error(f"expected 0 or 1, found {shortened(value)}", key=name)
-    return found
-
-
-def _columns_line(table: Table, found: Reader) -> str:
-    """The line of the recipe that names where the labels of rows are: columns of 0 and 1, where there are such."""
-    truths = [name for name in table.columns if name in table.truths and name not in found.names.values()]
-    names = [name if name.isidentifier() else json.dumps(name) for name in truths]
-    value = f"labels: [{', '.join(names)}]" if len(names) > 1 else f"label: {(names or ['...'])[0]}"
-    return f"dataset: {{columns: {{{value}}}}}"
-
-
-def joined_labels(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the names that seem to be several labels in one text, with what stands between these.
-
-    Each part of such a name is a part of another name, or another name by itself. Where this is not true of most names
-    with the separator, it belongs to the names, as in ``Trucks, vans``.
-    """
-    for separator in _SEPARATORS:
-        parts = {name: {part.strip() for part in name.split(separator)} - {""} for name in names}
-        counts = Counter(part for each in parts.values() for part in each)
-        several = [name for name, each in parts.items() if len(each) > 1]
-        joined = [name for name in several if min(counts[part] for part in parts[name]) > 1]
-        if 2 * len(joined) > len(several):
-            return separator, joined
-    return "", []
-
-
-def class_name(value: Any, reader: LabelReader) -> str:
-    """Return the name of a class, without blanks around it, in which no two classes differ.
-
-    Raises:
-        ValueError: the value does not name one.
-    """
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int) and value >= 0 and (not reader.classes or value < len(reader.classes)):
-        return reader.classes[value] if reader.classes else str(value)
-    if isinstance(value, int) and str(value) in reader.labels:
-        return str(value)
-    if isinstance(value, int):
-        raise ValueError(f"{value} is not the number of a class; it marks rows without a label in some datasets")
-    raise ValueError(f"expected a label, found {shortened(value)}")
-
-
-def places_of(labels: Sequence[str]) -> dict[str, int]:
-    """Return the numbers by which rows may give classes: number -> place; none where a class has one for a name."""
-    return {} if any(_number(name) is not None for name in labels) else {str(at): at for at in range(len(labels))}
-
-
-def _listed_in(value: Any) -> Any:
-    """The list that a text holds as JSON, as CSV files have it; any other value as it is.
-
-    Raises:
-        ValueError: it holds one as Python writes it.
-    """
-    if not isinstance(value, str) or not _LIST.fullmatch(value):
-        return value
-    with suppress(ValueError):
-        return parse_json(value)[0]
-    raise ValueError(f'is a list that is not JSON, as in ["red", "blue"]: {shortened(value)}')
-
-
-def _number(value: str | float) -> float | None:
-    """Return the number that a value is or spells, if it is finite."""
-    with suppress(ValueError):
-        if math.isfinite(number := float(value)):
-            return number
-    return None
 
 
 def correlations(wanted: np.ndarray, found: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,11 +29,21 @@ from peftcli.data.used_rows import Ragged, UsedRows, repeats
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, refuse_unread, table_of
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    in_batches,
+    number_in,
+    on_device,
+    refuse_unread,
+    scores_of,
+    table_of,
+)
 from peftcli.tasks.classification import correlations
+from peftcli.tasks.contrastive import Texts, contrastive_loss, gather_no_texts, ranks_and_losses
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
-from peftcli.tasks.gather import gathered, process
-from peftcli.tasks.scores import in_batches, on_device, scores_of
 from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
@@ -48,24 +58,9 @@ _LABELS = {"label", "score"}
 """Columns that may say of a pair that its texts do not belong together."""
 _TRUNCATED = 1
 _TOP = (1, 5, 10)
-_CHUNK = 512
-"""Anchors that are compared with all candidates at once."""
-_ROUNDING = 1e-6
-"""Difference of cosines that counts as none."""
 
 
-class Texts(NamedTuple):
-    """The texts of rows as a loss compares them: anchors, then positives, then negatives."""
-
-    embeddings: torch.Tensor
-    """Of length 1: (R, D)."""
-    keys: torch.Tensor
-    """The key of each text, and the key of the anchor whose positive it is: (R, 2)."""
-    anchors: int
-    """How many of them are anchors; as many are positives."""
-
-
-class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
+class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
     """The task ``feature_extraction``."""
 
     name = "feature_extraction"
@@ -75,8 +70,9 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     label_columns: ClassVar = ("score",)
     shares = ("anchor", "sentence1")
     flags: ClassVar = {"truncated": _TRUNCATED}
+    gathers = True
 
-    def __init__(self, settings: settings.FeatureExtraction, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.FeatureExtractionSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         if getattr(base.config, "is_encoder_decoder", False):
             raise ModelError(
@@ -130,8 +126,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
     def found(self) -> str:
         return f"{'scored pairs' if self.settings.loss == 'cosine' else 'pairs'}: the loss is {self.settings.loss}"
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.FeatureExtraction:
-        """Find whether rows are scored pairs, by their columns."""
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.FeatureExtractionSettings:
         kinds = dict[str, str]()
         for table, _ in tables:
             there = {*table.columns, *table.source.columns}
@@ -229,21 +224,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
                 return Loss(((_paired(texts) - batch["_scores"][:, 0]) ** 2).sum())
             if self.settings.loss == "triplet":
                 return Loss(self._triplet(texts, batch["_owners"]))
-            return Loss(self._contrastive(texts))
-
-    def _contrastive(self, mine: Texts) -> torch.Tensor:
-        """The loss of this process's rows, with the gradient of that of all rows with regard to its embeddings."""
-        number, count = process()
-        if count == 1:
-            return self._against_others([mine]).sum()
-        embeddings, keys = gathered(mine.embeddings), gathered(mine.keys)
-        anchors = [int(each) for each in gathered(torch.full((1, 1), mine.anchors, device=mine.keys.device))]
-        every = [Texts(*each) for each in zip(embeddings, keys, anchors, strict=True)]
-        every[number] = mine
-        losses = self._against_others(every).split(anchors)
-        own = losses[number].sum()
-        others = sum((each.sum() for at, each in enumerate(losses) if at != number), own.new_zeros(()))
-        return own + (others - others.detach())
+            return Loss(contrastive_loss(texts, self.settings.temperature))
 
     def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
         alone = training and self.settings.loss == "contrastive" and min(count, len(examples)) == 1
@@ -255,30 +236,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
 
     def gather_nothing(self, device: torch.device) -> None:
         if self.settings.loss == "contrastive":
-            gathered(torch.zeros(0, 0, device=device))
-            gathered(torch.zeros(0, 0, dtype=torch.long, device=device))
-            gathered(torch.zeros(1, 1, dtype=torch.long, device=device))
-
-    def _against_others(self, every: Sequence[Texts]) -> torch.Tensor:
-        """The cross-entropy of each anchor's positive among all positives and negatives: (N,)."""
-        anchors = torch.cat([each.embeddings[: each.anchors] for each in every])
-        candidates = torch.cat([each.embeddings[each.anchors :] for each in every])
-        asking = torch.cat([each.keys[: each.anchors, 0] for each in every])
-        keys = torch.cat([each.keys[each.anchors :] for each in every])
-        before = np.cumsum([0, *(len(each.embeddings) - each.anchors for each in every)])[:-1]
-        own = torch.cat(
-            [
-                at + torch.arange(each.anchors, device=keys.device)
-                for at, each in zip(before.tolist(), every, strict=True)
-            ]
-        )
-        right = _right(asking[:, None], keys[own, :1], keys[:, 0], keys[:, 1])
-        distinct, text = keys[:, 0].unique(return_inverse=True)
-        answers = torch.zeros(len(own), len(distinct), device=keys.device).index_add_(1, text, right.float())
-        right = answers[:, text] > 0  # a right text is right where it is another row's negative, too
-        right[torch.arange(len(own), device=own.device), own] = False
-        cosines = (anchors @ candidates.T).masked_fill(right, -math.inf)
-        return F.cross_entropy(cosines / self.settings.temperature, own, reduction="none")
+            gather_no_texts(device)
 
     def _triplet(self, texts: Texts, owners: torch.Tensor) -> torch.Tensor:
         anchors, negatives = texts.embeddings[: texts.anchors], texts.embeddings[2 * texts.anchors :]
@@ -307,7 +265,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             cosines = np.array([one @ other for (one, other), *_ in outputs])
             scores = np.array([score for *_, (score,) in outputs])
             return {"loss": float(((cosines - scores) ** 2).mean()), **correlations(scores, cosines)}
-        ranks, losses = self._ranked(outputs)
+        ranks, losses = ranks_and_losses(outputs, self.settings.temperature)
         recalls = {f"recall_at_{most}": float((ranks <= most).mean()) for most in _TOP}
         if self.settings.loss == "triplet":
             margin = self.settings.triplet_margin
@@ -316,36 +274,9 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtraction]):
             )
         return {"loss": float(losses.mean()), **recalls, "mrr": float((1 / ranks).mean())}
 
-    def _ranked(self, outputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The rank of each row's positive among all distinct texts, and its cross-entropy.
-
-        Other right answers to the anchor are left out; texts that are as close as the positive come before it.
-        """
-        vectors = np.concatenate([each[1:] for each, *_ in outputs])
-        asking = np.array([keys[0] for _, keys, _ in outputs])
-        asked = np.concatenate([[keys[0], *keys[2:]] for _, keys, _ in outputs])
-        held = np.concatenate([keys[1:] for _, keys, _ in outputs])
-        own = np.cumsum([0, *(len(keys) - 1 for _, keys, _ in outputs)])[:-1]
-        order = np.argsort(held, kind="stable")
-        starts = np.flatnonzero(np.diff(held[order], prepend=held[order[0]] - 1))
-        distinct = vectors[order[starts]]
-        ranks, losses = [], []
-        for start in range(0, len(own), _CHUNK):
-            some = own[start : start + _CHUNK]
-            anchors = np.stack([outputs[start + at][0][0] for at in range(len(some))])
-            right = _right(asking[start : start + _CHUNK, None], held[some, None], held, asked)
-            wrong = ~np.logical_or.reduceat(right[:, order], starts, axis=1)
-            cosines = (anchors @ distinct.T).astype(np.float64)
-            mine = (anchors * vectors[some]).sum(1, keepdims=True).astype(np.float64)
-            ranks.append(1 + (~(cosines < mine - _ROUNDING) & wrong).sum(1))  # NaN is never right
-            others = np.exp((cosines - mine) / self.settings.temperature) * wrong
-            losses.append(np.log1p(others.sum(1)))
-        return np.concatenate(ranks), np.concatenate(losses)
-
     # --- what commands ask --------------------------------------------------------------------------------------------
 
     def show(self, example: Example) -> Shown:
-        """The texts, and the score of scored pairs."""
         renderer, texts = TokenRenderer(self.processor), [each.tolist() for each in split(example, "input_ids")]
         scores = np.asarray(example.arrays["score"]).tolist()
         names = list(_SCORED)[:2] if scores else [*list(_PAIR)[:2], *["negative"] * (len(texts) - 2)]
@@ -420,20 +351,6 @@ class _Hashes:
             self.anchors[some], self.positives[some] = anchors, positives
             self.bad_negatives[some] = np.bincount(owners, same, minlength=len(anchors)) > 0
             self.negatives += len(hashes) - 2 * len(anchors)
-
-
-def _right(asking: Any, positive: Any, keys: Any, asked: Any) -> Any:
-    """Which candidates are no wrong answer to an anchor: (N, M), of arrays or tensors.
-
-    They are its positive, the positives of equal anchors, and the anchor's own text.
-
-    Args:
-        asking: The key of each anchor, (N, 1).
-        positive: That of its positive, (N, 1).
-        keys: Those of the candidates, (M,).
-        asked: Those of the anchors that the candidates are the positives of, (M,).
-    """
-    return (keys == positive) | (keys == asking) | (asked == asking)
 
 
 def _paired(texts: Texts) -> torch.Tensor:

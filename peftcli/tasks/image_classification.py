@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
-from peftcli.models.open import OpenBase
 from peftcli.models.tokens import save_processor
 from peftcli.tasks import PICTURES, settings
-from peftcli.tasks.base import Batch, require_extra, write_task
+from peftcli.tasks.base import Batch, write_task
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
-from peftcli.tasks.pictures import check_image, noise, open_image, pixels, shown_image
+from peftcli.tasks.pictures import check_image, noise, open_image, pixels, shown_picture
 from peftcli.tasks.shown import Label, Shown
 
 
-class ImageClassification(Classification[settings.ImageClassification]):
+class ImageClassification(Classification[settings.ImageClassificationSettings]):
     """The task ``image_classification``."""
 
     name = "image_classification"
@@ -29,12 +28,9 @@ class ImageClassification(Classification[settings.ImageClassification]):
     columns: ClassVar = {**FILE_COLUMNS, "label": LABEL}
     unit = "images"
     identity = ("digest",)
+    input_packages: ClassVar = {"PIL": "vision"}
     reads_files = True
     versions = ("pillow",)
-
-    def __init__(self, settings: settings.ImageClassification, processor: Any, base: OpenBase):
-        require_extra("PIL", "vision")
-        super().__init__(settings, processor, base)
 
     def fingerprint(self) -> dict[str, Any]:
         return {}  # the processor is for ``collate``
@@ -53,12 +49,9 @@ class ImageClassification(Classification[settings.ImageClassification]):
         return pixels(self, [open_image(each.read(), each.path) for each in files])
 
     def show(self, example: Example) -> Shown:
-        file = File.of(example)
-        picture = shown_image(open_image(file.read(), file.path), file.path)
-        return Shown([picture, Label(self.label_text(example))])
+        return Shown([shown_picture(example), Label(self.label_text(example))])
 
     def probe(self) -> Batch:
-        """Two pictures of noise."""
         return pixels(self, noise())
 
     def save(self, folder: Path) -> list[str]:

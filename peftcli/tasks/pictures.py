@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from peftcli.data.rows import Reader, Row
+from peftcli.data.store import Example
 from peftcli.errors import DataError, ModelError
 from peftcli.tasks import shown
 from peftcli.tasks.base import Batch, Task
+from peftcli.tasks.files import File, errors_of_row, file_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,6 +113,23 @@ def check_image(content: bytes, path: str = "") -> None:
         image.load()
         if image.mode in _NUMBERS:
             _grey(np.asarray(image), of_16_bits=False)
+
+
+def picture_of(row: Row, reader: Reader, column: str = "image") -> tuple[File, Image]:
+    """The file that a row names, and its picture.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    file, content = file_of(row, reader, column)
+    with errors_of_row(row, reader.names[column]):
+        return file, open_image(content, file.path)
+
+
+def shown_picture(example: Example) -> shown.Image:
+    """The picture of an example as ``inspect`` shows it."""
+    file = File.of(example)
+    return shown_image(open_image(file.read(), file.path), file.path)
 
 
 def shown_image(image: Image, path: str, drawn: Image | None = None) -> shown.Image:

@@ -8,7 +8,7 @@ A row: ``{"prompt": "What is 2 + 2?", "chosen": " 4", "rejected": " 5"}``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -64,7 +64,7 @@ class Answers(NamedTuple):
         return self.sums / self.lengths
 
 
-class Preference(AnswerInputs, Task[settings.Preference]):
+class Preference(AnswerInputs, Task[settings.PreferenceSettings]):
     """The task ``preference``."""
 
     name = "preference"
@@ -73,7 +73,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
     main_metric = "reward_accuracy"
     lower_is_better = ("loss", "nll", "kl", "reward_rejected")
 
-    def __init__(self, settings: settings.Preference, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.PreferenceSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.reference = Reference(settings.reference)
         for name, losses in _LOSSES_OF.items():
@@ -150,7 +150,7 @@ class Preference(AnswerInputs, Task[settings.Preference]):
                 batch |= self._mismatch(examples)
         return batch
 
-    def step_inputs(self, examples: Sequence[Example]) -> Batch:
+    def step_inputs(self, examples: Iterable[Example]) -> Batch:
         """For orpo ``_tokens``, float32: the mean number of predicted tokens in a chosen conversation."""
         if self.settings.loss != "orpo":
             return {}

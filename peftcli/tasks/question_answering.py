@@ -26,8 +26,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, table_of
-from peftcli.tasks.scores import logits_of, model_inputs, scores_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, scores_of, table_of
 from peftcli.tasks.shown import Description, Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.inputs import TextInputs
@@ -50,7 +49,7 @@ class ScoredSpan:
     end: int
 
 
-class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
+class QuestionAnswering(TextInputs, Task[settings.QuestionAnsweringSettings]):
     """The task ``question_answering``."""
 
     name = "question_answering"
@@ -68,7 +67,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
     label_columns = ("answer",)
     shares = ("context",)
 
-    def __init__(self, settings: settings.QuestionAnswering, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.QuestionAnsweringSettings, processor: Any, base: OpenBase):
         if not processor.is_fast:
             raise DataError("needs a tokenizer that knows places in the text (a fast one)", key="base_model")
         super().__init__(settings, processor, base)
@@ -82,8 +81,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         without = "some questions have no answer in their context"
         return without if self.settings.unanswerable else "each question has an answer in its context"
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.QuestionAnswering:
-        """Find whether some answers are not in their context."""
+    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.QuestionAnsweringSettings:
         for table, rows in tables:
             reader = self.read(table)
             for row in rows:
@@ -234,7 +232,6 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         return {"loss": float(sums["loss"]) / num_targets, "exact_match": exact, "f1": f1}
 
     def show(self, example: Example) -> Shown:
-        """The window, in which the answer is marked."""
         ids, (first, last) = np.asarray(example.arrays["input_ids"]).tolist(), example.arrays["answer"]
         there = first != self._none(example) or last != first
         labels = [0 if there and first <= at <= last else IGNORED for at in range(len(ids))]
@@ -257,7 +254,6 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnswering]):
         return Description({"questions": len(rows), "unanswerable": len(empty)}, {"questions": words})
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
-        """Answer rows in their order; windows of similar size share a batch."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         windows = [self._windows(row, reader) for row in rows]
         flat = [example for examples in windows for example in examples]

@@ -21,14 +21,13 @@ from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, number_in, table_of
-from peftcli.tasks.scores import logits_of, model_inputs
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, number_in, table_of
 from peftcli.tasks.shown import Facts, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader, text_reader
 
 
-class Reward(AnswerInputs, Task[settings.Reward]):
+class Reward(AnswerInputs, Task[settings.RewardSettings]):
     """The task ``reward``."""
 
     arguments: ClassVar = ("text",)

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcli.data.store import Example
-from peftcli.tasks.base import Batch
+from peftcli.tasks.base import Batch, model_inputs, on_device, scores_of
 
 _POSITIONS, _OF_HIDDEN_STATES = 32, 3
 """Places in a text whose logits are compared, and the dimensions of hidden states: rows, positions, width."""
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()
-    }
-
-
-def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    """The model's arguments in a batch."""
-    return {name: value for name, value in batch.items() if not name.startswith("_")}
-
-
-def scores_of(outputs: Any) -> torch.Tensor:
-    """What a model says of each row: its logits, those of starts and ends (B, T, 2), a sample, or what comes first.
-
-    First come hidden states, or the logits of a model that has several heads.
-    """
-    if "sample" in outputs:
-        return outputs.sample
-    if "start_logits" in outputs:
-        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
-    return outputs.logits if "logits" in outputs else outputs[0]
 
 
 def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
@@ -88,28 +63,3 @@ def _few_positions(model: Any, length: int) -> Iterator[list[int]]:
         yield seen
     finally:
         hook.remove()
-
-
-def logits_of(
-    model: nn.Module, examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], batch_size: int
-) -> list[torch.Tensor]:
-    """The logits of each example, float32 on the CPU, in order. Examples of similar size share a batch."""
-    device = next(model.parameters()).device
-
-    def compute(some: Sequence[Example]) -> torch.Tensor:
-        with torch.inference_mode():
-            return scores_of(model(**model_inputs(on_device(collate(some), device)))).float().cpu()
-
-    return in_batches(examples, batch_size, compute)
-
-
-def in_batches(
-    examples: Sequence[Example], batch_size: int, compute: Callable[[Sequence[Example]], Iterable[Any]]
-) -> list[Any]:
-    """What ``compute`` gives for each example, in order. Examples of similar size share a batch."""
-    order = sorted(range(len(examples)), key=lambda at: examples[at].size)
-    found: dict[int, Any] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)
-    return [found[at] for at in range(len(examples))]

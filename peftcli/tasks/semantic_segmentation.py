@@ -31,26 +31,27 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
-    left_out_hint,
-    refuse_virtual_tokens,
-    require_extra,
+    model_inputs,
+    on_device,
+    scores_of,
     table_of,
     write_task,
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.labels import UNBALANCED, LabelReader, LabelScan, Tables, describe_counts, index_of, missing_classes
 from peftcli.tasks.pictures import (
     noise,
     open_image,
     opened_picture,
     orientation_of,
+    picture_of,
     pixels,
     png,
     processed,
     shown_image,
     turned,
 )
-from peftcli.tasks.scores import model_inputs, on_device, scores_of
 from peftcli.tasks.shown import Description, Label, Shown
 
 if TYPE_CHECKING:
@@ -67,11 +68,10 @@ _BINARY = 1
 _SHADES = {b"\2\0": 85, b"\4\0": 17}
 """Bits and kind of a grey PNG, as its header has them -> the number by which Pillow multiplies its values."""
 _BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."
-_UNBALANCED = 0.95
 _BYTE = 256
 
 
-class SemanticSegmentation(Task[settings.SemanticSegmentation]):
+class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
     """The task ``semantic_segmentation``."""
 
     name = "semantic_segmentation"
@@ -88,19 +88,19 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     identity = ("digest",)
     label_columns = ("mask_digest",)
     findings_of_flags: ClassVar = {"binary_masks": _BINARY}
+    input_packages: ClassVar = {"PIL": "vision"}
+    instead_of_texts = "reads pictures"
     reads_files = True
     versions = ("transformers", "pillow")
     advice: ClassVar = {
         "no pixel counts": "Set task.ignore_index to a value that no class has, or task.reduce_labels to false."
     }
 
-    def __init__(self, settings: settings.SemanticSegmentation, processor: Any, base: OpenBase):
-        require_extra("PIL", "vision")
+    def __init__(self, settings: settings.SemanticSegmentationSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the classes, in the order of the model's outputs."""
-        if len(set(self.labels)) < len(self.labels):
-            raise DataError("names a class twice", key="task.labels")
+        index_of(self.labels, "class")
 
     def model_options(self) -> dict[str, Any]:
         return self.settings.model_options() | self._config_options()
@@ -110,16 +110,11 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return {"use_auxiliary_head": False} if getattr(self.base.config, "use_auxiliary_head", False) else {}
 
     def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
-        """Refuse methods that this task cannot be trained with.
-
-        Raises:
-            AdapterError: the method puts virtual tokens before a text.
-        """
-        refuse_virtual_tokens(config, "reads pictures")
+        notes = super().fit_model(model, config)
         if config and self.settings.ignore_index == _USUAL < len(self.labels) + self.settings.reduce_labels:
             hint = "Name one that no class has, as -1: then every pixel counts."
             raise DataError(f"{_USUAL} is the number of a class", key="task.ignore_index", hint=hint)
-        return []
+        return notes
 
     def save(self, folder: Path) -> list[str]:
         if hasattr(self.processor, "do_reduce_labels"):
@@ -135,24 +130,17 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
     def found(self) -> str:
         return f"{len(self.labels)} classes: {listed(self.labels)}"
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.SemanticSegmentation:
+    def scan(self, tables: Tables) -> settings.SemanticSegmentationSettings:
         """Find how many classes the masks have. Their names are their numbers."""
-        seen, first_error = set[int](), None
-        for table, rows in tables:
-            reader = self.read(table)
-            for row in rows:
-                try:
-                    file, content = file_of(row, reader, "annotation")
-                    seen |= set(np.unique(stored_mask(content, file.path)[0]).tolist())
-                except DataError as error:
-                    first_error = first_error or error
-        if first_error and not seen:
-            raise of_all_rows(first_error)
+        scan = LabelScan()
+        seen = set[int]().union(*scan.labels(tables, self.read, _values_of))
+        if scan.error and not seen:
+            raise of_all_rows(scan.error)
         first = int(self.settings.reduce_labels)
         classes = {value for value in seen if value >= first and value != self.settings.ignore_index}
         held = f"the masks of the training rows hold the values {_listed(seen)}"
         if len(classes) < 2:
-            hint = _BINARY_HINT if seen and seen <= {0, 255} else left_out_hint(first_error)
+            hint = _BINARY_HINT if seen and seen <= {0, 255} else scan.hint
             message = f"{held}, of which {len(classes)} count; the model needs two classes"
             raise DataError(message, key="dataset.train", hint=hint)
         if 2 * len(classes) < max(classes) - first + 1:
@@ -160,13 +148,14 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
             raise DataError(f"{held}, which hardly are the numbers of classes", key="dataset.train", hint=hint)
         return replace(self.settings, labels=[str(value) for value in range(first, max(classes) + 1)])
 
-    def read(self, table: Table, *, labelled: bool = True) -> Reader:
-        return table.reader(
+    def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
+        found = table.reader(
             "masks",
             optional=() if labelled else ("annotation",),
             image=PICTURES,
             annotation=("annotation", "mask", "annotation_file_name", "mask_file_name", "label", "label_file_name"),
         )
+        return LabelReader(found.name, found.names)
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         (file, content), (mask, held) = (file_of(row, reader, column) for column in ("image", "annotation"))
@@ -230,7 +219,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return pixels(self, pictures) | {"_labels": self._resized([self._read_mask(each) for each in examples])}
 
     def _read_mask(self, example: Example) -> np.ndarray:
-        """The classes of a picture's pixels."""
         mask = File.of(example, "mask_")
         values, _ = stored_mask(mask.read(), mask.path)
         return self._classes(upright(values, int(example.arrays["turn"])), mask.path)
@@ -251,7 +239,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         return Loss(total, sums)
 
     def constant_metrics(self, view: View) -> dict[str, float]:
-        """The most frequent class everywhere."""
         pixels = self._pixels(view)
         share = float(pixels.max() / pixels.sum())
         return {"mean_iou": share / np.count_nonzero(pixels), "loss": math.log(len(self.labels))}
@@ -284,23 +271,18 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
 
     def describe(self, view: View) -> Description:
         pixels = self._pixels(view)
-        shares = [f"{name} {count / pixels.sum():.1%}" for name, count in zip(self.labels, pixels, strict=True)]
-        counts = dict(zip(self.labels, pixels.tolist(), strict=True))
-        return Description({"classes": counts}, {"classes": listed(shares)})
+        return describe_counts("classes", dict(zip(self.labels, pixels.tolist(), strict=True)), int(pixels.sum()))
 
     def findings(self, view: View) -> list[Finding]:
-        """Look for classes without a pixel, and for one that nearly all pixels are of."""
-        pixels, found, rows = self._pixels(view), list[Finding](), len(view)
-        ignored = self.settings.ignore_index - self.settings.reduce_labels
-        if missing := [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]:
-            found.append(FINDINGS["missing_classes"].finding(rows, rows, (), more=f" {listed(missing)}, in no mask"))
-        for at in np.flatnonzero(pixels >= _UNBALANCED * pixels.sum()):
+        pixels, rows, ignored = self._pixels(view), len(view), self.settings.ignore_index - self.settings.reduce_labels
+        missing = [self.labels[at] for at in np.flatnonzero(pixels == 0) if at != ignored]
+        found = missing_classes(missing, rows, ", in no mask")
+        for at in np.flatnonzero(pixels >= UNBALANCED * pixels.sum()):
             more = f": {self.labels[at]!r}, {pixels[at] / pixels.sum():.1%}"
             found.append(FINDINGS["unbalanced_masks"].finding(rows, rows, (), more=more))
         return found
 
     def probe(self) -> Batch:
-        """Two pictures of noise."""
         return pixels(self, noise())
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
@@ -314,9 +296,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         for start in range(0, len(rows), options.batch_size):
             images = list["Image"]()
             for row in rows[start : start + options.batch_size]:
-                file, content = file_of(row, reader, "image")
-                with errors_of_row(row, reader.names["image"]):
-                    images.append(open_image(content, file.path))
+                images.append(picture_of(row, reader)[1])
             with torch.inference_mode():
                 scores = scores_of(model(**on_device(pixels(self, images), device))).float().cpu()
             for number, (image, logits) in enumerate(zip(images, scores, strict=True), start=options.first + start):
@@ -356,6 +336,11 @@ class SemanticSegmentation(Task[settings.SemanticSegmentation]):
         write_file(path.with_suffix(".overlay.png"), png(_overlay(image, classes)))
         pixels = np.bincount(seen, minlength=len(self.labels)) / seen.size
         return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}
+
+
+def _values_of(row: Row, reader: Reader) -> set[int]:
+    file, content = file_of(row, reader, "annotation")
+    return set(np.unique(stored_mask(content, file.path)[0]).tolist())
 
 
 def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:

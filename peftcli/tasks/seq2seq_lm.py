@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peftcli.models.open import OpenBase
 
 
-class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
+class Seq2SeqLM(LanguageModel[settings.Seq2SeqLMSettings]):
     """The task ``seq2seq_lm``."""
 
     name = "seq2seq_lm"
@@ -35,7 +35,7 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLM]):
     targets_in_size = False
     identity: ClassVar = ("input_ids", "labels")
 
-    def __init__(self, settings: settings.Seq2SeqLM, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.Seq2SeqLMSettings, processor: Any, base: OpenBase):
         if not base.config.is_encoder_decoder:
             hint = "name an encoder-decoder, as T5 or BART; decoders of texts are for the task causal_lm"
             raise ModelError(f"{base.name} is not an encoder-decoder", key="base_model", hint=hint)

@@ -23,7 +23,7 @@ _ALONE = ("text", "sentence")
 _TRUNCATED = 1
 
 
-class SequenceClassification(TextInputs, Classification[settings.SequenceClassification]):
+class SequenceClassification(TextInputs, Classification[settings.SequenceClassificationSettings]):
     """The task ``sequence_classification``."""
 
     name = "sequence_classification"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NOT_ENCODED: dict[str, Any] = {"encodes": False}
 MAY_DIFFER: dict[str, Any] = {"may_differ": True}
+TASK_FILE = "task.json"
+"""Beside an adapter: its task and the settings that the training data completed."""
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
 
@@ -34,7 +36,7 @@ class TaskSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated(TaskSettings):
+class GeneratedSettings(TaskSettings):
     """Settings of language models whose answers are measured."""
 
     generate_metrics: list[Literal["exact_match", "bleu", "chrf", "rouge_l"]] = field(
@@ -59,7 +61,7 @@ class Generated(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM(Generated):
+class CausalLMSettings(GeneratedSettings):
     """Settings of causal_lm. max_length, overlong, packing and train_on may also stand under ``dataset``."""
 
     max_length: int = 1024
@@ -75,7 +77,7 @@ class CausalLM(Generated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqLM(Generated):
+class Seq2SeqLMSettings(GeneratedSettings):
     """Settings of seq2seq_lm. max_length, overlong and train_on may also stand under ``dataset``."""
 
     max_length: int = 1024
@@ -93,7 +95,7 @@ class Seq2SeqLM(Generated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(TaskSettings):
+class ClassificationSettings(TaskSettings):
     """Settings of every classification task."""
 
     labels: list[str] | None = None
@@ -132,7 +134,7 @@ class Classification(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceClassification(Classification):
+class SequenceClassificationSettings(ClassificationSettings):
     """Settings of sequence_classification."""
 
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
@@ -141,12 +143,12 @@ class SequenceClassification(Classification):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageClassification(Classification):
+class ImageClassificationSettings(ClassificationSettings):
     """Settings of image_classification."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassification(TaskSettings):
+class TokenClassificationSettings(TaskSettings):
     """Settings of token_classification."""
 
     labels: list[str] | None = None
@@ -182,7 +184,7 @@ class TokenClassification(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionAnswering(TaskSettings):
+class QuestionAnsweringSettings(TaskSettings):
     """Settings of question_answering."""
 
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
@@ -201,7 +203,7 @@ class QuestionAnswering(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward(TaskSettings):
+class RewardSettings(TaskSettings):
     """Settings of reward. Recipes may also give max_length and overlong under ``dataset``."""
 
     max_length: int = field(default=1024, metadata=MAY_DIFFER)
@@ -219,7 +221,7 @@ class Reward(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticSegmentation(TaskSettings):
+class SemanticSegmentationSettings(TaskSettings):
     """Settings of semantic_segmentation."""
 
     labels: list[str] | None = None
@@ -236,7 +238,7 @@ class SemanticSegmentation(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference(TaskSettings):
+class PreferenceSettings(TaskSettings):
     """Settings of preference. Recipes may also give max_length and overlong under ``dataset``."""
 
     loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = field(default="dpo", metadata=NOT_ENCODED | MAY_DIFFER)
@@ -265,7 +267,7 @@ class Preference(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureExtraction(TaskSettings):
+class FeatureExtractionSettings(TaskSettings):
     """Settings of feature_extraction."""
 
     loss: Literal["contrastive", "cosine", "triplet"] | None = field(default=None, metadata=MAY_DIFFER)
@@ -292,7 +294,7 @@ class FeatureExtraction(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechRecognition(TaskSettings):
+class SpeechRecognitionSettings(TaskSettings):
     """Settings of speech_recognition."""
 
     language: str | None = None
@@ -316,7 +318,7 @@ class SpeechRecognition(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImage(TaskSettings):
+class TextToImageSettings(TaskSettings):
     """Settings of text_to_image."""
 
     instance_prompt: str | None = field(default=None, metadata=MAY_DIFFER)
@@ -363,7 +365,6 @@ def is_iob2(tag: str) -> bool:
 
 
 def _label_names(config: Any, count: int) -> list[str]:
-    """The names of a model's outputs, as far as its config knows them."""
     names = getattr(config, "id2label", None) or {}
     return [str(names[number]) if len(names) == count else f"LABEL_{number}" for number in range(count)]
 

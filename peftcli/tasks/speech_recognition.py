@@ -29,11 +29,21 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError, ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
-from peftcli.tasks import TRANSCRIPTS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, refuse_unread, require_extra, table_of, write_task
+from peftcli.tasks import TRANSCRIPTS, settings, whisper
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    PredictOptions,
+    Task,
+    in_batches,
+    model_inputs,
+    on_device,
+    refuse_unread,
+    table_of,
+    write_task,
+)
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
-from peftcli.tasks.scores import in_batches, model_inputs, on_device
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
@@ -57,16 +67,11 @@ _FRAMES = 100
 """Frames of a second."""
 _BLOCK = 1 << 16
 _TIME = re.compile(r"<\|\d+\.\d+\|>")
-_NO_BLANKS = ("zh", "yue", "ja", "th", "lo", "my")
-"""Languages written without blanks between words, in which Whisper's authors compare letters (appendix C of
-https://arxiv.org/abs/2212.04356)."""
 _MODELS = ("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speech_to_text", "speecht5", "whisper")
 """Types of models that hear in an encoder, and whose answers begin with no prompt, or Whisper's."""
-_ALL_LANGUAGES = 51865
-"""Tokens of the smallest Whisper model that knows several languages."""
 
 
-class SpeechRecognition(Task[settings.SpeechRecognition]):
+class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
     """The task ``speech_recognition``."""
 
     name = "speech_recognition"
@@ -87,10 +92,10 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     advice: ClassVar = {TOO_LONG: FINDINGS["clips_too_long"].advice}
     versions = ("transformers", "tokenizers", "soundfile")
     packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
+    input_packages: ClassVar = {"soundfile": "audio", "soxr": "audio"}
 
-    def __init__(self, settings: settings.SpeechRecognition, processor: Any, base: OpenBase):
-        for package in ("soundfile", "soxr"):
-            require_extra(package, "audio")
+    def __init__(self, settings: settings.SpeechRecognitionSettings, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
         if any(name.endswith("ForCTC") for name in base.config.architectures or ()):
             raise ModelError(
                 f"{base.name} labels each moment (CTC), another task; choose a model that writes the text, as Whisper",
@@ -100,7 +105,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             message = f"{base.name} is of type {kind}, which this task does not train: it knows Whisper's prompts alone"
             hint = "choose Whisper, Moonshine, Speech2Text, SpeechT5 or a speech-encoder-decoder"
             raise ModelError(message, key="base_model", hint=hint)
-        super().__init__(settings, processor, base)
 
     @cached_property
     def extractor(self) -> Any:
@@ -151,66 +155,21 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
             found.max_length = self.positions or max_positions(self.base.config.get_text_config(decoder=True))
         found.num_beams = self.settings.num_beams
         if self.is_whisper:
-            self._set_whisper(found)
-            return found
-        of_whisper = ("language", "mode", "timestamps", "prompt")
-        refuse_unread(self.settings, of_whisper, "is a setting of Whisper models")
+            whisper.complete(found, self.base, self.tokenizer.get_vocab(), self.settings)
+        else:
+            refuse_unread(self.settings, whisper.SETTINGS, "is a setting of Whisper models")
         return found
-
-    def _set_whisper(self, found: Any) -> None:
-        """Complete Whisper's generation config, in which old models name no tokens and force some."""
-        from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
-
-        known, given = self.tokenizer.get_vocab(), (self.settings.language or "").lower()
-        code, key = TO_LANGUAGE_CODE.get(given, given), "task.language"
-        several = getattr(found, "is_multilingual", None)
-        if several is None:
-            several = bool(given) or self.base.config.vocab_size >= _ALL_LANGUAGES
-        found.is_multilingual, found.return_timestamps = several, self.settings.timestamps
-        found.forced_decoder_ids = None  # they would stand against language and mode
-        found.language = found.task = None
-        found.no_timestamps_token_id = known["<|notimestamps|>"]
-        if not several:
-            if code not in ("", "en") or self.settings.mode == "translate":
-                key = key if code not in ("", "en") else "task.mode"
-                raise DataError(f"{self.base.name} knows English alone", key=key, hint="leave it out")
-            return
-        found.lang_to_id = {name: known[name] for each in LANGUAGES if (name := f"<|{each}|>") in known}
-        found.task_to_id = {name: known[f"<|{name}|>"] for name in TASK_IDS if f"<|{name}|>" in known}
-        if not given:
-            message = f"is missing: {self.base.name} knows {len(found.lang_to_id)} languages"
-            raise DataError(message, key=key, hint="name the one that is spoken, as in task.language: en")
-        if f"<|{code}|>" not in found.lang_to_id:
-            raise DataError(f"{self.base.name} knows no language {given!r}", key=key)
-        found.language, found.task = code, self.settings.mode
 
     @cached_property
     def prefix(self) -> list[int]:
         """The tokens of each answer before its text, without the one that starts the decoder."""
-        spoken = self.generation
-        if not self.is_whisper:
-            return []
-        start = [spoken.lang_to_id[f"<|{spoken.language}|>"], spoken.task_to_id[spoken.task]] if spoken.language else []
-        return start + ([] if self.settings.timestamps else [spoken.no_timestamps_token_id])
+        spoken = self.generation  # which refuses settings that do not fit
+        return whisper.prefix(spoken) if self.is_whisper else []
 
     @cached_property
     def prompt(self) -> list[int]:
-        """The tokens that the decoder reads before the one that starts it; none without the setting.
-
-        Raises:
-            DataError: the setting is no plain text, or has more tokens than Whisper has learnt to read.
-        """
-        if not self.settings.prompt:
-            return []
-        try:
-            found = [int(each) for each in self.processor.get_prompt_ids(self.settings.prompt)]
-        except ValueError:
-            raise DataError("is not plain text: it names a special token", key="task.prompt") from None
-        longest = self.base.config.max_target_positions // 2 - 1  # of which Whisper has seen earlier text in training
-        if len(found) > longest:
-            message = f"has {len(found)} tokens; {self.base.name} reads {longest} at most before an answer"
-            raise DataError(message, key="task.prompt")
-        return found
+        """The tokens that the decoder reads before the one that starts it."""
+        return whisper.prompt(self.processor, self.base, self.settings.prompt) if self.settings.prompt else []
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -344,15 +303,11 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
     @property
     def _letters_are_words(self) -> bool:
         """Whether a normalised text has a blank after each letter."""
-        return self.settings.mode == "transcribe" and getattr(self.generation, "language", None) in _NO_BLANKS
+        return self.is_whisper and whisper.letters_are_words(self.generation)
 
     @cached_property
     def _normaliser(self) -> Callable[[str], str]:
-        from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-
-        if self.is_whisper and (self.generation.language in (None, "en") or self.settings.mode == "translate"):
-            return EnglishTextNormalizer(getattr(self.tokenizer, "english_spelling_normalizer", None) or {})
-        return BasicTextNormalizer(split_letters=self._letters_are_words)
+        return whisper.normaliser(self.tokenizer, self.generation if self.is_whisper else None)
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
@@ -379,7 +334,6 @@ class SpeechRecognition(Task[settings.SpeechRecognition]):
         return answers
 
     def show(self, example: Example) -> Shown:
-        """How long the clip is, and its transcript."""
         ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / _FRAMES
         facts = {"sound": example.arrays["path"] or "in the row", "length": f"{seconds:.2f} s"}
         facts |= {"prompt": self.settings.prompt} if self.settings.prompt else {}

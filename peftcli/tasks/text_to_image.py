@@ -36,23 +36,20 @@ from peftcli.tasks.base import (
     Loss,
     PredictOptions,
     Task,
+    model_inputs,
     refuse_unread,
-    refuse_virtual_tokens,
-    require_extra,
     table_of,
     write_task,
 )
 from peftcli.tasks.diffusers_files import write_parts
-from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of, read_file
-from peftcli.tasks.pictures import open_image, png, shown_image
-from peftcli.tasks.scores import model_inputs
+from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, read_file
+from peftcli.tasks.pictures import open_image, picture_of, png, shown_picture
 from peftcli.tasks.shown import Shown, Text, TokenText
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from peftcli.core.config import AdapterConfig
 
 _SMALL, _NO_CAPTION, _CUT = 1, 2, 4
 """Flags of rows: the picture is smaller than the resolution; nothing says what is on it; no encoder reads all of it."""
@@ -60,7 +57,7 @@ _TIMES = (0.125, 0.375, 0.625, 0.875)
 """Where in time evaluation measures each picture: how hard the noise is to see depends on it more than on the model."""
 
 
-class TextToImage(Task[settings.TextToImage]):
+class TextToImage(Task[settings.TextToImageSettings]):
     """The task ``text_to_image``. The base model is a pipeline of diffusers."""
 
     name = "text_to_image"
@@ -78,10 +75,10 @@ class TextToImage(Task[settings.TextToImage]):
     identity = ("digest", "prompt")
     findings_of_flags: ClassVar = {"small_pictures": _SMALL, "no_caption": _NO_CAPTION, "captions_cut": _CUT}
     packages: ClassVar = {"diffusers": "diffusion", "PIL": "diffusion"}
+    input_packages = packages
+    instead_of_texts = "makes pictures"
 
-    def __init__(self, settings: settings.TextToImage, processor: Any, base: OpenBase):
-        for package, extra in self.packages.items():
-            require_extra(package, extra)
+    def __init__(self, settings: settings.TextToImageSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         if settings.class_prompt is None:
             of_class = ("class_data_dir", "num_class_images", "prior_loss_weight")
@@ -123,15 +120,6 @@ class TextToImage(Task[settings.TextToImage]):
         tokenizers = list(map(tokenizer_fingerprint, self.tokenizers))
         return super().fingerprint() | {"resolution": self.resolution, "tokenizers": tokenizers}
 
-    def fit_model(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
-        """Refuse methods that this task cannot be trained with.
-
-        Raises:
-            AdapterError: the method puts virtual tokens before a text.
-        """
-        refuse_virtual_tokens(config, "makes pictures")
-        return []
-
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def read(self, table: Table) -> Reader:
@@ -140,9 +128,7 @@ class TextToImage(Task[settings.TextToImage]):
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
-        file, content = file_of(row, reader, "image")
-        with errors_of_row(row, reader.names["image"]):
-            image = open_image(content, file.path)
+        file, image = picture_of(row, reader)
         width, height = image.size
         arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
         flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)
@@ -153,10 +139,7 @@ class TextToImage(Task[settings.TextToImage]):
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
 
     def show(self, example: Example) -> Shown:
-        """The picture and its prompt."""
-        file = File.of(example)
-        picture = shown_image(open_image(file.read(), file.path), file.path)
-        return Shown([picture, Text([TokenText(example.arrays["prompt"])], "prompt")])
+        return Shown([shown_picture(example), Text([TokenText(example.arrays["prompt"])], "prompt")])
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -241,7 +224,6 @@ class TextToImage(Task[settings.TextToImage]):
 
     @property
     def _making(self) -> dict[str, Any]:
-        """Options of the pipeline."""
         given = {name: getattr(self.settings, name) for name in ("num_inference_steps", "guidance_scale")}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -272,7 +254,6 @@ class TextToImage(Task[settings.TextToImage]):
                 yield {"image": str(path), "prompt": prompt, "seed": seed}
 
     def probe(self) -> Batch:
-        """Two pictures of noise."""
         noise = torch.rand(2, 3, self.resolution, self.resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return {
             "pictures": [Picture(partial(noise.__getitem__, at)) for at in range(2)],

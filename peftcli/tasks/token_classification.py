@@ -23,10 +23,18 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import TAGS, TOKENS, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, left_out_hint, table_of
-from peftcli.tasks.classification import LabelReader, places_of
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, table_of
 from peftcli.tasks.findings import CLASSES as FINDINGS
-from peftcli.tasks.scores import logits_of, model_inputs
+from peftcli.tasks.labels import (
+    UNBALANCED,
+    LabelReader,
+    LabelScan,
+    Tables,
+    describe_counts,
+    index_of,
+    missing_classes,
+    places_of,
+)
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import padded
@@ -37,10 +45,9 @@ from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, joined_words, owne
 _TRUNCATED, _CONVERTED, _PARTS = 1, 2, 4
 _TEXTS = ("text", "sentence")
 _SPANS = ("entities", "spans")
-_UNBALANCED = 0.95
 
 
-class TokenClassification(TextInputs, Task[settings.TokenClassification]):
+class TokenClassification(TextInputs, Task[settings.TokenClassificationSettings]):
     """The task ``token_classification``."""
 
     name = "token_classification"
@@ -52,16 +59,11 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
     findings_of_flags: ClassVar = {"converted_tags": _CONVERTED, "parts_of_words": _PARTS}
     packages: ClassVar = {"seqeval": "metrics", "sklearn": "metrics"}
 
-    def __init__(self, settings: settings.TokenClassification, processor: Any, base: OpenBase):
+    def __init__(self, settings: settings.TokenClassificationSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the tags, in the order of the model's outputs."""
-        self._index = {name: index for index, name in enumerate(self.labels)}
-        if len(self._index) < len(self.labels):
-            raise DataError("names a tag twice", key="task.labels")
-        self._index = {name.strip(): at for name, at in self._index.items()} | self._index
-        if settings.labels_by_number:
-            self._index |= places_of(self.labels)
+        self._index = index_of(self.labels, "tag", by_number=settings.labels_by_number)
 
     @property
     def names(self) -> Sequence[str]:
@@ -80,34 +82,24 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         kind = self.settings.scheme
         return not self.labels or kind is None or (kind == "iob2" and not all(map(settings.is_iob2, self.labels)))
 
-    def scan(self, tables: Iterable[tuple[Table, Iterator[Row]]]) -> settings.TokenClassification:
-        """Find the names of the tags, and whether they mark entities."""
-        declared, seen, spans, all_declare = dict[str, None](), dict[str, None](), False, True
-        first_error = None
-        for table, rows in tables:
-            reader = self.read(table)
-            declared |= dict.fromkeys(reader.classes)
-            all_declare = all_declare and bool(reader.classes)
-            spans = spans or "entities" in reader.names
-            for row in (each for each in rows if not reader.left_out(each)):
-                try:
-                    tags, _ = tags_of(words_of(row, reader), row, reader)
-                    seen |= dict.fromkeys(tag for tag in tags if tag is not None)
-                except DataError as error:
-                    first_error = first_error or error
+    def scan(self, tables: Tables) -> settings.TokenClassificationSettings:
+        scan, seen = LabelScan(), dict[str, None]()
+        for tags, _ in scan.labels(tables, self.read, lambda row, reader: tags_of(words_of(row, reader), row, reader)):
+            seen |= dict.fromkeys(tag for tag in tags if tag is not None)
+        declared, spans = scan.declared, any("entities" in reader.names for reader in scan.readers)
         given = list(self.labels)
         numbered = bool(given and seen) and seen.keys() <= places_of(given).keys()
         if numbered and not any(map(settings.is_iob2, given)):
             message = "the tags of the training rows are numbers, and types of entities have none"
             hint = "Name the tags in the order of their numbers, as in [O, B-PER, I-PER], or set task.scheme: none."
             raise DataError(message, key="task.labels", hint=hint)
-        found = given if numbered else list(declared or seen)
+        found = given if numbered else declared or list(seen)
         converted = list(dict.fromkeys(map(as_iob2, found)))
         is_iob2 = all(map(settings.is_iob2, converted)) and any(tag.startswith("B-") for tag in found)
         scheme = self.settings.scheme or ("iob2" if is_iob2 or spans else "none")
         own, found = found, converted if scheme == "iob2" else found
-        if first_error and not seen:
-            raise of_all_rows(first_error)
+        if scan.error and not seen:
+            raise of_all_rows(scan.error)
         if spans and scheme == "none":
             raise DataError("the rows hold entities, whose tags are B- and I- of each type", key="task.scheme")
         if scheme == "iob2" and (types := [tag for tag in given if not settings.is_iob2(tag)]):
@@ -124,9 +116,9 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         if len(labels) < 2:
             what = f"all words have the tag {labels[0]!r}" if labels else "no word has a tag"
             message = f"in the training rows {what}; the model needs two tags"
-            raise DataError(message, key="dataset.train", hint=left_out_hint(first_error))
+            raise DataError(message, key="dataset.train", hint=scan.hint)
         by_number = self.settings.labels_by_number and (
-            labels == list(self.labels) or (all_declare and labels == list(declared))
+            labels == list(self.labels) or (scan.all_declare and labels == declared)
         )
         return replace(self.settings, labels=labels, scheme=scheme, labels_by_number=by_number)
 
@@ -295,7 +287,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         )
 
     def show(self, example: Example) -> Shown:
-        """The text, whose entities have their type as label, or whose words have their tag."""
         ids, word_of = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "word_of"))
         named = [self.labels[tag] if tag != IGNORED else None for tag in np.asarray(example.arrays["tags"]).tolist()]
         labels = [""] * len(ids)
@@ -310,7 +301,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
         return Shown([Text(tokens, "text", self.names)], {"input_ids": ids, "text": renderer.text(ids), "tags": named})
 
     def _counts(self, view: View) -> Counter[str]:
-        """How many words have each tag."""
         found = Counter[str]()
         for at in range(len(view)):
             store, number = view.locate(at)
@@ -321,26 +311,19 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
 
     def describe(self, view: View) -> Description:
         counts = self._counts(view)
-        total = max(1, sum(counts.values()))
-        shares = [f"{name} {counts[name] / total:.1%}" for name in self.labels]
-        return Description({"tags": {name: counts[name] for name in self.labels}}, {"tags": listed(shares)})
+        return describe_counts("tags", {name: counts[name] for name in self.labels}, max(1, counts.total()))
 
     def findings(self, view: View) -> list[Finding]:
-        """Look for tags that no word has, and for one that nearly all words have."""
         counts = self._counts(view)
-        total, found = sum(counts.values()), list[Finding]()
-        begun = [name for name in self.labels if not name.startswith("I-")]
-        if missing := [name for name in begun if not counts[name]]:
-            more = f" {listed(missing)}"
-            found.append(FINDINGS["missing_classes"].finding(total, total, (), more=more, unit="words"))
-        for name, count in counts.items():
-            if count >= _UNBALANCED * total:
-                more = f": {name!r}"
-                found.append(FINDINGS["unbalanced_classes"].finding(count, total, (), more=more, unit="words"))
-        return found
+        total, kind = counts.total(), FINDINGS["unbalanced_classes"]
+        missing = [name for name in self.labels if not name.startswith("I-") and not counts[name]]
+        return missing_classes(missing, total, unit="words") + [
+            kind.finding(count, total, (), more=f": {name!r}", unit="words")
+            for name, count in counts.items()
+            if count >= UNBALANCED * total
+        ]
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
-        """Answer rows in their order; those of similar size share a batch."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         joins = "text" in reader.names
         words, examples, _ = zip(*(self._example(words_of(row, reader), joins=joins) for row in rows), strict=True)
@@ -351,7 +334,6 @@ class TokenClassification(TextInputs, Task[settings.TokenClassification]):
             yield self._answer(words[at], examples[at], scores[at].softmax(-1) if at in scores else None)
 
     def _answer(self, words: Words, example: Example, scores: torch.Tensor | None) -> dict[str, Any]:
-        """What ``predict`` says of one row, from the probabilities of its pieces' tags (T, C)."""
         tags, read, sure = [OUTSIDE] * len(words.spans), list[int](), list[float]()
         for at, piece in enumerate(_first_pieces(example.arrays["word_of"], len(words.spans))):
             if piece >= 0 and scores is not None:  # a word without a piece is no end of an entity
@@ -388,7 +370,6 @@ def _entities(tags: Sequence[str], iob2: bool) -> list[tuple[str, int, int]]:
 
 
 def _types(tags: Iterable[str]) -> list[str]:
-    """The types of entities that B- and I- tags name, in order."""
     return list(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
 
 

@@ -18,7 +18,7 @@ from peftcli.data.store import View
 from peftcli.errors import DataError
 from peftcli.schema import Training
 from peftcli.system.workers import compute_ahead, spare_cores
-from peftcli.tasks.base import Batch, KnowsStep, Packs, Task
+from peftcli.tasks.base import Batch, Packs, Task
 from peftcli.tasks.text.parts import PART, of_like_length, parts_of
 from peftcli.tasks.text.unpadded import is_unpadded
 from peftcli.train.plan import MicroBatch, Plan
@@ -89,9 +89,7 @@ class BatchForm:
             assert isinstance(task, Packs)
             return task.collate([task.join([examples[at] for at in row]) for row in rows], training=True)
         batch = collate(task, examples, list(chain(*rows)), training=True, draw=partial(plan.draw, step))
-        if isinstance(task, KnowsStep):
-            batch |= task.step_inputs([examples[at] for at in plan.global_batch(step)])
-        return batch
+        return batch | task.step_inputs(examples[at] for at in plan.global_batch(step))
 
 
 def num_workers(training: Training, task: Task[Any]) -> int:

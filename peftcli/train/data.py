@@ -22,7 +22,7 @@ from peftcli.recipe.data_checks import check_task
 from peftcli.schema import BaseModel, Dataset, Recipe, Source, Training
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import Compares, Gathers, Limits, Scans, Task, encoding, require_extra
+from peftcli.tasks.base import Task, encoding, require_extra
 from peftcli.tasks.found import find_task
 from peftcli.train.batches import num_workers
 from peftcli.train.events import Message, OnEvent, RowsRead, warning
@@ -72,11 +72,10 @@ class Data:
         Raises:
             DataError: it cannot.
         """
-        if isinstance(self.task, Limits):
-            views = [view for view in (self.train, self.eval) if view]
-            self.task.refuse_size(max(int(view.sizes.max()) for view in views))
-            if not self.task.targets_in_size:
-                self.task.refuse_size(max(int(view.targets.max()) for view in views), of_target=True)
+        views = [view for view in (self.train, self.eval) if view]
+        self.task.refuse_size(max(int(view.sizes.max()) for view in views))
+        if not self.task.targets_in_size:
+            self.task.refuse_size(max(int(view.targets.max()) for view in views), of_target=True)
 
     def skipped(self) -> Iterable[dict[str, Any]]:
         """The rows that could not be used: where each stands, and what is wrong with it."""
@@ -167,10 +166,9 @@ def load_data(
 def _completed_task(recipe: Recipe, task: Task[Any], tell: OnEvent) -> Task[Any]:
     """Return the task with the settings that the data completes, after a check that its packages are installed."""
     prepare_method(task)
-    if isinstance(task, Scans) and task.needs_scan:
+    if task.needs_scan:
         task = row_of(recipe).open(task.scan(map(_table, recipe.dataset.sources())), task.base, task.method)
-        if isinstance(task, Scans):
-            tell(Message(task.found))
+        tell(Message(task.found))
     for package, extra in task.packages.items():
         require_extra(package, extra)
     return task
@@ -294,12 +292,10 @@ def refuse_few_rows(data: Data, plan: Plan) -> None:
     Raises:
         DataError: something else would be learnt.
     """
-    if isinstance(data.task, Compares):
-        gathers = isinstance(data.task, Gathers)
-        at_once = plan.rows_at_once if gathers else plan.training.rows_at_once
-        data.task.refuse_rows(data.train, at_once, training=True)
-        if plan.training.eval_strategy != "no":
-            refuse_few_eval_rows(data, plan.training)
+    at_once = plan.rows_at_once if data.task.gathers else plan.training.rows_at_once
+    data.task.refuse_rows(data.train, at_once, training=True)
+    if plan.training.eval_strategy != "no":
+        refuse_few_eval_rows(data, plan.training)
 
 
 def refuse_few_eval_rows(data: Data, training: Training) -> None:
@@ -308,7 +304,7 @@ def refuse_few_eval_rows(data: Data, training: Training) -> None:
     Raises:
         DataError: something else would be measured.
     """
-    if isinstance(data.task, Compares) and data.eval is not None:
+    if data.eval is not None:
         data.task.refuse_rows(data.eval, training.per_device_eval_batch_size, training=False)
 
 

@@ -21,8 +21,7 @@ from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
 from peftcli.recipe import LEARNT
 from peftcli.schema import Recipe, Training
-from peftcli.tasks.base import Task
-from peftcli.tasks.scores import on_device
+from peftcli.tasks.base import Task, on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
 from peftcli.train.devices.launch import MEASURING, report

@@ -20,7 +20,7 @@ from peftcli.recipe import LEARNT, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task
-from peftcli.tasks.base import Begins, FitsModel, Task
+from peftcli.tasks.base import Begins, Task
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
@@ -108,8 +108,7 @@ def _adapted_model(
         new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
         untrained = f"{recipe.base_model.name} has a new and untrained {new}"
         tell(warning(f"{untrained}: this measures what training starts from"))
-    if isinstance(task, FitsModel):
-        task.fit_model(loaded.model, None)
+    task.fit_model(loaded.model, None)
     if source is not None:
         if isinstance(task, Begins) and (start := find_init_adapter(recipe)) is not None:
             refuse_other_start(source, recipe)

@@ -23,7 +23,7 @@ from peftcli.recipe import method_config
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel, Task, refuse_other_classes
+from peftcli.tasks.base import Task, refuse_other_classes
 from peftcli.train.checked import DeepCheck
 from peftcli.train.data import RunData, load_data, plan_of, prepare_method, refuse_few_rows, with_task
 from peftcli.train.devices.accelerator import refuse_attention
@@ -142,7 +142,7 @@ class _Examination:
         self._attempt("base_model", lambda: base.check_groups(row_of(recipe).auto_class, model))
         if recipe.launch.strategy in DIVIDED and self.processes > 1:
             self._attempt("launch.strategy", partial(check_divisible, model, recipe.launch.strategy))
-        if isinstance(task, FitsModel):
+        if task is not None:
             self._attempt("method", lambda: task.fit_model(model, config))
         config.task_type = row_of(recipe).task_type
         new = parameters_of_heads(model) if options else []  # taken to be new

@@ -21,7 +21,6 @@ from peftcli.errors import GateFailed, PeftcliError
 from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE, task_record
-from peftcli.tasks.base import EndsAnswers, Saves
 from peftcli.train.data import RunData
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.devices.sharding import is_sharded
@@ -70,7 +69,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
     record.gates = check_gates(recipe.gates, kept, doubts)
-    if isinstance(data.task, EndsAnswers) and (stops := data.task.stops(state.model)):
+    if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     run.write_record()
     write_card(folder.path)  # from run.json
@@ -92,7 +91,7 @@ def _write_adapter(
     """
     recipe, folder = run.recipe, run.folder
     write_finite(tensors, state.prepared.config, folder.path)
-    own = data.task.save(folder.path) if isinstance(data.task, Saves) else []
+    own = data.task.save(folder.path)
     if TASK_FILE in own:
         add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
     if said is not None:

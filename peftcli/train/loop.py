@@ -17,8 +17,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.layer import TrainedCopy, adapter_layers
 from peftcli.core.protocols import after_step, penalty
 from peftcli.errors import Diverged
-from peftcli.tasks.base import Batch, Gathers
-from peftcli.tasks.scores import on_device
+from peftcli.tasks.base import Batch, on_device
 from peftcli.train.batches import BatchForm, batches, num_workers
 from peftcli.train.data import RunData
 from peftcli.train.devices.sharding import is_sharded
@@ -128,7 +127,7 @@ class Gradients:
                     total += loss.detach()
                 elif self.in_step:
                     parts.append(self.loss(next(self.ahead)) * 0)
-                elif isinstance(self.task, Gathers):
+                else:
                     self.task.gather_nothing(self.accelerator.device)
                 if is_last and (added := self.penalty()) is not None:
                     parts.append(added / self.accelerator.num_processes)

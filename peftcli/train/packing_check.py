@@ -10,8 +10,7 @@ from accelerate import Accelerator
 
 from peftcli.errors import ModelError
 from peftcli.models.probe import deviation, probing
-from peftcli.tasks.base import Batch, Packs, Task
-from peftcli.tasks.scores import model_inputs, on_device
+from peftcli.tasks.base import Batch, Packs, Task, model_inputs, on_device
 
 _EXACT, _ROUNDED = 1e-3, 0.3
 """How far a token's logits may be off by rounding, in float32 and in less, relative to the logits' spread. Seen over 30

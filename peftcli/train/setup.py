@@ -32,8 +32,7 @@ from peftcli.models.parts import widen_heads
 from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
-from peftcli.tasks.base import Begins, ChecksModel, FitsModel, Task, refuse_other_classes, with_trained_head
-from peftcli.tasks.scores import model_inputs, on_device
+from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
 from peftcli.tasks.text.unpadded import lengths_in_row, unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import Data, RunData, prepare_config
@@ -100,8 +99,7 @@ def adapted_model(
         notes.append(note)
     if recipe.training.use_liger_kernel:
         use_liger_kernel(model)
-    if isinstance(task, FitsModel):
-        notes += task.fit_model(model, config)
+    notes += task.fit_model(model, config)
     set_seed(recipe.training.seed)
     config.task_type = row_of(recipe).task_type
     config.note_base_class(model)
@@ -279,8 +277,7 @@ def build(run: Run, data: RunData, host: RunResources) -> BuiltModel:
         run.tell(Message(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
         shard(model, run.accelerator.device, recipe.launch)
     prepared = prepare(model, config, recipe, data.plan, run.accelerator)
-    if isinstance(data.task, ChecksModel):
-        data.task.check_model(model)
+    data.task.check_model(model)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
     _change_forward(model, config, recipe, data, run.accelerator)

@@ -18,7 +18,6 @@ from peftcli.core.weights import adapter_state
 from peftcli.data.rows import count_of
 from peftcli.errors import Diverged, ModelError, OutOfMemory, UsageError, to_peftcli_error
 from peftcli.system.signals import TIME_LIMIT, wants_save
-from peftcli.tasks.base import Illustrates
 from peftcli.train.batches import num_workers
 from peftcli.train.data import RunData
 from peftcli.train.evaluate import best_metric, evaluate
@@ -183,7 +182,7 @@ class TrainingLoop:
             return self.evaluate()
         if not math.isfinite(metrics["eval_loss"]):
             raise Diverged(f"the evaluation after step {progress.step} is not finite: {metrics}", hint=LESS_LEARNING)
-        if isinstance(data.task, Illustrates) and self._run.is_main:
+        if self._run.is_main:
             data.task.illustrate(self.state.model, self._run.folder.path, progress.step)
         defined = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, value in metrics.items():

@@ -56,7 +56,7 @@ def store(
 
 
 def causal_lm(tokenizer: Any = None, kind: type[CausalLM] = CausalLM, **own: Any) -> CausalLM:
-    return kind(settings.CausalLM(**own), tokenizer or make_tokenizer("smollm"), None)
+    return kind(settings.CausalLMSettings(**own), tokenizer or make_tokenizer("smollm"), None)
 
 
 def test_the_same_content_and_settings_are_encoded_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

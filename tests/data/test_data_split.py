@@ -106,7 +106,7 @@ def test_rows_that_belong_together_stay_on_one_side(
     values = rows(random.Random(0))
     random.Random(1).shuffle(values)
     stores, kind = [], "sequence_classification" if rows is premises else "causal_lm"
-    text = CausalLM(task_settings.CausalLM(), make_tokenizer("smollm"), None)
+    text = CausalLM(task_settings.CausalLMSettings(), make_tokenizer("smollm"), None)
     task: Any = open_task(labels=["n", "y"], problem_type="single_label") if rows is premises else text
     for name, some in {"a.jsonl": values[:50], "b.jsonl": values[50:]}.items():  # also those of two sources
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))

@@ -30,12 +30,12 @@ Ids = list[int]
 
 @pytest.fixture
 def causal(tokenizers) -> CausalLM:
-    return CausalLM(settings.CausalLM(), tokenizers("smollm"), base=None)
+    return CausalLM(settings.CausalLMSettings(), tokenizers("smollm"), base=None)
 
 
 @pytest.fixture
 def seq2seq(tokenizers) -> Seq2SeqLM:
-    return Seq2SeqLM(settings.Seq2SeqLM(), tokenizers("smollm"), base=SimpleNamespace(config=T5Config()))
+    return Seq2SeqLM(settings.Seq2SeqLMSettings(), tokenizers("smollm"), base=SimpleNamespace(config=T5Config()))
 
 
 @pytest.fixture

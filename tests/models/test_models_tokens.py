@@ -557,7 +557,7 @@ def test_the_pad_token_is_one_that_the_model_has(settings: Any, rows: int, pad: 
 
 
 def causal_lm(tokenizer: Any) -> CausalLM:
-    return CausalLM(task_settings.CausalLM(), tokenizer, None)
+    return CausalLM(task_settings.CausalLMSettings(), tokenizer, None)
 
 
 def features(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Example]:

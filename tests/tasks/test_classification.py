@@ -16,23 +16,34 @@ from torch import nn
 from peftcli.data.rows import truth_columns
 from peftcli.errors import DataError
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import require_extra
-from peftcli.tasks.classification import joined_labels
+from peftcli.tasks.labels import joined_labels
 
 
 def rows(*labels: Any) -> list[dict[str, Any]]:
     return [{"text": f"row {number}", "label": label} for number, label in enumerate(labels)]
 
 
-def test_names_keep_the_order_of_first_sight() -> None:
-    task = scanned(rows("spam", "ham", "spam", "eggs"))
-    assert task.labels == ("spam", "ham", "eggs")
+@pytest.mark.parametrize(
+    ("labels", "settings", "found"),
+    [
+        (["spam", "ham", "spam", "eggs"], {}, ["spam", "ham", "eggs"]),
+        ([5, 1, 3], {}, ["5", "1", "3"]),
+        ([1, 1], {"classes": {"label": ("ham", "spam")}}, ["ham", "spam"]),
+        (["ham", "spam"], {"labels": ["spam", "ham", "other"]}, ["spam", "ham", "other"]),
+    ],
+)
+def test_names_are_those_given_or_declared_or_in_the_order_of_first_sight(
+    labels: list[Any], settings: dict[str, Any], found: list[str]
+) -> None:
+    task = scanned(rows(*labels), **settings)
+    assert task.labels == tuple(found)
     assert task.model_options() == {
-        "num_labels": 3,
-        "id2label": {0: "spam", 1: "ham", 2: "eggs"},
-        "label2id": {"spam": 0, "ham": 1, "eggs": 2},
+        "num_labels": len(found),
+        "id2label": dict(enumerate(found)),
+        "label2id": {name: at for at, name in enumerate(found)},
         "problem_type": "single_label_classification",
     }
+    assert not open_task(labels=found, problem_type="single_label").needs_scan
 
 
 def test_blanks_around_a_name_make_no_other_class() -> None:
@@ -83,20 +94,6 @@ def test_numbers_count_no_names_of_lists_and_none_that_another_source_declares()
     for tables, by_number in (([declared], True), ([declared, plain], False)):
         found = open_task().scan((table, iter(values)) for table, values in tables)
         assert found.labels_by_number is by_number
-
-
-def test_numbers_that_are_no_indices_keep_the_order_of_first_sight() -> None:
-    assert scanned(rows(5, 1, 3)).labels == ("5", "1", "3")
-
-
-def test_a_class_label_names_classes_that_no_row_has() -> None:
-    assert scanned(rows(1, 1), classes={"label": ("ham", "spam")}).labels == ("ham", "spam")
-
-
-def test_given_labels_are_kept_in_their_order() -> None:
-    task = scanned(rows("ham", "spam"), labels=["spam", "ham", "other"])
-    assert task.labels == ("spam", "ham", "other")
-    assert not open_task(labels=["a", "b"], problem_type="single_label").needs_scan
 
 
 @pytest.mark.parametrize(
@@ -207,12 +204,6 @@ def test_lists_of_a_number_for_each_class_are_refused(labels: Any) -> None:
     assert "names a class twice" in bad.message
 
 
-def test_a_number_beyond_the_class_label_is_an_error() -> None:
-    task = scanned(rows(0, 1), classes={"label": ("ham", "spam")})
-    [bad] = encoded(task, rows(2), classes={"label": ("ham", "spam")})
-    assert "not the number of a class" in bad.message
-
-
 def test_a_number_below_0_is_a_class_where_task_labels_names_it() -> None:
     with pytest.raises(DataError, match=r"name all classes in task\.labels, '-1' among them"):
         raise encoded(scanned(rows(-1, 0, 1)), rows(-1))[0]
@@ -220,11 +211,18 @@ def test_a_number_below_0_is_a_class_where_task_labels_names_it() -> None:
     assert [list(each.arrays["label"]) for each in encoded(task, rows(-1, 0, 1))] == [[0.0], [1.0], [2.0]]
 
 
-def test_a_label_that_training_lacks_is_an_error() -> None:
-    task = scanned(rows("ham", "spam"))
-    [bad] = encoded(task, rows("eggs"))
-    assert bad.message == "the label 'eggs' is not one of the classes: ham, spam"
-    assert "task.labels" in bad.hint
+@pytest.mark.parametrize(
+    ("known", "label", "message"),
+    [
+        (("ham", "spam"), "eggs", "the label 'eggs' is not one of the classes: ham, spam"),
+        ((0, 1), 2, "2 is not the number of a class"),
+    ],
+)
+def test_a_label_that_training_lacks_is_an_error(known: tuple[Any, Any], label: Any, message: str) -> None:
+    classes = {"label": ("ham", "spam")} if known == (0, 1) else None
+    [bad] = encoded(scanned(rows(*known), classes=classes), rows(label), classes=classes)
+    assert bad.message.startswith(message)
+    assert ("task.labels" in (bad.hint or "")) == (label == "eggs")
 
 
 def test_one_class_alone_is_refused() -> None:
@@ -404,13 +402,6 @@ def test_answers() -> None:
     assert scanned(rows(0.5, 1.5))._answer(torch.tensor([2.5])) == {"value": 2.5}
 
 
-def test_a_missing_extra_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError) as caught:
-        require_extra("sklearn", "metrics")
-    assert caught.value.message == "needs the package sklearn: pip install 'peftcli[metrics]'"
-
-
 def test_a_source_may_call_its_columns_otherwise() -> None:
     task = scanned(rows("a", "b"))
     values = [{"mail": "x", "kind": "b"}]
@@ -419,9 +410,3 @@ def test_a_source_may_call_its_columns_otherwise() -> None:
     table, _ = table_of(values)
     with pytest.raises(DataError, match="no column 'text'"):
         task.read(table)
-
-
-def test_every_row_of_the_table_has_what_the_card_needs() -> None:
-    for name in ("sequence_classification", "image_classification"):
-        assert TASKS[name].usage
-        assert TASKS[name].summary

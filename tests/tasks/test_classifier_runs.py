@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -136,16 +135,6 @@ def test_a_label_of_evaluation_that_training_lacks_stops_the_run(tmp_path: Path)
     with pytest.raises(DataError, match="'ugly' is not one of the classes: good, bad") as caught:
         run_recipe(recipe)
     assert (caught.value.file, caught.value.line) == (f"{tmp_path}/eval.jsonl", 7)
-
-
-def test_a_missing_extra_is_named_before_the_model_is_loaded(
-    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = write_classifier_recipe(tmp_path, labels="[good, bad]", problem_type="single_label")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
-    for command in (("check", "--deep"), ("train",), ("evaluate",)):
-        assert "pip install 'peftcli[metrics]'" in cli(*command, recipe, code=3)
 
 
 @pytest.mark.parametrize(

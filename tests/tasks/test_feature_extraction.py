@@ -21,6 +21,7 @@ from peftcli.errors import DataError, ModelError
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.prompt_tuning import PromptTuningConfig
 from peftcli.tasks.base import PredictOptions
+from peftcli.tasks.contrastive import Texts, anchor_losses, contrastive_loss
 
 NAME = "feature_extraction"
 ROWS = CASES[NAME].rows()[:4]
@@ -68,13 +69,11 @@ def gradients(task: Any, rows: Any, size: int | None = None, *, again: bool = Fa
         task.loss(model, batch).total.backward()
     else:
         found = torch.nn.functional.normalize(task.embed(model, batch, size, again=again), dim=1)
-        task._contrastive(task_texts(found, batch)).backward()
+        contrastive_loss(task_texts(found, batch), task.settings.temperature).backward()
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
 def task_texts(found: torch.Tensor, batch: Any) -> Any:
-    from peftcli.tasks.feature_extraction import Texts
-
     return Texts(found, batch["_keys"], batch["_rows"])
 
 
@@ -111,7 +110,7 @@ def test_equal_texts_are_no_negatives() -> None:
     def of_the_first(rows: Any) -> float:
         batch = task.collate(encoded(task, rows), training=True)
         found = torch.nn.functional.normalize(task.embed(model, batch, 3), dim=1)
-        return float(task._against_others([task_texts(found, batch)])[0].detach())
+        return float(anchor_losses([task_texts(found, batch)], task.settings.temperature)[0].detach())
 
     alone = of_the_first([one, other])
     assert alone > 0

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from classifierkit import open_task, write_scene
+import torch
+from classifierkit import encoded, open_task, write_scene
+from PIL import Image
 from soundkit import clip, speech_task, tone
 
 from peftcli.data.rows import Row, Table
 from peftcli.data.sources import open_source
 from peftcli.data.store import Example
+from peftcli.errors import DataError
 from peftcli.schema import Source
 from peftcli.tasks import TASKS
 
@@ -121,3 +124,61 @@ def test_metadata_of_a_folder(tmp_path: Path, write: Write) -> None:
     sound = clip(clips / "a.wav", tone())
     write(clips, {"file_name": ["a.wav"], "transcription": ["one tone"]})
     assert read(clips, speech_task())[1][0].arrays["path"] == sound
+
+
+def picture(path: Path, shade: int = 40) -> str:
+    Image.new("RGB", (12, 16), (shade, 90, 200)).save(path)
+    return str(path)
+
+
+def sound(path: Path, pitch: float = 440.0) -> str:
+    return clip(path, tone(pitch), subtype="FLOAT")
+
+
+def picture_task() -> Any:
+    return open_task("image_classification", "vit", labels=["a", "b"], problem_type="single_label")
+
+
+OF_FILES = pytest.mark.parametrize(
+    ("task", "name", "write", "other", "more"),
+    [
+        (picture_task, "image", picture, 200, {"label": "a"}),
+        (speech_task, "audio", sound, 880.0, {"sentence": "one tone"}),
+    ],
+    ids=["pictures", "sounds"],
+)
+
+
+@OF_FILES
+def test_a_file_comes_as_a_path_as_bytes_or_both(
+    tmp_path: Path, task: Any, name: str, write: Any, other: Any, more: dict[str, str]
+) -> None:
+    path = write(tmp_path / "a.png" if name == "image" else tmp_path / "a.wav")
+    content = Path(path).read_bytes()
+    values = [path, content, {"bytes": content, "path": Path(path).name}, {"bytes": None, "path": path}]
+    values += [{"array": tone().tolist(), "sampling_rate": 16000, "path": None}] if name == "audio" else []
+    found = encoded(task(), [{name: value, **more} for value in values])
+    batches = [next(iter(task().collate([each], training=True).values())) for each in found]
+    assert all(torch.equal(batches[0], batch) for batch in batches)
+    assert found[0].arrays["content"] == b""
+
+
+@OF_FILES
+def test_a_file_that_changed_since_is_named(
+    tmp_path: Path, task: Any, name: str, write: Any, other: Any, more: dict[str, str]
+) -> None:
+    file = tmp_path / "a.png" if name == "image" else tmp_path / "a.wav"
+    found = encoded(task(), [{name: write(file), **more}])
+    write(file, other)
+    with pytest.raises(DataError, match="has changed since the rows were read") as caught:
+        task().collate(found, training=True)
+    assert caught.value.file == str(file)
+
+
+def test_paths_may_be_relative_to_the_file_of_rows(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scenes", 0)
+    (tmp_path / "rows.csv").write_text("file_name,mask,label\nscenes/0.png,scenes/0.mask.png,a\n")
+    masks = open_task("semantic_segmentation", "segformer", labels=["floor", "red", "blue"])
+    for task, columns in ((picture_task(), {"path": "image"}), (masks, {"path": "image", "mask_path": "annotation"})):
+        arrays = read(tmp_path / "rows.csv", task)[1][0].arrays
+        assert {column: arrays[column] for column in columns} == {key: scene[name] for key, name in columns.items()}

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from classifierkit import SIDE, classifier_base, encoded, image_processor, open_task, scanned, table_of, write_pictures
 from PIL import Image
@@ -94,28 +93,6 @@ def test_a_turned_picture_stands_upright(tmp_path: Path, name: str, kind: bytes)
     assert np.abs(turned[2, 6].astype(int) - RED).max() < 10  # the left of the file is on top
 
 
-def test_pictures_come_as_paths_bytes_and_dictionaries(tmp_path: Path) -> None:
-    path = saved(picture(), tmp_path / "a.png")
-    content = Path(path).read_bytes()
-    values = [path, content, {"bytes": content, "path": "a.png"}, {"bytes": None, "path": path}]
-    found = encoded(task(), [{"image": value, "label": "red"} for value in values])
-    batches = [task().collate([each], training=True)["pixel_values"] for each in found]
-    assert batches[0].shape == (1, 3, SIDE, SIDE)
-    assert all(torch.equal(batches[0], batch) for batch in batches)
-    assert found[0].arrays["content"] == b""
-
-
-def test_a_path_may_be_relative_to_the_file_of_rows(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    saved(picture(), tmp_path / "pictures" / "a.png")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"file_name": "pictures/a.png", "label": "red"}\n')
-    found = list(open_source(Source(train=str(rows))).rows())
-    table, _ = table_of([found[0].values])
-    [outcome] = task().encode(found, task().read(table))
-    assert outcome.examples[0].arrays["path"] == str(tmp_path / "pictures" / "a.png")
-
-
 def test_broken_pictures_are_errors_with_row_and_path(tmp_path: Path) -> None:
     good = saved(picture(), tmp_path / "good.jpg")
     cut = tmp_path / "cut.jpg"
@@ -145,15 +122,6 @@ def test_a_folder_of_pictures_is_labelled_by_its_folders(tmp_path: Path) -> None
     assert [outcome.examples[0].arrays["label"] for outcome in found.encode(rows, found.read(table))] == [[0.0]] * 3 + [
         [1.0]
     ] * 3
-
-
-def test_a_picture_that_changed_since_is_named(tmp_path: Path) -> None:
-    path = saved(picture(), tmp_path / "a.png")
-    [example] = encoded(task(), [{"image": path, "label": "red"}])
-    Path(path).write_bytes(b"gone")
-    with pytest.raises(DataError, match="has changed since the rows were read") as caught:
-        task().collate([example], training=True)
-    assert caught.value.file == path
 
 
 def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

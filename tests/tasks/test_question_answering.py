@@ -10,22 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from classifierkit import encoded, open_task, scanned, table_of
+from classifierkit import encoded, head_model, open_task, scanned, table_of
 from taskkit import CASES
 from tokenizers.normalizers import BertNormalizer, Replace
 from tokenizers.processors import TemplateProcessing
 from trainkit import write_rows
 
-from peftcli.core.inject import inject
 from peftcli.data.rows import Row, Table
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
-from peftcli.methods import config_from_dict
 from peftcli.schema import Source
 from peftcli.tasks.base import PredictOptions
 from peftcli.tasks.question_answering import score_of
-from peftcli.tasks.scores import model_inputs
 
 NAME = "question_answering"
 ROW = {
@@ -198,7 +194,7 @@ def test_questions_of_two_columns_are_measured_one_by_one() -> None:
     windows = [example for outcome in outcomes for example in outcome.examples]
     assert len({each.arrays["row"] for each in windows}) == 1  # each is row 1 of its source
     with torch.no_grad():
-        outputs = task.loss(model_for(task), task.collate(windows, training=False)).outputs
+        outputs = task.loss(head_model(task), task.collate(windows, training=False)).outputs
     assert len(outputs) > len({question for question, *_ in outputs}) == 2
 
 
@@ -229,77 +225,11 @@ def test_every_command_reads_nested_json(tmp_path: Path, cli: Any) -> None:
     assert (tmp_path / "asked.out").read_text() == (tmp_path / "flat.out").read_text()
 
 
-def model_for(task: Any, method: dict[str, Any] | None = None) -> Any:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(task.base.name)
-    task.fit_model(model, None)
-    if method is not None:
-        inject(model, config_from_dict({"task_type": "QUESTION_ANS", **method}))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.5)
-    return model.eval()
-
-
-def test_the_loss_is_that_of_the_model_itself() -> None:
-    task = open_task(NAME, unanswerable=True)
-    model = model_for(task)
-    [example] = encoded(task, [ROW])
-    batch = task.collate([example], training=False)
-    with torch.no_grad():
-        assert float(task.loss(model, batch).total) == pytest.approx(float(model(**model_inputs(batch)).loss), rel=1e-6)
-
-
-METHODS: list[dict[str, Any] | None] = [
-    None,
-    {"peft_type": "LORA", "target_modules": "all-linear"},
-    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
-    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
-]
-
-
-@pytest.mark.grid(keep=3)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method and method["peft_type"].lower())
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: dict[str, Any] | None) -> None:
-    task = open_task(NAME, kind, max_length=40, stride=8, unanswerable=True)
-    model = model_for(task, method)
-    _, rows = table_of([ROW, NONE, LONG])
-    alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 8))
-    for one, other in zip(alone, together, strict=True):
-        assert {**one, "score": 0} == {**other, "score": 0}
-        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
-    examples = encoded(task, [ROW, NONE])
-    with torch.no_grad():
-        parts = [task.collate(part, training=False) for part in (examples, examples[:1], examples[1:])]
-        both, first, second = (float(task.loss(model, part).total) for part in parts)
-    assert both == pytest.approx(first + second, rel=1e-5)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_side_on_which_a_tokenizer_pads_changes_nothing(kind: str) -> None:
-    found, losses = [], []
-    for side in ("left", "right"):
-        task = open_task(NAME, kind, max_length=40, stride=8, unanswerable=True)
-        task.processor.padding_side = side
-        model = model_for(task)
-        table, rows = table_of([ROW, NONE, LONG])
-        found.append(list(task.predict(model, rows, PredictOptions(batch_size=8))))
-        examples = [each for outcome in task.encode(rows, task.read(table)) for each in outcome.examples]
-        assert len({each.size for each in examples}) > 1
-        with torch.no_grad():
-            losses.append(float(task.loss(model, task.collate(examples, training=False)).total))
-    assert found[0] == found[1]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_a_place_in_the_context(kind: str) -> None:
     task = open_task(NAME, kind, max_length=40, stride=8, unanswerable=False)
     _, rows = table_of([LONG])
-    [found] = task.predict(model_for(task), rows, PredictOptions())
+    [found] = task.predict(head_model(task), rows, PredictOptions())
     assert found["answer"] == LONG["context"][found["start"] : found["end"]]
     assert found["answer"]
 
@@ -308,7 +238,7 @@ def test_an_answer_is_a_place_in_the_context(kind: str) -> None:
 def test_the_threshold_of_no_answer(threshold: float) -> None:
     task = open_task(NAME, unanswerable=True, null_threshold=threshold)
     _, rows = table_of([ROW])
-    [found] = task.predict(model_for(task), rows, PredictOptions())
+    [found] = task.predict(head_model(task), rows, PredictOptions())
     assert bool(found["answer"]) == (threshold > 0)
 
 

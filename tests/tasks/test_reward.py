@@ -17,8 +17,7 @@ from taskkit import CASES, PREFERRED
 from trainkit import run_recipe
 
 from peftcli.errors import DataError
-from peftcli.tasks.base import PredictOptions
-from peftcli.tasks.scores import model_inputs
+from peftcli.tasks.base import PredictOptions, model_inputs
 from peftcli.tasks.shown import Facts
 
 CHOSEN, REJECTED = [0.4, -1.2, 2.0, 0.1], [0.9, -1.5, -0.7, 0.1]

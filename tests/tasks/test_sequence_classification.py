@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from classifierkit import ROWS, base_of, encoded, open_task, scanned, table_of
+from classifierkit import ROWS, base_of, encoded, head_model, open_task, scanned, table_of
 from trainkit import base_folder
 
-from peftcli.core.inject import inject
 from peftcli.errors import DataError, ModelError
 from peftcli.methods import config_from_dict
 from peftcli.tasks import TASKS
@@ -78,57 +77,9 @@ def test_a_text_without_tokens_is_an_error() -> None:
     assert bad.message == "holds no text"
 
 
-def model_for(task: Any, method: dict[str, Any] | None = None) -> Any:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(task.base.name, **task.model_options())
-    task.fit_model(model, None)
-    if method is not None:
-        config = config_from_dict({"task_type": "SEQ_CLS", **method})
-        inject(model, config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.5)
-    return model.eval()
-
-
-METHODS: list[dict[str, Any] | None] = [
-    None,
-    {"peft_type": "LORA", "target_modules": "all-linear"},
-    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
-    {"peft_type": "P_TUNING", "num_virtual_tokens": 5},
-    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
-]
-
-
-@pytest.mark.grid(keep=5)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method and method["peft_type"].lower())
-@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
-def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: dict[str, Any] | None) -> None:
-    task = open_task(kind=kind, **LABELS)
-    model = model_for(task, method)
-    _, rows = table_of(TEXTS)
-    alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 8))
-    assert len({answer["score"] for answer in alone}) > 1
-    for one, other in zip(alone, together, strict=True):
-        assert one["label"] == other["label"]
-        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_side_that_the_tokenizer_pads_on_changes_nothing(kind: str) -> None:
-    _, rows = table_of(TEXTS)
-    answers = []
-    for side in ("left", "right"):
-        task = open_task(kind=kind, **LABELS)
-        task.processor.padding_side = side
-        answers.append(list(task.predict(model_for(task), rows, PredictOptions(batch_size=8))))
-    assert answers[0] == answers[1]
-
-
 def test_a_decoder_reads_the_last_token_of_a_row() -> None:
     task = open_task(kind="gpt2", **LABELS)
-    model = model_for(task)
+    model = head_model(task)
     ids = task.processor(TEXTS[0]["text"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         last = model.score(model.transformer(ids).last_hidden_state[:, -1])
@@ -157,19 +108,10 @@ def test_a_model_without_a_pad_token_gets_one() -> None:
     assert model.config.pad_token_id == task.processor.pad_token_id is not None
 
 
-def test_answers_come_in_the_order_of_the_rows() -> None:
-    task = open_task(**LABELS)
-    model = model_for(task)
-    _, rows = table_of(TEXTS)
-    one_by_one = [next(task.predict(model, [row], PredictOptions())) for row in rows]
-    together = list(task.predict(model, rows, PredictOptions(batch_size=3)))
-    assert [one["score"] for one in one_by_one] == pytest.approx([one["score"] for one in together], abs=1e-5)
-
-
 def test_rows_to_answer_may_have_a_label() -> None:
     task = scanned(ROWS)
     _, rows = table_of([*ROWS, {"text": "sun", "label": "unheard of"}])
-    assert len(list(task.predict(model_for(task), rows, PredictOptions()))) == len(ROWS) + 1
+    assert len(list(task.predict(head_model(task), rows, PredictOptions()))) == len(ROWS) + 1
 
 
 def test_token_types_tell_the_texts_of_a_pair_apart() -> None:
@@ -183,7 +125,7 @@ def test_token_types_tell_the_texts_of_a_pair_apart() -> None:
 def test_the_probe_is_read_by_the_model() -> None:
     task = open_task(kind="llama", **LABELS)
     with torch.no_grad():
-        assert model_for(task)(**task.probe()).logits.shape == (2, 2)
+        assert head_model(task)(**task.probe()).logits.shape == (2, 2)
     assert torch.equal(task.probe()["input_ids"], task.probe()["input_ids"])
     assert base_of("llama").config.vocab_size > task.probe()["input_ids"].max()
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import soundfile
 import torch
@@ -35,14 +34,11 @@ from soundkit import (
 from taskkit import CASES
 from trainkit import at_step, run_recipe
 
-import peftcli
 from peftcli.adapters.predict import load_predictor
 from peftcli.cli.app import main
-from peftcli.core.inject import inject
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
-from peftcli.errors import AdapterError, DataError, Interrupted, ModelError
-from peftcli.methods.lora import LoraConfig
+from peftcli.errors import DataError, Interrupted, ModelError
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Source
 from peftcli.tasks import TASKS
@@ -89,15 +85,6 @@ def test_sounds_of_each_format_rate_and_channel(tmp_path: Path, kind: str, rate:
     assert len(sound) == pytest.approx(RATE, rel=0.1)
     assert np.abs(np.fft.rfft(sound, RATE)).argmax() == pytest.approx(440, abs=2)
     assert np.abs(sound).max() == pytest.approx(0.25, rel=0.15)  # half of one channel
-
-
-def test_rows_name_files_or_hold_sounds(tmp_path: Path) -> None:
-    path = clip(tmp_path / "a.wav", tone(), subtype="FLOAT")
-    content = Path(path).read_bytes()
-    array = {"array": tone().tolist(), "sampling_rate": RATE, "path": None}
-    values = [path, content, {"bytes": content, "path": "a.wav"}, {"bytes": None, "path": path}, array]
-    features = [batch_of(speech_task(), [{"audio": value, "sentence": "x"}])["input_features"] for value in values]
-    assert all(torch.equal(each, features[0]) for each in features)
 
 
 @pytest.mark.parametrize("column", ["text", "sentence", "transcription"])
@@ -150,14 +137,6 @@ def test_a_model_that_answers_in_another_way_is_refused(config: Any, says: str, 
     config.save_pretrained(folder)
     with pytest.raises(ModelError, match=f"^base_model: {says}"):
         row.open(row.settings(), open_base(BaseModel(name=str(folder))))
-
-
-def test_a_clip_that_changes_is_noticed(tmp_path: Path) -> None:
-    path, task = clip(tmp_path / "a.wav", tone()), speech_task()
-    (outcome,) = outcomes(task, [{"audio": path, "text": "a"}])
-    clip(tmp_path / "a.wav", tone(880.0))
-    with pytest.raises(DataError, match="has changed"):
-        task.collate(outcome.examples, training=True)
 
 
 def test_the_decoder_starts_once_and_its_end_counts() -> None:
@@ -456,91 +435,6 @@ def test_inspect_shows_lengths_and_finds_what_cannot_be_learnt(
     out = capsys.readouterr().out
     assert "0.50 s" in out
     assert "low" in out
-
-
-def test_a_missing_extra_is_named_before_a_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = CASES["speech_recognition"].write(tmp_path)
-    find = peftcli.tasks.base.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "jiwer" else find(name, *more))
-    monkeypatch.setattr("peftcli.models.open.OpenBase.model", lambda *_, **__: pytest.fail("loaded"))
-    assert main(["check", "--deep", str(recipe)]) != 0
-    assert "pip install 'peftcli[audio]'" in capsys.readouterr().out
-
-
-def test_whisper_large_v2_has_pefts_count() -> None:
-    config = transformers.WhisperConfig(
-        vocab_size=51865,
-        d_model=1280,
-        encoder_layers=32,
-        decoder_layers=32,
-        encoder_attention_heads=20,
-        decoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        decoder_ffn_dim=5120,
-    )
-    with torch.device("meta"):
-        model = transformers.WhisperForConditionalGeneration(config)
-    assert inject(model, LoraConfig(r=32, target_modules=["q_proj", "v_proj"])).trainable == 15_728_640
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        peftcli.PromptTuningConfig(num_virtual_tokens=4),
-        peftcli.PrefixTuningConfig(num_virtual_tokens=4),
-        peftcli.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8),
-    ],
-    ids=lambda config: config.peft_type.value,
-)
-def test_soft_prompts_have_no_place_in_an_encoder_of_sound(config: Any) -> None:
-    model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(whisper_base())
-    with pytest.raises(AdapterError, match="WhisperEncoder reads no token ids"):
-        peftcli.get_peft_model(model, config)
-
-
-def test_an_adapter_without_a_task_type_trains_under_trainer_and_loads(tmp_path: Path) -> None:
-    model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(whisper_base())
-    config = peftcli.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    adapted = peftcli.get_peft_model(model, config)
-    task = speech_task()
-    rows = [each.examples[0] for each in outcomes(task, tone_rows())]
-    arguments = transformers.Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        eval_strategy="steps",
-        eval_steps=1,
-        predict_with_generate=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    adapted.generation_config = task.generation
-    model.generation_config = task.generation
-    trainer = transformers.Seq2SeqTrainer(
-        model=adapted,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=rows[:4],
-        data_collator=lambda some: task.collate(some, training=True),
-        compute_metrics=lambda found: {"rows": len(found.predictions)},
-    )
-    trainer.train()
-    assert [entry["eval_rows"] for entry in trainer.state.log_history if "eval_rows" in entry] == [4, 4]
-    adapted.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"] is None
-    probe = task.probe()
-    with torch.no_grad():
-        expected = adapted.eval()(**probe).logits
-        for library in (peftcli, peft):
-            loaded = library.AutoPeftModel.from_pretrained(str(tmp_path / "adapter")).eval()
-            assert loaded.get_base_model().config.architectures == ["WhisperForConditionalGeneration"]
-            torch.testing.assert_close(loaded(**probe).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_answers_may_be_as_long_as_the_decoder_reads(tmp_path: Path) -> None:

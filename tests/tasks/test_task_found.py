@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from taskkit import CASES
 from transformers import AutoConfig, BertConfig, LlamaConfig, T5Config, ViTConfig
 
 from peftcli.errors import UsageError
@@ -89,3 +93,22 @@ def test_rows_say_of_their_tasks_what_is_true() -> None:
         base: Any = SimpleNamespace(processor=lambda kind: processor, config=config, file=lambda name: None)
         task = row.open(row.settings(), base)
         assert task.columns
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra", "code"),
+    [
+        ("sequence_classification", "sklearn", "metrics", 3),
+        ("speech_recognition", "jiwer", "audio", 3),
+        ("text_to_image", "diffusers", "diffusion", 4),
+    ],
+)
+def test_a_missing_extra_is_named_before_the_model_is_loaded(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str, code: int
+) -> None:
+    recipe, find = CASES[name].write(tmp_path), importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda each, *more: None if each == package else find(each, *more))
+    for opened in ("open.OpenBase", "pipeline.OpenPipeline"):
+        monkeypatch.setattr(f"peftcli.models.{opened}.model", lambda *_, **__: pytest.fail("loaded"))
+    for command in (("check", "--deep"), ("train",), ("evaluate",))[: 3 if code == 3 else 1]:
+        assert f"pip install 'peftcli[{extra}]'" in cli(*command, recipe, code=code)

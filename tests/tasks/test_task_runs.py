@@ -25,8 +25,7 @@ from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
 from peftcli.output_schemas import output_schema
 from peftcli.schema import BaseModel
-from peftcli.tasks.base import FitsModel
-from peftcli.tasks.scores import scores_of
+from peftcli.tasks.base import scores_of
 
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
 SAVES = ("training.save_strategy=steps", "training.save_steps=3")
@@ -59,8 +58,7 @@ def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.T
         auto = source.auto_class(lambda: opened.config)
         if merged is None:
             loaded = opened.model(auto, torch.float32, **source.model_options(opened))
-            if isinstance(task, FitsModel):
-                task.fit_model(loaded.model, None)
+            task.fit_model(loaded.model, None)
             apply_adapter(loaded, source)
             model = loaded.model
         else:

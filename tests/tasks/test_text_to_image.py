@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -25,7 +24,6 @@ from trainkit import Child, Trained, ranks, run_recipe
 
 from peftcli.adapters.combine import combine_adapters
 from peftcli.adapters.push import _contents
-from peftcli.cli.app import main
 from peftcli.core.inject import disabled
 from peftcli.data.rows import Place, Row, Table
 from peftcli.data.store import Example
@@ -62,17 +60,6 @@ def loaded(task: Any) -> Any:
 
 def captioned() -> list[dict[str, Any]]:
     return [{"image": str(path), "text": f"picture {at}"} for at, path in enumerate(picture_files(12))]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def cli(*args: object, code: int = 0) -> str:
-        trainkit.reset_accelerate()
-        assert main([str(arg) for arg in args]) == code, capsys.readouterr().err
-        told = capsys.readouterr()
-        return told.out + told.err
-
-    return cli
 
 
 @pytest.fixture
@@ -557,12 +544,3 @@ def test_weights_are_whole_safetensors(tmp_path: Path, damage: str) -> None:
     match = "can run code when it is read" if damage == "pickle" else "conv_in.bias is missing"
     with pytest.raises(ModelError, match=match):
         loaded(open_task(base=folder))
-
-
-def test_a_missing_extra_is_named_before_a_model_is_loaded(
-    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, found = CASES[NAME].write(tmp_path), importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "diffusers" else found(name, *a))
-    monkeypatch.setattr("peftcli.models.pipeline.OpenPipeline.model", lambda *_, **__: pytest.fail("loaded"))
-    assert "pip install 'peftcli[diffusion]'" in cli("check", "--deep", recipe, code=4)

@@ -11,14 +11,11 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from classifierkit import base_of, encoded, open_task, scanned, table_of
+from classifierkit import base_of, encoded, head_model, open_task, scanned, table_of
 
-from peftcli.core.inject import inject
 from peftcli.errors import DataError
-from peftcli.methods import config_from_dict
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
-from peftcli.tasks.scores import model_inputs
 from peftcli.tasks.text.chat import IGNORED
 
 NAME = "token_classification"
@@ -167,7 +164,7 @@ def test_words_that_the_tokenizer_drops_are_no_end_of_an_entity() -> None:
     row = {"tokens": ["Ada", "\u200b", "Lovelace"], "ner_tags": ["B-PER", "I-PER", "I-PER"]}
     [example] = encoded(task, [row])
     assert list(example.arrays["tags"]) == [1, IGNORED, 2]
-    model = model_for(task)
+    model = head_model(task)
     batch = task.collate([example], training=False)
     logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(LABELS)).float()
     model.forward = lambda **_: transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
@@ -243,55 +240,11 @@ def test_a_slow_tokenizer_gives_the_same_example() -> None:
     assert list(cut.arrays["word_of"]) == [-1, 0, 0, 0, 1, 1, 1, -1]
 
 
-def model_for(task: Any, method: dict[str, Any] | None = None) -> Any:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForTokenClassification.from_pretrained(task.base.name, **task.model_options())
-    task.fit_model(model, None)
-    if method is not None:
-        inject(model, config_from_dict({"task_type": "TOKEN_CLS", **method}))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.5)
-    return model.eval()
-
-
-def test_the_loss_is_that_of_the_model_itself() -> None:
-    task = open_task(NAME, **IOB)
-    model, examples = model_for(task), encoded(task, ROWS)
-    batch = task.collate(examples, training=True)
-    with torch.no_grad():
-        loss, reference = task.loss(model, batch), model(**model_inputs(batch)).loss
-    assert float(loss.total) / sum(each.num_targets for each in examples) == pytest.approx(float(reference), rel=1e-6)
-
-
-@pytest.mark.grid(keep=3)
-@pytest.mark.parametrize(
-    "method",
-    [
-        None,
-        {"peft_type": "LORA", "target_modules": "all-linear"},
-        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
-        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
-    ],
-    ids=lambda method: method and method["peft_type"].lower(),
-)
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_a_row_has_one_answer_in_a_batch_of_one_and_of_eight(kind: str, method: dict[str, Any] | None) -> None:
-    task = open_task(NAME, kind, **IOB)
-    model = model_for(task, method)
-    _, rows = table_of([{"text": " ".join(["Ada sun"] * count)} for count in (1, 4, 2, 7)])
-    alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 8))
-    for one, other in zip(alone, together, strict=True):
-        assert one["tags"] == other["tags"]
-        assert len(one["tags"]) == len(one["words"])
-
-
 def test_the_metrics_are_those_of_the_answers() -> None:
     from seqeval.metrics import accuracy_score, f1_score
 
     task = open_task(NAME, **IOB, max_length=12)
-    model = model_for(task)
+    model = head_model(task)
     choose = random.Random(0)
     values = [
         {
@@ -369,7 +322,7 @@ def test_parts_of_speech_have_an_f1_of_their_own() -> None:
 
 def test_answers_name_entities_by_their_characters() -> None:
     task = open_task(NAME, **IOB)
-    model = model_for(task)
+    model = head_model(task)
     forced = {"Ada": "B-PER", "Lovelace": "I-PER", "Turin": "B-LOC"}
 
     def forward(input_ids: torch.Tensor, **_: Any) -> Any:
@@ -416,7 +369,7 @@ def test_what_is_right_in_each_piece_is_right_in_metrics_and_answers(
     logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(LABELS)).float()
     outputs = task._outputs(logits, batch["_first"], batch["_tags"])
     assert task.metrics({"loss": torch.tensor(0.0).numpy()}, outputs, outcome.examples[0].num_targets)["f1"] == 1
-    model = model_for(open_task(NAME, **IOB))
+    model = head_model(open_task(NAME, **IOB))
     model.forward = lambda **_: transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
     [answer] = task.predict(model, table_of([{"text": text}])[1], PredictOptions())
     assert [each["text"] for each in answer["entities"]] == entities

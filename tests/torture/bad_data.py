@@ -295,7 +295,7 @@ def unshaken(start: int, folder: Path) -> None:
 
 def _encode(path: Path, number: int) -> None:
     """What ``train`` does with a file before it trains."""
-    task = CausalLM(settings.CausalLM(), _tokenizer(), None)
+    task = CausalLM(settings.CausalLMSettings(), _tokenizer(), None)
     try:
         store = prepare(Source(train=str(path)), task, encoding("causal_lm", task), stop_at_bad=False)
         errors = [error for _, error in store.bad_rows()]

@@ -61,7 +61,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-TASK = CausalLM(settings.CausalLM(), SimpleNamespace(pad_token_id=0, eos_token_id=EOS), None)
+TASK = CausalLM(settings.CausalLMSettings(), SimpleNamespace(pad_token_id=0, eos_token_id=EOS), None)
 
 
 def task_of(model: PreTrainedModel) -> CausalLM:

@@ -14,7 +14,7 @@ from peftcli.data.rows import USED, Row
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.tasks.base import Batch
-from peftcli.tasks.settings import CausalLM
+from peftcli.tasks.settings import CausalLMSettings
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.answers import AnswerReader
 from peftcli.tasks.text.chat import IGNORED
@@ -57,7 +57,7 @@ class AnswerInputs(TextInputs):
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""
         longest: int = self.settings.max_length
-        settings = CausalLM(max_length=longest, overlong=overlong, train_on=train_on)  # type: ignore[arg-type]
+        settings = CausalLMSettings(max_length=longest, overlong=overlong, train_on=train_on)  # type: ignore[arg-type]
         return CausalEncoder(reader, self.processor, settings, self.max_length)
 
     def encode_answers(self, rows: Sequence[Row], reader: AnswerReader, train_on: str) -> list[Outcome | DataError]:

@@ -10,7 +10,7 @@ from peftcli.data import store
 from peftcli.data.rows import Row, truth_in
 from peftcli.data.store import Outcome
 from peftcli.errors import DataError, ModelError
-from peftcli.tasks.settings import CausalLM, Seq2SeqLM
+from peftcli.tasks.settings import CausalLMSettings, Seq2SeqLMSettings
 from peftcli.tasks.text.chat import (
     IGNORED,
     Encoded,
@@ -41,7 +41,11 @@ class CausalEncoder:
     """
 
     def __init__(
-        self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: CausalLM, limit: int | None = None
+        self,
+        reader: ExampleReader,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: CausalLMSettings,
+        limit: int | None = None,
     ):
         self.reader, self.tokenizer, self.settings = reader, tokenizer, settings
         self.limit = settings.max_length if limit is None else limit
@@ -131,7 +135,7 @@ class Seq2SeqEncoder:
     completion, the output, or that answer.
     """
 
-    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM):
+    def __init__(self, reader: ExampleReader, tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLMSettings):
         if reader.name == "text":
             raise DataError(
                 "a text alone has no source and target",

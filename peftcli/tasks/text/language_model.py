@@ -28,9 +28,8 @@ from peftcli.models import tokens
 from peftcli.models.probe import deviation, probing
 from peftcli.schema import BaseModel
 from peftcli.system import date
-from peftcli.tasks.base import Batch, Loss, Task, write_task
-from peftcli.tasks.scores import model_inputs, on_device
-from peftcli.tasks.settings import CausalLM, Seq2SeqLM
+from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device, write_task
+from peftcli.tasks.settings import CausalLMSettings, Seq2SeqLMSettings
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
     from peftcli.models.open import OpenBase
 
-Settings = TypeVar("Settings", bound=CausalLM | Seq2SeqLM)
+Settings = TypeVar("Settings", bound=CausalLMSettings | Seq2SeqLMSettings)
 CHAT_PACKAGES = ("transformers", "tokenizers", "jinja2")
 """Packages whose version decides which ids a text or a conversation gets."""
 _EXACT, _ROUNDED = 1e-4, 0.05

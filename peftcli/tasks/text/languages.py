@@ -6,7 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from peftcli.errors import DataError
-from peftcli.tasks.settings import Seq2SeqLM
+from peftcli.tasks.settings import Seq2SeqLMSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ _MARKS = 2
 """Tokens of a target without text: its language and EOS."""
 
 
-def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> None:
+def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLMSettings) -> None:
     """Let a tokenizer write sources and targets in the languages of the settings, where they name them.
 
     Raises:
@@ -38,7 +38,7 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> No
         setattr(tokenizer, attribute, code)
 
 
-def require_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLM) -> None:
+def require_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqLMSettings) -> None:
     """Check that the settings name the languages of a tokenizer that has several.
 
     Raises:

@@ -12,8 +12,7 @@ from torch import nn
 from peftcli.core.inject import disabled, evaluating
 from peftcli.core.weights import named_tensors
 from peftcli.errors import DataError
-from peftcli.tasks.base import Batch
-from peftcli.tasks.scores import on_device
+from peftcli.tasks.base import Batch, on_device
 
 Kind = Literal["base", "start"]
 _TOLERANCE = 0.01

@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from peftcli.data.rows import Reader, Row, listed, shortened
-from peftcli.tasks.classification import LabelReader, class_name
+from peftcli.tasks.labels import LabelReader
 from peftcli.tasks.text.answers import UNSPACED
 from peftcli.tasks.text.chat import IGNORED
 
@@ -95,7 +95,7 @@ def tags_of(words: Words, row: Row, reader: LabelReader) -> tuple[Sequence[str |
         found_tags = f"{len(value)}" if isinstance(value, list) else shortened(value)
         raise row.place.error(f"expected a tag for each of the {len(words.spans)} tokens, found {found_tags}", key=key)
     try:
-        return [None if tag == IGNORED else class_name(tag, reader) for tag in value], True
+        return [None if tag == IGNORED else reader.class_name(tag) for tag in value], True
     except ValueError as error:
         raise row.place.error(str(error), key=key) from None
 

@@ -10,7 +10,7 @@ from peftcli.core.config import AdapterConfig
 from peftcli.core.protocols import layers_of
 from peftcli.errors import UsageError
 from peftcli.schema import DIVIDED, Recipe
-from peftcli.tasks.base import Begins, Gathers, Task, require_extra
+from peftcli.tasks.base import Begins, Task, require_extra
 
 STAGES = {"zero2": 2, "zero3": 3}
 """launch.strategy -> the stage of ZeRO."""
@@ -31,7 +31,7 @@ def is_dividing(recipe: Recipe) -> bool:
 
 def may_divide(task: Task[Any]) -> bool:
     """Whether the model of a task can be divided: one of texts, if the task does not compare the rows of a batch."""
-    return task.unit == "tokens" and not isinstance(task, Gathers)
+    return task.unit == "tokens" and not task.gathers
 
 
 def supports_quantization(strategy: str, weight_type: str | None) -> bool:
@@ -53,7 +53,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
     refused = (
         ((*_QUANTISED, *_NOT_WHOLE), not weights_fit, f"is not for {weight_type}"),
         (DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
-        (_ENGINES, isinstance(task, Gathers), "is not for tasks that compare the rows of all processes"),
+        (_ENGINES, task.gathers, "is not for tasks that compare the rows of all processes"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
         (("zero3",), config.reads_past_calls(), "is for LoRA without its variants: other methods read divided weights"),
         (("zero2", "zero3"), "after_step" in vars(method), "leaves no gradients, which the method reads after a step"),

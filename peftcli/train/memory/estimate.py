@@ -28,7 +28,7 @@ from peftcli.models.quantization import bytes_of_weight
 from peftcli.schema import DIVIDED, Recipe, Training
 from peftcli.system.cores import bytes_of_kernels
 from peftcli.system.memory import resident_memory
-from peftcli.tasks.scores import on_device
+from peftcli.tasks.base import on_device
 from peftcli.tasks.text.output_head import take_head_as_it_is
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate

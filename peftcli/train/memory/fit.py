@@ -31,7 +31,6 @@ from peftcli.recipe import method_config, to_dict
 from peftcli.schema import DIVIDED, Recipe
 from peftcli.system.memory import free_memory, resident_memory
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import FitsModel
 from peftcli.train.data import Data, load_data, plan_of, prepare_config
 from peftcli.train.devices.kernels import checkpoint_activations
 from peftcli.train.devices.strategies import may_divide, supports_quantization
@@ -254,8 +253,7 @@ def _adapted(recipe: Recipe, base: OpenBase, data: Data) -> tuple[Any, AdapterCo
     prepare_config(config, base)
     options = task.model_options()
     model = base.empty_model(row_of(recipe).auto_class, **options)
-    if isinstance(task, FitsModel):
-        task.fit_model(model, config)
+    task.fit_model(model, config)
     config.task_type = row_of(recipe).task_type
     inject(model, config, initialised=parameters_of_heads(model) if options else [])
     return model, config

@@ -35,7 +35,7 @@ def results(
 ) -> list[Outcome | DataError]:
     """What became of each row; a row's error is among them."""
     read = example_reader(Table(Source(train="train.jsonl"), "train.jsonl", tuple(rows[0])))
-    known = task_settings.CausalLM if encoder is CausalEncoder else task_settings.Seq2SeqLM
+    known = task_settings.CausalLMSettings if encoder is CausalEncoder else task_settings.Seq2SeqLMSettings
     encode = encoder(read, tokenizer, known(**settings))
     found: list[Outcome | DataError] = encode(
         [Row(values, Place("train.jsonl", line, line)) for line, values in enumerate(rows, 1)]

@@ -403,7 +403,7 @@ def test_the_loss_leaves_the_labels_as_they_are() -> None:
         encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
     )  # fmt: skip
     model = FSMTForConditionalGeneration(config).eval()
-    task = Seq2SeqLM(settings.Seq2SeqLM(), None, SimpleNamespace(config=config))  # type: ignore[arg-type]
+    task = Seq2SeqLM(settings.Seq2SeqLMSettings(), None, SimpleNamespace(config=config))  # type: ignore[arg-type]
     ids, labels = torch.randint(3, 40, (2, 6)), torch.tensor([[5, 6, 2, -100, -100], [7, 8, 9, 10, 2]])
     together = task.loss_of_targets(model, {"input_ids": ids, "labels": labels.clone()}).total
     rows = [labels[:1, :3], labels[1:]]

@@ -7,7 +7,7 @@ from examplekit import example, plain
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 
-TASK = CausalLM(settings.CausalLM(), None, base=None)
+TASK = CausalLM(settings.CausalLMSettings(), None, base=None)
 
 
 def test_join_starts_positions_anew_and_drops_the_first_target_of_each() -> None:
