@@ -41,7 +41,9 @@ def measure() -> dict[str, float]:
     from peftcli.methods.lora.fused import FUSED
     from peftcli.tasks.text import token_loss
     from peftcli.tasks.text.collate import padded
-    from peftcli.tasks.text.unpadded import unpad
+    from peftcli.tasks.text.fast.losses import chunked_losses
+    from peftcli.tasks.text.fast.unpadded import unpad
+    from peftcli.tasks.text.language_model import target_losses
 
     chosen, config = rows("unequal", 0, 8)[:BATCH], LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     torch.manual_seed(0)
@@ -82,14 +84,14 @@ def measure() -> dict[str, float]:
     plain = gradients(token_loss.plain_losses, False)
     result = {
         "fused": worst(gradients(token_loss.plain_losses, True), plain),
-        "loss": worst(gradients(token_loss.target_losses, False), plain),
+        "loss": worst(gradients(target_losses, False), plain),
         "torch_loss": worst(gradients(token_loss.plain_losses, False, torch.float32), plain),
     }
     wanted = targets[targets != -100]
     with torch.no_grad():
         hidden = model.get_decoder()(**inputs).last_hidden_state[targets != -100]
     ways = {
-        "chunked": lambda states, head: token_loss.chunked_losses(states, wanted, head)[0],
+        "chunked": lambda states, head: chunked_losses(states, wanted, head)[0],
         "cross_entropy": lambda states, head: F.cross_entropy(head(states), wanted, reduction="none"),
     }
     for suffix, states in (("", hidden), ("_normal", torch.randn_like(hidden))):
@@ -99,7 +101,7 @@ def measure() -> dict[str, float]:
     if not unpad(model, config):
         raise SystemExit("the model is padded")
     result["unpadded"] = worst(gradients(token_loss.plain_losses, False), plain)
-    result["all"] = worst(gradients(token_loss.target_losses, True), plain)
+    result["all"] = worst(gradients(target_losses, True), plain)
     return result
 
 

@@ -64,10 +64,6 @@ PATHS: dict[str, dict[str, str]] = {
         "tasks/causal_lm.py": "collates the examples, and computes the loss",
         "tasks/text/language_model.py": "what causal_lm shares with seq2seq_lm",
         "tasks/text/collate.py": "pads ids and labels",
-        "tasks/text/unpadded.py": "takes the padding out before the first layer",
-        "tasks/text/parts.py": "which tokens the rows share",
-        "tasks/text/segments.py": "attention within each row",
-        "tasks/text/output_head.py": "logits at targets only",
         "tasks/text/token_loss.py": "the loss of each target",
         "core/protocols.py": "what the method does after a step",
     },
@@ -85,7 +81,8 @@ PATHS: dict[str, dict[str, str]] = {
 """Reading path -> its files, and what each is read for.
 
 A path lists the files with a function that runs: to inject LoRA into ``nn.Linear``, call it, save, load and merge it;
-in one ``next(fit(...))``; in a run of the task. ``guard``, ``system`` and what only PEFT's names need are left out.
+in one ``next(fit(...))``; in a run of the task. ``guard``, ``system``, ``tasks/text/fast`` (the same in less time) and
+what only PEFT's names need are left out.
 """
 
 

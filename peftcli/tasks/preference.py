@@ -31,11 +31,11 @@ from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
-from peftcli.tasks.text.language_model import refuse_later_tokens
+from peftcli.tasks.text.language_model import refuse_later_tokens, target_losses
 from peftcli.tasks.text.prompt_form import PromptForm
 from peftcli.tasks.text.reference import Reference
 from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
-from peftcli.tasks.text.token_loss import next_tokens, target_losses
+from peftcli.tasks.text.token_loss import next_tokens
 
 _REFERRING = ("dpo", "ipo", "kto")
 _LOSSES_OF = {

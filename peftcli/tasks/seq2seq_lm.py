@@ -19,9 +19,9 @@ from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import Seq2SeqEncoder
 from peftcli.tasks.text.formats import ExampleReader
-from peftcli.tasks.text.language_model import LanguageModel
+from peftcli.tasks.text.language_model import LanguageModel, target_losses
 from peftcli.tasks.text.languages import require_languages, set_languages
-from peftcli.tasks.text.token_loss import inner_model, losses_of, target_losses, token_loss
+from peftcli.tasks.text.token_loss import inner_model, losses_of, token_loss
 
 if TYPE_CHECKING:
     from peftcli.models.open import OpenBase

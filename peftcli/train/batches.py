@@ -19,8 +19,8 @@ from peftcli.errors import DataError
 from peftcli.schema import Training
 from peftcli.system.workers import compute_ahead, spare_cores
 from peftcli.tasks.base import Batch, KnowsStep, Packs, Task
-from peftcli.tasks.text.parts import PART, of_like_length, parts_of
-from peftcli.tasks.text.unpadded import is_unpadded
+from peftcli.tasks.text.fast.parts import PART, of_like_length, parts_of
+from peftcli.tasks.text.fast.unpadded import is_unpadded
 from peftcli.train.plan import MicroBatch, Plan
 
 T = TypeVar("T")

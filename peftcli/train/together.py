@@ -27,7 +27,7 @@ from peftcli.schema import Recipe
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
-from peftcli.tasks.text.joined import JoinedModel, JoinedModels
+from peftcli.tasks.text.fast.joined import JoinedModel, JoinedModels
 from peftcli.train import fresh_process
 from peftcli.train.data import RunData
 from peftcli.train.devices import launch

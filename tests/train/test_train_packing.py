@@ -41,8 +41,8 @@ from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
-from peftcli.tasks.text.segments import ATTENTION
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.segments import ATTENTION
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.data import Data, RunData
 from peftcli.train.events import Stepped, StepResult
 from peftcli.train.loop import Gradients, PreparedModel, fit

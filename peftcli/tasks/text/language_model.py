@@ -36,6 +36,7 @@ from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
 from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, with_unread
+from peftcli.tasks.text.fast.losses import losses_under, output_head
 from peftcli.tasks.text.findings import FINDINGS, record_findings
 from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
 from peftcli.tasks.text.formats import ExampleReader
@@ -44,9 +45,15 @@ from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompt_form import PromptForm
 from peftcli.tasks.text.prompts import asked, opening, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
-from peftcli.tasks.text.token_loss import no_cache, token_metrics
+from peftcli.tasks.text.token_loss import (
+    Losses,
+    inner_model,
+    is_half_precision,
+    no_cache,
+    plain_losses,
+    token_metrics,
+)
 from peftcli.tasks.text.token_text import TokenRenderer
-from peftcli.tasks.text.unpadded import rounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -304,6 +311,12 @@ class LanguageModel(Task[Settings]):
         return missing_stops(self.processor, configured_stops(model), chat=self.prompt_form.chat)
 
 
+def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
+    """Return the losses that ``plain_losses`` describes, by the fast way where the model's head lets it."""
+    head = output_head(inner_model(model), inputs)
+    return plain_losses(model, inputs, targets) if head is None else losses_under(head, model, inputs, targets)
+
+
 def fit_tokens(
     model: Any, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig | None, base: BaseModel
 ) -> list[str]:
@@ -391,6 +404,6 @@ def refuse_later_tokens(model: Any, probe: Batch) -> None:
     with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         one, two = (model(**given | {"input_ids": ids}).logits[:, :-1].float() for ids in (given["input_ids"], other))
     seen = (one - two).square().mean(dim=-1).sqrt().max() / one.std()
-    if seen > (_ROUNDED if rounds(model) else _EXACT):
+    if seen > (_ROUNDED if is_half_precision(model) else _EXACT):
         message = f"{type(model).__name__} sees the tokens that it would have to predict"
         raise ModelError(message, key="base_model", hint="name a model that reads texts in one direction")

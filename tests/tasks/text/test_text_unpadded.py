@@ -45,10 +45,10 @@ from transformers.masking_utils import sdpa_mask
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods import METHODS
-from peftcli.tasks.text import segments as module
-from peftcli.tasks.text import unpadded
-from peftcli.tasks.text.segments import ATTENTION, Layout, Segment, Segments, attend
-from peftcli.tasks.text.unpadded import _spread, is_unpadded, only, unpad
+from peftcli.tasks.text.fast import segments as module
+from peftcli.tasks.text.fast import unpadded
+from peftcli.tasks.text.fast.segments import ATTENTION, Layout, Segment, Segments, attend
+from peftcli.tasks.text.fast.unpadded import _spread, is_unpadded, unpad
 
 WINDOW = 16
 LENGTHS = (7, 30, 2, 19)
@@ -424,19 +424,6 @@ def test_virtual_tokens_stand_before_each_example(method: str, checkpointing: bo
         monkey = model.get_decoder().forward
         model.get_decoder().forward = monkey.forward
         torch.testing.assert_close(said, tokens_of(model, left), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9)])
-def test_only_some_tokens_reach_the_head(lengths: tuple[int, ...]) -> None:
-    model, inputs = base("llama"), batch(*lengths)
-    chosen = inputs["attention_mask"].bool() & (inputs["input_ids"] % 3 == 0)
-    with torch.no_grad():
-        expected = model(**inputs).logits[chosen]
-        assert unpad(model)
-        with only(chosen):
-            said = model(**inputs, use_cache=False).logits
-    assert said.shape == (1, int(chosen.sum()), VOCABULARY)
-    torch.testing.assert_close(said[0], expected, rtol=0, atol=1e-5)
 
 
 def test_generation_goes_on_as_before() -> None:

@@ -1,4 +1,6 @@
-"""The output head of a language model apart from the model: logits of chosen positions only, a chunk at a time.
+"""The losses of ``token_loss.plain_losses`` with logits at targets only, a chunk of rows at a time.
+
+The gradient is computed while a chunk's logits are there: of all that has a side of V, one chunk exists.
 
 What a model does with its head's output (soft-capping, scaling, another bias) is not looked up in a list of models. It
 is noted once, while the model reads a few tokens, and repeated. Where that does not give the model's own logits, there
@@ -8,7 +10,8 @@ is no such head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,17 +19,30 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from peftcli.core.inject import evaluating
 from peftcli.core.layer import base_module, model_ends
 from peftcli.core.quantised import is_quantised
+from peftcli.tasks.text.chat import IGNORED
+from peftcli.tasks.text.fast.segments import set_inside
+from peftcli.tasks.text.token_loss import Losses, losses_of, no_cache
 
 _FEW = 8
 """Tokens that the model reads while its head is looked for."""
 _EXACT, _ROUNDED = 1e-3, 0.1
 """How far a logit may be off by rounding, in float32 and in less, relative to the logits' spread."""
 
+_ROWS = {"cpu": 128}
+"""Rows of logits in a chunk, by device; on others, whose memory is slower beside their arithmetic, ``_MORE_ROWS``."""
+_MORE_ROWS = 1024
+
 Redo = Callable[[torch.Tensor], torch.Tensor]
+Compute = Callable[[torch.Tensor, torch.Tensor, Redo], Losses]
+"""Computes the losses of hidden states (N, D) and targets (N,) under a head, which makes logits (N, V) of them."""
+
+_instead: ContextVar[Compute | None] = ContextVar("instead", default=None)
 
 
 @dataclass(frozen=True)
@@ -133,3 +149,88 @@ def _constant(value: Any, _: torch.Tensor) -> Any:
 def _again(func: Any, ways: list[Any], options: dict[str, Any], output: torch.Tensor) -> Any:
     """Call ``func`` once more, with what it was called with made of another output of the head."""
     return func(*(way(output) for way in ways), **options)
+
+
+def losses_under(
+    head: OutputHead, model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor
+) -> Losses:
+    """Return what ``plain_losses`` does, under a head of the model that ``output_head`` has found."""
+    found = list[Losses]()
+    counts = (targets != IGNORED).nonzero(as_tuple=True)  # before the model runs, since a GPU is waited for
+
+    def instead(hidden: torch.Tensor) -> torch.Tensor:
+        chosen = hidden[:, -targets.shape[1] :][counts]
+        found.append(chunked_losses(chosen, targets[counts], head.logits))
+        return head.forward(hidden[:1, :0])  # the logits of no position
+
+    with head.replaced(instead):
+        model(**inputs, **no_cache(model, inputs))
+    return found[0]
+
+
+def chunked_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Redo) -> Losses:
+    """Return the losses of hidden states (N, D) and targets (N,); ``head`` makes logits (N, V) of the former."""
+    if not head(hidden[:0].detach()).requires_grad:
+        return (_instead.get() or frozen_losses)(hidden, targets, head)
+    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
+    # the head itself trains: its logits are computed again in the backward pass, by whatever it is made of
+
+    def losses(part: torch.Tensor, wanted: torch.Tensor) -> Losses:
+        return losses_of(head(part), wanted)
+
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    return torch.cat([loss for loss, _ in found]), torch.cat([correct for _, correct in found])
+
+
+def frozen_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Redo) -> Losses:
+    """Return what ``chunked_losses`` does, under a head that does not train."""
+    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
+    return _Losses.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+
+
+def frozen_losses_by(compute: Compute) -> AbstractContextManager[None]:
+    """Inside, ``compute`` stands for ``frozen_losses``, while several models compute as one; see ``joined``."""
+    return set_inside(_instead, compute)
+
+
+class _Losses(torch.autograd.Function):
+    """The losses under a frozen head. A row's loss depends on this row alone, so its gradient is known with it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, size: int) -> Losses:
+        trains = ctx.needs_input_grad[0]
+        parts = zip(hidden.detach().split(size), targets.split(size), strict=True)
+        losses, correct, gradients = zip(*(_chunk(head, *part, trains) for part in parts), strict=True)
+        if trains:
+            ctx.save_for_backward(torch.cat(gradients))
+        found = torch.cat(losses), torch.cat(correct)
+        ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * weights[:, None]).to(gradients.dtype), None, None, None
+
+
+def _chunk(
+    head: Redo, hidden: torch.Tensor, targets: torch.Tensor, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the losses of a chunk, whether each target was the first choice, and the gradient (n, D) of the losses."""
+    with torch.set_grad_enabled(trains):
+        logits = head(hidden.requires_grad_(trains))
+    values, place = logits.detach(), targets[:, None]
+    # on a CPU a softmax that converts takes five times as long as the two one after the other
+    shares = values.softmax(-1, dtype=torch.float32) if values.is_cuda else values.float().softmax(-1)
+    highest, total = values.amax(-1), shares.sum(-1)  # torch's shares of 50,000 tokens add up to 1 within 2e-5 only
+    chosen = values.gather(1, place)[:, 0]
+    # the logarithm of the sum of exponentials is the highest logit less the logarithm of its share
+    losses = highest.float() - (shares.amax(-1) / total).log() - chosen.float()
+    if not trains:
+        return losses, values.argmax(-1) == targets, None
+    shares.scatter_add_(1, place, -total[:, None])
+    (gradient,) = torch.autograd.grad(logits, hidden, shares.to(logits.dtype))
+    # nobody reads in training which was the first choice alone, and to look for it takes longer
+    return losses, chosen == highest, (gradient / total[:, None]).to(gradient.dtype)

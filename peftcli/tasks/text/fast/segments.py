@@ -7,7 +7,8 @@ all are one: torch's flash attention for examples of any length, or else SDPA ov
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,16 @@ class Layout:
 
 layout_of_call: ContextVar[Layout | None] = ContextVar("layout_of_call", default=None)
 """Of the row that a model is called with."""
+
+
+@contextmanager
+def set_inside(variable: ContextVar, value: Any) -> Iterator[None]:
+    """Inside, a context variable has another value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 @dataclass(frozen=True)

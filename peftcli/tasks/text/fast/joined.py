@@ -21,8 +21,9 @@ from peftcli.core.joined import Guest, Joined, Randomness
 from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
-from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
-from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad, unpadded_part
+from peftcli.tasks.text.fast.losses import frozen_losses, frozen_losses_by
+from peftcli.tasks.text.fast.unpadded import is_unpadded, unpad, unpadded_part
+from peftcli.tasks.text.token_loss import is_half_precision
 
 T = TypeVar("T")
 
@@ -164,7 +165,7 @@ class JoinedModels:
     def _agrees(self, added: JoinedModel) -> bool:
         """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
         model, inner, inputs = added.model, unpadded_part(added.model), self._probe()
-        kept, exact = inputs["attention_mask"].bool(), not rounds(inner)
+        kept, exact = inputs["attention_mask"].bool(), not is_half_precision(inner)
         exact &= not torch.is_autocast_enabled(inner.device.type)
         tensors = {parameter: parameter.clone() for _, _, parameter in named_tensors(model).values()}
         devices = [inner.device] if inner.device.type == "cuda" else []
