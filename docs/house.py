@@ -63,8 +63,7 @@ PATHS: dict[str, dict[str, str]] = {
         "tasks/scores.py": "moves a batch to the device",
         "tasks/causal_lm.py": "collates the examples, and computes the loss",
         "tasks/text/language_model.py": "what causal_lm shares with seq2seq_lm",
-        "tasks/text/collate.py": "pads ids and labels",
-        "tasks/text/token_loss.py": "the loss of each target",
+        "tasks/text/token_ids.py": "pads ids and labels; the loss of each target",
         "core/protocols.py": "what the method does after a step",
     },
     "the task sequence_classification": {
@@ -75,7 +74,7 @@ PATHS: dict[str, dict[str, str]] = {
         "tasks/__init__.py": "its row in TASKS",
         "tasks/scores.py": "moves a batch to the device, and reads the logits",
         "tasks/text/inputs.py": "texts become ids",
-        "tasks/text/collate.py": "pads ids",
+        "tasks/text/token_ids.py": "pads ids",
     },
 }
 """Reading path -> its files, and what each is read for.

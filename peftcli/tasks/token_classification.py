@@ -29,8 +29,8 @@ from peftcli.tasks.findings import CLASSES as FINDINGS
 from peftcli.tasks.scores import logits_of, model_inputs
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.inputs import TextInputs
+from peftcli.tasks.text.token_ids import padded
 from peftcli.tasks.text.token_text import TokenRenderer
 from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, joined_words, owners, tags_of, words_of
 

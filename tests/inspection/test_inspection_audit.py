@@ -22,7 +22,7 @@ from peftcli.inspection.audit import Audit, audit, histogram, leaks
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.seq2seq_lm import Seq2SeqLM
-from peftcli.tasks.text.flags import NO_TARGET, Flag
+from peftcli.tasks.text.findings import NO_TARGET, Flag
 
 IGNORED = -100
 Ids = list[int]

@@ -14,8 +14,7 @@ from peftcli.data.store import View
 from peftcli.data.used_rows import Ragged, UsedRows
 from peftcli.tasks.shown import Description, Shared
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.findings import FINDINGS
-from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.findings import FINDINGS, Flag
 from peftcli.tasks.text.token_text import TokenRenderer, special_tokens
 
 if TYPE_CHECKING:

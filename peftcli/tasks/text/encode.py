@@ -22,7 +22,7 @@ from peftcli.tasks.text.chat import (
     mark_pair,
     mark_text,
 )
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag, is_damaged
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag, is_damaged
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample, ExampleReader, PairExample, ParsedRow, TextExample
 from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
 from peftcli.tasks.text.spans import Template

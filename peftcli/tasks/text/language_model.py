@@ -34,22 +34,21 @@ from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
-from peftcli.tasks.text.collate import pad_labelled, pad_token_id
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, with_unread
 from peftcli.tasks.text.fast.losses import losses_under, output_head
-from peftcli.tasks.text.findings import FINDINGS, record_findings
-from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
+from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompt_form import PromptForm
-from peftcli.tasks.text.prompts import asked, opening, prompt_ids, prompt_text
+from peftcli.tasks.text.prompts import PromptForm, asked, opening, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
-from peftcli.tasks.text.token_loss import (
+from peftcli.tasks.text.token_ids import (
     Losses,
     inner_model,
     is_half_precision,
     no_cache,
+    pad_labelled,
+    pad_token_id,
     plain_losses,
     token_metrics,
 )

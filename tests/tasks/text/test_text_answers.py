@@ -11,7 +11,7 @@ from classifierkit import encoded, open_task, table_of
 from peftcli.errors import DataError
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.answers import _shared
-from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.findings import Flag
 
 ASK = {"role": "user", "content": "What follows seven?"}
 SYSTEM, MORE = {"role": "system", "content": "Count."}, {"role": "user", "content": "And then?"}

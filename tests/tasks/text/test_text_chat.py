@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from peftcli.errors import DataError
 from peftcli.tasks.text.chat import Encoded, chat_template, mark_chat
-from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
+from peftcli.tasks.text.findings import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 
 SMOLLM_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -5,7 +5,7 @@ import torch
 from chat_templates import make_tokenizer
 from examplekit import example
 
-from peftcli.tasks.text.collate import pad_labelled, pad_token_id
+from peftcli.tasks.text.token_ids import pad_labelled, pad_token_id
 
 
 def test_padding_is_on_the_right() -> None:

@@ -16,7 +16,7 @@ from peftcli.schema import Source
 from peftcli.tasks import settings as task_settings
 from peftcli.tasks.text.chat import IGNORED, Encoded
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag
 from peftcli.tasks.text.formats import example_reader
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}]

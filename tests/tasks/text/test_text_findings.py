@@ -14,8 +14,7 @@ from peftcli.data.rows import Place
 from peftcli.data.store import Outcome, Part, Store, Writer
 from peftcli.errors import DataError
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.text.findings import record_findings
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
 
 Row = Outcome | DataError
 

@@ -22,7 +22,7 @@ from peftcli.tasks.text.fast.joined import JoinedModels
 from peftcli.tasks.text.fast.losses import frozen_losses
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.tasks.text.language_model import target_losses
-from peftcli.tasks.text.token_loss import next_tokens
+from peftcli.tasks.text.token_ids import next_tokens
 
 pytestmark = pytest.mark.slow
 

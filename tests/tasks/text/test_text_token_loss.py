@@ -35,7 +35,7 @@ from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.fast import losses as fast_losses
 from peftcli.tasks.text.fast.losses import chunked_losses, output_head
 from peftcli.tasks.text.language_model import target_losses
-from peftcli.tasks.text.token_loss import next_tokens, plain_losses
+from peftcli.tasks.text.token_ids import next_tokens, plain_losses
 
 
 def _bart() -> PreTrainedModel:

@@ -23,7 +23,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.tasks.text.fast.losses import frozen_losses, frozen_losses_by
 from peftcli.tasks.text.fast.unpadded import is_unpadded, unpad, unpadded_part
-from peftcli.tasks.text.token_loss import is_half_precision
+from peftcli.tasks.text.token_ids import is_half_precision
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from peftcli.core.layer import base_module, model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.fast.segments import set_inside
-from peftcli.tasks.text.token_loss import Losses, losses_of, no_cache
+from peftcli.tasks.text.token_ids import Losses, losses_of, no_cache
 
 _FEW = 8
 """Tokens that the model reads while its head is looked for."""

@@ -26,7 +26,7 @@ from peftcli.core.prompts.inputs import bound, position_tables, takes
 from peftcli.core.prompts.prefix import PrefixAttention
 from peftcli.errors import ModelError
 from peftcli.tasks.text.fast.segments import ATTENTION, Layout, Segment, borders_of, layout_of_call, set_inside
-from peftcli.tasks.text.token_loss import is_half_precision
+from peftcli.tasks.text.token_ids import is_half_precision
 
 _WORTHWHILE = 0.95
 """A batch is computed as it is unless the tokens to compute are at most this share; so is what rows share."""
