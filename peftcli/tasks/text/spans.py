@@ -3,8 +3,7 @@
 A template is a program, so answers are located by running it. The conversation is rendered a second time with marks
 around the contents. If removing the marks gives the first rendering again, they show the position of each content.
 How the template opens and closes an assistant turn is learnt once, from a short conversation. Where tool calls begin
-and end is seen in the conversation up to them. A turn without a mark is located by rendering the conversation up to
-it, if that is a prefix of the whole. Otherwise the row is refused.
+and end is seen in the conversation up to them. A row with a turn that marks do not locate is refused.
 """
 
 from __future__ import annotations
@@ -45,11 +44,9 @@ class _Mark(NamedTuple):
     the name of the function that a tool call names."""
 
 
-_Sides = tuple[bool | None, bool]
-"""Whether the marks before and after a content are outside the white space at its edges; None: no mark before it."""
-# A template may keep or strip the white space around a content, and may test how a content begins.
-_EDGELESS: tuple[_Sides, ...] = ((True, True), (None, True))
-_EDGED: tuple[_Sides, ...] = ((True, True), (False, False), (False, True), (True, False), (None, True), (None, False))
+_MARKINGS = (True, False, None)
+"""Ways to mark a content, as a template may keep or strip the white space around it, and may test how it begins: True:
+outside of the white space; False: inside; None: only behind the content, outside."""
 
 
 class _Unclear(Exception):
@@ -307,7 +304,7 @@ class Template:
         """What the template writes after a conversation's last content to ask for an answer; empty if unclear."""
         key = (bool(tools), *((message["role"], *message) for message in messages))
         if key not in self._askings:
-            marked = [*messages[:-1], *(_mark(message, 0, (False, False)) for message in messages[-1:])]
+            marked = [*messages[:-1], *(_mark(message, 0, False) for message in messages[-1:])]
             asking = ""
             with suppress(DataError):
                 asking = self.render(marked, tools, prompt=True).partition(f"{_MARK}0z")[2]
@@ -339,10 +336,10 @@ class Template:
         for index in turns:
             after = found[-1].end if found else 0
             try:
-                answer = self._by_marks(whole, index, marks, places, after)
+                found.append(self._by_marks(whole, index, marks, places, after))
             except _Unclear as unclear:
-                answer = self._by_prefix(whole, index, after, unclear)
-            found.append(answer)
+                thinks = "</think>" in str(whole.messages[index].get("content"))
+                raise _refusal(index, str(unclear), thinks=thinks) from unclear
         return Rendered(whole.text, found, marks is not None and _unseen(whole.messages, marks)), marks
 
     def _omits_tools(self, whole: _Conversation) -> bool:
@@ -466,23 +463,15 @@ class Template:
         """The marks of the messages ``which``, in the order of the text; None if marking changes the rendering."""
         if _MARK in whole.text:
             return None
-        messages = [whole.messages[index] for index in which]
-        answers = [each.get("content") for each in messages if each["role"] == "assistant"]
-        edged = any(isinstance(text, str) and text != text.strip() for text in answers)
-        for sides in _EDGED if edged else _EDGELESS:
-            if (marks := self._marked(whole, which, sides)) is not None:
-                return marks
+        for outside in _MARKINGS:
+            messages = list(whole.messages)
+            for index in which:
+                messages[index] = _mark(messages[index], index, outside)
+            with suppress(DataError):
+                text, marks = _unmark(self.render(messages, whole.tools))
+                if marks is not None and text == whole.text:
+                    return marks
         return None
-
-    def _marked(self, whole: _Conversation, which: Sequence[int], sides: _Sides) -> list[_Mark] | None:
-        messages = list(whole.messages)
-        for index in which:
-            messages[index] = _mark(messages[index], index, sides)
-        try:
-            text, marks = _unmark(self.render(messages, whole.tools))
-        except DataError:
-            return None
-        return marks if text == whole.text else None
 
     def _by_marks(
         self, whole: _Conversation, index: int, marks: list[_Mark] | None, places: dict[int, list[int]], after: int
@@ -584,36 +573,12 @@ class Template:
 
     def _render_mark(self, whole: _Conversation, messages: list[Message], index: int, kind: str) -> tuple[str, int]:
         """Render other messages; also return the position of this kind of mark of message ``index``."""
-        marked = [*messages[:index], _mark(messages[index], index, (False, False)), *messages[index + 1 :]]
+        marked = [*messages[:index], _mark(messages[index], index, False), *messages[index + 1 :]]
         text, marks = _unmark(self.render(marked, whole.tools))
         for mark in marks or ():
             if mark.kind == kind:
                 return text, mark.position
         raise _Unclear("the template shows it otherwise at the end of a conversation")
-
-    def _by_prefix(self, whole: _Conversation, index: int, after: int, unclear: _Unclear) -> AnswerSpan:
-        full, earlier, message = whole.text, whole.messages[:index], whole.messages[index]
-        refusal = _refusal(index, str(unclear), thinks="</think>" in str(message.get("content")))
-        if not earlier:
-            raise refusal from unclear
-        try:
-            before = self.render(earlier, whole.tools, prompt=True)
-            upto = self.render([*earlier, message], whole.tools)
-            calls = message.get("tool_calls")
-            if calls and self.render([*earlier, message | {"tool_calls": calls[:-1]}], whole.tools) == upto:
-                raise refusal from unclear
-        except DataError:
-            raise refusal from unclear
-        start, end = len(before), len(upto)
-        if opening := next((text for text in whole.format.openings if full.startswith(text, start)), ""):
-            start += len(opening) if not before.endswith(opening) else 0
-        closings = [text for text in whole.format.closings if text in full[start:end]]
-        if not (full.startswith(before) and full.startswith(upto) and after <= start < end and len(closings) == 1):
-            raise refusal from unclear
-        content, closing, rest = full[start:end].partition(closings[0])
-        if not content.strip() or closing in rest:
-            raise refusal from unclear
-        return AnswerSpan(index, start, start + len(content + closing), closed=True)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -696,15 +661,15 @@ def _followers(message: Message) -> list[Message]:
     return [result | {"tool_call_id": call.get("id")}, {"role": "user", "content": _MARK}]
 
 
-def _mark(message: Message, index: int, sides: _Sides) -> Message:
+def _mark(message: Message, index: int, outside: bool | None) -> Message:
     """Add marks around a message's content, before its thinking and after the names of the functions that it calls."""
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        left, right = sides if message["role"] == "assistant" else (False, False)
-        begin = 0 if left else len(content) - len(content.lstrip())
-        end = len(content) if right else len(content.rstrip())
-        opens = "" if left is None else f"{_MARK}{index}a"
+        outside = outside if message["role"] == "assistant" else False
+        begin = 0 if outside else len(content) - len(content.lstrip())
+        end = len(content.rstrip()) if outside is False else len(content)
+        opens = "" if outside is None else f"{_MARK}{index}a"
         marked["content"] = f"{content[:begin]}{opens}{content[begin:end]}{_MARK}{index}z{content[end:]}"
     for key in _THINKING:
         thinking = message.get(key)

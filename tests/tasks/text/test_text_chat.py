@@ -196,14 +196,6 @@ SHOUTING = (
 )
 
 
-def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
-    """``upper`` changes the marks, so the conversations up to each turn show where it is."""
-    shown = SHOUTING.replace("m.content | upper", "(m.content | upper if 'loud' in messages[0].content else m.content)")
-    tokenizer = make_tokenizer(shown)
-    messages = [user("loud"), answer("one"), user("b"), answer("two")]
-    assert trained(encode(messages, tokenizer), tokenizer) == ["ONE<|im_end|>", "TWO<|im_end|>"]
-
-
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
@@ -246,6 +238,11 @@ def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
             "writes its tool calls before its text",
         ),
         (SHOUTING, TWO, "does not show a plain question and its answer"),
+        (
+            SHOUTING.replace("| upper", "| upper if 'Hello' in messages[0].content else m.content"),
+            TWO,
+            "changes its text",
+        ),
     ],
 )
 def test_refused(template: str, messages: list[Any], reason: str) -> None:
