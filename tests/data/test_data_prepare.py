@@ -191,11 +191,6 @@ def test_templates_write_the_day_of_the_run() -> None:
     assert render(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_a_template_may_have_a_date_of_its_own() -> None:
-    tokenizer = make_tokenizer("{% set strftime_now = 'never' %}{{ strftime_now }}")
-    assert render(tokenizer, CHATS[0]["messages"]) == "never"
-
-
 def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "_LARGEST", 1000)
     huge = {"messages": [{"role": "user", "content": "x" * 1001}, CHATS[0]["messages"][1]]}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import tracemalloc
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.data import readers, text_rows
+from peftcli.data import text_rows
 from peftcli.data.readers import read_file
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
@@ -73,7 +72,6 @@ WRITTEN: dict[str, str] = {
     "on one line": json.dumps(FILE),
     "over many lines": "\ufeff\n" + json.dumps(FILE, indent=2, ensure_ascii=False) + "\n\n",
     "the articles first": json.dumps({"data": FILE["data"], "version": "1.1", "more": [{"data": []}]}),
-    "a number as version": json.dumps({"version": 1.1, "name": "x", "data": FILE["data"]}),
 }
 
 
@@ -127,20 +125,7 @@ BAD: dict[str, tuple[Change, str, str, int]] = {
         4,
     ),
     "no context": (lambda a, p, q: without(p, "context"), "paragraphs[0].context", "missing", 2),
-    "a context in parts": (
-        lambda a, p, q: p.update(context=["x"]),
-        "paragraphs[0].context",
-        "expected a text, found a list",
-        2,
-    ),
-    "no questions": (lambda a, p, q: without(p, "qas"), "paragraphs[0].qas", "missing", 2),
     "one question": (lambda a, p, q: p.update(qas=q), "paragraphs[0].qas", "expected a list, found an object", 2),
-    "a question that is null": (
-        lambda a, p, q: p["qas"].insert(0, None),
-        "paragraphs[0].qas[0]",
-        "expected an object, found null",
-        4,
-    ),
     "no question": (
         lambda a, p, q: without(q, "question"),
         "paragraphs[0].qas[0].question",
@@ -151,12 +136,6 @@ BAD: dict[str, tuple[Change, str, str, int]] = {
         lambda a, p, q: q.update(answers=None),
         "paragraphs[0].qas[0].answers",
         "expected a list, found null (question 'q1')",
-        3,
-    ),
-    "an answer that is a text": (
-        lambda a, p, q: q.update(answers=["Turin"]),
-        "paragraphs[0].qas[0].answers[0]",
-        "expected an object, found a string",
         3,
     ),
     "no answer_start": (
@@ -200,18 +179,13 @@ TEXT = json.dumps(FILE)
     ("content", "message"),
     [
         (TEXT[:-5], "is not JSON"),
-        (TEXT[: len(TEXT) // 2], "is not JSON"),
         (TEXT + "\n" + TEXT, "text after the end of the object"),
         (TEXT[:-1] + ", }", "a comma before the closing '}'"),
         (TEXT[:-1] + ', "data": [{}]}', "the key 'data' occurs twice"),
         (TEXT[:-1] + ', "more" 1}', "expected a name and ':'"),
-        (TEXT[:-1] + ', "more": }', "is not JSON"),
         (TEXT.replace('"q2"', '"q2", "id": "q2"'), "the key 'id' occurs twice in one object"),
-        (TEXT.replace("Turin.", "\\ud800"), "half of a surrogate pair"),
-        (TEXT.replace(": 13", ": NaN"), "NaN is not JSON"),
         (TEXT.replace('"data": [', '"data": [' + '{"paragraphs":' + "[" * 100_000), "nested too deeply"),
         (TEXT.encode().replace(b"Turin.", b"\xff"), "is not UTF-8: byte 0xff"),
-        (TEXT.replace("[{", "[{}, {", 1), "missing"),
     ],
 )
 def test_json_that_is_damaged(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -226,20 +200,6 @@ def test_json_that_is_damaged(tmp_path: Path, content: str | bytes, message: str
     assert message in error.message
     assert error.file == "a.json"
     assert str(error).replace("\n", "").isprintable()
-
-
-def test_memory_holds_a_few_articles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (text_rows, readers):
-        monkeypatch.setattr(module, "CHUNK", 1 << 16)
-    article = {"title": "t", "paragraphs": [{"context": "x" * 10_000, "qas": OSLO["qas"]}]}
-    path = tmp_path / "a.json.gz"
-    path.write_bytes(gzip.compress(json.dumps({"data": [article] * 1_000}).encode(), 1))  # 10 MB
-    tracemalloc.start()
-    try:
-        assert sum(isinstance(each, Row) for each in read_file(path, "a")) == 1_000
-        assert tracemalloc.get_traced_memory()[1] < 1e6
-    finally:
-        tracemalloc.stop()
 
 
 def test_an_article_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,13 +72,6 @@ def test_what_is_written_is_read(write: Write, at_once: int) -> None:
     assert (row, error.as_dict()) == (2, refused.as_dict())
 
 
-def test_a_row_without_a_line_has_none(tmp_path: Path) -> None:
-    with Writer(tmp_path, {"input_ids": Column()}) as writer:
-        writer.add([Place("org/data", 7)], [outcome([{"input_ids": [1]}], [1])])
-        writer.finish()
-    assert Store(tmp_path).place(0) == Place("org/data", 7)
-
-
 @pytest.mark.parametrize("outcomes", [[], [Outcome(reason="too long")] * 3])
 def test_without_features(write: Write, outcomes: list[Outcome]) -> None:
     store = write(outcomes)
@@ -125,11 +118,6 @@ def test_offsets_go_on_beyond_32_bits(tmp_path: Path) -> None:
         writer._ends["input_ids"] = 2**31 - 1  # as after so many ids
         writer.add([Place("a", 1)] * 2, [outcome([{"input_ids": [1, 2]}], [1])] * 2)
     assert np.fromfile(tmp_path / "input_ids.ends.bin", "<i8").tolist() == [2**31 + 1, 2**31 + 3]
-
-
-def test_an_id_of_more_than_32_bits_is_no_id(tmp_path: Path) -> None:
-    with Writer(tmp_path, {"input_ids": Column()}) as writer, pytest.raises(DataError, match="2147483648"):
-        writer.add([Place("a", 1)], [outcome([{"input_ids": [2**31]}], [1])])
 
 
 def test_pages_that_were_given_back_are_read_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,15 +289,11 @@ def test_columns_of_every_kind_are_read_as_they_were_written(tmp_path: Path) -> 
         (Column("int32", ()), 1.7),
         (Column("int32", ()), float("nan")),
         (Column("int32", ()), 2**31),
-        (Column("int32", ()), 2**80),
         (Column("uint8", ()), -1),
         (Column("int32", ()), None),
         (Column("int32", ()), "7"),
-        (Column("int32", ()), [7]),
         (Column("int32"), 7),
-        (Column("int32"), [1, None]),
         (Column("int32"), [[1], [2]]),
-        (Column("int32"), [1.5]),
         (Column("float32", ()), 1e39),
         (Column("float32", (None, 3)), np.zeros((2, 4))),
         (Column("bool", ()), 2),

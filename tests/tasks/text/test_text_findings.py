@@ -111,10 +111,6 @@ def test_the_names_are_known_without_numpy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_good_rows_have_no_findings(part) -> None:
-    assert from_records([part([used(), used()])]) == []
-
-
 @pytest.mark.parametrize(
     ("name", "row"),
     [
@@ -164,10 +160,6 @@ def test_more_than_half_of_the_rows_is_an_error(part, name: str, row: Row) -> No
     assert (only(half).name, only(half).level) == (name, "warning")
     assert (only(more).name, only(more).level) == (name, "error")
     assert only(from_records([part([row])], split="eval")).level == "warning"
-
-
-def test_dropped_rows_were_asked_to_be(part) -> None:
-    assert only(from_records([part([left_out(OVERLONG)] * 9)])).level == "warning"
 
 
 def test_bad_rows_stop_unless_the_recipe_skips_them(part) -> None:
