@@ -393,7 +393,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Part:
+class Selection:
     """Some rows of a store."""
 
     store: Store
@@ -452,7 +452,7 @@ class Part:
 class View:
     """The examples of some rows of some stores, one after another."""
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Selection]):
         """Reads the sizes, not the examples."""
         self.parts = list(parts)
         self._chosen = [part.examples for part in self.parts]

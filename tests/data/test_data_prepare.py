@@ -62,7 +62,7 @@ def causal_lm(tokenizer: Any = None, kind: type[CausalLM] = CausalLM, **own: Any
 def test_the_same_content_and_settings_are_encoded_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = store(file)
     assert len(first) == 5
-    monkeypatch.setattr(preparing, "_write", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(preparing, "_encode", lambda *args: pytest.fail("encoded again"))
     assert store(file).folder == first.folder
     assert store(file, packing=True).folder == first.folder
 

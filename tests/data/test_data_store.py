@@ -15,7 +15,7 @@ from examplekit import COLUMNS, Ids, outcome, plain
 
 from peftcli.data import store as store_module
 from peftcli.data.rows import BAD, USED, Place
-from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
+from peftcli.data.store import Column, Example, Outcome, Selection, Store, View, Writer
 from peftcli.errors import DataError, StorageError
 
 Write = Callable[..., Store]
@@ -77,7 +77,7 @@ def test_without_features(write: Write, outcomes: list[Outcome]) -> None:
     store = write(outcomes)
     assert (len(store), list(store), len(store.rows)) == (0, [], len(outcomes))
     assert [len(array) for array in (store.sizes, store.targets, store.row_of)] == [0, 0, 0]
-    view = View([Part(store), Part(store, np.zeros(0, np.int64))])
+    view = View([Selection(store), Selection(store, np.zeros(0, np.int64))])
     assert (len(view), view.counts, view.sizes.tolist(), view.targets.tolist()) == (0, [0, 0], [], [])
     with pytest.raises(IndexError):
         view[0]
@@ -86,7 +86,7 @@ def test_without_features(write: Write, outcomes: list[Outcome]) -> None:
 @pytest.mark.parametrize("kind", ["store", "view"])
 def test_indices_are_those_of_a_list(write: Write, kind: str) -> None:
     store = write(MIXED)
-    found = store if kind == "store" else View([Part(store)])
+    found = store if kind == "store" else View([Selection(store)])
     for index in (0, 3, np.int64(2)):
         assert plain(found[index]) == FEATURES[operator.index(index)]
     with pytest.raises(IndexError):
@@ -220,7 +220,14 @@ def test_a_feature_has_the_columns_of_the_store(tmp_path: Path) -> None:
 
 def test_a_view_of_some_rows_of_several_stores(write: Write) -> None:
     one, two = write(MIXED, "one"), write([outcome([feature(50, 2)], [1]), outcome([feature(60, 4)], [3])], "two")
-    view = View([Part(one, np.array([3, 1])), Part(two, np.zeros(0, int)), Part(two), Part(one, np.array([0]))])
+    view = View(
+        [
+            Selection(one, np.array([3, 1])),
+            Selection(two, np.zeros(0, int)),
+            Selection(two),
+            Selection(one, np.array([0])),
+        ]
+    )
     assert list(map(plain, view)) == [feature(10, 3), feature(20, 1), feature(50, 2), feature(60, 4), feature(0, 5)]
     assert view.counts == [2, 0, 2, 1]
     assert (view.sizes.tolist(), view.targets.tolist()) == ([3, 1, 2, 4, 5], [2, 0, 1, 3, 4])

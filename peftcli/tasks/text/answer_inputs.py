@@ -23,11 +23,11 @@ from peftcli.tasks.settings import CausalLM
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.answers import AnswerReader
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.encode import CausalEncoder, with_unread
+from peftcli.tasks.text.encode import CausalEncoder, flag_unread
 from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings, unread_columns
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, date_notes
-from peftcli.tasks.text.prompts import opening
+from peftcli.tasks.text.prompts import prompt_start
 from peftcli.tasks.text.token_ids import pad_texts, pad_token_id
 from peftcli.tasks.text.token_text import TokenRenderer
 
@@ -60,7 +60,7 @@ class AnswerInputs(TextInputs):
         return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]
 
     def shared(self, row: Row, reader: Any) -> Any:
-        return opening(reader(row))
+        return prompt_start(reader(row))
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""
@@ -76,7 +76,7 @@ class AnswerInputs(TextInputs):
             for name in reader.answers
         ]
         joined = [_joined(row, outcomes) for row, *outcomes in zip(rows, *found, strict=True)]
-        return with_unread(joined, rows, reader)
+        return flag_unread(joined, rows, reader)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad the first answers of all examples, then their second ones: ``input_ids`` and ``attention_mask``."""

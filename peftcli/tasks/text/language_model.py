@@ -34,13 +34,13 @@ from peftcli.tasks.settings import CausalLM, Seq2SeqLM
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
-from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, with_unread
+from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, flag_unread
 from peftcli.tasks.text.fast.losses import losses_under, output_head
 from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompts import PromptForm, asked, opening, prompt_ids, prompt_text
+from peftcli.tasks.text.prompts import PromptForm, prompt_and_answer, prompt_ids, prompt_start, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
 from peftcli.tasks.text.token_ids import (
     Losses,
@@ -147,11 +147,11 @@ class LanguageModel(Task[Settings]):
         key = (reader.name, *reader.names.items())
         if key not in self._encoders:
             self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
-        outcomes = with_unread(self._encoders[key](rows), rows, reader)
+        outcomes = flag_unread(self._encoders[key](rows), rows, reader)
         return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
 
     def shared(self, row: Row, reader: Any) -> Any:
-        return opening(reader(row))
+        return prompt_start(reader(row))
 
     def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:
         """What became of a row, with the prompt and the answer that evaluation compares."""
@@ -160,7 +160,7 @@ class LanguageModel(Task[Settings]):
         (example,) = outcome.examples
         decoder_only = not self.base.config.is_encoder_decoder
         try:
-            prompt, answer = asked(reader(row))
+            prompt, answer = prompt_and_answer(reader(row))
             if decoder_only:
                 text, templated = prompt_text(prompt, self.processor, decoder_only=True, trained=True)
                 ids = prompt_ids(text, self.processor, templated=templated, decoder_only=True)

@@ -130,7 +130,7 @@ class PromptForm:
         return [{"role": "system", "content": system}] if system else []
 
 
-def asked(example: ParsedRow) -> tuple[CompletePrompt, str]:
+def prompt_and_answer(example: ParsedRow) -> tuple[CompletePrompt, str]:
     """The prompt of a row, and the answer that it holds: of a conversation, the last one that is trained.
 
     Raises:
@@ -150,8 +150,8 @@ def asked(example: ParsedRow) -> tuple[CompletePrompt, str]:
     return ChatExample(before, example.tools), answer
 
 
-def opening(example: ParsedRow) -> Any:
-    """What a row begins with, up to its first answer: rows with the same one belong together. Empty: nothing."""
+def prompt_start(example: ParsedRow) -> Any:
+    """Return the start of a row, up to its first answer: rows with the same one belong together. Empty: none."""
     if isinstance(example, TextExample):
         return example.text
     if isinstance(example, PairExample):

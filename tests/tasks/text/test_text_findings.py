@@ -11,7 +11,7 @@ from examplekit import COLUMNS, outcome
 
 from peftcli.data.findings import Finding, Records, find_in_records, refuse
 from peftcli.data.rows import Place
-from peftcli.data.store import Outcome, Part, Store, Writer
+from peftcli.data.store import Outcome, Selection, Store, Writer
 from peftcli.errors import DataError
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
@@ -27,7 +27,7 @@ def left_out(reason: str) -> Outcome:
     return Outcome(reason=reason, size=9)
 
 
-def from_records(parts: Sequence[Part], *, split: str = "train", skip_bad_rows: bool = False) -> list[Finding]:
+def from_records(parts: Sequence[Selection], *, split: str = "train", skip_bad_rows: bool = False) -> list[Finding]:
     return find_in_records(Records(parts, split), record_findings, skip_bad_rows=skip_bad_rows)
 
 
@@ -40,13 +40,13 @@ def part(tmp_path: Path):
 
     def part(
         rows: Sequence[Row], file: str = "a.jsonl", *, lines: bool = True, chosen: list[int] | None = None
-    ) -> Part:
+    ) -> Selection:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         with Writer(folder, COLUMNS) as writer:
             writer.add([Place(file, at + 1, at + 1 if lines else None) for at in range(len(rows))], rows)
             writer.finish()
-        return Part(Store(folder), None if chosen is None else np.array(chosen))
+        return Selection(Store(folder), None if chosen is None else np.array(chosen))
 
     return part
 

@@ -18,7 +18,7 @@ from trainkit import run_recipe
 
 from peftcli.data.store import Example
 from peftcli.tasks.base import Batch
-from peftcli.tasks.text.fast.parts import _PART_COST, of_like_length, parts_of
+from peftcli.tasks.text.fast.parts import _PART_COST, parts_of, parts_of_like_length
 from peftcli.train import batches, loop
 
 DPO = CASES["preference"]
@@ -53,7 +53,7 @@ def test_a_long_beginning_that_rows_share_is_not_computed_often(shared: int, own
 
 @given(sizes=st.lists(st.integers(1, 200), max_size=12).map(sorted))
 def test_padded_parts_are_of_like_length(sizes: list[int]) -> None:
-    parts = [sizes[part] for part in of_like_length(sizes)]
+    parts = [sizes[part] for part in parts_of_like_length(sizes)]
     assert [size for part in parts for size in part] == sizes
 
     def cost(parts: list[list[int]]) -> int:

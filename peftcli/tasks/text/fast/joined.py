@@ -1,6 +1,6 @@
 """Models over one base that compute what stands below their heads as one row of tokens, without padding.
 
-Each model is called as ever. What it wants computed below its head stops the call (``_Wanted``); once the calls of all
+Each model is called as ever. What it wants computed below its head stops the call (``_Request``); once the calls of all
 models have come there, they are computed together, and made again from the beginning, with the result at hand. So are
 the losses under the base model's head, of models that have no other.
 """
@@ -34,7 +34,7 @@ _NOISE = 0.05
 
 
 @dataclass(frozen=True)
-class _UnderHead:
+class _HeadInputs:
     """Hidden states (N, D) whose losses are wanted, their targets (N,), and the head."""
 
     hidden: torch.Tensor
@@ -42,11 +42,11 @@ class _UnderHead:
     head: Callable[[torch.Tensor], torch.Tensor]
 
 
-_Inputs = dict[str, Any] | _UnderHead
+_Inputs = dict[str, Any] | _HeadInputs
 """What is computed together: the arguments of what stands below the head, or what stands under it."""
 
 
-class _Wanted(BaseException):  # which nobody on the way takes for an error
+class _Request(BaseException):  # so that no handler on the way takes it for an error
     def __init__(self, inputs: _Inputs):
         self.inputs = inputs
 
@@ -75,7 +75,7 @@ class JoinedModel:
     def answer(self, inputs: _Inputs) -> Any:
         """Return what was computed, or stop the call."""
         if self.used == len(self.found):
-            raise _Wanted(inputs)
+            raise _Request(inputs)
         output, random = self.found[self.used]
         self.used += 1
         self.guest.random.set(random)
@@ -91,7 +91,7 @@ class JoinedModel:
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> Any:
         """Return losses under a frozen head, or stop the call."""
         if self.shares_head and not self.evaluated and hidden.requires_grad:
-            return self.answer(_UnderHead(hidden, targets, head))
+            return self.answer(_HeadInputs(hidden, targets, head))
         return frozen_losses(hidden, targets, head)
 
 
@@ -192,11 +192,11 @@ class JoinedModels:
                     continue
                 joined.guest.random.state = begun[joined]
                 try:
-                    with joined.guest.random(), _meeting(joined):
+                    with joined.guest.random(), _answering(joined):
                         results[joined] = function()
-                except _Wanted as stopped:
+                except _Request as stopped:
                     wanted.append((joined, stopped.inputs))
-            for kind, compute in ((dict, self._compute), (_UnderHead, _losses)):
+            for kind, compute in ((dict, self._compute), (_HeadInputs, _losses)):
                 part: list[Any] = [each for each in wanted if isinstance(each[1], kind)]
                 for (joined, _), output in zip(part, compute(part) if part else (), strict=True):
                     joined.found.append((output, joined.guest.random.state))
@@ -217,7 +217,7 @@ class JoinedModels:
         return [forward.spread(type(output)(**output), own, part) for forward, own, part in each]
 
 
-def _losses(calls: Sequence[tuple[JoinedModel, _UnderHead]]) -> list[Any]:
+def _losses(calls: Sequence[tuple[JoinedModel, _HeadInputs]]) -> list[Any]:
     """Compute the losses of several models under the head that they share."""
     wanted = [each for _, each in calls]
     hidden, targets = torch.cat([each.hidden for each in wanted]), torch.cat([each.targets for each in wanted])
@@ -227,7 +227,7 @@ def _losses(calls: Sequence[tuple[JoinedModel, _UnderHead]]) -> list[Any]:
 
 
 @contextmanager
-def _meeting(joined: JoinedModel) -> Iterator[None]:
+def _answering(joined: JoinedModel) -> Iterator[None]:
     """Inside, what the model wants computed is what was computed together, or stops the call."""
     joined.used, joined.evaluated, joined.unpadded.instead = 0, False, joined.below_head
     try:
