@@ -12,9 +12,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from peftcli.errors import DataError, Interrupted, ModelError
@@ -29,8 +28,8 @@ T = TypeVar("T")
 
 _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
-_MAX_PATTERNS = 1000
-"""Maximum number of cached patterns."""
+_MAX_ASKINGS = 1000
+"""Kinds of conversations for which it is kept how the template asks for an answer."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -122,19 +121,17 @@ def _accepted(write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenize
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
     """A conversation; with empty contents for tool calls without one; with their arguments as JSON text; with both."""
+
+    def form(message: Message, filled: bool, as_text: bool) -> Message:
+        if not (calls := message.get("tool_calls")):
+            return message
+        content = {"content": message.get("content") or ""} if filled else {}
+        return message | content | ({"tool_calls": list(map(_with_text, calls))} if as_text else {})
+
     yield messages
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    filled = [
-        message | {"content": message.get("content") or ""} if message.get("tool_calls") else message
-        for message in messages
-    ]
-    yield filled
-    for form in (messages, filled):
-        yield [
-            message | {"tool_calls": list(map(_with_text, calls))} if (calls := message.get("tool_calls")) else message
-            for message in form
-        ]
+    if any(message.get("tool_calls") for message in messages):
+        for filled, as_text in ((True, False), (False, True), (True, True)):
+            yield [form(message, filled, as_text) for message in messages]
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
@@ -218,44 +215,6 @@ class _TurnFormat:
     """One of the closings, after white space."""
 
 
-@dataclass(frozen=True)
-class _Pattern:
-    """What a template writes around the contents of turns with certain roles. It saves marking every conversation."""
-
-    pieces: list[str]
-    answers: list[tuple[int, int, int, bool]]
-    """For each answer: message, trained characters before and after its content, closed."""
-
-    @classmethod
-    def of(cls, text: str, marks: list[_Mark], answers: list[AnswerSpan]) -> _Pattern:
-        """The pattern of a conversation in which the marks of each message are adjacent."""
-        places = [0, *(mark.position for mark in marks), len(text)]
-        pieces = [text[start:end] for start, end in zip(places[::2], places[1::2], strict=True)]
-        begins, ends = places[1::2], places[2::2]
-        around = [(each.message, begins[each.message] - each.start, each.end - ends[each.message]) for each in answers]
-        return cls(pieces, [(*each, answer.closed) for each, answer in zip(around, answers, strict=True)])
-
-    def fit(self, messages: list[Message], text: str) -> list[AnswerSpan] | None:
-        """Locate the answers in ``text`` if it consists of these pieces around the contents of ``messages``."""
-        contents = [message["content"] for message in messages]
-        stripped = list(map(str.strip, contents))
-        choices = [contents]
-        if contents != stripped:
-            mixed = zip(messages, contents, stripped, strict=True)
-            choices += stripped, [bare if each["role"] == "assistant" else kept for each, kept, bare in mixed]
-        for choice in choices:
-            parts = [self.pieces[0]]
-            for content, piece in zip(choice, self.pieces[1:], strict=True):
-                parts += content, piece
-            if "".join(parts) == text:
-                ends = list(accumulate(map(len, parts)))
-                return [
-                    AnswerSpan(index, ends[2 * index] - before, ends[2 * index + 1] + after, closed)
-                    for index, before, after, closed in self.answers
-                ]
-        return None
-
-
 class Template:
     """A tokenizer's chat template, or templates: some have a separate one for conversations with tools.
 
@@ -275,7 +234,6 @@ class Template:
         self.markers = _any_of(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         """Finds special tokens in a text."""
         self._learnt: dict[str, _TurnFormat] = {}
-        self._patterns: dict[tuple[str, ...], _Pattern | None] = {}
         self._askings: dict[tuple[Any, ...], str] = {}
         self._turn_format(None)
 
@@ -308,7 +266,7 @@ class Template:
             asking = ""
             with suppress(DataError):
                 asking = self.render(marked, tools, prompt=True).partition(f"{_MARK}0z")[2]
-            if len(self._askings) >= _MAX_PATTERNS:
+            if len(self._askings) >= _MAX_ASKINGS:
                 return asking
             self._askings[key] = asking
         return self._askings[key]
@@ -319,28 +277,17 @@ class Template:
         Raises:
             DataError: the template refuses the conversation, or a turn cannot be located with certainty.
         """
-        text = self.render(messages, tools)
-        if not tools and all(map(_simple, messages)):
-            pattern = self._pattern(tuple(message["role"] for message in messages))
-            if pattern and (found := pattern.fit(messages, text)) is not None:
-                return Rendered(text, [each for each in found if each.message in turns], unseen=False)
-        whole = _Conversation(messages, tools, text, self._turn_format(tools))
-        rendered = self._search(whole, turns)[0]
-        return replace(rendered, unseen=True) if self._omits_tools(whole) else rendered
-
-    def _search(self, whole: _Conversation, turns: Sequence[int]) -> tuple[Rendered, list[_Mark] | None]:
-        """Locate the turns of any conversation; also return the marks of all its messages."""
-        marks = self._marks(whole, range(len(whole.messages)))
-        places = _by_message(marks or [])
-        found: list[AnswerSpan] = []
+        whole = _Conversation(messages, tools, self.render(messages, tools), self._turn_format(tools))
+        marks = self._marks(whole, range(len(messages)))
+        places, found = _by_message(marks or []), list[AnswerSpan]()
         for index in turns:
-            after = found[-1].end if found else 0
             try:
-                found.append(self._by_marks(whole, index, marks, places, after))
+                found.append(self._by_marks(whole, index, marks, places, found[-1].end if found else 0))
             except _Unclear as unclear:
-                thinks = "</think>" in str(whole.messages[index].get("content"))
+                thinks = "</think>" in str(messages[index].get("content"))
                 raise _refusal(index, str(unclear), thinks=thinks) from unclear
-        return Rendered(whole.text, found, marks is not None and _unseen(whole.messages, marks)), marks
+        unseen = marks is not None and _unseen(messages, marks)
+        return Rendered(whole.text, found, unseen or self._omits_tools(whole))
 
     def _omits_tools(self, whole: _Conversation) -> bool:
         """Whether a conversation with tools is rendered as it would be without them."""
@@ -349,21 +296,6 @@ class Template:
         with suppress(DataError):
             return self.render(whole.messages) == whole.text
         return False
-
-    def _pattern(self, roles: tuple[str, ...]) -> _Pattern | None:
-        """The pattern of turns with these roles, if the template has one."""
-        if roles not in self._patterns and len(self._patterns) < _MAX_PATTERNS:
-            messages = [{"role": role, "content": f"{index}."} for index, role in enumerate(roles)]
-            pattern = None
-            with suppress(DataError):
-                whole = _Conversation(messages, None, self.render(messages), self._turn_format(None))
-                answers = [index for index, role in enumerate(roles) if role == "assistant"]
-                rendered, marks = self._search(whole, answers)
-                in_order = [(index, kind) for index in range(len(roles)) for kind in "az"]
-                if [(mark.message, mark.kind) for mark in marks or ()] == in_order:
-                    pattern = _Pattern.of(rendered.text, marks or [], rendered.answers)
-            self._patterns[roles] = pattern
-        return self._patterns.get(roles)
 
     def _turn_format(self, tools: list[Any] | None) -> _TurnFormat:
         """How the template for conversations with ``tools`` writes assistant turns, learnt once."""
@@ -588,14 +520,8 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The length of the common beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    differ = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def _gap(header: str, opening: str) -> str:
@@ -619,12 +545,6 @@ def _refusal(index: int, problem: str, *, thinks: bool = False) -> DataError:
         f"{problem}",
         hint=advice[0].upper() + advice[1:],
     )
-
-
-def _simple(message: Message) -> bool:
-    """Whether a message has only a content."""
-    content = message.get("content")
-    return len(message) == 2 and isinstance(content, str) and bool(content) and not content.isspace()
 
 
 def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
