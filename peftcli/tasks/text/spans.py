@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftcli.errors import DataError, Interrupted, ModelError
 from peftcli.guard.templates import TooMuch, limited
@@ -23,8 +23,6 @@ from peftcli.tasks.text.formats import Message, with_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
 
 _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
@@ -53,40 +51,18 @@ class _Unclear(Exception):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: list[Any] | None = None,
-    prompt: bool = False,
-    variables: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False
 ) -> str:
     """Render a conversation as text, with ``prompt`` followed by the generation prompt.
 
     If the template refuses tool calls without a content, they get an empty one; if it refuses their arguments as an
     object, they are JSON text.
 
-    ``variables`` are the tokenizer's special tokens, which take a while to be looked up.
-
     Raises:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def write(messages: list[Message]) -> str:
-        if not _renders_plainly(tokenizer):
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-            return str(text)
-        given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
-        texts: Any = render_jinja_template(  # as ``apply_chat_template``, in less time
-            given,
-            tools=tools,
-            chat_template=limited(tokenizer.get_chat_template(tools=tools), strftime_now),
-            add_generation_prompt=prompt,
-            **(dict(tokenizer.special_tokens_map) if variables is None else variables),
-        )
-        return str(texts[0][0])
-
-    return _accepted(write, tokenizer, messages)
+    return str(_apply(tokenizer, messages, tools, tokenize=False, add_generation_prompt=prompt))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
@@ -96,23 +72,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
-    options: dict[str, Any] = {"tools": tools, "tokenize": True, "return_dict": False}
-
-    def write(messages: list[Message]) -> list[int]:
-        if _renders_plainly(tokenizer):
-            options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
-        return list(tokenizer.apply_chat_template(messages, **options))
-
-    return _accepted(write, tokenizer, messages)
+    return list(_apply(tokenizer, messages, tools, tokenize=True, return_dict=False))
 
 
-def _accepted(write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> T:
-    """Write a conversation, with its tool calls in the first form that the template accepts."""
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: Any) -> Any:
+    """Apply the template within limits, with tool calls in the first form that it accepts."""
     refusal: DataError | None = None
     for form in _forms(messages):
         try:
             with _translated_errors(tokenizer, form):
-                return write(form)
+                if _renders_plainly(tokenizer):
+                    options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
+                return tokenizer.apply_chat_template(form, tools=tools, **options)
         except DataError as error:
             refusal = error
     assert refusal is not None
@@ -225,8 +196,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._plain = _renders_plainly(tokenizer)
-        self.render = partial(render, tokenizer, variables=dict(tokenizer.special_tokens_map))
-        """The function of this name, with the tokenizer's special tokens looked up once."""
+        self.render = partial(render, tokenizer)
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Gemma's tokenizer has added tokens of line breaks, which end no turn.
         self._special = _any_of(token for token in tokens if token.strip())
