@@ -24,7 +24,7 @@ from peftcli.system.workers import compute_ahead
 
 
 class Encodes(Protocol):
-    """What a task does with rows."""
+    """The part of a task that encodes rows."""
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -62,7 +62,7 @@ _BATCH_SIZE = 4_000_000
 """Characters and bytes of the rows encoded at once, about: a token takes far more memory than its text while it is
 encoded."""
 _NO_LETTERS = re.compile(r"\W+")
-"""What texts that are nearly equal may differ in, besides upper and lower case."""
+"""Characters that do not count in comparing texts."""
 _LARGEST = 10_000_000
 """Characters that a row may hold: while they are encoded they take 3 to 4 GB."""
 
@@ -184,7 +184,7 @@ class _RowEncoder:
 
 
 def _encode(task: Encodes, rows: Sequence[Row], reader: Reader, group_by: str | None) -> list[Outcome | DataError]:
-    """What the task makes of rows, and by which hashes rows that belong together are known."""
+    """Encode rows; set the hashes by which rows that belong together are found."""
     outcomes = task.encode(rows, reader)
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, DataError) or not outcome.examples:
@@ -217,7 +217,7 @@ def _column_names(rows: Sequence[Row]) -> list[str]:
 
 
 def _read_of(later: Sequence[str], table: Table, task: Encodes, reader: Reader) -> list[str]:
-    """Those of ``later`` that the task would read, had the first rows them, from which its columns are known."""
+    """Return the columns of ``later`` that the task would read if the first rows had them."""
     try:
         names = task.read(table).names
     except DataError:  # together they are of no form, or of several: those of the first rows decide

@@ -103,7 +103,7 @@ class ResolvedSource:
 
     @cached_property
     def _class_names(self) -> dict[str, dict[str, tuple[str, ...]]]:
-        """Those of each file."""
+        """File -> the names of classes that it declares, by column."""
         return {name: class_names_of(path) for name, path in self.files.items()}
 
     def fingerprint(self) -> dict[str, str]:

@@ -145,20 +145,6 @@ def test_a_place_says_source_number_and_line(tmp_path: Path) -> None:
     assert row.place == Place("p", 1, None)
 
 
-@pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
-def test_rows_across_the_stretches_that_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, packed: str
-) -> None:
-    """A file is read in stretches. With short ones, their ends fall everywhere in a row."""
-    rows = [{"n": str(n), "text": "é😀\\\n" * (n % 7), "more": "9" * (n % 11)} for n in range(60)]
-    if kind == ".json":
-        monkeypatch.setattr(text_rows, "CHUNK", 7)
-        rows = [{**row, "number": n * 1.5, "big": 10**n, "null": None, "true": True} for n, row in enumerate(rows)]
-    path = write(tmp_path, f"a{kind}{packed}", PACKERS[packed](WRITERS[kind](rows)))
-    assert values(path) == rows
-
-
 @pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("chunk", range(1, 25))
 def test_a_list_can_be_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
@@ -232,11 +218,6 @@ def test_a_row_of_64_mib_is_the_longest(tmp_path: Path, monkeypatch: pytest.Monk
     assert [str(row) for row in found if isinstance(row, DataError)] == [
         f"a:{n}: a row of more than 64 MiB" for n in (2, 4)
     ]
-
-
-def test_a_line_of_50_mb(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", b'{"text": "' + b"x" * 50_000_000 + b'"}\n{"text": "y"}\n')
-    assert [len(row["text"]) for row in values(path)] == [50_000_000, 1]
 
 
 json_values = st.recursive(

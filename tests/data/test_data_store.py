@@ -212,12 +212,6 @@ def test_a_full_disk_is_said(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "MANIFEST.json").is_file()  # so it is no store
 
 
-def test_a_feature_has_the_columns_of_the_store(tmp_path: Path) -> None:
-    for wrong in ({"input_ids": [1]}, {"input_ids": [1], "labels": [1], "more": [1]}):
-        with Writer(tmp_path, COLUMNS) as writer, pytest.raises(AssertionError):
-            writer.add([Place("a", 1)], [outcome([wrong], [1])])
-
-
 def test_a_view_of_some_rows_of_several_stores(write: Write) -> None:
     one, two = write(MIXED, "one"), write([outcome([feature(50, 2)], [1]), outcome([feature(60, 4)], [3])], "two")
     view = View(

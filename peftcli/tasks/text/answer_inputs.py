@@ -104,13 +104,13 @@ def split(example: Example, column: str) -> list[np.ndarray]:
 
 
 def pair_sums(total: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ``loss``, ``reward_accuracy`` and ``reward_margin`` are made of, from the rewards (B,) of both answers."""
+    """Return the sums behind ``loss``, ``reward_accuracy`` and ``reward_margin``, from both rewards (B,)."""
     gap = (chosen - rejected).detach()
     return {"loss": total.detach(), "reward_accuracy": (gap > 0).sum(), "reward_margin": gap.sum()}
 
 
 def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | DataError:
-    """What became of a row, from what became of each of its answers."""
+    """Join the outcomes of a row's answers."""
     if error := next((each for each in outcomes if isinstance(each, DataError)), None):
         return error
     parts = [each for each in outcomes if isinstance(each, Outcome)]

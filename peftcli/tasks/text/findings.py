@@ -82,12 +82,12 @@ _DAMAGE = re.compile(
 
 
 def is_damaged(text: str) -> bool:
-    """Whether a text shows signs of wrong decoding: NUL, replacement characters, or UTF-8 read as Latin-1."""
+    """Return whether a text shows signs of wrong decoding: NUL, replacement characters, or UTF-8 read as Latin-1."""
     return not (text.isascii() and "\0" not in text) and _DAMAGE.search(text) is not None
 
 
 def has_odd_turns(roles: Sequence[str]) -> bool:
-    """Whether a conversation's turns do not alternate, or do not end with an answer."""
+    """Return whether a conversation's turns do not alternate, or do not end with an answer."""
     turns = [role for role in roles if role not in ("system", "developer")]
     twice = any(one == other != "tool" for one, other in pairwise(turns))
     return twice or turns[0] == "assistant" or turns[-1] != "assistant"

@@ -64,7 +64,7 @@ class AlpacaExample:
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
     def source(self) -> str:
-        """What an encoder reads: what the system says, the earlier turns and the request, with blank lines between."""
+        """Return an encoder's input: the system prompt, the earlier turns and the request, with blank lines between."""
         return "\n\n".join(filter(None, [self.system, *chain(*self.history), self.request()]))
 
     def chat(self) -> ChatExample:
@@ -143,7 +143,7 @@ class ExampleReader(Reader):
             raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
 
     def drops_turns(self, row: Row) -> bool:
-        """Whether a column that is not read holds turns whose texts no column that is read repeats.
+        """Return whether a column that is not read holds turns whose texts no column that is read repeats.
 
         Beside a whole conversation only ``history`` does: another one is another conversation, as in ``rejected``.
         """

@@ -1,4 +1,4 @@
-"""What causal_lm and seq2seq_lm share: a tokenizer, two columns of token ids, and the loss over target tokens."""
+"""The base of causal_lm and seq2seq_lm: a tokenizer, two columns of token ids, and the loss over target tokens."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class LanguageModel(Task[Settings]):
 
     name: ClassVar[str]
     prompt_form: PromptForm
-    """That of the training rows. ``trained_on`` sets it."""
+    """The form of the training rows' prompts. ``trained_on`` sets it."""
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
@@ -154,7 +154,7 @@ class LanguageModel(Task[Settings]):
         return prompt_start(reader(row))
 
     def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:
-        """What became of a row, with the prompt and the answer that evaluation compares."""
+        """Add the prompt and the answer, which evaluation compares, to the outcome of a row."""
         if isinstance(outcome, DataError) or not outcome.examples:
             return outcome
         (example,) = outcome.examples
@@ -204,7 +204,7 @@ class LanguageModel(Task[Settings]):
         """The loss of a batch over its target tokens."""
 
     def _answers(self, model: Any, batch: Batch) -> list[str]:
-        """What the model generates for the prompts of a batch, as ``predict`` does."""
+        """Generate answers to the prompts of a batch, as ``predict`` does."""
         settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens, num_beams=self.settings.num_beams)
         found = dict[int, str]()
         chats = list(map(bool, batch["_chat"]))
@@ -343,7 +343,7 @@ def _beside_decoder(model: Any) -> list[str]:
 
 
 def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """What the user should know of a chat template that writes the date."""
+    """Return a note about a chat template that writes the date."""
     if not date.writes_date(tokenizer.chat_template):
         return ()
     return (f"the chat template can write the date: rows are rendered as on {date.today()}",)
@@ -364,7 +364,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer is made of, without what its last call has set."""
+    """Describe a tokenizer, without the settings of its last call."""
     if tokenizer.is_fast:
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         return {name: value for name, value in described.items() if name not in ("truncation", "padding")}

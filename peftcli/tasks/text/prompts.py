@@ -131,7 +131,7 @@ class PromptForm:
 
 
 def prompt_and_answer(example: ParsedRow) -> tuple[CompletePrompt, str]:
-    """The prompt of a row, and the answer that it holds: of a conversation, the last one that is trained.
+    """Split a row into its prompt and its answer: of a conversation, the last one that is trained.
 
     Raises:
         DataError: it has none.

@@ -214,7 +214,7 @@ class Template:
 
     @property
     def lead(self) -> str:
-        """What a model writes before the text of an answer, if it was trained on conversations."""
+        """The text that a model trained on conversations writes before the text of an answer."""
         return self._turn_format(None).lead
 
     def unasked(self, tools: list[Any] | None) -> str:
@@ -222,14 +222,14 @@ class Template:
         return self._turn_format(tools).unasked.rstrip(" ")
 
     def asks_so(self, rendered: Rendered, messages: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the last answer of a conversation begins after the text with which the template asks for it."""
+        """Return whether the last answer begins after the text with which the template asks for it."""
         last = rendered.answers[-1]
         asking = self._asking(messages[: last.message], tools)
         asked = asking.rstrip(), (asking + self._turn_format(tools).unasked).rstrip()
         return rendered.text[: last.start].rstrip().endswith(asked)
 
     def _asking(self, messages: list[Message], tools: list[Any] | None) -> str:
-        """What the template writes after a conversation's last content to ask for an answer; empty if unclear."""
+        """Return the text after a conversation's last content that asks for an answer; empty if unclear."""
         key = (bool(tools), *((message["role"], *message) for message in messages))
         if key not in self._askings:
             marked = [*messages[:-1], *(_mark(message, 0, False) for message in messages[-1:])]
@@ -526,7 +526,7 @@ def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
 
 
 def _unseen(messages: list[Message], marks: list[_Mark]) -> bool:
-    """Whether a text, thinking or a tool call of the messages, all of which were marked, is not in the rendering."""
+    """Return whether the template drops marked content, thinking or a tool call."""
     found = {(mark.message, mark.kind) for mark in marks}
     last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     for index, message in enumerate(messages):

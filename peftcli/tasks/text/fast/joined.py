@@ -43,7 +43,7 @@ class _HeadInputs:
 
 
 _Inputs = dict[str, Any] | _HeadInputs
-"""What is computed together: the arguments of what stands below the head, or what stands under it."""
+"""Arguments of the model below its head, or inputs of the head."""
 
 
 class _Request(BaseException):  # so that no handler on the way takes it for an error
@@ -163,7 +163,7 @@ class JoinedModels:
 
     @torch.no_grad()
     def _agrees(self, added: JoinedModel) -> bool:
-        """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
+        """Return whether an adapter, with noise in its weights, computes the same behind others' tokens as alone."""
         model, inner, inputs = added.model, unpadded_part(added.model), self._probe()
         kept, exact = inputs["attention_mask"].bool(), not is_half_precision(inner)
         exact &= not torch.is_autocast_enabled(inner.device.type)

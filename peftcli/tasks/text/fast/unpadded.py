@@ -94,12 +94,12 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
 
 
 def _below_head(model: Any) -> list[Any]:
-    """What may compute no padding: the decoder, or all below the head, where a model makes its decoder's masks."""
+    """Return the modules that may compute no padding: the decoder, and all below the head."""
     return list(dict.fromkeys((model.get_decoder(), model.base_model)))
 
 
 def _may_keep_apart(inner: Any) -> bool:
-    """Whether a model can be told where each example of a row stands, and has no convolution along the row."""
+    """Return whether a model takes the places of examples in a row, and has no convolution along the row."""
     told = all(takes(inner, argument) for argument in ("position_ids", "attention_mask"))
     return told and not any(isinstance(each, nn.Conv1d) and each.kernel_size != (1,) for each in inner.modules())
 
@@ -111,7 +111,7 @@ def unpadded_part(model: Any) -> Any:
 
 
 def is_unpadded(model: Any) -> bool:
-    """Whether ``unpad`` has returned true for a model."""
+    """Return whether ``unpad`` has returned true for a model."""
     return unpadded_part(model) is not None
 
 
@@ -204,7 +204,7 @@ class _Unpadded:
         return output
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
-        """What of a batch is to be computed; None: all of it, as it is."""
+        """Return the layout of a batch; None: all of it is computed as it is."""
         device, kept = kept.device, kept.cpu()  # or a GPU would be waited for many times
         sizes = kept.sum(1).tolist()
         shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
@@ -270,7 +270,7 @@ def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, in
 
 
 def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What is no padding of a batch (B, T); None: it is unknown, or more is asked of the model than hidden states."""
+    """Return the mask (B, T) of tokens that are not padding; None: unknown, or more than hidden states is asked for."""
     mask = inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("use_cache"):  # or masks made of it
         return None
