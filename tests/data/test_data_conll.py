@@ -52,6 +52,10 @@ def test_a_word_may_contain_a_blank_that_separates_no_columns(tmp_path: Path) ->
     assert read(tmp_path, " 10\u00a0000  O \n\u3000 O\n") == [{"tokens": ["10\u00a0000", "\u3000"], "tags": ["O", "O"]}]
 
 
+def test_words_alone(tmp_path: Path) -> None:
+    assert read(tmp_path, "Ada\nsaw\n") == [{"tokens": ["Ada", "saw"]}]
+
+
 def test_universal_dependencies(tmp_path: Path) -> None:
     word = "{}\t{}\tl\t{}\tx\t_\t0\troot\t_\t_\n"
     text = "# text = du sol\n" + "".join(

@@ -189,6 +189,8 @@ def test_templates_write_the_day_of_the_run() -> None:
     with date.fixed_date("2024-07-26"):
         assert render(tokenizer, messages) == tokenizer.decode(tokenize(tokenizer, messages, None)) == "26 Jul 2024"
     assert render(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
+    own = make_tokenizer("{% set strftime_now = 'never' %}{{ strftime_now }}")
+    assert render(own, messages) == "never"
 
 
 def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from peftcli.data import text_rows
+from peftcli.data import readers, text_rows
 from peftcli.data.readers import read_file
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
@@ -200,6 +201,20 @@ def test_json_that_is_damaged(tmp_path: Path, content: str | bytes, message: str
     assert message in error.message
     assert error.file == "a.json"
     assert str(error).replace("\n", "").isprintable()
+
+
+def test_memory_holds_a_few_articles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (text_rows, readers):
+        monkeypatch.setattr(module, "CHUNK", 1 << 16)
+    article = {"title": "t", "paragraphs": [{"context": "x" * 10_000, "qas": OSLO["qas"]}]}
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"data": [article] * 1_000}).encode(), 1))  # 10 MB
+    tracemalloc.start()
+    try:
+        assert sum(isinstance(each, Row) for each in read_file(path, "a")) == 1_000
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_article_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,11 @@ def test_turns_may_be_json_in_a_text() -> None:
     assert examples({"conversations": json.dumps(sharegpt)}) == expected
 
 
+def test_a_row_that_lacks_a_column_names_its_own() -> None:
+    error = refused({"text": "a"}, {"txt": "b"})
+    assert (error.line, error.key, "txt" in error.message) == (2, "text", True)
+
+
 def test_rows_without_lines_are_counted() -> None:
     with pytest.raises(DataError, match="row 2: is empty"):
         examples({"text": "a"}, {"text": ""}, lines=False)
@@ -318,6 +323,11 @@ def test_arguments_in_a_string_are_what_the_string_says(arguments: Any, wrapped:
     [example] = examples({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]})
     [written] = example.messages[1]["tool_calls"]
     assert written.get("function", written) == {"name": "add", "arguments": {"a": 1}}
+
+
+def test_tool_calls_of_sharegpt_are_read() -> None:
+    [example] = examples({"conversations": [{"from": "gpt", "value": None, "tool_calls": [CALL]}]})
+    assert example.messages == [{"role": "assistant", "tool_calls": [CALL]}]
 
 
 def test_openai_weights_say_what_is_trained() -> None:
