@@ -39,9 +39,11 @@ def measure() -> dict[str, float]:
     from peftcli.core.weights import named_tensors
     from peftcli.methods.lora import LoraConfig
     from peftcli.methods.lora.fused import FUSED
-    from peftcli.tasks.text import token_loss
-    from peftcli.tasks.text.collate import padded
-    from peftcli.tasks.text.unpadded import unpad
+    from peftcli.tasks.text import token_ids
+    from peftcli.tasks.text.fast.losses import chunked_losses
+    from peftcli.tasks.text.fast.unpadded import unpad
+    from peftcli.tasks.text.language_model import target_losses
+    from peftcli.tasks.text.token_ids import padded
 
     chosen, config = rows("unequal", 0, 8)[:BATCH], LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     torch.manual_seed(0)
@@ -55,18 +57,18 @@ def measure() -> dict[str, float]:
         "input_ids": padded([row["input_ids"] for row in chosen], 0),
         "attention_mask": padded([[1] * len(row["input_ids"]) for row in chosen], 0),
     }
-    targets = token_loss.next_tokens(padded([row["labels"] for row in chosen], -100))
+    targets = token_ids.next_tokens(padded([row["labels"] for row in chosen], -100))
 
     def gradients(losses: Any, fused: bool, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
         """The gradients; ``dtype`` is that of the plain loss."""
 
-        def of_logits(logits: torch.Tensor, wanted: torch.Tensor) -> token_loss.Losses:
+        def of_logits(logits: torch.Tensor, wanted: torch.Tensor) -> token_ids.Losses:
             found = F.cross_entropy(logits.to(dtype), wanted, reduction="none")
             return found, logits.detach().argmax(-1) == wanted
 
         FUSED.enabled = fused
         model.zero_grad()
-        with mock.patch.object(token_loss, "losses_of", of_logits):
+        with mock.patch.object(token_ids, "losses_of", of_logits):
             losses(model, inputs, targets)[0].mean().backward()
         return {name: parameter.grad.clone() for name, parameter in tensors.items() if parameter.grad is not None}
 
@@ -79,17 +81,17 @@ def measure() -> dict[str, float]:
         losses(states, lambda each: F.linear(each, weight)).mean().backward()
         return states.grad.double()
 
-    plain = gradients(token_loss.plain_losses, False)
+    plain = gradients(token_ids.plain_losses, False)
     result = {
-        "fused": worst(gradients(token_loss.plain_losses, True), plain),
-        "loss": worst(gradients(token_loss.target_losses, False), plain),
-        "torch_loss": worst(gradients(token_loss.plain_losses, False, torch.float32), plain),
+        "fused": worst(gradients(token_ids.plain_losses, True), plain),
+        "loss": worst(gradients(target_losses, False), plain),
+        "torch_loss": worst(gradients(token_ids.plain_losses, False, torch.float32), plain),
     }
     wanted = targets[targets != -100]
     with torch.no_grad():
         hidden = model.get_decoder()(**inputs).last_hidden_state[targets != -100]
     ways = {
-        "chunked": lambda states, head: token_loss.chunked_losses(states, wanted, head)[0],
+        "chunked": lambda states, head: chunked_losses(states, wanted, head)[0],
         "cross_entropy": lambda states, head: F.cross_entropy(head(states), wanted, reduction="none"),
     }
     for suffix, states in (("", hidden), ("_normal", torch.randn_like(hidden))):
@@ -98,8 +100,8 @@ def measure() -> dict[str, float]:
             result[name + suffix] = float((of_hidden(states, way, torch.float32) - exact).norm() / exact.norm())
     if not unpad(model, config):
         raise SystemExit("the model is padded")
-    result["unpadded"] = worst(gradients(token_loss.plain_losses, False), plain)
-    result["all"] = worst(gradients(token_loss.target_losses, True), plain)
+    result["unpadded"] = worst(gradients(token_ids.plain_losses, False), plain)
+    result["all"] = worst(gradients(target_losses, True), plain)
     return result
 
 

@@ -100,7 +100,8 @@ def step(tokens: int, batch: int, r: int, modules: int, adapters: int) -> dict[s
 
     from peftcli.core.inject import inject
     from peftcli.methods.lora import LoraConfig
-    from peftcli.tasks.text.token_loss import next_tokens, target_losses
+    from peftcli.tasks.text.language_model import target_losses
+    from peftcli.tasks.text.token_ids import next_tokens
 
     chosen = rows("long", 0, 25)
     ids = torch.tensor([row["input_ids"][:tokens] for row in chosen[:batch]])

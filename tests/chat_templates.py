@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mask_matrix import PUBLISHED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,77 +22,24 @@ SPECIAL = [
 ]  # fmt: skip
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
+_OF_MODELS = {
+    "smollm": "smollm2",
+    "llama2": "llama2",
+    "llama3": "llama3",
+    "gemma": "gemma2",
+    "mistral": "mistral_v1",
+    "zephyr": "zephyr",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+}
+"""Name -> its model in the mask matrix."""
 TEMPLATES = {
-    # SmolLM2's own.
-    "smollm": (
-        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-        "{% endif %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
+    **{name: PUBLISHED[model].text() for name, model in _OF_MODELS.items()},
     "mistral_tools": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
         "{% elif m.tool_calls %}{{ '[TOOL_CALLS] [' + m.tool_calls[0].function | tojson + ']' + eos_token }}"
         "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
         "{% else %}{{ '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}{% endif %}{% endfor %}"
-    ),
-    "llama2": (
-        "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
-        "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-        "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
-        "{% for message in rest %}"
-        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
-        "{% endif %}{% set content = (system if loop.index0 == 0 else '') + message['content'] %}"
-        "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-        "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-    ),
-    "llama3": (
-        "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-        "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
-        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-    "gemma": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-        "{% endif %}{% for message in messages %}"
-        "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-        "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    ),
-    "mistral": (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-    ),
-    "zephyr": (
-        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
-    ),
-    # Thinking is dropped from the turns before the last question; the last answer gets an empty one if it has none.
-    "qwen3": (
-        "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-        "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
-        "{%- for m in messages %}{%- if m.role == 'assistant' %}"
-        "{%- set content = m.content or '' %}{%- set thought = '' %}"
-        "{%- if m.reasoning_content is string %}{%- set thought = m.reasoning_content %}"
-        "{%- elif '</think>' in content %}"
-        "{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
-        "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
-        "{{- '<|im_start|>assistant\n' }}"
-        "{%- if loop.index0 > ns.last and (loop.last or thought) %}"
-        "{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
-        "{%- else %}{{- content }}{%- endif %}"
-        "{%- for call in m.tool_calls or [] %}{%- set f = call.function %}"
-        "{{- '\n' if content or not loop.first else '' }}"
-        '{{- \'<tool_call>\n{"name": "\' + f.name + \'", "arguments": \' + f.arguments | tojson }}'
-        "{{- '}\n</tool_call>' }}"
-        "{%- endfor %}{{- '<|im_end|>\n' }}"
-        "{%- elif m.role == 'tool' %}"
-        "{{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
-        "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
     ),
     # The question to think stands in the generation prompt only; thinking is never shown again.
     "deepseek": (
@@ -105,11 +53,6 @@ TEMPLATES = {
         "{% for m in messages %}{{ '<|open|>' + ('<|A|>' if m.role == 'assistant' else '<|U|>') + m.content "
         "+ ('<|end|>' if m.role == 'assistant' else '') + '<|stop|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|open|><|A|>' }}{% endif %}"
-    ),
-    # EOS after the whole conversation, where no answer is asked for.
-    "phi3": (
-        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
     # The end of an answer is the header of the next turn.
     "open_ended": (

@@ -33,7 +33,7 @@ from peftcli.core.protocols import after_step, penalty
 from peftcli.core.weights import adapter_state, file_tensors, load_training_state, named_tensors, training_state
 from peftcli.errors import AdapterError
 from peftcli.methods import METHODS, config_from_dict
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.unpadded import unpad
 
 MODELS = {
     "llama": "Llama",

@@ -22,7 +22,7 @@ from peftcli.methods import METHODS
 from peftcli.system.disk import write_file
 from peftcli.system.secrets import redact
 from peftcli.tasks import TASKS, TaskRow
-from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import PromptForm
 
 _SETTINGS = (
     "num_train_epochs",

@@ -29,7 +29,7 @@ from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
 from peftcli.tasks.found import task_of_class
-from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import PromptForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -23,9 +23,9 @@ from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.models.parts import widen_heads
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import PredictOptions, Predicts, Task
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import Prompt, prompt_of
-from peftcli.tasks.text.unpadded import unpad
 
 _BATCHES = 8
 """Batches that are answered together, so that rows of similar size can share one."""

@@ -45,7 +45,7 @@ from peftcli.system.secrets import redact_values
 from peftcli.tasks import TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor
 from peftcli.tasks.scores import scores_on
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.unpadded import unpad
 
 RECORD_FILE = "verification.json"
 """Beside an adapter that was trained here; not pushed, since it holds rows of the data."""

@@ -71,11 +71,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cleared:
-    """What ``clear`` did."""
+    """The result of ``clear``."""
 
     removed: list[Entry]
     kept: list[Entry]
-    """Those that a run holds or builds."""
+    """Entries that a run holds or builds."""
     bytes: int
     """Of what was removed, leftovers of killed builders among it."""
 
@@ -130,7 +130,7 @@ def cached(
 
 
 def entries() -> list[Entry]:
-    """What the cache holds, the last used first."""
+    """Return the cache's entries, the last used first."""
     found = [_entry(_tokens() / key) for key, kinds in _keys().items() if "entry" in kinds]
     return sorted(filter(None, found), key=lambda entry: (-entry.last_used, entry.key))
 
@@ -195,7 +195,7 @@ def _lock(key: str) -> Path:
 
 
 def _beside(entry: Path) -> Path:
-    """Where an entry is built."""
+    """Return the folder in which an entry is built."""
     return entry.with_name(f".{entry.name}.tmp")
 
 
@@ -312,7 +312,7 @@ def _try_lock(handle: int) -> bool:
 
 
 def _entry(path: Path) -> Entry | None:
-    """What is in an entry's folder; None if it is gone."""
+    """Describe an entry; None if it is gone."""
     try:
         created = path.stat().st_mtime
     except FileNotFoundError:

@@ -21,7 +21,7 @@ from peftcli.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from peftcli.data.store import Part
+    from peftcli.data.store import Selection
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -175,7 +175,7 @@ class Records:
     ``split`` is ``train`` or ``eval``.
     """
 
-    def __init__(self, parts: Sequence[Part], split: str = "train"):
+    def __init__(self, parts: Sequence[Selection], split: str = "train"):
         self.parts, self.split = parts, split
         self._records = [part.records for part in parts]
 

@@ -24,7 +24,7 @@ from peftcli.system.workers import compute_ahead
 
 
 class Encodes(Protocol):
-    """What a task does with rows."""
+    """The part of a task that encodes rows."""
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -62,7 +62,7 @@ _BATCH_SIZE = 4_000_000
 """Characters and bytes of the rows encoded at once, about: a token takes far more memory than its text while it is
 encoded."""
 _NO_LETTERS = re.compile(r"\W+")
-"""What texts that are nearly equal may differ in, besides upper and lower case."""
+"""Characters that do not count in comparing texts."""
 _LARGEST = 10_000_000
 """Characters that a row may hold: while they are encoded they take 3 to 4 GB."""
 
@@ -101,7 +101,7 @@ def prepare(
 
     def build(folder: Path) -> None:
         with Writer(folder, task.columns) as writer:
-            about = _write(opened, source, task, writer, stop_at_bad, num_workers, on_rows)
+            about = _RowEncoder(opened, source, task, writer, stop_at_bad, on_rows).write(num_workers)
             opened.check_unchanged(state)
             writer.finish(source=opened.name, fingerprint=fingerprint, **about)
 
@@ -117,70 +117,74 @@ def prepare(
     return store
 
 
-def _write(
-    opened: ResolvedSource,
-    source: Source,
-    task: Encodes,
-    writer: Writer,
-    stop_at_bad: bool,
-    num_workers: int,
-    on_rows: OnRows,
-) -> dict[str, Any]:
-    """Encodes every row. Gives the rows' format, None where no row is good, and the columns that it does not read."""
-    batches, taken = _batches(opened.rows()), deque[list[Row | DataError]]()
-    reader: Reader | None = None
-    columns, last = list[str](), Place(opened.name, 0)
+class _RowEncoder:
+    """Encodes the rows of a source, batch by batch, and writes what became of each."""
 
-    def keep(batch: Sequence[Row | DataError], results: Sequence[Outcome | DataError]) -> None:
-        nonlocal last
-        places, outcomes = _in_order(batch, iter(results), last)
-        last = places[-1]
-        if stop_at_bad:
+    def __init__(
+        self, opened: ResolvedSource, source: Source, task: Encodes, writer: Writer, stop_at_bad: bool, on_rows: OnRows
+    ):
+        self.opened, self.source, self.task, self.writer = opened, source, task, writer
+        self.stop_at_bad, self.on_rows = stop_at_bad, on_rows
+        self._batches, self._taken = _batches(opened.rows()), deque[list[Row | DataError]]()
+        self._columns, self._last = list[str](), Place(opened.name, 0)
+
+    def write(self, num_workers: int) -> dict[str, Any]:
+        """Write all rows. Return their format, None where no row is good, and the columns that are not read."""
+        try:
+            reader = self._write(num_workers)
+        except DataError as error:
+            file = error.file or self.opened.name
+            raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
+        self.on_rows(self.opened.name, self.writer.num_rows, True)
+        names = [*(reader.names.values() if reader else ()), self.source.group_by or ""]
+        read = {part for name in names for part in (name, name.partition(".")[0])}
+        return {
+            "format": reader.name if reader else None,
+            "columns_not_read": [name for name in self._columns if name not in read],
+        }
+
+    def _write(self, num_workers: int) -> Reader | None:
+        for batch in self._batches:
+            if not (good := _good(batch)):
+                self._keep(batch, [])
+                continue
+            self._columns += _column_names(good)
+            first, truths = good[0].values, truth_columns(good)
+            table = Table(self.source, self.opened.name, tuple(self._columns), self.opened.class_names, first, truths)
+            reader = self.task.read(table)
+            if self.source.group_by is not None:
+                table.refuse_missing(self.source.group_by, "dataset.group_by")
+            encode = partial(_encode, self.task, reader=reader, group_by=self.source.group_by)
+            with closing(compute_ahead(encode, self._good_rows(batch, table, reader), num_workers)) as encoded:
+                for results in encoded:
+                    self._keep(self._taken.popleft(), results)
+            return reader
+        return None
+
+    def _good_rows(self, first: list[Row | DataError], table: Table, reader: Reader) -> Iterator[list[Row]]:
+        """Yield the rows to encode. One with a value in a column that the task reads and the first rows lack is bad."""
+        late = list[str]()
+        for batch in chain([first], self._batches):
+            if later := [name for name in _column_names(_good(batch)) if name not in self._columns]:
+                self._columns += later
+                late += _read_of(later, replace(table, columns=tuple(self._columns)), self.task, reader)
+            self._taken.append([_refuse_late(row, late) if isinstance(row, Row) else row for row in batch])
+            yield _good(self._taken[-1])
+
+    def _keep(self, batch: Sequence[Row | DataError], results: Sequence[Outcome | DataError]) -> None:
+        places, outcomes = _in_order(batch, iter(results), self._last)
+        self._last = places[-1]
+        if self.stop_at_bad:
             for outcome in outcomes:
                 if isinstance(outcome, DataError):
-                    first = outcomes[:_FIRST] if not writer.num_rows else ()
+                    first = outcomes[:_FIRST] if not self.writer.num_rows else ()
                     raise _stopping(outcome, [isinstance(each, DataError) for each in first])
-        writer.add(places, outcomes)
-        on_rows(opened.name, writer.num_rows, False)
-
-    def good_rows(first: list[Row | DataError], table: Table, reader: Reader) -> Iterator[list[Row]]:
-        late = list[str]()
-        for batch in chain([first], batches):
-            if later := [name for name in _columns(_good(batch)) if name not in columns]:
-                columns.extend(later)
-                late += _read_of(later, replace(table, columns=tuple(columns)), task, reader)
-            taken.append([_refuse_late(row, late) if isinstance(row, Row) else row for row in batch])
-            yield _good(taken[-1])
-
-    try:
-        for batch in batches:
-            if not (good := _good(batch)):
-                keep(batch, [])
-                continue
-            columns += _columns(good)
-            first, truths = good[0].values, truth_columns(good)
-            table = Table(source, opened.name, tuple(columns), opened.class_names, first, truths)
-            reader = task.read(table)
-            if source.group_by is not None:
-                table.refuse_missing(source.group_by, "dataset.group_by")
-            encode = partial(_encode, task, reader=reader, group_by=source.group_by)
-            with closing(compute_ahead(encode, good_rows(batch, table, reader), num_workers)) as encoded:
-                for results in encoded:
-                    keep(taken.popleft(), results)
-    except DataError as error:
-        file = error.file or opened.name
-        raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
-    on_rows(opened.name, writer.num_rows, True)
-    names = [*(reader.names.values() if reader else ()), source.group_by or ""]
-    read = {part for name in names for part in (name, name.partition(".")[0])}
-    return {
-        "format": reader.name if reader else None,
-        "columns_not_read": [name for name in columns if name not in read],
-    }
+        self.writer.add(places, outcomes)
+        self.on_rows(self.opened.name, self.writer.num_rows, False)
 
 
 def _encode(task: Encodes, rows: Sequence[Row], reader: Reader, group_by: str | None) -> list[Outcome | DataError]:
-    """What the task makes of rows, and by which hashes rows that belong together are known."""
+    """Encode rows; set the hashes by which rows that belong together are found."""
     outcomes = task.encode(rows, reader)
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, DataError) or not outcome.examples:
@@ -208,12 +212,12 @@ def _stopping(error: DataError, failed: Sequence[bool]) -> DataError:
     return error
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _column_names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
 def _read_of(later: Sequence[str], table: Table, task: Encodes, reader: Reader) -> list[str]:
-    """Those of ``later`` that the task would read, had the first rows them, from which its columns are known."""
+    """Return the columns of ``later`` that the task would read if the first rows had them."""
     try:
         names = task.read(table).names
     except DataError:  # together they are of no form, or of several: those of the first rows decide

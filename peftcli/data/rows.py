@@ -12,11 +12,11 @@ from peftcli.errors import DataError
 from peftcli.schema import Source
 
 USED, BAD = "used", "cannot be used"
-"""What became of a row that has examples; of one that its reader or the task refused."""
+"""Outcomes of a row that has examples, and of one that its reader or the task refused."""
 _LEFT_OUT = {"reject": "rejected by the annotator", "ignore": "ignored by the annotator"}
 """Values of Prodigy's column ``answer`` -> why such a row is left out."""
 UNANSWERED = tuple(_LEFT_OUT.values())
-"""What became of a row that its annotator did not accept."""
+"""Outcomes of a row that its annotator did not accept."""
 _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _LISTED = 12
 """Names that a message lists."""
@@ -24,7 +24,7 @@ _LISTED = 12
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row comes from."""
+    """The place that a row comes from."""
 
     source: str
     """File or hub id, as messages name it."""
@@ -86,7 +86,7 @@ class Reader:
         return value
 
     def left_out(self, row: Row) -> str | None:
-        """Why the row is left out: Prodigy's ``answer`` says that its annotator did not accept it. None: it is not.
+        """Return why a row is left out: its annotator did not accept it, as Prodigy's ``answer`` says. Else None.
 
         A column of that name which the task reads says something else.
         """

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.data.hub_rows import HubRows
-from peftcli.data.media import is_media, media_rows
 from peftcli.data.readers import (
     ACCEPTED,
     COMPRESSED,
@@ -52,6 +51,13 @@ _FILE_ENDINGS = (
     *(".txt", ".tsv", ".md", ".zip", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
 )
 """A name with one of these endings is a file, though it could be a hub id."""
+_MEDIA = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio"),
+}
+"""Extension of a file of an image or a sound -> column with its path."""
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""A byte of a name that is not UTF-8, as Python reads it."""
 _MAX_DEPTH, _MAX_FILES = 100, 1_000_000
 """Levels of folders, and entries of all folders of a source together."""
 
@@ -97,7 +103,7 @@ class ResolvedSource:
 
     @cached_property
     def _class_names(self) -> dict[str, dict[str, tuple[str, ...]]]:
-        """Those of each file."""
+        """File -> the names of classes that it declares, by column."""
         return {name: class_names_of(path) for name, path in self.files.items()}
 
     def fingerprint(self) -> dict[str, str]:
@@ -152,7 +158,7 @@ class ResolvedSource:
 
     def _file_rows(self) -> Iterator[Row | DataError]:
         if not self.files:
-            yield from media_rows(self._media, str(Path(self._source.train)))
+            yield from _media_rows(self._media, str(Path(self._source.train)))
             return
         declared = self.class_names()
         for name, path in self.files.items():
@@ -257,6 +263,27 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
         media={called(name): listed[name] for name in media},
         left_out=[display_name(name) for name in names if not is_media(name) and name not in read],
     )
+
+
+def is_media(name: str) -> bool:
+    """Return whether a file name has the extension of an image or a sound."""
+    return Path(name).suffix.lower() in _MEDIA
+
+
+def _media_rows(files: Mapping[str, str], top: str) -> Iterator[Row | DataError]:
+    """Yield one row per image or sound, by names and paths, labelled with the name of its folder.
+
+    photos/cat/1.jpg becomes {"image": "photos/cat/1.jpg", "label": "cat"}. Files directly in ``top`` have no label.
+    """
+    for name, path in files.items():
+        values, place = {_MEDIA[Path(path).suffix.lower()]: path}, Place(name, 1)
+        folder = path.rpartition("/")[0]
+        if folder != top:
+            values["label"] = folder.rpartition("/")[2]
+        if _NOT_UTF8.search(values.get("label", "")):
+            yield place.error("the name of its folder is not UTF-8", key="label", hint="Rename the folder.")
+        else:
+            yield Row(values, place)
 
 
 def _split_in_name(name: str) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from peftcli.data.duplicates import find_duplicates, most_shared
-from peftcli.data.store import Part, View
+from peftcli.data.store import Selection, View
 from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError
 
@@ -25,8 +25,8 @@ together do no harm."""
 
 
 def split_parts(
-    parts: Sequence[Part], fraction: float, seed: int, identity: Sequence[str], label_columns: Sequence[str]
-) -> tuple[list[Part], list[Part]]:
+    parts: Sequence[Selection], fraction: float, seed: int, identity: Sequence[str], label_columns: Sequence[str]
+) -> tuple[list[Selection], list[Selection]]:
     """Split every part in two: the rows to train on, and those that are held out. Rows without examples stay.
 
     ``identity`` are the columns whose values make two inputs equal, and ``label_columns`` those of which each value
@@ -40,12 +40,12 @@ def split_parts(
     if len(rows):
         classes = rows.hashes(*label_columns) if label_columns else np.zeros(len(rows), np.uint64)
         held = held_out(find_groups(rows, identity), classes, fraction, seed)
-    kept, out = list[Part](), list[Part]()
+    kept, out = list[Selection](), list[Selection]()
     for at, part in enumerate(parts):
         mask = np.zeros(len(part.store.rows), bool)
         mask[rows.number[(rows.part == at) & held]] = True
-        kept.append(Part(part.store, np.flatnonzero(~mask)))
-        out.append(Part(part.store, np.flatnonzero(mask)))
+        kept.append(Selection(part.store, np.flatnonzero(~mask)))
+        out.append(Selection(part.store, np.flatnonzero(mask)))
     return kept, out
 
 

@@ -19,7 +19,7 @@ _START = re.compile(rb'\{\s*(?:"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,\s*)*"d
 
 
 def is_squad(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is SQuAD's JSON, not an object a line."""
+    """Return whether a file that begins with ``head`` is SQuAD's JSON, and not one object per line."""
     return _START.match(head) is not None and b'"paragraphs"' in head
 
 

@@ -127,7 +127,7 @@ class Column:
 
 @dataclass
 class Example:
-    """What is kept of a row, and what a batch is made of."""
+    """An example of a row, as it is stored and put into batches."""
 
     arrays: dict[str, Any]
     """One value for each of the task's columns. A list where the task has just made it, an array (or str, bytes) when
@@ -135,7 +135,7 @@ class Example:
     size: int
     """Its cost in the task's unit (tokens, frames, patches): for order, packing, limits and speed."""
     num_targets: int
-    """What its share of the loss is divided by."""
+    """Number of targets, by which its share of the loss is divided."""
     draw: int = 0
     """By which a task draws random numbers of its own for the example: another number at each step of training and
     place in its batch, however the batch is split; 0 in evaluation, which draws the same each time."""
@@ -143,7 +143,7 @@ class Example:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a task made of one row."""
+    """The result of encoding one row."""
 
     examples: list[Example] = field(default_factory=list)
     """None where the row is left out; several where it was split."""
@@ -378,7 +378,7 @@ class Store:
         return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
     def place(self, row: int) -> Place:
-        """Where a row, counted from 0, stands."""
+        """Return the place of a row, counted from 0."""
         record = self.rows[row]
         return Place(self.files[record["file"]], int(record["number"]), int(record["line"]) or None)
 
@@ -393,7 +393,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Part:
+class Selection:
     """Some rows of a store."""
 
     store: Store
@@ -434,7 +434,7 @@ class Part:
         return np.flatnonzero(self.mask[self.store.row_of])
 
     def rows_at(self, file: str, number: int, *, is_line: bool) -> np.ndarray:
-        """Positions in the store of those of the rows that have this number in a file, or that start on this line.
+        """Return the positions in the store of the selected rows with this number in a file, or with this first line.
 
         The rows of a file without lines are always known by their numbers.
         """
@@ -444,7 +444,7 @@ class Part:
         return np.flatnonzero((rows[key] == number) & self.mask & of_file)
 
     def bad_rows(self) -> Iterator[tuple[int, DataError]]:
-        """Those of the rows that cannot be used, by their positions in the store."""
+        """Yield the selected rows that cannot be used, by their positions in the store."""
         mask = self.mask
         return ((row, error) for row, error in self.store.bad_rows() if mask[row])
 
@@ -452,7 +452,7 @@ class Part:
 class View:
     """The examples of some rows of some stores, one after another."""
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Selection]):
         """Reads the sizes, not the examples."""
         self.parts = list(parts)
         self._chosen = [part.examples for part in self.parts]
@@ -481,13 +481,13 @@ class View:
         return self.parts[part].store, int(self._chosen[part][index - self._starts[part]])
 
     def place(self, index: int) -> Place:
-        """Where the row of an example stands."""
+        """Return the place of an example's row."""
         store, position = self.locate(index)
         return store.place(int(store.row_of[position]))
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
-    """What ``Writer.finish`` wrote of a store, once its files have the sizes that they should have.
+    """Return the description that ``Writer.finish`` wrote, after a check of the sizes of the files.
 
     With ``verify`` the files are read too, and compared with their checksums.
 

@@ -376,7 +376,7 @@ class _CsvLines:
         self.size = 0
         """Bytes of the current record."""
         self.fault: str | None = None
-        """What is wrong with the text of the current record."""
+        """The first problem in the text of the current record."""
 
     def __iter__(self) -> Iterator[str]:
         for raw in self._text.lines():

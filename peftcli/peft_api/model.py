@@ -56,7 +56,7 @@ from peftcli.peft_api.training import (
 from peftcli.peft_api.tuner import Tuner
 from peftcli.system.hub_requests import full_repo_id
 from peftcli.system.outputs import expand_user
-from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import PromptForm
 
 
 class PeftModel(SavedByTrainer):

@@ -17,8 +17,8 @@ from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import CausalEncoder
-from peftcli.tasks.text.language_model import LanguageModel, refuse_later_tokens
-from peftcli.tasks.text.token_loss import next_tokens, target_losses, token_loss
+from peftcli.tasks.text.language_model import LanguageModel, refuse_later_tokens, target_losses
+from peftcli.tasks.text.token_ids import next_tokens, token_loss
 
 _SAMPLE = 8
 """Tokens of the examples that the packing check compares."""

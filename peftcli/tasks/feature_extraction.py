@@ -47,9 +47,9 @@ from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
 from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_texts, pad_token_id
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.sentence_transformers import Pooling, longest, lowers, prompts, read_pooling, write_modules
+from peftcli.tasks.text.token_ids import pad_texts, pad_token_id
 from peftcli.tasks.text.token_text import TokenRenderer
 
 _PAIR = {"anchor": ("anchor", "query"), "positive": ("positive",), "negative": ("negative",)}

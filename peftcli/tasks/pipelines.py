@@ -18,7 +18,7 @@ from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
 from peftcli.tasks.pictures import noise, png
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
-from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import PromptForm
 
 Answer = Mapping[str, float] | Sequence[str]
 """Numbers by their names, or words."""

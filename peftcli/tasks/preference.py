@@ -27,15 +27,13 @@ from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, Task, refuse_unread, write_task
 from peftcli.tasks.shown import Label, Shown
-from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
+from peftcli.tasks.text.answer_inputs import AnswerInputs, Reference, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
-from peftcli.tasks.text.language_model import refuse_later_tokens
-from peftcli.tasks.text.prompt_form import PromptForm
-from peftcli.tasks.text.reference import Reference
+from peftcli.tasks.text.language_model import refuse_later_tokens, target_losses
+from peftcli.tasks.text.prompts import PromptForm
 from peftcli.tasks.text.stop_tokens import configured_stops, missing_stops
-from peftcli.tasks.text.token_loss import next_tokens, target_losses
+from peftcli.tasks.text.token_ids import next_tokens, pad_texts, pad_token_id, padded
 
 _REFERRING = ("dpo", "ipo", "kto")
 _LOSSES_OF = {

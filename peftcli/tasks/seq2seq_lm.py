@@ -5,13 +5,14 @@ A row: ``{"prompt": "translate English to German: Thank you.", "completion": "Da
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from peftcli.data.rows import Table
-from peftcli.errors import ModelError
+from peftcli.errors import DataError, ModelError
 from peftcli.models.tokens import save_processor
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
@@ -19,11 +20,13 @@ from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import Seq2SeqEncoder
 from peftcli.tasks.text.formats import ExampleReader
-from peftcli.tasks.text.language_model import LanguageModel
-from peftcli.tasks.text.languages import require_languages, set_languages
-from peftcli.tasks.text.token_loss import inner_model, losses_of, target_losses, token_loss
+from peftcli.tasks.text.generation import has_languages
+from peftcli.tasks.text.language_model import LanguageModel, target_losses
+from peftcli.tasks.text.token_ids import inner_model, losses_of, token_loss
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from peftcli.models.open import OpenBase
 
 
@@ -40,10 +43,10 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLMSettings]):
             hint = "name an encoder-decoder, as T5 or BART; decoders of texts are for the task causal_lm"
             raise ModelError(f"{base.name} is not an encoder-decoder", key="base_model", hint=hint)
         super().__init__(settings, processor, base)
-        set_languages(processor, settings)
+        _set_languages(processor, settings)
 
     def read(self, table: Table) -> ExampleReader:
-        require_languages(self.processor, self.settings)
+        _require_languages(self.processor, self.settings)
         return super().read(table)
 
     def save_processor(self, folder: Path) -> list[str]:
@@ -64,6 +67,32 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLMSettings]):
             return token_loss(target_losses(model, given | {"decoder_input_ids": read}, labels))
         logits, counts = model(**inputs, use_cache=False).logits, labels != IGNORED
         return token_loss(losses_of(logits[counts], labels[counts]))
+
+
+def _set_languages(tokenizer: PreTrainedTokenizerBase, settings: settings.Seq2SeqLMSettings) -> None:
+    """Let a tokenizer write sources and targets in the languages of the settings, where they name them."""
+    for name, attribute in (("source_language", "src_lang"), ("target_language", "tgt_lang")):
+        code = getattr(settings, name)
+        if code is None:
+            continue
+        if not has_languages(tokenizer):
+            raise DataError("the base model's tokenizer has no languages", key=f"task.{name}", hint="leave it out")
+        others = tokenizer.special_tokens_map.values()
+        known = [token for token in tokenizer.all_special_tokens if token not in others]
+        written = getattr(tokenizer, "lang_code_to_token", {}).get(code, code)  # M2M100 writes __de__ for de
+        if written not in known:
+            near = difflib.get_close_matches(code, [token.strip("_") for token in known], n=3)
+            hint = f"closest: {', '.join(near)}" if near else "codes are written as de_DE, deu_Latn or de"
+            raise DataError(f"{code!r} is not a language of the base model's tokenizer", key=f"task.{name}", hint=hint)
+        setattr(tokenizer, attribute, code)
+
+
+def _require_languages(tokenizer: PreTrainedTokenizerBase, settings: settings.Seq2SeqLMSettings) -> None:
+    """Check that the settings name the languages of a tokenizer that has several."""
+    for name in ("source_language", "target_language"):
+        if has_languages(tokenizer) and getattr(settings, name) is None:
+            message = "the base model's tokenizer has several languages, and the recipe names none of them here"
+            raise DataError(message, key=f"task.{name}", hint="codes are written as de_DE, deu_Latn or de")
 
 
 TASK = Seq2SeqLM

@@ -46,10 +46,9 @@ from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, fi
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.generated import text_metrics, with_texts
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
-from peftcli.tasks.text.token_loss import inner_model, losses_of, token_loss
+from peftcli.tasks.text.token_ids import inner_model, losses_of, padded, token_loss
 from peftcli.tasks.text.token_text import TokenRenderer
 
 if TYPE_CHECKING:

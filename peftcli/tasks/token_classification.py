@@ -37,8 +37,8 @@ from peftcli.tasks.labels import (
 )
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import padded
 from peftcli.tasks.text.inputs import TextInputs
+from peftcli.tasks.text.token_ids import padded
 from peftcli.tasks.text.token_text import TokenRenderer
 from peftcli.tasks.text.words import OUTSIDE, Words, as_iob2, joined_words, owners, tags_of, words_of
 

@@ -19,8 +19,8 @@ from peftcli.errors import DataError
 from peftcli.schema import Training
 from peftcli.system.workers import compute_ahead, spare_cores
 from peftcli.tasks.base import Batch, Packs, Task
-from peftcli.tasks.text.parts import PART, of_like_length, parts_of
-from peftcli.tasks.text.unpadded import is_unpadded
+from peftcli.tasks.text.fast.parts import PART, parts_of, parts_of_like_length
+from peftcli.tasks.text.fast.unpadded import is_unpadded
 from peftcli.train.plan import MicroBatch, Plan
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class BatchForm:
 
     def _parts(self, rows: MicroBatch, examples: View) -> list[slice]:
         if self.pads:
-            return of_like_length([int(examples.sizes[row].sum()) for row in rows]) or [slice(0)]
+            return parts_of_like_length([int(examples.sizes[row].sum()) for row in rows]) or [slice(0)]
         return parts_of([[examples[at] for at in row] for row in rows], PART)
 
     def efficiency(self, plan: Plan, examples: View) -> float:

@@ -14,7 +14,7 @@ from peftcli.data.prepare import prepare
 from peftcli.data.rows import BAD, USED, Row, Table, is_true_or_false, truth_columns
 from peftcli.data.sources import eval_source, open_source
 from peftcli.data.split import split_parts
-from peftcli.data.store import Part, Store, View
+from peftcli.data.store import Selection, Store, View
 from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError, UsageError
 from peftcli.models.open import OpenBase, open_base
@@ -147,9 +147,9 @@ def load_data(
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
         raise DataError("the recipe names no evaluation data", key="dataset.eval")
-    parts = [Part(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
+    parts = [Selection(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
     try:
-        held = [Part(store_of(from_eval))] if from_eval else []
+        held = [Selection(store_of(from_eval))] if from_eval else []
     except DataError as error:
         error.key = "dataset.eval_split" if error.key == "dataset.split" else error.key
         raise
@@ -174,7 +174,7 @@ def _completed_task(recipe: Recipe, task: Task[Any], tell: OnEvent) -> Task[Any]
     return task
 
 
-def _uneven_split(parts: Sequence[Part], held: Sequence[Part], fraction: float) -> list[str]:
+def _uneven_split(parts: Sequence[Selection], held: Sequence[Selection], fraction: float) -> list[str]:
     """Return a note if the rows that are held out are not about the fraction that was asked for."""
     count, total = (len(UsedRows(View(some))) for some in (held, [*parts, *held]))
     wanted = total * fraction
@@ -220,7 +220,7 @@ def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool
     return report
 
 
-def _common(parts: Sequence[Part], format: str) -> dict[str, str]:
+def _common(parts: Sequence[Selection], format: str) -> dict[str, str]:
     """The texts that all training rows have, but for texts alone, where they are of one format."""
     asking = [part.store.about for part in parts if part.store.about["format"] not in ("text", None)]
     if any(each["format"] != format for each in asking) or not asking:
@@ -329,7 +329,7 @@ def _table(source: Source) -> tuple[Table, Iterator[Row]]:
     return table, chain(first, rows)
 
 
-def _account(parts: Sequence[Part], task: Task[Any]) -> dict[str, Any]:
+def _account(parts: Sequence[Selection], task: Task[Any]) -> dict[str, Any]:
     """What became of the rows."""
     outcomes, flags = Counter[str](), Counter(dict.fromkeys(_COUNTED, 0))
     sha256: dict[str, str] = {}

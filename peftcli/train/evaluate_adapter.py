@@ -21,7 +21,7 @@ from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task
 from peftcli.tasks.base import Begins, Task
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator

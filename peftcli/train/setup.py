@@ -33,7 +33,7 @@ from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
-from peftcli.tasks.text.unpadded import lengths_in_row, unpad
+from peftcli.tasks.text.fast.unpadded import example_lengths, unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import Data, RunData, prepare_config
 from peftcli.train.devices.accelerator import base_dtype, refuse_attention
@@ -227,7 +227,7 @@ def add_embedding_noise(model: nn.Module, alpha: float) -> None:
     def add_noise(module: nn.Module, args: object, embedded: torch.Tensor) -> torch.Tensor | None:
         if not module.training:
             return None
-        length: Any = lengths_in_row(embedded.device)
+        length: Any = example_lengths(embedded.device)
         length = embedded.shape[1] if length is None else length[None, :, None]
         return embedded + torch.empty_like(embedded).uniform_(-1, 1).mul_(alpha * (length * embedded.shape[2]) ** -0.5)
 

@@ -1,7 +1,7 @@
 """Several runs in one process over one copy of their base model.
 
 The runs take turns, a step each. The first one to need gradients gets those of all computed, in joined rows
-(``tasks.text.joined``); in all else, each does as if it were alone, with random numbers of its own.
+(``tasks.text.fast.joined``); in all else, each does as if it were alone, with random numbers of its own.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from peftcli.schema import Recipe
 from peftcli.system.outputs import expand_user
 from peftcli.system.signals import STARTED, Stop, handle_signals
 from peftcli.tasks.base import Task
-from peftcli.tasks.text.joined import JoinedModel, JoinedModels
-from peftcli.tasks.text.shared_base import Randomness, sharing_copy
+from peftcli.tasks.text.fast.joined import JoinedModel, JoinedModels
+from peftcli.tasks.text.fast.shared_base import Randomness, sharing_copy
 from peftcli.train import fresh_process
 from peftcli.train.data import RunData
 from peftcli.train.devices import launch

@@ -24,7 +24,7 @@ from peftcli.adapters.generate import load_generator
 from peftcli.adapters.load import SHARED_FILES
 from peftcli.core.layer import adapter_layers
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompt_form import PromptForm
+from peftcli.tasks.text.prompts import PromptForm
 from peftcli.tasks.text.stop_tokens import StopTokens
 
 LONG = (

@@ -66,59 +66,41 @@ def check(error: DataError, path: Path) -> None:
 
 # --- one bad row: the error stands in its place, and the rows around it are read
 
+LINES_AROUND = (b'{"a": "before"}\n', b'\n{"a": "after"}\n')
+FORMS: dict[str, tuple[dict[str, Any], bytes, bytes]] = {
+    "a.jsonl": (BAD_ROWS, *LINES_AROUND),
+    "a.jsonl.gz": ({name: BAD_ROWS[name] for name in ("Latin-1", "an object that is cut")}, *LINES_AROUND),
+    "a.jsonl.zst": ({name: BAD_ROWS[name] for name in ("a NUL byte", "a key twice")}, *LINES_AROUND),
+    "a.json": ({name: BAD_ROWS[name] for name in IN_LISTS}, b'[{"a": "before"},\n', b'\n,\n{"a": "after"}]'),
+    "a.csv": (BAD_RECORDS, b'a,b\n"be\nfore",1\n', b"\nafter,2\n"),
+}
+"""File -> its bad rows, and what stands before and behind each."""
 
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row(tmp_path: Path, case: str) -> None:
-    bad, message = BAD_ROWS[case]
-    raw = bad if isinstance(bad, bytes) else bad.encode()
-    path = write(tmp_path, "a.jsonl", b'{"a": "before"}\n' + raw + b'\n{"a": "after"}\n')
-    rows, [error] = read(path)
-    assert rows == [{"a": "before"}, {"a": "after"}]
-    assert error.line == 2
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, (cases, *_) in FORMS.items() for case in cases])
+def test_a_bad_row(tmp_path: Path, name: str, case: str) -> None:
+    cases, before, behind = FORMS[name]
+    bad, message = cases[case]
+    content = before + (bad if isinstance(bad, bytes) else bad.encode()) + behind
+    rows, [error] = read(write(tmp_path, name, PACKERS.get(Path(name).suffix, bytes)(content)))
+    assert [row["a"].replace("\n", "") for row in rows] == ["before", "after"]
+    assert error.line == (4 if name == "a.csv" else 2)
     assert message in error.message
 
 
-@pytest.mark.grid(each="case")
-@pytest.mark.parametrize("packed", [".gz", ".zst"])
-@pytest.mark.parametrize("case", ["Latin-1", "a NUL byte", "a key twice", "an object that is cut"])
-def test_a_bad_row_in_a_packed_file(tmp_path: Path, case: str, packed: str) -> None:
-    bad, message = BAD_ROWS[case]
-    raw = bad if isinstance(bad, bytes) else bad.encode()
-    rows, [error] = read(write(tmp_path, f"a.jsonl{packed}", PACKERS[packed](raw + b'\n{"a": 1}')))
-    assert rows == [{"a": 1}]
-    assert error.line == 1
-    assert message in error.message
-
-
-def test_a_carriage_return_alone_is_explained(tmp_path: Path) -> None:
-    _, [error] = read(write(tmp_path, "a.jsonl", '{"a": 1}\r{"a": 2}\r{"a": 3}'))
-    assert "carriage return" in (error.hint or "")
-
-
-@pytest.mark.parametrize("first", ["[", "{", '[{"a": 1}, {"a": 2}]', '[{"a": 1},'])
-def test_a_list_named_jsonl_is_explained(tmp_path: Path, first: str) -> None:
-    _, errors = read(write(tmp_path, "a.jsonl", first + "\n"))
-    assert "a .json file contains that, or one list of objects" in (errors[0].hint or "")
-
-
-def test_an_object_over_several_lines_named_json_is_explained(tmp_path: Path) -> None:
-    _, [error] = read(write(tmp_path, "a.json", '{\n  "a": 1\n}\n'))
-    assert "an object goes over several lines" in error.message
-
-
-def test_a_byte_order_mark_between_joined_files_is_explained(tmp_path: Path) -> None:
-    rows, [error] = read(write(tmp_path, "a.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 2}\n{"a": 3}\n'))
-    assert (rows, error.line) == ([{"a": 1}, {"a": 3}], 2)
-    assert "byte order mark" in str(error.hint)
-
-
-@pytest.mark.parametrize("case", IN_LISTS)
-def test_a_bad_row_in_a_list(tmp_path: Path, case: str) -> None:
-    bad, message = BAD_ROWS[case]
-    rows, [error] = read(write(tmp_path, "a.json", f'[{{"a": "before"}},\n{bad}\n,\n{{"a": "after"}}]'))
-    assert rows == [{"a": "before"}, {"a": "after"}]
-    assert error.line == 2
-    assert message in error.message
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("a.jsonl", '{"a": 1}\r{"a": 2}\r{"a": 3}', "carriage return"),
+        ("a.jsonl", "[\n", "a .json file contains that, or one list of objects"),
+        ("a.jsonl", '[{"a": 1}, {"a": 2}]\n', "a .json file contains that, or one list of objects"),
+        ("a.json", '{\n  "a": 1\n}\n', "an object goes over several lines"),
+        ("a.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 2}\n{"a": 3}\n', "byte order mark"),
+    ],
+)
+def test_a_common_mistake_is_explained(tmp_path: Path, name: str, text: str, hint: str) -> None:
+    _, errors = read(write(tmp_path, name, text))
+    assert hint in str(errors[0])
 
 
 @pytest.mark.grid
@@ -141,35 +123,25 @@ def test_bytes_that_are_no_text_in_a_list(tmp_path: Path) -> None:
     assert (error.line, error.message) == (2, 'is not UTF-8: byte 0xe9 in \'{"a": "caf\\udce9"}\'')
 
 
-@pytest.mark.parametrize("case", BAD_RECORDS)
-def test_a_bad_record_of_csv(tmp_path: Path, case: str) -> None:
-    bad, message = BAD_RECORDS[case]
-    raw = bad if isinstance(bad, bytes) else bad.encode()
-    rows, [error] = read(write(tmp_path, "a.csv", b'a,b\n"before\n",1\n' + raw + b"\nafter,2\n"))
-    assert rows == [{"a": "before\n", "b": "1"}, {"a": "after", "b": "2"}]
-    assert error.line == 4
-    assert message in error.message
-
-
-def test_a_row_of_parquet_that_is_no_text(tmp_path: Path) -> None:
+def columns_with_a_bad_value() -> dict[str, Any]:
     import pyarrow
 
-    column = pyarrow.array([b"x", b"\xff", b"y"]).cast(pyarrow.string(), safe=False)
+    pairs = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    return {
+        "UTF": pyarrow.array([b"x", b"\xff", b"y"]).cast(pyarrow.string(), safe=False),
+        "Expecting": pyarrow.array(['"x"', "{", '"y"'], pyarrow.json_()),
+        "NaN": pyarrow.array(['"x"', '{"a": NaN}', '"y"'], pyarrow.json_()),
+        "duplicate key": pyarrow.array([[("k", 1)], [("k", 1), ("k", 2)], [("k", 2)]], pairs),
+    }
+
+
+@pytest.mark.parametrize("problem", ["UTF", "Expecting", "NaN", "duplicate key"])
+def test_a_row_of_a_table_that_cannot_be_read(tmp_path: Path, problem: str) -> None:
+    column = columns_with_a_bad_value()[problem]
     rows, [error] = read(write(tmp_path, "a.parquet", parquet(a=column)))
-    assert rows == [{"a": "x"}, {"a": "y"}]
+    assert rows == ([{"a": {"k": 1}}, {"a": {"k": 2}}] if problem == "duplicate key" else [{"a": "x"}, {"a": "y"}])
     assert error.message.startswith("row 2: cannot be read: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"), [("{", "Expecting"), ('{"a": NaN}', "NaN"), ('{"a": 1, "a": 2}', "twice")]
-)
-def test_a_text_of_a_table_that_is_not_the_json_that_its_type_says(tmp_path: Path, text: str, problem: str) -> None:
-    import pyarrow
-
-    rows, [error] = read(write(tmp_path, "a.parquet", parquet(a=pyarrow.array(['"x"', text, "1"], pyarrow.json_()))))
-    assert rows == [{"a": "x"}, {"a": 1}]
-    assert error.message.startswith("row 2: cannot be read: ")
-    assert problem in error.message
+    assert problem.lower() in error.message.lower()
 
 
 def test_a_map_whose_keys_are_objects_stays_a_list_of_pairs(tmp_path: Path) -> None:
@@ -180,15 +152,6 @@ def test_a_map_whose_keys_are_objects_stays_a_list_of_pairs(tmp_path: Path) -> N
     rows, errors = read(write(tmp_path, "a.parquet", parquet(a=maps)))
     assert not errors
     assert rows == [{"a": [({"a": 1}, 2)]}]
-
-
-def test_a_map_with_a_key_twice(tmp_path: Path) -> None:
-    import pyarrow
-
-    maps = pyarrow.array([[("k", 1)], [("k", 1), ("k", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
-    rows, [error] = read(write(tmp_path, "a.parquet", parquet(a=maps)))
-    assert rows == [{"a": {"k": 1}}]
-    assert "duplicate key" in error.message
 
 
 # --- the file as a whole
@@ -206,10 +169,6 @@ def test_a_bad_file(tmp_path: Path, case: str) -> None:
     assert rows in ([], [{"a": 1}], [{"a": "1", "b": "2"}])  # what stands before the fault
 
 
-def test_there_are_enough_cases() -> None:
-    assert len(BAD_ROWS) + len(IN_LISTS) + len(BAD_RECORDS) + len(BAD_FILES) > 120
-
-
 # --- files that end early, or go on
 
 LINES = b"".join(
@@ -219,7 +178,7 @@ ROWS = [json.loads(line) for line in LINES.splitlines()]
 
 
 @pytest.mark.grid(keep=6)
-@pytest.mark.parametrize("cut", [0.002, 0.01, 0.1, 0.5, 0.9, 0.99, -9, -8, -5, -4, -1])
+@pytest.mark.parametrize("cut", [0.002, 0.1, 0.5, -9, -8, -1])
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_a_packed_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) -> None:
     whole = PACKERS[packed](LINES)
@@ -233,7 +192,7 @@ def test_a_packed_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) 
 
 @pytest.mark.grid(each="garbage")
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
-@pytest.mark.parametrize("garbage", [b"x", b"garbage", b"\xff" * 1000, b'{"n": 1}\n'])
+@pytest.mark.parametrize("garbage", [b"x", b"\xff" * 1000, b'{"n": 1}\n'])
 def test_a_packed_file_with_something_behind_it(tmp_path: Path, packed: str, garbage: bytes) -> None:
     rows, [error] = read(write(tmp_path, f"a.jsonl{packed}", PACKERS[packed](LINES) + garbage))
     assert rows == ROWS[: len(rows)]
@@ -250,7 +209,7 @@ def test_a_packed_file_whose_checksum_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.grid(keep=6)
 @pytest.mark.parametrize("packed", ["", ".gz"])
-@pytest.mark.parametrize("cut", [4, 5, 12, 0.25, 0.5, 0.75, -100, -9, -8, -5, -4, -1])
+@pytest.mark.parametrize("cut", [4, 12, 0.5, -100, -8, -1])
 def test_a_parquet_file_that_is_cut_off(tmp_path: Path, packed: str, cut: float) -> None:
     whole = parquet(n=[row["n"] for row in ROWS], text=[row["text"] for row in ROWS])
     part = whole[: int(len(whole) * cut) if isinstance(cut, float) else cut]

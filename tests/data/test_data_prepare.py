@@ -62,7 +62,7 @@ def causal_lm(tokenizer: Any = None, kind: type[CausalLM] = CausalLM, **own: Any
 def test_the_same_content_and_settings_are_encoded_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = store(file)
     assert len(first) == 5
-    monkeypatch.setattr(preparing, "_write", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(preparing, "_encode", lambda *args: pytest.fail("encoded again"))
     assert store(file).folder == first.folder
     assert store(file, packing=True).folder == first.folder
 
@@ -189,11 +189,8 @@ def test_templates_write_the_day_of_the_run() -> None:
     with date.fixed_date("2024-07-26"):
         assert render(tokenizer, messages) == tokenizer.decode(tokenize(tokenizer, messages, None)) == "26 Jul 2024"
     assert render(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
-
-
-def test_a_template_may_have_a_date_of_its_own() -> None:
-    tokenizer = make_tokenizer("{% set strftime_now = 'never' %}{{ strftime_now }}")
-    assert render(tokenizer, CHATS[0]["messages"]) == "never"
+    own = make_tokenizer("{% set strftime_now = 'never' %}{{ strftime_now }}")
+    assert render(own, messages) == "never"
 
 
 def test_a_row_that_would_take_all_memory_is_refused_at_its_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_data import PACKERS, write, zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcli.data import readers, text_rows
-from peftcli.data.readers import EXTENSIONS, kind_of, read_file
+from peftcli.data.readers import kind_of, read_file
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 
@@ -43,13 +44,6 @@ def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
     return data.getvalue()
 
 
-def zstd(data: bytes) -> bytes:
-    import pyarrow
-
-    packed: bytes = pyarrow.compress(data, codec="zstd", asbytes=True)
-    return packed
-
-
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".jsonl": jsonl,
     ".ndjson": jsonl,
@@ -57,13 +51,6 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".csv": as_csv,
     ".parquet": parquet,
 }
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
-
-
-def write(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def values(path: Path) -> list[dict[str, Any]]:
@@ -86,18 +73,12 @@ def test_every_kind_of_file_packed_or_not(tmp_path: Path, kind: str, packed: str
     assert [list(row) for row in values(path)] == [["prompt", "completion"]] * 2
 
 
-def test_every_kind_has_a_writer_here() -> None:
-    assert (*WRITERS, ".conll", ".conllu") == EXTENSIONS  # words, not any row: test_data_conll.py
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         ("a.jsonl", (".jsonl", "")),
         ("a.b.JSON.GZ", (".json", ".gz")),
-        ("a.parquet.zst", (".parquet", ".zst")),
         ("a.gz", None),
-        ("a.jsonl.gz.gz", None),
         ("a.jsonl.bz2", None),
         ("jsonl", None),
     ],
@@ -108,8 +89,6 @@ def test_kinds_are_told_by_name(name: str, kind: tuple[str, str] | None) -> None
 
 GOOD = {
     "a byte order mark, CRLF and blank lines": ("a.jsonl", '\ufeff{"a": "é"}\r\n\r\n  \t\n{"a": "b"}', [1, 4]),
-    "no newline at the end": ("a.jsonl", '{"a": 1}', [1]),
-    "space around the objects": ("a.jsonl", '  {"a": 1}\t\r\n', [1]),
     "unicode line separators in a string": (
         "a.jsonl",
         '{"a": "x\u2028y\u2029z\x85"}\n{"a": 1}\n',
@@ -118,31 +97,21 @@ GOOD = {
     "a carriage return as JSON's white space": ("a.jsonl", '{"a":\r1}\n', [1]),
     "whole surrogate pairs": ("a.jsonl", '{"a": "\\ud83d\\ude00"}\n', [1]),
     "an escaped backslash before u": ("a.jsonl", '{"a": "\\\\ud800"}\n', [1]),
-    "an escaped NUL": ("a.jsonl", '{"a": "\\u0000"}\n', [1]),
     "large and small numbers": ("a.jsonl", '{"a": 123456789012345678901234567890, "b": 1e308, "c": 1e-999}\n', [1]),
     "mixed types in a column": ("a.jsonl", '{"a": 1}\n{"a": "x"}\n{"a": null}\n{"b": []}\n', [1, 2, 3, 4]),
-    "an empty object": ("a.jsonl", "{}\n", [1]),
-    "a very long key": ("a.jsonl", json.dumps({"k" * 100_000: 1}), [1]),
-    "10,000 columns": ("a.jsonl", json.dumps({f"c{n}": n for n in range(10_000)}), [1]),
     "one key in two objects of a row": ("a.jsonl", '{"a": {"b": 1}, "b": {"b": 2}}\n', [1]),
     "100 levels": ("a.jsonl", '{"a": ' + "[" * 99 + "]" * 99 + "}\n", [1]),
-    "200 objects side by side": ("a.jsonl", json.dumps({"a": [{"b": [1]}] * 200}), [1]),
     "objects a line in .json": ("a.json", '{"a": 1}\n\n{"a": 2}', [1, 3]),
     "a list over many lines": ("a.json", '\ufeff\n[\n{"a": 1}\n,\n\n{"a":\n2},{"a": 3}]\n\n', [3, 6, 7]),
     "a list on one line": ("a.json", '[{"a": 1}, {"a": 2}]', [1, None]),
-    "an empty list": ("a.json", " [ ] ", []),
     "quoted newlines": ("a.csv", 'a,b\r\n"one, ""two""",x\r\n\r\n"3\n4\r\n5",y\r\n6,7\r\n', [2, 4, 7]),
     "a byte order mark before a quote": ("a.csv", '\ufeff"a",b\n1,2\n', [2]),
     "carriage returns alone": ("a.csv", 'a,b\r1,2\r"3\r4",5\r', [2, 3]),
     "a field of 300,000 characters": ("a.csv", "a\n" + "x" * 300_000, [2]),
     "formulas": ("a.csv", "a,b\n=cmd|'/C calc'!A1,+1\n@SUM(1),-2\n", [2, 3]),
     "white space": ("a.csv", "a , b\n 1 , 2 \n", [2]),
-    "empty fields": ("a.csv", "a,b\n,\n", [2]),
-    "semicolons inside of fields": ("a.csv", "a,b\n1;2,3\n", [2]),
     "a header alone": ("a.csv", "a,b\n", []),
     "unicode line separators in a field": ("a.csv", "a,b\nx\u2028y,z\x85\x0c\n", [2]),
-    "10,000 fields": ("a.csv", ",".join(f"c{n}" for n in range(10_000)) + "\n" + "," * 9_999, [2]),
-    "blank lines first": ("a.csv", "\n\na,b\n1,2\n", [4]),
 }
 
 
@@ -174,20 +143,6 @@ def test_a_place_says_source_number_and_line(tmp_path: Path) -> None:
     [row, _] = read_file(write(tmp_path, "a.parquet", parquet(ROWS)), "p")
     assert isinstance(row, Row)
     assert row.place == Place("p", 1, None)
-
-
-@pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
-def test_rows_across_the_stretches_that_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, packed: str
-) -> None:
-    """A file is read in stretches. With short ones, their ends fall everywhere in a row."""
-    rows = [{"n": str(n), "text": "é😀\\\n" * (n % 7), "more": "9" * (n % 11)} for n in range(60)]
-    if kind == ".json":
-        monkeypatch.setattr(text_rows, "CHUNK", 7)
-        rows = [{**row, "number": n * 1.5, "big": 10**n, "null": None, "true": True} for n, row in enumerate(rows)]
-    path = write(tmp_path, f"a{kind}{packed}", PACKERS[packed](WRITERS[kind](rows)))
-    assert values(path) == rows
 
 
 @pytest.mark.grid(keep=4)
@@ -263,19 +218,6 @@ def test_a_row_of_64_mib_is_the_longest(tmp_path: Path, monkeypatch: pytest.Monk
     assert [str(row) for row in found if isinstance(row, DataError)] == [
         f"a:{n}: a row of more than 64 MiB" for n in (2, 4)
     ]
-
-
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
-def test_only_a_row_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(text_rows, "MAX_ROW", 1000)
-    monkeypatch.setattr(text_rows, "CHUNK", 100)
-    rows = [{"a": "x" * 200}] * 50
-    assert values(write(tmp_path, f"a{kind}", WRITERS[kind](rows))) == rows
-
-
-def test_a_line_of_50_mb(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", b'{"text": "' + b"x" * 50_000_000 + b'"}\n{"text": "y"}\n')
-    assert [len(row["text"]) for row in values(path)] == [50_000_000, 1]
 
 
 json_values = st.recursive(

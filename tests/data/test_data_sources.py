@@ -82,31 +82,21 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     assert opened.left_out == ["README.md"]
 
 
-def test_a_link_to_a_folder_is_followed_and_a_loop_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "elsewhere" / "a.jsonl", "x")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
-    assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
-    assert "is a link to a folder above itself" in refused(tmp_path / "data").message
-
-
-def test_a_folder_with_several_names_is_read_once(tmp_path: Path) -> None:
-    write(tmp_path / "data" / "z" / "a.jsonl", "x")
-    for name in ("first", "second"):
-        (tmp_path / "data" / name).symlink_to("z")
-    opened = open_source(Source(train=str(tmp_path / "data")))
-    assert [str(path.relative_to(tmp_path)) for path in opened.files.values()] == ["data/z/a.jsonl"]
-    assert texts(Source(train=str(tmp_path / "data"))) == ["x"]
-
-
-def test_links_that_double_the_folders_at_each_level(tmp_path: Path) -> None:
+def test_links_to_folders_are_read_once_and_a_loop_is_refused(tmp_path: Path) -> None:
+    """Also where links double the folders at each level."""
     for level in range(40):
         (tmp_path / f"{level}").mkdir()
         for name in "ab":
             (tmp_path / f"{level}" / name).symlink_to(tmp_path / f"{level + 1}")
     write(tmp_path / "40" / "a.jsonl", "x")
-    assert texts(Source(train=str(tmp_path / "0"))) == ["x"]
+    assert texts(Source(train=str(tmp_path / "0"), streaming=True)) == ["x"]
+    (tmp_path / "data" / "again").parent.mkdir()
+    for name in ("again", "once more"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "40")
+    [found] = open_source(Source(train=str(tmp_path / "data"))).files.values()
+    assert found == tmp_path / "data" / "again" / "a.jsonl"
+    (tmp_path / "40" / "back").symlink_to(tmp_path / "data")
+    assert "is a link to a folder above itself" in refused(tmp_path / "data").message
 
 
 def test_a_folder_that_is_very_deep_or_holds_very_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,23 +131,14 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
         (["train.jsonl", "test.jsonl"], "several splits: train.jsonl and test.jsonl"),
         (["data/train-00000-of-00002.jsonl", "data/validation-00000.jsonl"], "several splits"),
         (["train/0.jsonl", "dev/0.jsonl"], "several splits"),
-        (["Train.jsonl", "sub/EVAL_1.jsonl"], "several splits"),
-        (["my-train/0.jsonl", "my-test/0.jsonl"], "several splits"),
-        (["training.jsonl", "testing.jsonl"], "several splits"),
         (["a_training_1.jsonl", "a.evaluation.jsonl"], "several splits"),
         (["data.jsonl", "test.jsonl"], "several splits: data.jsonl and test.jsonl"),
         (["test.jsonl", "eval.jsonl"], "several splits: eval.jsonl and test.jsonl"),
-        (["train.conll", "testa.conll"], "several splits"),
         (["train/cat/0.png", "test/cat/0.png"], "several splits"),
-        (["valid/cat/0.png", "test/cat/0.png"], "several splits"),
         (["training_set/cat/0.png", "test_set/cat/0.png"], "several splits"),
         (["train2017/0.png", "val2017/0.png"], "several splits"),
-        (["data.jsonl", "test-00000-of-00001.jsonl"], "several splits"),
-        (["train_sft.jsonl", "test_sft.jsonl"], "several splits"),
-        (["photos_train/cat/0.png", "photos_test/cat/0.png"], "several splits"),
         (["faq.jsonl", "dev-docs.jsonl", "eval-harness/questions.jsonl"], None),
         (["train-1.jsonl", "train-2.jsonl", "training.jsonl", "tested.jsonl", "latest.jsonl"], None),
-        (["test-1.jsonl", "test-2.jsonl"], None),
         (["bullet_train/0.jsonl", "x.jsonl"], None),
         (["train.jsonl", "test.txt"], None),
     ],
@@ -253,11 +234,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("https://example.org/a.jsonl", "is a URL"),
-        ("x" * 5000 + ".jsonl", "cannot be opened"),
         ("a\0.jsonl", "cannot be opened"),
         ("a\nb", "no such file"),
-        ("a/b/c", "no such file"),
-        ("./name", "no such file"),
         ("owner/data.csv", "no such file"),
         ("owner/some--data", "no such file, and no hub id"),
         ("", "is empty; name a file"),  # and not the working folder, as to pathlib
@@ -268,10 +246,6 @@ def test_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert message in refused(name).message
 
 
-def test_a_local_file_is_always_streamed(tmp_path: Path) -> None:
-    assert texts(Source(train=str(write(tmp_path / "a.jsonl", "x")), streaming=True)) == ["x"]
-
-
 # --- evaluation rows
 
 
@@ -279,10 +253,8 @@ def test_a_local_file_is_always_streamed(tmp_path: Path) -> None:
     ("settings", "source"),
     [
         ({}, None),
-        ({"eval_fraction": 0.1}, None),
         ({"eval": "b.jsonl"}, Source(train="b.jsonl")),
         ({"eval": "b.jsonl", "limit": 2, "streaming": True}, Source(train="b.jsonl", streaming=True)),
-        ({"eval": "other/set", "revision": "v1", "name": "x"}, Source(train="other/set")),
         ({"eval": "other/set", "eval_split": "valid"}, Source(train="other/set", split="valid")),
         ({"format": "text", "columns": {"text": "t"}, "eval": "b.jsonl"},
          Source(train="b.jsonl", format="text", columns={"text": "t"})),
@@ -353,8 +325,12 @@ def test_a_hub_dataset_at_its_newest_commit_or_another(hub: DatasetHub, streamin
     opened = open_source(source)
     assert (opened.name, opened.files) == (NAME, {})
     assert opened.fingerprint() == {f"{NAME}@{second}": second}
+    assert hub.sent == [], "the commit needs no file"
     assert list(opened.rows()) == [Row({"text": "new"}, Place(NAME, 1))]
-    opened.check_unchanged(opened.state())
+    before = opened.state()
+    hub.commit(NAME, FILES)
+    assert list(opened.rows()) == [Row({"text": "new"}, Place(NAME, 1))]
+    opened.check_unchanged(before)
     assert texts(Source(train=NAME, streaming=streaming, revision=first)) == ["a", "b"]
     assert texts(Source(train=NAME, streaming=streaming, revision=first, limit=1)) == ["a"]
     assert texts(Source(train=NAME, streaming=streaming, split="test")) == ["c"]
@@ -385,26 +361,11 @@ def test_images_and_sounds_of_the_hub_are_the_bytes_of_their_files(hub: DatasetH
             assert (held.get("bytes") or Path(held["path"]).read_bytes()) == content
 
 
-def test_an_opened_hub_dataset_stays_at_its_commit(hub: DatasetHub) -> None:
-    hub.commit(NAME, FILES)
-    opened = open_source(Source(train=NAME, streaming=True))
-    before = opened.state()
-    hub.commit(NAME, {**FILES, "train.jsonl": b'{"text": "new"}\n'})
-    assert [row.values["text"] for row in opened.rows() if isinstance(row, Row)] == ["a", "b"]
-    opened.check_unchanged(before)
-
-
 def test_streaming_with_a_limit_fetches_no_more(hub: DatasetHub) -> None:
     shards = {f"train-{n}.jsonl": b'{"text": "x"}\n' * 10 for n in range(5)}
     hub.commit(NAME, shards)
     assert len(texts(Source(train=NAME, streaming=True, limit=15))) == 15
     assert {name for name in hub.sent if name in shards} == {"train-0.jsonl", "train-1.jsonl"}
-
-
-def test_nothing_is_fetched_for_the_commit(hub: DatasetHub) -> None:
-    hub.commit(NAME, FILES)
-    open_source(Source(train=NAME)).fingerprint()
-    assert hub.sent == []
 
 
 def test_the_log_of_datasets_is_told_where_all_went_well(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,7 +494,7 @@ def test_what_a_hub_dataset_has_not(
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(401, HubError), (403, HubError), (429, NetworkError), (500, NetworkError), (503, NetworkError)],
+    [(401, HubError), (403, HubError), (429, NetworkError), (500, NetworkError)],
 )
 def test_what_the_hub_answers_instead(
     hub: DatasetHub, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[PeftcliError]
@@ -541,13 +502,8 @@ def test_what_the_hub_answers_instead(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.status = status
     assert type(refused("owner/other")) is kind
-
-
-def test_a_gated_dataset(hub: DatasetHub) -> None:
-    hub.status, hub.headers = 403, {"X-Error-Code": "GatedRepo"}
-    error = refused(NAME)
-    assert isinstance(error, HubError)
-    assert "is gated" in error.message
+    hub.headers = {"X-Error-Code": "GatedRepo"}
+    assert status != 403 or "is gated" in refused(NAME).message
 
 
 @pytest.mark.parametrize("name", ["owner/no-such-dataset", "json"])

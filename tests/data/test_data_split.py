@@ -13,7 +13,7 @@ from classifierkit import open_task
 
 from peftcli.data.prepare import prepare
 from peftcli.data.split import held_out, split_parts
-from peftcli.data.store import Part
+from peftcli.data.store import Selection
 from peftcli.errors import DataError
 from peftcli.schema import Source
 from peftcli.tasks import settings as task_settings
@@ -112,7 +112,7 @@ def test_rows_that_belong_together_stay_on_one_side(
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
         source = Source(train=str(tmp_path / name), **settings)
         stores.append(prepare(source, task, encoding(kind, task), stop_at_bad=True))
-    trained, held = split_parts(list(map(Part, stores)), 0.2, 0, task.identity, task.label_columns)
+    trained, held = split_parts(list(map(Selection, stores)), 0.2, 0, task.identity, task.label_columns)
     sides = [
         {key(values[int(row) + 50 * at]) for at, part in enumerate(parts) for row in part.chosen}
         for parts in (trained, held)

@@ -73,7 +73,6 @@ WRITTEN: dict[str, str] = {
     "on one line": json.dumps(FILE),
     "over many lines": "\ufeff\n" + json.dumps(FILE, indent=2, ensure_ascii=False) + "\n\n",
     "the articles first": json.dumps({"data": FILE["data"], "version": "1.1", "more": [{"data": []}]}),
-    "a number as version": json.dumps({"version": 1.1, "name": "x", "data": FILE["data"]}),
 }
 
 
@@ -127,20 +126,7 @@ BAD: dict[str, tuple[Change, str, str, int]] = {
         4,
     ),
     "no context": (lambda a, p, q: without(p, "context"), "paragraphs[0].context", "missing", 2),
-    "a context in parts": (
-        lambda a, p, q: p.update(context=["x"]),
-        "paragraphs[0].context",
-        "expected a text, found a list",
-        2,
-    ),
-    "no questions": (lambda a, p, q: without(p, "qas"), "paragraphs[0].qas", "missing", 2),
     "one question": (lambda a, p, q: p.update(qas=q), "paragraphs[0].qas", "expected a list, found an object", 2),
-    "a question that is null": (
-        lambda a, p, q: p["qas"].insert(0, None),
-        "paragraphs[0].qas[0]",
-        "expected an object, found null",
-        4,
-    ),
     "no question": (
         lambda a, p, q: without(q, "question"),
         "paragraphs[0].qas[0].question",
@@ -151,12 +137,6 @@ BAD: dict[str, tuple[Change, str, str, int]] = {
         lambda a, p, q: q.update(answers=None),
         "paragraphs[0].qas[0].answers",
         "expected a list, found null (question 'q1')",
-        3,
-    ),
-    "an answer that is a text": (
-        lambda a, p, q: q.update(answers=["Turin"]),
-        "paragraphs[0].qas[0].answers[0]",
-        "expected an object, found a string",
         3,
     ),
     "no answer_start": (
@@ -200,18 +180,13 @@ TEXT = json.dumps(FILE)
     ("content", "message"),
     [
         (TEXT[:-5], "is not JSON"),
-        (TEXT[: len(TEXT) // 2], "is not JSON"),
         (TEXT + "\n" + TEXT, "text after the end of the object"),
         (TEXT[:-1] + ", }", "a comma before the closing '}'"),
         (TEXT[:-1] + ', "data": [{}]}', "the key 'data' occurs twice"),
         (TEXT[:-1] + ', "more" 1}', "expected a name and ':'"),
-        (TEXT[:-1] + ', "more": }', "is not JSON"),
         (TEXT.replace('"q2"', '"q2", "id": "q2"'), "the key 'id' occurs twice in one object"),
-        (TEXT.replace("Turin.", "\\ud800"), "half of a surrogate pair"),
-        (TEXT.replace(": 13", ": NaN"), "NaN is not JSON"),
         (TEXT.replace('"data": [', '"data": [' + '{"paragraphs":' + "[" * 100_000), "nested too deeply"),
         (TEXT.encode().replace(b"Turin.", b"\xff"), "is not UTF-8: byte 0xff"),
-        (TEXT.replace("[{", "[{}, {", 1), "missing"),
     ],
 )
 def test_json_that_is_damaged(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -15,7 +15,7 @@ from examplekit import COLUMNS, Ids, outcome, plain
 
 from peftcli.data import store as store_module
 from peftcli.data.rows import BAD, USED, Place
-from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
+from peftcli.data.store import Column, Example, Outcome, Selection, Store, View, Writer
 from peftcli.errors import DataError, StorageError
 
 Write = Callable[..., Store]
@@ -72,19 +72,12 @@ def test_what_is_written_is_read(write: Write, at_once: int) -> None:
     assert (row, error.as_dict()) == (2, refused.as_dict())
 
 
-def test_a_row_without_a_line_has_none(tmp_path: Path) -> None:
-    with Writer(tmp_path, {"input_ids": Column()}) as writer:
-        writer.add([Place("org/data", 7)], [outcome([{"input_ids": [1]}], [1])])
-        writer.finish()
-    assert Store(tmp_path).place(0) == Place("org/data", 7)
-
-
 @pytest.mark.parametrize("outcomes", [[], [Outcome(reason="too long")] * 3])
 def test_without_features(write: Write, outcomes: list[Outcome]) -> None:
     store = write(outcomes)
     assert (len(store), list(store), len(store.rows)) == (0, [], len(outcomes))
     assert [len(array) for array in (store.sizes, store.targets, store.row_of)] == [0, 0, 0]
-    view = View([Part(store), Part(store, np.zeros(0, np.int64))])
+    view = View([Selection(store), Selection(store, np.zeros(0, np.int64))])
     assert (len(view), view.counts, view.sizes.tolist(), view.targets.tolist()) == (0, [0, 0], [], [])
     with pytest.raises(IndexError):
         view[0]
@@ -93,7 +86,7 @@ def test_without_features(write: Write, outcomes: list[Outcome]) -> None:
 @pytest.mark.parametrize("kind", ["store", "view"])
 def test_indices_are_those_of_a_list(write: Write, kind: str) -> None:
     store = write(MIXED)
-    found = store if kind == "store" else View([Part(store)])
+    found = store if kind == "store" else View([Selection(store)])
     for index in (0, 3, np.int64(2)):
         assert plain(found[index]) == FEATURES[operator.index(index)]
     with pytest.raises(IndexError):
@@ -125,11 +118,6 @@ def test_offsets_go_on_beyond_32_bits(tmp_path: Path) -> None:
         writer._ends["input_ids"] = 2**31 - 1  # as after so many ids
         writer.add([Place("a", 1)] * 2, [outcome([{"input_ids": [1, 2]}], [1])] * 2)
     assert np.fromfile(tmp_path / "input_ids.ends.bin", "<i8").tolist() == [2**31 + 1, 2**31 + 3]
-
-
-def test_an_id_of_more_than_32_bits_is_no_id(tmp_path: Path) -> None:
-    with Writer(tmp_path, {"input_ids": Column()}) as writer, pytest.raises(DataError, match="2147483648"):
-        writer.add([Place("a", 1)], [outcome([{"input_ids": [2**31]}], [1])])
 
 
 def test_pages_that_were_given_back_are_read_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,15 +212,16 @@ def test_a_full_disk_is_said(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "MANIFEST.json").is_file()  # so it is no store
 
 
-def test_a_feature_has_the_columns_of_the_store(tmp_path: Path) -> None:
-    for wrong in ({"input_ids": [1]}, {"input_ids": [1], "labels": [1], "more": [1]}):
-        with Writer(tmp_path, COLUMNS) as writer, pytest.raises(AssertionError):
-            writer.add([Place("a", 1)], [outcome([wrong], [1])])
-
-
 def test_a_view_of_some_rows_of_several_stores(write: Write) -> None:
     one, two = write(MIXED, "one"), write([outcome([feature(50, 2)], [1]), outcome([feature(60, 4)], [3])], "two")
-    view = View([Part(one, np.array([3, 1])), Part(two, np.zeros(0, int)), Part(two), Part(one, np.array([0]))])
+    view = View(
+        [
+            Selection(one, np.array([3, 1])),
+            Selection(two, np.zeros(0, int)),
+            Selection(two),
+            Selection(one, np.array([0])),
+        ]
+    )
     assert list(map(plain, view)) == [feature(10, 3), feature(20, 1), feature(50, 2), feature(60, 4), feature(0, 5)]
     assert view.counts == [2, 0, 2, 1]
     assert (view.sizes.tolist(), view.targets.tolist()) == ([3, 1, 2, 4, 5], [2, 0, 1, 3, 4])
@@ -301,15 +290,11 @@ def test_columns_of_every_kind_are_read_as_they_were_written(tmp_path: Path) -> 
         (Column("int32", ()), 1.7),
         (Column("int32", ()), float("nan")),
         (Column("int32", ()), 2**31),
-        (Column("int32", ()), 2**80),
         (Column("uint8", ()), -1),
         (Column("int32", ()), None),
         (Column("int32", ()), "7"),
-        (Column("int32", ()), [7]),
         (Column("int32"), 7),
-        (Column("int32"), [1, None]),
         (Column("int32"), [[1], [2]]),
-        (Column("int32"), [1.5]),
         (Column("float32", ()), 1e39),
         (Column("float32", (None, 3)), np.zeros((2, 4))),
         (Column("bool", ()), 2),

@@ -20,7 +20,7 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import Interrupted
 from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Launch
-from peftcli.tasks.text import segments
+from peftcli.tasks.text.fast import segments
 from peftcli.train.devices.sharding import shard
 
 pytestmark = pytest.mark.gpu

@@ -15,14 +15,14 @@ from transformers import T5Config
 from peftcli.data import duplicates, used_rows
 from peftcli.data.duplicates import Sketches, common_shingles, repeats, spread
 from peftcli.data.rows import Place
-from peftcli.data.store import Outcome, Part, Store, View, Writer
+from peftcli.data.store import Outcome, Selection, Store, View, Writer
 from peftcli.data.used_rows import Ragged
 from peftcli.errors import DataError
 from peftcli.inspection.audit import Audit, audit, histogram, leaks
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.seq2seq_lm import Seq2SeqLM
-from peftcli.tasks.text.flags import NO_TARGET, Flag
+from peftcli.tasks.text.findings import NO_TARGET, Flag
 
 IGNORED = -100
 Ids = list[int]
@@ -39,10 +39,10 @@ def seq2seq(tokenizers) -> Seq2SeqLM:
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> Callable[..., Part]:
+def part(tmp_path: Path) -> Callable[..., Selection]:
     """A store of rows: outcomes, errors, or pairs of prompt and answer."""
 
-    def part(rows: Sequence[Any], file: str = "a.jsonl", chosen: list[int] | None = None) -> Part:
+    def part(rows: Sequence[Any], file: str = "a.jsonl", chosen: list[int] | None = None) -> Selection:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         outcomes = [used(*row) if isinstance(row, tuple) else row for row in rows]
@@ -51,7 +51,7 @@ def part(tmp_path: Path) -> Callable[..., Part]:
                 places = [Place(file, at + 1, at + 1) for at in range(start, min(start + 3, len(rows)))]
                 writer.add(places, outcomes[start : start + 3])
             writer.finish()
-        return Part(Store(folder), None if chosen is None else np.array(chosen))
+        return Selection(Store(folder), None if chosen is None else np.array(chosen))
 
     return part
 

@@ -19,9 +19,8 @@ from peftcli.core.weights import named_tensors
 from peftcli.errors import DataError
 from peftcli.tasks.base import encoding
 from peftcli.tasks.preference import Answers
-from peftcli.tasks.text.answer_inputs import split
-from peftcli.tasks.text.reference import Reference
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.answer_inputs import Reference, split
+from peftcli.tasks.text.fast.unpadded import unpad
 
 PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
 WITH_HEAD = {"peft_type": "LORA", "target_modules": ["q_proj"], "lora_dropout": 0.5, "modules_to_save": ["lm_head"]}

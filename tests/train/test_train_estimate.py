@@ -22,7 +22,7 @@ from peftcli.recipe import load_recipe, method_config
 from peftcli.schema import Recipe, Training
 from peftcli.system.cores import bytes_of_kernels
 from peftcli.tasks import open_task
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train import setup
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import load_data, plan_of, with_task

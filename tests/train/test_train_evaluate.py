@@ -14,7 +14,7 @@ from torch import nn
 from trainkit import reset_accelerate
 
 from peftcli.data.rows import Place
-from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
+from peftcli.data.store import Column, Example, Outcome, Selection, Store, View, Writer
 from peftcli.tasks.base import Loss, Task
 from peftcli.train import evaluate as module
 from peftcli.train.devices.launch import MEASURING, STATUS
@@ -61,7 +61,7 @@ def view(tmp_path: Path) -> View:
         for number, ((x, c), size) in enumerate(zip(rows, sizes, strict=True), start=1):
             writer.add([Place("a", number)], [Outcome([Example({"x": x, "class": c}, int(size), 1)])])
         writer.finish()
-    return View([Part(Store(tmp_path))])
+    return View([Selection(Store(tmp_path))])
 
 
 def test_sums_of_any_shape_and_outputs_in_order_whatever_the_batch_size(view: View) -> None:

@@ -204,7 +204,7 @@ def test_a_cpu_computes_a_large_micro_batch_in_parts(
     monkeypatch.setattr(loop.Gradients, "loss", noted)
     whole = run_recipe(recipe, "training.max_steps=4")
     together = list(sizes)
-    monkeypatch.setattr("peftcli.tasks.text.parts._COST", 10)  # rows this short share most of their tokens
+    monkeypatch.setattr("peftcli.tasks.text.fast.parts._COST", 10)  # rows this short share most of their tokens
     monkeypatch.setattr(batches, "PART", max(together) // 2)
     sizes.clear()
     parts = run_recipe(recipe, "training.max_steps=4", f"training.output_dir={tmp_path}/parts")
@@ -301,16 +301,16 @@ def test_bf16_trains_on_the_cpu(recipe: Path, tmp_path: Path, method: str | None
 
 def test_bf16_loss_is_computed_at_targets_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the wrapper that accelerate puts around forward."""
-    from peftcli.tasks.text import token_loss
+    from peftcli.tasks.text.fast import losses
 
     rows = []
-    chunk = token_loss._chunk
+    chunk = losses._chunk
 
     def spy(head: Any, hidden: torch.Tensor, *rest: Any) -> Any:
         rows.append(len(hidden))
         return chunk(head, hidden, *rest)
 
-    monkeypatch.setattr(token_loss, "_chunk", spy)
+    monkeypatch.setattr(losses, "_chunk", spy)
     done = run_recipe(recipe, "training.bf16=true", "training.max_steps=1", "training.eval_strategy=no")
     assert sum(rows) == done.metrics[0]["num_targets"]
 

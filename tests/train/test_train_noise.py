@@ -13,7 +13,7 @@ from trainkit import run_recipe, stopped_copy
 from peftcli.core.inject import inject
 from peftcli.errors import ModelError
 from peftcli.methods import METHODS
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.setup import add_embedding_noise
 
 NOISE = "training.neftune_noise_alpha=5"

@@ -35,14 +35,14 @@ from transformers import (
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.data.rows import Place
-from peftcli.data.store import Column, Example, Outcome, Part, Store, View, Writer
+from peftcli.data.store import Column, Example, Outcome, Selection, Store, View, Writer
 from peftcli.errors import Interrupted, ModelError
 from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks import settings
 from peftcli.tasks.causal_lm import CausalLM
-from peftcli.tasks.text.segments import ATTENTION
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.segments import ATTENTION
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.data import Data, RunData
 from peftcli.train.events import Stepped, StepResult
 from peftcli.train.loop import Gradients, PreparedModel, fit
@@ -264,7 +264,7 @@ def view_of(some: list[Example], folder: Path) -> View:
     with Writer(folder, {"input_ids": Column(), "labels": Column()}) as writer:
         writer.add([Place("a.jsonl", number) for number in range(1, len(some) + 1)], [Outcome([each]) for each in some])
         writer.finish()
-    return View([Part(Store(folder))])
+    return View([Selection(Store(folder))])
 
 
 @pytest.mark.grid(keep=2)

@@ -1,1 +1,1 @@
-"""What the language tasks share: chat templates and spans, formats, packing, collation, stop tokens."""
+"""Code that the language tasks share: formats, chat templates and spans, encoding, prompts, generation."""

@@ -1,31 +1,38 @@
-"""Answers as the inputs of a model: what the tasks share that compare them."""
+"""Answers as the inputs of a model, and the reference: what the tasks share that compare answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
+from peftcli.core.inject import disabled, evaluating
+from peftcli.core.weights import named_tensors
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import USED, Row
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
-from peftcli.tasks.base import Batch
+from peftcli.tasks.base import Batch, on_device
 from peftcli.tasks.settings import CausalLMSettings
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.answers import AnswerReader
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.collate import pad_texts, pad_token_id
-from peftcli.tasks.text.encode import CausalEncoder, with_unread
-from peftcli.tasks.text.findings import FINDINGS, record_findings, unread_columns
-from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
+from peftcli.tasks.text.encode import CausalEncoder, flag_unread
+from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings, unread_columns
 from peftcli.tasks.text.inputs import TextInputs
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, date_notes
-from peftcli.tasks.text.prompts import opening
+from peftcli.tasks.text.prompts import prompt_start
+from peftcli.tasks.text.token_ids import pad_texts, pad_token_id
 from peftcli.tasks.text.token_text import TokenRenderer
+
+Kind = Literal["base", "start"]
+_TOLERANCE = 0.01
+"""Largest difference of logits that counts as none, as a share of their deviation."""
 
 
 class AnswerInputs(TextInputs):
@@ -52,7 +59,7 @@ class AnswerInputs(TextInputs):
         return [*record_findings(records), *records.findings(FINDINGS["no_prompt"], without, more=more, of_used=True)]
 
     def shared(self, row: Row, reader: Any) -> Any:
-        return opening(reader(row))
+        return prompt_start(reader(row))
 
     def encoder(self, reader: Any, train_on: str, overlong: str) -> CausalEncoder:
         """An encoder of single answers."""
@@ -68,7 +75,7 @@ class AnswerInputs(TextInputs):
             for name in reader.answers
         ]
         joined = [_joined(row, outcomes) for row, *outcomes in zip(rows, *found, strict=True)]
-        return with_unread(joined, rows, reader)
+        return flag_unread(joined, rows, reader)
 
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Pad the first answers of all examples, then their second ones: ``input_ids`` and ``attention_mask``."""
@@ -96,13 +103,13 @@ def split(example: Example, column: str) -> list[np.ndarray]:
 
 
 def pair_sums(total: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ``loss``, ``reward_accuracy`` and ``reward_margin`` are made of, from the rewards (B,) of both answers."""
+    """Return the sums behind ``loss``, ``reward_accuracy`` and ``reward_margin``, from both rewards (B,)."""
     gap = (chosen - rejected).detach()
     return {"loss": total.detach(), "reward_accuracy": (gap > 0).sum(), "reward_margin": gap.sum()}
 
 
 def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | DataError:
-    """What became of a row, from what became of each of its answers."""
+    """Join the outcomes of a row's answers."""
     if error := next((each for each in outcomes if isinstance(each, DataError)), None):
         return error
     parts = [each for each in outcomes if isinstance(each, Outcome)]
@@ -130,3 +137,62 @@ def _joined(row: Row, outcomes: Sequence[Outcome | DataError]) -> Outcome | Data
     }
     whole.examples = [Example(joined, len(joined["input_ids"]), 1)]
     return whole
+
+
+class Reference:
+    """Turns a model, for a while, into the one that it is compared with: the base model, or the adapter as it began.
+
+    All that it keeps is an adapter, where one is needed.
+    """
+
+    def __init__(self, kind: Kind | None):
+        """Without a kind, ``begin`` finds it."""
+        self.kind = kind
+        self._start: dict[str, torch.Tensor] = {}
+
+    def begin(self, model: nn.Module, probe: Batch, from_adapter: bool) -> None:
+        """Look at the adapter that training begins with: a copy of it becomes the reference where it has an effect.
+
+        ``from_adapter``: it was trained before, so it has one, however small. Of a new adapter, the outputs for
+        ``probe`` show it.
+        """
+        if self.kind is None and from_adapter:
+            self.kind = "start"
+        elif self.kind is None:
+            given = on_device(probe, next(model.parameters()).device)
+            with torch.no_grad(), evaluating(model):
+                own = model(**given).logits.float()
+                with disabled(model):
+                    base = model(**given).logits.float()
+            largest = (own[:, -base.shape[1] :] - base).abs().max()
+            self.kind = "base" if largest <= _TOLERANCE * base.std() else "start"
+        if self.kind == "start":
+            self._start = {name: each.detach().clone() for name, (_, _, each) in named_tensors(model).items()}
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model is the reference.
+
+        Raises:
+            DataError: the reference is an adapter that began elsewhere.
+        """
+        if self.kind != "start":
+            with disabled(model):
+                yield
+            return
+        tensors = named_tensors(getattr(model, "module", model))  # DDP is around it
+        if self._start.keys() != tensors.keys():
+            raise DataError(
+                "the adapter was compared with itself as it began, which was not kept",
+                key="task.reference",
+                hint="If it began from another adapter, name that: training.init_adapter_from. Else only the run that "
+                "trains it can measure it.",
+            )
+        now = {name: parameter.data for name, (_, _, parameter) in tensors.items()}
+        for name, (_, _, parameter) in tensors.items():
+            parameter.data = self._start[name]
+        try:
+            yield
+        finally:
+            for name, (_, _, parameter) in tensors.items():
+                parameter.data = now[name]

@@ -1,4 +1,4 @@
-"""What the tokens of a whole dataset show: answers without text, missing prompts, what answers end with."""
+"""Audit the tokens of a whole dataset: answers without text, missing prompts, the ends of answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from peftcli.data.store import View
 from peftcli.data.used_rows import Ragged, UsedRows
 from peftcli.tasks.shown import Description, Shared
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.findings import FINDINGS
-from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.findings import FINDINGS, Flag
 from peftcli.tasks.text.token_text import TokenRenderer, special_tokens
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class TextAudit:
         return self.rows.records("flags")
 
     def findings(self) -> list[Finding]:
-        """What is odd with the tokens of some rows."""
+        """Return the findings about the tokens of the rows."""
         masks = {
             "empty_answers": self._without_text & (self._flags & Flag.ANSWER_CUT == 0),
             # Where all of every row is trained, a row is a text, and has no prompt to be empty.
@@ -63,7 +62,7 @@ class TextAudit:
         return self.rows.findings((FINDINGS[name], mask) for name, mask in masks.items())
 
     def describe(self) -> Description:
-        """What ``inspect`` tells besides of the rows."""
+        """Return what ``inspect`` also reports of the rows."""
         targets, tokens, used = int(self._targets.sum()), int(self._sizes.sum()), len(self.rows)
         closed = self._flags & (Flag.OPEN | Flag.ANSWER_CUT) == 0
         ordered = sorted(self._ends.items(), key=lambda each: (-each[1], each[0]))

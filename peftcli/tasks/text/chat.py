@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftcli.errors import DataError
-from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
+from peftcli.tasks.text.findings import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 from peftcli.tasks.text.spans import Template, tokenize
 

@@ -22,9 +22,17 @@ from peftcli.tasks.text.chat import (
     mark_pair,
     mark_text,
 )
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag, is_damaged
-from peftcli.tasks.text.formats import AlpacaExample, ChatExample, ExampleReader, PairExample, ParsedRow, TextExample
-from peftcli.tasks.text.prompts import asked, prompt_ids, prompt_text
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, NONE, OVERLONG, Flag, is_damaged
+from peftcli.tasks.text.formats import (
+    AlpacaExample,
+    ChatExample,
+    ExampleReader,
+    PairExample,
+    ParsedRow,
+    TextExample,
+    shareable_texts,
+)
+from peftcli.tasks.text.prompts import prompt_and_answer, prompt_ids, prompt_text
 from peftcli.tasks.text.spans import Template
 
 if TYPE_CHECKING:
@@ -73,7 +81,7 @@ class CausalEncoder:
 
     def _read(self, row: Row) -> tuple[ParsedRow, MarkedText, dict[str, str]]:
         example = self.reader(row)
-        common = example.common
+        common = shareable_texts(example)
         if isinstance(example, AlpacaExample):
             example = example.pair() if self.template is None else example.chat()
         if isinstance(example, TextExample):
@@ -161,8 +169,8 @@ class Seq2SeqEncoder:
 
     def _read(self, row: Row) -> tuple[str, str, dict[str, str]]:
         example = self.reader(row)
-        prompt, answer = asked(example)
-        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer, example.common
+        prompt, answer = prompt_and_answer(example)
+        return prompt_text(prompt, self.tokenizer, decoder_only=False)[0], answer, shareable_texts(example)
 
     def _outcome(
         self, read: tuple[str, str, dict[str, str]], source: list[int], target: list[int], row: Row
@@ -195,7 +203,7 @@ class Seq2SeqEncoder:
         return ids if eos is None or eos in ids[-2:] else [*ids, eos]
 
 
-def with_unread(
+def flag_unread(
     outcomes: list[Outcome | DataError], rows: Sequence[Row], reader: ExampleReader
 ) -> list[Outcome | DataError]:
     """Flag the outcomes of rows whose columns that are not read change what is learnt; return them all."""

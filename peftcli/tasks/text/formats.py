@@ -25,11 +25,6 @@ class TextExample:
 
     text: str
 
-    @property
-    def common(self) -> dict[str, str]:
-        """What other rows may have too, and a prompt then has: ``system``, ``instruction``."""
-        return {}
-
 
 @dataclass(frozen=True)
 class PairExample:
@@ -39,11 +34,6 @@ class PairExample:
     completion: str
     system: str = ""
     """What the prompt begins with."""
-
-    @property
-    def common(self) -> dict[str, str]:
-        """As that of ``TextExample``."""
-        return {"system": self.system} if self.system else {}
 
 
 @dataclass(frozen=True)
@@ -57,12 +47,6 @@ class ChatExample:
     no_prompt: bool = False
     """Whether this is an answer to compare, and no turn but the system's comes before it."""
 
-    @property
-    def common(self) -> dict[str, str]:
-        """As that of ``TextExample``."""
-        first = self.messages[0]
-        return {"system": str(first["content"])} if first["role"] == "system" and first.get("content") else {}
-
 
 @dataclass(frozen=True)
 class AlpacaExample:
@@ -75,18 +59,12 @@ class AlpacaExample:
     history: tuple[tuple[str, str], ...] = ()
     """Earlier turns: what the user said, and what the assistant answered."""
 
-    @property
-    def common(self) -> dict[str, str]:
-        """As that of ``TextExample``: an instruction is one for all rows where each has an input of its own."""
-        found = {"system": self.system, "instruction": self.instruction if self.input else ""}
-        return {name: text for name, text in found.items() if text}
-
     def request(self) -> str:
         """The user's text: the instruction, a blank line, the input."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
     def source(self) -> str:
-        """What an encoder reads: what the system says, the earlier turns and the request, with blank lines between."""
+        """Return an encoder's input: the system prompt, the earlier turns and the request, with blank lines between."""
         return "\n\n".join(filter(None, [self.system, *chain(*self.history), self.request()]))
 
     def chat(self) -> ChatExample:
@@ -112,6 +90,17 @@ class AlpacaExample:
 
 _ASKED = ("user", "assistant")
 ParsedRow = TextExample | PairExample | ChatExample | AlpacaExample
+
+
+def shareable_texts(example: ParsedRow) -> dict[str, str]:
+    """Return the texts that all rows may share, and a prompt then gets: ``system``, ``instruction``.
+
+    An instruction can be one for all rows where each has an input of its own.
+    """
+    first = example.messages[0] if isinstance(example, ChatExample) else {}
+    system = first.get("content") if first.get("role") == "system" else getattr(example, "system", "")
+    instruction = example.instruction if isinstance(example, AlpacaExample) and example.input else ""
+    return {name: str(text) for name, text in (("system", system), ("instruction", instruction)) if text}
 
 
 @dataclass(frozen=True)
@@ -154,7 +143,7 @@ class ExampleReader(Reader):
             raise row.place.error(fault.message, key=self.names.get(top, top) + fault.key[len(top) :]) from None
 
     def drops_turns(self, row: Row) -> bool:
-        """Whether a column that is not read holds turns whose texts no column that is read repeats.
+        """Return whether a column that is not read holds turns whose texts no column that is read repeats.
 
         Beside a whole conversation only ``history`` does: another one is another conversation, as in ``rejected``.
         """
@@ -301,10 +290,6 @@ def _optional(row: dict[str, Any], key: str) -> str:
     return "" if row.get(key) is None else _string(row, key)
 
 
-def _text_example(row: dict[str, Any]) -> ParsedRow:
-    return TextExample(_answer(row, "text"))
-
-
 def _pair(row: dict[str, Any]) -> ParsedRow:
     system, prompt = _optional(row, "system"), _string(row, "prompt")
     if not system or not prompt:
@@ -339,10 +324,6 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-
-
-def _messages(row: dict[str, Any]) -> ParsedRow:
-    return _conversation(row, "messages", _turns(row, "messages"))
 
 
 def _sharegpt(row: dict[str, Any]) -> ParsedRow:
@@ -543,9 +524,11 @@ def _check_json(value: Any, key: str) -> None:
 
 
 FORMATS = {
-    "text": Format(("text",), _text_example),
+    "text": Format(("text",), lambda row: TextExample(_answer(row, "text"))),
     "prompt_completion": Format(("prompt", "completion"), _pair, ("system",)),
-    "messages": Format(("messages",), _messages, ("system", "tools")),
+    "messages": Format(
+        ("messages",), lambda row: _conversation(row, "messages", _turns(row, "messages")), ("system", "tools")
+    ),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history")),
     "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools")),
 }

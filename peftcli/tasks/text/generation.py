@@ -20,11 +20,11 @@ from peftcli.core.prompts.inputs import position_tables, soft_prompt
 from peftcli.data.rows import Place
 from peftcli.errors import DataError
 from peftcli.models import tokens
-from peftcli.tasks.text.languages import answer_start
-from peftcli.tasks.text.prompt_form import PromptForm
-from peftcli.tasks.text.prompts import Prompt, TextWithSystem, last_words, prompt_ids, prompt_text
+from peftcli.tasks.text.prompts import Prompt, PromptForm, TextWithSystem, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, stop_tokens
 
+_MARKS = 2
+"""Tokens of a target without text, of a tokenizer that marks languages: the language and EOS."""
 _SHORTER = "Shorten the prompt, or ask for fewer new tokens (generate --max-new-tokens)."
 
 
@@ -161,7 +161,7 @@ class TextGenerator:
             "num_beams": settings.num_beams,
             "eos_token_id": self._stops or None,
             "pad_token_id": self.tokenizer.pad_token_id,
-            **answer_start(self.tokenizer),
+            **_answer_start(self.tokenizer),
             **({"stopping_criteria": [_text_stop(self.tokenizer, ends)]} if ends else {}),
         }
 
@@ -209,6 +209,21 @@ def generator_of(
     tokens.settle_pad(tokenizer, model)
     form = form_of(has_template=bool(tokenizer.chat_template), decoder_only=not model.config.is_encoder_decoder)
     return TextGenerator(model, tokenizer, form, stop_tokens(tokenizer, chat=form.chat), loaded_from or {}, bf16)
+
+
+def has_languages(tokenizer: Any) -> bool:
+    """Whether a tokenizer marks texts with their language, each by one token."""
+    return hasattr(type(tokenizer), "src_lang") and len(tokenizer(text_target="")["input_ids"]) == _MARKS
+
+
+def _answer_start(tokenizer: Any) -> dict[str, int]:
+    """The options of ``generate`` by which an answer is in the tokenizer's target language, if it has one."""
+    code = getattr(tokenizer, "tgt_lang", None)
+    if code is None or not has_languages(tokenizer):
+        return {}
+    first, last = tokenizer(text_target="")["input_ids"]  # the language and EOS, in any order
+    # mBART's targets end with their language, with which its decoder starts
+    return {"forced_bos_token_id": first} if last == tokenizer.eos_token_id else {"decoder_start_token_id": last}
 
 
 @contextmanager

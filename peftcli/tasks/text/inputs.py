@@ -15,8 +15,8 @@ from peftcli.errors import ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks.base import Batch, write_task
-from peftcli.tasks.text.collate import pad_texts, pad_token_id, padded
 from peftcli.tasks.text.language_model import fit_tokens, tokenizer_fingerprint
+from peftcli.tasks.text.token_ids import pad_texts, pad_token_id, padded
 
 
 class TextInputs:

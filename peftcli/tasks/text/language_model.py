@@ -1,4 +1,4 @@
-"""What causal_lm and seq2seq_lm share: a tokenizer, two columns of token ids, and the loss over target tokens."""
+"""The base of causal_lm and seq2seq_lm: a tokenizer, two columns of token ids, and the loss over target tokens."""
 
 from __future__ import annotations
 
@@ -33,19 +33,25 @@ from peftcli.tasks.settings import CausalLMSettings, Seq2SeqLMSettings
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
-from peftcli.tasks.text.collate import pad_labelled, pad_token_id
-from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, with_unread
-from peftcli.tasks.text.findings import FINDINGS, record_findings
-from peftcli.tasks.text.flags import CUT_OFF, OVERLONG, Flag
+from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, flag_unread
+from peftcli.tasks.text.fast.losses import losses_under, output_head
+from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompt_form import PromptForm
-from peftcli.tasks.text.prompts import asked, opening, prompt_ids, prompt_text
+from peftcli.tasks.text.prompts import PromptForm, prompt_and_answer, prompt_ids, prompt_start, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
-from peftcli.tasks.text.token_loss import no_cache, token_metrics
+from peftcli.tasks.text.token_ids import (
+    Losses,
+    inner_model,
+    is_half_precision,
+    no_cache,
+    pad_labelled,
+    pad_token_id,
+    plain_losses,
+    token_metrics,
+)
 from peftcli.tasks.text.token_text import TokenRenderer
-from peftcli.tasks.text.unpadded import rounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +81,7 @@ class LanguageModel(Task[Settings]):
 
     name: ClassVar[str]
     prompt_form: PromptForm
-    """That of the training rows. ``trained_on`` sets it."""
+    """The form of the training rows' prompts. ``trained_on`` sets it."""
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
@@ -140,20 +146,20 @@ class LanguageModel(Task[Settings]):
         key = (reader.name, *reader.names.items())
         if key not in self._encoders:
             self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
-        outcomes = with_unread(self._encoders[key](rows), rows, reader)
+        outcomes = flag_unread(self._encoders[key](rows), rows, reader)
         return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
 
     def shared(self, row: Row, reader: Any) -> Any:
-        return opening(reader(row))
+        return prompt_start(reader(row))
 
     def _with_prompt(self, outcome: Outcome | DataError, row: Row, reader: Any) -> Outcome | DataError:
-        """What became of a row, with the prompt and the answer that evaluation compares."""
+        """Add the prompt and the answer, which evaluation compares, to the outcome of a row."""
         if isinstance(outcome, DataError) or not outcome.examples:
             return outcome
         (example,) = outcome.examples
         decoder_only = not self.base.config.is_encoder_decoder
         try:
-            prompt, answer = asked(reader(row))
+            prompt, answer = prompt_and_answer(reader(row))
             if decoder_only:
                 text, templated = prompt_text(prompt, self.processor, decoder_only=True, trained=True)
                 ids = prompt_ids(text, self.processor, templated=templated, decoder_only=True)
@@ -197,7 +203,7 @@ class LanguageModel(Task[Settings]):
         """The loss of a batch over its target tokens."""
 
     def _answers(self, model: Any, batch: Batch) -> list[str]:
-        """What the model generates for the prompts of a batch, as ``predict`` does."""
+        """Generate answers to the prompts of a batch, as ``predict`` does."""
         settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens, num_beams=self.settings.num_beams)
         found = dict[int, str]()
         chats = list(map(bool, batch["_chat"]))
@@ -303,6 +309,12 @@ class LanguageModel(Task[Settings]):
         return missing_stops(self.processor, configured_stops(model), chat=self.prompt_form.chat)
 
 
+def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
+    """Return the losses that ``plain_losses`` describes, by the fast way where the model's head lets it."""
+    head = output_head(inner_model(model), inputs)
+    return plain_losses(model, inputs, targets) if head is None else losses_under(head, model, inputs, targets)
+
+
 def fit_tokens(
     model: Any, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig | None, base: BaseModel
 ) -> list[str]:
@@ -330,7 +342,7 @@ def _beside_decoder(model: Any) -> list[str]:
 
 
 def date_notes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """What the user should know of a chat template that writes the date."""
+    """Return a note about a chat template that writes the date."""
     if not date.writes_date(tokenizer.chat_template):
         return ()
     return (f"the chat template can write the date: rows are rendered as on {date.today()}",)
@@ -351,7 +363,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer is made of, without what its last call has set."""
+    """Describe a tokenizer, without the settings of its last call."""
     if tokenizer.is_fast:
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         return {name: value for name, value in described.items() if name not in ("truncation", "padding")}
@@ -388,6 +400,6 @@ def refuse_later_tokens(model: Any, probe: Batch) -> None:
     other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
     with probing(model, model.device):
         one, two = (model(**given | {"input_ids": ids}).logits[:, :-1].float() for ids in (given["input_ids"], other))
-    if deviation(two, one) > (_ROUNDED if rounds(model) else _EXACT):
+    if deviation(two, one) > (_ROUNDED if is_half_precision(model) else _EXACT):
         message = f"{type(model).__name__} sees the tokens that it would have to predict"
         raise ModelError(message, key="base_model", hint="name a model that reads texts in one direction")

@@ -1,7 +1,8 @@
-"""Prompts: what a model is asked, in the form of the data that it is trained on."""
+"""Prompts: what a model is asked, in the form of the rows that it was trained on. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.data.rows import Row, add_keys
 from peftcli.data.text_rows import quote
-from peftcli.errors import DataError, UsageError
+from peftcli.errors import AdapterError, DataError, UsageError
+from peftcli.guard.typed_fields import fits, hints_of
 from peftcli.tasks.text.formats import (
     FORMATS,
     SYSTEM_ROLES,
@@ -43,12 +45,93 @@ instruction."""
 Prompt = CompletePrompt | TextWithSystem
 """The same, or a text that a ``PromptForm`` completes, as it does with a ``str``."""
 
+SLOT = "{prompt}"
+"""Stands in a template for the text that is asked."""
+_CHATS = ("messages", "sharegpt")
+"""Formats of conversations."""
+
+
 _ASKING = {"sharegpt": "conversations", "messages": "messages", "prompt_completion": "prompt", "alpaca": "instruction"}
 """Format -> its column of what is asked."""
 
 
-def asked(example: ParsedRow) -> tuple[CompletePrompt, str]:
-    """The prompt of a row, and the answer that it holds: of a conversation, the last one that is trained.
+@dataclass(frozen=True)
+class PromptForm:
+    """What a text that is asked becomes, as in the training rows. An adapter's task.json holds it under ``prompt``."""
+
+    chat: bool
+    """Whether it becomes a user's turn in the model's chat template; else it is continued as it is."""
+    format: str = "messages"
+    """The format of the training rows."""
+    template: str = SLOT
+    """The text, or the user's turn, with ``{prompt}`` in the place of what is asked. It contains an instruction that
+    all training rows share."""
+    system: str = ""
+    """The system prompt that all training rows share."""
+
+    @classmethod
+    def of_rows(
+        cls, format: str, shared: Mapping[str, str], *, has_template: bool, decoder_only: bool = True
+    ) -> PromptForm:
+        """Return the form of training rows of a format, which share a system prompt or an instruction.
+
+        ``has_template``: whether the tokenizer has a chat template.
+        """
+        chat = has_template and (format in _CHATS or (format == "alpaca" and decoder_only))
+        template, instruction = SLOT, shared.get("instruction", "")
+        if format == "alpaca":
+            asked = AlpacaExample(instruction, "", SLOT) if instruction and SLOT not in instruction else None
+            asked = asked or AlpacaExample(SLOT, "")
+            template = asked.request() if chat or not decoder_only else asked.pair().prompt
+        return cls(chat, format, template, shared.get("system", ""))
+
+    @classmethod
+    def from_json(cls, values: Any, file: str) -> PromptForm:
+        """Read what task.json holds.
+
+        Raises:
+            AdapterError: it is no such form.
+        """
+        hints = hints_of(PromptForm)
+        known = (
+            isinstance(values, dict)
+            and "chat" in values
+            and all(name in hints and fits(value, hints[name]) for name, value in values.items())
+        )
+        if not known or SLOT not in values.get("template", SLOT):
+            raise AdapterError(f"must be an object of {', '.join(hints)}", key="prompt", file=file)
+        return cls(**values)
+
+    def ask(self, text: str, system: str | None = None) -> str | list[Message]:
+        """Return the text or the conversation that asks ``text``, after ``system`` in place of the shared one."""
+        system = self.system if system is None else system
+        text = self.template.replace(SLOT, text)
+        if not self.chat:
+            return "\n\n".join(filter(None, (system, text)))
+        return [*self.opening(system), {"role": "user", "content": text}]
+
+    def python_lines(self, text: str) -> list[str]:
+        """Return lines of Python that make the ``inputs`` of a model with its tokenizer."""
+        asked = self.ask(text)
+        if isinstance(asked, str):
+            return [f'inputs = tokenizer({_literal(asked)}, return_tensors="pt")']
+        return [
+            "messages = [",
+            *(f"    {_literal(turn)}," for turn in asked),
+            "]",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+
+    def opening(self, system: str | None = None) -> list[Message]:
+        """Return the turns before the first question."""
+        system = self.system if system is None else system
+        return [{"role": "system", "content": system}] if system else []
+
+
+def prompt_and_answer(example: ParsedRow) -> tuple[CompletePrompt, str]:
+    """Split a row into its prompt and its answer: of a conversation, the last one that is trained.
 
     Raises:
         DataError: it has none.
@@ -67,8 +150,8 @@ def asked(example: ParsedRow) -> tuple[CompletePrompt, str]:
     return ChatExample(before, example.tools), answer
 
 
-def opening(example: ParsedRow) -> Any:
-    """What a row begins with, up to its first answer: rows with the same one belong together. Empty: nothing."""
+def prompt_start(example: ParsedRow) -> Any:
+    """Return the start of a row, up to its first answer: rows with the same one belong together. Empty: none."""
     if isinstance(example, TextExample):
         return example.text
     if isinstance(example, PairExample):
@@ -225,3 +308,8 @@ def last_words(prompt: Prompt) -> str:
         return prompt.request()
     messages = prompt if isinstance(prompt, list) else prompt.messages
     return str(messages[-1]["content"])
+
+
+def _literal(value: Any) -> str:
+    """Return a value as Python reads it, in a block of Markdown."""
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060")

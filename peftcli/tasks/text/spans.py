@@ -3,20 +3,18 @@
 A template is a program, so answers are located by running it. The conversation is rendered a second time with marks
 around the contents. If removing the marks gives the first rendering again, they show the position of each content.
 How the template opens and closes an assistant turn is learnt once, from a short conversation. Where tool calls begin
-and end is seen in the conversation up to them. A turn without a mark is located by rendering the conversation up to
-it, if that is a prefix of the whole. Otherwise the row is refused.
+and end is seen in the conversation up to them. A row with a turn that marks do not locate is refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftcli.errors import DataError, Interrupted, ModelError
 from peftcli.guard.templates import TooMuch, limited
@@ -26,12 +24,10 @@ from peftcli.tasks.text.formats import Message, with_function
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
-
 _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
-_MAX_PATTERNS = 1000
-"""Maximum number of cached patterns."""
+_MAX_ASKINGS = 1000
+"""Kinds of conversations for which it is kept how the template asks for an answer."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -45,11 +41,9 @@ class _Mark(NamedTuple):
     the name of the function that a tool call names."""
 
 
-_Sides = tuple[bool | None, bool]
-"""Whether the marks before and after a content are outside the white space at its edges; None: no mark before it."""
-# A template may keep or strip the white space around a content, and may test how a content begins.
-_EDGELESS: tuple[_Sides, ...] = ((True, True), (None, True))
-_EDGED: tuple[_Sides, ...] = ((True, True), (False, False), (False, True), (True, False), (None, True), (None, False))
+_MARKINGS = (True, False, None)
+"""Ways to mark a content, as a template may keep or strip the white space around it, and may test how it begins: True:
+outside of the white space; False: inside; None: only behind the content, outside."""
 
 
 class _Unclear(Exception):
@@ -57,40 +51,18 @@ class _Unclear(Exception):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: list[Any] | None = None,
-    prompt: bool = False,
-    variables: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False
 ) -> str:
     """Render a conversation as text, with ``prompt`` followed by the generation prompt.
 
     If the template refuses tool calls without a content, they get an empty one; if it refuses their arguments as an
     object, they are JSON text.
 
-    ``variables`` are the tokenizer's special tokens, which take a while to be looked up.
-
     Raises:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def write(messages: list[Message]) -> str:
-        if not _renders_plainly(tokenizer):
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-            return str(text)
-        given: Any = [[{key: value for key, value in message.items() if value is not None} for message in messages]]
-        texts: Any = render_jinja_template(  # as ``apply_chat_template``, in less time
-            given,
-            tools=tools,
-            chat_template=limited(tokenizer.get_chat_template(tools=tools), strftime_now),
-            add_generation_prompt=prompt,
-            **(dict(tokenizer.special_tokens_map) if variables is None else variables),
-        )
-        return str(texts[0][0])
-
-    return _accepted(write, tokenizer, messages)
+    return str(_apply(tokenizer, messages, tools, tokenize=False, add_generation_prompt=prompt))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> list[int]:
@@ -100,23 +72,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools:
         DataError: the template refuses the conversation.
         ModelError: the template does not come to an end.
     """
-    options: dict[str, Any] = {"tools": tools, "tokenize": True, "return_dict": False}
-
-    def write(messages: list[Message]) -> list[int]:
-        if _renders_plainly(tokenizer):
-            options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
-        return list(tokenizer.apply_chat_template(messages, **options))
-
-    return _accepted(write, tokenizer, messages)
+    return list(_apply(tokenizer, messages, tools, tokenize=True, return_dict=False))
 
 
-def _accepted(write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> T:
-    """Write a conversation, with its tool calls in the first form that the template accepts."""
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: Any) -> Any:
+    """Apply the template within limits, with tool calls in the first form that it accepts."""
     refusal: DataError | None = None
     for form in _forms(messages):
         try:
             with _translated_errors(tokenizer, form):
-                return write(form)
+                if _renders_plainly(tokenizer):
+                    options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
+                return tokenizer.apply_chat_template(form, tools=tools, **options)
         except DataError as error:
             refusal = error
     assert refusal is not None
@@ -125,19 +92,17 @@ def _accepted(write: Callable[[list[Message]], T], tokenizer: PreTrainedTokenize
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
     """A conversation; with empty contents for tool calls without one; with their arguments as JSON text; with both."""
+
+    def form(message: Message, filled: bool, as_text: bool) -> Message:
+        if not (calls := message.get("tool_calls")):
+            return message
+        content = {"content": message.get("content") or ""} if filled else {}
+        return message | content | ({"tool_calls": list(map(_with_text, calls))} if as_text else {})
+
     yield messages
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    filled = [
-        message | {"content": message.get("content") or ""} if message.get("tool_calls") else message
-        for message in messages
-    ]
-    yield filled
-    for form in (messages, filled):
-        yield [
-            message | {"tool_calls": list(map(_with_text, calls))} if (calls := message.get("tool_calls")) else message
-            for message in form
-        ]
+    if any(message.get("tool_calls") for message in messages):
+        for filled, as_text in ((True, False), (False, True), (True, True)):
+            yield [form(message, filled, as_text) for message in messages]
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
@@ -221,44 +186,6 @@ class _TurnFormat:
     """One of the closings, after white space."""
 
 
-@dataclass(frozen=True)
-class _Pattern:
-    """What a template writes around the contents of turns with certain roles. It saves marking every conversation."""
-
-    pieces: list[str]
-    answers: list[tuple[int, int, int, bool]]
-    """For each answer: message, trained characters before and after its content, closed."""
-
-    @classmethod
-    def of(cls, text: str, marks: list[_Mark], answers: list[AnswerSpan]) -> _Pattern:
-        """The pattern of a conversation in which the marks of each message are adjacent."""
-        places = [0, *(mark.position for mark in marks), len(text)]
-        pieces = [text[start:end] for start, end in zip(places[::2], places[1::2], strict=True)]
-        begins, ends = places[1::2], places[2::2]
-        around = [(each.message, begins[each.message] - each.start, each.end - ends[each.message]) for each in answers]
-        return cls(pieces, [(*each, answer.closed) for each, answer in zip(around, answers, strict=True)])
-
-    def fit(self, messages: list[Message], text: str) -> list[AnswerSpan] | None:
-        """Locate the answers in ``text`` if it consists of these pieces around the contents of ``messages``."""
-        contents = [message["content"] for message in messages]
-        stripped = list(map(str.strip, contents))
-        choices = [contents]
-        if contents != stripped:
-            mixed = zip(messages, contents, stripped, strict=True)
-            choices += stripped, [bare if each["role"] == "assistant" else kept for each, kept, bare in mixed]
-        for choice in choices:
-            parts = [self.pieces[0]]
-            for content, piece in zip(choice, self.pieces[1:], strict=True):
-                parts += content, piece
-            if "".join(parts) == text:
-                ends = list(accumulate(map(len, parts)))
-                return [
-                    AnswerSpan(index, ends[2 * index] - before, ends[2 * index + 1] + after, closed)
-                    for index, before, after, closed in self.answers
-                ]
-        return None
-
-
 class Template:
     """A tokenizer's chat template, or templates: some have a separate one for conversations with tools.
 
@@ -269,8 +196,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._plain = _renders_plainly(tokenizer)
-        self.render = partial(render, tokenizer, variables=dict(tokenizer.special_tokens_map))
-        """The function of this name, with the tokenizer's special tokens looked up once."""
+        self.render = partial(render, tokenizer)
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Gemma's tokenizer has added tokens of line breaks, which end no turn.
         self._special = _any_of(token for token in tokens if token.strip())
@@ -278,7 +204,6 @@ class Template:
         self.markers = _any_of(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         """Finds special tokens in a text."""
         self._learnt: dict[str, _TurnFormat] = {}
-        self._patterns: dict[tuple[str, ...], _Pattern | None] = {}
         self._askings: dict[tuple[Any, ...], str] = {}
         self._turn_format(None)
 
@@ -289,7 +214,7 @@ class Template:
 
     @property
     def lead(self) -> str:
-        """What a model writes before the text of an answer, if it was trained on conversations."""
+        """The text that a model trained on conversations writes before the text of an answer."""
         return self._turn_format(None).lead
 
     def unasked(self, tools: list[Any] | None) -> str:
@@ -297,21 +222,21 @@ class Template:
         return self._turn_format(tools).unasked.rstrip(" ")
 
     def asks_so(self, rendered: Rendered, messages: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the last answer of a conversation begins after the text with which the template asks for it."""
+        """Return whether the last answer begins after the text with which the template asks for it."""
         last = rendered.answers[-1]
         asking = self._asking(messages[: last.message], tools)
         asked = asking.rstrip(), (asking + self._turn_format(tools).unasked).rstrip()
         return rendered.text[: last.start].rstrip().endswith(asked)
 
     def _asking(self, messages: list[Message], tools: list[Any] | None) -> str:
-        """What the template writes after a conversation's last content to ask for an answer; empty if unclear."""
+        """Return the text after a conversation's last content that asks for an answer; empty if unclear."""
         key = (bool(tools), *((message["role"], *message) for message in messages))
         if key not in self._askings:
-            marked = [*messages[:-1], *(_mark(message, 0, (False, False)) for message in messages[-1:])]
+            marked = [*messages[:-1], *(_mark(message, 0, False) for message in messages[-1:])]
             asking = ""
             with suppress(DataError):
                 asking = self.render(marked, tools, prompt=True).partition(f"{_MARK}0z")[2]
-            if len(self._askings) >= _MAX_PATTERNS:
+            if len(self._askings) >= _MAX_ASKINGS:
                 return asking
             self._askings[key] = asking
         return self._askings[key]
@@ -322,28 +247,17 @@ class Template:
         Raises:
             DataError: the template refuses the conversation, or a turn cannot be located with certainty.
         """
-        text = self.render(messages, tools)
-        if not tools and all(map(_simple, messages)):
-            pattern = self._pattern(tuple(message["role"] for message in messages))
-            if pattern and (found := pattern.fit(messages, text)) is not None:
-                return Rendered(text, [each for each in found if each.message in turns], unseen=False)
-        whole = _Conversation(messages, tools, text, self._turn_format(tools))
-        rendered = self._search(whole, turns)[0]
-        return replace(rendered, unseen=True) if self._omits_tools(whole) else rendered
-
-    def _search(self, whole: _Conversation, turns: Sequence[int]) -> tuple[Rendered, list[_Mark] | None]:
-        """Locate the turns of any conversation; also return the marks of all its messages."""
-        marks = self._marks(whole, range(len(whole.messages)))
-        places = _by_message(marks or [])
-        found: list[AnswerSpan] = []
+        whole = _Conversation(messages, tools, self.render(messages, tools), self._turn_format(tools))
+        marks = self._marks(whole, range(len(messages)))
+        places, found = _by_message(marks or []), list[AnswerSpan]()
         for index in turns:
-            after = found[-1].end if found else 0
             try:
-                answer = self._by_marks(whole, index, marks, places, after)
+                found.append(self._by_marks(whole, index, marks, places, found[-1].end if found else 0))
             except _Unclear as unclear:
-                answer = self._by_prefix(whole, index, after, unclear)
-            found.append(answer)
-        return Rendered(whole.text, found, marks is not None and _unseen(whole.messages, marks)), marks
+                thinks = "</think>" in str(messages[index].get("content"))
+                raise _refusal(index, str(unclear), thinks=thinks) from unclear
+        unseen = marks is not None and _unseen(messages, marks)
+        return Rendered(whole.text, found, unseen or self._omits_tools(whole))
 
     def _omits_tools(self, whole: _Conversation) -> bool:
         """Whether a conversation with tools is rendered as it would be without them."""
@@ -352,21 +266,6 @@ class Template:
         with suppress(DataError):
             return self.render(whole.messages) == whole.text
         return False
-
-    def _pattern(self, roles: tuple[str, ...]) -> _Pattern | None:
-        """The pattern of turns with these roles, if the template has one."""
-        if roles not in self._patterns and len(self._patterns) < _MAX_PATTERNS:
-            messages = [{"role": role, "content": f"{index}."} for index, role in enumerate(roles)]
-            pattern = None
-            with suppress(DataError):
-                whole = _Conversation(messages, None, self.render(messages), self._turn_format(None))
-                answers = [index for index, role in enumerate(roles) if role == "assistant"]
-                rendered, marks = self._search(whole, answers)
-                in_order = [(index, kind) for index in range(len(roles)) for kind in "az"]
-                if [(mark.message, mark.kind) for mark in marks or ()] == in_order:
-                    pattern = _Pattern.of(rendered.text, marks or [], rendered.answers)
-            self._patterns[roles] = pattern
-        return self._patterns.get(roles)
 
     def _turn_format(self, tools: list[Any] | None) -> _TurnFormat:
         """How the template for conversations with ``tools`` writes assistant turns, learnt once."""
@@ -466,23 +365,15 @@ class Template:
         """The marks of the messages ``which``, in the order of the text; None if marking changes the rendering."""
         if _MARK in whole.text:
             return None
-        messages = [whole.messages[index] for index in which]
-        answers = [each.get("content") for each in messages if each["role"] == "assistant"]
-        edged = any(isinstance(text, str) and text != text.strip() for text in answers)
-        for sides in _EDGED if edged else _EDGELESS:
-            if (marks := self._marked(whole, which, sides)) is not None:
-                return marks
+        for outside in _MARKINGS:
+            messages = list(whole.messages)
+            for index in which:
+                messages[index] = _mark(messages[index], index, outside)
+            with suppress(DataError):
+                text, marks = _unmark(self.render(messages, whole.tools))
+                if marks is not None and text == whole.text:
+                    return marks
         return None
-
-    def _marked(self, whole: _Conversation, which: Sequence[int], sides: _Sides) -> list[_Mark] | None:
-        messages = list(whole.messages)
-        for index in which:
-            messages[index] = _mark(messages[index], index, sides)
-        try:
-            text, marks = _unmark(self.render(messages, whole.tools))
-        except DataError:
-            return None
-        return marks if text == whole.text else None
 
     def _by_marks(
         self, whole: _Conversation, index: int, marks: list[_Mark] | None, places: dict[int, list[int]], after: int
@@ -584,36 +475,12 @@ class Template:
 
     def _render_mark(self, whole: _Conversation, messages: list[Message], index: int, kind: str) -> tuple[str, int]:
         """Render other messages; also return the position of this kind of mark of message ``index``."""
-        marked = [*messages[:index], _mark(messages[index], index, (False, False)), *messages[index + 1 :]]
+        marked = [*messages[:index], _mark(messages[index], index, False), *messages[index + 1 :]]
         text, marks = _unmark(self.render(marked, whole.tools))
         for mark in marks or ():
             if mark.kind == kind:
                 return text, mark.position
         raise _Unclear("the template shows it otherwise at the end of a conversation")
-
-    def _by_prefix(self, whole: _Conversation, index: int, after: int, unclear: _Unclear) -> AnswerSpan:
-        full, earlier, message = whole.text, whole.messages[:index], whole.messages[index]
-        refusal = _refusal(index, str(unclear), thinks="</think>" in str(message.get("content")))
-        if not earlier:
-            raise refusal from unclear
-        try:
-            before = self.render(earlier, whole.tools, prompt=True)
-            upto = self.render([*earlier, message], whole.tools)
-            calls = message.get("tool_calls")
-            if calls and self.render([*earlier, message | {"tool_calls": calls[:-1]}], whole.tools) == upto:
-                raise refusal from unclear
-        except DataError:
-            raise refusal from unclear
-        start, end = len(before), len(upto)
-        if opening := next((text for text in whole.format.openings if full.startswith(text, start)), ""):
-            start += len(opening) if not before.endswith(opening) else 0
-        closings = [text for text in whole.format.closings if text in full[start:end]]
-        if not (full.startswith(before) and full.startswith(upto) and after <= start < end and len(closings) == 1):
-            raise refusal from unclear
-        content, closing, rest = full[start:end].partition(closings[0])
-        if not content.strip() or closing in rest:
-            raise refusal from unclear
-        return AnswerSpan(index, start, start + len(content + closing), closed=True)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -623,14 +490,8 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The length of the common beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    differ = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def _gap(header: str, opening: str) -> str:
@@ -656,12 +517,6 @@ def _refusal(index: int, problem: str, *, thinks: bool = False) -> DataError:
     )
 
 
-def _simple(message: Message) -> bool:
-    """Whether a message has only a content."""
-    content = message.get("content")
-    return len(message) == 2 and isinstance(content, str) and bool(content) and not content.isspace()
-
-
 def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
     """The indices of each message's marks in the list."""
     places: dict[int, list[int]] = {}
@@ -671,7 +526,7 @@ def _by_message(marks: list[_Mark]) -> dict[int, list[int]]:
 
 
 def _unseen(messages: list[Message], marks: list[_Mark]) -> bool:
-    """Whether a text, thinking or a tool call of the messages, all of which were marked, is not in the rendering."""
+    """Return whether the template drops marked content, thinking or a tool call."""
     found = {(mark.message, mark.kind) for mark in marks}
     last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     for index, message in enumerate(messages):
@@ -696,15 +551,15 @@ def _followers(message: Message) -> list[Message]:
     return [result | {"tool_call_id": call.get("id")}, {"role": "user", "content": _MARK}]
 
 
-def _mark(message: Message, index: int, sides: _Sides) -> Message:
+def _mark(message: Message, index: int, outside: bool | None) -> Message:
     """Add marks around a message's content, before its thinking and after the names of the functions that it calls."""
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        left, right = sides if message["role"] == "assistant" else (False, False)
-        begin = 0 if left else len(content) - len(content.lstrip())
-        end = len(content) if right else len(content.rstrip())
-        opens = "" if left is None else f"{_MARK}{index}a"
+        outside = outside if message["role"] == "assistant" else False
+        begin = 0 if outside else len(content) - len(content.lstrip())
+        end = len(content.rstrip()) if outside is False else len(content)
+        opens = "" if outside is None else f"{_MARK}{index}a"
         marked["content"] = f"{content[:begin]}{opens}{content[begin:end]}{_MARK}{index}z{content[end:]}"
     for key in _THINKING:
         thinking = message.get(key)

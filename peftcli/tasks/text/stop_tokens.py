@@ -19,7 +19,7 @@ _ASKED, _THOUGHT, _SAID = "Xq7Asked", "Xq7Thought", "Xq7Said"
 
 @dataclass(frozen=True)
 class StopTokens:
-    """What ends an answer, besides the tokens that the base model's generation config names, and what begins it."""
+    """The ends of an answer, besides those in the base model's generation config, and the text before it."""
 
     ids: frozenset[int] = frozenset()
     texts: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> StopTokens
 
 
 def has_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the text holds a special or added token, which no word of an answer is."""
+    """Return whether the text contains a special or added token, which no word of an answer is."""
     return any(token in text for token in tokenizer.get_added_vocab() if token.strip())
 
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from peftcli.tasks.shown import TokenText
 from peftcli.tasks.text.chat import IGNORED
 
@@ -36,7 +38,7 @@ class TokenRenderer:
         kinds = _decoders(tokenizer)
         self._byte_level = "ByteLevel" in kinds
         self._spaces = not self._byte_level and bool(kinds & {"Metaspace", "ByteFallback"})
-        self._alphabet = _byte_alphabet() if self._byte_level else {}
+        self._alphabet = {mark: byte for byte, mark in bytes_to_unicode().items()}
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode the ids, special tokens included."""
@@ -116,13 +118,6 @@ def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
         return set()
     state = json.loads(backend.decoder.__getstate__())
     return {step["type"] for step in state.get("decoders", [state])}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character that represents each byte in a byte-level vocabulary: the Latin-1 character if it is visible."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 def _same(one: str, other: str) -> bool:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from peftcli.errors import ModelError, UsageError
 from peftcli.models.parts import stacks
 from peftcli.tasks.base import require_extra
-from peftcli.tasks.text import segments
+from peftcli.tasks.text.fast import segments
 
 _COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
 

@@ -29,8 +29,8 @@ from peftcli.schema import DIVIDED, Recipe, Training
 from peftcli.system.cores import bytes_of_kernels
 from peftcli.system.memory import resident_memory
 from peftcli.tasks.base import on_device
-from peftcli.tasks.text.output_head import take_head_as_it_is
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.losses import take_head_as_it_is
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16

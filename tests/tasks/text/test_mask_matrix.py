@@ -17,7 +17,7 @@ from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 from peftcli.system import date
 from peftcli.tasks.text.chat import IGNORED, MarkedText, check_ids, encode_marked, mark_chat
-from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.findings import Flag
 from peftcli.tasks.text.formats import ChatExample, ExampleReader
 from peftcli.tasks.text.spans import Template
 

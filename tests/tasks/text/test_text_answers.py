@@ -11,7 +11,7 @@ from classifierkit import encoded, open_task, table_of
 from peftcli.errors import DataError
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.answers import _shared
-from peftcli.tasks.text.flags import Flag
+from peftcli.tasks.text.findings import Flag
 
 ASK = {"role": "user", "content": "What follows seven?"}
 SYSTEM, MORE = {"role": "system", "content": "Count."}, {"role": "user", "content": "And then?"}
@@ -29,7 +29,6 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "whole conversations": ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
     "the prompt twice": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
-    "the prompt as text, too": ({"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [ASK, NO]}, CHATS),
     "the prompt as text and messages around it": (
         {"prompt": ASK["content"], "chosen": [SYSTEM, ASK, YES], "rejected": [SYSTEM, ASK, NO]},
         [[SYSTEM, *chat] for chat in CHATS],
@@ -37,18 +36,6 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "the prompt as text before shared turns": (
         {"prompt": ASK["content"], "chosen": [NO, MORE, YES], "rejected": [NO, MORE, NO]},
         [[ASK, NO, MORE, YES], [ASK, NO, MORE, NO]],
-    ),
-    "the prompt as text and in one answer": (
-        {"prompt": ASK["content"], "chosen": [ASK, YES], "rejected": [NO]},
-        CHATS,
-    ),
-    "the prompt as text and a system turn in one answer": (
-        {"prompt": ASK["content"], "chosen": [SYSTEM, ASK, YES], "rejected": [NO]},
-        [[SYSTEM, *chat] for chat in CHATS],
-    ),
-    "the prompt as text and system turns": (
-        {"prompt": ASK["content"], "chosen": [SYSTEM, YES], "rejected": [SYSTEM, NO]},
-        [[SYSTEM, *chat] for chat in CHATS],
     ),
     "the prompt without its system turn in the answers": (
         {"prompt": [SYSTEM, ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]},
@@ -60,10 +47,6 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "whole texts": ({"chosen": "sun mill tea", "rejected": "sun mill moon"}, ["sun mill tea", "sun mill moon"]),
     "a column of system": (
         {"system": "Count.", "chosen": [ASK, YES], "rejected": [ASK, NO]},
-        [[SYSTEM, *chat] for chat in CHATS],
-    ),
-    "a column of system that the prompt repeats": (
-        {"system": "Count.", "prompt": [SYSTEM, ASK], "chosen": [YES], "rejected": [NO]},
         [[SYSTEM, *chat] for chat in CHATS],
     ),
     "a column of system beside another system turn, of parts": (
@@ -83,7 +66,6 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"system": "moon", "prompt": "sun", "chosen": " tea", "rejected": " mill"},
         ["moon\n\nsun tea", "moon\n\nsun mill"],
     ),
-    "nothing shared": ({"chosen": "tea", "rejected": "moon"}, ["tea", "moon"]),
     "one begins the other": ({"chosen": "sun tea", "rejected": "sun tea tea"}, ["sun tea", "sun tea tea"]),
 }
 
@@ -108,8 +90,6 @@ def test_every_form_gives_the_tokens_of_both_answers(form: str) -> None:
     ("row", "said"),
     [
         ({"chosen": [ASK, YES], "rejected": [ASK, YES]}, "are the same"),
-        ({"prompt": "sun", "chosen": " tea", "rejected": " tea"}, "are the same"),
-        ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "train": True}]}, "the same to the model"),
         ({"chosen": [ASK, YES], "rejected": [ASK, {**YES, "name": "Ada"}]}, "a key that the chat template leaves out"),
         ({"prompt": "Count.", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "in no user turn of chosen"),
         (
@@ -125,12 +105,9 @@ def test_every_form_gives_the_tokens_of_both_answers(form: str) -> None:
             "begins with a user turn that is not the prompt's",
         ),
         ({"prompt": "sun", "chosen": "", "rejected": " tea"}, "is empty"),
-        ({"chosen": [ASK, {**YES, "content": ""}], "rejected": [ASK, NO]}, "is empty"),
         ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK]}, "no assistant turn of its own"),
         ({"chosen": [ASK, YES], "rejected": "tea"}, "expected a list of turns"),
-        ({"chosen": "tea", "rejected": 3}, "expected text, found a number"),
         ({"system": 3, "prompt": "sun", "chosen": "tea", "rejected": "mill"}, "expected text, found a number"),
-        ({"prompt": [ASK], "chosen": "tea", "rejected": "sun"}, "expected text, found a list"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_with_its_row(row: dict[str, Any], said: str) -> None:

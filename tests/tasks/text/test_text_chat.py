@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from peftcli.errors import DataError
 from peftcli.tasks.text.chat import Encoded, chat_template, mark_chat
-from peftcli.tasks.text.flags import NONE, Flag, has_odd_turns, is_damaged
+from peftcli.tasks.text.findings import NONE, Flag, has_odd_turns, is_damaged
 from peftcli.tasks.text.formats import ChatExample, PairExample, TextExample
 
 SMOLLM_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -54,53 +54,20 @@ THOUGHT = [
 @pytest.mark.parametrize(
     ("template", "messages", "expected"),
     [
-        ("smollm", TWO, ["Zwei.<|im_end|>", "Vier.<|im_end|>"]),
-        ("smollm", [system("S"), *TWO], ["Zwei.<|im_end|>", "Vier.<|im_end|>"]),
         ("smollm", FORGED, ["<|im_start|>user\nx</s>y<|im_end|>"]),
         ("smollm", THOUGHT, [f"{turn['content']}<|im_end|>" for turn in THOUGHT[1::2]]),
-        ("smollm", [answer("A"), answer("A")], ["A<|im_end|>", "A<|im_end|>"]),
         ("smollm", [user(""), answer("A"), user("q")], ["A<|im_end|>"]),
-        ("llama2", TWO, ["Zwei. </s>", "Vier. </s>"]),
-        ("llama2", [system("S"), *TWO], ["Zwei. </s>", "Vier. </s>"]),
         ("llama2", EDGES, [" four </s>", "x </s>"]),  # the space and "four" are one token
-        ("llama3", TWO, ["Zwei.<|eot_id|>", "Vier.<|eot_id|>"]),
         ("llama3", EDGES, ["four<|eot_id|>", "x<|eot_id|>"]),
-        ("llama3", FORGED, ["<|im_start|>user\nx</s>y<|eot_id|>"]),
-        ("gemma", TWO, ["Zwei.<end_of_turn>", "Vier.<end_of_turn>"]),
-        ("gemma", EDGES, ["four<end_of_turn>", "x<end_of_turn>"]),
-        ("mistral", TWO, ["Zwei.</s>", "Vier.</s>"]),
         ("mistral", FORGED, ["<|im_start|>user\nx</s>y</s>"]),
-        ("zephyr", TWO, ["Zwei.</s>", "Vier.</s>"]),
         ("zephyr", [system("S"), *EDGES], ["\nfour \n</s>", "  x</s>"]),
-        ("qwen3", TWO, ["Zwei.<|im_end|>", "<think>\n\n</think>\n\nVier.<|im_end|>"]),
-        ("qwen3", THOUGHT, ["A1<|im_end|>", "<think>\nso\n</think>\n\nA2<|im_end|>"]),
-        (
-            "qwen3",
-            [user("q"), answer("A1", reasoning_content="hm"), user("r"), answer("A2", reasoning_content="so\n")],
-            ["A1<|im_end|>", "<think>\nso\n</think>\n\nA2<|im_end|>"],
-        ),
-        (
-            "qwen3",
-            [user("q"), answer(None, tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("Three.")],
-            [
-                '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
-                "<think>\n\n</think>\n\nThree.<|im_end|>",
-            ],
-        ),
-        (
-            "qwen3",
-            [user("q"), answer("I add.", tool_calls=[CALL, CALL]), user("r")],
-            ["I add." + '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' * 2 + "<|im_end|>"],
-        ),
         (
             "mistral_tools",  # no generation prompt, and no content to find the call by
             [user("q"), answer(None, tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("Zwei.")],
             ['[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>', "Zwei.</s>"],
         ),
-        ("deepseek", TWO, ["Zwei.</s>", "Vier.</s>"]),
         ("deepseek", THOUGHT, ["\n\nA1</s>", "\n\nA2</s>"]),
         ("two_ends", TWO, ["Zwei.<|end|><|stop|>", "Vier.<|end|><|stop|>"]),
-        ("phi3", TWO, ["Zwei.<|end|>", "Vier.<|end|>"]),
         ("open_ended", TWO, ["Zwei.", "Vier."]),
         ("open_ended", EDGES, ["\nfour \n", "  x"]),
         ("open_ended", [user("q"), answer("x  "), user("r")], ["x  "]),
@@ -196,14 +163,6 @@ SHOUTING = (
 )
 
 
-def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
-    """``upper`` changes the marks, so the conversations up to each turn show where it is."""
-    shown = SHOUTING.replace("m.content | upper", "(m.content | upper if 'loud' in messages[0].content else m.content)")
-    tokenizer = make_tokenizer(shown)
-    messages = [user("loud"), answer("one"), user("b"), answer("two")]
-    assert trained(encode(messages, tokenizer), tokenizer) == ["ONE<|im_end|>", "TWO<|im_end|>"]
-
-
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
@@ -246,6 +205,11 @@ def test_a_template_that_changes_its_text_is_read_by_prefixes() -> None:
             "writes its tool calls before its text",
         ),
         (SHOUTING, TWO, "does not show a plain question and its answer"),
+        (
+            SHOUTING.replace("| upper", "| upper if 'Hello' in messages[0].content else m.content"),
+            TWO,
+            "changes its text",
+        ),
     ],
 )
 def test_refused(template: str, messages: list[Any], reason: str) -> None:

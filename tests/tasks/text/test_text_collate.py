@@ -1,11 +1,15 @@
+"""Examples become batches: joined to rows, and padded."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from chat_templates import make_tokenizer
-from examplekit import example
+from examplekit import example, plain
 
-from peftcli.tasks.text.collate import pad_labelled, pad_token_id
+from peftcli.tasks import settings
+from peftcli.tasks.causal_lm import CausalLM
+from peftcli.tasks.text.token_ids import pad_labelled, pad_token_id
 
 
 def test_padding_is_on_the_right() -> None:
@@ -52,3 +56,28 @@ def test_pad_token_id(pad: str | None, eos: str | None, expected: str | None) ->
     tokenizer = make_tokenizer(eos=eos)
     tokenizer.pad_token = pad
     assert pad_token_id(tokenizer) == (0 if expected is None else tokenizer.convert_tokens_to_ids(expected))
+
+
+TASK = CausalLM(settings.CausalLMSettings(), None, base=None)
+
+
+def test_join_starts_positions_anew_and_drops_the_first_target_of_each() -> None:
+    row = TASK.join(
+        [
+            example({"input_ids": [5, 6, 2], "labels": [5, -100, 2]}, 1),
+            example({"input_ids": [7], "labels": [7]}, 0),
+            example({"input_ids": [8, 9], "labels": [8, 9]}, 1),
+        ]
+    )
+    assert plain(row) == {
+        "input_ids": [5, 6, 2, 7, 8, 9],
+        "labels": [-100, -100, 2, -100, -100, 9],
+        "position_ids": [0, 1, 2, 0, 0, 1],
+    }
+    assert (row.size, row.num_targets) == (6, 2)
+
+
+def test_join_leaves_its_examples_as_they_are() -> None:
+    one = example({"input_ids": [5, 6], "labels": [5, 6]})
+    TASK.join([one])
+    assert plain(one) == {"input_ids": [5, 6], "labels": [5, 6]}

@@ -16,7 +16,7 @@ from peftcli.schema import Source
 from peftcli.tasks import settings as task_settings
 from peftcli.tasks.text.chat import IGNORED, Encoded
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag
 from peftcli.tasks.text.formats import example_reader
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A"}]
@@ -106,28 +106,9 @@ def test_conversations_use_the_template(tokenizers: Callable[..., Any]) -> None:
     outcomes = encode([{"instruction": "Add", "output": "3", "input": "1 2"}], tokenizer)
     assert texts(outcomes, tokenizer) == [["3<|im_end|>"]]
     assert "user\nAdd\n\n1 2<|im_end|>" in tokenizer.decode(features(outcomes)[0]["input_ids"])
-
-
-def test_many_conversations_are_each_what_they_are_alone(tokenizers: Callable[..., Any]) -> None:
-    tokenizer = tokenizers("llama3")
-    many = [
-        chat({"role": "user", "content": f"q{at}"}, {"role": "assistant", "content": f"A{at} " * (at % 7 + 1)})
-        for at in range(600)
-    ]
-    outcomes = encode(many, tokenizer)
-    for at in (0, 299, 599):
-        assert [outcomes[at]] == encode([many[at]], tokenizer)
-
-
-def test_alpaca_without_a_template(tokenizers: Callable[..., Any]) -> None:
-    tokenizer = tokenizers()
-    outcomes = encode([{"instruction": "Add", "output": "Three", "input": "1 2"}], tokenizer)
-    text = tokenizer.decode(features(outcomes)[0]["input_ids"])
+    [outcome] = encode([{"instruction": "Add", "output": "Three", "input": "1 2"}], tokenizers())
+    text = tokenizer.decode(features([outcome])[0]["input_ids"])
     assert text == "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\nThree</s>"
-    assert texts(outcomes, tokenizer) == [["Three</s>"]]
-
-
-def test_conversations_without_a_template_are_refused(tokenizers: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="no chat template"):
         encode([chat(*CHAT)], tokenizers())
 
@@ -178,8 +159,7 @@ def test_overlong_rows_are_dropped(tokenizers: Callable[..., Any]) -> None:
     assert [each.reason for each in outcomes] == [USED, OVERLONG, OVERLONG]
 
 
-@pytest.mark.grid(keep=8)
-@pytest.mark.parametrize("length", range(7, 40))
+@pytest.mark.parametrize("length", [7, 8, 11, 16, 30, 31, 39])
 def test_overlong_rows_are_split_and_no_target_is_lost(tokenizers: Callable[..., Any], length: int) -> None:
     tokenizer = tokenizers()
     text = "9876543210" * 3

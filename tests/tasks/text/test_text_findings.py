@@ -11,11 +11,10 @@ from examplekit import COLUMNS, outcome
 
 from peftcli.data.findings import Finding, Records, find_in_records, refuse
 from peftcli.data.rows import Place
-from peftcli.data.store import Outcome, Part, Store, Writer
+from peftcli.data.store import Outcome, Selection, Store, Writer
 from peftcli.errors import DataError
 from peftcli.tasks.findings import FINDINGS
-from peftcli.tasks.text.findings import record_findings
-from peftcli.tasks.text.flags import CUT_OFF, NO_TARGET, OVERLONG, Flag
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
 
 Row = Outcome | DataError
 
@@ -28,7 +27,7 @@ def left_out(reason: str) -> Outcome:
     return Outcome(reason=reason, size=9)
 
 
-def from_records(parts: Sequence[Part], *, split: str = "train", skip_bad_rows: bool = False) -> list[Finding]:
+def from_records(parts: Sequence[Selection], *, split: str = "train", skip_bad_rows: bool = False) -> list[Finding]:
     return find_in_records(Records(parts, split), record_findings, skip_bad_rows=skip_bad_rows)
 
 
@@ -41,13 +40,13 @@ def part(tmp_path: Path):
 
     def part(
         rows: Sequence[Row], file: str = "a.jsonl", *, lines: bool = True, chosen: list[int] | None = None
-    ) -> Part:
+    ) -> Selection:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         with Writer(folder, COLUMNS) as writer:
             writer.add([Place(file, at + 1, at + 1 if lines else None) for at in range(len(rows))], rows)
             writer.finish()
-        return Part(Store(folder), None if chosen is None else np.array(chosen))
+        return Selection(Store(folder), None if chosen is None else np.array(chosen))
 
     return part
 
@@ -112,10 +111,6 @@ def test_the_names_are_known_without_numpy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_good_rows_have_no_findings(part) -> None:
-    assert from_records([part([used(), used()])]) == []
-
-
 @pytest.mark.parametrize(
     ("name", "row"),
     [
@@ -165,10 +160,6 @@ def test_more_than_half_of_the_rows_is_an_error(part, name: str, row: Row) -> No
     assert (only(half).name, only(half).level) == (name, "warning")
     assert (only(more).name, only(more).level) == (name, "error")
     assert only(from_records([part([row])], split="eval")).level == "warning"
-
-
-def test_dropped_rows_were_asked_to_be(part) -> None:
-    assert only(from_records([part([left_out(OVERLONG)] * 9)])).level == "warning"
 
 
 def test_bad_rows_stop_unless_the_recipe_skips_them(part) -> None:

@@ -14,7 +14,6 @@ from peftcli.tasks.text.formats import (
     AlpacaExample,
     ChatExample,
     PairExample,
-    TextExample,
     detect_format,
     example_reader,
 )
@@ -38,10 +37,6 @@ def refused(*rows: dict[str, Any], **settings: Any) -> DataError:
 
 def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
-
-
-def test_text() -> None:
-    assert examples({"text": "a"}) == [TextExample("a")]
 
 
 def test_pair_keeps_white_space_and_other_columns_do_not_matter() -> None:
@@ -127,13 +122,7 @@ def test_a_column_of_system_is_read_beside_no_system_turn_and_where_it_is_text(o
     assert "expected text, found a list" in refused({**row, "s": ["x"]}, columns={"system": "s"}).message
 
 
-def test_messages_under_the_column_of_sharegpt() -> None:
-    row = turns(("user", "a"), ("assistant", "b"))
-    [example] = examples({"conversations": row["messages"]})
-    assert example == ChatExample(row["messages"])
-
-
-@pytest.mark.parametrize("keys", [("role", "value"), ("from", "content")])
+@pytest.mark.parametrize("keys", [("role", "content"), ("role", "value"), ("from", "content")])
 def test_keys_of_messages_and_of_sharegpt_mixed(keys: tuple[str, str]) -> None:
     row = turns(("user", "a"), ("assistant", "b"))
     mixed = [dict(zip(keys, turn.values(), strict=True)) for turn in row["messages"]]
@@ -182,22 +171,9 @@ def test_renamed_columns() -> None:
     assert error.key == "chat[0].content"
 
 
-@pytest.mark.parametrize(
-    ("columns", "name"),
-    [
-        (["text", "id"], "text"),
-        (["completion", "prompt"], "prompt_completion"),
-        (["messages", "prompt"], "messages"),
-        (["instruction", "input", "output"], "alpaca"),
-        (["conversations"], "sharegpt"),
-    ],
-)
-def test_detect(columns: list[str], name: str) -> None:
-    assert detect_format(columns) == name
-
-
 def test_two_formats_fit() -> None:
     row = {"instruction": "a", "output": "b", "text": "c"}
+    assert detect_format(["completion", "prompt"]) == "prompt_completion"
     error = refused(row)
     assert "text and alpaca" in error.message
     assert "{format: alpaca}" in str(error)
@@ -225,13 +201,8 @@ def test_the_keys_of_objects_are_named_as_columns() -> None:
             {"system_prompt": "a", "question": "b", "response": "c"},
             "columns: {prompt: question, completion: response, system: system_prompt}",
         ),
-        ({"document": "a", "summary": "b"}, "columns: {prompt: document, completion: summary}"),
         ({"dialogue": "a", "summary": "b"}, "columns: {prompt: dialogue, completion: summary}"),
-        ({"inputs": "a", "targets": "b", "task": "c"}, "columns: {prompt: inputs, completion: targets}"),
-        ({"task": "a", "input": "b", "output": "c"}, "columns: {prompt: input, completion: output}"),
-        ({"question": "a", "answers": {}}, "columns: {prompt: question, completion: YOUR_COLUMN}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "for task: preference"),
-        ({"query": "a", "notes": "b"}, "columns: {prompt: query, completion: YOUR_COLUMN}"),
         ({"foo": 1, "bar": 2}, "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"),
         ({f"column{index}": 1 for index in range(2000)}, "column11, ..."),
     ],
@@ -274,35 +245,25 @@ GOOD_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": 
     ("row", "key", "message"),
     [
         ({"text": None}, "text", "expected text, found null"),
-        ({"text": 5}, "text", "found a number"),
         ({"text": " \n"}, "text", "is empty"),
-        ({"prompt": None, "completion": "b"}, "prompt", "found null"),
         ({"prompt": "a", "completion": ""}, "completion", "is empty"),
-        ({"prompt": ["a"], "completion": "b"}, "prompt", "found a list"),
-        ({"instruction": "a", "output": True}, "output", "found a truth value"),
         ({"instruction": "a", "input": 3, "output": "b"}, "input", "found a number"),
         ({"messages": "x"}, "messages", "expected a list of turns, found a string"),
         ({"messages": "[{"}, "messages", "is not JSON"),
         ({"messages": '[{"role": "user", "role": "user"}]'}, "messages", "the key 'role' occurs twice"),
         ({"messages": ["x"]}, "messages[0]", "expected an object, found a string"),
-        ({"messages": [GOOD_CHAT]}, "messages[0]", "expected an object, found a list"),
-        ({"messages": []}, "messages", "no assistant turn"),
         (turns(("user", "a")), "messages", "no assistant turn"),
         (turns(("human", "a"), ("assistant", "b")), "messages[0].role", "unknown role: 'human'"),
         (turns(("user", None), ("assistant", "b")), "messages[0].content", "found null"),
         (turns(("user", "a"), ("assistant", " ")), "messages[1].content", "is empty"),
-        (turns(("user", [{"type": "text"}]), ("assistant", "b")), "messages[0].content", "found a list"),
-        ({"messages": [{"content": "a"}]}, "messages[0].role", "unknown role: null"),
         ({"messages": [{"input": "a", "output": "b"}]}, "messages[0].role", "the turn has: input, output"),
         ({"messages": [*GOOD_CHAT, {"role": "user", "content": "a", "train": True}]}, "messages[2].train", "never"),
         ({"messages": [{**GOOD_CHAT[1], "train": "no"}]}, "messages[0].train", "expected true or false"),
         ({"messages": [{**GOOD_CHAT[1], "tool_calls": ["x"]}]}, "messages[0].tool_calls", "expected a list of"),
         ({"messages": GOOD_CHAT, "tools": "{"}, "tools", "is not JSON"),
         ({"messages": GOOD_CHAT, "tools": [1]}, "tools", "expected a list of objects"),
-        ({"messages": GOOD_CHAT, "tools": ["{"]}, "tools", "is not JSON"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0].from", "unknown role: 'robot'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "found null"),
-        ({"conversations": [{"value": "a"}]}, "conversations[0].from", "unknown role: null"),
         ({"conversations": [{"role": "user", "content": "a"}]}, "conversations", "contains no assistant turn"),
     ],
 )
@@ -327,10 +288,9 @@ def test_turns_may_be_json_in_a_text() -> None:
     assert examples({"conversations": json.dumps(sharegpt)}) == expected
 
 
-def test_a_row_without_the_key() -> None:
+def test_a_row_that_lacks_a_column_names_its_own() -> None:
     error = refused({"text": "a"}, {"txt": "b"})
-    assert (error.line, error.key) == (2, "text")
-    assert "txt" in error.message
+    assert (error.line, error.key, "txt" in error.message) == (2, "text", True)
 
 
 def test_rows_without_lines_are_counted() -> None:
@@ -342,10 +302,8 @@ def test_rows_without_lines_are_counted() -> None:
     ("arguments", "message"),
     [
         ('{"a": 1, "a": 2}', "arguments: the key 'a' occurs twice"),
-        ('{"a": NaN}', "arguments: NaN is not JSON"),
         (r'{"a": "\ud800"}', "arguments: contains half of a surrogate pair"),
         ({"a": date(2026, 1, 2)}, "is not JSON: Object of type date"),
-        ({"a": b"x"}, "is not JSON: Object of type bytes"),
     ],
 )
 def test_arguments_and_tools_are_json_as_strict_as_rows(arguments: Any, message: str) -> None:
@@ -365,6 +323,11 @@ def test_arguments_in_a_string_are_what_the_string_says(arguments: Any, wrapped:
     [example] = examples({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]})
     [written] = example.messages[1]["tool_calls"]
     assert written.get("function", written) == {"name": "add", "arguments": {"a": 1}}
+
+
+def test_tool_calls_of_sharegpt_are_read() -> None:
+    [example] = examples({"conversations": [{"from": "gpt", "value": None, "tool_calls": [CALL]}]})
+    assert example.messages == [{"role": "assistant", "tool_calls": [CALL]}]
 
 
 def test_openai_weights_say_what_is_trained() -> None:
@@ -392,8 +355,3 @@ def test_keys_that_would_be_ignored_in_silence(more: dict[str, Any], key: str, m
     assert message in error.message
     error = refused({"conversations": [{"from": "gpt", "value": "b", **more}]})
     assert (error.key, message in error.message) == (f"conversations[0].{key}", True)
-
-
-def test_tool_calls_of_sharegpt_are_read() -> None:
-    [example] = examples({"conversations": [{"from": "gpt", "value": None, "tool_calls": [CALL]}]})
-    assert example.messages == [{"role": "assistant", "tool_calls": [CALL]}]

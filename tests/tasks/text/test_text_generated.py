@@ -29,8 +29,7 @@ from peftcli.tasks.text.chat import IGNORED, chat_template, encode_marked, mark_
 from peftcli.tasks.text.formats import AlpacaExample, ChatExample, Message
 from peftcli.tasks.text.generated import METRICS, own_metric
 from peftcli.tasks.text.generation import GeneratedText, GenerationSettings, generator_of
-from peftcli.tasks.text.prompt_form import PromptForm
-from peftcli.tasks.text.prompts import TextWithSystem, prompt_ids, prompt_of, prompt_text
+from peftcli.tasks.text.prompts import PromptForm, TextWithSystem, prompt_ids, prompt_of, prompt_text
 
 WANTED = ["the old mill stands north of a river", "seven red foxes drink tea in winter", "a stone bridge"]
 RANDOM = ["qx vw zk jj pp", "oo uu ii yy ee aa bb", "xx yy zz ww"]

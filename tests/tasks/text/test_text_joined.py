@@ -17,10 +17,12 @@ from peftcli.errors import AdapterError, ModelError
 from peftcli.methods import METHODS
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.joined import joined_linear
-from peftcli.tasks.text.joined import JoinedModels
-from peftcli.tasks.text.shared_base import Randomness, sharing_copy
-from peftcli.tasks.text.token_loss import frozen_losses, next_tokens, target_losses
-from peftcli.tasks.text.unpadded import unpad
+from peftcli.tasks.text.fast.joined import JoinedModels
+from peftcli.tasks.text.fast.losses import frozen_losses
+from peftcli.tasks.text.fast.shared_base import Randomness, sharing_copy
+from peftcli.tasks.text.fast.unpadded import unpad
+from peftcli.tasks.text.language_model import target_losses
+from peftcli.tasks.text.token_ids import next_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -185,7 +187,7 @@ def test_the_head_of_all_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> No
         computed.append(len(hidden))
         return frozen_losses(hidden, *more)
 
-    monkeypatch.setattr("peftcli.tasks.text.joined.frozen_losses", counted)
+    monkeypatch.setattr("peftcli.tasks.text.fast.joined.frozen_losses", counted)
     cases, batches = ("lora", "lora", "saved"), [labelled((9, 4), 1), labelled((3, 7, 12), 2), labelled((5,), 3)]
     configs = [config_of_case(case) for case in cases]
     models = [with_adapter(base, config, seed) for seed, config in enumerate(configs)]

@@ -16,7 +16,7 @@ from peftcli.core.prompts.generate import generate
 from peftcli.errors import DataError
 from peftcli.tasks.text import generation
 from peftcli.tasks.text.generated import METRICS
-from peftcli.tasks.text.languages import answer_start
+from peftcli.tasks.text.generation import _answer_start as answer_start
 
 NAME = "seq2seq_lm"
 CODES = {"mbart": ("de_DE", "fr_XX"), "mbart50": ("de_DE", "fr_XX"), "nllb": ("deu_Latn", "fra_Latn")}

@@ -18,7 +18,7 @@ from trainkit import run_recipe
 
 from peftcli.data.store import Example
 from peftcli.tasks.base import Batch
-from peftcli.tasks.text.parts import _PART_COST, of_like_length, parts_of
+from peftcli.tasks.text.fast.parts import _PART_COST, parts_of, parts_of_like_length
 from peftcli.train import batches, loop
 
 DPO = CASES["preference"]
@@ -53,7 +53,7 @@ def test_a_long_beginning_that_rows_share_is_not_computed_often(shared: int, own
 
 @given(sizes=st.lists(st.integers(1, 200), max_size=12).map(sorted))
 def test_padded_parts_are_of_like_length(sizes: list[int]) -> None:
-    parts = [sizes[part] for part in of_like_length(sizes)]
+    parts = [sizes[part] for part in parts_of_like_length(sizes)]
     assert [size for part in parts for size in part] == sizes
 
     def cost(parts: list[list[int]]) -> int:
@@ -72,7 +72,7 @@ def test_a_padded_model_learns_the_same_in_parts(name: str, tmp_path: Path, monk
     recipe, losses, shares = CASES[name].write(tmp_path), list[list[float]](), list[float]()
     settings = ("training.max_steps=3", "training.per_device_train_batch_size=4", "training.bf16=false")
     for cost in (0, 10**9):
-        monkeypatch.setattr("peftcli.tasks.text.parts._PART_COST", cost)
+        monkeypatch.setattr("peftcli.tasks.text.fast.parts._PART_COST", cost)
         done = run_recipe(recipe, *settings, f"training.output_dir={tmp_path / str(cost)}")
         losses.append(done.losses)
         shares.append(done.run["data"]["efficiency"])
@@ -102,8 +102,8 @@ def test_what_compares_rows_stays_whole(
         return loss(gradients, batch)
 
     monkeypatch.setattr(loop.Gradients, "loss", noted)
-    monkeypatch.setattr("peftcli.tasks.text.parts._COST", 100)
-    monkeypatch.setattr("peftcli.tasks.text.parts._PART_COST", 0)
+    monkeypatch.setattr("peftcli.tasks.text.fast.parts._COST", 100)
+    monkeypatch.setattr("peftcli.tasks.text.fast.parts._PART_COST", 0)
     monkeypatch.setattr(batches, "PART", 1)
     run_recipe(case.write(tmp_path), "training.max_steps=1", "training.per_device_train_batch_size=4", *settings)
     assert len(calls) == parts

@@ -11,7 +11,7 @@ from chat_templates import HARMONY, TEMPLATES, make_tokenizer
 
 from peftcli.adapters.load import AdapterSource
 from peftcli.tasks.text.formats import AlpacaExample
-from peftcli.tasks.text.prompt_form import SLOT, PromptForm
+from peftcli.tasks.text.prompts import SLOT, PromptForm
 from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, missing_stops, stop_tokens
 
 OURS = {

@@ -31,10 +31,11 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.prompt_tuning import PromptTuningConfig
-from peftcli.tasks.text import token_loss
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.output_head import output_head
-from peftcli.tasks.text.token_loss import chunked_losses, next_tokens, plain_losses, target_losses
+from peftcli.tasks.text.fast import losses as fast_losses
+from peftcli.tasks.text.fast.losses import chunked_losses, output_head
+from peftcli.tasks.text.language_model import target_losses
+from peftcli.tasks.text.token_ids import next_tokens, plain_losses
 
 
 def _bart() -> PreTrainedModel:
@@ -90,7 +91,7 @@ def found_by(losses: Any, model: nn.Module, *given: Any) -> tuple[torch.Tensor, 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows a chunk, so that even these targets take several."""
-    monkeypatch.setitem(token_loss._ROWS, "cpu", 2)
+    monkeypatch.setitem(fast_losses._ROWS, "cpu", 2)
 
 
 HEADS: dict[str, dict[str, Any]] = {

@@ -74,18 +74,16 @@ def test_pieces_are_the_text_and_all_of_the_ids(make, text: str) -> None:
 
 
 @pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
-def test_a_character_is_one_piece(make) -> None:
+def test_a_character_is_one_piece_or_shows_its_bytes_where_it_is_cut(make) -> None:
     tokenizer = make()
-    tokens = TokenRenderer(tokenizer).render(ids_of(tokenizer, "x\U0001f389y"))
+    ids = ids_of(tokenizer, "x\U0001f389y")
+    tokens = TokenRenderer(tokenizer).render(ids)
     assert texts(tokens) == ["x", "\U0001f389", "y"]
     assert len(tokens[-2].ids) == 4
-
-
-@pytest.mark.parametrize("make", [_byte_level, _byte_fallback])
-def test_a_character_that_is_cut_shows_its_bytes(make) -> None:
-    tokenizer = make()
-    tokens = TokenRenderer(tokenizer).render(ids_of(tokenizer, "x\U0001f389")[:-1])
-    assert texts(tokens) == ["x", "\\xf0\\x9f\\x8e"]
+    assert texts(TokenRenderer(tokenizer).render(ids[:-2])) == ["x", "\\xf0\\x9f\\x8e"]
+    end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+    cut = texts(TokenRenderer(tokenizer).render([*ids[:-3], end, *ids[-3:]]))
+    assert cut == ["x", "\\xf0\\x9f", tokenizer.eos_token, "\\x8e", "\\x89", "y"]
 
 
 def test_a_character_that_is_trained_in_part_shows_which() -> None:
@@ -107,12 +105,6 @@ def test_trained_and_special_tokens_are_told() -> None:
     assert all(piece.trained for piece in tokens[1:])
     assert [piece.text for piece in tokens if piece.special] == ["<|end|>"]
     assert "<think>" in texts(tokens)
-
-
-def test_a_special_token_ends_what_is_before_it() -> None:
-    tokenizer = _byte_level()
-    ids = [*ids_of(tokenizer, "\U0001f389")[:2], *ids_of(tokenizer, "<|end|>"), *ids_of(tokenizer, "\U0001f389")[2:]]
-    assert texts(TokenRenderer(tokenizer).render(ids)) == ["\\xf0\\x9f", "<|end|>", "\\x8e", "\\x89"]
 
 
 def test_metaspace() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,10 +46,10 @@ from transformers.masking_utils import sdpa_mask
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.methods import METHODS
-from peftcli.tasks.text import segments as module
-from peftcli.tasks.text import unpadded
-from peftcli.tasks.text.segments import ATTENTION, Layout, Segment, Segments, attend
-from peftcli.tasks.text.unpadded import _spread, is_unpadded, only, unpad
+from peftcli.tasks.text.fast import segments as module
+from peftcli.tasks.text.fast import unpadded
+from peftcli.tasks.text.fast.segments import ATTENTION, Layout, Segment, Segments, attend
+from peftcli.tasks.text.fast.unpadded import _spread, is_unpadded, unpad
 
 WINDOW = 16
 LENGTHS = (7, 30, 2, 19)
@@ -114,6 +115,16 @@ def with_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.T
     return said.detach(), {name: each.grad.clone() for name, each in tensors.items() if each.grad is not None}
 
 
+Measured = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def assert_same(found: Measured, expected: Measured) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert float((found[1][name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+
+
 def adapted(kind: str, method: str = "lora") -> PreTrainedModel:
     """A model with an adapter that changes it."""
     model = base(kind)
@@ -130,7 +141,7 @@ def adapted(kind: str, method: str = "lora") -> PreTrainedModel:
 @pytest.mark.parametrize("kind", ABLE)
 def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapted(kind), batch(*LENGTHS)
-    expected, gradients = with_gradients(model, inputs)
+    expected = with_gradients(model, inputs)
     assert unpad(model)
     widths: list[int] = []
 
@@ -142,12 +153,9 @@ def test_the_same_is_computed_without_padding(kind: str, checkpointing: bool, mo
     if checkpointing:
         model.train()
         checkpoint_activations(model)
-    said, found = with_gradients(model, inputs)
+    found = with_gradients(model, inputs)
     assert set(widths) == {sum(LENGTHS)}
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "bert"])
@@ -172,17 +180,15 @@ def test_flash_attention_is_told_where_examples_stand(kind: str) -> None:
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
     model, inputs = adapted(kind), batch(*LENGTHS)
-    expected, gradients = with_gradients(model, inputs)
+    expected = with_gradients(model, inputs)
     AttentionInterface.register("flash_stand_in", flash)
     AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
     model.config._attn_implementation = "flash_stand_in"
     assert unpad(model)
     seen.clear()
-    said, found = with_gradients(model, inputs)
+    found = with_gradients(model, inputs)
     assert seen == [(torch.int32, [0, 7, 37, 39, 58], 30)] * 2  # layers
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+    assert_same(found, expected)
 
 
 @pytest.mark.grid(keep=4)
@@ -212,7 +218,7 @@ def test_a_gpu_computes_all_examples_at_once(kind: str, kernel: bool, monkeypatc
 
     model = adapted("llama", "prompt_tuning") if kind == "virtual tokens" else adapted(kind)
     inputs, sizes = batch(*LENGTHS), [size + 5 * (kind == "virtual tokens") for size in LENGTHS]
-    expected, gradients = with_gradients(model, inputs)
+    expected = with_gradients(model, inputs)
     monkeypatch.setattr(module, "_AT_ONCE", ("cpu",))
     monkeypatch.setattr(module, "_HAS_KERNEL", kernel)
     monkeypatch.setattr(module, "can_use_flash_attention", lambda parameters: True)
@@ -220,12 +226,10 @@ def test_a_gpu_computes_all_examples_at_once(kind: str, kernel: bool, monkeypatc
     assert unpad(model)
     monkeypatch.setattr(module, "sdpa_attention_forward", padded)
     seen.clear()
-    said, found = with_gradients(model, inputs)
+    found = with_gradients(model, inputs)
     by_kernel = kernel and kind != "mistral"  # which has a window
     assert seen == [([0, *itertools.accumulate(sizes)], max(sizes)) if by_kernel else (4, max(sizes))] * 2  # layers
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+    assert_same(found, expected)
 
 
 def test_torchs_flash_attention_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,41 +297,43 @@ def test_a_model_that_cannot_is_left_as_it_is(kind: str) -> None:
     assert torch.equal(tokens_of(model, inputs), before)
 
 
-def test_a_model_that_mixes_tokens_of_a_row_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, mixing = base("llama"), base("llama")
-    layer = mixing.model.layers[0].mlp
+def mixing() -> PreTrainedModel:
+    model = base("llama")
+    layer = model.model.layers[0].mlp
     forward = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda x: forward(x + 0.1 * x.roll(1, dims=1)))
-    assert unpad(model)
-    assert not unpad(mixing)
+    layer.forward = lambda x: forward(x + 0.1 * x.roll(1, dims=1))
+    return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_little_that_a_row_sees_of_others_is_no_rounding(dtype: torch.dtype) -> None:
-    """Falcon-H1's states of Mamba go on from one example to the next, by less than bfloat16 rounds in deep models."""
+def falcon_h1() -> PreTrainedModel:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
     config = FalconH1Config(**sizes, **heads, **mamba, mamba_chunk_size=16, initializer_range=0.15)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = FalconH1ForCausalLM(config).to(dtype)
+        return FalconH1ForCausalLM(config)
+
+
+_SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 37}
+_CONVOLUTION = {**_SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+UNABLE: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixes tokens of a row": mixing,
+    # its states of Mamba go on from one example to the next, by less than bfloat16 rounds in deep models
+    "sees a little of other rows": falcon_h1,
+    "makes its mask itself": lambda: LayoutLMForTokenClassification(LayoutLMConfig(**_SMALL, num_attention_heads=4)),
+    # its weights may be as small as rounding in bfloat16
+    "has a convolution along the row": lambda: Lfm2ForCausalLM(Lfm2Config(**_CONVOLUTION)),
+}
+
+
+@pytest.mark.grid(each="kind")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", UNABLE)
+def test_a_model_that_does_not_keep_rows_apart_is_found_out(kind: str, dtype: torch.dtype) -> None:
+    model = UNABLE[kind]().to(dtype)
     assert not unpad(model)
     assert not is_unpadded(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_makes_its_mask_itself_is_found_out(dtype: torch.dtype) -> None:
-    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 37}
-    model = LayoutLMForTokenClassification(LayoutLMConfig(**sizes, num_attention_heads=4)).to(dtype)
-    assert not unpad(model)
-
-
-def test_a_convolution_along_the_row_is_found_out() -> None:
-    """Its weights may be as small as rounding in bfloat16."""
-    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 37}
-    config = Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-    assert not unpad(Lfm2ForCausalLM(config).bfloat16())
 
 
 def test_a_pooler_that_the_model_calls_otherwise_is_found_out() -> None:
@@ -378,16 +384,14 @@ def test_what_rows_have_in_common_is_computed_once(kind: str, monkeypatch: pytes
     ids[1, :5], ids[2:4, :8], ids[4] = ids[0, :5], ids[0, :8], ids[2]  # two are the same
     ids[3, 8:11] = ids[2, 8:11]
     ids[3, 9] = ids[2, 9] + 1  # more than with the first row
-    expected, gradients = with_gradients(model, inputs)
+    expected = with_gradients(model, inputs)
     assert unpad(model)
     rows: list[int] = []
     layer = next(module for module in model.modules() if type(module).__name__.endswith("Norm"))
     layer.register_forward_hook(lambda module, args, output: rows.append(output[..., 0].numel()))
-    said, found = with_gradients(model, inputs)
+    found = with_gradients(model, inputs)
     assert rows[-1] == 92 - (0 if kind == "bert" else 5 + 8 + 9 + 9)
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+    assert_same(found, expected)
 
 
 def test_threads_add_gradients_in_one_order() -> None:
@@ -409,34 +413,19 @@ def test_threads_add_gradients_in_one_order() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_virtual_tokens_stand_before_each_example(method: str, checkpointing: bool) -> None:
     model, inputs = adapted("llama", method), batch(*LENGTHS) | {"use_cache": False}
-    expected, gradients = with_gradients(model, inputs)
+    expected = with_gradients(model, inputs)
     assert unpad(model)
     if checkpointing:
         model.train()
         checkpoint_activations(model)
-    said, found = with_gradients(model, inputs)
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+    found = with_gradients(model, inputs)
+    assert_same(found, expected)
     left = {name: value.flip(1) if name != "use_cache" else value for name, value in inputs.items()}
     with torch.no_grad():
         said = tokens_of(model.eval(), left)
         monkey = model.get_decoder().forward
         model.get_decoder().forward = monkey.forward
         torch.testing.assert_close(said, tokens_of(model, left), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("lengths", [LENGTHS, (9, 9)])
-def test_only_some_tokens_reach_the_head(lengths: tuple[int, ...]) -> None:
-    model, inputs = base("llama"), batch(*lengths)
-    chosen = inputs["attention_mask"].bool() & (inputs["input_ids"] % 3 == 0)
-    with torch.no_grad():
-        expected = model(**inputs).logits[chosen]
-        assert unpad(model)
-        with only(chosen):
-            said = model(**inputs, use_cache=False).logits
-    assert said.shape == (1, int(chosen.sum()), VOCABULARY)
-    torch.testing.assert_close(said[0], expected, rtol=0, atol=1e-5)
 
 
 def test_generation_goes_on_as_before() -> None:

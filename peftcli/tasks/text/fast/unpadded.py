@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper
 from typing import Any, NamedTuple
 
@@ -27,7 +25,8 @@ from peftcli.core.prompts.inputs import bound, position_tables, takes
 from peftcli.core.prompts.prefix import PrefixAttention
 from peftcli.errors import ModelError
 from peftcli.models.probe import agrees, probing
-from peftcli.tasks.text.segments import ATTENTION, Layout, Segment, borders_of, layout_of_call
+from peftcli.tasks.text.fast.segments import ATTENTION, Layout, Segment, borders_of, layout_of_call, set_inside
+from peftcli.tasks.text.token_ids import is_half_precision
 
 _WORTHWHILE = 0.95
 """A batch is computed as it is unless the tokens to compute are at most this share; so is what rows share."""
@@ -41,7 +40,7 @@ _KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict", "logits_to_k
 _OUTPUTS = ("hidden_states", "attentions", "router_logits")
 
 
-class Part(NamedTuple):
+class UnpaddedBatch(NamedTuple):
     """A batch (B, T) as a row of the N tokens that are computed of it, or as part of such a row."""
 
     inputs: dict[str, Any]
@@ -51,9 +50,6 @@ class Part(NamedTuple):
     """B"""
     length: int
     """T"""
-
-
-_only: ContextVar[torch.Tensor | None] = ContextVar("only", default=None)
 
 
 def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = True) -> bool:
@@ -92,20 +88,18 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
         ways = [way for way in ways if way.shares == may_share]
     for way in ways:
         way.module.forward = way
-    if ways:
-        ways[-1].module.register_forward_hook(_choose)
-    elif not flash:
+    if not ways and not flash:
         model.set_attn_implementation(name)
     return bool(ways)
 
 
 def _below_head(model: Any) -> list[Any]:
-    """What may compute no padding: the decoder, or all below the head, where a model makes its decoder's masks."""
+    """Return the modules that may compute no padding: the decoder, and all below the head."""
     return list(dict.fromkeys((model.get_decoder(), model.base_model)))
 
 
 def _may_keep_apart(inner: Any) -> bool:
-    """Whether a model can be told where each example of a row stands, and has no convolution along the row."""
+    """Return whether a model takes the places of examples in a row, and has no convolution along the row."""
     told = all(takes(inner, argument) for argument in ("position_ids", "attention_mask"))
     return told and not any(isinstance(each, nn.Conv1d) and each.kernel_size != (1,) for each in inner.modules())
 
@@ -116,13 +110,8 @@ def unpadded_part(model: Any) -> Any:
     return next((part for part in parts if isinstance(getattr(part, "forward", None), _Unpadded)), None)
 
 
-def rounds(model: nn.Module) -> bool:
-    """Whether a model computes in less than float32: by all its weights, since those of an adapter may come first."""
-    return any(each.dtype in (torch.bfloat16, torch.float16) for each in model.parameters())
-
-
 def is_unpadded(model: Any) -> bool:
-    """Whether ``unpad`` has returned true for a model."""
+    """Return whether ``unpad`` has returned true for a model."""
     return unpadded_part(model) is not None
 
 
@@ -161,7 +150,7 @@ class _Unpadded:
         output = self.compute([part])
         return self.spread(output, output.last_hidden_state[0], part)
 
-    def part(self, inputs: Mapping[str, Any]) -> Part:
+    def part(self, inputs: Mapping[str, Any]) -> UnpaddedBatch:
         """Return a batch as part of a row of several. It computes the same tokens as alone, padding included."""
         kept = _kept(inputs)
         if kept is None:
@@ -169,7 +158,7 @@ class _Unpadded:
         layout = self._layout(inputs, kept) or (_trimmed if self.flash else _whole)(kept.cpu(), kept.device)
         return self._part(dict(inputs), kept, layout)
 
-    def _part(self, inputs: dict[str, Any], kept: torch.Tensor, layout: Layout) -> Part:
+    def _part(self, inputs: dict[str, Any], kept: torch.Tensor, layout: Layout) -> UnpaddedBatch:
         rows, length = kept.shape
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(self.first, self.first + length, device=kept.device)[None]
@@ -179,9 +168,9 @@ class _Unpadded:
         for name in _BY_TOKEN:
             if (value := inputs.get(name)) is not None:
                 inputs[name] = value.expand(rows, *value.shape[1:]).flatten(0, 1)[None, layout.computed]
-        return Part(inputs, layout, rows, length)
+        return UnpaddedBatch(inputs, layout, rows, length)
 
-    def compute(self, parts: Sequence[Part]) -> Any:
+    def compute(self, parts: Sequence[UnpaddedBatch]) -> Any:
         """Run the model's own forward over the tokens of several batches as one row."""
         inputs, rows = dict(parts[0].inputs), [row for part in parts for row in part.layout.rows]
         for name in _BY_TOKEN:
@@ -205,7 +194,7 @@ class _Unpadded:
         self.used = self.flash or layout.keeps_apart  # a model may make its mask itself
         return output
 
-    def spread(self, output: Any, states: torch.Tensor, part: Part) -> Any:
+    def spread(self, output: Any, states: torch.Tensor, part: UnpaddedBatch) -> Any:
         """Return the model's output for a batch, of whose row it computed the hidden states (N, D)."""
         output.last_hidden_state = _spread(states, part.layout, part.rows, part.length)
         if output.get("pooler_output") is not None:
@@ -215,7 +204,7 @@ class _Unpadded:
         return output
 
     def _layout(self, inputs: Mapping[str, Any], kept: torch.Tensor) -> Layout | None:
-        """What of a batch is to be computed; None: all of it, as it is."""
+        """Return the layout of a batch; None: all of it is computed as it is."""
         device, kept = kept.device, kept.cpu()  # or a GPU would be waited for many times
         sizes = kept.sum(1).tolist()
         shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
@@ -280,15 +269,8 @@ def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, in
     return list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
 
 
-def _choose(module: nn.Module, args: Any, output: Any) -> None:
-    """The forward hook: of the hidden states (B, T, D), those that ``only`` asks for: (1, N, D)."""
-    if (chosen := _only.get()) is not None:
-        states = output.last_hidden_state
-        output.last_hidden_state = states[F.pad(chosen, (states.shape[1] - chosen.shape[1], 0))][None]
-
-
 def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What is no padding of a batch (B, T); None: it is unknown, or more is asked of the model than hidden states."""
+    """Return the mask (B, T) of tokens that are not padding; None: unknown, or more than hidden states is asked for."""
     mask = inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or inputs.get("use_cache"):  # or masks made of it
         return None
@@ -297,25 +279,7 @@ def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     return None if other else kept
 
 
-@contextmanager
-def set_inside(variable: ContextVar, value: Any) -> Iterator[None]:
-    """Inside, a context variable has another value."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-def only(chosen: torch.Tensor) -> AbstractContextManager[None]:
-    """Inside, what an unpadded model says of a batch is of the N chosen tokens alone, as one row: logits (1, N, V).
-
-    Virtual tokens stand before those of ``chosen`` (B, T).
-    """
-    return set_inside(_only, chosen)
-
-
-def lengths_in_row(device: torch.device) -> torch.Tensor | None:
+def example_lengths(device: torch.device) -> torch.Tensor | None:
     """For each token of the row that a model is called with, how many its example has: (N,). None: it is no such row.
 
     A token that several examples share is the first one's.
@@ -351,7 +315,7 @@ def _agree(model: Any, unpadded: _Unpadded) -> bool:
             padded = model(input_ids=ids[0], attention_mask=mask, **options)
             inner.forward = unpadded
             found, beside = (model(input_ids=each, attention_mask=mask, **options) for each in ids)
-        rounded = rounds(model) or torch.is_autocast_enabled(device.type)
+        rounded = is_half_precision(model) or torch.is_autocast_enabled(device.type)
         agree = unpadded.used and all(
             agrees(one, other, limit if rounded else _EXACT)
             for wanted, tokens, limit in ((padded, mask, _ROUNDED), (beside, second, _LEAKED))

@@ -38,7 +38,7 @@ def parts_of(rows: Rows, limit: int) -> list[slice]:
         limit *= 2
 
 
-def of_like_length(sizes: Sequence[int]) -> list[slice]:
+def parts_of_like_length(sizes: Sequence[int]) -> list[slice]:
     """Divide rows of these sizes, in their order, into parts that are padded to their longest row each."""
     best = [(0, 0)]  # of the first rows: what the best division costs, and where its last part begins
     for end in range(1, len(sizes) + 1):

@@ -7,7 +7,8 @@ all are one: torch's flash attention for examples of any length, or else SDPA ov
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ ATTENTION = "peftcli_unpadded"
 _FEW, _SMALL_HEAD = 128, 64
 """On a CPU, attention over so few tokens with heads no larger is faster in float32 than in bfloat16."""
 _BLOCK = 1024
-"""So many tokens are asked at once which others they see."""
+"""Number of tokens whose masks are computed at once."""
 _MOST_PADDING = 4
 """Attention is padded only if the padded batch has at most this many times as many tokens."""
 _AT_ONCE = ("cuda",)
@@ -48,7 +49,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class Layout:
-    """What of a batch (B, T) is computed, N tokens, and where it stands."""
+    """The N tokens of a batch (B, T) that are computed, and their places."""
 
     computed: torch.Tensor
     """Places in the flattened batch: (N,)."""
@@ -63,6 +64,16 @@ class Layout:
 
 layout_of_call: ContextVar[Layout | None] = ContextVar("layout_of_call", default=None)
 """Of the row that a model is called with."""
+
+
+@contextmanager
+def set_inside(variable: ContextVar, value: Any) -> Iterator[None]:
+    """Inside, a context variable has another value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ class Segments:
 
     @cached_property
     def borders(self) -> tuple[torch.Tensor, int]:
-        """Where the examples stand one after another, and the longest."""
+        """The borders of the examples, and the longest."""
         return borders_of(self.rows, self.layout.computed.device)
 
     @cached_property
@@ -114,7 +125,7 @@ class Segments:
 
 
 def borders_of(rows: Sequence[Segment], device: torch.device) -> tuple[torch.Tensor, int]:
-    """Where examples stand one after another, as flash attention wants it: ends (R + 1,) in int32, and the longest."""
+    """Return the borders of adjacent examples, as flash attention wants them: (R + 1,) in int32, and the longest."""
     sizes = [row.size for row in rows]
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
 

@@ -1,6 +1,6 @@
 """Models over one base that compute what stands below their heads as one row of tokens, without padding.
 
-Each model is called as ever. What it wants computed below its head stops the call (``_Wanted``); once the calls of all
+Each model is called as ever. What it wants computed below its head stops the call (``_Request``); once the calls of all
 models have come there, they are computed together, and made again from the beginning, with the result at hand. So are
 the losses under the base model's head, of models that have no other.
 """
@@ -21,9 +21,10 @@ from peftcli.core.layer import AdapterLayer, model_ends
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError, ModelError
 from peftcli.models.probe import probing
-from peftcli.tasks.text.shared_base import ModelOnBase, Randomness, SharedBase
-from peftcli.tasks.text.token_loss import frozen_losses, frozen_losses_by
-from peftcli.tasks.text.unpadded import is_unpadded, rounds, unpad, unpadded_part
+from peftcli.tasks.text.fast.losses import frozen_losses, frozen_losses_by
+from peftcli.tasks.text.fast.shared_base import ModelOnBase, Randomness, SharedBase
+from peftcli.tasks.text.fast.unpadded import is_unpadded, unpad, unpadded_part
+from peftcli.tasks.text.token_ids import is_half_precision
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ _NOISE = 0.05
 
 
 @dataclass(frozen=True)
-class _UnderHead:
+class _HeadInputs:
     """Hidden states (N, D) whose losses are wanted, their targets (N,), and the head."""
 
     hidden: torch.Tensor
@@ -42,11 +43,11 @@ class _UnderHead:
     head: Callable[[torch.Tensor], torch.Tensor]
 
 
-_Inputs = dict[str, Any] | _UnderHead
-"""What is computed together: the arguments of what stands below the head, or what stands under it."""
+_Inputs = dict[str, Any] | _HeadInputs
+"""Arguments of the model below its head, or inputs of the head."""
 
 
-class _Wanted(BaseException):  # which nobody on the way takes for an error
+class _Request(BaseException):  # so that no handler on the way takes it for an error
     def __init__(self, inputs: _Inputs):
         self.inputs = inputs
 
@@ -75,7 +76,7 @@ class JoinedModel:
     def answer(self, inputs: _Inputs) -> Any:
         """Return what was computed, or stop the call."""
         if self.used == len(self.found):
-            raise _Wanted(inputs)
+            raise _Request(inputs)
         output, random = self.found[self.used]
         self.used += 1
         self.guest.random.set(random)
@@ -91,7 +92,7 @@ class JoinedModel:
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> Any:
         """Return losses under a frozen head, or stop the call."""
         if self.shares_head and not self.evaluated and hidden.requires_grad:
-            return self.answer(_UnderHead(hidden, targets, head))
+            return self.answer(_HeadInputs(hidden, targets, head))
         return frozen_losses(hidden, targets, head)
 
 
@@ -162,9 +163,9 @@ class JoinedModels:
         return list(map(id, own.parameters())) == list(map(id, self.head.parameters()))
 
     def _agrees(self, added: JoinedModel) -> bool:
-        """Whether an adapter computes the same behind others' tokens as alone, with noise in its weights."""
+        """Return whether an adapter, with noise in its weights, computes the same behind others' tokens as alone."""
         model, inner, inputs = added.model, unpadded_part(added.model), self._probe()
-        kept, exact = inputs["attention_mask"].bool(), not rounds(inner)
+        kept, exact = inputs["attention_mask"].bool(), not is_half_precision(inner)
         exact &= not torch.is_autocast_enabled(inner.device.type)
         tensors = {parameter: parameter.clone() for _, _, parameter in named_tensors(model).values()}
         with probing(model, inner.device), evaluating(self.inner):
@@ -190,11 +191,11 @@ class JoinedModels:
                     continue
                 joined.guest.random.state = begun[joined]
                 try:
-                    with joined.guest.random(), _meeting(joined):
+                    with joined.guest.random(), _answering(joined):
                         results[joined] = function()
-                except _Wanted as stopped:
+                except _Request as stopped:
                     wanted.append((joined, stopped.inputs))
-            for kind, compute in ((dict, self._compute), (_UnderHead, _losses)):
+            for kind, compute in ((dict, self._compute), (_HeadInputs, _losses)):
                 part: list[Any] = [each for each in wanted if isinstance(each[1], kind)]
                 for (joined, _), output in zip(part, compute(part) if part else (), strict=True):
                     joined.found.append((output, joined.guest.random.state))
@@ -215,7 +216,7 @@ class JoinedModels:
         return [forward.spread(type(output)(**output), own, part) for forward, own, part in each]
 
 
-def _losses(calls: Sequence[tuple[JoinedModel, _UnderHead]]) -> list[Any]:
+def _losses(calls: Sequence[tuple[JoinedModel, _HeadInputs]]) -> list[Any]:
     """Compute the losses of several models under the head that they share."""
     wanted = [each for _, each in calls]
     hidden, targets = torch.cat([each.hidden for each in wanted]), torch.cat([each.targets for each in wanted])
@@ -225,7 +226,7 @@ def _losses(calls: Sequence[tuple[JoinedModel, _UnderHead]]) -> list[Any]:
 
 
 @contextmanager
-def _meeting(joined: JoinedModel) -> Iterator[None]:
+def _answering(joined: JoinedModel) -> Iterator[None]:
     """Inside, what the model wants computed is what was computed together, or stops the call."""
     joined.used, joined.evaluated, joined.unpadded.instead = 0, False, joined.below_head
     try:
