@@ -130,7 +130,7 @@ def test_a_context_of_text_takes_its_positions_from_the_rows(tmp_path: Path) -> 
         ({"num_virtual_tokens": 20}, "num_virtual_tokens: is 20, and cpt_token_ids has 6"),
         ({"cpt_token_ids": [96], "cpt_tokens_type_mask": None}, "cpt_token_ids: 96 is not in the vocabulary"),
         ({"task_type": "SEQ_CLS"}, "task_type: CPT trains causal language models only"),
-        ({"opt_projection_epsilon": -1.0}, "opt_projection_epsilon: must be at least 0"),
+        ({"opt_projection_epsilon": -1.0}, "opt_projection_epsilon: must not be negative"),
         ({"opt_weighted_loss_type": "linear"}, "opt_weighted_loss_type: must be none or decay"),
         ({"context": [{"prompt": "a", "completion": "b"}]}, "context: is said by cpt_token_ids already"),
     ],

@@ -372,7 +372,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a dense layer": ({"use_qalora": True}, "use_qalora: adapts layers of GPTQ and AWQ; .* is a Linear"),
     "all directions": ({"kasa_config": {}, "r": 16}, "r: 16 leaves nothing of .*v_proj"),
-    "beta": ({"kasa_config": {"beta": -1.0}}, "kasa_config.beta: must be at least 0, not -1.0"),
+    "beta": ({"kasa_config": {"beta": -1.0}}, "kasa_config.beta: must not be negative, found -1.0"),
     "samples": ({"monteclora_config": {"num_samples": 0}}, "monteclora_config.num_samples: must be at least 1, not 0"),
     "prior": ({"monteclora_config": {"dirichlet_prior": 0.0}}, "dirichlet_prior: must be above 0"),
     "groups": ({"velora_config": {"num_groups": 0}}, "velora_config.num_groups: must be above 0"),
