@@ -13,6 +13,8 @@ from peftcli.guard.ranges import out_of_range
 from peftcli.guard.typed_fields import read_section
 
 Problems = list[tuple[str, str]]
+ZERO = "must not be 0: nothing would be learnt"
+"""The problem of a factor that stays 0."""
 
 
 class Section:
@@ -41,14 +43,3 @@ def problems_of_sections(config: object) -> Problems:
     sections = [value for value in values if isinstance(value, Section)]
     found = [(section.key, problem) for section in sections for problem in _problems(section)]
     return [(f"{key}.{name}", message) for key, (name, message) in found]
-
-
-def zero(config: object, *keys: str) -> Problems:
-    """Return the settings that are zero, and those like rank_pattern with an entry that is."""
-    found: Problems = []
-    for key in keys:
-        value = getattr(config, key)
-        for name, each in value.items() if isinstance(value, dict) else [("", value)]:
-            if each == 0:
-                found.append((key, f"{name}: " * bool(name) + "must not be 0: nothing would be learnt"))
-    return found

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
 from peftcli.guard.ranges import AT_LEAST_1, SHARE
-from peftcli.methods._settings import Problems, zero
+from peftcli.methods._settings import ZERO, Problems
 
 
 @dataclass(kw_only=True)
@@ -34,5 +34,8 @@ class DeloraConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     def problems(self) -> Problems:
         found = super().problems()
         if self.init_weights and not self.inference_mode:  # else B is not zero, and lambda leaves 0
-            found += zero(self, "delora_lambda", "lambda_pattern")
+            found += [("delora_lambda", ZERO)] * (self.delora_lambda == 0)
+            found += [
+                ("lambda_pattern", f"{name}: {ZERO}") for name, value in self.lambda_pattern.items() if value == 0
+            ]
         return found

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
 from peftcli.guard.ranges import AT_LEAST_1, SHARE
-from peftcli.methods._settings import Problems, zero
+from peftcli.methods._settings import ZERO, Problems
 
 
 @dataclass(kw_only=True)
@@ -38,5 +38,5 @@ class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems()
-        return found if self.inference_mode else found + zero(self, "randlora_alpha")
+        wrong = self.randlora_alpha == 0 and not self.inference_mode
+        return super().problems() + [("randlora_alpha", ZERO)] * wrong
