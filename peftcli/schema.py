@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1
 
 NumberOrAuto = int | Literal["auto"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
-AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"least": 0}, {"least": 1}, {"above": 0}
-"""Ranges of numbers, as metadata of a field."""
-_BELOW_1, _MILLION = {"below": 1}, {"most": 1_000_000}
+_MILLION = {"most": 1_000_000}
 """Far above useful values, which take memory in proportion."""
-
-
-def out_of_range(settings: Any) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a dataclass that are outside of their range, and what is wrong with each."""
-    for entry in fields(settings):
-        given, limits = getattr(settings, entry.name), entry.metadata
-        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
-            if isinstance(value, (int, float)):
-                of = f"{key}: " if key else ""
-                if not value >= limits.get("least", value):
-                    least = limits["least"]
-                    problem = f"be at least {least}, not {value}" if least else f"not be negative, found {value}"
-                    yield entry.name, f"{of}must {problem}"
-                if "above" in limits and not value > limits["above"]:
-                    yield entry.name, f"{of}must be above {limits['above']}, not {value}"
-                if "below" in limits and not value < limits["below"]:
-                    yield entry.name, f"{of}must be below {limits['below']}, not {value}"
-                if value > limits.get("most", value):
-                    yield entry.name, f"{of}must be at most {limits['most']:,}, found {value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +99,7 @@ class Dataset:
     1}], or without, as in [a.jsonl, b.jsonl]."""
     eval: str | None = None
     """File, folder or hub dataset for evaluation."""
-    eval_fraction: float | None = field(default=None, metadata=ABOVE_0 | _BELOW_1)
+    eval_fraction: float | None = field(default=None, metadata=ABOVE_0 | BELOW_1)
     """Hold out this fraction of the training rows for evaluation, instead of ``eval``. training.seed chooses the rows.
     Each class keeps its share. Rows that are equal or nearly equal, or that have the same prompt, premise, context,
     picture or sound, stay on one side."""
@@ -233,9 +213,9 @@ class Training:
     """Further arguments of the optimizer's class, as in {momentum: 0.9} for sgd."""
     weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight decay. As in Trainer, biases and the weights of norms are not decayed."""
-    adam_beta1: float = field(default=0.9, metadata=AT_LEAST_0 | _BELOW_1)
+    adam_beta1: float = field(default=0.9, metadata=AT_LEAST_0 | BELOW_1)
     """Decay rate of the mean of past gradients, in AdamW and Lion."""
-    adam_beta2: float = field(default=0.999, metadata=AT_LEAST_0 | _BELOW_1)
+    adam_beta2: float = field(default=0.999, metadata=AT_LEAST_0 | BELOW_1)
     """Decay rate of the mean of past squared gradients in AdamW; the second rate of Lion."""
     adam_epsilon: float = field(default=1e-8, metadata=ABOVE_0)
     """Term added to AdamW's divisor."""

@@ -26,7 +26,6 @@ ALLOWED = {
     "peftcli.cli.generate": 4,
     "peftcli.cli.info": 3,
     "peftcli.cli.inspect": 5,
-    "peftcli.cli.junit_report": 1,
     "peftcli.cli.merge": 1,
     "peftcli.cli.predict": 1,
     "peftcli.cli.push": 1,

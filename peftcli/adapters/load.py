@@ -19,12 +19,13 @@ from peftcli.core.protocols import NamesAdapters
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, find_weights, read_config, read_header, read_run
 from peftcli.guard.files import read_json_object
+from peftcli.guard.ranges import out_of_range
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.guard.typed_fields import fits, hints_of, mapping_at
 from peftcli.methods import config_from_dict
 from peftcli.models.hub_files import base_hash
 from peftcli.models.quantization import trained_quantization
-from peftcli.schema import BaseModel, Quantization, out_of_range
+from peftcli.schema import BaseModel, Quantization
 from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS

@@ -39,7 +39,7 @@ from peftcli.cli import (
 from peftcli.errors import Interrupted, PeftcliError, UsageError, to_peftcli_error
 from peftcli.system import signals
 from peftcli.system.cores import set_variables
-from peftcli.system.garbage import postponed_collection
+from peftcli.system.memory import postponed_collection
 from peftcli.system.outputs import StdoutClosed
 from peftcli.train.devices.launch import is_main_process, launched_processes, report_outcome, started_by_peftcli
 from peftcli.train.devices.schedulers import take_slurms_rank

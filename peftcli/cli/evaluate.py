@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.junit_report import Junit, junit_report
+from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
 from peftcli.cli.progress import Progress
 from peftcli.system.outputs import require_writable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.options import Adapter, Base, Dtype, Json, Quiet, output_path, path, progress_log
+from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
@@ -29,66 +29,53 @@ _MIN_TEMPERATURE = 1e-30
 _FIRST_OF_A_CHAT = "Hello"
 """Stands for the first prompt of a chat, which is not known when the model is loaded."""
 
+_Source = Annotated[
+    Path | None,
+    typer.Option("--input", parser=path, help='A .jsonl file of {"prompt"} or {"messages"}; -: its lines on stdin.'),
+]
+_Target = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        parser=output_path,
+        help="File for the answers; -: stdout. After a stop, run the same command again to resume.",
+    ),
+]
+_Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")]
+_Quantization = Annotated[
+    Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
+    typer.Option(help="Quantization of the base model; by default as in training."),
+]
+
 
 def generate(
     adapter: Adapter,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--input", parser=path, help='A .jsonl file of {"prompt"} or {"messages"}; -: its lines on stdin.'
-        ),
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            parser=output_path,
-            help="File for the answers; -: stdout. After a stop, run the same command again to resume.",
-        ),
-    ] = None,
+    source: _Source = None,
+    target: _Target = None,
     base: Base = None,
-    quantization: Annotated[
-        Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
-        typer.Option(help="Quantization of the base model; by default as in training."),
-    ] = None,
+    quantization: _Quantization = None,
     dtype: Dtype = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")] = 0.0,
+    temperature: _Temperature = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling, with a temperature above 0.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of --input per batch.")] = 8,
-    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
+    no_adapter: NoAdapter = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate text with an adapter: for one prompt, a file of prompts, or in a chat on a terminal."""
-    if (source is None) != (target is None) or (prompt is not None and source is not None):
-        raise UsageError("give --prompt, or --input with --output, or neither for a chat")
-    chats = prompt is None and source is None
-    if chats and as_json:
-        raise UsageError("cannot print a chat as JSON", hint="give --prompt, or --input with --output", key="--json")
-    if chats and not sys.stdin.isatty():
-        raise UsageError(
-            "a chat needs a terminal; give --prompt, or --input with --output, which may be - for stdin and stdout"
-        )
-    if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
-        raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
-    if prompt is not None and not _is_text(prompt):
-        raise UsageError("is not UTF-8 text", key="--prompt")
-
+    _check(prompt, source, target, temperature, as_json)
     tell = progress_log(quiet)
-    if target is not None:
-        check_target(target, source, as_json=as_json)
     from peftcli.adapters.generate import first_batch, load_generator
     from peftcli.adapters.predict import predict_file, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
     from peftcli.tasks.text.prompts import prompt_of
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    rows = read_rows(source) if source is not None else []
-    ask = partial(prompt_of, columns={})
-    prompts = list(map(ask, rows)) if source is not None else [_FIRST_OF_A_CHAT if prompt is None else prompt]
+    ask, rows = partial(prompt_of, columns={}), read_rows(source) if source else []
+    prompts = [_FIRST_OF_A_CHAT if prompt is None else prompt] if source is None else list(map(ask, rows))
     generator = load_generator(
         adapter,
         base,
@@ -103,14 +90,32 @@ def generate(
         predictor = text_predictor(generator, ask, settings, batch_size)
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         return print_count(target, count, tell, as_json=as_json)
-    if chats:
+    if prompt is None:
         return _chat(generator, settings)
-    assert prompt is not None
     if as_json:
         return console.print_json(asdict(generator.generate([prompt], settings)[0]))
     with _streamed_output() as write:
         generator.generate([prompt], settings, stream=write)
     return None
+
+
+def _check(prompt: str | None, source: Path | None, target: Path | None, temperature: float, as_json: bool) -> None:
+    """Raise an error for options that do not go together, or for an output that cannot be written."""
+    if (source is None) != (target is None) or (prompt is not None and source is not None):
+        raise UsageError("give --prompt, or --input with --output, or neither for a chat")
+    chats = prompt is None and source is None
+    if chats and as_json:
+        raise UsageError("cannot print a chat as JSON", hint="give --prompt, or --input with --output", key="--json")
+    if chats and not sys.stdin.isatty():
+        raise UsageError(
+            "a chat needs a terminal; give --prompt, or --input with --output, which may be - for stdin and stdout"
+        )
+    if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
+        raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
+    if prompt is not None and not _is_text(prompt):
+        raise UsageError("is not UTF-8 text", key="--prompt")
+    if target is not None:
+        check_target(target, source, as_json=as_json)
 
 
 def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:

@@ -17,21 +17,21 @@ from peftcli.system.outputs import expand_user
 _ROWS = 3
 _ROWS_OF_A_PAGE = 200
 
+_Rows = Annotated[int | None, typer.Option(min=0, metavar="N", help="How many rows to show: 3; on a page 200.")]
+_Row = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE:LINE|N", help="Show this row, or the example of this number; may be repeated."),
+]
+_Html = Annotated[Path | None, typer.Option(metavar="FILE", parser=path, help="Write a page with rows and audit.")]
+
 
 def inspect(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="How many rows to show: 3; on a page 200.")
-    ] = None,
-    row: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE:LINE|N", help="Show this row, or the example of this number; may be repeated."),
-    ] = None,
+    rows: _Rows = None,
+    row: _Row = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token ends.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", parser=path, help="Write a page with rows and audit.")
-    ] = None,
+    html: _Html = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

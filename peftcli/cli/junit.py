@@ -1,19 +1,92 @@
-"""JUnit XML for CI servers: each gate of a recipe is a test case. No torch here."""
+"""``--junit``: JUnit XML for CI servers, also of a failed run: each gate of a recipe is a test case."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
-from peftcli.errors import Problem
+import typer
+
+from peftcli.cli import console
+from peftcli.cli.options import path
+from peftcli.errors import GateFailed, PeftcliError, Problem, to_peftcli_error
 from peftcli.guard.files import escape_char
 from peftcli.recipe import why_failed
-from peftcli.system.outputs import write_output
+from peftcli.system.outputs import StdoutClosed, expand_user, write_output
 from peftcli.system.secrets import redact_values
+from peftcli.train.devices.launch import started_by_peftcli
+from peftcli.train.runs.typed_json import flatten
+
+Junit = Annotated[
+    Path | None,
+    typer.Option(
+        "--junit",
+        metavar="FILE",
+        parser=lambda text: expand_user(path(text)),
+        help="Write a JUnit report: each gate is a test case.",
+    ),
+]
+
+_FACTS = (
+    "adapter",
+    "base_model",
+    "device",
+    "parameters",
+    "peak_memory_bytes",
+    "processes",
+    "recipe_sha256",
+    "steps",
+    "tokens_per_second",
+    "train_loss",
+    "versions",
+)
+"""What the report contains of run.json besides metrics and gates."""
+
+
+@contextmanager
+def junit_report(path: Path | None, recipe: Path) -> Iterator[dict[str, Any]]:
+    """Yield a dict to fill with the content of run.json; write the report when the block ends.
+
+    An error in the block goes into the report and is raised again. Without a path nothing is written.
+
+    Raises:
+        PeftcliError: the report cannot be written, and no other error occurred.
+    """
+    run: dict[str, Any] = {}
+    try:
+        yield run
+    except (typer.Exit, StdoutClosed):  # another process ran and wrote the report, or nothing ran
+        raise
+    except Exception as error:
+        failed = getattr(error, "exit_code", 1) != GateFailed.exit_code  # the report contains the gates
+        if not failed and not run:
+            raise  # another process measured and wrote the report
+        if failed and (started_by_peftcli() or getattr(error, "file", None) == str(path)):
+            raise  # the launcher writes the report, or it cannot be written
+        try:
+            ours = to_peftcli_error(error) or PeftcliError(f"{type(error).__name__}: {error}")
+            _write_run(path, recipe, run, ours.as_dict() if failed else None)
+        except PeftcliError as problem:
+            console.log(f"warning: {problem}")
+        raise
+    _write_run(path, recipe, run, None)
+
+
+def _write_run(path: Path | None, recipe: Path, run: dict[str, Any], error: dict[str, object] | None) -> None:
+    if path is None:
+        return
+    measured = run.get("eval", {})
+    metrics = measured.get("kept", measured.get("last", {}))
+    facts = flatten({name: run[name] for name in _FACTS if name in run})
+    facts = {name: value for name, value in facts.items() if value is not None}
+    gates, seconds = run.get("gates", []), run.get("wall_seconds")
+    write_junit(path, suite=recipe.stem, gates=gates, metrics={**metrics, **facts}, seconds=seconds, error=error)
+
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 forbids, even escaped."""
@@ -58,7 +131,9 @@ def write_junit(
         skipped=0,
     )
     properties = _element("properties")
-    properties.extend(_element("property", name=name, value=_format(value)) for name, value in metrics.items())
+    for name, value in metrics.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        properties.append(_element("property", name=name, value=shown))
     for case in cases:
         case.set("classname", _clean(suite))
     element.extend([properties, *cases, _element("system-out"), _element("system-err")])
@@ -91,10 +166,6 @@ def _element(tag: str, text: str | None = None, **attributes: Any) -> ElementTre
     element = ElementTree.Element(tag, {name: _clean(str(value)) for name, value in attributes.items()})
     element.text = text and _clean(text)
     return element
-
-
-def _format(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _clean(text: str) -> str:

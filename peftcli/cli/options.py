@@ -37,6 +37,7 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="Number format to compute in; predict: by default that of the evaluations of training."),
 ]
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress, only warnings, errors and the answer.")]
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.options import Adapter, Base, Dtype, Json, Quiet, output_path, path, progress_log
+from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import count_of
 from peftcli.data.sources import read_rows
@@ -17,36 +17,38 @@ from peftcli.errors import UsageError
 from peftcli.recipe.data_checks import exists
 from peftcli.system.outputs import is_stdout, is_stream, refuse_input, require_writable
 
+_Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[TEXT|FILE]...",
+        help="Texts, or files of pictures or sounds, to answer; question and context by turns.",
+    ),
+]
+_Source = Annotated[
+    Path | None,
+    typer.Option(
+        "--input", parser=path, help="Rows as in training, without the label: a file or folder; -: JSON lines on stdin."
+    ),
+]
+_Target = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        parser=output_path,
+        help="File for the answers to --input; -: stdout. After a stop, run the same command again to resume.",
+    ),
+]
+
 
 def predict(
     adapter: Adapter,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[TEXT|FILE]...",
-            help="Texts, or files of pictures or sounds, to answer; question and context by turns.",
-        ),
-    ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            parser=path,
-            help="Rows as in training, without the label: a file or folder; -: JSON lines on stdin.",
-        ),
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            parser=output_path,
-            help="File for the answers to --input; -: stdout. After a stop, run the same command again to resume.",
-        ),
-    ] = None,
+    inputs: _Inputs = None,
+    source: _Source = None,
+    target: _Target = None,
     base: Base = None,
     dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
-    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base model alone.")] = False,
+    no_adapter: NoAdapter = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

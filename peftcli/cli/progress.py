@@ -151,7 +151,11 @@ def summary(run: dict[str, Any], folder: str) -> str:
     share = 100 * parameters["trainable"] / parameters["all"]
     size = next(item["bytes"] for item in run["artefacts"] if item["path"] == "adapter_model.safetensors")
     early = f" of {steps['total']:,}, stopped early" if steps["done"] < steps["total"] else ""
-    lines = [f"done: {count_of(steps['done'], 'step')}{early}{_pace(run)}"]
+    pace = ""
+    if speed := run.get("tokens_per_second"):
+        peak, unit = max(run["peak_memory_bytes"].values()) / 2**30, run["data"].get("unit", "tokens")
+        pace = f" in {_clock(run['wall_seconds'])}, {speed:,.0f} {unit}/s, peak memory {peak:.1f} GiB"
+    lines = [f"done: {count_of(steps['done'], 'step')}{early}{pace}"]
     lines.append(f"  train loss  {run['train_loss']:.4f}")
     for name in dict.fromkeys(("eval_loss", evals.get("main", "eval_loss"))) if evals["kept"] else ():
         before = f"{evals['first'][name]:.4f} before training, " if name in evals["first"] else ""
@@ -176,14 +180,6 @@ def summary(run: dict[str, Any], folder: str) -> str:
     base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # it is a folder, not on the hub
     lines.append(f"  peftcli push {word} USER/NAME{base}")
     return "\n".join(lines)
-
-
-def _pace(run: dict[str, Any]) -> str:
-    if not run.get("tokens_per_second"):
-        return ""
-    unit = run["data"].get("unit", "tokens")
-    peak = max(run["peak_memory_bytes"].values()) / 2**30
-    return f" in {_clock(run['wall_seconds'])}, {run['tokens_per_second']:,.0f} {unit}/s, peak memory {peak:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

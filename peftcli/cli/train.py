@@ -10,48 +10,54 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.check import MEMORY_UNKNOWN
-from peftcli.cli.junit_report import Junit, junit_report
+from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Overrides, Quiet, RecipeFile, not_empty, progress_log
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.train_together import train_together
+from peftcli.schema import Recipe
 from peftcli.system.outputs import require_writable
+from peftcli.train.devices import launch
 from peftcli.train.devices.schedulers import with_schedulers_place
 from peftcli.train.runs.folder import StartOptions
+
+_Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|never|must|CHECKPOINT",
+        parser=not_empty,
+        help="auto: resume where a run of this recipe stopped; never: refuse to resume; must: resume or fail.",
+    ),
+]
+_AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="Resume a run that differs in this key, as the refusal names it."),
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another run in the folder, which is moved aside at the end.")
+]
+_RunJson = Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")
+]
+_Together = Annotated[
+    bool, typer.Option("--together", help="Train several recipes at once on one base model: A.yaml B.yaml --together.")
+]
 
 
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|never|must|CHECKPOINT",
-            parser=not_empty,
-            help="auto: resume where a run of this recipe stopped; never: refuse to resume; must: resume or fail.",
-        ),
-    ] = "auto",
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY", help="Resume a run that differs in this key, as the refusal names it."),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace another run in the folder, which is moved aside at the end."),
-    ] = False,
+    resume: _Resume = "auto",
+    allow_change: _AllowChange = None,
+    overwrite: _Overwrite = False,
     junit: Junit = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")] = False,
+    as_json: _RunJson = False,
     quiet: Quiet = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")
-    ] = False,
-    together: Annotated[
-        bool,
-        typer.Option("--together", help="Train several recipes at once on one base model: A.yaml B.yaml --together."),
-    ] = False,
+    dry_run: _DryRun = False,
+    together: _Together = False,
 ) -> None:
     """Fine-tune the model that a recipe names; run it again to resume after a stop."""
     from peftcli.recipe import load_recipe
-    from peftcli.train.devices import launch
 
     progress_log(quiet)
     options = StartOptions(resume, allow_change or (), overwrite)
@@ -64,17 +70,8 @@ def train(
         settings = load_recipe(recipe, overrides or [])
         settings = replace(settings, launch=with_schedulers_place(settings.launch))
         if dry_run:
-            from peftcli.train.preview import preview
-
-            if not is_main:
-                raise typer.Exit
-            if launch.is_launched() and settings.launch.num_processes == "auto":
-                started = replace(settings.launch, num_processes=launch.launched_processes(), num_machines=1)
-                settings = replace(settings, launch=started)
-            would = preview(settings)
-            if would["memory"] is None:
-                console.log(MEMORY_UNKNOWN)
-            console.print_json(would)
+            if is_main:
+                _show_preview(settings)
             raise typer.Exit
         if junit is not None and is_main and settings.launch.machine_rank == 0:
             require_writable(junit)
@@ -95,3 +92,16 @@ def train(
         console.print_json(run) if as_json else console.out(summary(run, settings.training.output_dir))
     finally:  # also where nobody reads the answer
         raise_failed_gates(run["gates"])
+
+
+def _show_preview(settings: Recipe) -> None:
+    """Print what would train."""
+    from peftcli.train.preview import preview
+
+    if launch.is_launched() and settings.launch.num_processes == "auto":
+        started = replace(settings.launch, num_processes=launch.launched_processes(), num_machines=1)
+        settings = replace(settings, launch=started)
+    would = preview(settings)
+    if would["memory"] is None:
+        console.log(MEMORY_UNKNOWN)
+    console.print_json(would)

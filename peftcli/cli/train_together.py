@@ -14,7 +14,7 @@ from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
 from peftcli.train.devices.schedulers import with_schedulers_place
 from peftcli.train.events import OnEvent
-from peftcli.train.runs.folder import StartOptions
+from peftcli.train.runs.folder import RunFolder, StartOptions
 
 if TYPE_CHECKING:
     from peftcli.schema import Recipe
@@ -38,7 +38,6 @@ def train_together(
             raise UsageError("is named twice", file=str(path), hint="each recipe has a training.output_dir of its own")
     loaded = {str(path): load_recipe(path, overrides) for path in paths}
     recipes = {name: replace(each, launch=with_schedulers_place(each.launch)) for name, each in loaded.items()}
-    from peftcli.train.runs.folder import RunFolder
     from peftcli.train.start import note_resumable
 
     for recipe in recipes.values():
@@ -47,23 +46,13 @@ def train_together(
     from peftcli.train.together import alike, start_together  # torch loads here
 
     if dry_run:
-        from peftcli.train.preview import preview
-
         alike(recipes, options)
-        runs = [preview(recipe) for recipe in recipes.values()]
-        for name, run in zip(recipes, runs, strict=True):
-            if run["memory"] is None:
-                console.log(f"{name}: {MEMORY_UNKNOWN}")
-        console.print_json({"runs": runs})
-        return
-
+        return _show_previews(recipes)
     with ExitStack() as stack:
         stems = [path.stem for path in paths]
         labels = stems if len(set(stems)) == len(stems) else list(loaded)  # where some are equal, all of the path
-        shown = {
-            name: stack.enter_context(Progress(quiet=quiet, label=label))
-            for name, label in zip(loaded, labels, strict=True)
-        }
+        bars = (stack.enter_context(Progress(quiet=quiet, label=label)) for label in labels)
+        shown = dict(zip(loaded, bars, strict=True))
         on_event: dict[str, OnEvent] = {name: progress.show for name, progress in shown.items()}
         outcomes = start_together(recipes, options, on_event.__getitem__)
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PeftcliError)]
@@ -80,6 +69,18 @@ def train_together(
     from peftcli.train.finish import raise_failed_gates
 
     raise_failed_gates([gate for run in runs for gate in run["gates"]])
+    return None
+
+
+def _show_previews(recipes: dict[str, Recipe]) -> None:
+    """Print what would train."""
+    from peftcli.train.preview import preview
+
+    runs = [preview(recipe) for recipe in recipes.values()]
+    for name, run in zip(recipes, runs, strict=True):
+        if run["memory"] is None:
+            console.log(f"{name}: {MEMORY_UNKNOWN}")
+    console.print_json({"runs": runs})
 
 
 def _print_runs(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 from peftcli.errors import AdapterError, AdapterTypeError
 from peftcli.guard.files import one_line, short_name, short_repr
 from peftcli.guard.patterns import Pattern, check_patterns
+from peftcli.guard.ranges import out_of_range
 from peftcli.guard.typed_fields import (
     OFF,
     choices_of,
@@ -149,7 +150,7 @@ class AdapterConfig:
         if self.task_type not in (None, *TaskType):
             message = f"Invalid task type: {short_repr(self.task_type)}. Must be one of the following task types: "
             found.append(("task_type", f"{message}{', '.join(TaskType)}."))
-        found += other_choices(self)
+        found += [*other_choices(self), *out_of_range(self)]
         for entry in fields(self):
             value = vars(self)[entry.name]
             if entry.metadata.get("unsupported") and value not in (default_of(entry), *OFF):

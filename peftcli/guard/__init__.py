@@ -1,1 +1,1 @@
-"""Untrusted input: files, JSON, safetensors headers, patterns, chat templates. No torch here."""
+"""Untrusted input: files, JSON, safetensors headers, patterns. No torch here."""

@@ -63,20 +63,23 @@ def read_section(cls: Any, values: dict[str, Any], key: str) -> Any:
     return section
 
 
+def branches(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union; the hint itself if it is not a union."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def section_class(hint: Any) -> type | None:
     """Return the dataclass among the types of a field, whose value is then a mapping with settings of its own."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+    return next((one for one in branches(hint) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
 @functools.cache
 def choices_of(hint: Any) -> tuple[Any, ...]:
     """Return the values that a field may have if a Literal says them; empty where others are right too."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if not any(get_origin(one) is Literal for one in members):
+    if not any(get_origin(one) is Literal for one in branches(hint)):
         return ()
     found: list[Any] = []
-    for one in members:
+    for one in branches(hint):
         if get_origin(one) is Literal:
             found += get_args(one)
         elif one is bool:
@@ -103,9 +106,9 @@ def default_of(entry: dataclasses.Field[Any]) -> Any:
 
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a value read from JSON has the type of an annotation."""
+    if (members := branches(hint)) != (hint,):
+        return any(fits(value, one) for one in members)
     origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
     if origin is list:
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if origin is dict:

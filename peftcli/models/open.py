@@ -13,7 +13,7 @@ from peftcli.models.find import find_base
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.models.tokens import template_text
 from peftcli.schema import BaseModel
-from peftcli.system.garbage import collect_from_here
+from peftcli.system.memory import collect_from_here
 
 __all__ = ["BaseWeights", "LoadedModel", "OpenBase", "ProcessorKind", "build_empty", "label_options", "open_base"]
 

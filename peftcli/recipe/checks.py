@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import UsageError
+from peftcli.guard.ranges import out_of_range
 from peftcli.methods import METHODS
 from peftcli.models.find import is_path
 from peftcli.recipe.data_checks import check_data, exists, ways_to_evaluate
 from peftcli.recipe.deepspeed_config import zero_problem
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
-from peftcli.schema import USED_BY, Launch, Recipe, out_of_range
+from peftcli.schema import USED_BY, Launch, Recipe
 from peftcli.system.outputs import expand_user
 
 LEARNT = "learnt"

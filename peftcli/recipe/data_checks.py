@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from peftcli.data.sources import is_path
+from peftcli.guard.ranges import out_of_range
 from peftcli.methods import METHODS
 from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.settings import choices, settings
 from peftcli.recipe.values import Report
-from peftcli.schema import Dataset, Recipe, Source, out_of_range
+from peftcli.schema import Dataset, Recipe, Source
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import TASKS
 from peftcli.tasks.settings import UNDER_DATASET

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import Problem, RecipeError
+from peftcli.guard.typed_fields import branches
 from peftcli.methods import METHODS
 from peftcli.recipe.accelerate_config import with_engine_files
 from peftcli.recipe.checks import check
 from peftcli.recipe.names import METHOD_ALIASES, REMEDIES, closest, find_alias, suggest_task, suggest_value
 from peftcli.recipe.settings import (
     Setting,
-    branches,
     choices,
     describe_type,
     item_hint,

@@ -11,12 +11,11 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from peftcli.errors import UsageError
-from peftcli.guard.typed_fields import section_class
+from peftcli.guard.typed_fields import branches, section_class
 from peftcli.methods import METHODS
 from peftcli.recipe.names import REMEDIES, closest, find_alias, find_task_alias
 from peftcli.recipe.settings import (
     Setting,
-    branches,
     choices,
     describe_type,
     item_hint,

@@ -6,12 +6,11 @@ import ast
 import dataclasses
 import inspect
 import sys
-import types
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from peftcli.guard.typed_fields import section_class
+from peftcli.guard.typed_fields import branches, section_class
 from peftcli.methods import METHODS
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
@@ -89,11 +88,6 @@ def method_settings(method: str) -> dict[str, Setting]:
 def task_settings(task: str) -> dict[str, Setting]:
     """Return the settings of a task, without ``type``."""
     return settings(TASKS[task].settings)
-
-
-def branches(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union; the hint itself if it is not a union."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def kinds(hint: Any) -> set[Any]:

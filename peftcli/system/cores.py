@@ -1,13 +1,12 @@
-"""The processor cores that this process may use, and environment variables for torch."""
+"""The processor cores that this process may use, its control groups, and environment variables for torch."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-
-from peftcli.system.control_groups import control_groups
 
 _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """The user's own settings."""
@@ -24,6 +23,7 @@ _KERNELS = "64"
 millisecond, and takes some 0.6 MB; by their own choice, torch and oneDNN keep 1,024."""
 _KERNEL_BYTES = 600_000
 _LOAD = Path("/proc/loadavg")
+_GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def set_variables() -> None:
@@ -71,3 +71,17 @@ def _limit(folder: Path) -> float:
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError):  # "max", or a group that is not to be seen in here
         return math.inf
+
+
+def control_groups(controller: str) -> Iterator[Path]:
+    """Yield the groups (Linux) that may limit what a controller is for, as ``cpu``, by version 2 or 1."""
+    try:
+        lines = _OWN.read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _GROUPS / controllers  # version 2 names none
+        path = root / group.lstrip("/")
+        yield from (folder for folder in (path, *path.parents) if folder.is_relative_to(root))

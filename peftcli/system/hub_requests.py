@@ -26,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from logging import ERROR
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,9 +118,12 @@ def clean_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _checked(blobs: Path, before: set[Path]) -> Iterator[None]:
+def _checked(repo_id: str, cache_dir: str | None) -> Iterator[None]:
     """Remove the files downloaded inside whose hash is wrong, and raise RetryableError: a later try would use them."""
-    damaged: list[Path] = []
+    from huggingface_hub import constants
+
+    blobs = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    before, damaged = _complete_blobs(blobs), list[Path]()
     try:
         yield
     finally:
@@ -155,55 +158,38 @@ def download_files(
     """Download the files of a model repository into the cache; return their folder.
 
     If the hub cannot be reached, the copy in the cache is used, unless it is known to lack a file of ``needed``, by
-    default of ``patterns``; if that is not known, with a warning. ``patterns``, ``ignored`` and ``needed`` are patterns
-    of file names; the folder may contain other files. ``what`` is how messages name the repository; ``options`` are
-    others of ``snapshot_download``: token, cache_dir, local_files_only, ...
+    default of ``patterns``; if that is not known, with a warning. The folder may contain other files. ``what`` is how
+    messages name the repository; ``options`` are others of ``snapshot_download``: token, cache_dir, ...
 
     Raises:
         HubError: the repository does not exist, or the hub refuses access.
         NetworkError: the hub cannot be reached, and the cache has no copy, or a part of one.
         StorageError: the cache cannot be written.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
-    blobs = Path(options.get("cache_dir") or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "blobs"
-    before = _complete_blobs(blobs)
-
-    def download(patterns: Sequence[str] = patterns, **more: Any) -> Path:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision or None,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(ignored) or None,
-                endpoint=endpoint(),
-                library_name="peftcli",
-                **{**options, **more},
-            )
-        )
-
-    def cached() -> Path:
-        return download(needed or patterns, local_files_only=True, force_download=False)
+    settings = {"revision": revision or None, "ignore_patterns": list(ignored) or None, "library_name": "peftcli"}
+    download: Any = partial(snapshot_download, repo_id, endpoint=endpoint(), **{**settings, **options})
+    cached = partial(download, allow_patterns=[*(needed or patterns)], local_files_only=True, force_download=False)
 
     def fetch() -> Path:
-        with _checked(blobs, before):
-            return download()
+        with _checked(repo_id, options.get("cache_dir")):
+            return Path(download(allow_patterns=[*patterns]))
 
     try:
         if options.get("local_files_only"):
-            found = cached()
+            found = Path(cached())
         else:
             with hub_session(downloads=True) as session:
                 found = session.retry(fetch, what or repo_id)
             if session.listed:
                 _listed.add(found)
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         message = f"{what or repo_id}: not in the cache, or not all of it, and local_files_only is set"
         raise NetworkError(message) from None
     except NetworkError as error:
         try:
-            found = cached()
+            found = Path(cached())
         except OSError:
             raise error from None
     if not _is_listed(found) and not all((found / name).is_file() for name in needed or patterns):

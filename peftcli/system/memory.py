@@ -1,14 +1,16 @@
-"""How much memory there is."""
+"""How much memory there is, and when Python looks for garbage."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from peftcli.system.control_groups import control_groups
+from peftcli.system.cores import control_groups
 
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -19,6 +21,7 @@ that says how much of the latter are files' pages, which are given up when memor
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Names of glibc's ``mallopt``."""
 _LARGE = 4 << 20
+_postponed = False
 
 
 def give_back_freed() -> None:
@@ -66,3 +69,28 @@ def peak_resident_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def postponed_collection() -> Iterator[None]:
+    """Inside, no garbage is collected before ``collect_from_here``, which every command calls that works long.
+
+    What a command imports, torch and transformers, stays.
+    """
+    global _postponed
+    _postponed = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        collect_from_here()
+        gc.unfreeze()
+
+
+def collect_from_here() -> None:
+    """Collect garbage again where that was postponed, and never look at what is there already."""
+    global _postponed
+    if _postponed:
+        _postponed = False
+        gc.freeze()
+        gc.enable()

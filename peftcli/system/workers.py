@@ -70,8 +70,10 @@ def compute_ahead(function: Callable[[T], R], items: Iterable[T], num_workers: i
                     waiting.append((process, channel))
             except _GONE:
                 process.join()
+                code = process.exitcode
+                cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
                 hint = "It may have run out of memory; training.dataloader_num_workers says how many there are."
-                raise ProcessDied(f"a worker process ended ({_cause(process.exitcode)})", hint=hint) from None
+                raise ProcessDied(f"a worker process ended ({cause})", hint=hint) from None
             if error is not None:
                 raise error if isinstance(error, PeftcliError) else RuntimeError(error)
             yield result
@@ -115,7 +117,3 @@ def _work(function: Callable[[Any], Any], channel: Connection, inherited: Sequen
             channel.send(answer)
     except _GONE:
         return
-
-
-def _cause(exit_code: int | None) -> str:
-    return signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"

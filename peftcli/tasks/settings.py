@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftcli.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
 
 if TYPE_CHECKING:
     from typing import Self

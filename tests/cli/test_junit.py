@@ -16,8 +16,7 @@ import typer
 from trainkit import write_recipe
 
 from peftcli.cli import console
-from peftcli.cli.junit import write_junit
-from peftcli.cli.junit_report import junit_report
+from peftcli.cli.junit import junit_report, write_junit
 from peftcli.errors import DataError, GateFailed, Problem, RecipeError, StorageError, UsageError
 from peftcli.system.outputs import StdoutClosed
 

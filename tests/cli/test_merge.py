@@ -486,23 +486,7 @@ def test_new_tokens_and_template_come_from_the_recipe(cli: Callable, merged: Cal
     assert tokenizer.decode(ids) == json.loads(ran.out)["text"] + "<done>", "it stops there by itself"
 
 
-# --- a trained adapter, refusals --------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_trained_adapter_says_the_same_merged(cli: Callable, merged: Callable, tmp_path: Path) -> None:
-    adapter = run_recipe(write_recipe(tmp_path), "training.max_steps=30", "training.learning_rate=2e-2").folder
-    merged(adapter)
-    question = trainkit.PAIRS[0][0]
-    ran = cli("generate", adapter, "--prompt", question, "--max-new-tokens", 16, "--json")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    inputs.pop("token_type_ids", None)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert json.loads(ran.out)["text"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_refusals(cli: Callable, tmp_path: Path) -> None:
@@ -535,17 +519,9 @@ def test_refusals(cli: Callable, tmp_path: Path) -> None:
     refused(7, "cannot write", lora, to=Path("/proc/peftcli"))
 
 
-def test_an_empty_output_folder_will_do(merged: Callable, tmp_path: Path) -> None:
+def test_an_empty_output_folder_will_do_and_the_base_stays(merged: Callable, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
-    merged(make_adapter(tmp_path / "adapter", base_folder()))
-    assert (tmp_path / "merged/config.json").exists()
-
-
-def test_the_base_stays_as_it_was(merged: Callable, tmp_path: Path) -> None:
     before = trainkit.files_of(base_folder())
     merged(make_adapter(tmp_path / "adapter", base_folder()))
+    assert (tmp_path / "merged/config.json").exists()
     assert trainkit.files_of(base_folder()) == before
-
-
-def test_building_the_fixture_is_deterministic() -> None:
-    assert all(torch.equal(a, b) for a, b in zip(build("llama").parameters(), build("llama").parameters(), strict=True))

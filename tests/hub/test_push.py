@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hub_folders import REPO, make_folder, write_config
 from hub_server import TOKEN, Commit, Hub, Repo
-from models_tiny import tiny
+from models_tiny import ids, tiny
 
 import peftcli
 from peftcli.adapters import push as hub_module
@@ -25,8 +25,9 @@ TRIES = 5
 
 
 def test_a_new_repository_gets_one_private_commit_of_the_shared_files(hub: Hub, folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     pushed = push(folder, REPO, message="First try")
-
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     repo = hub.repos[REPO]
     head = repo.refs["main"][-1]
     assert repo.private
@@ -38,17 +39,7 @@ def test_a_new_repository_gets_one_private_commit_of_the_shared_files(hub: Hub, 
     assert pushed.url == f"{hub.url}/{REPO}"
     assert (pushed.commit, sorted(pushed.files), pushed.private) == (head.oid, PUSHED, True)
     assert pushed.bytes == sum(len(content) for content in head.files.values())
-
-
-def test_the_folder_is_left_as_it_was(hub: Hub, folder: Path) -> None:
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    push(folder, REPO)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def test_the_card_names_the_repository(hub: Hub, folder: Path) -> None:
-    push(folder, REPO)
-    card = hub.repos[REPO].refs["main"][-1].files["README.md"].decode()
+    card = head.files["README.md"].decode()
     assert f"peftcli generate {REPO}" in card
     assert "base_model: acme/tiny-base\n" in card
 
@@ -252,15 +243,12 @@ def test_a_refusal_ends_the_push_at_once(
     assert slept == []
 
 
-def test_a_bad_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_token_or_none(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_thisisnotthetokenatall")
     with pytest.raises(HubError, match="hf auth login") as caught:
         push(folder, REPO)
     assert "thisisnot" not in str(caught.value)
     assert hub.repos == {}
-
-
-def test_no_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="requires a token"):
         push(folder, REPO)
@@ -327,19 +315,13 @@ def test_another_host_does_not_see_the_token(hub: Hub, folder: Path) -> None:
 
 @pytest.mark.parametrize("status", [409, 412])
 def test_a_conflict_is_tried_once_more(hub: Hub, folder: Path, status: int) -> None:
-    hub.fail("commit", status)
-    push(folder, REPO)
-    assert len(hub.asked("commit")) == 2
-    assert hub.repos[REPO].commits == 1
-
-
-@pytest.mark.parametrize("status", [409, 412])
-def test_a_second_conflict_is_final(hub: Hub, folder: Path, status: int) -> None:
     hub.fail("commit", status, times=2)
     with pytest.raises(HubError, match=f"somebody else.*{status}"):
         push(folder, REPO)
-    assert len(hub.asked("commit")) == 2
-    assert hub.repos[REPO].commits == 0
+    assert (len(hub.asked("commit")), hub.repos[REPO].commits) == (2, 0)
+    hub.fail("commit", status)
+    push(folder, REPO)
+    assert (len(hub.asked("commit")), hub.repos[REPO].commits) == (4, 1)
 
 
 def test_a_commit_of_somebody_else_in_between_is_kept(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,18 +411,16 @@ def test_a_slow_answer_counts_as_none(hub: Hub, folder: Path, monkeypatch: pytes
     assert hub.repos[REPO].commits == 1
 
 
-@pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=7'}])
-def test_retry_after_is_obeyed(hub: Hub, folder: Path, slept: list[float], headers: dict[str, str]) -> None:
-    hub.fail("commit", 429, headers=headers)
-    push(folder, REPO)
-    assert slept == [7.0]
-
-
-def test_a_retry_after_of_an_hour_is_told_and_not_waited_for(hub: Hub, folder: Path, slept: list[float]) -> None:
+def test_retry_after_is_obeyed_but_an_hour_is_not_waited_for(hub: Hub, folder: Path, slept: list[float]) -> None:
     hub.fail("commit", 429, headers={"Retry-After": "3600"})
     with pytest.raises(NetworkError, match="wait 3600 seconds"):
         push(folder, REPO)
     assert slept == []
+    for headers in ({"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=7'}):
+        hub.fail("commit", 429, headers=headers)
+        push(folder, REPO)
+        (folder / "loss.png").write_bytes(b"other")
+    assert slept == [7.0, 7.0]
 
 
 def test_a_lost_answer_of_a_pull_request_opens_no_second_one(hub: Hub, folder: Path) -> None:
@@ -583,3 +563,37 @@ def test_a_config_is_pushed_alone(hub: Hub, tmp_path: Path) -> None:
     files = hub.repos[REPO].refs["main"][-1].files
     assert files["adapter_config.json"] == (tmp_path / "adapter_config.json").read_bytes()
     assert hub.repos[REPO].private
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
+def test_trainer_pushes_the_adapter_with_its_card(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import ModelCard, constants
+    from transformers import Trainer, TrainingArguments
+    from transformers.utils import hub as transformers_hub
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # Trainer's client does not ask the environment
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(task_type="CAUSAL_LM", r=4))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        hub_model_id="alice/my-adapter",
+        push_to_hub=True,
+        max_steps=1,
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": one, "labels": one} for one in ids(4, 6)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    at = hub.repos["alice/my-adapter"].at("main")
+    assert at is not None
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert at.files[name] == (tmp_path / "run" / name).read_bytes()
+    card = ModelCard(at.files["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert {"lora", "generated_from_trainer"} <= set(card.data.tags)

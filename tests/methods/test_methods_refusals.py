@@ -101,7 +101,7 @@ WRONG: list[tuple[str, str, dict[str, Any], str]] = [
      "use_bdlora: does not go with lora_bias"),
     ("lora", "llama", {"use_qalora": True}, "use_qalora: adapts layers of GPTQ and AWQ; .* is a Linear"),
     ("lora", "llama", {"kasa_config": {}, "r": 16}, "r: 16 leaves nothing of .*v_proj"),
-    ("lora", "llama", {"kasa_config": {"beta": -1.0}}, "kasa_config.beta: must be at least 0, not -1.0"),
+    ("lora", "llama", {"kasa_config": {"beta": -1.0}}, "kasa_config.beta: must not be negative, found -1.0"),
     ("lora", "llama", {"monteclora_config": {"num_samples": 0}},
      "monteclora_config.num_samples: must be at least 1, not 0"),
     ("lora", "llama", {"monteclora_config": {"dirichlet_prior": 0.0}}, "dirichlet_prior: must be above 0"),

@@ -13,18 +13,9 @@ from peftcli.recipe import gate_holds, parse_gate
 @pytest.mark.parametrize(
     ("overrides", "key", "message"),
     [
-        (["method.r=0"], "method.r", "must be at least 1, not 0"),
         (["method.lora_dropout=1"], "method.lora_dropout", "must be in [0, 1), not 1.0"),
-        (["dataset.eval_fraction=0.1"], "dataset.eval_fraction", "cannot be given together with dataset.eval"),
         (["dataset.eval=null", "dataset.eval_fraction=1"], "dataset.eval_fraction", "must be below 1, not 1.0"),
-        (["dataset.max_length=0"], "dataset.max_length", "must be at least 1, not 0"),
-        (["training.per_device_train_batch_size=0"], "training.per_device_train_batch_size", "must be at least 1"),
-        (["training.gradient_accumulation_steps=-1"], "training.gradient_accumulation_steps", "must be at least 1"),
         (["training.learning_rate=-1"], "training.learning_rate", "must not be negative, found -1.0"),
-        (["training.num_train_epochs=0"], "training.num_train_epochs", "must be above 0 if max_steps is not given"),
-        (["training.max_steps=0"], "training.max_steps", "must be at least 1, or -1"),
-        (["training.save_total_limit=1"], "training.save_total_limit", "must be at least 2, not 1"),
-        (["training.warmup_ratio=1.5"], "training.warmup_ratio", "must be at most 1, found 1.5"),
         (["training.warmup_steps=1.5"], "training.warmup_steps", "must be a whole number or below 1, not 1.5"),
         (
             ["training.lr_scheduler_type=constant", "training.warmup_steps=3"],
@@ -37,28 +28,18 @@ from peftcli.recipe import gate_holds, parse_gate
             "does nothing where training.eval_strategy is no",
         ),
         (["training.seed=4294967296"], "training.seed", "must be at most 4,294,967,295, found 4294967296"),
-        (["training.metric_for_best_model=' '"], "training.metric_for_best_model", "is empty"),
-        (["training.learning_rate=3e38"], "training.learning_rate", "must be at most 1,000,000, found 3e+38"),
         (
             ["training.weight_decay=1e39"],
             "training.weight_decay",
             "must be at most 3.4e+38, the largest number of float32",
         ),
         (
-            ["training.gradient_accumulation_steps=1000000000"],
-            "training.gradient_accumulation_steps",
-            "must be at most",
-        ),
-        (
             ["training.gradient_accumulation_steps=100000", "training.per_device_train_batch_size=1000"],
             "training.per_device_train_batch_size",
             "and gradient_accumulation_steps make a batch of 100,000,000 examples; at most 10,000,000",
         ),
-        (["launch.num_processes=100000"], "launch.num_processes", "must be at most 1,024"),
         (["method.r=4294967296"], "method.r", "must be at most 2147483647, found 4294967296"),
         (["method.alpha_pattern={q_proj: 1e300}"], "method.alpha_pattern.q_proj", "the largest number of float32"),
-        (["method.target_modules='(q'"], "method.target_modules", "is not a regular expression"),
-        (["method.exclude_modules='*'"], "method.exclude_modules", "is not a regular expression"),
         (["method={type: poly, n_tasks: 2}"], "method.n_tasks", "must be 1 in a recipe"),
         (
             ["method={type: multitask_prompt_tuning, num_virtual_tokens: 4, num_tasks: 2}"],
@@ -79,7 +60,6 @@ from peftcli.recipe import gate_holds, parse_gate
         (["gates.eval_loss=< 1", "training.eval_strategy=no"], "gates.eval_loss", "needs an evaluation"),
         (["base_model.trust_remote_code=true"], "base_model.trust_remote_code", "base_model.revision must name"),
         (["base_model=.", "base_model.revision=v2"], "base_model.revision", "applies to hub models"),
-        (["launch.machine_rank=1"], "launch.machine_rank", "must be below launch.num_machines (1), not 1"),
         (
             ["launch={strategy: fsdp, cpu_ram_efficient_loading: true}", "base_model.quantization=nf4"],
             "launch.cpu_ram_efficient_loading",
@@ -93,12 +73,8 @@ from peftcli.recipe import gate_holds, parse_gate
             "launch.zero_optimization",
             "stage is not among allgather_bucket_size, ",
         ),
-        (["launch.main_process_port=70000"], "launch.main_process_port", "must be at most 65,535, found 70000"),
         (["task=CAUSAL_LM"], "task", "unknown task: 'CAUSAL_LM'"),
         *(([f"base_model={name}"], "base_model.name", "no such file or folder") for name in ("./x", "~/x", "x.gguf")),
-        (["dataset.train=https://host/x"], "dataset.train", "must be a path or a hub id, not a URL"),
-        (["training.output_dir=''"], "training.output_dir", "is empty"),
-        (["dataset.train=./missing"], "dataset.train", "no such file: ./missing"),
     ],
 )
 def test_what_settings_mean_together(problem, overrides: list[str], key: str, message: str) -> None:

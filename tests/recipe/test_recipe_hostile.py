@@ -13,48 +13,6 @@ from peftcli.recipe import load_recipe, read
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "message"),
-    [
-        ("", 1, "the recipe is empty"),
-        ("---\n", 1, "the recipe is empty"),
-        ("- a\n", 1, "expected a mapping of sections, found a list"),
-        ("a: 1\n---\nb: 2\n", 2, "a second YAML document"),
-        ("a:\n\tb: 1\n", 2, "a tab"),
-        ("a: b: c\n", 1, "a second ': '"),
-        ("a:\n  b: 1\n c: 2\n", 3, "does not fit the indentation"),
-        ("a: 'x\nb: 1\n", 3, "a quote that is never closed"),
-        ("a: [1, 2\nb: 1\n", 2, "never closed"),
-        ("a: @x\n", 1, "cannot start with this character"),
-        ("a: *x\n", 1, "an alias whose anchor"),
-        ("a: &x 1\nb: &x 2\n", 2, "an anchor that is defined twice"),
-        ("a: 1\nb: \0\n", 2, "a character that YAML does not allow (0x00)"),
-        ("a: 1\nb: \x1b[31m\n", 2, "a character that YAML does not allow (0x1b)"),
-        ('a: "\\UFFFFFFFF"\n', 1, "not valid YAML"),
-        ("%YAML 9.9\n---\na: 1\n", 1, "not valid YAML"),
-        ("a: &a [*a]\n", 1, "within itself"),
-        ("[" * 100_000, 1, "nested more than 64 levels deep"),
-        ("{a: " * 100_000, 1, "nested more than 64 levels deep"),
-        ("- " * 100_000, 1, "nested more than 64 levels deep"),
-        ("a:\n" + "- 1\n" * 30_000, 20_000, "more than 20000 values"),
-        (
-            "a0: &a0 [1,1,1,1,1,1,1,1,1]\n"
-            + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
-            1,
-            "once its aliases are expanded",
-        ),
-    ],
-)
-def test_unreadable(tmp_path: Path, text: str, line: int, message: str) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    reading = read(path)
-    [found] = reading.problems
-    assert reading.recipe is None
-    assert message in found.message
-    assert (found.file, found.line) == (str(path), line)
-
-
-@pytest.mark.parametrize(
     ("more", "key", "message"),
     [
         ("  seed: 1\n  seed: 2\n", "training.seed", "given twice; first in line 8"),

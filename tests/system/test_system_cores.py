@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftcli.cli.app import main
-from peftcli.system import control_groups, cores
+from peftcli.system import cores
 from peftcli.system.cores import usable_cores
 
 GROUPS = {
@@ -36,8 +36,8 @@ def test_a_control_group_leaves_fewer_cores(kind: str, tmp_path: Path, monkeypat
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{content}\n")
-    monkeypatch.setattr(control_groups, "_OWN", tmp_path / "self")
-    monkeypatch.setattr(control_groups, "_GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "_OWN", tmp_path / "self")
+    monkeypatch.setattr(cores, "_GROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert usable_cores() == expected
 

@@ -406,7 +406,7 @@ KINDS = {
     ),
     "a mapping in a mapping": method("type: lora, rank_pattern: {q: {v: 1}}", "expected an integer", "rank_pattern.q"),
     "columns as a list": dataset("train: a/b, columns: [prompt]", "expected a mapping of names", "columns"),
-    "a number for a column": dataset("train: a/b, columns: {prompt: [x]}", "expected a string", "columns.prompt"),
+    "a mapping for a column": dataset("train: a/b, columns: {prompt: {x: y}}", "expected a", "columns.prompt"),
     "a mapping of gates as a list": more("gates: ['eval_loss <= 1']\n", "expected a mapping of names", "gates"),
     "a number for a gate": more("gates: {eval_loss: [1]}\n", "expected a string", "gates.eval_loss"),
     "text for new tokens": base("{name: a/b, new_tokens: <x>}", "did you mean '[<x>]'?", "base_model.new_tokens"),
@@ -683,9 +683,7 @@ GATES = {
     "a number in place of a gate": more("gates: {eval_loss: 1.2}\n", "expected an operator", "gates.eval_loss"),
     "true in place of a gate": more("gates: {eval_loss: true}\n", "", "gates.eval_loss"),
     "null in place of a gate": more("gates: {eval_loss: null}\n", "", "gates.eval_loss"),
-    "a gate of a mapping": more(
-        "gates: {eval_loss: {max: 1}}\n", "expected a string, found a mapping", "gates.eval_loss"
-    ),
+    "a gate of a mapping": more("gates: {eval_loss: {max: 1}}\n", "found a mapping", "gates.eval_loss"),
     "a gate without a name": more("gates: {'': '< 1'}\n", "has an empty name", "gates."),
 }
 

@@ -16,7 +16,8 @@ from peftcli.core.config import (
     TargetedConfig,
 )
 from peftcli.errors import PeftWarning
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, INSIDE_0_1, SHARE
+from peftcli.methods._settings import Problems
 from peftcli.methods.lora import LoraRuntimeConfig
 
 
@@ -61,27 +62,27 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
     found_by_training: ClassVar[tuple[str, ...]] = ("total_step",)
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "lora_alpha", "target_r", "init_r", "total_step")
 
-    target_r: int = 8
+    target_r: int = field(default=8, metadata=AT_LEAST_1)
     """Size of the bottleneck that is left at the end, on average over the layers."""
-    init_r: int = 12
+    init_r: int = field(default=12, metadata=AT_LEAST_1)
     """Size of every bottleneck at the start. Parameters and memory while training grow with it."""
-    tinit: int = 0
+    tinit: int = field(default=0, metadata=AT_LEAST_0)
     """Steps at the start during which nothing is taken away."""
-    tfinal: int = 0
+    tfinal: int = field(default=0, metadata=AT_LEAST_0)
     """Steps at the end during which what is left is trained and no longer changes place."""
-    deltaT: int = 1
+    deltaT: int = field(default=1, metadata=AT_LEAST_1)
     """Number of steps between two prunings, each of which sets the least important directions to zero."""
-    beta1: float = 0.85
+    beta1: float = field(default=0.85, metadata=INSIDE_0_1)
     """How slowly the importance of a weight follows its last steps; nearer to 1 is slower."""
-    beta2: float = 0.85
+    beta2: float = field(default=0.85, metadata=INSIDE_0_1)
     """The same for how much that importance varies."""
-    orth_reg_weight: float = 0.5
+    orth_reg_weight: float = field(default=0.5, metadata=AT_LEAST_0)
     """How strongly A's rows and B's columns are kept orthogonal: the weight of their deviation in the loss."""
     total_step: int | None = None
     """Optimizer steps of the whole training. Unset: as many as there are."""
-    lora_alpha: float = 8
+    lora_alpha: float = field(default=8, metadata=ABOVE_0)
     """Strength of the update: it is multiplied by lora_alpha / init_r."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training."""
     init_lora_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""
@@ -96,9 +97,7 @@ class AdaLoraConfig(_LoraSettings, BiasConfig, FanInConfig, ExcludingConfig, Lay
             warnings.warn("AdaLoRA does not use r; init_r and target_r say its sizes", PeftWarning, stacklevel=3)
 
     def problems(self) -> Problems:
-        found = super().problems() + not_positive(self, "lora_alpha") + outside_unit_interval(self, "lora_dropout")
-        found += too_small(self, target_r=1, init_r=1, tinit=0, tfinal=0, deltaT=1, orth_reg_weight=0)
-        found += [(key, "must be between 0 and 1") for key in ("beta1", "beta2") if not 0 < getattr(self, key) < 1]
+        found = super().problems()
         if self.target_r > self.init_r:
             found.append(
                 ("target_r", f"{self.target_r} is above init_r, {self.init_r}; directions are only taken away")

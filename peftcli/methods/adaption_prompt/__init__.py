@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import AdapterConfig
+from peftcli.guard.ranges import AT_LEAST_1
 from peftcli.methods._settings import Problems
 
 
@@ -25,20 +26,16 @@ class AdaptionPromptConfig(AdapterConfig):
     filled_later: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
     always_written: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers", "target_modules")
 
-    adapter_len: int | None = None
+    adapter_len: int | None = field(default=None, metadata=AT_LEAST_1)
     """Trained vectors a layer, which every token attends to. They take no position of the context. Required."""
-    adapter_layers: int | None = None
+    adapter_layers: int | None = field(default=None, metadata=AT_LEAST_1)
     """How many layers have some, counted from the last. Required."""
     target_modules: str | None = None
     """Name of the attention modules, self_attn for one. Unset: found from the model."""
 
     def problems(self) -> Problems:
-        found = super().problems()
-        for key in ("adapter_len", "adapter_layers"):
-            value = getattr(self, key)
-            if value is None or value < 1:
-                found.append((key, "is required" if value is None else f"must be at least 1, not {value}"))
-        return found
+        given = {"adapter_len": self.adapter_len, "adapter_layers": self.adapter_layers}
+        return super().problems() + [(key, "is required") for key, value in given.items() if value is None]
 
     def merge_problem(self) -> str | None:
         return "LLaMA-Adapter's vectors are attended to, which no weight does: it cannot be merged"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, LayeredConfig
-from peftcli.methods._settings import Problems, too_small
+from peftcli.guard.ranges import AT_LEAST_1
 
 
 @dataclass(kw_only=True)
@@ -18,13 +18,10 @@ class C3AConfig(BiasConfig, LayeredConfig):
     sizes: ClassVar[tuple[str, ...]] = ("block_size", "block_size_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
 
-    block_size: int = 256
+    block_size: int = field(default=256, metadata=AT_LEAST_1)
     """Side of the blocks into which each weight is cut. It divides the inputs and outputs of every adapted layer;
     the trained numbers are those of the weight divided by it."""
-    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    block_size_pattern: dict[str, int] = field(default_factory=dict, metadata=AT_LEAST_1)
     """A block_size of their own for some layers: name ending or regular expression -> block_size."""
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
     """How the kernels start. true: at zero, from no update at all; false is xavier_uniform."""
-
-    def problems(self) -> Problems:
-        return super().problems() + too_small(self, block_size=1, block_size_pattern=1)

@@ -10,7 +10,7 @@ from typing import Any
 from peftcli.core.prompts.config import PrefixConfig
 from peftcli.errors import AdapterError
 from peftcli.guard.files import read_small
-from peftcli.methods._settings import too_small
+from peftcli.guard.ranges import AT_LEAST_0
 
 _LARGEST = 1 << 26
 """Bytes of a document."""
@@ -24,7 +24,7 @@ class CartridgeConfig(PrefixConfig):
     learning_rate = 5e-3
     trains_in_inference_mode = False
 
-    num_frozen_tokens: int = 1
+    num_frozen_tokens: int = field(default=1, metadata=AT_LEAST_0)
     """How many of the first virtual tokens do not train. Models attend much to the first token, whatever it says, and
     training that one is unsteady."""
     document: str | None = field(default=None, metadata={"file": False})
@@ -34,7 +34,7 @@ class CartridgeConfig(PrefixConfig):
     """Token ids of the document, as ``prepare`` finds them."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + too_small(self, num_frozen_tokens=0)
+        found = super().problems()
         if self.num_frozen_tokens > self.num_virtual_tokens:
             found.append(("num_frozen_tokens", f"cannot be more than the {self.num_virtual_tokens} virtual tokens"))
         elif self.num_frozen_tokens == self.num_virtual_tokens and not self.inference_mode:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from peftcli.core.config import BOOKKEEPING
 from peftcli.core.prompts.config import EmbeddedPromptConfig
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import too_small
+from peftcli.guard.ranges import AT_LEAST_0
 
 INPUT_FORMAT, INPUT, OUTPUT_FORMAT, OUTPUT = 1, 2, 3, 4
 """Types of the tokens of the first example. In each further one they are 4 higher; 0 is a token of no example."""
@@ -58,11 +58,11 @@ class CPTConfig(EmbeddedPromptConfig):
     each further example; 0: none of them. Outputs and zeros do not train. Unset: all are 1."""
     opt_weighted_loss_type: Literal["none", "decay"] = field(default="none", metadata=_OTHER_LOSS)
     """decay: outputs count the less in the loss the more examples stand between them and the input's own."""
-    opt_loss_decay_factor: float = field(default=1.0, metadata=_OTHER_LOSS)
+    opt_loss_decay_factor: float = field(default=1.0, metadata=AT_LEAST_0 | _OTHER_LOSS)
     """What decay multiplies an example's weight in the loss by, compared with the next example's."""
-    opt_projection_epsilon: float = 0.1
+    opt_projection_epsilon: float = field(default=0.1, metadata=AT_LEAST_0)
     """How far an input token's vector may move from where it started, times the square root of a 2048th of its size."""
-    opt_projection_format_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = field(default=0.1, metadata=AT_LEAST_0)
     """The same, for the tokens of the format."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer of context. Unset: the base model's."""
@@ -75,9 +75,7 @@ class CPTConfig(EmbeddedPromptConfig):
             self._set_tokens(self.cpt_token_ids or [0], self.cpt_tokens_type_mask)
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + too_small(
-            self, opt_projection_epsilon=0, opt_projection_format_epsilon=0, opt_loss_decay_factor=0
-        )
+        found = super().problems()
         ids = self.cpt_token_ids
         if self.task_type != "CAUSAL_LM":
             found.append(("task_type", f"CPT trains causal language models only, not {self.task_type}"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1
 
 
 @dataclass(kw_only=True)
@@ -18,17 +18,13 @@ class FourierFTConfig(BiasConfig, FanInConfig, ExcludingConfig, LayeredConfig):
     sizes: ClassVar[tuple[str, ...]] = ("n_frequency", "n_frequency_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules", "random_loc_seed")
 
-    n_frequency: int = 1000
+    n_frequency: int = field(default=1000, metadata=AT_LEAST_1)
     """Trained coefficients of the update's spectrum, in each layer. The file holds this many numbers for each layer."""
-    scaling: float = 150.0
+    scaling: float = field(default=150.0, metadata=ABOVE_0)
     """Strength of the update. About 300 for Llama models."""
     random_loc_seed: int = 777
     """Seed of the places in the spectrum that are trained."""
-    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict, metadata=AT_LEAST_1)
     """An n_frequency of their own for some layers: name ending or regular expression -> n_frequency."""
     init_weights: bool = False
     """Start from no update at all. false: the spectrum starts at random."""
-
-    def problems(self) -> Problems:
-        found = super().problems() + too_small(self, n_frequency=1, n_frequency_pattern=1)
-        return found + not_positive(self, "scaling")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval
+from peftcli.guard.ranges import ABOVE_0, FRACTION, SHARE
 
 
 @dataclass(kw_only=True)
@@ -24,16 +24,16 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
         "target_modules", "sparse_rate", "projection_prng_key", "save_projection",
     )  # fmt: skip
 
-    sparse_rate: float = 0.01
+    sparse_rate: float = field(default=0.01, metadata=FRACTION)
     """Share of the numbers of an inputs x inputs matrix that train in each layer, besides one for each input."""
     projection_prng_key: int = 0
     """Seed of the places of those numbers."""
     save_projection: bool = True
     """Write what layers share to the file too: an inputs x inputs matrix for each kind of layer, but such an adapter
     does not depend on how a machine computes it, and it can be merged."""
-    regularization_alpha: float = 1e-3
+    regularization_alpha: float = field(default=1e-3, metadata=ABOVE_0)
     """Small number that keeps finding that matrix stable where layers are alike."""
-    frod_dropout: float = 0.0
+    frod_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training."""
     init_weights: bool = True
     """Start from no update, but for rounding; false starts at random, for tests."""
@@ -42,13 +42,6 @@ class FrodConfig(BiasConfig, FanInConfig, LayeredConfig):
     runtime_offload_base_weight: bool = field(default=False, metadata={"recipe": False})
     """Keep the weights of the adapted layers in the CPU's memory. They are moved to the device, one layer at a time,
     for dropout, beside other adapters and while the adapter is disabled, which is slow."""
-
-    def problems(self) -> Problems:
-        found = super().problems() + not_positive(self, "regularization_alpha")
-        found += outside_unit_interval(self, "frod_dropout")
-        if not 0 <= self.sparse_rate <= 1:
-            found.append(("sparse_rate", f"must be in [0, 1], not {self.sparse_rate}"))
-        return found
 
     def merge_problem(self) -> str | None:
         if self.save_projection:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig
-from peftcli.methods._settings import Problems, too_small
+from peftcli.guard.ranges import AT_LEAST_1
+from peftcli.methods._settings import Problems
 
 
 @dataclass(kw_only=True)
@@ -17,7 +18,7 @@ class GloraConfig(BiasConfig):
     learning_rate = 5e-4
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "config_A_B", "config_C", "config_D_E")
 
-    r: int = 8
+    r: int = field(default=8, metadata=AT_LEAST_1)
     """Inner size of the products among A, B and C."""
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
     """What A and B are. lora: a product of two thin matrices each; vector: a number for each output;
@@ -30,7 +31,7 @@ class GloraConfig(BiasConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1)
+        found = super().problems()
         if self.config_A_B == self.config_C == self.config_D_E == "none":
             found.append(("config_A_B", "with config_C and config_D_E none too, there is nothing to train"))
         return found

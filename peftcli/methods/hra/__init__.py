@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, too_small
+from peftcli.guard.ranges import AT_LEAST_1
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     learning_rate = 1e-3
     always_written: ClassVar[tuple[str, ...]] = ("r", "apply_GS", "target_modules", "bias")
 
-    r: int = 8
+    r: int = field(default=8, metadata=AT_LEAST_1)
     """Number of reflections of a layer's inputs. They start in pairs that undo one another, so an odd number starts
     as a single reflection, not from the base model. Parameters grow linearly with it."""
     apply_GS: bool = False
@@ -25,6 +25,3 @@ class HRAConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     the base model."""
     init_weights: bool = True
     """Start in pairs; false starts at random, for tests."""
-
-    def problems(self) -> Problems:
-        return super().problems() + too_small(self, r=1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1
 
 
 @dataclass(kw_only=True)
@@ -18,20 +18,17 @@ class LilyConfig(ExcludingConfig, LayeredConfig):
     sizes: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
     always_written: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B", "scaling", "target_modules")
 
-    r: int = 32
+    r: int = field(default=32, metadata=AT_LEAST_1)
     """Size of the bottleneck. There are fewer matrices than in LoRA, so it is 2 to 4 times LoRA's."""
-    stride_A: int = 1
+    stride_A: int = field(default=1, metadata=AT_LEAST_1)
     """So many layers after one another share the matrix before the bottleneck, each kind of module for itself."""
-    num_B: int = 2
+    num_B: int = field(default=2, metadata={"least": 2})
     """Matrices after the bottleneck that all layers share, each kind of module for itself; every layer mixes them as
     its input asks. At least 2; a half to a quarter of the model's layers."""
-    scaling: float = 1.0
+    scaling: float = field(default=1.0, metadata=ABOVE_0)
     """What the update is multiplied by."""
     init_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""
-
-    def problems(self) -> Problems:
-        return super().problems() + too_small(self, r=1, stride_A=1, num_B=2) + not_positive(self, "scaling")
 
     def packing_problem(self) -> str | None:
         return "mixes its parts by the mean over all tokens of a batch"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1, SHARE
 
 
 @dataclass(kw_only=True)
@@ -15,25 +15,20 @@ class LycorisConfig(ExcludingConfig, LayeredConfig):
 
     always_written: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")
 
-    r: int = 8
+    r: int = field(default=8, metadata=AT_LEAST_1)
     """Inner size of the products that the delta is made of. Parameters grow linearly with it."""
-    alpha: float = 8
+    alpha: float = field(default=8, metadata=ABOVE_0)
     """Strength of the update: it is multiplied by alpha / r."""
-    rank_dropout: float = 0.0
+    rank_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the outputs that get no update in a step of training."""
-    module_dropout: float = 0.0
+    module_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the adapted layers that get no update in a step of training."""
     use_effective_conv2d: bool = False
     """Take a convolution's kernel apart along its window too: fewer parameters for windows above 1."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=AT_LEAST_1)
     """An r of their own for some layers: name ending or regular expression -> r."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=ABOVE_0)
     """An alpha of their own for some layers: name ending or regular expression -> alpha."""
-
-    def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1, rank_pattern=1)
-        found += not_positive(self, "alpha", "alpha_pattern")
-        return found + outside_unit_interval(self, "rank_dropout", "module_dropout")
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from peftcli.core.config import BOOKKEEPING, UNSUPPORTED, AdapterConfig, ExcludingConfig, LayeredConfig
 from peftcli.errors import AdapterError, AdapterTypeError
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, problems_of_sections, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1, SHARE
+from peftcli.methods._settings import Problems, problems_of_sections
 from peftcli.methods.lora.initialisations import (
     FAST_PISSA,
     ON_EVERY_LAYER,
@@ -56,19 +57,19 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     penalty_in_loss: ClassVar[bool] = False
     adapts_attention: ClassVar[bool] = True
 
-    r: int = 8
+    r: int = field(default=8, metadata=AT_LEAST_1)
     """Size of the bottleneck. Parameters and memory grow linearly with it."""
-    lora_alpha: float = 8
+    lora_alpha: float = field(default=8, metadata=ABOVE_0)
     """Strength of the update: it is multiplied by lora_alpha / r."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training."""
     use_rslora: bool = False
     """Multiply by lora_alpha / sqrt(r) instead, which keeps large r stable (https://arxiv.org/abs/2312.03732)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base model train too: none, all, or those of the adapted layers."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=AT_LEAST_1)
     """Other values of r for some layers: name ending or regular expression -> r."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=ABOVE_0)
     """Other values of lora_alpha for some layers: name ending or regular expression -> lora_alpha."""
     use_dora: bool = False
     """Train the magnitude of each output's weights apart from their direction (DoRA, https://arxiv.org/abs/2402.09353):
@@ -94,7 +95,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
     """Block-diagonal A or B (BD-LoRA, https://arxiv.org/abs/2510.23346), for servers that split layers over devices."""
     use_qalora: bool = False
     """Let A read averages of inputs (QA-LoRA, https://arxiv.org/abs/2309.14717), on a base model of GPTQ or AWQ."""
-    qalora_group_size: int = 16
+    qalora_group_size: int = field(default=16, metadata=AT_LEAST_1)
     """Inputs that use_qalora averages."""
     arrow_config: ArrowConfig | None = field(default=None, metadata={"recipe": False})
     """The router of ``create_arrow_model`` (Arrow, https://arxiv.org/abs/2405.11157)."""
@@ -234,8 +235,7 @@ class LoraConfig(ExcludingConfig, LayeredConfig):
 
 def _own_problems(config: LoraConfig) -> Problems:
     """Return the problems of all settings but ``init_lora_weights`` and the variant's: ``(key, message)`` each."""
-    found = too_small(config, r=1, rank_pattern=1) + not_positive(config, "lora_alpha", "alpha_pattern")
-    found += outside_unit_interval(config, "lora_dropout") + _conflicts(config)
+    found = _conflicts(config)
     if (wanted := config.trainable_token_indices) is not None:
         lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
         wrong = [f"token ids count from 0, not {token}" for tokens in lists for token in tokens if token < 0]
@@ -302,8 +302,6 @@ def _variant_problems(config: LoraConfig) -> Problems:
         found.append((key, f"does not go with init_lora_weights: {init}"))
     if config.target_parameters:
         found.append((key, "does not go with target_parameters: it adapts linear layers"))
-    if key == "use_qalora":
-        found += too_small(config, qalora_group_size=1)
     if key in ("use_bdlora", "use_qalora"):  # whose A or B has another shape
         if not isinstance(init, bool) and not config.inference_mode:
             found.append((key, f"needs init_lora_weights: true or false, not {init}"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, outside_unit_interval, too_small
+from peftcli.guard.ranges import AT_LEAST_1, SHARE
 
 
 @dataclass(kw_only=True)
@@ -18,16 +18,13 @@ class MissConfig(BiasConfig, ExcludingConfig, LayeredConfig):
     sizes: ClassVar[tuple[str, ...]] = ("r", "mini_r")
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "init_weights", "mini_r")
 
-    r: int = 64
+    r: int = field(default=64, metadata=AT_LEAST_1)
     """Rows of the block that is repeated along a layer's inputs. Parameters grow linearly with it."""
-    mini_r: int = 1
+    mini_r: int = field(default=1, metadata=AT_LEAST_1)
     """With init_weights: mini, the block's columns; it divides a layer's outputs."""
-    miss_dropout: float = 0.0
+    miss_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training. bat has none."""
     init_weights: bool | Literal["bat", "mini"] = True
     """Which MiSS it is. true: one block for all inputs, which starts at zero; bat: an update that depends on the base
     weight, better and slower; mini: a block that is repeated along the outputs too, far smaller; false: as true, but
     started at random, for tests."""
-
-    def problems(self) -> Problems:
-        return super().problems() + too_small(self, r=1, mini_r=1) + outside_unit_interval(self, "miss_dropout")

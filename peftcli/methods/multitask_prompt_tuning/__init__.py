@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peftcli.errors import AdapterError
-from peftcli.methods._settings import too_small
+from peftcli.guard.ranges import AT_LEAST_1
 from peftcli.methods.prompt_tuning import TextPromptConfig
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+_BY_TASK: dict[str, Any] = AT_LEAST_1 | {"python_only": "its rows do not say which task they belong to"}
 
 
 @dataclass(kw_only=True)
@@ -30,13 +31,13 @@ class MultitaskPromptTuningConfig(TextPromptConfig):
     """The adapter_model.safetensors of the adapter to start from."""
     prompt_tuning_init_task: int = 0
     """Which of its tasks EXACT_SOURCE_TASK starts from, counted from 0."""
-    num_ranks: int = 1
+    num_ranks: int = field(default=1, metadata=AT_LEAST_1)
     """Rank of each task's own factor. It adds num_tasks * num_ranks * (num_virtual_tokens + embedding size) weights."""
-    num_tasks: int = field(default=1, metadata={"python_only": "its rows do not say which task they belong to"})
+    num_tasks: int = field(default=1, metadata=_BY_TASK)
     """How many tasks share the prompt. Of more than one, each input says its own: task_ids."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + too_small(self, num_ranks=1, num_tasks=1)
+        found = super().problems()
         if self.prompt_tuning_init_task < 0:
             found.append(("prompt_tuning_init_task", f"counts from 0; it is {self.prompt_tuning_init_task}"))
         if self.inference_mode:

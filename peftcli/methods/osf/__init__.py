@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import UNSUPPORTED, TargetedConfig
-from peftcli.methods._settings import Problems, not_positive
+from peftcli.guard.ranges import ABOVE_0
 
 
 @dataclass(kw_only=True)
@@ -19,18 +19,15 @@ class OSFConfig(TargetedConfig):
     sizes: ClassVar[tuple[str, ...]] = ("effective_rank", "rank_pattern")
     always_written: ClassVar[tuple[str, ...]] = ("target_modules", "effective_rank")
 
-    effective_rank: int | float | None = None
+    effective_rank: int | float | None = field(default=None, metadata=ABOVE_0)
     """How many of a weight's singular directions, the strongest, stay as they are: a number, or below or at 1.0 the
     share of them. The others are trained. Unset: half."""
-    rank_pattern: dict[str, int | float] = field(default_factory=dict)
+    rank_pattern: dict[str, int | float] = field(default_factory=dict, metadata=ABOVE_0)
     """An effective_rank of their own for some layers: part of the name or regular expression -> effective_rank."""
     init_weights: bool = True
     """Start from the base model's weights; false starts at random, for tests."""
     target_svd_config: dict[str, int] | None = field(default=None, metadata=UNSUPPORTED)
     """Not supported: rank_pattern says the same."""
-
-    def problems(self) -> Problems:
-        return super().problems() + not_positive(self, "effective_rank", "rank_pattern")
 
     def anywhere(self) -> dict[str, float]:
         """``rank_pattern`` as patterns that match where PEFT's do: anywhere in a name."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from peftcli.core.prompts.config import EmbeddedPromptConfig
-from peftcli.methods._settings import outside_unit_interval, too_small
+from peftcli.guard.ranges import AT_LEAST_1, SHARE
 
 
 @dataclass(kw_only=True)
@@ -18,16 +18,15 @@ class PromptEncoderConfig(EmbeddedPromptConfig):
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     """The network that makes the vectors while they train. The adapter file holds the vectors alone."""
-    encoder_hidden_size: int | None = None
+    encoder_hidden_size: int | None = field(default=None, metadata=AT_LEAST_1)
     """Width of that network. Unset: the size of the base model's input embedding."""
-    encoder_num_layers: int = 2
+    encoder_num_layers: int = field(default=2, metadata=AT_LEAST_1)
     """Number of the LSTM's layers. The MLP always has two hidden ones."""
-    encoder_dropout: float = 0.0
+    encoder_dropout: float = field(default=0.0, metadata=SHARE)
     """Dropout between the LSTM's layers."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + too_small(self, encoder_hidden_size=1, encoder_num_layers=1)
-        found += outside_unit_interval(self, "encoder_dropout")
+        found = super().problems()
         if self.inference_mode:  # a file's settings of a network that it does not hold change nothing
             return found
         if self.encoder_reparameterization_type == "MLP":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import ExcludingConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_one_of, not_positive, too_large, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
+from peftcli.methods._settings import Problems, not_one_of
 
 ACTIVATIONS = (
     "relu", "relu2", "relu6", "leaky_relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate",
@@ -25,18 +26,17 @@ class PeanutConfig(ExcludingConfig, LayeredConfig):
     sizes: ClassVar[tuple[str, ...]] = ("r", "depth")
     always_written: ClassVar[tuple[str, ...]] = ("r", "depth", "act_fn", "scaling", "target_modules")
 
-    r: int = 32
+    r: int = field(default=32, metadata=AT_LEAST_1)
     """Width of the small network that makes the update from the base weight. Parameters grow linearly with it."""
-    depth: int = 0
+    depth: int = field(default=0, metadata=AT_LEAST_0 | {"most": 100})
     """Pairs of hidden layers of that network, besides its first and last. Each costs 2 * r * r parameters."""
     act_fn: str = "relu"
     """The network's activation: relu, gelu, silu, tanh, ..., by transformers' names."""
-    scaling: float = 1.0
+    scaling: float = field(default=1.0, metadata=ABOVE_0)
     """What the update is multiplied by."""
     init_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1, depth=0) + not_positive(self, "scaling")
-        found += too_large(self, depth=100)
+        found = super().problems()
         return found + not_one_of(self, "act_fn", *ACTIVATIONS)

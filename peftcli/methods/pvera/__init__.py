@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, outside_unit_interval, too_small
+from peftcli.guard.ranges import AT_LEAST_1, SHARE
+from peftcli.methods._settings import Problems
 
 
 @dataclass(kw_only=True)
@@ -21,13 +22,13 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
     learning_rate = 2e-2
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules", "projection_prng_key", "save_projection")
 
-    r: int = 256
+    r: int = field(default=256, metadata=AT_LEAST_1)
     """Size of the bottleneck. It costs two trained numbers a layer each, so it is larger than LoRA's."""
     projection_prng_key: int = 0
     """Seed of the two random matrices that all layers share."""
     save_projection: bool = True
     """Write the random matrices to the file too: it is larger, and does not depend on the random generator."""
-    pvera_dropout: float = 0.0
+    pvera_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training."""
     d_initial: float = 0.1
     """Where the vector between the two matrices starts."""
@@ -41,7 +42,7 @@ class PveraConfig(BiasConfig, FanInConfig, LayeredConfig):
     checkpointing, which calls a layer twice; kept for the file."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "pvera_dropout")
+        found = super().problems()
         if self.generator_seed is not None and not self.inference_mode:
             found.append(("generator_seed", "is not used in training; set the run's seed"))
         return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, outside_unit_interval, too_small, zero
+from peftcli.guard.ranges import AT_LEAST_1, SHARE
+from peftcli.methods._settings import ZERO, Problems
 
 
 @dataclass(kw_only=True)
@@ -19,7 +20,7 @@ class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
         "r", "randlora_alpha", "target_modules", "projection_prng_key", "save_projection",
     )  # fmt: skip
 
-    r: int = 32
+    r: int = field(default=32, metadata=AT_LEAST_1)
     """Size of each random basis. Smaller means more bases, and more trained numbers."""
     randlora_alpha: float = 640
     """Strength of the update: it is multiplied by randlora_alpha / r. About 20 r."""
@@ -31,11 +32,11 @@ class RandLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
     """Bases of -1, 0 and 1, of which 2/3 are 0."""
     very_sparse: bool = False
     """Bases of -1, 0 and 1, nearly all of which are 0. Learns less."""
-    randlora_dropout: float = 0.0
+    randlora_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training."""
     init_weights: bool = True
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1) + outside_unit_interval(self, "randlora_dropout")
-        return found if self.inference_mode else found + zero(self, "randlora_alpha")
+        wrong = self.randlora_alpha == 0 and not self.inference_mode
+        return super().problems() + [("randlora_alpha", ZERO)] * wrong

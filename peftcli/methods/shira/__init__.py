@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peftcli.core.config import FanInConfig
-from peftcli.methods._settings import Problems, too_small
+from peftcli.guard.ranges import AT_LEAST_1
+from peftcli.methods._settings import Problems
 
 
 @dataclass(kw_only=True)
@@ -18,7 +19,7 @@ class ShiraConfig(FanInConfig):
     always_written: ClassVar[tuple[str, ...]] = ("r", "target_modules")
     filled_later: ClassVar[tuple[str, ...]] = ("mask_type",)
 
-    r: int = 32
+    r: int = field(default=32, metadata=AT_LEAST_1)
     """As many numbers of each weight are trained as LoRA of this r would train: r * (in + out)."""
     mask_fn: ClassVar[Any] = None
     """A function that chooses the numbers, set on a config in Python: ``config.mask_fn = choose``. It gets the base
@@ -33,7 +34,7 @@ class ShiraConfig(FanInConfig):
     """Start from no update at all; false starts at random, for tests."""
 
     def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1)
+        found = super().problems()
         if self.mask_type != "random" and self.mask_fn is None and not self.inference_mode:
             found.append(
                 ("mask_type", f"{self.mask_type!r} needs a function, config.mask_fn; without one it is random")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peftcli.core.config import BiasConfig, FanInConfig, LayeredConfig
-from peftcli.methods._settings import Problems, not_positive, outside_unit_interval, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1, FRACTION, SHARE
 
 
 @dataclass(kw_only=True)
@@ -24,26 +24,19 @@ class TinyLoraConfig(BiasConfig, FanInConfig, LayeredConfig):
         "r", "u", "weight_tying", "target_modules", "projection_seed", "save_projection",
     )  # fmt: skip
 
-    r: int = 2
+    r: int = field(default=2, metadata=AT_LEAST_1)
     """How many of a weight's principal directions are mixed. It costs no trained numbers."""
-    u: int = 64
+    u: int = field(default=64, metadata=AT_LEAST_1)
     """Trained numbers in each layer, or in each group of layers that weight_tying makes."""
-    weight_tying: float = 0.0
+    weight_tying: float = field(default=0.0, metadata=FRACTION)
     """How much layers share their numbers, from 0, each has its own, to 1, all have the same."""
     projection_seed: int = 42
     """Seed of the random matrices that turn the trained numbers into a mixture."""
     save_projection: bool = True
     """Write the random matrices to the file too: it is larger, and does not depend on the random generator."""
-    init_v_bound: float = 0.02
+    init_v_bound: float = field(default=0.02, metadata=ABOVE_0)
     """With init_weights: uniform, the trained numbers start between plus and minus this."""
-    tinylora_dropout: float = 0.0
+    tinylora_dropout: float = field(default=0.0, metadata=SHARE)
     """Share of the input values that the update does not see during training."""
     init_weights: bool | Literal["uniform"] = True
     """true: start from no update at all; uniform and false: at random."""
-
-    def problems(self) -> Problems:
-        found = super().problems() + too_small(self, r=1, u=1) + outside_unit_interval(self, "tinylora_dropout")
-        found += not_positive(self, "init_v_bound")
-        if not 0 <= self.weight_tying <= 1:
-            found.append(("weight_tying", f"must be in [0, 1], not {self.weight_tying}"))
-        return found

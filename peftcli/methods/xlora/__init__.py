@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from peftcli.core.config import AdapterConfig
 from peftcli.errors import PeftWarning
-from peftcli.methods._settings import not_positive, outside_unit_interval, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1, SHARE
 
 _INTERNAL: dict[str, Any] = {"recipe": False, "file": False}
 
@@ -41,17 +41,17 @@ class XLoraConfig(AdapterConfig):
     """Mix differently in each adapted layer. Off: alike in all."""
     enable_softmax: bool = True
     """Make each token's scalings shares, whose sum is 1."""
-    softmax_temperature: float = 1.0
+    softmax_temperature: float = field(default=1.0, metadata=ABOVE_0)
     """Below 1, the shares are sharper."""
     top_k_lora: int | None = None
     """Number of adapters that each token uses: those with the largest scalings. Unset: all."""
     enable_softmax_topk: bool = False
     """Make shares of the scalings that top_k_lora leaves. For enable_softmax: false, which makes shares of all."""
-    xlora_depth: int = 1
+    xlora_depth: int = field(default=1, metadata=AT_LEAST_1)
     """Number of the classifier's layers."""
-    xlora_size: int = 2048
+    xlora_size: int = field(default=2048, metadata=AT_LEAST_1)
     """Width of the classifier's inner layers, which xlora_depth above 1 makes."""
-    xlora_dropout_p: float = 0.2
+    xlora_dropout_p: float = field(default=0.2, metadata=SHARE)
     """Dropout between the classifier's layers."""
     scaling_pass_value: float = 0.0
     """What scales every adapter while the model reads the input for the classifier. 0: the base model reads it."""
@@ -78,8 +78,7 @@ class XLoraConfig(AdapterConfig):
                 warnings.warn("enable_softmax_topk needs top_k_lora: all adapters are used", PeftWarning, stacklevel=3)
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + too_small(self, xlora_depth=1, xlora_size=1)
-        found += not_positive(self, "softmax_temperature") + outside_unit_interval(self, "xlora_dropout_p")
+        found = super().problems()
         if not self.adapters:
             found.append(("adapters", "names no LoRA adapter to mix"))
         elif self.top_k_lora is not None and not 1 <= self.top_k_lora <= len(self.adapters):

@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftcli.errors import DataError, Interrupted, ModelError
-from peftcli.guard.templates import TooMuch, limited
-from peftcli.system.date import strftime_now
+from peftcli.system.date import fixed_date, strftime_now, today
+from peftcli.system.limited_process import LimitedProcess
 from peftcli.tasks.text.formats import Message, with_function
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ _MARK = "Xq7Marker"
 _MARKS = re.compile(_MARK + r"(\d+)([arz]|c\d+q)")
 _MAX_ASKINGS = 1000
 """Kinds of conversations for which it is kept how the template asks for an answer."""
+_MAX_TEMPLATE, _MAX_TEXT = 1_000_000, 100_000_000
+"""Characters of a template, and of what it writes."""
+_SECONDS, _SECONDS_EACH = 4.0, 20e-6
+"""Processor time of one rendering, and as much more for each character of the conversation."""
+_MEMORY = 1 << 30
+"""Bytes that all renderings may take."""
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -82,7 +88,11 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: l
         try:
             with _translated_errors(tokenizer, form):
                 if _renders_plainly(tokenizer):
-                    options["chat_template"] = limited(tokenizer.get_chat_template(tools=tools), strftime_now)
+                    template, variables = tokenizer.get_chat_template(tools=tools), dict(tokenizer.special_tokens_map)
+                    text = _render(template, form, tools, options.get("add_generation_prompt", False), variables)
+                    if not options["tokenize"]:
+                        return text
+                    options |= {"chat_template": "{{ rendered_text }}", "rendered_text": text}
                 return tokenizer.apply_chat_template(form, tools=tools, **options)
         except DataError as error:
             refusal = error
@@ -118,14 +128,61 @@ def _renders_plainly(tokenizer: PreTrainedTokenizerBase) -> bool:
     return getattr(tokenizer.apply_chat_template, "__func__", None) is Base.apply_chat_template
 
 
+class _Endless(Exception):
+    """A rendering takes too long or makes too much."""
+
+
+def _render(
+    template: str, messages: list[Message], tools: list[Any] | None, prompt: bool, variables: dict[str, Any]
+) -> str:
+    """Render a conversation as ``apply_chat_template`` does, in a process with limits: a template is a program."""
+    if len(template) > _MAX_TEMPLATE:
+        raise _Endless(f"it is {len(template):,} characters long; at most {_MAX_TEMPLATE:,} are read")
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    seconds = _SECONDS + _SECONDS_EACH * len(repr((messages, tools)))
+    try:
+        text, problem = _renderer.call((template, messages, tools, prompt, variables, today().isoformat()), seconds)
+    except TimeoutError:
+        raise _Endless(f"it computes for more than {seconds:.0f} seconds") from None
+    except MemoryError:
+        raise _Endless(f"it takes more than {_MEMORY >> 20:,} MiB") from None
+    if problem:
+        raise DataError(f"the chat template refuses the conversation: {problem}")
+    return str(text)
+
+
+def _render_here(given: tuple[Any, ...]) -> tuple[str | None, str | None]:
+    """Return the text, or why the template refuses the conversation."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+    template, messages, tools, prompt, variables, day = given
+    try:
+        # which transformers has in a cache, and formats the true date with
+        _compile_jinja_template(template).environment.globals["strftime_now"] = strftime_now
+        with fixed_date(day):
+            texts: Any = render_jinja_template(
+                [messages], tools=tools, chat_template=template, add_generation_prompt=prompt, **variables
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is foreign code
+        return None, " ".join(str(error).split())[:200] or type(error).__name__
+    if len(text := str(texts[0][0])) > _MAX_TEXT:
+        raise MemoryError
+    return text, None
+
+
+_renderer = LimitedProcess(_render_here, _MEMORY)
+
+
 @contextmanager
 def _translated_errors(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Iterator[None]:
     """Translate the template's exceptions. An endless template is a ModelError: no other row would succeed either."""
     try:
         yield
-    except Interrupted:  # a signal is not a fault of the template
+    except (Interrupted, DataError):  # a signal is not a fault of the template
         raise
-    except TooMuch as error:
+    except _Endless as error:
         raise ModelError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} does not come to an end with a "
             f"conversation of {len(messages)} messages: {error}",

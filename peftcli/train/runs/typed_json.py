@@ -8,12 +8,14 @@ whose default is LATER or ABSENT may be missing from the file.
 from __future__ import annotations
 
 import re
-import types
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import date, datetime
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from peftcli.guard.typed_fields import branches
 
 T = TypeVar("T")
 
@@ -84,9 +86,9 @@ def field_types(cls: type) -> dict[str, Any]:
 
 def without_null(hint: Any) -> tuple[Any, bool]:
     """``X`` of an annotation ``X | None``, and whether it was one."""
-    if get_origin(hint) not in (Union, types.UnionType):
+    if branches(hint) == (hint,):
         return hint, False
-    (inner,) = (each for each in get_args(hint) if each is not types.NoneType)
+    (inner,) = (each for each in branches(hint) if each is not NoneType)
     return inner, True
 
 

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peftcli.methods._settings import Problems, Section, not_one_of, not_positive, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_1, FRACTION
+from peftcli.methods._settings import Problems, Section, not_one_of
 
 Name = Literal["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", "eva", "corda", "lora_ga", "loftq"]
 """PEFT's names. The number of pissa_niter_16 may be another."""
@@ -24,9 +25,9 @@ class EvaConfig(Section):
 
     key = "eva_config"
 
-    rho: float = 2.0
+    rho: float = field(default=2.0, metadata=AT_LEAST_1)
     """A layer gets at most rho times its r when r moves between layers. 1: every layer keeps its r."""
-    tau: float = 0.99
+    tau: float = field(default=0.99, metadata=FRACTION)
     """Stop when the directions of two steps are this similar, by their cosine."""
     use_label_mask: bool = True
     """Look only at positions whose label counts in the loss."""
@@ -36,10 +37,6 @@ class EvaConfig(Section):
     """Divide each direction by the root of its singular value."""
     adjust_scaling_factors: bool = True
     """Let lora_alpha grow and shrink with a layer's r, so that the update keeps its strength."""
-
-    def problems(self) -> Problems:
-        wrong = not 0 <= self.tau <= 1
-        return too_small(self, rho=1) + [("tau", f"must be in [0, 1], not {self.tau}")] * wrong
 
 
 @dataclass
@@ -79,11 +76,8 @@ class LoraGAConfig(Section):
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     """Size of the start. stable: out_features ** 0.25 / sqrt(stable_gamma); weight_svd: by the weight's singular
     values; gd_scale: 1 / scaling; unit: 1."""
-    stable_gamma: int = 16
+    stable_gamma: int = field(default=16, metadata=ABOVE_0)
     """Larger starts smaller."""
-
-    def problems(self) -> Problems:
-        return not_positive(self, "stable_gamma")
 
 
 @dataclass
@@ -94,11 +88,11 @@ class LoftQConfig(Section):
 
     loftq_bits: int = 4
     """Round the weights to so many bits: 4 as NF4, 8 as integers."""
-    loftq_iter: int = 1
+    loftq_iter: int = field(default=1, metadata=AT_LEAST_1)
     """How often to round the weights and compute B A, each anew from the other."""
 
     def problems(self) -> Problems:
-        return not_one_of(self, "loftq_bits", 4, 8) + too_small(self, loftq_iter=1)
+        return not_one_of(self, "loftq_bits", 4, 8)
 
 
 SECTIONS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}

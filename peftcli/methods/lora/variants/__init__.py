@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peftcli.methods._settings import Problems, Section, negative, not_positive, too_large, too_small
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
+from peftcli.methods._settings import Problems, Section
 
 VARIANTS = (
     "alora_invocation_tokens",
@@ -17,7 +18,6 @@ VARIANTS = (
     "loftq_config",
 )
 """The fields that switch a variant on. They adapt linear layers only, and one layer has one variant."""
-_MOST_SAMPLES = 1024
 
 
 @dataclass
@@ -26,9 +26,9 @@ class ArrowConfig(Section):
 
     key = "arrow_config"
 
-    top_k: int = 3
+    top_k: int = field(default=3, metadata=ABOVE_0)
     """Experts that a token is routed to."""
-    router_temperature: float = 1.0
+    router_temperature: float = field(default=1.0, metadata=ABOVE_0)
     """Higher shares a token out more evenly among them."""
     use_gks: bool = False
     """Take the average of general adapters away from every expert (GenKnowSub)."""
@@ -38,9 +38,6 @@ class ArrowConfig(Section):
     """The general adapters; ``create_arrow_model`` sets it."""
     rng_seed: int | None = None
     """Seed of the search for an expert's direction. None: one that is always the same."""
-
-    def problems(self) -> Problems:
-        return not_positive(self, "top_k", "router_temperature")
 
 
 @dataclass
@@ -53,15 +50,14 @@ class BdLoraConfig(Section):
     """Parts of names of modules whose A is block-diagonal: those that the server splits by rows, such as down_proj."""
     target_modules_bd_b: list[str] | None = None
     """Parts of names of modules whose B is block-diagonal: those that the server splits by columns, such as q_proj."""
-    nblocks: int = 1
+    nblocks: int = field(default=1, metadata=AT_LEAST_1)
     """Number of blocks: on how many devices the server splits a layer."""
     match_strict: bool = True
     """Refuse modules that neither list names. false: they get a plain LoRA."""
 
     def problems(self) -> Problems:
         both = sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())})
-        found = [("target_modules_bd_b", f"{name} is in both lists; block-diagonal are A or B") for name in both[:1]]
-        return found + too_small(self, nblocks=1)
+        return [("target_modules_bd_b", f"{name} is in both lists; block-diagonal are A or B") for name in both[:1]]
 
 
 @dataclass
@@ -70,13 +66,10 @@ class KasaConfig(Section):
 
     key = "kasa_config"
 
-    beta: float = 1e-4
+    beta: float = field(default=1e-4, metadata=AT_LEAST_0)
     """Weight in the loss of the squared singular values of the update."""
-    gamma: float = 1e-3
+    gamma: float = field(default=1e-3, metadata=AT_LEAST_0)
     """Weight in the loss of how far A's rows and B's columns are from orthonormal."""
-
-    def problems(self) -> Problems:
-        return negative(self, "beta", "gamma")
 
 
 @dataclass
@@ -85,23 +78,18 @@ class MontecloraConfig(Section):
 
     key = "monteclora_config"
 
-    num_samples: int = 8
+    num_samples: int = field(default=8, metadata=AT_LEAST_1 | {"most": 1024})
     """Samples of A that are drawn and averaged at each step."""
     use_entropy: bool = False
     """Add the sum of the squared weights of the samples to the loss, which keeps one sample from taking over."""
-    dirichlet_prior: float = 0.1
+    dirichlet_prior: float = field(default=0.1, metadata=ABOVE_0)
     """Prior of the weights of the samples: larger pulls them together."""
-    sample_scaler: float = 1e-4
+    sample_scaler: float = field(default=1e-4, metadata=AT_LEAST_0)
     """Size of the noise on A. Near 0, training is that of a plain LoRA."""
-    kl_loss_weight: float = 1e-5
+    kl_loss_weight: float = field(default=1e-5, metadata=AT_LEAST_0)
     """Weight in the loss of the distance from the priors."""
-    buffer_size: int = 150
+    buffer_size: int = field(default=150, metadata=ABOVE_0)
     """Changes nothing here: noise is drawn when it is needed."""
-
-    def problems(self) -> Problems:
-        found = too_small(self, num_samples=1) + too_large(self, num_samples=_MOST_SAMPLES)
-        found += not_positive(self, "dirichlet_prior", "buffer_size")
-        return found + negative(self, "sample_scaler", "kl_loss_weight")
 
 
 @dataclass
@@ -110,14 +98,11 @@ class VeloraConfig(Section):
 
     key = "velora_config"
 
-    num_groups: int = 64
+    num_groups: int = field(default=64, metadata=ABOVE_0)
     """Groups that an input is cut into; one number of each is kept for the backward pass. More: a better gradient, and
     more memory."""
-    scale: float = 1.0
+    scale: float = field(default=1.0, metadata=ABOVE_0)
     """Factor on the inputs that the backward pass rebuilds."""
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
     """The direction that groups are projected on: the average of each batch, that of the first batch, or a random one.
     """
-
-    def problems(self) -> Problems:
-        return not_positive(self, "num_groups", "scale")
