@@ -71,7 +71,7 @@ class PeftModel(SavedByTrainer):
 
     task_classes: ClassVar[dict[str, type[PeftModel]]] = {}
     """The class of each task_type; filled by the subclasses."""
-    _default_task_type: ClassVar[str | None] = None
+    default_task_type: ClassVar[str | None] = None
     """That of an adapter whose config has none."""
     prompt_form: PromptForm | None = None
     """How a text is asked, where an ``AutoPeftModel`` class has found it beside the adapter."""
@@ -88,7 +88,7 @@ class PeftModel(SavedByTrainer):
     def __init_subclass__(cls, task_type: str | None = None) -> None:
         if task_type is not None:
             PeftModel.task_classes[task_type] = cls
-            cls._default_task_type = task_type
+            cls.default_task_type = task_type
 
     @classmethod
     def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
@@ -127,9 +127,9 @@ class PeftModel(SavedByTrainer):
     def _with_task_type(cls, config: AdapterConfig) -> AdapterConfig:
         """The config, or a copy with the class's task_type where it has none: another model may get the same config."""
         check_config(config)
-        if config.task_type is None and cls._default_task_type is not None:
+        if config.task_type is None and cls.default_task_type is not None:
             config = copy.copy(config)
-            config.task_type = cls._default_task_type
+            config.task_type = cls.default_task_type
         return config
 
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
@@ -527,38 +527,19 @@ class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
         return HeadForTrl(head) if isinstance(head, TrainedCopy) else head
 
 
-class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
-    """An encoder-decoder language model with an adapter."""
-
-    arguments = (
-        *("input_ids", "attention_mask", "inputs_embeds"),
-        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
-    )
-
-
-class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
-    """A model that classifies texts, with an adapter."""
-
-    arguments = ("input_ids", "attention_mask", "inputs_embeds", "labels")
-
-
-class PeftModelForTokenClassification(PeftModelForSequenceClassification, task_type="TOKEN_CLS"):
-    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
-
-
-class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
-    """A model that finds answers in texts, with an adapter."""
-
-    arguments = (
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-        *("start_positions", "end_positions"),
-    )
-
-
-class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
-    """A model without a head, with an adapter."""
-
-    arguments = ("input_ids", "attention_mask", "inputs_embeds")
+_TEXTS = ("input_ids", "attention_mask", "inputs_embeds")
+_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+_SPANS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+for _name, _task, _arguments in (
+    ("Seq2SeqLM", "SEQ_2_SEQ_LM", (*_TEXTS, *_DECODER, "labels")),
+    ("SequenceClassification", "SEQ_CLS", (*_TEXTS, "labels")),
+    ("TokenClassification", "TOKEN_CLS", (*_TEXTS, "labels")),
+    ("QuestionAnswering", "QUESTION_ANS", (*_SPANS, "start_positions", "end_positions")),
+    ("FeatureExtraction", "FEATURE_EXTRACTION", _TEXTS),
+):
+    _about = {"arguments": _arguments, "__module__": __name__, "__doc__": f"A model with an adapter of {_task}."}
+    _name = f"{PeftModel.__name__}For{_name}"
+    globals()[_name] = type(_name, (PeftModel,), _about, task_type=_task)
 
 
 class PeftMixedModel(PeftModel):

@@ -38,17 +38,16 @@ _PEFT = {
         MultitaskPromptTuningInit PeftConfig PeftConfigMixin PeftError PeftType PromptEncoderReparameterizationType
         PromptLearningConfig PromptTuningInit TaskType
     """,
-    "peft_api.functional": "inject_adapter_in_model",
     "peft_api.initialisations": """
         get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga replace_lora_weights_loftq
     """,
-    "peft_api.kappa": "find_kappa_target_modules",
+    "peft_api.helpers": "find_kappa_target_modules",
     "peft_api.layers": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "peft_api.lora": "convert_to_lora create_arrow_model save_as_lora",
     "peft_api.mapping": """
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
         PEFT_TYPE_TO_TUNER_MAPPING TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-        get_peft_config get_peft_model
+        get_peft_config get_peft_model inject_adapter_in_model
     """,
     "peft_api.model": " ".join(["PeftMixedModel", "PeftModel", *(f"PeftModelFor{task}" for task in _TASKS)]),
     "peft_api.soft_prompts": """
@@ -88,9 +87,10 @@ _TUNERS = {
 }
 
 NAMESPACES: dict[str, tuple[str, ...]] = {
+    "functional": ("peft_api.mapping", "peft_api.tuner", "peft_api.state_dicts"),
     "mapping_func": ("peft_api.mapping",),
-    "optimizers": ("peft_api.training", "peft_api.lora_optimizers"),
-    "optimizers.lorafa": ("peft_api.training", "peft_api.lora_optimizers"),
+    "optimizers": ("peft_api.training",),
+    "optimizers.lorafa": ("peft_api.training",),
     "optimizers.loraplus": ("peft_api.training",),
     "optimizers.riemannian": ("peft_api.training",),
     "peft_model": (
@@ -116,7 +116,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     "tuners.lora.intruders": ("peft_api.lora",),
     "tuners.lora.layer": ("peft_api.lora", "methods.lora.lora"),
     "tuners.lora.loraga": ("peft_api.initialisations",),
-    "tuners.tuners_utils": ("peft_api.tuner", "peft_api.layers", "peft_api.functional", "peft_api.for_libraries"),
+    "tuners.tuners_utils": ("peft_api.tuner", "peft_api.layers", "peft_api.mapping", "peft_api.for_libraries"),
     "utils": (
         "peft_api.mapping",
         "peft_api.layers",
@@ -129,7 +129,7 @@ NAMESPACES: dict[str, tuple[str, ...]] = {
     ),
     "utils.constants": ("peft_api.mapping",),
     "utils.error": ("errors", "peft_api.config"),
-    "utils.hotswap": ("peft_api.lora",),
+    "utils.hotswap": ("peft_api.hotswap",),
     "utils.loftq_utils": ("peft_api.initialisations",),
     "utils.merge_utils": ("peft_api.helpers",),
     "utils.other": ("peft_api.mapping", "peft_api.layers", "peft_api.training", "peft_api.for_libraries"),
@@ -147,7 +147,7 @@ _LOOK_ONCE = ("transformers.trainer_utils", "diffusers.utils.import_utils")
 """Modules that look for peft when they are imported, and remember the answer."""
 _FIRST = "call peftcli.peft_api.install() at the start, before other libraries are imported"
 
-FILES = ("auto", "config", "functional", "helpers", "mapping")
+FILES = ("auto", "config", "helpers", "mapping")
 """PEFT's modules that are files here."""
 
 
