@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import trainkit
 from classifierkit import ROWS, classifier_base, write_scene
 from datasets import ClassLabel, Dataset, Features
+from guidekit import QUIET, logged
 from PIL import Image, ImageOps
 from soundkit import RATE, tone_rows, whisper_base
 from taskkit import CASES
@@ -30,10 +30,8 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutomaticSpeechRecognitionPipeline,
-    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
@@ -49,13 +47,9 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperProcessor,
     WhisperTokenizer,
-    default_data_collator,
     get_linear_schedule_with_warmup,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
-
 
 # --- token classification ---------------------------------------------------------------------------------------------
 
@@ -261,7 +255,7 @@ def test_image_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.Ca
     )
     trainer.train()
     found = trainer.evaluate(val_ds)["eval_accuracy"]
-    accuracies = [line["eval_accuracy"] for line in trainer.state.log_history if "eval_accuracy" in line]
+    accuracies = logged(trainer, "eval_accuracy")
     assert found == max(accuracies) > 0.8, "of the best epoch, which has been loaded"
     adapter = tmp_path / "adapter"
     trainer.save_model(str(adapter))
@@ -349,7 +343,7 @@ def test_semantic_segmentation(lib: ModuleType, tmp_path: Path) -> None:
         compute_metrics=compute_metrics,
     )
     trainer.train()
-    evaluations = [line["eval_mean_iou"] for line in trainer.state.log_history if "eval_mean_iou" in line]
+    evaluations = logged(trainer, "eval_mean_iou")
     assert max(evaluations) > 0.3
     lora_model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 1_000_000
@@ -455,7 +449,7 @@ def test_speech_recognition_in_8_bits(lib: ModuleType, eight_bits: bool, tmp_pat
     )
     model.config.use_cache = False
     trainer.train()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    losses = logged(trainer, "eval_loss")
     assert losses[-1] < losses[0]
     saved = tmp_path / "run/checkpoint-6/adapter_model"
     assert (saved / "adapter_model.safetensors").is_file()
@@ -554,98 +548,3 @@ def test_sequence_classification(lib: ModuleType, tmp_path: Path) -> None:
     inference_model = lib.PeftModel.from_pretrained(inference_model, tmp_path)
     inference_model.to("cpu")
     assert accuracy(inference_model) == found
-
-
-# --- text to text, and a soft prompt ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_text_to_text_with_lora(lib: ModuleType, tmp_path: Path) -> None:
-    """The example notebook of mt0: a loop by hand, what it prints, and answers of the loaded model."""
-    model_name_or_path = str(trainkit.base_folder("t5", chat=False))
-    lr, num_epochs, batch_size, max_length = 1e-2, 5, 4, 48
-    peft_config = lib.LoraConfig(
-        task_type=lib.TaskType.SEQ_2_SEQ_LM, inference_mode=False, r=8, lora_alpha=32, lora_dropout=0.1
-    )
-    torch.manual_seed(0)
-    model = lib.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(model_name_or_path), peft_config)
-    model.print_trainable_parameters()
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    sentences = ["It will be operated by Nokia.", "Sales fell.", "Growth was robust.", "Nothing changed."]
-    text_labels = ["neutral", "negative", "positive", "neutral"]
-
-    def preprocess(sentence: str, target: str) -> dict[str, torch.Tensor]:
-        given = tokenizer(sentence, max_length=max_length, padding="max_length", truncation=True, return_tensors="pt")
-        labels = tokenizer(target, max_length=8, padding="max_length", truncation=True, return_tensors="pt")
-        ids = labels["input_ids"][0]
-        ids[ids == tokenizer.pad_token_id] = -100
-        return {"input_ids": given["input_ids"][0], "attention_mask": given["attention_mask"][0], "labels": ids}
-
-    rows = [preprocess(*pair) for pair in zip(sentences, text_labels, strict=True)]
-    dataloader = DataLoader(rows, shuffle=True, collate_fn=default_data_collator, batch_size=batch_size)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    lr_scheduler = get_linear_schedule_with_warmup(
-        optimizer=optimizer, num_warmup_steps=0, num_training_steps=len(dataloader) * num_epochs
-    )
-    perplexities = []
-    for _ in range(num_epochs):
-        model.train()
-        for batch in dataloader:
-            loss = model(**{k: v.to("cpu") for k, v in batch.items()}).loss
-            loss.backward()
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        model.eval()
-        eval_preds = list[str]()
-        eval_loss = torch.zeros(())
-        for batch in dataloader:
-            with torch.no_grad():
-                outputs = model(**batch)
-            eval_loss += outputs.loss.detach().float()
-            eval_preds += tokenizer.batch_decode(outputs.logits.argmax(-1).numpy(), skip_special_tokens=True)
-        assert len(eval_preds) == len(sentences)
-        perplexities.append(float(torch.exp(eval_loss / len(dataloader))))
-    assert perplexities[-1] < perplexities[0]
-    peft_model_id = f"{tmp_path}/{peft_config.peft_type}_{peft_config.task_type}"
-    model.save_pretrained(peft_model_id)
-
-    config = lib.PeftConfig.from_pretrained(peft_model_id)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(loaded, peft_model_id).eval()
-    inputs = tokenizer(sentences[1], return_tensors="pt")
-    with torch.no_grad():
-        outputs = loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=10)
-        assert torch.equal(outputs, model.generate(input_ids=inputs["input_ids"], max_new_tokens=10))
-    assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)
-
-
-@pytest.mark.slow
-def test_a_soft_prompt_answers(lib: ModuleType, tmp_path: Path) -> None:
-    """The last blocks of the guide to prompt tuning: the adapter's size, and ``generate`` with a mask and an end."""
-    base = str(trainkit.base_folder("llama"))
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    peft_config = lib.PromptTuningConfig(
-        task_type=lib.TaskType.CAUSAL_LM,
-        prompt_tuning_init=lib.PromptTuningInit.TEXT,
-        num_virtual_tokens=8,
-        prompt_tuning_init_text="Classify if the tweet is a complaint or not:",
-        tokenizer_name_or_path=base,
-    )
-    assert str(peft_config.peft_type.value) == "PROMPT_TUNING"
-    model = lib.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft_config)
-    assert model.get_nb_trainable_parameters()[0] == 8 * 32
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2_000
-
-    config = lib.PeftConfig.from_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(loaded, tmp_path)
-    inputs = tokenizer("Tweet text : I have no water Label : ", return_tensors="pt")
-    loaded.to("cpu")
-    with torch.no_grad():
-        inputs = {k: v.to("cpu") for k, v in inputs.items()}
-        outputs = loaded.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=10, eos_token_id=3
-        )
-    assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)[0].startswith("Tweet text")

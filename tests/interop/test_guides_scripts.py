@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+from guidekit import QUIET as CPU
+from guidekit import logged, part, trainer_of
 from models_tiny import ids, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
@@ -34,7 +35,6 @@ from transformers import (
     pipeline,
 )
 
-CPU: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 INSTRUCTIONS = [
     {"instruction": "Name a colour.", "input": "", "output": "red"},
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},
@@ -147,7 +147,7 @@ def test_alpaca_lora(lib: ModuleType, llama: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     torch.manual_seed(0)
     model, trainer = _finetune(lib, llama, str(tmp_path / "lora"))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert losses[-1] < losses[0]
     expected = _logits(model, tokenizer)
     saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -181,8 +181,7 @@ def test_alpaca_lora_goes_on_from_a_checkpoints_weights(lib: ModuleType, llama: 
     _, first = _finetune(lib, llama, str(tmp_path / "first"))
     (checkpoint,) = (tmp_path / "first").glob("checkpoint-*")
     _, second = _finetune(lib, llama, str(tmp_path / "second"), resume_from=str(checkpoint))
-    starts = [next(entry["loss"] for entry in each.state.log_history if "loss" in entry) for each in (first, second)]
-    assert starts[1] < starts[0]
+    assert logged(second)[0] < logged(first)[0]
 
 
 # --- QLoRA, without quantisation --------------------------------------------------------------------------------------
@@ -210,7 +209,7 @@ def find_all_linear_names(model: nn.Module, kind: type = nn.Linear) -> list[str]
 
 def accelerate_model(lib: ModuleType, model: Any, checkpoint_dir: str | None, kind: type = nn.Linear) -> Any:
     """QLoRA's get_accelerate_model from where the model is loaded."""
-    lora_layer = importlib.import_module(f"{lib.__name__}.tuners.lora").LoraLayer
+    lora_layer = part(lib, "tuners.lora").LoraLayer
     model = lib.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     if checkpoint_dir is not None:
         model = lib.PeftModel.from_pretrained(model, str(Path(checkpoint_dir) / "adapter_model"), is_trainable=True)
@@ -276,7 +275,7 @@ def test_qlora_without_quantisation(lib: ModuleType, llama: str, tmp_path: Path)
         train_result = trainer.train()
         trainer.save_metrics("train", train_result.metrics)
         trainer.save_state()
-        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses += logged(trainer)
     assert losses[3] < losses[0]
     assert losses[4] < losses[1]  # the second went on
     last = tmp_path / "more" / "checkpoint-4"
@@ -362,10 +361,9 @@ def test_trainer_gets_the_model_inside(lib: ModuleType, tmp_path: Path) -> None:
     model = lib.get_peft_model(_Classifier(), config)
     assert isinstance(model.model, _Classifier)  # it has a `model` too
     rows = [{"input_ids": row, "labels": torch.tensor(n % 2)} for n, row in enumerate(ids(4, 8))]
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, logging_steps=1, **CPU)
-    trainer = Trainer(model=model.model, args=arguments, train_dataset=rows)
+    trainer = trainer_of(model.model, tmp_path, rows, max_steps=4, learning_rate=1e-2, logging_steps=1)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert losses[-1] < losses[0]
     assert trainer.predict(rows).predictions.shape == (4, 2)
 
@@ -375,16 +373,9 @@ def test_a_seq2seq_trainer_predicts_by_generating(lib: ModuleType, tmp_path: Pat
     config = lib.PromptTuningConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4, inference_mode=False)
     model = lib.get_peft_model(tiny("t5"), config)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:2]} for row in ids(4, 8)]
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        predict_with_generate=True,
-        generation_max_length=6,
-        **CPU,
-    )
-    trainer = Seq2SeqTrainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator
-    )
+    more = {"eval_dataset": rows, "data_collator": default_data_collator}
+    options = {"max_steps": 2, "predict_with_generate": True, "generation_max_length": 6}
+    trainer = trainer_of(model, tmp_path, rows, more, Seq2SeqTrainer, **options)
     trainer.train()
     found = trainer.predict(rows).predictions
     given = default_data_collator(rows)

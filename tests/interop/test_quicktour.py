@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from guidekit import logged, trainer_of
 from models_tiny import PAD, batch, eval_mode, ids, labelled, logits, randomise, tiny
 from oracle import silence
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
 )
@@ -186,11 +186,6 @@ def test_what_is_saved_trains_on(lib: ModuleType, bases: dict[str, str], tmp_pat
     assert all(parameter.grad is not None for parameter in trained)
 
 
-def test_the_state_dict_of_the_adapter_has_pefts_names(bases: dict[str, str]) -> None:
-    names = [set(lib.get_peft_model_state_dict(_start(lib, "llama", bases["llama"]))) for lib in (peft, peftcli)]
-    assert names[0] == names[1]
-
-
 @pytest.mark.grid(keep=2)
 @pytest.mark.parametrize("kind", ["PeftModel", *(f"PeftModelFor{task}" for task in TASKS_OF_CLASSES)])
 def test_the_classes_put_the_adapter_in_as_get_peft_model_does(kind: str, tmp_path: Path) -> None:
@@ -321,26 +316,18 @@ def _twin(lib: ModuleType, kind: str, base: str, settings: dict[str, Any]) -> An
     return model
 
 
-def _arguments(folder: Path, kind: str = "llama", **changes: Any) -> TrainingArguments:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": 2,
-        "learning_rate": 2e-2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "weight_decay": 0.01,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return Seq2SeqTrainingArguments(**options) if kind == "t5" else TrainingArguments(**options)
+OPTIONS: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "learning_rate": 2e-2,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "weight_decay": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "logging_steps": 1,
+}
 
 
 def _metrics(prediction: Any) -> dict[str, float]:
@@ -349,20 +336,10 @@ def _metrics(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((found[:, -width:].argmax(-1) == prediction.label_ids).mean())}
 
 
-def _trainer(model: Any, kind: str, arguments: TrainingArguments, **options: Any) -> Trainer:
-    options = {"compute_metrics": _metrics, **options}
-    return (Seq2SeqTrainer if kind == "t5" else Trainer)(
-        model=model,
-        args=arguments,
-        train_dataset=_rows(kind),
-        eval_dataset=_rows(kind, 8, seed=50),
-        data_collator=_stack,
-        **options,
-    )
-
-
-def _series(trainer: Trainer, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
+def _trainer(model: Any, kind: str, folder: Path, metrics: Any = _metrics, **changes: Any) -> Trainer:
+    more = {"eval_dataset": _rows(kind, 8, seed=50), "data_collator": _stack, "compute_metrics": metrics}
+    trainer = Seq2SeqTrainer if kind == "t5" else Trainer
+    return trainer_of(model, folder, _rows(kind), more, trainer, **{**OPTIONS, **changes})
 
 
 TOO_FAST = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
@@ -380,16 +357,14 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
     series: dict[str, list[float]] = {}
     for lib in (peft, peftcli):
-        arguments = _arguments(
-            tmp_path, kind, gradient_accumulation_steps=2, save_strategy="no", load_best_model_at_end=False
-        )
-        trainer = _trainer(_twin(lib, kind, bases[kind], settings), kind, arguments)
+        options = {"gradient_accumulation_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}
+        trainer = _trainer(_twin(lib, kind, bases[kind], settings), kind, tmp_path, **options)
         with warnings.catch_warnings():
             if lib is peft:
                 warnings.simplefilter("ignore")
             trainer.train()
         keys = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
-        series[lib.__name__] = [value for key in keys for value in _series(trainer, key)]
+        series[lib.__name__] = [value for key in keys for value in logged(trainer, key)]
     assert series["peftcli"] == pytest.approx(series["peft"], abs=1e-5, rel=1e-5)
     assert len(series["peftcli"]) == 2 + 2 + 2 + 2
 
@@ -401,11 +376,11 @@ def test_trainer_saves_adapters_only_and_restores_the_best(
 ) -> None:
     with silence():
         model = _twin(peftcli, kind, bases[kind], settings)
-        trainer = _trainer(model, kind, _arguments(tmp_path, kind, num_train_epochs=3, **TOO_FAST))
+        trainer = _trainer(model, kind, tmp_path, num_train_epochs=3, **TOO_FAST)
         trainer.train()
-    losses = _series(trainer, "eval_loss")
+    losses = logged(trainer, "eval_loss")
     assert len(losses) == 3
-    assert len(_series(trainer, "eval_accuracy")) == 3
+    assert len(logged(trainer, "eval_accuracy")) == 3
     best = 1 + min(range(3), key=losses.__getitem__)
     assert losses[best - 1] < max(losses)
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * best}")
@@ -428,12 +403,12 @@ def test_trainer_saves_adapters_only_and_restores_the_best(
 
 @pytest.mark.grid
 def test_trainer_resumes_from_its_checkpoint(settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
-    straight = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", _arguments(tmp_path))
+    straight = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", tmp_path)
     straight.train()
-    resumed = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", _arguments(tmp_path / "again"))
+    resumed = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", tmp_path / "again")
     with silence():
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert _series(resumed, "loss")[-2:] == pytest.approx(_series(straight, "loss")[-2:], abs=1e-5)
+    assert logged(resumed, "loss")[-2:] == pytest.approx(logged(straight, "loss")[-2:], abs=1e-5)
 
 
 @pytest.mark.grid
@@ -441,17 +416,15 @@ def test_seq2seq_trainer_generates_with_the_adapter(
     settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:
     model = _twin(peftcli, "t5", bases["t5"], settings)
-    arguments = _arguments(
-        tmp_path, "t5", predict_with_generate=True, generation_max_length=8, metric_for_best_model="eval_length"
-    )
+    options = {"predict_with_generate": True, "generation_max_length": 8, "metric_for_best_model": "eval_length"}
 
     def longest(found: Any) -> dict[str, float]:
         # padded to the length that the model's own settings name
         return {"length": float((found.predictions != PAD).sum(-1).max())}
 
-    trainer = _trainer(model, "t5", arguments, compute_metrics=longest)
+    trainer = _trainer(model, "t5", tmp_path, longest, **options)
     trainer.train()
-    assert all(1 <= value <= 8 for value in _series(trainer, "eval_length"))
+    assert all(1 <= value <= 8 for value in logged(trainer, "eval_length"))
     predicted = trainer.predict(_rows("t5", 2)).predictions
     with eval_mode(model):
         expected = model.generate(**{k: v for k, v in _stack(_rows("t5", 2)).items() if k != "labels"}, max_length=8)
@@ -474,9 +447,9 @@ def test_a_model_that_inject_made_trains_under_trainer(
     peftcli.load_state(model, peftcli.adapter_state(wrapped.get_base_model()))
     found = []
     for number, one in enumerate((wrapped, model)):
-        trainer = _trainer(one, kind, _arguments(tmp_path / str(number), kind, **TOO_FAST))
+        trainer = _trainer(one, kind, tmp_path / str(number), **TOO_FAST)
         trainer.train()
-        found.append([_series(trainer, "loss"), _series(trainer, "eval_loss"), [trainer.evaluate()["eval_loss"]]])
+        found.append([logged(trainer, "loss"), logged(trainer, "eval_loss"), [trainer.evaluate()["eval_loss"]]])
     for here, there in zip(*found, strict=True):
         assert here == pytest.approx(there, abs=1e-5)
     assert found[1][2][0] == pytest.approx(min(found[1][1]), abs=1e-6)
@@ -493,10 +466,9 @@ def test_gradient_checkpointing_under_trainer_gives_the_same_losses(
     for checkpointed in (False, True):
         model = _twin(peftcli, "llama", bases["llama"], settings)
         name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else None
-        arguments = _arguments(tmp_path, **{name or "gradient_checkpointing": checkpointed})
-        trainer = _trainer(model, "llama", arguments)
+        trainer = _trainer(model, "llama", tmp_path, **{name or "gradient_checkpointing": checkpointed})
         trainer.train()
-        series.append(_series(trainer, "loss"))
+        series.append(logged(trainer, "loss"))
         assert math.isfinite(series[-1][-1])
     assert series[0] == pytest.approx(series[1], abs=1e-5)
 
