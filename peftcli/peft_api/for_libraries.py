@@ -172,7 +172,7 @@ def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None
         write_tensor_file(folder / "model.safetensors", tensors)
 
 
-def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
+def find_in_checkpoint(folder: str | Path, name: str) -> str | Path:
     """Return where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
     own = expand_user(Path(folder, name))
     return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
@@ -225,14 +225,14 @@ def start_reference(model: nn.Module, name: str, config: AdapterConfig, configs:
 # ---- Accelerate: it saves and loads state_dict, which holds the adapters alone
 
 
-def keep_to_adapters(model: nn.Module) -> None:
+def limit_state_to_adapters(model: nn.Module) -> None:
     """Let ``state_dict`` and ``load_state_dict`` of the model be about what trains, and what adapters' files hold."""
     model.register_state_dict_post_hook(_drop_base)
     model.register_load_state_dict_pre_hook(_note_prefix)
     model.register_load_state_dict_post_hook(_expect_adapters)
 
 
-def trained_outside(model: nn.Module) -> set[str]:
+def find_trained_outside(model: nn.Module) -> set[str]:
     """Return the names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
     seen = {id(value) for layer in adapter_layers(model).values() for value in layer.own_tensors().values()}
     found = set[str]()
@@ -252,7 +252,7 @@ def _names_in_state(model: nn.Module, *, fixed: bool) -> set[str]:
         if fixed and layer.saves_fixed:
             found |= {id(value) for value in layer.fixed_tensors().values()}
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, value in tensors if id(value) in found} | trained_outside(model)
+    return {name for name, value in tensors if id(value) in found} | find_trained_outside(model)
 
 
 def _drop_base(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -141,7 +141,11 @@ class LayerMethods:
         if self.adapter == adapter_name:
             if self.merged_adapters:
                 _note_merged(stack[-1])
-            _empty(self)
+            base, merged = self.base_layer, (self.merged_layers, self.before_merging)
+            self.__dict__.clear()
+            self.__class__ = EmptyLayer
+            self.__init__(base)
+            _note_merged(self, *merged)
             self.active_adapters = left or others[-1:]
         elif left:
             self.active_adapters = left
@@ -219,13 +223,10 @@ class TunerLayerStatus:
     enabled: bool
     """Whether all layers of active adapters adapt it."""
     active_adapters: list[str]
-    """Names of the active adapters of the model, whether or not they adapt this module."""
+    """Those of the model, whether or not they adapt this module."""
     merged_adapters: list[str]
-    """Names of the adapters that are merged into its weights."""
     requires_grad: dict[str, bool | Irregular]
-    """For each adapter of the module, whether its weights take gradients."""
     available_adapters: list[str]
-    """Names of the adapters of the module."""
     devices: dict[str, list[str]]
     """For each adapter of the module, the kinds of device that its weights are on."""
     quantization_backend: str | None
@@ -243,7 +244,6 @@ class TunerModelStatus:
     peft_types: dict[str, str]
     """PEFT's name of each adapter's method; empty without a ``PeftModel``."""
     trainable_params: int
-    """Number of the parameters that train."""
     total_params: int
     """Number of all parameters, without the biases that trained ones replace."""
     num_adapter_layers: int
@@ -251,17 +251,11 @@ class TunerModelStatus:
     enabled: bool | Irregular
     """Whether all layers of active adapters adapt the model."""
     active_adapters: list[str] | Irregular
-    """Names of the active adapters."""
     merged_adapters: list[str] | Irregular
-    """Names of the adapters that are merged."""
     requires_grad: dict[str, bool | Irregular]
-    """For each adapter, whether its weights take gradients."""
     available_adapters: list[str]
-    """Names of the adapters."""
     devices: dict[str, list[str]]
-    """For each adapter, the kinds of device that its weights are on."""
     quantization_backend: str | None
-    """What stores the adapted modules' weights in fewer bits."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -368,15 +362,6 @@ def _common(values: Iterable[Any]) -> Any:
     """Return the value that all have, or ``irregular``."""
     found = list(values)
     return found[0] if all(value == found[0] for value in found) else "irregular"
-
-
-def _empty(layer: AdapterLayer) -> None:
-    """Make the layer an empty one, without an adapter."""
-    base, merged = layer.base_layer, (layer.merged_layers, layer.before_merging)
-    layer.__dict__.clear()
-    layer.__class__ = EmptyLayer
-    layer.__init__(base)  # type: ignore[misc]
-    _note_merged(layer, *merged)
 
 
 def _note_merged(innermost: Any, layers: Sequence[Any] = (), before: Sequence[Any] = ()) -> None:

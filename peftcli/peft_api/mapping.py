@@ -22,12 +22,12 @@ from peftcli.errors import AdapterError, PeftWarning
 from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods import METHODS
 from peftcli.methods.ia3 import TARGETS
-from peftcli.peft_api.adding import check_config, put_new, start_adapter
+from peftcli.peft_api.adding import add_new, check_config, start_adapter
 from peftcli.peft_api.config import PeftType
 from peftcli.peft_api.layers import cast_weights
 from peftcli.peft_api.model import PeftMixedModel, PeftModel
 from peftcli.peft_api.namespaces import TUNER_MODELS
-from peftcli.peft_api.tuner import Tuner, check_name, known_names_in
+from peftcli.peft_api.tuner import Tuner, check_name, check_names_in
 
 
 class TunerKind(type):
@@ -56,7 +56,7 @@ class TunerKind(type):
         chosen = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         if chosen.peft_type != cls.peft_type:
             raise AdapterError(f"{cls.__name__} takes a config of {cls.peft_type}, not {chosen.peft_type}")
-        put_new(model, chosen, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        add_new(model, chosen, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         return Tuner(model, {adapter_name: chosen})
 
 
@@ -176,7 +176,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     Raises:
         AdapterError: an unknown name.
     """
-    known_names_in(model, adapter_name)
+    check_names_in(model, adapter_name)
     layers = adapter_layers(model).values()
     tuner = Tuner(model, dict.fromkeys(layer.adapter for layer in layers))
     tuner.active_adapters = list(dict.fromkeys(layer.adapter for layer in layers if layer.enabled))
@@ -190,7 +190,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     New and loaded adapters are in float32 already.
     """
-    known_names_in(model, adapter_name)
+    check_names_in(model, adapter_name)
     if autocast_adapter_dtype:
         cast_weights(model, adapter_name)
 

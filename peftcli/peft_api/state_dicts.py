@@ -23,7 +23,7 @@ from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.combine import combine
 from peftcli.methods.lora.updates import pairs
-from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misfits, renaming
+from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misshaped, renaming
 from peftcli.peft_api.tuner import Tuner, find_tuner
 
 _EMBEDDINGS = ("embed_tokens.base_layer", "lm_head.base_layer")
@@ -85,7 +85,7 @@ def set_peft_model_state_dict(
     if tuner is None:
         tensors = {key if key in own else _PREFIX + key: value for key, value in tensors.items()}
     if ignore_mismatched_sizes:
-        tensors = keep_misfits(place, name, tensors)
+        tensors = keep_misshaped(place, name, tensors)
     load_state(place, tensors, adapter=name)
     return LoadResult([], [])
 
@@ -178,7 +178,7 @@ def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None
     if not one:
         return tuner, place, None
     if name is None:
-        name = "default" if "default" in tuner.peft_config else tuner.only_active()
+        name = "default" if "default" in tuner.peft_config else tuner.single_active_adapter()
     tuner.check_known([name])
     return tuner, place, name
 
@@ -238,7 +238,7 @@ def _is_resized(model: Any, config: AdapterConfig) -> bool:
     return sizes[0] != sizes[1]
 
 
-def without_start(
+def remove_start(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], start: str | Path
 ) -> tuple[AdapterConfig, Mapping[str, torch.Tensor]]:
     """Return a LoRA adapter without what it was at the start: one of twice the r.

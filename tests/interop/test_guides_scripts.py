@@ -31,7 +31,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
     pipeline,
 )
 
@@ -366,22 +365,6 @@ def test_trainer_gets_the_model_inside(lib: ModuleType, tmp_path: Path) -> None:
     losses = logged(trainer)
     assert losses[-1] < losses[0]
     assert trainer.predict(rows).predictions.shape == (4, 2)
-
-
-@pytest.mark.slow
-def test_a_seq2seq_trainer_predicts_by_generating(lib: ModuleType, tmp_path: Path) -> None:
-    config = lib.PromptTuningConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4, inference_mode=False)
-    model = lib.get_peft_model(tiny("t5"), config)
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:2]} for row in ids(4, 8)]
-    more = {"eval_dataset": rows, "data_collator": default_data_collator}
-    options = {"max_steps": 2, "predict_with_generate": True, "generation_max_length": 6}
-    trainer = trainer_of(model, tmp_path, rows, more, Seq2SeqTrainer, **options)
-    trainer.train()
-    found = trainer.predict(rows).predictions
-    given = default_data_collator(rows)
-    with torch.no_grad():
-        expected = model.eval().generate(**{**given, "labels": None}, max_length=6)
-    assert found[:, : expected.shape[1]].tolist() == expected.tolist()
 
 
 def test_a_pipeline_takes_the_model(lib: ModuleType, llama: str, tmp_path: Path) -> None:

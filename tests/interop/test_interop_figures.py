@@ -132,18 +132,6 @@ def test_counts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"trainable params: {trainable:,d} || all params: {total:,d} || {share}\n"
 
 
-def test_peft_counts_the_prompt_of_an_encoder_and_decoder_twice() -> None:
-    """Its second copy, which is for the decoder, is never read."""
-    import peft
-
-    with torch.device("meta"):
-        model = peft.get_peft_model(
-            _t5_large(), peft.PromptTuningConfig(num_virtual_tokens=20, task_type="SEQ_2_SEQ_LM")
-        )
-    _, _, trainable, total = FIGURES["t5-large, a prompt"]
-    assert model.get_nb_trainable_parameters() == (2 * trainable, total + trainable) == (40960, 737709056)
-
-
 def test_the_injections_own_counts_and_share() -> None:
     build, config, *expected = FIGURES["mt0-large"]
     with torch.device("meta"):
