@@ -147,12 +147,10 @@ def _warn_of_untied(model: nn.Module, config: AdapterConfig, adapter: str) -> No
 
 
 class LoadResult(NamedTuple):
-    """What did not fit when tensors were loaded. What would be a mistake is an error instead."""
+    """Names of weights that the tensors lack, and of tensors that belong to no weight. A mistake is an error."""
 
     missing_keys: list[str]
-    """Names of weights that the tensors lack, and that stay as they were."""
     unexpected_keys: list[str]
-    """Names of tensors that belong to no weight."""
 
 
 def find_by_options(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:

@@ -92,11 +92,7 @@ class PeftModel(SavedByTrainer):
 
     @classmethod
     def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
-        """The class for an adapter: that of its task_type, or this one where it has none.
-
-        Raises:
-            AdapterError: no class has it.
-        """
+        """Return the class for an adapter: that of its task_type, or this one where it has none."""
         if config.task_type is None:
             return cls
         if config.task_type not in PeftModel.task_classes:
@@ -498,11 +494,7 @@ class PeftModel(SavedByTrainer):
 
 
 def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[PeftModel] = PeftModel) -> PeftModel:
-    """Wrap a model that holds an adapter already in ``kind``'s class for the adapter.
-
-    Raises:
-        AdapterError: no class has the adapter's task_type.
-    """
+    """Wrap a model that holds an adapter already in ``kind``'s class for the adapter."""
     found = kind.class_of(config)
     wrapped = found.__new__(found)
     wrapped._hold(model, config, adapter_name)

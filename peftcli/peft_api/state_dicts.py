@@ -146,10 +146,8 @@ def refuse_pickle(safe_serialization: bool) -> None:
 def copy_with_state(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
     """Return a copy of a model with adapters that holds the tensors of ``state``, and where it lacks them the model's.
 
-    Of a tensor that modules share, the state needs one name.
-
-    Raises:
-        AdapterError: the state lacks a tensor that the adapter trains; without a name, that any does.
+    Of a tensor that modules share, the state needs one name. A state without a tensor that the adapter trains (or
+    any, where none is named) is an AdapterError.
     """
     tensors = model.state_dict(keep_vars=True)
     own = {without_wrappers(name): value for name, value in tensors.items()}
@@ -201,10 +199,8 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
     """Return the weights to write beside an adapter's own, by their names in the file.
 
     With ``save`` they are embedding and head. ``auto``: the same where the model has another number of tokens than the
-    checkpoint that the config names, else those that are targets.
-
-    Raises:
-        AdapterError: ``save`` is something else, or this process does not hold a whole weight: offloaded, or divided.
+    checkpoint that the config names, else those that are targets. A weight that this process does not hold as a whole,
+    offloaded or divided, is an AdapterError.
     """
     if save not in (True, False, "auto"):
         raise AdapterError(f'is {save!r}; known: "auto", True, False', key="save_embedding_layers")
@@ -243,15 +239,8 @@ def remove_start(
 ) -> tuple[AdapterConfig, Mapping[str, torch.Tensor]]:
     """Return a LoRA adapter without what it was at the start: one of twice the r.
 
-    An adapter whose start was never taken out of the base model's weights is returned as it is: its file says the same.
-
-    Args:
-        config: the adapter's.
-        tensors: the adapter's, by the names of the file.
-        start: the folder that the adapter was saved in before it was trained.
-
-    Raises:
-        AdapterError: the adapter is of another method, or does not fit the one in the folder.
+    ``start`` is the folder that the adapter was saved in before it was trained. An adapter whose start was never taken
+    out of the base model's weights is returned as it is: its file says the same.
     """
     if not isinstance(config, LoraConfig):
         key = "path_initial_model_for_weight_conversion"

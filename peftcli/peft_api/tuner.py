@@ -129,12 +129,7 @@ class Tuner(nn.Module):
     def by_row(
         self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
     ) -> AbstractContextManager[None]:
-        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given.
-
-        Raises:
-            AdapterError: there are more or fewer names than rows, or the model is in training mode, or its adapters are
-                merged.
-        """
+        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given."""
         if names is None or self.disabled:
             return nullcontext()
         if self.training:
@@ -333,11 +328,7 @@ class Tuner(nn.Module):
         set_active(self.model, [] if self.disabled else self.active_adapters)
 
     def single_active_adapter(self) -> str:
-        """Return the name of the active adapter.
-
-        Raises:
-            AdapterError: there is not exactly one.
-        """
+        """Return the name of the active adapter. Raise AdapterError unless there is exactly one."""
         if len(self.active_adapters) != 1:
             raise AdapterError(f"{len(self.active_adapters)} adapters are active; name one", key="adapter_name")
         return self.active_adapters[0]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from guidekit import close, part, trainer_of
-from models_tiny import batch, labelled, logits, randomise, tiny
+from models_tiny import batch, logits, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -195,46 +195,6 @@ def test_a_multilayer_perceptron(lib: ModuleType, capsys: pytest.CaptureFixture[
     close(loaded(x), peft_model(x))
 
 
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token_mixer = nn.AvgPool2d(3, 1, 1)
-        self.mlp = nn.ModuleDict({"fc1": nn.Conv2d(8, 16, 1), "fc2": nn.Conv2d(16, 8, 1)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.token_mixer(x)
-        return x + self.mlp["fc2"](self.mlp["fc1"](x).relu())
-
-
-class _Metaformer(nn.Module):
-    """Built as timm's poolformer is: convolutions named mlp.fc1 and mlp.fc2, a head called head.fc."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-        self.stages = nn.Sequential(_Block(), _Block())
-        self.head = nn.ModuleDict({"fc": nn.Linear(8, 5)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head["fc"](self.stages(self.stem(x)).mean((2, 3)))
-
-
-def test_convolutions_by_a_pattern(lib: ModuleType, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = _Metaformer()
-    twin = _Metaformer()
-    twin.load_state_dict(model.state_dict())
-    config = lib.LoraConfig(target_modules=r".*\.mlp\.fc\d", modules_to_save=["head.fc"])
-    peft_model = lib.get_peft_model(model, config)
-    assert peft_model.targeted_module_names == [f"stages.{n}.mlp.fc{m}" for n in (0, 1) for m in (1, 2)]
-    assert peft_model.get_nb_trainable_parameters()[0] == 4 * 8 * (8 + 16) + 8 * 5 + 5
-    randomise(peft_model)
-    x = torch.randn(2, 3, 16, 16)
-    expected = peft_model.eval()(x)
-    peft_model.save_pretrained(tmp_path)
-    close(lib.PeftModel.from_pretrained(twin, tmp_path)(x), expected)
-
-
 def test_a_new_architecture_takes_the_targets_of_one_like_it(lib: ModuleType) -> None:
     constants = part(lib, "utils.constants")
     targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["mistral"]
@@ -296,20 +256,3 @@ def test_a_random_head_is_saved_with_the_task_or_with_modules_to_save(lib: Modul
         loaded = lib.PeftModel.from_pretrained(with_random_head(2), tmp_path / name).eval()
         found, expected = logits(loaded, batch("bert")), logits(model, batch("bert"))
         assert torch.allclose(found, expected, atol=1e-4) == same, name
-
-
-def test_batch_norms_are_trained_and_saved_when_they_are_named(lib: ModuleType, tmp_path: Path) -> None:
-    model = tiny("convnet")
-    config = lib.LoraConfig(target_modules=["convolution"], modules_to_save=["classifier", "normalization"])
-    peft_model = lib.get_peft_model(model, config).train()
-    before = logits(tiny("convnet"), batch("convnet"))
-    optimizer = torch.optim.SGD(peft_model.parameters(), lr=0.1)
-    for _ in range(2):
-        peft_model(**labelled("convnet")).loss.backward()
-        optimizer.step()
-    expected = logits(peft_model.eval(), batch("convnet"))
-    assert not torch.allclose(expected, before, atol=1e-3)
-    peft_model.save_pretrained(tmp_path)
-    assert any("running_mean" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-    loaded = lib.PeftModel.from_pretrained(tiny("convnet"), tmp_path).eval()
-    close(logits(loaded, batch("convnet")), expected)

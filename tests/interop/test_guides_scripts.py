@@ -1,4 +1,7 @@
-"""Scripts as users write them, with another import: alpaca-lora's three, QLoRA's without its packages, a Trainer's."""
+"""Scripts as users write them, with another import: alpaca-lora's three, a Trainer's.
+
+QLoRA's is in tests/models/test_models_qlora_script.py.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ import pytest
 import torch
 import trainkit
 from guidekit import QUIET as CPU
-from guidekit import logged, part, trainer_of
+from guidekit import logged, trainer_of
 from models_tiny import ids, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -26,10 +28,7 @@ from transformers import (
     DataCollatorWithPadding,
     GenerationConfig,
     LlamaForCausalLM,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     pipeline,
 )
@@ -181,109 +180,6 @@ def test_alpaca_lora_goes_on_from_a_checkpoints_weights(lib: ModuleType, llama: 
     (checkpoint,) = (tmp_path / "first").glob("checkpoint-*")
     _, second = _finetune(lib, llama, str(tmp_path / "second"), resume_from=str(checkpoint))
     assert logged(second)[0] < logged(first)[0]
-
-
-# --- QLoRA, without quantisation --------------------------------------------------------------------------------------
-
-
-class SavePeftModelCallback(TrainerCallback):
-    """Of QLoRA's script: each checkpoint gets a folder adapter_model."""
-
-    def save_model(self, args: Any, state: Any, model: Any) -> None:
-        model.save_pretrained(str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter_model"))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.save_model(args, state, kwargs["model"])
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / "completed").touch()
-        self.save_model(args, state, kwargs["model"])
-
-
-def find_all_linear_names(model: nn.Module, kind: type = nn.Linear) -> list[str]:
-    names = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kind)}
-    return sorted(names - {"lm_head"})
-
-
-def accelerate_model(lib: ModuleType, model: Any, checkpoint_dir: str | None, kind: type = nn.Linear) -> Any:
-    """QLoRA's get_accelerate_model from where the model is loaded."""
-    lora_layer = part(lib, "tuners.lora").LoraLayer
-    model = lib.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    if checkpoint_dir is not None:
-        model = lib.PeftModel.from_pretrained(model, str(Path(checkpoint_dir) / "adapter_model"), is_trainable=True)
-    else:
-        config = lib.LoraConfig(
-            r=8,
-            lora_alpha=16,
-            target_modules=find_all_linear_names(model, kind),
-            lora_dropout=0.0,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-        model = lib.get_peft_model(model, config)
-    for name, module in model.named_modules():
-        if isinstance(module, lora_layer):
-            module.to(torch.bfloat16)
-        if "norm" in name:
-            module.to(torch.float32)
-        if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
-            module.to(torch.bfloat16)
-    return model
-
-
-def qlora_arguments(folder: str, **changes: Any) -> Seq2SeqTrainingArguments:
-    options: dict[str, Any] = {
-        "output_dir": folder,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-2,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        "max_grad_norm": 0.3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        **CPU,
-    }
-    return Seq2SeqTrainingArguments(**{**options, **changes})
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_qlora_without_quantisation(lib: ModuleType, llama: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    data = _tokenized(tokenizer)
-    losses: list[float] = []
-    folder = tmp_path / "qlora"
-    for checkpoint_dir in (None, str(folder / "checkpoint-4")):
-        model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
-        model = accelerate_model(lib, model, checkpoint_dir)
-        model.config.use_cache = False
-        trainer = Seq2SeqTrainer(
-            model=model,
-            processing_class=tokenizer,
-            args=qlora_arguments(str(folder if checkpoint_dir is None else tmp_path / "more")),
-            train_dataset=data,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        )
-        trainer.add_callback(SavePeftModelCallback)
-        train_result = trainer.train()
-        trainer.save_metrics("train", train_result.metrics)
-        trainer.save_state()
-        losses += logged(trainer)
-    assert losses[3] < losses[0]
-    assert losses[4] < losses[1]  # the second went on
-    last = tmp_path / "more" / "checkpoint-4"
-    expected = _logits(model, tokenizer)
-    for adapter in (last, last / "adapter_model"):  # Trainer's, and the callback's
-        assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 7 * 2
-        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-        merged = lib.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-        assert (_logits(merged, tokenizer) - expected).abs().max() < 0.1 * expected.std()  # bfloat16
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
