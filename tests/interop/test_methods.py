@@ -12,12 +12,23 @@ import peft.tuners.boft.layer as boft_of_peft
 import pytest
 import torch
 from models_tiny import batch, labelled, logits, tiny
-from oracle import Case, file_of, loaded_by_peft, loaded_here, same_logits, saved_by_peft, theirs, written_by_us
+from oracle import (
+    PEFTS_METHODS,
+    Case,
+    file_of,
+    loaded_by_peft,
+    loaded_here,
+    same_logits,
+    saved_by_peft,
+    theirs,
+    written_by_us,
+)
 from promises import TASK_TYPES
 from torch import nn
 
 from peftcli.core.inject import set_trainable
 from peftcli.core.weights import file_tensors
+from peftcli.methods import METHODS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # PEFT's SHiRA, once a process
@@ -332,6 +343,11 @@ def _share(case: str) -> str:
 
 def _tasks(case: Case) -> dict[str, torch.Tensor]:
     return {"task_ids": torch.tensor([2, 0])} if case[0] == "poly" else {}
+
+
+def test_every_method_of_pefts_is_compared() -> None:
+    """Soft prompts in test_prompts.py, X-LoRA in a file of its own."""
+    assert {name for name in PEFTS_METHODS if not METHODS[name].soft_prompt} == {"lora", "xlora", *FURTHER}
 
 
 @pytest.mark.grid(each=_share)
