@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.dataclasses import get_module_class_from_name
 from torch import nn
-from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.utils.hooks import RemovableHandle
 
 from peftcli.core.layer import adapter_dtype, adapter_layers, model_ends
@@ -109,35 +105,6 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int | None, decode
     first = torch.full_like(input_ids[:, :1], decoder_start_token_id)
     shifted = torch.cat([first, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
-def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
-    """Return FSDP's ``auto_wrap_policy`` for a model with adapters: each block by itself, each trained layer by itself.
-
-    The classes of the blocks are those that transformers never splits between devices, or those that
-    ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names.
-
-    Raises:
-        AdapterError: the model has no module of such a class.
-    """
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    kept = [name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
-    blocks = set()
-    for name in dict.fromkeys(named.split(",") if named else kept):
-        block = get_module_class_from_name(model, name)
-        if block is None and named:
-            raise AdapterError(f"{type(model).__name__} has no {name}", key="FSDP_TRANSFORMER_CLS_TO_WRAP")
-        blocks.add(block)
-
-    def is_trained_leaf(module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        return not any(True for _ in module.children()) and weight is not None and weight.requires_grad
-
-    policies = [
-        functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
-        functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
-    ]
-    return functools.partial(_or_policy, policies=policies)
 
 
 def create_loraplus_optimizer(
