@@ -108,11 +108,12 @@ def read_by_peft(kind: str, folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(_base(kind, read_config(folder)["peft_type"]), folder).eval()
 
 
-def same_logits(kind: str, found: Any, expected: Any) -> None:
-    """Fails when logits differ by more than 1e-5 of the largest."""
-    right = logits(expected, batch(kind))
+def same_logits(kind: str, found: Any, expected: Any, **more: Any) -> None:
+    """Fails when logits for a batch, and ``more`` inputs, differ by more than 1e-5 of the largest."""
+    inputs = {**batch(kind), **more}
+    right = logits(expected, inputs)
     scale = right.abs().max().item()
-    torch.testing.assert_close(logits(found, batch(kind)), right, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
+    torch.testing.assert_close(logits(found, inputs), right, atol=1e-5 * max(scale, 1.0), rtol=1e-5)
 
 
 @contextmanager

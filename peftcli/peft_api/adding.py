@@ -69,9 +69,7 @@ def start_adapter(
 ) -> None:
     """Put a new adapter into ``model``; see ``get_peft_model`` for the arguments.
 
-    Raises:
-        AdapterError: a setting or a start is missing that a recipe's training would find, or the config does not fit
-            the model.
+    A setting or a start that a recipe's training would find is an AdapterError.
     """
     for key in config.found_by_training:
         if getattr(config, key) is None and not config.inference_mode:
@@ -111,7 +109,7 @@ def start_adapter(
         empty_state(model, name)
 
 
-def put_new(
+def add_new(
     model: nn.Module,
     config: Any,
     name: str,
@@ -152,20 +150,14 @@ def _warn_of_untied(model: nn.Module, config: AdapterConfig, adapter: str) -> No
 
 
 class LoadResult(NamedTuple):
-    """What did not fit when tensors were loaded. What would be a mistake is an error instead."""
+    """Names of weights that the tensors lack, and of tensors that belong to no weight. A mistake is an error."""
 
     missing_keys: list[str]
-    """Names of weights that the tensors lack, and that stay as they were."""
     unexpected_keys: list[str]
-    """Names of tensors that belong to no weight."""
 
 
 def find_by_options(model_id: str | Path, options: Mapping[str, Any]) -> AdapterSource:
-    """Find the adapter of a folder or hub repository, by the options of PEFT's that say where it is.
-
-    Raises:
-        AdapterError: an option is unknown, or the adapter cannot be read.
-    """
+    """Find the adapter of a folder or hub repository, by the options of PEFT's that say where it is."""
     known = (*_PLACE, *DOWNLOAD_OPTIONS, *UNUSED_OPTIONS, "repo_type", "use_auth_token", *_NO_EFFECT)
     for key in options:
         if key not in known:
@@ -201,7 +193,9 @@ def renaming(key_mapping: Mapping[str, str] | None) -> Callable[[str], str] | No
     return rename
 
 
-def keep_misfits(model: nn.Module, adapter: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def keep_misshaped(
+    model: nn.Module, adapter: str | None, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a file; in place of those of another shape what the adapter holds, with a warning."""
     kept = dict(tensors)
     for key, (layer, tensor, value) in file_tensors(model, adapter).items():
@@ -232,19 +226,16 @@ class Loading:
 def load_into(
     model: nn.Module, config: AdapterConfig, source: AdapterSource, adapter: str, how: Loading, **options: Any
 ) -> None:
-    """Put an adapter of a folder into ``model``, under the name ``adapter``.
+    """Put an adapter of a folder into ``model``, under the name ``adapter``, or leave the model as it was.
 
     ``options`` are more of ``load_adapter``.
-
-    Raises:
-        AdapterError: it does not fit. The model is as it was then.
     """
     rename = _renaming_for(model, config, how.key_mapping)
     if how.ignore_mismatched_sizes:
         config.inference_mode = True  # as load_adapter does: the layers hold what the file holds
         inject(model, config, adapter)
         try:
-            tensors = keep_misfits(model, adapter, read_tensors(source.folder, rename))
+            tensors = keep_misshaped(model, adapter, read_tensors(source.folder, rename))
             load_state(model, tensors, str(source.folder / WEIGHTS_FILE), adapter)
         except AdapterError:
             unload(model, adapter)
@@ -260,11 +251,7 @@ def load_into(
 def replace_adapter(model: nn.Module, name: str, old: AdapterConfig, source: AdapterSource, how: Loading) -> bool:
     """Replace the weights of the adapter called ``name``, or its layers where the configs ``old`` and new differ.
 
-    Returns:
-        Whether the layers are new ones, of the new config.
-
-    Raises:
-        AdapterError: it does not fit. The model is as it was then.
+    Returns whether the layers are new ones. If the new adapter does not fit, the model stays as it was.
     """
     config, folder = source.config, source.folder
     rename = _renaming_for(model, config, how.key_mapping)

@@ -74,10 +74,9 @@ class AutoPeftModel:
         place = {"revision": revision, "subfolder": subfolder, **download}
         source = find_by_options(pretrained_model_name_or_path, place)
         own = config if isinstance(config, AdapterConfig) else source.config
-        cls._check_task(own, source)
+        cls._check(own, source, import_allowlist)
         if config is not None and own is not config:
             base_options["config"] = config
-        _check_library(source, import_allowlist)
         model, initialised = cls._load_base(source, base_options)
         how = Loading(is_trainable, autocast_adapter_dtype, key_mapping)
         fit = partial(fit_adapter, model, own)
@@ -87,11 +86,20 @@ class AutoPeftModel:
         return loaded
 
     @classmethod
-    def _check_task(cls, config: AdapterConfig, source: AdapterSource) -> None:
+    def _check(cls, config: AdapterConfig, source: AdapterSource, import_allowlist: Sequence[str] | None) -> None:
         if cls.task_type is not None and config.task_type not in (None, cls.task_type):
             message = f"{config.task_type} is not the task of {cls.__name__}"
             hint = f"use Auto{PeftModel.class_of(config).__name__}"
             raise AdapterError(message, key="task_type", file=str(source.folder), hint=hint)
+        noted = source.values.get("auto_mapping")
+        library = str(noted.get("parent_library") or "") if isinstance(noted, dict) else ""
+        known = ("", "transformers", "transformers_modules", *(import_allowlist or ()))
+        if source.config.task_type is None and library.partition(".")[0] not in known and library not in known:
+            raise AdapterError(
+                f"the base model's class is one of {library!r}, which is not in the import allowlist",
+                file=str(source.folder),
+                hint="load the base model yourself, and use PeftModel.from_pretrained(model, ...)",
+            )
 
     @classmethod
     def _load_base(cls, source: AdapterSource, options: dict[str, Any]) -> tuple[Any, Sequence[str]]:
@@ -119,38 +127,7 @@ class AutoPeftModel:
         return model, initialised
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel, task_type="CAUSAL_LM"):
-    """The same, for causal language models."""
-
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task_type="SEQ_2_SEQ_LM"):
-    """The same, for encoder-decoder language models."""
-
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel, task_type="SEQ_CLS"):
-    """The same, for models that classify texts."""
-
-
-class AutoPeftModelForTokenClassification(AutoPeftModel, task_type="TOKEN_CLS"):
-    """The same, for models that classify each token."""
-
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel, task_type="QUESTION_ANS"):
-    """The same, for models that find answers in texts."""
-
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel, task_type="FEATURE_EXTRACTION"):
-    """The same, for models without a head."""
-
-
-def _check_library(source: AdapterSource, allowed: Sequence[str] | None) -> None:
-    """Raise AdapterError where an adapter without a task notes a class that is not in transformers, nor allowed."""
-    noted = source.values.get("auto_mapping")
-    library = str(noted.get("parent_library") or "") if isinstance(noted, dict) else ""
-    known = ("", "transformers", "transformers_modules", *(allowed or ()))
-    if source.config.task_type is None and library.partition(".")[0] not in known and library not in known:
-        raise AdapterError(
-            f"the base model's class is one of {library!r}, which is not in the import allowlist",
-            file=str(source.folder),
-            hint="load the base model yourself, and use PeftModel.from_pretrained(model, ...)",
-        )
+for _kind in PeftModel.task_classes.values():
+    _about = {"__module__": __name__, "__doc__": f"``AutoPeftModel`` for adapters of ``{_kind.__name__}``."}
+    _name = f"Auto{_kind.__name__}"
+    globals()[_name] = type(_name, (AutoPeftModel,), _about, task_type=_kind.default_task_type)

@@ -30,16 +30,9 @@ def as_lora(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Return the config and the tensors of a LoRA adapter that does what an adapter of ``model`` does, or nearly so.
 
-    Args:
-        model: holds the adapter.
-        adapter: its name.
-        config: its config, if that is known: it says which modules are adapted. None: they are named one by one.
-        r: that of all layers; or, as a float, the share of each update's squared singular values to keep, in as many
-            directions as that takes.
-
-    Raises:
-        AdapterTypeError: the model has no such adapter, or a layer's change is no update of a weight.
-        AdapterError: r is 0, above a side of a weight, or no share.
+    ``config`` says which modules are adapted; without it they are named one by one. ``r`` is that of all layers; or, as
+    a float, the share of each update's squared singular values to keep, in as many directions as that takes. Raises
+    AdapterTypeError where the model has no such adapter, or a layer's change is no update of a weight.
     """
     if isinstance(r, float) and not 0 < r <= 1:
         raise AdapterError(f"a share must be above 0 and at most 1, not {r}", key="rank")

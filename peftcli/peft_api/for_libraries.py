@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from torch import nn
+from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 from transformers.core_model_loading import WeightRenaming
 
 from peftcli.core.config import AdapterConfig
@@ -172,7 +175,7 @@ def write_for_trainer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None
         write_tensor_file(folder / "model.safetensors", tensors)
 
 
-def place_in_checkpoint(folder: str | Path, name: str) -> str | Path:
+def find_in_checkpoint(folder: str | Path, name: str) -> str | Path:
     """Return where the adapter ``name`` is. Of its own checkpoints Trainer names the folder, whatever the adapter."""
     own = expand_user(Path(folder, name))
     return own if _CHECKPOINT.fullmatch(Path(folder).name) and (own / CONFIG_FILE).is_file() else folder
@@ -222,17 +225,17 @@ def start_reference(model: nn.Module, name: str, config: AdapterConfig, configs:
         load_training_state(model, training_state(model, "default"), name)
 
 
-# ---- Accelerate: it saves and loads state_dict, which holds the adapters alone
+# ---- Accelerate: it saves and loads state_dict, which holds the adapters alone, and asks FSDP which modules to wrap
 
 
-def keep_to_adapters(model: nn.Module) -> None:
+def limit_state_to_adapters(model: nn.Module) -> None:
     """Let ``state_dict`` and ``load_state_dict`` of the model be about what trains, and what adapters' files hold."""
     model.register_state_dict_post_hook(_drop_base)
     model.register_load_state_dict_pre_hook(_note_prefix)
     model.register_load_state_dict_post_hook(_expect_adapters)
 
 
-def trained_outside(model: nn.Module) -> set[str]:
+def find_trained_outside(model: nn.Module) -> set[str]:
     """Return the names of what trains and is no adapter's: somebody has unfrozen it. With the statistics of norms."""
     seen = {id(value) for layer in adapter_layers(model).values() for value in layer.own_tensors().values()}
     found = set[str]()
@@ -252,7 +255,7 @@ def _names_in_state(model: nn.Module, *, fixed: bool) -> set[str]:
         if fixed and layer.saves_fixed:
             found |= {id(value) for value in layer.fixed_tensors().values()}
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, value in tensors if id(value) in found} | trained_outside(model)
+    return {name for name, value in tensors if id(value) in found} | find_trained_outside(model)
 
 
 def _drop_base(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -271,6 +274,35 @@ def _expect_adapters(model: Any, keys: Any) -> None:
     keys.missing_keys[:] = [
         name for name in keys.missing_keys if not name.startswith(prefix) or name.removeprefix(prefix) in names
     ]
+
+
+def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
+    """Return FSDP's ``auto_wrap_policy`` for a model with adapters: each block by itself, each trained layer by itself.
+
+    The classes of the blocks are those that transformers never splits between devices, or those that
+    ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names.
+
+    Raises:
+        AdapterError: the model has no module of such a class.
+    """
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    kept = [name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
+    blocks = set()
+    for name in dict.fromkeys(named.split(",") if named else kept):
+        block = get_module_class_from_name(model, name)
+        if block is None and named:
+            raise AdapterError(f"{type(model).__name__} has no {name}", key="FSDP_TRANSFORMER_CLS_TO_WRAP")
+        blocks.add(block)
+
+    def is_trained_leaf(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not any(True for _ in module.children()) and weight is not None and weight.requires_grad
+
+    policies = [
+        functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
+        functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
+    ]
+    return functools.partial(_or_policy, policies=policies)
 
 
 # ---- load_adapter of transformers: it asks how names in an adapter file become names in the model

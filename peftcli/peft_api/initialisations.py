@@ -230,11 +230,7 @@ def _leave_at_layers(
     shapes: Mapping[str, tuple[int, int]],
     learn: Callable[[], dict[str, torch.Tensor]],
 ) -> None:
-    """Leave at the layers, where the adapter's take it, what ``file`` contains, or what ``learn`` returns and it will.
-
-    Raises:
-        AdapterError: its tensors have other names or shapes.
-    """
+    """Leave at the layers, where the adapter's take it, what ``file`` contains; without it, what ``learn`` returns."""
     if file is not None and Path(file).exists():
         found = read_tensor_file(Path(file))
         if {name: tuple(value.shape) for name, value in found.items()} != shapes:

@@ -217,13 +217,10 @@ class TunerLayerStatus:
     enabled: bool
     """Whether all layers of active adapters adapt it."""
     active_adapters: list[str]
-    """Names of the active adapters of the model, whether or not they adapt this module."""
+    """Those of the model, whether or not they adapt this module."""
     merged_adapters: list[str]
-    """Names of the adapters that are merged into its weights."""
     requires_grad: dict[str, bool | Irregular]
-    """For each adapter of the module, whether its weights take gradients."""
     available_adapters: list[str]
-    """Names of the adapters of the module."""
     devices: dict[str, list[str]]
     """For each adapter of the module, the kinds of device that its weights are on."""
     quantization_backend: str | None
@@ -241,7 +238,6 @@ class TunerModelStatus:
     peft_types: dict[str, str]
     """PEFT's name of each adapter's method; empty without a ``PeftModel``."""
     trainable_params: int
-    """Number of the parameters that train."""
     total_params: int
     """Number of all parameters, without the biases that trained ones replace."""
     num_adapter_layers: int
@@ -249,17 +245,11 @@ class TunerModelStatus:
     enabled: bool | Irregular
     """Whether all layers of active adapters adapt the model."""
     active_adapters: list[str] | Irregular
-    """Names of the active adapters."""
     merged_adapters: list[str] | Irregular
-    """Names of the adapters that are merged."""
     requires_grad: dict[str, bool | Irregular]
-    """For each adapter, whether its weights take gradients."""
     available_adapters: list[str]
-    """Names of the adapters."""
     devices: dict[str, list[str]]
-    """For each adapter, the kinds of device that its weights are on."""
     quantization_backend: str | None
-    """What stores the adapted modules' weights in fewer bits."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:

@@ -61,11 +61,7 @@ def adapted_by_row(model: nn.Module, names: Sequence[str], copies: int = 1) -> I
 
 
 def check_count(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse another number of names than there are rows, as far as the inputs of the model show how many there are.
-
-    Raises:
-        AdapterError: the numbers differ.
-    """
+    """Refuse another number of names than there are rows, as far as the inputs of the model show how many there are."""
     main = (getattr(model, "main_input_name", "input_ids"), "inputs", "input_ids", "inputs_embeds")
     first = [*args[:1], *(kwargs[key] for key in main if key in kwargs)] or list(kwargs.values())
     rows = {value.shape[0] for value in first if isinstance(value, torch.Tensor) and value.ndim}

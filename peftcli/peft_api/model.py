@@ -26,11 +26,11 @@ from peftcli.models.conversions import warn_of_peft
 from peftcli.peft_api.adding import (
     Loading,
     LoadResult,
+    add_new,
     check_config,
     find_by_options,
     load_into,
     name_adapters,
-    put_new,
     replace_adapter,
     replacing,
     start_adapter,
@@ -39,15 +39,15 @@ from peftcli.peft_api.for_libraries import (
     HeadForTrl,
     SavedByTrainer,
     ShowsArguments,
-    keep_to_adapters,
-    place_in_checkpoint,
+    find_in_checkpoint,
+    find_trained_outside,
+    limit_state_to_adapters,
     start_reference,
-    trained_outside,
     write_for_trainer,
 )
 from peftcli.peft_api.layers import cast_weights, count_parameters, get_layer_status, get_model_status
 from peftcli.peft_api.soft_prompts import get_prompt, get_prompt_embedding_to_save, prompt_encoder
-from peftcli.peft_api.state_dicts import copy_with_state, embedding_layers, refuse_pickle, without_start
+from peftcli.peft_api.state_dicts import copy_with_state, embedding_layers, refuse_pickle, remove_start
 from peftcli.peft_api.training import (
     is_checkpointing,
     prepare_model_for_gradient_checkpointing,
@@ -71,7 +71,7 @@ class PeftModel(SavedByTrainer):
 
     task_classes: ClassVar[dict[str, type[PeftModel]]] = {}
     """The class of each task_type; filled by the subclasses."""
-    _default_task_type: ClassVar[str | None] = None
+    default_task_type: ClassVar[str | None] = None
     """That of an adapter whose config has none."""
     prompt_form: PromptForm | None = None
     """How a text is asked, where an ``AutoPeftModel`` class has found it beside the adapter."""
@@ -88,15 +88,11 @@ class PeftModel(SavedByTrainer):
     def __init_subclass__(cls, task_type: str | None = None) -> None:
         if task_type is not None:
             PeftModel.task_classes[task_type] = cls
-            cls._default_task_type = task_type
+            cls.default_task_type = task_type
 
     @classmethod
     def class_of(cls, config: AdapterConfig) -> type[PeftModel]:
-        """The class for an adapter: that of its task_type, or this one where it has none.
-
-        Raises:
-            AdapterError: no class has it.
-        """
+        """Return the class for an adapter: that of its task_type, or this one where it has none."""
         if config.task_type is None:
             return cls
         if config.task_type not in PeftModel.task_classes:
@@ -120,16 +116,16 @@ class PeftModel(SavedByTrainer):
             AdapterError: the config does not fit the model.
         """
         peft_config = self._with_task_type(peft_config)
-        put_new(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        add_new(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._hold(model, peft_config, adapter_name)
 
     @classmethod
     def _with_task_type(cls, config: AdapterConfig) -> AdapterConfig:
         """The config, or a copy with the class's task_type where it has none: another model may get the same config."""
         check_config(config)
-        if config.task_type is None and cls._default_task_type is not None:
+        if config.task_type is None and cls.default_task_type is not None:
             config = copy.copy(config)
-            config.task_type = cls._default_task_type
+            config.task_type = cls.default_task_type
         return config
 
     def _hold(self, model: nn.Module, peft_config: AdapterConfig, adapter_name: str) -> None:
@@ -139,7 +135,7 @@ class PeftModel(SavedByTrainer):
         self.train(model.training)
         if is_checkpointing(model, default=True):
             self.base_model.gradient_hook = require_input_gradients(model)
-        keep_to_adapters(self)
+        limit_state_to_adapters(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -242,7 +238,7 @@ class PeftModel(SavedByTrainer):
         model, config = self.get_base_model(), self._with_task_type(peft_config)
         start_adapter(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         start_reference(model, adapter_name, peft_config, self.peft_config)
-        self.base_model.added(adapter_name, config, trainable=False)
+        self.base_model.register_adapter(adapter_name, config, trainable=False)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -288,26 +284,24 @@ class PeftModel(SavedByTrainer):
     ) -> None:
         """Write each adapter's folder: config, weights, model card. Never the base model.
 
-        A folder that is called as Trainer calls its checkpoints also gets what Trainer reads again.
+        A folder that is called as Trainer calls its checkpoints also gets what Trainer reads again. Warns of weights
+        that train and belong to no adapter, and of layers that PEFT does not load.
 
         Args:
             save_directory: the folder of the adapter called ``default``; the others get a folder of their name in it.
             safe_serialization: PEFT's; pickles are not written, and each file is written whole or not at all.
             selected_adapters: which adapters; None: all.
-            save_embedding_layers: whether to write the base model's embedding and head too. ``auto``: where their
-                number of tokens was changed, and where they are targets.
+            save_embedding_layers: whether to write embedding and head too. ``auto``: if they are targets, or resized.
             is_main_process: whether to write at all.
             path_initial_model_for_weight_conversion: the folder of a LoRA before it was trained that starts by PiSSA,
                 OLoRA, CorDA or LoRA-GA. Those made here need none: they are saved as a plain LoRA.
             state_dict: the model's state, where it is gathered from several devices; None: what the model holds.
-            save_function: transformers', as the other ``options``; they change nothing, these with a warning.
-            options: for example ``max_shard_size``.
+            save_function: transformers'; changes nothing.
+            options: transformers', such as ``max_shard_size``; they change nothing, with a warning.
 
         Raises:
             AdapterError: an unknown name or option, a weight is not finite, or ``state_dict`` lacks one.
             StorageError: the folder cannot be written.
-
-        Warns of weights that train and belong to no adapter, and of layers that PEFT does not load.
         """
         refuse_pickle(safe_serialization)
         if options:
@@ -315,7 +309,10 @@ class PeftModel(SavedByTrainer):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names, "selected_adapters")
         if is_main_process:
-            _warn_of_outside(self)
+            if outside := sorted(find_trained_outside(self)):
+                shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
+                text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
+                warnings.warn(text, PeftWarning, stacklevel=2)
             model = self if state_dict is None else self._with_state(state_dict)
             top = expand_user(Path(save_directory))
             for name in names:
@@ -371,7 +368,7 @@ class PeftModel(SavedByTrainer):
         """
         options = {"message": commit_message, "private": private, "token": token, "revision": revision, **options}
         options |= {"description": commit_description, "create_pr": create_pr, "tags": tags or ()}
-        first = "default" if "default" in self.peft_config else self.base_model.only_active()
+        first = "default" if "default" in self.peft_config else self.base_model.single_active_adapter()
         others = [name for name in self.peft_config if name != first]
         with tempfile.TemporaryDirectory() as folder:
             for name in (first, *others):
@@ -454,9 +451,9 @@ class PeftModel(SavedByTrainer):
         """
         tuner, model = self.base_model, self.get_base_model()
         tuner.check_unmerged()
-        name = tuner.only_active() if adapter_name is None else adapter_name
+        name = tuner.single_active_adapter() if adapter_name is None else adapter_name
         if name in self.peft_config and not options.get("subfolder"):
-            model_id = place_in_checkpoint(model_id, name)
+            model_id = find_in_checkpoint(model_id, name)
         source = find_by_options(model_id, options)
         how = Loading(is_trainable, autocast_adapter_dtype, key_mapping, ignore_mismatched_sizes)
         if name in self.peft_config:
@@ -469,7 +466,7 @@ class PeftModel(SavedByTrainer):
         else:
             tuner.check_new(name)
             load_into(model, source.config, source, name, how)
-            tuner.added(name, source.config, trainable=is_trainable)
+            tuner.register_adapter(name, source.config, trainable=is_trainable)
         if not is_trainable:
             self.eval()
         return LoadResult([], [])
@@ -479,7 +476,7 @@ class PeftModel(SavedByTrainer):
         config, tensors = copy.copy(self.peft_config[name]), adapter_state(self.get_base_model(), name)
         beside = embedding_layers(self.get_base_model(), config, name, embedding)
         if start is not None:
-            config, tensors = without_start(config, tensors, start)
+            config, tensors = remove_start(config, tensors, start)
         warn_of_peft(self.get_base_model(), config, tensors)
         tags = self._card_tags()
         own = has_own_card(folder, tags)
@@ -496,19 +493,8 @@ class PeftModel(SavedByTrainer):
         return [*(getattr(model, "model_tags", None) or []), *(["transformers"] * hasattr(model, "base_model_prefix"))]
 
 
-def _warn_of_outside(model: PeftModel) -> None:
-    if outside := sorted(trained_outside(model)):
-        shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
-        text = f"trains beside the adapters and is in none of their files: {shown}; see modules_to_save"
-        warnings.warn(text, PeftWarning, stacklevel=3)
-
-
 def wrap(model: nn.Module, config: AdapterConfig, adapter_name: str, kind: type[PeftModel] = PeftModel) -> PeftModel:
-    """Wrap a model that holds an adapter already in ``kind``'s class for the adapter.
-
-    Raises:
-        AdapterError: no class has the adapter's task_type.
-    """
+    """Wrap a model that holds an adapter already in ``kind``'s class for the adapter."""
     found = kind.class_of(config)
     wrapped = found.__new__(found)
     wrapped._hold(model, config, adapter_name)
@@ -527,38 +513,19 @@ class PeftModelForCausalLM(PeftModel, task_type="CAUSAL_LM"):
         return HeadForTrl(head) if isinstance(head, TrainedCopy) else head
 
 
-class PeftModelForSeq2SeqLM(PeftModel, task_type="SEQ_2_SEQ_LM"):
-    """An encoder-decoder language model with an adapter."""
-
-    arguments = (
-        *("input_ids", "attention_mask", "inputs_embeds"),
-        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
-    )
-
-
-class PeftModelForSequenceClassification(PeftModel, task_type="SEQ_CLS"):
-    """A model that classifies texts, with an adapter."""
-
-    arguments = ("input_ids", "attention_mask", "inputs_embeds", "labels")
-
-
-class PeftModelForTokenClassification(PeftModelForSequenceClassification, task_type="TOKEN_CLS"):
-    """The same, for a model that classifies each token. Logits and labels are those of the tokens of the input."""
-
-
-class PeftModelForQuestionAnswering(PeftModel, task_type="QUESTION_ANS"):
-    """A model that finds answers in texts, with an adapter."""
-
-    arguments = (
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-        *("start_positions", "end_positions"),
-    )
-
-
-class PeftModelForFeatureExtraction(PeftModel, task_type="FEATURE_EXTRACTION"):
-    """A model without a head, with an adapter."""
-
-    arguments = ("input_ids", "attention_mask", "inputs_embeds")
+_TEXTS = ("input_ids", "attention_mask", "inputs_embeds")
+_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+_SPANS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+for _name, _task, _arguments in (
+    ("Seq2SeqLM", "SEQ_2_SEQ_LM", (*_TEXTS, *_DECODER, "labels")),
+    ("SequenceClassification", "SEQ_CLS", (*_TEXTS, "labels")),
+    ("TokenClassification", "TOKEN_CLS", (*_TEXTS, "labels")),
+    ("QuestionAnswering", "QUESTION_ANS", (*_SPANS, "start_positions", "end_positions")),
+    ("FeatureExtraction", "FEATURE_EXTRACTION", _TEXTS),
+):
+    _about = {"arguments": _arguments, "__module__": __name__, "__doc__": f"A model with an adapter of {_task}."}
+    _name = f"{PeftModel.__name__}For{_name}"
+    globals()[_name] = type(_name, (PeftModel,), _about, task_type=_task)
 
 
 class PeftMixedModel(PeftModel):

@@ -20,37 +20,29 @@ from peftcli.methods import METHODS
 TUNER_MODELS = {row.config_name.replace("Config", "Model"): row.name for row in METHODS.values() if not row.soft_prompt}
 """PEFT's name of the class that holds a model with adapters of a method -> the method. Soft prompts have none."""
 
-_TASKS = (
-    "CausalLM",
-    "FeatureExtraction",
-    "QuestionAnswering",
-    "Seq2SeqLM",
-    "SequenceClassification",
-    "TokenClassification",
-)
+_TASKS = "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification TokenClassification"
 _PEFT = {
     "errors": "NoMatchingPeftModuleError PeftWarning",
     "methods.lora": "LoraRuntimeConfig",
     "methods.lora.initialisations": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
     "methods.lora.variants": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
-    "peft_api.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)]),
+    "peft_api.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS.split())]),
     "peft_api.config": """
         MultitaskPromptTuningInit PeftConfig PeftConfigMixin PeftError PeftType PromptEncoderReparameterizationType
         PromptLearningConfig PromptTuningInit TaskType
     """,
-    "peft_api.functional": "inject_adapter_in_model",
     "peft_api.initialisations": """
         get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga replace_lora_weights_loftq
     """,
-    "peft_api.kappa": "find_kappa_target_modules",
+    "peft_api.helpers": "find_kappa_target_modules",
     "peft_api.layers": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "peft_api.lora": "convert_to_lora create_arrow_model save_as_lora",
     "peft_api.mapping": """
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
         PEFT_TYPE_TO_TUNER_MAPPING TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-        get_peft_config get_peft_model
+        get_peft_config get_peft_model inject_adapter_in_model
     """,
-    "peft_api.model": " ".join(["PeftMixedModel", "PeftModel", *(f"PeftModelFor{task}" for task in _TASKS)]),
+    "peft_api.model": " ".join(["PeftMixedModel", "PeftModel", *(f"PeftModelFor{task}" for task in _TASKS.split())]),
     "peft_api.soft_prompts": """
         compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
         prompt_embeddings_from_past_key_values
@@ -73,71 +65,53 @@ PEFT_NAMES = {
 }
 """PEFT's public names -> the module that holds it; ``peftcli.peft_api`` has these too."""
 
-_LORA = (
-    "methods.lora",
-    "methods.lora.initialisations",
-    "methods.lora.variants",
-    "methods.lora.lora",
-    "peft_api.lora",
-    "peft_api.initialisations",
-    "peft_api.mapping",
-)
-_TUNERS = {
-    **{f"tuners.{name}": (f"methods.{name}", "peft_api.config", "peft_api.mapping") for name in METHODS},
-    "tuners.lora": _LORA,
+_LORA = """
+    methods.lora methods.lora.initialisations methods.lora.variants methods.lora.lora
+    peft_api.lora peft_api.initialisations peft_api.mapping
+"""
+_TUNERS = {**{name: f"methods.{name} peft_api.config peft_api.mapping" for name in METHODS}, "lora": _LORA}
+_PLACES = {
+    "functional": "peft_api.mapping peft_api.tuner peft_api.state_dicts",
+    "mapping_func": "peft_api.mapping",
+    "optimizers": "peft_api.training",
+    "optimizers.lorafa": "peft_api.training",
+    "optimizers.loraplus": "peft_api.training",
+    "optimizers.riemannian": "peft_api.training",
+    "peft_model": """
+        peft_api.model peft_api.layers peft_api.config peft_api.mapping peft_api.state_dicts peft_api.training
+    """,
+    **{f"tuners.{name}": places for name, places in _TUNERS.items()},
+    **{f"tuners.{name}.config": places for name, places in _TUNERS.items()},
+    **{f"tuners.{name}.model": "peft_api.mapping" for name in TUNER_MODELS.values()},
+    "tuners.adamss.asa_callback": "peft_api.for_libraries",
+    "tuners": "peft_api peft_api.mapping peft_api.initialisations",
+    "tuners.cartridge.utils": "peft_api.soft_prompts",
+    "tuners.loha.layer": "methods.loha.layers peft_api.for_libraries",
+    "tuners.lokr.layer": "methods.lokr.layers peft_api.for_libraries",
+    "tuners.lora.arrow": "peft_api.lora",
+    "tuners.lora.conversion": "peft_api.lora",
+    "tuners.lora.corda": "peft_api.initialisations",
+    "tuners.lora.eva": "peft_api.initialisations",
+    "tuners.lora.intruders": "peft_api.lora",
+    "tuners.lora.layer": "peft_api.lora methods.lora.lora",
+    "tuners.lora.loraga": "peft_api.initialisations",
+    "tuners.tuners_utils": "peft_api.tuner peft_api.layers peft_api.mapping peft_api.for_libraries",
+    "utils": """
+        peft_api.mapping peft_api.layers peft_api.training peft_api.config peft_api.state_dicts
+        peft_api.initialisations peft_api.for_libraries errors
+    """,
+    "utils.constants": "peft_api.mapping",
+    "utils.error": "errors peft_api.config",
+    "utils.hotswap": "peft_api.hotswap",
+    "utils.loftq_utils": "peft_api.initialisations",
+    "utils.merge_utils": "peft_api.helpers",
+    "utils.other": "peft_api.mapping peft_api.layers peft_api.training peft_api.for_libraries",
+    "utils.peft_types": "peft_api.config",
+    "utils.save_and_load": "peft_api.state_dicts",
+    "utils.transformers_weight_conversion": "peft_api.for_libraries",
+    "utils.warning": "errors",
 }
-
-NAMESPACES: dict[str, tuple[str, ...]] = {
-    "mapping_func": ("peft_api.mapping",),
-    "optimizers": ("peft_api.training", "peft_api.lora_optimizers"),
-    "optimizers.lorafa": ("peft_api.training", "peft_api.lora_optimizers"),
-    "optimizers.loraplus": ("peft_api.training",),
-    "optimizers.riemannian": ("peft_api.training",),
-    "peft_model": (
-        "peft_api.model",
-        "peft_api.layers",
-        "peft_api.config",
-        "peft_api.mapping",
-        "peft_api.state_dicts",
-        "peft_api.training",
-    ),
-    **_TUNERS,
-    **{f"{name}.config": places for name, places in _TUNERS.items()},
-    **{f"tuners.{name}.model": ("peft_api.mapping",) for name in TUNER_MODELS.values()},
-    "tuners.adamss.asa_callback": ("peft_api.for_libraries",),
-    "tuners": ("peft_api", "peft_api.mapping", "peft_api.initialisations"),
-    "tuners.cartridge.utils": ("peft_api.soft_prompts",),
-    "tuners.loha.layer": ("methods.loha.layers", "peft_api.for_libraries"),
-    "tuners.lokr.layer": ("methods.lokr.layers", "peft_api.for_libraries"),
-    "tuners.lora.arrow": ("peft_api.lora",),
-    "tuners.lora.conversion": ("peft_api.lora",),
-    "tuners.lora.corda": ("peft_api.initialisations",),
-    "tuners.lora.eva": ("peft_api.initialisations",),
-    "tuners.lora.intruders": ("peft_api.lora",),
-    "tuners.lora.layer": ("peft_api.lora", "methods.lora.lora"),
-    "tuners.lora.loraga": ("peft_api.initialisations",),
-    "tuners.tuners_utils": ("peft_api.tuner", "peft_api.layers", "peft_api.functional", "peft_api.for_libraries"),
-    "utils": (
-        "peft_api.mapping",
-        "peft_api.layers",
-        "peft_api.training",
-        "peft_api.config",
-        "peft_api.state_dicts",
-        "peft_api.initialisations",
-        "peft_api.for_libraries",
-        "errors",
-    ),
-    "utils.constants": ("peft_api.mapping",),
-    "utils.error": ("errors", "peft_api.config"),
-    "utils.hotswap": ("peft_api.lora",),
-    "utils.loftq_utils": ("peft_api.initialisations",),
-    "utils.merge_utils": ("peft_api.helpers",),
-    "utils.other": ("peft_api.mapping", "peft_api.layers", "peft_api.training", "peft_api.for_libraries"),
-    "utils.peft_types": ("peft_api.config",),
-    "utils.save_and_load": ("peft_api.state_dicts",),
-    "utils.transformers_weight_conversion": ("peft_api.for_libraries",),
-    "utils.warning": ("errors",),
-}
+NAMESPACES: dict[str, tuple[str, ...]] = {name: tuple(places.split()) for name, places in _PLACES.items()}
 """PEFT's module -> modules of peftcli that hold its names; a name is taken from the first that has it."""
 
 _PRIVATE = ("_get_submodules",)
@@ -147,7 +121,7 @@ _LOOK_ONCE = ("transformers.trainer_utils", "diffusers.utils.import_utils")
 """Modules that look for peft when they are imported, and remember the answer."""
 _FIRST = "call peftcli.peft_api.install() at the start, before other libraries are imported"
 
-FILES = ("auto", "config", "functional", "helpers", "mapping")
+FILES = ("auto", "config", "helpers", "mapping")
 """PEFT's modules that are files here."""
 
 
@@ -245,7 +219,15 @@ _distributions = _Distributions()
 def stand_in_for_peft(api: ModuleType, version: str | None) -> None:
     """Do what ``peftcli.peft_api.install`` says, for ``api``, which is ``peftcli.peft_api``."""
     if not isinstance(sys.modules.get("peft"), _Peft):
-        _check_nobody_has_looked()
+        if "peft" in sys.modules:
+            where = getattr(sys.modules["peft"], "__file__", None)
+            raise AdapterError(f"peft has been imported already, from {where}", hint=_FIRST)
+        looked = [name for name in _LOOK_ONCE if name in sys.modules]
+        available = getattr(sys.modules.get("transformers.utils.import_utils"), "is_peft_available", None)
+        if available is not None and available.cache_info().currsize and not available():
+            looked.append("transformers")
+        if looked:
+            raise AdapterError(f"{looked[0]} has looked for peft already", hint=_FIRST)
         sys.modules["peft"] = _Peft(api)
         for path in (*FILES, *NAMESPACES):
             sys.modules[f"peft.{path}"] = importlib.import_module(f"{api.__name__}.{path}")
@@ -253,15 +235,3 @@ def stand_in_for_peft(api: ModuleType, version: str | None) -> None:
         _distributions.version = version
         if _distributions not in sys.meta_path:
             sys.meta_path.insert(0, _distributions)
-
-
-def _check_nobody_has_looked() -> None:
-    if "peft" in sys.modules:
-        where = getattr(sys.modules["peft"], "__file__", None)
-        raise AdapterError(f"peft has been imported already, from {where}", hint=_FIRST)
-    looked = [name for name in _LOOK_ONCE if name in sys.modules]
-    available = getattr(sys.modules.get("transformers.utils.import_utils"), "is_peft_available", None)
-    if available is not None and available.cache_info().currsize and not available():
-        looked.append("transformers")
-    if looked:
-        raise AdapterError(f"{looked[0]} has looked for peft already", hint=_FIRST)

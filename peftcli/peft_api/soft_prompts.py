@@ -34,8 +34,18 @@ def prompt_encoder(model: Any) -> nn.ModuleDict:
     """
     found: dict[str, nn.Module] = {}
     for layer in adapter_layers(model).values():
-        if isinstance(layer, SoftPrompt) and layer.adapter not in found:  # the layers of a prefix share it
-            found[layer.adapter] = _prompt_encoder(layer)
+        if not isinstance(layer, SoftPrompt) or layer.adapter in found:  # the layers of a prefix share it
+            continue
+        found[layer.adapter] = encoder = nn.Module()
+        for name, value in {**layer.own_tensors(), **layer.fixed_tensors()}.items():
+            own = name.removeprefix("prefix.").removeprefix("prompt_encoder.")
+            path, _, leaf = _NAMES.get(own, own).rpartition(".")
+            module = encoder
+            for part in path.split(".") if path else ():
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, value)  # type: ignore[arg-type]
     if not found:
         raise AttributeError("prompt_encoder: the model has no soft prompt")
     return nn.ModuleDict(found)
@@ -75,20 +85,6 @@ def get_prompt(
         key="adapter_name",
         hint="get_prompt_embedding_to_save gives the keys and values of a prefix",
     )
-
-
-def _prompt_encoder(layer: SoftPrompt) -> nn.Module:
-    encoder = nn.Module()
-    for name, value in {**layer.own_tensors(), **layer.fixed_tensors()}.items():
-        own = name.removeprefix("prefix.").removeprefix("prompt_encoder.")
-        path, _, leaf = _NAMES.get(own, own).rpartition(".")
-        module = encoder
-        for part in path.split(".") if path else ():
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        module.register_parameter(leaf, value)  # type: ignore[arg-type]
-    return encoder
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora import LoraConfig
 from peftcli.methods.lora.combine import combine
 from peftcli.methods.lora.updates import pairs
-from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misfits, renaming
+from peftcli.peft_api.adding import LoadResult, find_by_options, keep_misshaped, renaming
 from peftcli.peft_api.tuner import Tuner, find_tuner
 
 _EMBEDDINGS = ("embed_tokens.base_layer", "lm_head.base_layer")
@@ -85,7 +85,7 @@ def set_peft_model_state_dict(
     if tuner is None:
         tensors = {key if key in own else _PREFIX + key: value for key, value in tensors.items()}
     if ignore_mismatched_sizes:
-        tensors = keep_misfits(place, name, tensors)
+        tensors = keep_misshaped(place, name, tensors)
     load_state(place, tensors, adapter=name)
     return LoadResult([], [])
 
@@ -146,10 +146,8 @@ def refuse_pickle(safe_serialization: bool) -> None:
 def copy_with_state(model: nn.Module, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> nn.Module:
     """Return a copy of a model with adapters that holds the tensors of ``state``, and where it lacks them the model's.
 
-    Of a tensor that modules share, the state needs one name.
-
-    Raises:
-        AdapterError: the state lacks a tensor that the adapter trains; without a name, that any does.
+    Of a tensor that modules share, the state needs one name. A state without a tensor that the adapter trains (or
+    any, where none is named) is an AdapterError.
     """
     tensors = model.state_dict(keep_vars=True)
     own = {without_wrappers(name): value for name, value in tensors.items()}
@@ -178,7 +176,7 @@ def _place(model: Any, name: str | None, one: bool = True) -> tuple[Tuner | None
     if not one:
         return tuner, place, None
     if name is None:
-        name = "default" if "default" in tuner.peft_config else tuner.only_active()
+        name = "default" if "default" in tuner.peft_config else tuner.single_active_adapter()
     tuner.check_known([name])
     return tuner, place, name
 
@@ -201,10 +199,8 @@ def embedding_layers(model: Any, config: AdapterConfig, adapter: str, save: bool
     """Return the weights to write beside an adapter's own, by their names in the file.
 
     With ``save`` they are embedding and head. ``auto``: the same where the model has another number of tokens than the
-    checkpoint that the config names, else those that are targets.
-
-    Raises:
-        AdapterError: ``save`` is something else, or this process does not hold a whole weight: offloaded, or divided.
+    checkpoint that the config names, else those that are targets. A weight that this process does not hold as a whole,
+    offloaded or divided, is an AdapterError.
     """
     if save not in (True, False, "auto"):
         raise AdapterError(f'is {save!r}; known: "auto", True, False', key="save_embedding_layers")
@@ -238,20 +234,13 @@ def _is_resized(model: Any, config: AdapterConfig) -> bool:
     return sizes[0] != sizes[1]
 
 
-def without_start(
+def remove_start(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], start: str | Path
 ) -> tuple[AdapterConfig, Mapping[str, torch.Tensor]]:
     """Return a LoRA adapter without what it was at the start: one of twice the r.
 
-    An adapter whose start was never taken out of the base model's weights is returned as it is: its file says the same.
-
-    Args:
-        config: the adapter's.
-        tensors: the adapter's, by the names of the file.
-        start: the folder that the adapter was saved in before it was trained.
-
-    Raises:
-        AdapterError: the adapter is of another method, or does not fit the one in the folder.
+    ``start`` is the folder that the adapter was saved in before it was trained. An adapter whose start was never taken
+    out of the base model's weights is returned as it is: its file says the same.
     """
     if not isinstance(config, LoraConfig):
         key = "path_initial_model_for_weight_conversion"

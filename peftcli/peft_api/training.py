@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import os
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.dataclasses import get_module_class_from_name
 from torch import nn
-from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.utils.hooks import RemovableHandle
 
-from peftcli.core.layer import model_ends
+from peftcli.core.layer import adapter_dtype, adapter_layers, model_ends
 from peftcli.core.quantised import is_quantised
 from peftcli.core.weights import named_tensors
 from peftcli.errors import AdapterError
 from peftcli.methods.learning_rates import rate_groups
-from peftcli.peft_api.lora_optimizers import LoraFAOptimizer, MatrixPair, matrix_pairs, precondition
+from peftcli.methods.lora.lora import LoraLayer
 from peftcli.peft_api.tuner import find_tuner
 
 _HALVES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 """Of transformers' quantisation methods those whose layers want inputs in half precision."""
+_SMALL = 1e-8
 
 
 def prepare_model_for_kbit_training(
@@ -108,35 +107,6 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int | None, decode
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
-    """Return FSDP's ``auto_wrap_policy`` for a model with adapters: each block by itself, each trained layer by itself.
-
-    The classes of the blocks are those that transformers never splits between devices, or those that
-    ``FSDP_TRANSFORMER_CLS_TO_WRAP`` names.
-
-    Raises:
-        AdapterError: the model has no module of such a class.
-    """
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    kept = [name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()]
-    blocks = set()
-    for name in dict.fromkeys(named.split(",") if named else kept):
-        block = get_module_class_from_name(model, name)
-        if block is None and named:
-            raise AdapterError(f"{type(model).__name__} has no {name}", key="FSDP_TRANSFORMER_CLS_TO_WRAP")
-        blocks.add(block)
-
-    def is_trained_leaf(module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        return not any(True for _ in module.children()) and weight is not None and weight.requires_grad
-
-    policies = [
-        functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trained_leaf),
-        functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks - {None}),
-    ]
-    return functools.partial(_or_policy, policies=policies)
-
-
 def create_loraplus_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer],
@@ -163,6 +133,68 @@ def create_loraplus_optimizer(
     groups = [group | {"weight_decay": loraplus_weight_decay} for group in (plain, embedding, matrices)]
     groups.append(vectors)
     return optimizer_cls(groups, lr=lr, **options)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class _MatrixPair:
+    """A and B of one LoRA layer, which train and are matrices: not those of convolutions and embeddings."""
+
+    a: nn.Parameter
+    """(r, in)"""
+    b: nn.Parameter
+    """(out, r)"""
+    scaling: float
+
+
+class LoraFAOptimizer(torch.optim.Optimizer):
+    """LoRA-FA (https://arxiv.org/abs/2308.03303): AdamW for B, with A as it is, so that its inputs need not be kept.
+
+    B's gradient becomes the one whose update is nearest to that of full fine-tuning: ``g_B (A A^T)^-1 / scaling^2``.
+    ``eps`` is added before the second moment's bias is corrected, and the decay comes last.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        pairs: Iterable[_MatrixPair],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ):
+        """Train ``parameters``, of which those that are B of ``pairs`` in LoRA-FA's way. Their A does not train."""
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.pairs: Mapping[nn.Parameter, _MatrixPair] = {pair.b: pair for pair in pairs}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Change the parameters that have gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._change(parameter, group)
+        return loss
+
+    def _change(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+        state, (first, second), rate = self.state[parameter], group["betas"], group["lr"]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        assert parameter.grad is not None
+        gradient = parameter.grad
+        if (pair := self.pairs.get(parameter)) is not None:
+            dtype = adapter_dtype(pair.a)
+            gradient = gradient.to(dtype) @ _inverse(pair.a.to(dtype), _SMALL) / pair.scaling**2
+            gradient = gradient.to(parameter.dtype)
+        state["exp_avg"].mul_(first).add_(gradient, alpha=1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        size = rate * math.sqrt(1 - second ** state["step"]) / (1 - first ** state["step"])
+        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-size)
+        parameter.mul_(1 - rate * group["weight_decay"])
 
 
 def create_lorafa_optimizer(
@@ -199,6 +231,9 @@ def create_riemannian_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer that multiplies the gradients of LoRA's A and B by small matrices before each step.
 
+    Riemannian preconditioning (https://arxiv.org/abs/2402.02347) makes the update depend less on how the product B A is
+    split: ``(B^T B + c I)^-1 g_A`` and ``g_B (A A^T + c I)^-1``.
+
     ``reg`` is added to the diagonal of what these are the inverses of, which keeps them from being too large.
 
     Raises:
@@ -218,7 +253,14 @@ def create_riemannian_optimizer(
     def prepare(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # the first is the optimizer
             raise AdapterError("step() does not support closures, which compute gradients anew")
-        precondition(pairs, reg)
+        with torch.no_grad():
+            for pair in pairs:
+                dtype = adapter_dtype(pair.a)
+                a, b = pair.a.to(dtype), pair.b.to(dtype)
+                if pair.a.grad is not None:
+                    pair.a.grad.copy_(_inverse(b.T, reg) @ pair.a.grad.to(dtype))
+                if pair.b.grad is not None:
+                    pair.b.grad.copy_(pair.b.grad.to(dtype) @ _inverse(a, reg))
 
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = optimizer_cls(trained, lr=lr, **options)  # type: ignore[call-arg]
@@ -226,7 +268,21 @@ def create_riemannian_optimizer(
     return optimizer
 
 
-def _pairs(model: nn.Module, what: str) -> list[MatrixPair]:
-    if pairs := matrix_pairs(model):
-        return pairs
-    raise AdapterError(f"{what} needs lora_A/lora_B parameter pairs that train, on linear layers")
+def _pairs(model: nn.Module, what: str) -> list[_MatrixPair]:
+    found = []
+    for layer in adapter_layers(model).values():
+        own = layer.own_tensors() if isinstance(layer, LoraLayer) else {}
+        a, b = own.get("lora_A.weight"), own.get("lora_B.weight")
+        if a is None or b is None or not (a.requires_grad and b.requires_grad):
+            continue
+        if a.ndim == b.ndim == 2 and len(a) == b.shape[1]:
+            found.append(_MatrixPair(a, b, layer.scaling))
+    if not found:
+        raise AdapterError(f"{what} needs lora_A/lora_B parameter pairs that train, on linear layers")
+    return found
+
+
+def _inverse(rows: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the inverse of ``rows rows^T`` with ``damping`` on its diagonal: (r, r)."""
+    square = rows @ rows.T
+    return torch.linalg.pinv(square + damping * torch.eye(len(square), device=rows.device, dtype=rows.dtype))

@@ -129,12 +129,7 @@ class Tuner(nn.Module):
     def by_row(
         self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
     ) -> AbstractContextManager[None]:
-        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given.
-
-        Raises:
-            AdapterError: there are more or fewer names than rows, or the model is in training mode, or its adapters are
-                merged.
-        """
+        """``adapted_by_row`` of the model for these inputs, or nothing to enter where no names are given."""
         if names is None or self.disabled:
             return nullcontext()
         if self.training:
@@ -252,7 +247,7 @@ class Tuner(nn.Module):
         combined.config.inference_mode = True
         inject(self.model, combined.config, adapter_name)
         load_state(self.model, combined.tensors, adapter=adapter_name)
-        self.added(adapter_name, combined.config, trainable=False)
+        self.register_adapter(adapter_name, combined.config, trainable=False)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Put the updates of these adapters, or of the active ones, into the base weights until ``unmerge_adapter``.
@@ -322,7 +317,7 @@ class Tuner(nn.Module):
         if self.gradient_hook is not None:
             self.gradient_hook.remove()
 
-    def added(self, name: str, config: AdapterConfig, trainable: bool) -> None:
+    def register_adapter(self, name: str, config: AdapterConfig, trainable: bool) -> None:
         """Take note of an adapter that is in the model now, without being active."""
         self.peft_config[name] = config
         self.switch()
@@ -332,19 +327,15 @@ class Tuner(nn.Module):
         """Enable the layers of the active adapters; while adapters are disabled, none."""
         set_active(self.model, [] if self.disabled else self.active_adapters)
 
-    def only_active(self) -> str:
-        """Return the name of the active adapter.
-
-        Raises:
-            AdapterError: there is not exactly one.
-        """
+    def single_active_adapter(self) -> str:
+        """Return the name of the active adapter. Raise AdapterError unless there is exactly one."""
         if len(self.active_adapters) != 1:
             raise AdapterError(f"{len(self.active_adapters)} adapters are active; name one", key="adapter_name")
         return self.active_adapters[0]
 
     def check_known(self, names: str | Sequence[str], key: str = "adapter_name") -> list[str]:
         """Return the names as a list. Raise AdapterError for one that no adapter has."""
-        return known_names(names, self.peft_config, key)
+        return check_names(names, self.peft_config, key)
 
     def check_new(self, name: str) -> None:
         """Raise AdapterError for a name that is taken or not valid, and while adapters are merged."""
@@ -411,7 +402,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     Raises:
         AdapterError: an unknown name, or one adapter would hide what another does. Nothing is changed then.
     """
-    names = known_names_in(model, adapter_name)
+    names = check_names_in(model, adapter_name)
     set_active(model, names)
     set_trainable(model, False)
     for name in names:
@@ -420,16 +411,16 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Let the weights of these adapters take gradients, or not, whether or not they are active."""
-    for name in known_names_in(model, adapter_names):
+    for name in check_names_in(model, adapter_names):
         set_trainable(model, requires_grad, name)
 
 
-def known_names_in(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+def check_names_in(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     """Return the names as a list. Raise AdapterError for one that no adapter of a plain model has."""
-    return known_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
+    return check_names(names, dict.fromkeys(layer.adapter for layer in adapter_layers(model).values()))
 
 
-def known_names(names: str | Sequence[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
+def check_names(names: str | Sequence[str], known: Collection[str], key: str = "adapter_name") -> list[str]:
     """Return the names as a list. Raise AdapterError for one that is not among the ``known``."""
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in known]:

@@ -1,8 +1,10 @@
-"""PEFT's guides to merging, injection, mixed methods, hot-swapping, helpers, conversion and torch.compile."""
+"""PEFT's guides to merging, injection, mixed methods, hot-swapping, conversion and torch.compile.
+
+What they show of helpers and of single functions is in tests/peft_api.
+"""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,26 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from guidekit import close, logged, part, trainer_of
 from models_tiny import batch, ids, labelled, logits, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 Base = Callable[[str], str]
 Folders = dict[str, str]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, within: float = 1e-4) -> None:
-    torch.testing.assert_close(found, expected, atol=within, rtol=within)
-
-
-def part(lib: ModuleType, name: str) -> Any:
-    return importlib.import_module(f"{lib.__name__}.{name}")
-
-
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Folders:
-    """Folders of trained adapters of the tiny Llama: four of LoRA, one of LoHa, three of (IA)^3."""
+    """Folders of trained adapters of the tiny Llama: four of LoRA, one of LoHa."""
     import peftcli
 
     configs = {
@@ -39,7 +34,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Folders:
         "adcopy": peftcli.LoraConfig(r=4, task_type="CAUSAL_LM"),
         "larger": peftcli.LoraConfig(r=8, lora_alpha=4, task_type="CAUSAL_LM"),
         "loha": peftcli.LoHaConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"),
-        **{f"ia3-{n}": peftcli.IA3Config(task_type="CAUSAL_LM") for n in (1, 2, 3)},
     }
     folders = {name: str(tmp_path_factory.mktemp(name)) for name in configs}
     for seed, (name, config) in enumerate(configs.items(), 1):
@@ -86,38 +80,6 @@ def test_three_adapters_become_one(
         eos_token_id=None,
     )
     assert outputs.shape == (1, 11)
-
-
-def test_ia3_adapters_become_their_weighted_sum(lib: ModuleType, adapters: Folders) -> None:
-    names, weights = ["ia3-1", "ia3-2", "ia3-3"], [0.4, 0.3, 0.3]
-    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["ia3-1"], adapter_name="ia3-1")
-    for name in names[1:]:
-        model.load_adapter(adapters[name], adapter_name=name)
-    model.add_weighted_adapter(names, weights, "merge")
-    model.set_adapter("merge")
-    given = [load_file(Path(adapters[name]) / "adapter_model.safetensors") for name in names]
-    for name, value in lib.get_peft_model_state_dict(model, adapter_name="merge").items():
-        close(value, sum(weight * tensors[name] for weight, tensors in zip(weights, given, strict=True)))
-
-
-def test_the_functions_of_merging(lib: ModuleType) -> None:
-    utils = part(lib, "utils.merge_utils")
-    one, two = torch.tensor([3.0, -1.0, 0.5, 2.0]), torch.tensor([-1.5, -4.0, 0.2, 1.0])
-    weights = torch.tensor([1.0, 1.0])
-    assert utils.prune(one, 0.5, "magnitude").tolist() == [3.0, 0.0, 0.0, 2.0]
-    torch.manual_seed(0)
-    dropped = utils.prune(torch.ones(1000), 0.25, "random", rescale=True)
-    assert dropped.unique().tolist() == [0.0, 4.0]
-    assert 0.15 < dropped.ne(0).float().mean() < 0.35
-    stacked = torch.stack([one, two])
-    mask = utils.calculate_majority_sign_mask(stacked, method="total")
-    assert mask.tolist() == [[True, True, True, True], [False, True, True, True]]
-    close(utils.disjoint_merge(stacked, mask), torch.tensor([3.0, -2.5, 0.35, 1.5]))
-    close(utils.task_arithmetic([one, two], torch.tensor([0.5, 2.0])), 0.5 * one + 2 * two)
-    close(utils.magnitude_prune([one, two], weights, 0.5), torch.tensor([1.5, -4.0, 0.0, 2.0]))
-    close(utils.ties([one, two], weights, 0.5), torch.tensor([3.0, -4.0, 0.0, 2.0]))
-    for function in (utils.dare_linear, utils.dare_ties):
-        assert function([one, two], weights, 0.5).shape == (4,)
 
 
 # --- injection --------------------------------------------------------------------------------------------------------
@@ -170,41 +132,6 @@ def test_an_adapter_in_a_plain_model(lib: ModuleType) -> None:
         close(model.eval()(INPUTS), expected)
 
 
-def test_an_adapter_in_the_modules_that_its_tensors_name(lib: ModuleType) -> None:
-    config = lib.LoraConfig(r=2, target_modules=["linear", "lm_head"])
-    model = lib.inject_adapter_in_model(config, _dummy())
-    tensors = lib.get_peft_model_state_dict(model)
-    other = lib.inject_adapter_in_model(
-        lib.LoraConfig(r=2, target_modules=["linear", "lm_head"]), _dummy(), state_dict=tensors
-    )
-    assert lib.get_peft_model_state_dict(other).keys() == tensors.keys()
-
-
-@pytest.mark.filterwarnings("ignore:two was active; now one is")
-def test_the_functions_for_plain_models(lib: ModuleType) -> None:
-    functional = part(lib, "functional")
-    model = _dummy()
-    for name in ("one", "two"):
-        functional.inject_adapter_in_model(lib.LoraConfig(r=2, target_modules=["linear"]), model, name)
-        tensors = functional.get_peft_model_state_dict(model, adapter_name=name)
-        torch.manual_seed(len(name) + ord(name[0]))
-        functional.set_peft_model_state_dict(
-            model, {key: torch.randn_like(value) for key, value in tensors.items()}, adapter_name=name
-        )
-    outputs = {}
-    for name in ("one", "two"):
-        functional.set_adapter(model, name)
-        outputs[name] = model(INPUTS)
-    assert not torch.allclose(outputs["one"], outputs["two"], atol=1e-3)
-    functional.set_requires_grad(model, "one", requires_grad=False)
-    functional.set_requires_grad(model, "two", requires_grad=True)
-    trained = [name for name, value in model.named_parameters() if value.requires_grad]
-    assert len(trained) == 2
-    functional.cast_adapter_dtype(model, "two", autocast_adapter_dtype=True)
-    functional.delete_adapter(model, "two", prefix="lora_")
-    close(model(INPUTS), outputs["one"])
-
-
 # --- mixed methods ----------------------------------------------------------------------------------------------------
 
 
@@ -227,35 +154,7 @@ def test_adapters_of_several_methods_compute_together(lib: ModuleType, adapters:
     close(logits(peft_model.merge_and_unload(), batch("llama")), both, 1e-3)
 
 
-def test_a_mixed_model_is_made_with_get_peft_model_too(lib: ModuleType) -> None:
-    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(r=2), mixed=True)
-    assert isinstance(model, lib.PeftMixedModel)
-    model.add_adapter("other", lib.LoHaConfig(r=2, target_modules=["up_proj"]))
-    model.set_adapter(["default", "other"])
-    model(**labelled("llama")).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
 # --- hot-swapping -----------------------------------------------------------------------------------------------------
-
-
-def test_an_adapter_takes_the_place_of_another(lib: ModuleType, adapters: Folders) -> None:
-    hotswap = part(lib, "utils.hotswap")
-    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["norobots"])
-    inputs, expected = ids(2, 6), {}
-    for name in ("norobots", "sql"):
-        fresh = lib.PeftModel.from_pretrained(tiny("llama"), adapters[name])
-        with torch.inference_mode():
-            expected[name] = fresh(inputs).logits
-    with torch.inference_mode():
-        output_adapter_0 = model(inputs).logits
-    hotswap.hotswap_adapter(model, adapters["sql"], adapter_name="default", torch_device="cpu")
-    with torch.inference_mode():
-        output_adapter_1 = model(inputs).logits
-    close(output_adapter_0, expected["norobots"])
-    close(output_adapter_1, expected["sql"])
-    with pytest.raises(ValueError, match=r"(?i)lora"):
-        hotswap.hotswap_adapter(model, adapters["loha"], adapter_name="default")
 
 
 @pytest.mark.slow
@@ -278,62 +177,7 @@ def test_a_compiled_model_takes_an_adapter_of_another_rank(lib: ModuleType, adap
         close(model(inputs).logits, expected)
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_helpers(lib: ModuleType, base: Base, adapters: Folders, tmp_path: Path) -> None:
-    helpers = part(lib, "helpers")
-    assert helpers.check_if_peft_model(adapters["sql"])
-    assert not helpers.check_if_peft_model(str(tmp_path))
-
-    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["sql"]).eval()
-    full, none = logits(model, batch("llama")), logits(tiny("llama"), batch("llama"))
-    with helpers.rescale_adapter_scale(model, 0.0):
-        close(logits(model, batch("llama")), none)
-    with helpers.rescale_adapter_scale(model, 0.5):
-        assert not torch.allclose(logits(model, batch("llama")), full, atol=1e-3)
-    close(logits(model, batch("llama")), full)
-
-    with helpers.disable_input_dtype_casting(model):
-        close(logits(model, batch("llama")), full)
-
-    dora = lib.get_peft_model(tiny("llama"), lib.LoraConfig(use_dora=True, init_lora_weights=False)).eval()
-    expected = logits(dora, batch("llama"))
-    with helpers.DoraCaching():
-        for _ in range(2):
-            close(logits(dora, batch("llama")), expected)
-    dora_caching = helpers.DoraCaching()
-    dora_caching(enabled=True)
-    close(logits(dora, batch("llama")), expected)
-    dora_caching(enabled=False)
-
-    targets = helpers.find_kappa_target_modules(tiny("llama"), top_p=0.2)
-    assert len(targets["target_modules"]) == int(0.2 * (2 * 7 + 1))
-    assert targets["target_parameters"] is None
-    adapted = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=targets["target_modules"]))
-    assert set(adapted.targeted_module_names) == set(targets["target_modules"])
-
-
 # --- conversion to LoRA -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [8, 0.999])
-def test_an_adapter_becomes_lora(lib: ModuleType, rank: float, tmp_path: Path) -> None:
-    config = lib.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = lib.get_peft_model(tiny("llama"), config)
-    assert model.supports_lora_conversion()
-    randomise(model)
-    expected = logits(model.eval(), batch("llama"))
-    lib.save_as_lora(tmp_path, model, rank=rank)
-    loaded = lib.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
-    assert loaded.peft_config["default"].peft_type == "LORA"
-    within = 1e-3 if rank == 8 else 0.1 * (expected - logits(tiny("llama"), batch("llama"))).abs().max().item()
-    close(logits(loaded, batch("llama")), expected, within)
-
-    lora_config, lora_state_dict = lib.convert_to_lora(model, rank=rank)
-    lora_model = lib.get_peft_model(tiny("llama"), lora_config)
-    lib.set_peft_model_state_dict(lora_model, lora_state_dict)
-    close(logits(lora_model.eval(), batch("llama")), logits(loaded, batch("llama")), 1e-3)
 
 
 def test_lora_becomes_lora_of_a_smaller_rank(lib: ModuleType, adapters: Folders, tmp_path: Path) -> None:
@@ -344,27 +188,6 @@ def test_lora_becomes_lora_of_a_smaller_rank(lib: ModuleType, adapters: Folders,
         value.shape[0] for name, value in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_A" in name
     }
     assert shapes == {2}
-
-
-# --- quantization, on the path that needs no package for it -----------------------------------------------------------
-
-
-def test_a_model_is_prepared_adapted_and_started_as_for_qlora(lib: ModuleType, base: Base) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base("llama"), dtype=torch.bfloat16)
-    model = lib.prepare_model_for_kbit_training(model)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in model.parameters())
-    config = lib.LoraConfig(
-        r=16,
-        lora_alpha=8,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        lora_dropout=0.05,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = lib.get_peft_model(model, config)
-    model(**labelled("llama")).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -435,21 +258,10 @@ def test_trainer_compiles_it_with_a_compiler(lib: ModuleType, tmp_path: Path) ->
     for compiles in (False, True):
         torch.manual_seed(0)
         model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(task_type="CAUSAL_LM"))
-        arguments = TrainingArguments(
-            str(tmp_path / str(compiles)),
-            torch_compile=compiles,
-            max_steps=3,
-            logging_steps=1,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-        )
-        rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        options = {"torch_compile": compiles, "max_steps": 3, "logging_steps": 1, "save_strategy": "no"}
+        trainer = trainer_of(model, tmp_path / str(compiles), **options)
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses.append(logged(trainer))
         trainer.save_model(str(tmp_path / "saved"))
         assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)

@@ -13,15 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
 import torch
-import trainkit
-from classifierkit import ROWS, classifier_base, write_scene
-from datasets import ClassLabel, Dataset, Features
-from PIL import Image, ImageOps
+from classifierkit import classifier_base, write_scene
+from guidekit import logged, trainer_of
+from PIL import Image
 from soundkit import RATE, tone_rows, whisper_base
 from taskkit import CASES
 from torch import nn
@@ -30,11 +28,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutomaticSpeechRecognitionPipeline,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
     AutoProcessor,
@@ -42,43 +36,27 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForTokenClassification,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
     WhisperForConditionalGeneration,
     WhisperProcessor,
     WhisperTokenizer,
-    default_data_collator,
-    get_linear_schedule_with_warmup,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
-
 
 # --- token classification ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_token_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from seqeval import metrics
-
+def test_token_classification(lib: ModuleType, tmp_path: Path) -> None:
     model_checkpoint = str(classifier_base("bert"))
     label_list = ["O", "B-PER", "I-PER", "B-LOC"]
     id2label = dict(enumerate(label_list))
     label2id = {name: number for number, name in id2label.items()}
     tokenizer = AutoTokenizer.from_pretrained(model_checkpoint)
 
-    def compute_metrics(p: Any) -> dict[str, float]:
-        predictions, labels = p
-        predictions = np.argmax(predictions, axis=2)
-        pairs = [
-            [(label_list[one], label_list[other]) for one, other in zip(row, wanted, strict=True) if other != -100]
-            for row, wanted in zip(predictions, labels, strict=True)
-        ]
-        found, true = ([[pair[at] for pair in row] for row in pairs] for at in (0, 1))
-        return {"f1": metrics.f1_score(true, found), "accuracy": metrics.accuracy_score(true, found)}
+    def compute_metrics(given: Any) -> dict[str, float]:
+        known = given[1] != -100
+        return {"accuracy": float((given[0].argmax(-1) == given[1])[known].mean())}
 
     def tokenize_and_align_labels(example: dict[str, Any]) -> dict[str, Any]:
         tokenized = tokenizer(example["tokens"], truncation=True, is_split_into_words=True)
@@ -96,35 +74,24 @@ def test_token_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.Ca
         task_type=lib.TaskType.TOKEN_CLS, inference_mode=False, r=16, lora_alpha=16, lora_dropout=0.1, bias="all"
     )
     model = lib.get_peft_model(model, peft_config)
-    capsys.readouterr()
     model.print_trainable_parameters()
-    trainable, every = model.get_nb_trainable_parameters()
-    assert capsys.readouterr().out.startswith(f"trainable params: {trainable:,} || all params: {every:,} || trainable%")
-    training_args = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
+    more = {"eval_dataset": rows, "processing_class": tokenizer, "compute_metrics": compute_metrics}
+    trainer = trainer_of(
+        model,
+        tmp_path / "run",
+        rows,
+        {**more, "data_collator": DataCollatorForTokenClassification(tokenizer=tokenizer)},
         learning_rate=1e-2,
         per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
         num_train_epochs=3,
         weight_decay=0.01,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
-        **QUIET,
-    )
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer=tokenizer),
-        compute_metrics=compute_metrics,
     )
     trainer.train()
-    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
-    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
-    assert evaluations[-1]["eval_accuracy"] > 0.5
+    assert logged(trainer, "eval_loss")[-1] < logged(trainer, "eval_loss")[0]
+    assert logged(trainer, "eval_accuracy")[-1] > 0.5
     model.save_pretrained(tmp_path / "adapter")
 
     config = lib.PeftConfig.from_pretrained(tmp_path / "adapter")
@@ -138,146 +105,6 @@ def test_token_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.Ca
     predictions = torch.argmax(logits, dim=2)
     assert {loaded.config.id2label[int(each)] for each in predictions[0]} <= set(label_list)
     assert len(inputs.tokens()) == predictions.shape[1]
-
-
-# --- image classification ---------------------------------------------------------------------------------------------
-
-
-def _pictures(side: int = 24) -> Dataset:
-    """Pictures of one colour and noise, 24 of each of three classes."""
-    random, colours = np.random.default_rng(0), {"beet": (170, 40, 90), "kale": (50, 150, 60), "plum": (70, 50, 160)}
-    noise = random.integers(-40, 40, (24, len(colours), side, side + 4, 3))
-    pixels = np.clip(noise + np.array(list(colours.values()))[:, None, None], 0, 255).astype(np.uint8)
-    columns = {
-        "image": [Image.fromarray(each) for row in pixels for each in row],
-        "label": list(range(len(colours))) * len(pixels),
-    }
-    features = Features({"image": datasets.Image(), "label": ClassLabel(names=list(colours))})
-    return Dataset.from_dict(columns, features=features)
-
-
-def _vit_of_other_labels(folder: Path) -> str:
-    """A model for images that was trained on two classes, with its processor."""
-    vit = classifier_base("vit")
-    AutoModelForImageClassification.from_pretrained(vit, num_labels=2).save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(vit, backend="pil").save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.slow
-def test_image_classification(lib: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a dataset of pictures to the class of a new one; crops and flips are Pillow's instead of torchvision's."""
-    model_checkpoint = _vit_of_other_labels(tmp_path / "vit")
-    dataset = _pictures()
-    labels = dataset.features["label"].names
-    label2id = {label: number for number, label in enumerate(labels)}
-    id2label = dict(enumerate(labels))
-    image_processor = AutoImageProcessor.from_pretrained(model_checkpoint, backend="pil")
-    size, random = (image_processor.size["width"], image_processor.size["height"]), np.random.default_rng(0)
-
-    def normalized(image: Image.Image) -> torch.Tensor:
-        pixels = np.asarray(image, np.float32) / 255
-        pixels = (pixels - image_processor.image_mean) / image_processor.image_std
-        return torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)
-
-    def train_transforms(image: Image.Image) -> torch.Tensor:
-        left, top = random.integers(0, 6, 2)
-        cropped = image.resize(size, box=(left, top, left + 18, top + 18))
-        return normalized(ImageOps.mirror(cropped) if random.random() < 0.5 else cropped)
-
-    def val_transforms(image: Image.Image) -> torch.Tensor:
-        return normalized(ImageOps.fit(image, size))
-
-    def preprocess_train(example_batch: dict[str, Any]) -> dict[str, Any]:
-        example_batch["pixel_values"] = [train_transforms(image.convert("RGB")) for image in example_batch["image"]]
-        return example_batch
-
-    def preprocess_val(example_batch: dict[str, Any]) -> dict[str, Any]:
-        example_batch["pixel_values"] = [val_transforms(image.convert("RGB")) for image in example_batch["image"]]
-        return example_batch
-
-    splits = dataset.train_test_split(test_size=0.25, seed=0)
-    train_ds, val_ds = splits["train"], splits["test"]
-    train_ds.set_transform(preprocess_train)
-    val_ds.set_transform(preprocess_val)
-
-    def new_model(checkpoint: str) -> Any:
-        return AutoModelForImageClassification.from_pretrained(
-            checkpoint, label2id=label2id, id2label=id2label, ignore_mismatched_sizes=True
-        )
-
-    torch.manual_seed(0)
-    model = new_model(model_checkpoint)
-    size_of_base = sum(parameter.numel() for parameter in model.parameters())
-    config = lib.LoraConfig(
-        r=16,
-        lora_alpha=16,
-        target_modules=["q_proj", "v_proj"],  # as transformers calls query and value now
-        lora_dropout=0.1,
-        bias="none",
-        modules_to_save=["classifier"],
-    )
-    lora_model = lib.get_peft_model(model, config)
-    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
-    trained = layers * 2 * 2 * 16 * hidden + (hidden + 1) * len(labels)
-    capsys.readouterr()
-    lora_model.print_trainable_parameters()
-    printed = f"trainable params: {trained:,} || all params: {size_of_base + trained:,} || trainable%"
-    assert capsys.readouterr().out.startswith(printed)
-
-    args = TrainingArguments(
-        str(tmp_path / "vit-finetuned-lora"),
-        remove_unused_columns=False,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        learning_rate=5e-3,
-        per_device_train_batch_size=9,
-        gradient_accumulation_steps=2,
-        per_device_eval_batch_size=9,
-        num_train_epochs=5,
-        logging_steps=10,
-        load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
-        label_names=["labels"],
-        **QUIET,
-    )
-
-    def compute_metrics(eval_pred: Any) -> dict[str, float]:
-        predictions = np.argmax(eval_pred.predictions, axis=1)
-        return {"accuracy": float((predictions == eval_pred.label_ids).mean())}
-
-    def collate_fn(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pixel_values = torch.stack([example["pixel_values"] for example in examples])
-        return {"pixel_values": pixel_values, "labels": torch.tensor([example["label"] for example in examples])}
-
-    trainer = Trainer(
-        lora_model,
-        args,
-        train_dataset=train_ds,
-        eval_dataset=val_ds,
-        processing_class=image_processor,
-        compute_metrics=compute_metrics,
-        data_collator=collate_fn,
-    )
-    trainer.train()
-    found = trainer.evaluate(val_ds)["eval_accuracy"]
-    accuracies = [line["eval_accuracy"] for line in trainer.state.log_history if "eval_accuracy" in line]
-    assert found == max(accuracies) > 0.8, "of the best epoch, which has been loaded"
-    adapter = tmp_path / "adapter"
-    trainer.save_model(str(adapter))
-    assert (adapter / "adapter_model.safetensors").stat().st_size < 4 * trained + 5_000
-
-    config = lib.PeftConfig.from_pretrained(adapter)
-    inference_model = lib.PeftModel.from_pretrained(new_model(config.base_model_name_or_path), adapter).eval()
-    image_processor = AutoImageProcessor.from_pretrained(adapter, backend="pil")
-    right = 0
-    for row in dataset.select(range(12)):
-        encoding = image_processor(row["image"].convert("RGB"), return_tensors="pt")
-        with torch.no_grad():
-            logits = inference_model(**encoding).logits
-            torch.testing.assert_close(logits, lora_model.eval()(**encoding).logits, atol=1e-5, rtol=1e-4)
-        right += inference_model.config.id2label[logits.argmax(-1).item()] == labels[row["label"]]
-    assert right > 8
 
 
 # --- semantic segmentation --------------------------------------------------------------------------------------------
@@ -297,16 +124,12 @@ def test_semantic_segmentation(lib: ModuleType, tmp_path: Path) -> None:
         return {name: value[0] for name, value in inputs.items()}
 
     def compute_metrics(eval_pred: Any) -> dict[str, float]:
-        logits, labels = eval_pred
-        found = nn.functional.interpolate(
-            torch.from_numpy(logits), size=labels.shape[-2:], mode="bilinear", align_corners=False
-        ).argmax(dim=1)
-        found, wanted = found.numpy(), labels
-        known = wanted != 255  # the background, which the processor has taken out
-        shares = [
-            ((found == at) & (wanted == at)).sum() / (((found == at) & known) | (wanted == at)).sum() for at in (0, 1)
-        ]
-        return {"mean_iou": float(np.mean(shares))}
+        logits, wanted = eval_pred
+        resized = nn.functional.interpolate(torch.from_numpy(logits), size=wanted.shape[-2:], mode="bilinear")
+        found, known = resized.argmax(dim=1).numpy(), wanted != 255  # the background, which the processor takes out
+        hits = [((found == at) & (wanted == at)).sum() for at in (0, 1)]
+        sizes = [(((found == at) & known) | (wanted == at)).sum() for at in (0, 1)]
+        return {"mean_iou": float(np.mean(np.divide(hits, sizes)))}
 
     def new_model() -> Any:
         torch.manual_seed(0)
@@ -326,30 +149,24 @@ def test_semantic_segmentation(lib: ModuleType, tmp_path: Path) -> None:
     trained = [name for name, value in lora_model.named_parameters() if value.requires_grad]
     assert all("lora_" in name or "decode_head" in name or name.endswith("bias") for name in trained)
     assert any("decode_head" in name and "classifier" in name for name in trained)
-    training_args = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
+    rows = [transform(each) for each in scenes]
+    trainer = trainer_of(
+        lora_model,
+        tmp_path / "run",
+        rows,
+        {"eval_dataset": rows[:2], "compute_metrics": compute_metrics},
         learning_rate=1e-2,
         num_train_epochs=4,
         per_device_train_batch_size=3,
-        per_device_eval_batch_size=2,
         save_total_limit=3,
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_steps=5,
         remove_unused_columns=False,
         label_names=["labels"],
-        **QUIET,
-    )
-    rows = [transform(each) for each in scenes]
-    trainer = Trainer(
-        model=lora_model,
-        args=training_args,
-        train_dataset=rows,
-        eval_dataset=rows[:2],
-        compute_metrics=compute_metrics,
     )
     trainer.train()
-    evaluations = [line["eval_mean_iou"] for line in trainer.state.log_history if "eval_mean_iou" in line]
+    evaluations = logged(trainer, "eval_mean_iou")
     assert max(evaluations) > 0.3
     lora_model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 1_000_000
@@ -360,7 +177,7 @@ def test_semantic_segmentation(lib: ModuleType, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = inference_model(pixel_values=encoding.pixel_values).logits
         expected = lora_model.eval()(pixel_values=encoding.pixel_values).logits
-    if lib.__name__ != "peft":  # which loses the statistics of the head's norm: see test_where_peft_is_wrong.py
+    if lib.__name__ != "peft":  # which loses the statistics of the head's norm
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
     upsampled = nn.functional.interpolate(logits, size=image.size[::-1], mode="bilinear", align_corners=False)
     assert upsampled.argmax(dim=1)[0].shape == (image.height, image.width)
@@ -421,22 +238,6 @@ def test_speech_recognition_in_8_bits(lib: ModuleType, eight_bits: bool, tmp_pat
     model.print_trainable_parameters()
     # of 2 encoder layers with one attention, and 2 decoder layers with two
     assert model.get_nb_trainable_parameters()[0] == (2 + 2 * 2) * 2 * 2 * 32 * 32
-    training_args = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-2,
-        warmup_steps=1,
-        num_train_epochs=3,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        per_device_eval_batch_size=3,
-        generation_max_length=12,
-        logging_steps=1,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        **QUIET,
-    )
 
     class SavePeftModelCallback(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -444,21 +245,32 @@ def test_speech_recognition_in_8_bits(lib: ModuleType, eight_bits: bool, tmp_pat
             kwargs["model"].save_pretrained(folder / "adapter_model")
             return control
 
-    trainer = Seq2SeqTrainer(
-        args=training_args,
-        model=model,
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=data_collator,
-        processing_class=processor.feature_extractor,
-        callbacks=[SavePeftModelCallback],
-    )
     model.config.use_cache = False
+    trainer = trainer_of(
+        model,
+        tmp_path / "run",
+        rows,
+        {
+            "eval_dataset": rows,
+            "data_collator": data_collator,
+            "processing_class": processor.feature_extractor,
+            "callbacks": [SavePeftModelCallback],
+        },
+        Seq2SeqTrainer,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        num_train_epochs=3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        generation_max_length=12,
+        logging_steps=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
     trainer.train()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert losses[-1] < losses[0]
-    saved = tmp_path / "run/checkpoint-6/adapter_model"
-    assert (saved / "adapter_model.safetensors").is_file()
+    assert logged(trainer, "eval_loss")[-1] < logged(trainer, "eval_loss")[0]
+    assert (tmp_path / "run/checkpoint-6/adapter_model/adapter_model.safetensors").is_file()
 
     import jiwer
 
@@ -493,159 +305,3 @@ def test_speech_recognition_in_8_bits(lib: ModuleType, eight_bits: bool, tmp_pat
     samples, _ = soundfile.read(tone_rows()[0]["audio"], dtype="float32")
     text = pipe(samples, generate_kwargs={"task": task, "language": "en", "max_new_tokens": 12})["text"]
     assert isinstance(text, str)
-
-
-# --- sequence classification ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_sequence_classification(lib: ModuleType, tmp_path: Path) -> None:
-    """The example notebook: a loop by hand, and the best model's folder."""
-    model_name_or_path = str(classifier_base("bert"))
-    num_epochs, lr, batch_size = 4, 1e-2, 8
-    peft_config = lib.LoraConfig(task_type="SEQ_CLS", inference_mode=False, r=8, lora_alpha=16, lora_dropout=0.1)
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="right")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    names = ["good", "bad"]
-    rows = [
-        {**tokenizer(row["text"], truncation=True, max_length=None), "labels": names.index(row["label"])}
-        for row in ROWS
-    ]
-
-    def collate_fn(examples: list[dict[str, Any]]) -> Any:
-        return tokenizer.pad(examples, padding="longest", return_tensors="pt")
-
-    train_dataloader = DataLoader(rows, shuffle=True, collate_fn=collate_fn, batch_size=batch_size)  # type: ignore[arg-type]
-    eval_dataloader = DataLoader(rows, shuffle=False, collate_fn=collate_fn, batch_size=batch_size)  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(model_name_or_path, return_dict=True)
-    model = lib.get_peft_model(model, peft_config)
-    model.print_trainable_parameters()
-    optimizer = torch.optim.AdamW(params=model.parameters(), lr=lr)
-    steps = len(train_dataloader) * num_epochs
-    lr_scheduler = get_linear_schedule_with_warmup(
-        optimizer=optimizer, num_warmup_steps=round(0.06 * steps), num_training_steps=steps
-    )
-
-    def accuracy(model: Any) -> float:
-        model.eval()
-        with torch.no_grad():
-            right = [(model(**batch).logits.argmax(dim=-1) == batch["labels"]) for batch in eval_dataloader]
-        return float(torch.cat(right).float().mean())
-
-    model.to("cpu")
-    for _ in range(num_epochs):
-        model.train()
-        for batch in train_dataloader:
-            batch.to("cpu")
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-    found = accuracy(model)
-    assert found > 0.7
-    model.save_pretrained(tmp_path)
-
-    config = lib.PeftConfig.from_pretrained(tmp_path)
-    inference_model = AutoModelForSequenceClassification.from_pretrained(config.base_model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path)
-    inference_model = lib.PeftModel.from_pretrained(inference_model, tmp_path)
-    inference_model.to("cpu")
-    assert accuracy(inference_model) == found
-
-
-# --- text to text, and a soft prompt ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_text_to_text_with_lora(lib: ModuleType, tmp_path: Path) -> None:
-    """The example notebook of mt0: a loop by hand, what it prints, and answers of the loaded model."""
-    model_name_or_path = str(trainkit.base_folder("t5", chat=False))
-    lr, num_epochs, batch_size, max_length = 1e-2, 5, 4, 48
-    peft_config = lib.LoraConfig(
-        task_type=lib.TaskType.SEQ_2_SEQ_LM, inference_mode=False, r=8, lora_alpha=32, lora_dropout=0.1
-    )
-    torch.manual_seed(0)
-    model = lib.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(model_name_or_path), peft_config)
-    model.print_trainable_parameters()
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    sentences = ["It will be operated by Nokia.", "Sales fell.", "Growth was robust.", "Nothing changed."]
-    text_labels = ["neutral", "negative", "positive", "neutral"]
-
-    def preprocess(sentence: str, target: str) -> dict[str, torch.Tensor]:
-        given = tokenizer(sentence, max_length=max_length, padding="max_length", truncation=True, return_tensors="pt")
-        labels = tokenizer(target, max_length=8, padding="max_length", truncation=True, return_tensors="pt")
-        ids = labels["input_ids"][0]
-        ids[ids == tokenizer.pad_token_id] = -100
-        return {"input_ids": given["input_ids"][0], "attention_mask": given["attention_mask"][0], "labels": ids}
-
-    rows = [preprocess(*pair) for pair in zip(sentences, text_labels, strict=True)]
-    dataloader = DataLoader(rows, shuffle=True, collate_fn=default_data_collator, batch_size=batch_size)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    lr_scheduler = get_linear_schedule_with_warmup(
-        optimizer=optimizer, num_warmup_steps=0, num_training_steps=len(dataloader) * num_epochs
-    )
-    perplexities = []
-    for _ in range(num_epochs):
-        model.train()
-        for batch in dataloader:
-            loss = model(**{k: v.to("cpu") for k, v in batch.items()}).loss
-            loss.backward()
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        model.eval()
-        eval_preds = list[str]()
-        eval_loss = torch.zeros(())
-        for batch in dataloader:
-            with torch.no_grad():
-                outputs = model(**batch)
-            eval_loss += outputs.loss.detach().float()
-            eval_preds += tokenizer.batch_decode(outputs.logits.argmax(-1).numpy(), skip_special_tokens=True)
-        assert len(eval_preds) == len(sentences)
-        perplexities.append(float(torch.exp(eval_loss / len(dataloader))))
-    assert perplexities[-1] < perplexities[0]
-    peft_model_id = f"{tmp_path}/{peft_config.peft_type}_{peft_config.task_type}"
-    model.save_pretrained(peft_model_id)
-
-    config = lib.PeftConfig.from_pretrained(peft_model_id)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(loaded, peft_model_id).eval()
-    inputs = tokenizer(sentences[1], return_tensors="pt")
-    with torch.no_grad():
-        outputs = loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=10)
-        assert torch.equal(outputs, model.generate(input_ids=inputs["input_ids"], max_new_tokens=10))
-    assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)
-
-
-@pytest.mark.slow
-def test_a_soft_prompt_answers(lib: ModuleType, tmp_path: Path) -> None:
-    """The last blocks of the guide to prompt tuning: the adapter's size, and ``generate`` with a mask and an end."""
-    base = str(trainkit.base_folder("llama"))
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    peft_config = lib.PromptTuningConfig(
-        task_type=lib.TaskType.CAUSAL_LM,
-        prompt_tuning_init=lib.PromptTuningInit.TEXT,
-        num_virtual_tokens=8,
-        prompt_tuning_init_text="Classify if the tweet is a complaint or not:",
-        tokenizer_name_or_path=base,
-    )
-    assert str(peft_config.peft_type.value) == "PROMPT_TUNING"
-    model = lib.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft_config)
-    assert model.get_nb_trainable_parameters()[0] == 8 * 32
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2_000
-
-    config = lib.PeftConfig.from_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(loaded, tmp_path)
-    inputs = tokenizer("Tweet text : I have no water Label : ", return_tensors="pt")
-    loaded.to("cpu")
-    with torch.no_grad():
-        inputs = {k: v.to("cpu") for k, v in inputs.items()}
-        outputs = loaded.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=10, eos_token_id=3
-        )
-    assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)[0].startswith("Tweet text")

@@ -1,8 +1,10 @@
-"""PEFT's guide to LoRA, section by section: starts, options, optimizers, tokens, merging, several adapters."""
+"""PEFT's guide to LoRA: starts, options, optimizers, tokens, merging.
+
+What it shows of other settings, of switching adapters and of rows is in test_methods.py and test_interop_operations.py.
+"""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+from guidekit import close, logged, part, trainer_of
 from models_tiny import batch, ids, labelled, logits, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
@@ -19,16 +22,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
-    TrainingArguments,
     get_cosine_schedule_with_warmup,
 )
 
 Base = Callable[[str], str]
 TARGETS = ["q_proj", "v_proj"]
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, within: float = 1e-4) -> None:
-    torch.testing.assert_close(found, expected, atol=within, rtol=within)
 
 
 def distance(model: Any, kind: str = "llama") -> float:
@@ -87,15 +85,9 @@ def test_corda_starts_from_covariances(lib: ModuleType) -> None:
         for inputs in dataset:
             model(**inputs)
 
-    config_module = importlib.import_module(f"{lib.__name__}.tuners.lora.config")
-    corda = importlib.import_module(f"{lib.__name__}.tuners.lora.corda")
-    lora_config = lib.LoraConfig(
-        init_lora_weights="corda",
-        target_modules=TARGETS,
-        r=4,
-        corda_config=config_module.CordaConfig(corda_method="kpm"),
-    )
-    corda.preprocess_corda(model, lora_config, run_model=run_model)
+    corda_config = part(lib, "tuners.lora.config").CordaConfig(corda_method="kpm")
+    lora_config = lib.LoraConfig(init_lora_weights="corda", target_modules=TARGETS, r=4, corda_config=corda_config)
+    part(lib, "tuners.lora.corda").preprocess_corda(model, lora_config, run_model=run_model)
     peft_model = lib.get_peft_model(model, lora_config)
     assert distance(peft_model) < 1e-2
     learns(peft_model)
@@ -116,30 +108,7 @@ def test_eva_starts_from_activations(lib: ModuleType) -> None:
     learns(peft_model)
 
 
-def test_rank_stabilised_scaling(lib: ModuleType) -> None:
-    found = []
-    for options in ({"use_rslora": True, "lora_alpha": 8}, {"lora_alpha": 8 * math.sqrt(16)}):
-        model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(r=16, target_modules=TARGETS, **options))
-        randomise(model)
-        found.append(logits(model.eval(), batch("llama")))
-    close(*found)
-
-
 # --- options ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_activated_adapter_leaves_what_comes_before(lib: ModuleType) -> None:
-    invocation = [7, 8]
-    config = lib.LoraConfig(
-        task_type="CAUSAL_LM", alora_invocation_tokens=invocation, r=32, target_modules=TARGETS, init_lora_weights=False
-    )
-    model = lib.get_peft_model(tiny("llama"), config).eval()
-    inputs = {"input_ids": torch.tensor([[11, 12, 13, *invocation, 21, 22, 23]])}
-    found, plain = logits(model, inputs), logits(tiny("llama"), inputs)
-    close(found[:, :3], plain[:, :3])
-    assert (found[:, 4:] - plain[:, 4:]).abs().amax(-1).min() > 1e-3
-    with pytest.raises((ValueError, NotImplementedError), match=r"(?i)alora|merge"):
-        model.merge_and_unload()
 
 
 def test_dora_with_its_runtime_options(lib: ModuleType, tmp_path: Path) -> None:
@@ -156,30 +125,6 @@ def test_dora_with_its_runtime_options(lib: ModuleType, tmp_path: Path) -> None:
     loaded = lib.PeftModel.from_pretrained(tiny("llama"), tmp_path, ephemeral_gpu_offload=offload)
     close(logits(loaded.eval(), batch("llama")), expected)
     close(logits(loaded.merge_and_unload(), batch("llama")), expected, 1e-3)
-
-
-def test_all_linear_layers_but_the_head(lib: ModuleType) -> None:
-    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules="all-linear"))
-    leaves = {name.rpartition(".")[2] for name in model.targeted_module_names}
-    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def test_replicated_layers_share_their_weights(lib: ModuleType, tmp_path: Path) -> None:
-    base_model = tiny("llama")
-    size = sum(parameter.numel() for parameter in base_model.parameters())
-    config = lib.LoraConfig(layer_replication=[[0, 2], [0, 2], [1, 2]], target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = lib.get_peft_model(base_model, config)
-    layers = model.get_base_model().model.layers
-    assert len(layers) == 5
-    assert layers[0].mlp.up_proj.weight is layers[2].mlp.up_proj.weight
-    assert layers[1].mlp.up_proj.weight is layers[4].mlp.up_proj.weight
-    trained, total = model.get_nb_trainable_parameters()
-    assert total - trained == size
-    randomise(model)
-    expected = logits(model.eval(), batch("llama"))
-    model.save_pretrained(tmp_path)
-    loaded = lib.PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    close(logits(loaded.eval(), batch("llama")), expected)
 
 
 class _Inner(nn.Module):
@@ -237,22 +182,6 @@ def test_ranks_and_alphas_by_pattern(lib: ModuleType, pattern: dict[str, int], e
     assert len(scaling) == 5
 
 
-def test_parameters_of_experts_are_targets(lib: ModuleType, tmp_path: Path) -> None:
-    config = lib.LoraConfig(
-        target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2
-    )
-    model = lib.get_peft_model(tiny("mixtral"), config)
-    randomise(model)
-    model.eval()
-    assert (logits(model, batch("mixtral")) - logits(tiny("mixtral"), batch("mixtral"))).abs().max() > 1e-3
-    shapes = {tuple(value.shape) for name, value in lib.get_peft_model_state_dict(model).items() if "lora_A" in name}
-    assert {shape[0] for shape in shapes} == {4 * 2}  # r of each of four experts
-    expected = logits(model, batch("mixtral"))
-    model.save_pretrained(tmp_path)
-    loaded = lib.PeftModel.from_pretrained(tiny("mixtral"), tmp_path)
-    close(logits(loaded.eval(), batch("mixtral")), expected)
-
-
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 
@@ -265,16 +194,12 @@ def test_monteclora_adds_its_penalty_to_the_loss(lib: ModuleType, tmp_path: Path
         monteclora_config=lib.MontecloraConfig(num_samples=4, sample_scaler=1e-2, kl_loss_weight=1e-2),
     )
     model = lib.get_peft_model(tiny("llama"), config).train()
-    mixin = importlib.import_module(f"{lib.__name__}.helpers").MontecloraTrainerMixin
+    mixin = part(lib, "helpers").MontecloraTrainerMixin
 
     class MontecloraTrainer(mixin, Trainer):
         pass
 
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
-    )
-    rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
-    trainer = MontecloraTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer: Any = trainer_of(model, tmp_path, kind=MontecloraTrainer, max_steps=2, save_strategy="no")
     loss = trainer.compute_loss(model, labelled("llama")).item()
     penalty = model._get_monteclora_loss().item()  # of the same draw
     assert penalty > 0
@@ -309,19 +234,15 @@ def test_velora_learns_from_compressed_activations(lib: ModuleType, init_type: s
 
 
 def _train(model: Any, optimizer: Any, scheduler: Any, folder: Path) -> float:
-    arguments = TrainingArguments(
-        str(folder), max_steps=4, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1
-    )
-    rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, scheduler))
+    more = {"optimizers": (optimizer, scheduler)}
+    trainer = trainer_of(model, folder, more=more, max_steps=4, save_strategy="no", logging_steps=1)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses[-1] - losses[0]
+    return logged(trainer)[-1] - logged(trainer)[0]
 
 
 @pytest.mark.slow
 def test_lora_fa_trains_b_alone(lib: ModuleType, tmp_path: Path) -> None:
-    optimizers = importlib.import_module(f"{lib.__name__}.optimizers")
+    optimizers = part(lib, "optimizers")
     config = lib.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = lib.get_peft_model(tiny("llama"), config)
     before = {name: value.clone() for name, value in lib.get_peft_model_state_dict(model).items()}
@@ -333,7 +254,7 @@ def test_lora_fa_trains_b_alone(lib: ModuleType, tmp_path: Path) -> None:
 
 
 def test_lora_plus_has_two_rates(lib: ModuleType, tmp_path: Path) -> None:
-    optimizers = importlib.import_module(f"{lib.__name__}.optimizers")
+    optimizers = part(lib, "optimizers")
     model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM"))
     optimizer = optimizers.create_loraplus_optimizer(
         model=model, optimizer_cls=torch.optim.Adam, lr=5e-4, loraplus_lr_ratio=16
@@ -412,62 +333,3 @@ def test_two_adapters_become_one(lib: ModuleType, base: Base, adapters: dict[str
     with torch.no_grad():
         generate_ids = model.float().generate(input_ids=ids(1, 5), max_length=12, eos_token_id=None)
     assert generate_ids.shape == (1, 12)
-
-
-def test_adapters_are_switched_and_taken_out(lib: ModuleType, adapters: dict[str, str]) -> None:
-    model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["sft"]).eval()
-    first = logits(model, batch("llama"))
-    model.load_adapter(adapters["dpo"], adapter_name="dpo")
-    close(logits(model, batch("llama")), first)
-    model.set_adapter("dpo")
-    second = logits(model, batch("llama"))
-    assert not torch.allclose(first, second, atol=1e-3)
-    model.set_adapter("default")
-    model.delete_adapter("dpo")
-    assert list(model.peft_config) == ["default"]
-    close(logits(model, batch("llama")), first)
-    close(logits(model.unload(), batch("llama")), logits(tiny("llama"), batch("llama")))
-
-
-# --- adapters by row --------------------------------------------------------------------------------------------------
-
-
-def test_rows_of_a_batch_have_their_own_adapters(lib: ModuleType, adapters: dict[str, str]) -> None:
-    peft_model = lib.PeftModel.from_pretrained(tiny("llama"), adapters["sft"], adapter_name="adapter_fr")
-    peft_model.load_adapter(adapters["dpo"], adapter_name="adapter_de")
-    peft_model.eval()
-    rows = ids(6, 5)
-    adapter_names = ["__base__", "adapter_fr", "adapter_de", "adapter_de", "__base__", "adapter_fr"]
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    output = peft_model.generate(input_ids=rows, adapter_names=adapter_names, **options)
-    for number, name in enumerate(adapter_names):
-        if name == "__base__":
-            alone = tiny("llama").generate(input_ids=rows[number : number + 1], **options)
-        else:
-            peft_model.set_adapter(name)
-            alone = peft_model.generate(input_ids=rows[number : number + 1], **options)
-        assert torch.equal(output[number], alone[0]), number
-
-    with torch.no_grad(), peft_model.disable_adapter():  # takes precedence
-        found = peft_model(input_ids=rows, adapter_names=adapter_names).logits
-    close(found, logits(tiny("llama"), {"input_ids": rows}))
-    with pytest.raises(ValueError, match=r"(?i)train|eval"):
-        peft_model.train()(input_ids=rows, adapter_names=adapter_names)
-    peft_model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        peft_model(input_ids=rows, adapter_names=adapter_names)
-
-
-def test_rows_have_their_own_heads(lib: ModuleType) -> None:
-    model = lib.get_peft_model(tiny("bert"), lib.LoraConfig(task_type="SEQ_CLS"), adapter_name="one")
-    model.add_adapter("two", lib.LoraConfig(task_type="SEQ_CLS"))
-    for seed, name in enumerate(("one", "two"), 1):
-        model.set_adapter(name)
-        randomise(model, seed)
-    model.eval()
-    inputs = batch("bert")
-    with torch.no_grad():
-        mixed = model(**inputs, adapter_names=["one", "two"]).logits
-    for number, name in enumerate(("one", "two")):
-        model.set_adapter(name)
-        close(mixed[number], logits(model, inputs)[number])

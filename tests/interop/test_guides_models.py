@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models_tiny import batch, ids, labelled, logits, randomise, tiny
+from guidekit import close, part, trainer_of
+from models_tiny import batch, logits, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 
 Base = Callable[[str], str]
 
@@ -53,10 +53,6 @@ P_TUNING_JSON = {
 """The settings of the two adapters that the tutorial shows, as early versions of PEFT wrote them."""
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
 def printed(capsys: pytest.CaptureFixture[str], model: Any) -> str:
     capsys.readouterr()
     model.print_trainable_parameters()
@@ -79,35 +75,6 @@ def test_a_config_is_written_in_code_or_read_from_a_file(lib: ModuleType, values
         assert config.peft_type == getattr(lib.PeftType, values["peft_type"])
         assert config.base_model_name_or_path == values["base_model_name_or_path"]
     assert read.to_dict() == made.to_dict()
-
-
-def test_from_a_config_to_a_trained_model_and_back(
-    lib: ModuleType, base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = lib.LoraConfig(
-        r=16, target_modules=["q_proj", "v_proj"], task_type=lib.TaskType.CAUSAL_LM, lora_alpha=32, lora_dropout=0.05
-    )
-    model = AutoModelForCausalLM.from_pretrained(base("opt"))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    lora_model = lib.get_peft_model(model, config)
-    trained = 2 * 2 * 16 * (32 + 32)
-    assert printed(capsys, lora_model) == (
-        f"trainable params: {trained:,} || all params: {size + trained:,} "
-        f"|| trainable%: {100 * trained / (size + trained):.4f}\n"
-    )
-    randomise(lora_model)
-    expected = logits(lora_model.eval(), batch("opt"))
-    lora_model.save_pretrained(tmp_path)
-
-    config = lib.PeftConfig.from_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(model, tmp_path)
-    close(logits(loaded, batch("opt")), expected)
-    assert loaded.get_nb_trainable_parameters()[0] == 0
-    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
-    assert loaded.get_nb_trainable_parameters()[0] == trained
-    close(logits(lib.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval(), batch("opt")), expected)
 
 
 def test_another_config_needs_the_model_as_it_was(lib: ModuleType) -> None:
@@ -166,16 +133,6 @@ def test_an_ia3_of_bert_as_the_page_shows_it(lib: ModuleType, base: Base, tmp_pa
     assert (values["peft_type"], values["inference_mode"]) == ("IA3", True)
 
 
-def test_an_adapter_of_another_name_lies_in_a_folder_of_that_name(lib: ModuleType, tmp_path: Path) -> None:
-    model = lib.get_peft_model(tiny("bert"), lib.LoraConfig(r=2), adapter_name="other")
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
-    names = load_file(tmp_path / "other" / "adapter_model.safetensors")
-    assert not any("other" in name for name in names)
-    loaded = lib.PeftModel.from_pretrained(tiny("bert"), tmp_path / "other", adapter_name="third")
-    assert list(loaded.peft_config) == ["third"]
-
-
 def test_a_file_converted_by_hand_needs_two_entries(lib: ModuleType, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -188,17 +145,6 @@ def test_a_file_converted_by_hand_needs_two_entries(lib: ModuleType, tmp_path: P
         json.dumps({"target_modules": ["query", "value"], "peft_type": "LORA"})
     )
     close(logits(lib.PeftModel.from_pretrained(tiny("bert"), tmp_path).eval(), batch("bert")), expected)
-
-
-def test_the_whole_model_is_stored_merged(lib: ModuleType, base: Base, tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(base("bert"))
-    model = lib.get_peft_model(model, lib.LoraConfig())
-    randomise(model)
-    expected = logits(model.eval(), batch("bert"))
-    merged_model = model.merge_and_unload()
-    merged_model.save_pretrained(tmp_path)
-    assert not hasattr(merged_model, "peft_config")
-    close(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path).eval(), batch("bert")), expected)
 
 
 # --- custom models ----------------------------------------------------------------------------------------------------
@@ -249,48 +195,8 @@ def test_a_multilayer_perceptron(lib: ModuleType, capsys: pytest.CaptureFixture[
     close(loaded(x), peft_model(x))
 
 
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token_mixer = nn.AvgPool2d(3, 1, 1)
-        self.mlp = nn.ModuleDict({"fc1": nn.Conv2d(8, 16, 1), "fc2": nn.Conv2d(16, 8, 1)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.token_mixer(x)
-        return x + self.mlp["fc2"](self.mlp["fc1"](x).relu())
-
-
-class _Metaformer(nn.Module):
-    """Built as timm's poolformer is: convolutions named mlp.fc1 and mlp.fc2, a head called head.fc."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-        self.stages = nn.Sequential(_Block(), _Block())
-        self.head = nn.ModuleDict({"fc": nn.Linear(8, 5)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head["fc"](self.stages(self.stem(x)).mean((2, 3)))
-
-
-def test_convolutions_by_a_pattern(lib: ModuleType, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = _Metaformer()
-    twin = _Metaformer()
-    twin.load_state_dict(model.state_dict())
-    config = lib.LoraConfig(target_modules=r".*\.mlp\.fc\d", modules_to_save=["head.fc"])
-    peft_model = lib.get_peft_model(model, config)
-    assert peft_model.targeted_module_names == [f"stages.{n}.mlp.fc{m}" for n in (0, 1) for m in (1, 2)]
-    assert peft_model.get_nb_trainable_parameters()[0] == 4 * 8 * (8 + 16) + 8 * 5 + 5
-    randomise(peft_model)
-    x = torch.randn(2, 3, 16, 16)
-    expected = peft_model.eval()(x)
-    peft_model.save_pretrained(tmp_path)
-    close(lib.PeftModel.from_pretrained(twin, tmp_path)(x), expected)
-
-
 def test_a_new_architecture_takes_the_targets_of_one_like_it(lib: ModuleType) -> None:
-    constants = importlib.import_module(f"{lib.__name__}.utils.constants")
+    constants = part(lib, "utils.constants")
     targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["mistral"]
     assert targets == ["q_proj", "v_proj"]
     model = tiny("llama")
@@ -316,17 +222,8 @@ def test_half_precision_weights_train_under_autocast(lib: ModuleType, how: str, 
         lib.cast_mixed_precision_params(peft_model, dtype=torch.bfloat16)
     for param in peft_model.parameters():
         assert param.dtype == (torch.float32 if param.requires_grad else torch.bfloat16)
-    arguments = TrainingArguments(
-        str(tmp_path), bf16=True, use_cpu=True, max_steps=2, report_to=[], disable_tqdm=True, save_strategy="no"
-    )
-    rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
-    assert Trainer(model=peft_model, args=arguments, train_dataset=rows).train().training_loss > 0
-
-
-def test_adapter_weights_are_float32_unless_it_is_switched_off(lib: ModuleType) -> None:
-    for autocast, expected in ((True, torch.float32), (False, torch.float16)):
-        model = lib.get_peft_model(tiny("llama").half(), lib.LoraConfig(), autocast_adapter_dtype=autocast)
-        assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
+    trainer = trainer_of(peft_model, tmp_path, bf16=True, max_steps=2, save_strategy="no")
+    assert trainer.train().training_loss > 0
 
 
 def test_eval_mode_gives_the_same_again_and_get_peft_model_does_not_load(lib: ModuleType, tmp_path: Path) -> None:
@@ -359,91 +256,3 @@ def test_a_random_head_is_saved_with_the_task_or_with_modules_to_save(lib: Modul
         loaded = lib.PeftModel.from_pretrained(with_random_head(2), tmp_path / name).eval()
         found, expected = logits(loaded, batch("bert")), logits(model, batch("bert"))
         assert torch.allclose(found, expected, atol=1e-4) == same, name
-
-
-def test_a_larger_vocabulary_is_saved(lib: ModuleType, tmp_path: Path) -> None:
-    def resized() -> Any:
-        model = tiny("llama")
-        torch.manual_seed(0)
-        model.resize_token_embeddings(104, mean_resizing=False)
-        return model
-
-    new = {"input_ids": torch.tensor([[100, 5, 103, 7]])}
-    settings = {"target_modules": ["embed_tokens", "lm_head", "q_proj", "v_proj"]}
-    model = lib.get_peft_model(resized(), lib.LoraConfig(**settings)).eval()
-    randomise(model)
-    expected = logits(model, new)
-    model.save_pretrained(tmp_path / "targets")
-    names = load_file(tmp_path / "targets" / "adapter_model.safetensors")
-    assert any(name.endswith("embed_tokens.weight") or "embed_tokens.base_layer" in name for name in names)
-
-    other = lib.get_peft_model(resized(), lib.LoraConfig()).eval()
-    other.save_pretrained(tmp_path / "asked", save_embedding_layers=True)
-    names = load_file(tmp_path / "asked" / "adapter_model.safetensors")
-    assert "base_model.model.model.embed_tokens.weight" in names
-
-    base_model = tiny("llama")
-    base_model.resize_token_embeddings(104, mean_resizing=False)
-    close(logits(lib.PeftModel.from_pretrained(base_model, tmp_path / "targets").eval(), new), expected)
-
-
-def test_the_status_of_layers_and_model(lib: ModuleType) -> None:
-    model = lib.get_peft_model(tiny("t5"), lib.LoraConfig())
-    layers = model.get_layer_status()
-    first = layers[0]
-    assert first.name == "model.encoder.block.0.layer.0.SelfAttention.q"
-    assert first.module_type == "lora.Linear"
-    assert (first.enabled, first.active_adapters, first.merged_adapters) == (True, ["default"], [])
-    assert (first.requires_grad, first.available_adapters) == ({"default": True}, ["default"])
-    status = model.get_model_status()
-    assert status.base_model_type == "T5ForConditionalGeneration"
-    assert status.adapter_model_type == "LoraModel"
-    assert status.peft_types == {"default": "LORA"}
-    assert status.num_adapter_layers == len(layers) == 2 * 2 + 2 * 2 * 2
-    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
-    assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()
-    model.merge_adapter()
-    assert model.get_model_status().merged_adapters == ["default"]
-    functions = importlib.import_module(lib.__name__)
-    assert functions.get_model_status(model) == model.get_model_status()
-    assert functions.get_layer_status(model) == model.get_layer_status()
-
-
-def test_several_adapters_at_once(lib: ModuleType) -> None:
-    """One can be activated by the model, several by the tuner below it."""
-    model = lib.get_peft_model(tiny("llama"), lib.LoraConfig(init_lora_weights=False), adapter_name="first")
-    model.add_adapter("second", lib.LoraConfig(init_lora_weights=False, target_modules=["up_proj"]))
-    model.eval()
-    first = logits(model, batch("llama"))
-    model.set_adapter("second")
-    second = logits(model, batch("llama"))
-    model.base_model.set_adapter(["first", "second"])
-    both = logits(model, batch("llama"))
-    assert model.active_adapters == ["first", "second"]
-    assert not torch.allclose(both, first, atol=1e-3)
-    assert not torch.allclose(both, second, atol=1e-3)
-
-
-def test_a_key_of_another_version_is_left_out_or_said(lib: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**LORA_JSON, "from_the_future": 3}))
-    with pytest.warns(UserWarning, match="from_the_future"):
-        config = lib.LoraConfig.from_pretrained(tmp_path)
-    assert config.r == 16
-    assert not hasattr(config, "from_the_future")
-
-
-def test_batch_norms_are_trained_and_saved_when_they_are_named(lib: ModuleType, tmp_path: Path) -> None:
-    model = tiny("convnet")
-    config = lib.LoraConfig(target_modules=["convolution"], modules_to_save=["classifier", "normalization"])
-    peft_model = lib.get_peft_model(model, config).train()
-    before = logits(tiny("convnet"), batch("convnet"))
-    optimizer = torch.optim.SGD(peft_model.parameters(), lr=0.1)
-    for _ in range(2):
-        peft_model(**labelled("convnet")).loss.backward()
-        optimizer.step()
-    expected = logits(peft_model.eval(), batch("convnet"))
-    assert not torch.allclose(expected, before, atol=1e-3)
-    peft_model.save_pretrained(tmp_path)
-    assert any("running_mean" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-    loaded = lib.PeftModel.from_pretrained(tiny("convnet"), tmp_path).eval()
-    close(logits(loaded, batch("convnet")), expected)

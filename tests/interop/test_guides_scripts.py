@@ -1,8 +1,10 @@
-"""Scripts as users write them, with another import: alpaca-lora's three, QLoRA's without its packages, a Trainer's."""
+"""Scripts as users write them, with another import: alpaca-lora's three, a Trainer's.
+
+QLoRA's is in tests/models/test_models_qlora_script.py.
+"""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import trainkit
+from guidekit import QUIET as CPU
+from guidekit import logged, trainer_of
 from models_tiny import ids, randomise, tiny
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -25,16 +28,11 @@ from transformers import (
     DataCollatorWithPadding,
     GenerationConfig,
     LlamaForCausalLM,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
-    default_data_collator,
     pipeline,
 )
 
-CPU: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 INSTRUCTIONS = [
     {"instruction": "Name a colour.", "input": "", "output": "red"},
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},
@@ -147,7 +145,7 @@ def test_alpaca_lora(lib: ModuleType, llama: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     torch.manual_seed(0)
     model, trainer = _finetune(lib, llama, str(tmp_path / "lora"))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert losses[-1] < losses[0]
     expected = _logits(model, tokenizer)
     saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -181,111 +179,7 @@ def test_alpaca_lora_goes_on_from_a_checkpoints_weights(lib: ModuleType, llama: 
     _, first = _finetune(lib, llama, str(tmp_path / "first"))
     (checkpoint,) = (tmp_path / "first").glob("checkpoint-*")
     _, second = _finetune(lib, llama, str(tmp_path / "second"), resume_from=str(checkpoint))
-    starts = [next(entry["loss"] for entry in each.state.log_history if "loss" in entry) for each in (first, second)]
-    assert starts[1] < starts[0]
-
-
-# --- QLoRA, without quantisation --------------------------------------------------------------------------------------
-
-
-class SavePeftModelCallback(TrainerCallback):
-    """Of QLoRA's script: each checkpoint gets a folder adapter_model."""
-
-    def save_model(self, args: Any, state: Any, model: Any) -> None:
-        model.save_pretrained(str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter_model"))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.save_model(args, state, kwargs["model"])
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / "completed").touch()
-        self.save_model(args, state, kwargs["model"])
-
-
-def find_all_linear_names(model: nn.Module, kind: type = nn.Linear) -> list[str]:
-    names = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kind)}
-    return sorted(names - {"lm_head"})
-
-
-def accelerate_model(lib: ModuleType, model: Any, checkpoint_dir: str | None, kind: type = nn.Linear) -> Any:
-    """QLoRA's get_accelerate_model from where the model is loaded."""
-    lora_layer = importlib.import_module(f"{lib.__name__}.tuners.lora").LoraLayer
-    model = lib.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    if checkpoint_dir is not None:
-        model = lib.PeftModel.from_pretrained(model, str(Path(checkpoint_dir) / "adapter_model"), is_trainable=True)
-    else:
-        config = lib.LoraConfig(
-            r=8,
-            lora_alpha=16,
-            target_modules=find_all_linear_names(model, kind),
-            lora_dropout=0.0,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-        model = lib.get_peft_model(model, config)
-    for name, module in model.named_modules():
-        if isinstance(module, lora_layer):
-            module.to(torch.bfloat16)
-        if "norm" in name:
-            module.to(torch.float32)
-        if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
-            module.to(torch.bfloat16)
-    return model
-
-
-def qlora_arguments(folder: str, **changes: Any) -> Seq2SeqTrainingArguments:
-    options: dict[str, Any] = {
-        "output_dir": folder,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-2,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        "max_grad_norm": 0.3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        **CPU,
-    }
-    return Seq2SeqTrainingArguments(**{**options, **changes})
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_qlora_without_quantisation(lib: ModuleType, llama: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    data = _tokenized(tokenizer)
-    losses: list[float] = []
-    folder = tmp_path / "qlora"
-    for checkpoint_dir in (None, str(folder / "checkpoint-4")):
-        model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
-        model = accelerate_model(lib, model, checkpoint_dir)
-        model.config.use_cache = False
-        trainer = Seq2SeqTrainer(
-            model=model,
-            processing_class=tokenizer,
-            args=qlora_arguments(str(folder if checkpoint_dir is None else tmp_path / "more")),
-            train_dataset=data,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        )
-        trainer.add_callback(SavePeftModelCallback)
-        train_result = trainer.train()
-        trainer.save_metrics("train", train_result.metrics)
-        trainer.save_state()
-        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[3] < losses[0]
-    assert losses[4] < losses[1]  # the second went on
-    last = tmp_path / "more" / "checkpoint-4"
-    expected = _logits(model, tokenizer)
-    for adapter in (last, last / "adapter_model"):  # Trainer's, and the callback's
-        assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 7 * 2
-        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-        merged = lib.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-        assert (_logits(merged, tokenizer) - expected).abs().max() < 0.1 * expected.std()  # bfloat16
+    assert logged(second)[0] < logged(first)[0]
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -362,35 +256,11 @@ def test_trainer_gets_the_model_inside(lib: ModuleType, tmp_path: Path) -> None:
     model = lib.get_peft_model(_Classifier(), config)
     assert isinstance(model.model, _Classifier)  # it has a `model` too
     rows = [{"input_ids": row, "labels": torch.tensor(n % 2)} for n, row in enumerate(ids(4, 8))]
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, logging_steps=1, **CPU)
-    trainer = Trainer(model=model.model, args=arguments, train_dataset=rows)
+    trainer = trainer_of(model.model, tmp_path, rows, max_steps=4, learning_rate=1e-2, logging_steps=1)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     assert losses[-1] < losses[0]
     assert trainer.predict(rows).predictions.shape == (4, 2)
-
-
-@pytest.mark.slow
-def test_a_seq2seq_trainer_predicts_by_generating(lib: ModuleType, tmp_path: Path) -> None:
-    config = lib.PromptTuningConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4, inference_mode=False)
-    model = lib.get_peft_model(tiny("t5"), config)
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:2]} for row in ids(4, 8)]
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        predict_with_generate=True,
-        generation_max_length=6,
-        **CPU,
-    )
-    trainer = Seq2SeqTrainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator
-    )
-    trainer.train()
-    found = trainer.predict(rows).predictions
-    given = default_data_collator(rows)
-    with torch.no_grad():
-        expected = model.eval().generate(**{**given, "labels": None}, max_length=6)
-    assert found[:, : expected.shape[1]].tolist() == expected.tolist()
 
 
 def test_a_pipeline_takes_the_model(lib: ModuleType, llama: str, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import trainkit
-from models_tiny import batch, ids, randomise
+from guidekit import close, logged, trainer_of
+from models_tiny import batch, ids
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
@@ -18,18 +19,10 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
-    WhisperForConditionalGeneration,
     default_data_collator,
     get_linear_schedule_with_warmup,
 )
@@ -123,31 +116,26 @@ def test_low_rank_methods_learn_to_classify_images(
     line = f"trainable params: {trained:,} || all params: {size + trained + rank_numbers:,} "
     assert capsys.readouterr().out.startswith(line)
 
-    arguments = TrainingArguments(
-        str(tmp_path / "vit-lora"),
+    trainer = trainer_of(
+        model,
+        tmp_path / "vit-lora",
+        _images(16, 0),
+        {"eval_dataset": _images(8, 1), "data_collator": _collate},
         remove_unused_columns=False,
         eval_strategy="epoch",
         save_strategy="epoch",
         learning_rate=2e-2,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        per_device_eval_batch_size=8,
         num_train_epochs=4,
         logging_steps=1,
         load_best_model_at_end=True,
         label_names=["labels"],
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(
-        model, arguments, train_dataset=_images(16, 0), eval_dataset=_images(8, 1), data_collator=_collate
     )
     if method == "adalora":
         trainer.add_callback(_Allocate())
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    losses = logged(trainer, "eval_loss")
     assert losses[-1] < losses[0]
     pixels = _collate(_images(4, 2))["pixel_values"]
     with torch.no_grad():
@@ -284,49 +272,60 @@ def test_soft_prompts_learn_to_classify_tweets(lib: ModuleType, method: str, tex
         if lib.__name__ == "peft" and method != "prefix tuning":
             return  # its generate looks for positions that GPT-2 does not have: see test_where_peft_is_wrong.py
         inputs = tokenizer(f"Tweet text : {TWEETS[1]} Label : ", return_tensors="pt")
-        outputs = loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=10, pad_token_id=0)
+        options = {"max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": 3}
+        outputs = loaded.generate(**inputs, **options)
     assert inputs["input_ids"].shape[1] < outputs.shape[1] <= inputs["input_ids"].shape[1] + 10
     text = tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)[0]
     assert text.startswith(f"Tweet text : {TWEETS[1]} Label : ")
 
 
-# --- (IA)^3 -----------------------------------------------------------------------------------------------------------
+# --- text to text -----------------------------------------------------------------------------------------------------
 
 
-def test_ia3_learns_to_name_a_sentiment(lib: ModuleType, tmp_path: Path) -> None:
-    folder = str(trainkit.base_folder("t5"))
+TO_TEXT: dict[str, Any] = {
+    "(IA)^3": (lambda lib: lib.IA3Config(task_type="SEQ_2_SEQ_LM"), (2 + 2 * 2) * 2 * SIDE + 4 * 48, 0.2),
+    "lora": (
+        lambda lib: lib.LoraConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, r=8, lora_alpha=32, lora_dropout=0.1),
+        (2 + 2 * 2) * 2 * 2 * 8 * SIDE,
+        1e-2,
+    ),
+    "prefix": (
+        lambda lib: lib.PrefixTuningConfig(task_type=lib.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=20),
+        20 * 2 * 2 * SIDE,
+        1e-1,
+    ),
+}
+"""Config, number of weights that train, and learning rate."""
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("method", TO_TEXT)
+def test_an_encoder_decoder_learns_to_name_a_sentiment(lib: ModuleType, method: str, tmp_path: Path) -> None:
+    folder, (make, count, lr) = str(trainkit.base_folder("t5")), TO_TEXT[method]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    sentences, sentiments = (
-        ["It will be operated by Nokia.", "Sales fell.", "Growth was robust."],
-        [
-            "neutral",
-            "negative",
-            "positive",
-        ],
-    )
-    model_inputs = tokenizer(sentences, max_length=24, padding="max_length", truncation=True, return_tensors="pt")
-    labels = tokenizer(sentiments, max_length=6, padding="max_length", truncation=True, return_tensors="pt")[
-        "input_ids"
-    ]
+    sentences = ["It will be operated by Nokia.", "Sales fell.", "Growth was robust."]
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    given = tokenizer(sentences, max_length=24, **options)
+    labels = tokenizer(["neutral", "negative", "positive"], max_length=6, **options)["input_ids"]
     labels[labels == tokenizer.pad_token_id] = -100
-    rows = [
-        {"input_ids": one, "attention_mask": mask, "labels": label}
-        for one, mask, label in zip(model_inputs["input_ids"], model_inputs["attention_mask"], labels, strict=True)
-    ]
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    model = lib.get_peft_model(model, lib.IA3Config(task_type="SEQ_2_SEQ_LM"))
-    attentions, hidden = 2 + 2 * 2, 48
-    assert model.get_nb_trainable_parameters()[0] == attentions * 2 * SIDE + 4 * hidden
-    perplexities = _trained_by_hand(model, rows, epochs=6, lr=0.2)
+    keys = ("input_ids", "attention_mask", "labels")
+    rows = [dict(zip(keys, row, strict=True)) for row in zip(*given.values(), labels, strict=True)]
+    torch.manual_seed(0)
+    model = lib.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(folder), make(lib))
+    assert model.get_nb_trainable_parameters()[0] == count
+    perplexities = _trained_by_hand(model, rows, epochs=6, lr=lr)
     assert perplexities[-1] < perplexities[0]
     model.save_pretrained(tmp_path)
 
     loaded = lib.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path).to("cpu")
+    inputs = default_data_collator(rows)
+    close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    if lib.__name__ == "peft" and method == "prefix":
+        return  # its generate is wrong: see test_where_peft_is_wrong.py
     inputs = tokenizer(sentences[0], return_tensors="pt")
-    inputs = {key: value.to("cpu") for key, value in inputs.items()}
     with torch.no_grad():
-        outputs = loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=10)
-        expected = model.eval().generate(input_ids=inputs["input_ids"], max_new_tokens=10)
+        outputs = loaded.generate(input_ids=inputs["input_ids"].to("cpu"), max_new_tokens=10)
+        expected = model.generate(input_ids=inputs["input_ids"], max_new_tokens=10)
     assert torch.equal(outputs, expected)
     assert tokenizer.batch_decode(outputs.detach().cpu().numpy(), skip_special_tokens=True)
 
@@ -334,48 +333,30 @@ def test_ia3_learns_to_name_a_sentiment(lib: ModuleType, tmp_path: Path) -> None
 # --- earlier task guides ----------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_classified_with_lora(lib: ModuleType, base: Base, tmp_path: Path) -> None:
-    labels = {"id2label": {n: str(n) for n in range(5)}, "label2id": {str(n): n for n in range(5)}}
-    labels["ignore_mismatched_sizes"] = True
-    model = AutoModelForTokenClassification.from_pretrained(base("bert"), **labels)
-    peft_config = lib.LoraConfig(
-        task_type=lib.TaskType.TOKEN_CLS, inference_mode=False, r=16, lora_alpha=16, lora_dropout=0.1, bias="all"
-    )
-    model = lib.get_peft_model(model, peft_config)
-    model(input_ids=ids(2, 6), labels=torch.zeros(2, 6, dtype=torch.long)).loss.backward()
-    randomise(model)
-    expected = model.eval()(input_ids=ids(2, 6)).logits
-    model.save_pretrained(tmp_path)
-    config = lib.PeftConfig.from_pretrained(tmp_path)
-    inference_model = AutoModelForTokenClassification.from_pretrained(config.base_model_name_or_path, **labels)
-    loaded = lib.PeftModel.from_pretrained(inference_model, tmp_path)
-    torch.testing.assert_close(loaded(input_ids=ids(2, 6)).logits, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.slow
 def test_pairs_of_sentences_are_classified_with_p_tuning(lib: ModuleType, base: Base, tmp_path: Path) -> None:
     peft_config = lib.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=20, encoder_hidden_size=128)
     model = AutoModelForSequenceClassification.from_pretrained(base("bert"))
     model = lib.get_peft_model(model, peft_config)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path / "run"),
-            learning_rate=1e-2,
-            per_device_train_batch_size=4,
-            num_train_epochs=1,
-            weight_decay=0.01,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            load_best_model_at_end=True,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=[{"input_ids": one, "labels": n % 3} for n, one in enumerate(ids(8, 7))],
-        eval_dataset=[{"input_ids": one, "labels": n % 3} for n, one in enumerate(ids(4, 7, seed=1))],
-        compute_metrics=lambda given: {"accuracy": float((given[0].argmax(-1) == given[1]).mean())},
+
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        return [{"input_ids": one, "labels": n % 3} for n, one in enumerate(ids(count, 7, seed=seed))]
+
+    def compute_metrics(given: Any) -> dict[str, float]:
+        return {"accuracy": float((given[0].argmax(-1) == given[1]).mean())}
+
+    trainer = trainer_of(
+        model,
+        tmp_path / "run",
+        rows(8, 0),
+        {"eval_dataset": rows(4, 1), "compute_metrics": compute_metrics},
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        weight_decay=0.01,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
     )
     trainer.train()
     model.save_pretrained(tmp_path / "adapter")
@@ -383,110 +364,6 @@ def test_pairs_of_sentences_are_classified_with_p_tuning(lib: ModuleType, base: 
     inference_model = AutoModelForSequenceClassification.from_pretrained(base("bert"))
     loaded = lib.PeftModel.from_pretrained(inference_model, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(input_ids=ids(3, 7)).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_prefix_for_an_encoder_decoder(lib: ModuleType, base: Base, tmp_path: Path) -> None:
-    peft_config = lib.PrefixTuningConfig(
-        task_type=lib.TaskType.SEQ_2_SEQ_LM, inference_mode=False, num_virtual_tokens=20
-    )
-    model = lib.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base("t5")), peft_config)
-    assert model.get_nb_trainable_parameters()[0] == 20 * 2 * 2 * SIDE
-    rows = [{"input_ids": one, "labels": one[:4]} for one in ids(4, 7)]
-    perplexities = _trained_by_hand(model, rows, epochs=3, lr=1e-1)
-    assert perplexities[-1] < perplexities[0]
-    model.save_pretrained(tmp_path)
-    loaded = lib.PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base("t5")), tmp_path).eval()
-    inputs = default_data_collator(rows)
-    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_speech_is_recognised_with_lora(lib: ModuleType, base: Base, tmp_path: Path) -> None:
-    """The guide's hook on the first convolution, its arguments, and no task_type."""
-    model = WhisperForConditionalGeneration.from_pretrained(base("whisper"))
-    model = lib.prepare_model_for_kbit_training(model)
-    model.model.encoder.conv1.register_forward_hook(lambda module, given, output: output.requires_grad_(True))
-    config = lib.LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, bias="none")
-    model = lib.get_peft_model(model, config)
-    features = batch("whisper", rows=4)["input_features"]
-    rows = [{"input_features": one, "labels": label} for one, label in zip(features, ids(4, 5), strict=True)]
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        max_steps=4,
-        eval_strategy="steps",
-        eval_steps=4,
-        logging_steps=1,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = Seq2SeqTrainer(
-        args=arguments, model=model, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator
-    )
-    model.config.use_cache = False
-    trainer.train()
-    model.save_pretrained(tmp_path / "adapter")
-    peft_config = lib.PeftConfig.from_pretrained(tmp_path / "adapter")
-    loaded = WhisperForConditionalGeneration.from_pretrained(peft_config.base_model_name_or_path)
-    loaded = lib.PeftModel.from_pretrained(loaded, tmp_path / "adapter").eval()
-    options = {"input_features": features, "max_new_tokens": 4}
-    with torch.no_grad():
-        assert torch.equal(loaded.generate(**options), model.eval().generate(**options))
-
-
-def test_images_are_segmented_with_lora(lib: ModuleType, tmp_path: Path) -> None:
-    def segformer() -> Any:
-        torch.manual_seed(0)
-        config = SegformerConfig(
-            num_encoder_blocks=1,
-            depths=[1],
-            sr_ratios=[1],
-            hidden_sizes=[16],
-            patch_sizes=[3],
-            strides=[2],
-            num_attention_heads=[2],
-            mlp_ratios=[2],
-            decoder_hidden_size=16,
-            num_labels=3,
-        )
-        return SegformerForSemanticSegmentation(config).eval()
-
-    config = lib.LoraConfig(
-        r=8,
-        lora_alpha=32,
-        target_modules=segformer_targets(segformer()),
-        lora_dropout=0.1,
-        bias="lora_only",
-        modules_to_save=["decode_head"],
-    )
-    model = lib.get_peft_model(segformer(), config)
-    names = {name for name, value in model.named_parameters() if value.requires_grad}
-    assert any("decode_head" in name for name in names)
-    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(2, 16, 16, dtype=torch.long)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(2):
-        model.train()(pixel_values=pixels, labels=labels).loss.backward()
-        optimizer.step()
-    expected = model.eval()(pixel_values=pixels).logits
-    model.save_pretrained(tmp_path)
-    inference_model = segformer()
-    with torch.no_grad():
-        for parameter in inference_model.decode_head.parameters():
-            parameter.zero_()
-    loaded = lib.PeftModel.from_pretrained(inference_model, tmp_path)
-    torch.testing.assert_close(loaded(pixel_values=pixels).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def segformer_targets(model: torch.nn.Module) -> list[str]:
-    """Query and value, whatever transformers calls them now."""
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return ["query", "value"] if "query" in leaves else ["q_proj", "v_proj"]
 
 
 class _SentenceEmbedding(torch.nn.Module):

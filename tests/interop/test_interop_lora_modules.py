@@ -12,15 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lora_cases import FURTHER
 from models_tiny import batch, logits, randomise, tiny
-from oracle import file_of, loaded_by_peft, ours, saved_by_peft, silence, theirs
+from oracle import file_of, ours, saved_by_peft, silence
 from torch import nn
 
 import peftcli
 from peftcli.core.files import load_adapter, read_config, save_adapter, write_tensor_file
 from peftcli.core.inject import inject, set_trainable
-from peftcli.core.merge import merge
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
 from peftcli.methods import config_from_dict
@@ -123,132 +121,11 @@ def test_names_and_shapes_are_pefts(settings: dict[str, Any], tmp_path: Path) ->
     assert here == {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
-def test_dora_that_starts_from_the_base_weight(settings: dict[str, Any], tmp_path: Path) -> None:
-    model, config = ours("llama", "lora", use_dora=True, **settings)
-    save_adapter(model, config, tmp_path / "ours")
-    found = loaded_by_peft("llama", tmp_path / "ours")
-    torch.testing.assert_close(logits(found, batch("llama")), logits(model, batch("llama")), atol=1e-5, rtol=1e-5)
-    written = theirs("llama", "lora", use_dora=True, **settings)
-    saved_by_peft(written, tmp_path / "theirs")
-    read = tiny("llama")
-    load_adapter(read, config_from_dict(read_config(tmp_path / "theirs")), tmp_path / "theirs")
-    torch.testing.assert_close(logits(read, batch("llama")), logits(written, batch("llama")), atol=1e-5, rtol=1e-5)
-
-
-# where PEFT is wrong
-
-
-class _One(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.part = module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.part(x)
-
-
-def _with_peft(module: nn.Module, **settings: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(_One(module), peft.LoraConfig(**settings))
-    randomise(model)
-    return model.eval()
-
-
-def test_peft_drops_dilation_and_padding_mode() -> None:
-    """Ours keep both and are merged right: see test_methods_formulas.py."""
-    x = torch.randn(1, 4, 8, 8)
-    dilated = _with_peft(nn.Conv2d(4, 4, 3, dilation=2), target_modules=["part"])
-    with pytest.raises(RuntimeError, match="must match the size"):
-        dilated(x)
-    circular = _with_peft(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), target_modules=["part"])
-    before = circular(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merged = circular.merge_and_unload()
-    assert (merged(x) - before).abs().max() > 0.1
-
-
-def test_peft_takes_the_norm_of_no_delta_in_dora_on_a_convolution_with_groups() -> None:
-    """It takes B for a matrix of another shape. Ours refuses it: there is no such delta."""
-    _with_peft(nn.Conv2d(4, 4, 3, groups=2), target_modules=["part"], use_dora=True)
-    with pytest.raises(AdapterError, match="use_dora: is not supported for part, a convolution with groups"):
-        inject(_One(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(target_modules=["part"], use_dora=True))
-
-
-def test_peft_adds_the_delta_of_attentions_output_twice() -> None:
-    """In training as in merging; ours does it too, since that is what the file means."""
-    model = _with_peft(nn.MultiheadAttention(8, 2), target_modules=["part"])
-    attention = model.base_model.model.part
-    before = attention.out_proj.weight.clone()
-    delta = attention.base_layer.out_proj.get_delta_weight("default")
-    attention.merge()
-    torch.testing.assert_close(attention.out_proj.weight, before + 2 * delta)
-
-
-def test_peft_cannot_run_whisper_with_adapted_convolutions() -> None:
-    settings = {"target_modules": ["conv1", "conv2"]}
-    model, config = ours("whisper", "lora", **settings)
-    expected = logits(model, batch("whisper"))
-    with pytest.raises(AttributeError, match="no attribute 'stride'"):
-        logits(theirs("whisper", "lora", **settings), batch("whisper"))
-    merge(model, config)
-    torch.testing.assert_close(logits(model, batch("whisper")), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_pefts_adapter_has_no_effect_in_pytorchs_encoder_outside_of_training() -> None:
-    """Ours has: see test_methods_lora_modules.py."""
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
-    x = torch.randn(2, 5, 16)
-    before = layer(x)
-    model = _with_peft(layer, target_modules=["self_attn", "linear1"])
-    torch.testing.assert_close(model(x), before)
-    assert not torch.allclose(model.train()(x), before, atol=1e-2)
-
-
-def test_peft_merges_into_an_output_projection_what_had_no_effect() -> None:
-    model = _with_peft(nn.MultiheadAttention(8, 2), target_modules=["out_proj"])
-    x = torch.randn(3, 1, 8)
-    attend = model.base_model.model.part
-    before, _ = attend(x, x, x)
-    torch.testing.assert_close(before, nn.MultiheadAttention.forward(attend, x, x, x)[0])
-    model.merge_adapter()
-    assert (attend(x, x, x)[0] - before).abs().max() > 0.1
-
-
-def _off_by(kind: str, settings: dict[str, Any]) -> float:
-    """How far PEFT's merged logits are from those that it merged."""
-    model = theirs(kind, "lora", **settings)
-    expected = logits(model, batch(kind))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return (logits(model.merge_and_unload(), batch(kind)) - expected).abs().max().item()
-
-
-MERGED_WRONG = [
-    "replicated",
-    "replicated-turned",
-    "tied-embedding",
-    "tied-head",
-    "tied-scaled",
-    "tokens-tied-apart",
-]
-
-
-@pytest.mark.parametrize("name", MERGED_WRONG)
-def test_interop_3_4_layer_replication_and_tied_weights_are_merged_wrongly_by_peft(name: str) -> None:
-    kind, settings = FURTHER[name]
-    assert _off_by(kind, settings) > 0.5
-    model, config = ours(kind, "lora", **settings)
-    expected = logits(model, batch(kind))
-    merge(model, config)
-    torch.testing.assert_close(logits(model, batch(kind)), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_tokens_beside_an_adapted_head_are_merged_wrongly_by_peft() -> None:
-    """Ours: see test_methods_lora_tokens.py."""
-    assert _off_by("llama_tied", {"trainable_token_indices": [3, 90], "target_modules": ["lm_head"]}) > 0.5
+def test_dora_on_a_convolution_with_groups_is_refused() -> None:
+    """PEFT takes B for a matrix of another shape, and the norm of what is no delta."""
+    base = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(AdapterError, match="use_dora: is not supported for 0, a convolution with groups"):
+        inject(base, LoraConfig(target_modules=["0"], use_dora=True))
 
 
 def test_the_adapter_that_a_tied_head_shares_starts_as_that_of_a_head() -> None:
@@ -288,22 +165,6 @@ def test_peft_finds_layers_whose_list_stands_first_in_their_names(tmp_path: Path
         assert torch.equal(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
-def test_pefts_tied_adapters_have_gradients_of_their_own() -> None:
-    model = theirs("llama_tied", "lora", target_modules=["embed_tokens"], ensure_weight_tying=True)
-    [a, *_] = [value for name, value in model.named_parameters() if "lora_embedding_A" in name]
-    [b, *_] = [value for name, value in model.named_parameters() if "lm_head.lora_B" in name]
-    assert a.data_ptr() == b.data_ptr()
-    model(**batch("llama_tied"), labels=batch("llama_tied")["input_ids"]).loss.backward()
-    assert not torch.allclose(a.grad.T, b.grad, atol=1e-3)
-
-
-def test_peft_takes_the_bias_of_lora_bias_for_a_damaged_tensor(tmp_path: Path) -> None:
-    kind, settings = FURTHER["lora-bias"]
-    model = theirs(kind, "lora", **settings)
-    with pytest.warns(UserWarning, match="lora_B.bias.* A 1-D or zero-sized"):
-        model.save_pretrained(tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("more", [["q_proj"], []])
 def test_a_lora_for_each_expert_is_read_once_peft_has_converted_it(more: list[str], tmp_path: Path) -> None:
@@ -324,8 +185,6 @@ def test_a_lora_for_each_expert_is_read_once_peft_has_converted_it(more: list[st
     torch.testing.assert_close(logits(read, batch("mixtral")), logits(converted, batch("mixtral")))
 
 
-def test_peft_writes_unset_targets_beside_parameters_otherwise_for_mixtral() -> None:
-    """Elsewhere it adapts the usual modules too, but not where it rewrites the config. Ours: the parameters alone."""
-    assert theirs("mixtral", "lora", target_parameters=["down_proj"]).peft_config["default"].target_modules == set()
-    assert theirs("llama", "lora", target_parameters=["up_proj.weight"]).peft_config["default"].target_modules
+def test_unset_targets_beside_parameters_are_none() -> None:
+    """PEFT adapts the usual modules too, but not where it rewrites the config, as for Mixtral."""
     assert ours("llama", "lora", target_parameters=["up_proj.weight"])[1].target_modules == set()

@@ -12,9 +12,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import PAD, batch, ids, logits, randomise, tiny
+from models_tiny import PAD, batch, ids, logits, tiny
 from oracle import silence
-from torch import nn
 
 import peftcli
 from peftcli.core.layer import AdapterLayer
@@ -62,24 +61,6 @@ def _close(here: torch.Tensor, there: torch.Tensor) -> None:
     torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 
-def _set(model: Any, names: str | list[str]) -> None:
-    """PEFT's own PeftModel takes one name; its base_model takes several."""
-    (model.base_model if isinstance(model, peft.PeftModel) and not isinstance(names, str) else model).set_adapter(names)
-
-
-@pytest.mark.grid(keep=2)
-@pytest.mark.parametrize("active", ["a", "b", ["a", "b"]])
-def test_the_active_adapters_compute_the_same(kind: str, active: str | list[str]) -> None:
-    found = []
-    for lib in (peftcli, peft):
-        model = _two(lib, kind)
-        _set(model, active)
-        found.append((logits(model, batch(kind)), sum(p.numel() for p in model.parameters() if p.requires_grad)))
-    _close(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-    assert not torch.allclose(found[0][0], logits(tiny(kind), batch(kind)), atol=1e-2)
-
-
 @pytest.mark.grid
 def test_the_same_walk_through_all_operations(kind: str, tmp_path: Path) -> None:
     here, there = (_walk(lib, kind, tmp_path / lib.__name__) for lib in (peftcli, peft))
@@ -124,41 +105,19 @@ def _walk(lib: ModuleType, kind: str, folder: Path) -> list[Any]:
     return seen
 
 
-def test_peft_mixes_adapters_that_do_not_adapt_the_same_modules() -> None:
-    """Both mend themselves where each module has both adapters; a is on v_proj alone, b on k_proj."""
-    alone: dict[str, torch.Tensor] = {}
-    for name in "ab":
-        model = _two(peftcli)
-        model.set_adapter(name)
-        alone[name] = logits(model, batch("llama"))
-
-    def merged(lib: ModuleType) -> torch.Tensor:
-        model = _two(lib)
+@pytest.mark.parametrize("act", ["merge", "delete"])
+def test_adapters_that_do_not_adapt_the_same_modules_are_not_mixed(act: str) -> None:
+    """As PEFT mixes them: a is on v_proj alone, b on k_proj."""
+    alone, model = _two(peftcli), _two(peftcli)
+    if act == "merge":
+        alone.set_adapter("b")
         model.merge_adapter(adapter_names=["b"])
-        return logits(model, batch("llama"))
-
-    def after_deletion(lib: ModuleType) -> torch.Tensor:
-        model = _two(lib)
-        model.add_adapter("c", lib.LoraConfig(**SETTINGS["b"]))
+    else:
+        model.add_adapter("c", peftcli.LoraConfig(**SETTINGS["b"]))
         model.set_adapter("c")
         model.delete_adapter("c")
         assert model.active_adapter == "a"
-        return logits(model, batch("llama"))
-
-    for act, name in ((merged, "b"), (after_deletion, "a")):
-        _close(act(peftcli), alone[name])
-        assert not torch.allclose(act(peft), alone[name], atol=1e-2), "PEFT is right now: compare with it"
-
-
-def test_peft_forgets_what_trains_when_adapters_were_disabled() -> None:
-    counts = {}
-    for lib in (peftcli, peft):
-        model = _two(lib)
-        model.set_requires_grad(["a", "b"])
-        with model.disable_adapter():
-            pass
-        counts[lib.__name__] = model.get_nb_trainable_parameters()[0]
-    assert counts["peftcli"] == 2 * counts["peft"], "PEFT is right now: compare with it"
+    _close(logits(model, batch("llama")), logits(alone, batch("llama")))
 
 
 @pytest.mark.grid(each="writer")
@@ -309,16 +268,3 @@ def test_peft_reads_a_combined_adapter(way: str, kind: str, tmp_path: Path) -> N
     with silence():
         oracle = peft.PeftModel.from_pretrained(tiny(kind), tmp_path / "c").eval()
     _close(logits(oracle, batch(kind)), logits(model, batch(kind)))
-
-
-def test_several_adapters_of_several_methods_where_peft_needs_another_class() -> None:
-    """PEFT takes one method a model, or PeftMixedModel."""
-    model: Any = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(), "a")
-    model.add_adapter("b", peftcli.IA3Config())
-    oracle = peft.get_peft_model(tiny("llama"), peft.LoraConfig(), "a")
-    with pytest.raises(ValueError, match="different peft types"):
-        oracle.add_adapter("b", peft.IA3Config(task_type="CAUSAL_LM"))
-    model.set_adapter(["a", "b"])
-    randomise(model)
-    assert isinstance(model, nn.Module)
-    assert not torch.allclose(logits(model.eval(), batch("llama")), logits(tiny("llama"), batch("llama")), atol=1e-2)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from guidekit import logged, trainer_of
 from models_tiny import PAD, batch, eval_mode, ids, labelled, logits, randomise, tiny
 from oracle import silence
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
 )
@@ -32,6 +32,7 @@ from transformers import (
 import peftcli
 from peftcli.errors import AdapterError
 
+Base = Callable[[str], str]
 AUTO = {"llama": AutoModelForCausalLM, "llama_tied": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 TASKS_OF_CLASSES = {
     "CausalLM": "CAUSAL_LM",
@@ -42,20 +43,6 @@ TASKS_OF_CLASSES = {
     "FeatureExtraction": "FEATURE_EXTRACTION",
 }
 TASK = {"llama": "CAUSAL_LM", "llama_tied": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
-
-
-@pytest.fixture(params=[pytest.param("peft", marks=pytest.mark.slow), "peftcli"])
-def lib(request: pytest.FixtureRequest) -> ModuleType:
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of tiny base models."""
-    folders = {kind: str(tmp_path_factory.mktemp(kind)) for kind in AUTO}
-    for kind, folder in folders.items():
-        tiny(kind).save_pretrained(folder)
-    return folders
 
 
 def _start(lib: ModuleType, kind: str, base: str, **settings: Any) -> Any:
@@ -76,7 +63,7 @@ def _printed(capsys: pytest.CaptureFixture[str], model: Any) -> str:
 @pytest.mark.parametrize("kind", AUTO)
 @pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear", "r": 3}, {"num_virtual_tokens": 5}])
 def test_the_same_line_is_printed(
-    kind: str, settings: dict[str, Any], bases: dict[str, str], capsys: pytest.CaptureFixture[str]
+    kind: str, settings: dict[str, Any], base: Base, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = []
     for lib in (peft, peftcli):
@@ -84,7 +71,7 @@ def test_the_same_line_is_printed(
         extra = {"num_transformer_submodules": 1} if virtual else {}  # PEFT's 2 counts rows that nothing trains
         config_class = lib.PromptTuningConfig if virtual else lib.LoraConfig
         model = lib.get_peft_model(
-            AUTO[kind].from_pretrained(bases[kind]), config_class(task_type=TASK[kind], **settings, **extra)
+            AUTO[kind].from_pretrained(base(kind)), config_class(task_type=TASK[kind], **settings, **extra)
         )
         lines.append(_printed(capsys, model))
     assert lines[0] == lines[1]
@@ -93,8 +80,8 @@ def test_the_same_line_is_printed(
 
 @pytest.mark.grid(keep=4)
 @pytest.mark.parametrize("kind", AUTO)
-def test_save_load_generate_merge(lib: ModuleType, kind: str, bases: dict[str, str], tmp_path: Path) -> None:
-    model = _start(lib, kind, bases[kind])
+def test_save_load_generate_merge(lib: ModuleType, kind: str, base: Base, tmp_path: Path) -> None:
+    model = _start(lib, kind, base(kind))
     randomise(model)
     model.eval()
     expected = logits(model, batch(kind))
@@ -107,7 +94,7 @@ def test_save_load_generate_merge(lib: ModuleType, kind: str, bases: dict[str, s
 
     auto = lib.AutoPeftModelForSeq2SeqLM if kind == "t5" else lib.AutoPeftModelForCausalLM
     for loaded in (
-        lib.PeftModel.from_pretrained(AUTO[kind].from_pretrained(bases[kind]), tmp_path),
+        lib.PeftModel.from_pretrained(AUTO[kind].from_pretrained(base(kind)), tmp_path),
         auto.from_pretrained(tmp_path),
     ):
         torch.testing.assert_close(logits(loaded.eval(), batch(kind)), expected, atol=1e-5, rtol=1e-5)
@@ -127,9 +114,9 @@ def test_save_load_generate_merge(lib: ModuleType, kind: str, bases: dict[str, s
     torch.testing.assert_close(logits(plain, batch(kind)), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_a_merged_tied_model_is_saved_and_loaded_with_the_right_logits(bases: dict[str, str], tmp_path: Path) -> None:
+def test_a_merged_tied_model_is_saved_and_loaded_with_the_right_logits(base: Base, tmp_path: Path) -> None:
     """PEFT adds both deltas to the one weight."""
-    model = _start(peftcli, "llama_tied", bases["llama_tied"], target_modules=["embed_tokens", "lm_head"])
+    model = _start(peftcli, "llama_tied", base("llama_tied"), target_modules=["embed_tokens", "lm_head"])
     randomise(model)
     expected = logits(model.eval(), batch("llama"))
     merged = model.merge_and_unload()
@@ -141,8 +128,8 @@ def test_a_merged_tied_model_is_saved_and_loaded_with_the_right_logits(bases: di
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_the_auto_class_finds_the_base_models_own_class(kind: str, bases: dict[str, str], tmp_path: Path) -> None:
-    model = _start(peftcli, kind, bases[kind])
+def test_the_auto_class_finds_the_base_models_own_class(kind: str, base: Base, tmp_path: Path) -> None:
+    model = _start(peftcli, kind, base(kind))
     randomise(model)
     model.eval().save_pretrained(tmp_path)
     loaded = peftcli.AutoPeftModel.from_pretrained(tmp_path)
@@ -154,8 +141,8 @@ def test_the_auto_class_finds_the_base_models_own_class(kind: str, bases: dict[s
     assert type(loaded.get_base_model()) is type(tiny(kind))
 
 
-def test_an_adapter_without_a_base_model_is_one_clear_error(bases: dict[str, str], tmp_path: Path) -> None:
-    model = _start(peftcli, "llama", bases["llama"])
+def test_an_adapter_without_a_base_model_is_one_clear_error(base: Base, tmp_path: Path) -> None:
+    model = _start(peftcli, "llama", base("llama"))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
@@ -163,32 +150,27 @@ def test_an_adapter_without_a_base_model_is_one_clear_error(bases: dict[str, str
         peftcli.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_base_model_that_is_a_pickle_is_not_read(bases: dict[str, str], tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    _start(peftcli, "llama", bases["llama"]).save_pretrained(adapter)
+def test_a_base_model_that_is_a_pickle_is_not_read(base: Base, tmp_path: Path) -> None:
+    folder, adapter = tmp_path / "base", tmp_path / "adapter"
+    _start(peftcli, "llama", base("llama")).save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    tiny("llama").config.save_pretrained(base)
-    torch.save(tiny("llama").state_dict(), base / "pytorch_model.bin")
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    tiny("llama").config.save_pretrained(folder)
+    torch.save(tiny("llama").state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         peftcli.AutoPeftModelForCausalLM.from_pretrained(adapter)
 
 
-def test_what_is_saved_trains_on(lib: ModuleType, bases: dict[str, str], tmp_path: Path) -> None:
-    model = _start(lib, "llama", bases["llama"])
+def test_what_is_saved_trains_on(lib: ModuleType, base: Base, tmp_path: Path) -> None:
+    model = _start(lib, "llama", base("llama"))
     model.save_pretrained(tmp_path)
     loaded = lib.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(bases["llama"]), tmp_path, is_trainable=True
+        AutoModelForCausalLM.from_pretrained(base("llama")), tmp_path, is_trainable=True
     )
     assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
     loaded(**labelled("llama")).loss.backward()
     trained = [parameter for parameter in loaded.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
-
-
-def test_the_state_dict_of_the_adapter_has_pefts_names(bases: dict[str, str]) -> None:
-    names = [set(lib.get_peft_model_state_dict(_start(lib, "llama", bases["llama"]))) for lib in (peft, peftcli)]
-    assert names[0] == names[1]
 
 
 @pytest.mark.grid(keep=2)
@@ -209,16 +191,16 @@ def test_the_classes_put_the_adapter_in_as_get_peft_model_does(kind: str, tmp_pa
         assert len({(tmp_path / folder / "own" / file).read_bytes() for folder in ("class", "function")}) == 1
 
 
-def test_a_wrapped_model_is_copied_with_its_adapter(bases: dict[str, str]) -> None:
-    model = _start(peftcli, "llama", bases["llama"])
+def test_a_wrapped_model_is_copied_with_its_adapter(base: Base) -> None:
+    model = _start(peftcli, "llama", base("llama"))
     twin = copy.deepcopy(model)
     randomise(twin)
     assert not torch.equal(logits(twin.eval(), batch("llama")), logits(model.eval(), batch("llama")))
     assert list(twin.state_dict()) == list(model.state_dict())
 
 
-def test_load_adapter_fills_the_weights_that_are_there(bases: dict[str, str], tmp_path: Path) -> None:
-    saved, model = (_start(peftcli, "llama", bases["llama"]) for _ in range(2))
+def test_load_adapter_fills_the_weights_that_are_there(base: Base, tmp_path: Path) -> None:
+    saved, model = (_start(peftcli, "llama", base("llama")) for _ in range(2))
     randomise(saved)
     saved.save_pretrained(tmp_path)
     before = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -230,9 +212,9 @@ def test_load_adapter_fills_the_weights_that_are_there(bases: dict[str, str], tm
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_load_adapter_takes_one_of_another_config(bases: dict[str, str], tmp_path: Path) -> None:
-    saved = _start(peftcli, "llama", bases["llama"], target_modules=["up_proj"])
-    model = _start(peftcli, "llama", bases["llama"])
+def test_load_adapter_takes_one_of_another_config(base: Base, tmp_path: Path) -> None:
+    saved = _start(peftcli, "llama", base("llama"), target_modules=["up_proj"])
+    model = _start(peftcli, "llama", base("llama"))
     randomise(saved)
     saved.save_pretrained(tmp_path)
     model.load_adapter(tmp_path)
@@ -242,12 +224,12 @@ def test_load_adapter_takes_one_of_another_config(bases: dict[str, str], tmp_pat
 
 @pytest.mark.parametrize("targets", [["up_proj"], ["q_proj", "v_proj"]])
 def test_load_adapter_keeps_the_old_one_when_the_new_does_not_fit(
-    targets: list[str], bases: dict[str, str], tmp_path: Path
+    targets: list[str], base: Base, tmp_path: Path
 ) -> None:
-    model = _start(peftcli, "llama", bases["llama"])
+    model = _start(peftcli, "llama", base("llama"))
     randomise(model)
     expected = logits(model.eval(), batch("llama"))
-    _start(peftcli, "llama", bases["llama"], target_modules=targets).save_pretrained(tmp_path)
+    _start(peftcli, "llama", base("llama"), target_modules=targets).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"})
     with pytest.raises(AdapterError, match="missing: "):
@@ -264,12 +246,12 @@ def test_load_adapter_keeps_the_old_one_when_the_new_does_not_fit(
 
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_accelerate_trains_it_as_it_trains_pefts(kind: str, bases: dict[str, str], tmp_path: Path) -> None:
+def test_accelerate_trains_it_as_it_trains_pefts(kind: str, base: Base, tmp_path: Path) -> None:
     losses: dict[str, list[float]] = {}
     for lib in (peft, peftcli):
         reset_accelerate()  # another test may have left its precision
         accelerator = Accelerator(cpu=True)
-        model = _twin(lib, kind, bases[kind], {})
+        model = _twin(lib, kind, base(kind), {})
         optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=5e-3)
         data = torch.utils.data.DataLoader(_rows(kind), batch_size=4, collate_fn=_stack)
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
@@ -321,26 +303,18 @@ def _twin(lib: ModuleType, kind: str, base: str, settings: dict[str, Any]) -> An
     return model
 
 
-def _arguments(folder: Path, kind: str = "llama", **changes: Any) -> TrainingArguments:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": 2,
-        "learning_rate": 2e-2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "weight_decay": 0.01,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return Seq2SeqTrainingArguments(**options) if kind == "t5" else TrainingArguments(**options)
+OPTIONS: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "learning_rate": 2e-2,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "weight_decay": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "logging_steps": 1,
+}
 
 
 def _metrics(prediction: Any) -> dict[str, float]:
@@ -349,20 +323,10 @@ def _metrics(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((found[:, -width:].argmax(-1) == prediction.label_ids).mean())}
 
 
-def _trainer(model: Any, kind: str, arguments: TrainingArguments, **options: Any) -> Trainer:
-    options = {"compute_metrics": _metrics, **options}
-    return (Seq2SeqTrainer if kind == "t5" else Trainer)(
-        model=model,
-        args=arguments,
-        train_dataset=_rows(kind),
-        eval_dataset=_rows(kind, 8, seed=50),
-        data_collator=_stack,
-        **options,
-    )
-
-
-def _series(trainer: Trainer, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
+def _trainer(model: Any, kind: str, folder: Path, metrics: Any = _metrics, **changes: Any) -> Trainer:
+    more = {"eval_dataset": _rows(kind, 8, seed=50), "data_collator": _stack, "compute_metrics": metrics}
+    trainer = Seq2SeqTrainer if kind == "t5" else Trainer
+    return trainer_of(model, folder, _rows(kind), more, trainer, **{**OPTIONS, **changes})
 
 
 TOO_FAST = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
@@ -377,19 +341,17 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
+def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], base: Base, tmp_path: Path) -> None:
     series: dict[str, list[float]] = {}
     for lib in (peft, peftcli):
-        arguments = _arguments(
-            tmp_path, kind, gradient_accumulation_steps=2, save_strategy="no", load_best_model_at_end=False
-        )
-        trainer = _trainer(_twin(lib, kind, bases[kind], settings), kind, arguments)
+        options = {"gradient_accumulation_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}
+        trainer = _trainer(_twin(lib, kind, base(kind), settings), kind, tmp_path, **options)
         with warnings.catch_warnings():
             if lib is peft:
                 warnings.simplefilter("ignore")
             trainer.train()
         keys = ("loss", "grad_norm", "eval_loss", "eval_accuracy")
-        series[lib.__name__] = [value for key in keys for value in _series(trainer, key)]
+        series[lib.__name__] = [value for key in keys for value in logged(trainer, key)]
     assert series["peftcli"] == pytest.approx(series["peft"], abs=1e-5, rel=1e-5)
     assert len(series["peftcli"]) == 2 + 2 + 2 + 2
 
@@ -397,15 +359,15 @@ def test_trainer_gives_pefts_losses(kind: str, settings: dict[str, Any], bases: 
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_trainer_saves_adapters_only_and_restores_the_best(
-    kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
+    kind: str, settings: dict[str, Any], base: Base, tmp_path: Path
 ) -> None:
     with silence():
-        model = _twin(peftcli, kind, bases[kind], settings)
-        trainer = _trainer(model, kind, _arguments(tmp_path, kind, num_train_epochs=3, **TOO_FAST))
+        model = _twin(peftcli, kind, base(kind), settings)
+        trainer = _trainer(model, kind, tmp_path, num_train_epochs=3, **TOO_FAST)
         trainer.train()
-    losses = _series(trainer, "eval_loss")
+    losses = logged(trainer, "eval_loss")
     assert len(losses) == 3
-    assert len(_series(trainer, "eval_accuracy")) == 3
+    assert len(logged(trainer, "eval_accuracy")) == 3
     best = 1 + min(range(3), key=losses.__getitem__)
     assert losses[best - 1] < max(losses)
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * best}")
@@ -421,37 +383,33 @@ def test_trainer_saves_adapters_only_and_restores_the_best(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best - 1], abs=1e-6)
     model.save_pretrained(tmp_path / "final")
     with silence():
-        oracle = peft.PeftModel.from_pretrained(AUTO[kind].from_pretrained(bases[kind]), tmp_path / "final").eval()
+        oracle = peft.PeftModel.from_pretrained(AUTO[kind].from_pretrained(base(kind)), tmp_path / "final").eval()
     with eval_mode(model):
         torch.testing.assert_close(logits(model, batch(kind)), logits(oracle, batch(kind)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.grid
-def test_trainer_resumes_from_its_checkpoint(settings: dict[str, Any], bases: dict[str, str], tmp_path: Path) -> None:
-    straight = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", _arguments(tmp_path))
+def test_trainer_resumes_from_its_checkpoint(settings: dict[str, Any], base: Base, tmp_path: Path) -> None:
+    straight = _trainer(_twin(peftcli, "llama", base("llama"), settings), "llama", tmp_path)
     straight.train()
-    resumed = _trainer(_twin(peftcli, "llama", bases["llama"], settings), "llama", _arguments(tmp_path / "again"))
+    resumed = _trainer(_twin(peftcli, "llama", base("llama"), settings), "llama", tmp_path / "again")
     with silence():
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert _series(resumed, "loss")[-2:] == pytest.approx(_series(straight, "loss")[-2:], abs=1e-5)
+    assert logged(resumed, "loss")[-2:] == pytest.approx(logged(straight, "loss")[-2:], abs=1e-5)
 
 
 @pytest.mark.grid
-def test_seq2seq_trainer_generates_with_the_adapter(
-    settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
-) -> None:
-    model = _twin(peftcli, "t5", bases["t5"], settings)
-    arguments = _arguments(
-        tmp_path, "t5", predict_with_generate=True, generation_max_length=8, metric_for_best_model="eval_length"
-    )
+def test_seq2seq_trainer_generates_with_the_adapter(settings: dict[str, Any], base: Base, tmp_path: Path) -> None:
+    model = _twin(peftcli, "t5", base("t5"), settings)
+    options = {"predict_with_generate": True, "generation_max_length": 8, "metric_for_best_model": "eval_length"}
 
     def longest(found: Any) -> dict[str, float]:
         # padded to the length that the model's own settings name
         return {"length": float((found.predictions != PAD).sum(-1).max())}
 
-    trainer = _trainer(model, "t5", arguments, compute_metrics=longest)
+    trainer = _trainer(model, "t5", tmp_path, longest, **options)
     trainer.train()
-    assert all(1 <= value <= 8 for value in _series(trainer, "eval_length"))
+    assert all(1 <= value <= 8 for value in logged(trainer, "eval_length"))
     predicted = trainer.predict(_rows("t5", 2)).predictions
     with eval_mode(model):
         expected = model.generate(**{k: v for k, v in _stack(_rows("t5", 2)).items() if k != "labels"}, max_length=8)
@@ -462,21 +420,21 @@ def test_seq2seq_trainer_generates_with_the_adapter(
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", AUTO)
 def test_a_model_that_inject_made_trains_under_trainer(
-    kind: str, settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
+    kind: str, settings: dict[str, Any], base: Base, tmp_path: Path
 ) -> None:
     """Without a PeftModel around it: the same losses, the best epoch restored."""
     if kind == "t5" and "num_virtual_tokens" in settings:
         pytest.skip("transformers cannot save the whole of a model whose tied embedding is wrapped; PeftModel can")
-    wrapped = _twin(peftcli, kind, bases[kind], settings)
+    wrapped = _twin(peftcli, kind, base(kind), settings)
     config = copy.deepcopy(wrapped.active_peft_config)
-    model: nn.Module = AUTO[kind].from_pretrained(bases[kind])
+    model: nn.Module = AUTO[kind].from_pretrained(base(kind))
     peftcli.inject(model, config)
     peftcli.load_state(model, peftcli.adapter_state(wrapped.get_base_model()))
     found = []
     for number, one in enumerate((wrapped, model)):
-        trainer = _trainer(one, kind, _arguments(tmp_path / str(number), kind, **TOO_FAST))
+        trainer = _trainer(one, kind, tmp_path / str(number), **TOO_FAST)
         trainer.train()
-        found.append([_series(trainer, "loss"), _series(trainer, "eval_loss"), [trainer.evaluate()["eval_loss"]]])
+        found.append([logged(trainer, "loss"), logged(trainer, "eval_loss"), [trainer.evaluate()["eval_loss"]]])
     for here, there in zip(*found, strict=True):
         assert here == pytest.approx(there, abs=1e-5)
     assert found[1][2][0] == pytest.approx(min(found[1][1]), abs=1e-6)
@@ -487,16 +445,15 @@ def test_a_model_that_inject_made_trains_under_trainer(
 
 @pytest.mark.slow
 def test_gradient_checkpointing_under_trainer_gives_the_same_losses(
-    settings: dict[str, Any], bases: dict[str, str], tmp_path: Path
+    settings: dict[str, Any], base: Base, tmp_path: Path
 ) -> None:
     series = []
     for checkpointed in (False, True):
-        model = _twin(peftcli, "llama", bases["llama"], settings)
+        model = _twin(peftcli, "llama", base("llama"), settings)
         name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else None
-        arguments = _arguments(tmp_path, **{name or "gradient_checkpointing": checkpointed})
-        trainer = _trainer(model, "llama", arguments)
+        trainer = _trainer(model, "llama", tmp_path, **{name or "gradient_checkpointing": checkpointed})
         trainer.train()
-        series.append(_series(trainer, "loss"))
+        series.append(logged(trainer, "loss"))
         assert math.isfinite(series[-1][-1])
     assert series[0] == pytest.approx(series[1], abs=1e-5)
 

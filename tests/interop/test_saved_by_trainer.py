@@ -12,12 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from guidekit import token_rows, trainer_of
 from huggingface_hub import ModelCard
 from models_tiny import batch, ids, labelled, logits, randomise, tiny
 from oracle import silence
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 import peftcli
 from peftcli.errors import AdapterError
@@ -35,24 +36,9 @@ def _model(method: str = "lora") -> Any:
 
 
 def _trainer(model: nn.Module, folder: Path, **changes: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "save_steps": 2,
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "eval_strategy": "steps",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    rows = [{"input_ids": one, "labels": one} for one in ids(8, 6)]
-    arguments = TrainingArguments(**{**options, **changes})
-    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    steps = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "save_strategy": "steps", "eval_strategy": "steps"}
+    options = {"per_device_train_batch_size": 4, "learning_rate": 0.5, "lr_scheduler_type": "constant", **steps}
+    return trainer_of(model, folder, more={"eval_dataset": token_rows()}, **{**options, **changes})
 
 
 def _names(folder: Path) -> set[str]:

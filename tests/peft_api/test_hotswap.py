@@ -16,7 +16,7 @@ from torch import nn
 import peftcli
 from peftcli.core.layer import adapter_layers
 from peftcli.errors import AdapterError
-from peftcli.peft_api import lora
+from peftcli.peft_api import hotswap
 
 
 class _Net(nn.Module):
@@ -48,7 +48,7 @@ def _saved(folder: Path, seed: int, **settings: Any) -> torch.Tensor:
 
 
 def _swapped(folder: Path, model: Any, name: str = "new") -> torch.Tensor:
-    lora.hotswap_adapter(model, folder / name, adapter_name="default")
+    hotswap.hotswap_adapter(model, folder / name, adapter_name="default")
     return model(_IDS)
 
 
@@ -79,7 +79,7 @@ def test_an_adapter_without_task_type_is_swapped_into_a_new_model(tmp_path: Path
     saved.save_pretrained(tmp_path)
     new = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
     randomise(new)
-    lora.hotswap_adapter(new, tmp_path, adapter_name="default")
+    hotswap.hotswap_adapter(new, tmp_path, adapter_name="default")
     torch.testing.assert_close(logits(new.eval(), batch("llama")), logits(saved.eval(), batch("llama")))
 
 
@@ -93,7 +93,7 @@ def test_an_adapter_of_experts_is_swapped(tmp_path: Path) -> None:
         said.append(logits(model, batch("mixtral")))
     model = peftcli.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "old")
     torch.testing.assert_close(logits(model, batch("mixtral")), said[0])
-    lora.hotswap_adapter(model, tmp_path / "new", adapter_name="default")
+    hotswap.hotswap_adapter(model, tmp_path / "new", adapter_name="default")
     torch.testing.assert_close(logits(model, batch("mixtral")), said[1])
 
 
@@ -102,7 +102,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     first = _saved(tmp_path / "old", 1, r=4, target_modules=["first", "last"])
     expected = _saved(tmp_path / "new", 2, r=6, lora_alpha=24, target_modules=["first", "last"])
     model = peftcli.PeftModel.from_pretrained(_net(), tmp_path / "old")
-    lora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert model.peft_config["default"].r == 8
     compiled = torch.compile(model, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"shape: .*first\.lora_A\.weight is \(9, 8\), the model has \(8, 8\)"):
         _swapped(tmp_path, compiled, "larger")
     with pytest.raises(AdapterError, match=r"\*before\* compiling"):
-        lora.prepare_model_for_compiled_hotswap(compiled, target_rank=16)
+        hotswap.prepare_model_for_compiled_hotswap(compiled, target_rank=16)
 
 
 def test_a_widened_adapter_computes_what_it_did_and_pefts_shapes(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_widened_adapter_computes_what_it_did_and_pefts_shapes(tmp_path: Path)
     there = peft.get_peft_model(_net(), peft.LoraConfig(**{**settings, "target_modules": _ALL[2:]}))
     randomise(here)
     before, trained = here(_IDS), copy.deepcopy(here.peft_config["default"])
-    lora.prepare_model_for_compiled_hotswap(here, target_rank=8, config=trained)
+    hotswap.prepare_model_for_compiled_hotswap(here, target_rank=8, config=trained)
     theirs.prepare_model_for_compiled_hotswap(there, target_rank=8)
     torch.testing.assert_close(here(_IDS), before)
     tensors = peftcli.get_peft_model_state_dict(here)
@@ -138,7 +138,7 @@ def test_tensors_are_swapped_in_a_plain_model_under_pefts_names() -> None:
     model = peftcli.inject_adapter_in_model(config, _net())
     new = {"first.lora_A.default.weight": torch.rand(2, 8), "first.lora_B.default.weight": torch.rand(16, 2)}
     before = model(_IDS)
-    lora.hotswap_adapter_from_state_dict(model, new, "default", config)
+    hotswap.hotswap_adapter_from_state_dict(model, new, "default", config)
     assert not torch.allclose(model(_IDS), before)
     assert model.first.lora_A.weight.equal(new["first.lora_A.default.weight"])
     assert model.first.lora_A.weight.requires_grad
@@ -172,6 +172,6 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(tmp_path: Path) -> No
     after = peftcli.get_peft_model_state_dict(model)
     assert all(after[name].equal(before[name]) for name in before)
     with pytest.raises(AdapterError, match="it is 8 already"):
-        lora.prepare_model_for_compiled_hotswap(model, target_rank=4)
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
     with pytest.raises(AdapterError, match="No adapter layers found on the model"):
-        lora.prepare_model_for_compiled_hotswap(_net(), target_rank=4)
+        hotswap.prepare_model_for_compiled_hotswap(_net(), target_rank=4)

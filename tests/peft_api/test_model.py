@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,10 +92,3 @@ def test_the_class_of_a_task_trains_and_saves_its_head_whatever_the_config_says(
     for name in ("default", "other"):
         assert "base_model.model.classifier.weight" in peftcli.get_peft_model_state_dict(model, adapter_name=name)
         assert model.peft_config[name].task_type == "SEQ_CLS"
-
-
-def test_an_option_that_saving_does_not_know_warns_and_loses_no_training(tmp_path: Path) -> None:
-    model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig())
-    with pytest.warns(peftcli.PeftWarning, match="ignores max_shard_size, push_to_hub"):
-        model.save_pretrained(tmp_path, max_shard_size="2GB", push_to_hub=False)
-    assert (tmp_path / "adapter_model.safetensors").exists()

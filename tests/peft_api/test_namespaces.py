@@ -13,7 +13,7 @@ from oracle import PEFTS_METHODS
 import peftcli
 import peftcli.peft_api
 from peftcli.methods import METHODS
-from peftcli.peft_api import mapping, training
+from peftcli.peft_api import for_libraries, mapping, training
 from peftcli.peft_api.namespaces import NAMESPACES
 
 
@@ -126,7 +126,7 @@ def test_the_small_functions_give_what_pefts_give() -> None:
 
 def test_fsdp_wraps_the_blocks_and_the_trained_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peftcli.get_peft_model(tiny("llama"), peftcli.LoraConfig(r=2))
-    policy, theirs = training.fsdp_auto_wrap_policy(model), peft.utils.other.fsdp_auto_wrap_policy(model)
+    policy, theirs = for_libraries.fsdp_auto_wrap_policy(model), peft.utils.other.fsdp_auto_wrap_policy(model)
     wrapped = {name for name, module in model.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)}
     assert wrapped == {
         name for name, module in model.named_modules() if theirs(module, recurse=False, nonwrapped_numel=0)
@@ -134,4 +134,4 @@ def test_fsdp_wraps_the_blocks_and_the_trained_layers(monkeypatch: pytest.Monkey
     assert {name.rpartition(".")[2] for name in wrapped} == {"0", "1", "lora_A", "lora_B"}
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "NoSuchBlock")
     with pytest.raises(peftcli.errors.AdapterError, match="has no NoSuchBlock"):
-        training.fsdp_auto_wrap_policy(model)
+        for_libraries.fsdp_auto_wrap_policy(model)

@@ -1,4 +1,4 @@
-"""The arguments that a model shows: those of the model inside, as Trainer finds them with PEFT."""
+"""What Trainer finds in a model: the arguments of the model inside, as with PEFT, and AdaMSS's callback."""
 
 from __future__ import annotations
 
@@ -11,25 +11,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models_tiny import ids, labelled, tiny
+from guidekit import token_rows, trainer_of
+from models_tiny import labelled, tiny
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import peftcli
+from peftcli.methods.adamss.layers import AdamssLinear
+from peftcli.peft_api.for_libraries import AdamssAsaCallback
 
 
 def _trainer(model: nn.Module, folder: Path) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    rows = [{"input_ids": one, "labels": one, "extra": one} for one in ids(8, 6)]
-    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    rows = [{**row, "extra": row["labels"]} for row in token_rows()]
+    return trainer_of(model, folder, rows, {"eval_dataset": rows}, max_steps=1, save_strategy="no")
 
 
 @pytest.mark.grid(keep=4)
@@ -84,3 +78,20 @@ def test_a_model_with_a_task_takes_arguments_without_names_in_pefts_order(task: 
         [*inspect.signature(lib.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].forward).parameters] for lib in (peftcli, peft)
     )
     assert ours[:-1] == theirs[: len(ours) - 1]
+
+
+def _training_subspaces(model: Any, folder: Path, *callbacks: AdamssAsaCallback) -> int:
+    trainer_of(model, folder, more={"callbacks": list(callbacks)}, max_steps=5, save_strategy="no").train()
+    return sum(len(layer.training_subspaces()) for layer in model.modules() if isinstance(layer, AdamssLinear))
+
+
+@pytest.mark.slow
+def test_under_the_callback_the_config_has_its_number_of_subspaces_in_the_end(tmp_path: Path) -> None:
+    schedule = {"asa_target_subspaces": 6, "init_warmup": 1, "final_warmup": 4, "mask_interval": 1}
+    config = peftcli.AdamssConfig(
+        task_type="CAUSAL_LM", r=8, num_subspaces=4, target_modules=["q_proj", "v_proj"], use_asa=True, **schedule
+    )
+    model = peftcli.get_peft_model(tiny("llama"), config)
+    twin = copy.deepcopy(model)
+    assert _training_subspaces(model, tmp_path, AdamssAsaCallback()) == 6
+    assert _training_subspaces(twin, tmp_path) == 4 * 4

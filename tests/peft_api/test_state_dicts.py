@@ -286,11 +286,6 @@ def test_an_input_embedding_that_is_a_parameter_is_none() -> None:
     assert all("lora_" in name for name in get_peft_model_state_dict(model))
 
 
-def test_a_head_that_is_trained_in_full_is_there_once() -> None:
-    here, there = (lib.get_peft_model(tiny("llama"), _config(lib)) for lib in (peftcli, peft))
-    assert set(get_peft_model_state_dict(here)) == set(peft.get_peft_model_state_dict(there))
-
-
 def test_weights_of_another_shape_stay_if_that_is_asked(model: PeftModel) -> None:
     state = get_peft_model_state_dict(model)
     wrong = {

@@ -205,15 +205,6 @@ def test_a_merge_that_fails_leaves_what_was_merged(two: PeftModel) -> None:
     assert torch.equal(logits(model, batch("llama")), before)
 
 
-def test_a_combination_is_added_through_the_tuner(two: PeftModel) -> None:
-    model = copy.deepcopy(two)
-    model.base_model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
-    model.base_model.set_adapter("both")
-    both = copy.deepcopy(two)
-    both.set_adapter(["one", "two"])
-    torch.testing.assert_close(logits(model, batch("llama")), logits(both, batch("llama")), atol=1e-4, rtol=1e-4)
-
-
 def test_the_targeted_modules_are_pefts() -> None:
     names = []
     for lib in (peftcli, peft):
