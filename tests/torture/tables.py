@@ -5,7 +5,7 @@
 | cell | is |
 | --- | --- |
 | ``{=name: [argument, ...]}`` | what a function of the module returns |
-| ``{=folder.name: [argument, ...]}`` | a call of that method of the folder to spoil |
+| ``{=folder.name: [argument, ...]}``, ``{=hub.name: ...}`` | a call of that method of what the case spoils |
 | ``{=text: [part, [part, times], ...]}`` | a text too long to write out |
 | ``{=bytes: [part, ...]}`` | the same in bytes, each as a character of Latin-1 |
 """
@@ -66,8 +66,8 @@ def _made(cell: Any, names: Mapping[str, Any]) -> Any:
         if how == "=text":
             return "".join(text * times for text, times in texts)
         return b"".join((text.encode("latin-1") if isinstance(text, str) else text) * n for text, n in texts)
-    if how.startswith("=folder."):
-        return _call(partial(methodcaller, how.removeprefix("=folder.")), cell[how], names)
+    if how.startswith(("=folder.", "=hub.")):
+        return _call(partial(methodcaller, how.partition(".")[2]), cell[how], names)
     if how.startswith("="):
         return _call(names[how[1:]], cell[how], names)
     return {_made(key, names): _made(value, names) for key, value in cell.items()}
