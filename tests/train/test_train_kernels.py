@@ -12,7 +12,7 @@ import trainkit
 from trainkit import run_recipe, stopped_copy
 
 from peftcli.errors import ModelError, UsageError
-from peftcli.train.devices.kernels import compile_layers
+from peftcli.train.forward import compile_layers
 
 COMPILED = "training.torch_compile=true"
 

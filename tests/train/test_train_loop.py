@@ -36,7 +36,7 @@ from peftcli.tasks import open_task
 from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import LanguageModel
 from peftcli.train import batches, loop
-from peftcli.train.memory.out_of_memory import too_large_a_step
+from peftcli.train.memory.fit import too_large_a_step
 from peftcli.train.run import train
 from peftcli.train.runs.checkpoint import Progress
 from peftcli.train.training_loop import TrainingLoop

@@ -14,7 +14,7 @@ from peftcli.core.inject import inject
 from peftcli.errors import ModelError
 from peftcli.methods import METHODS
 from peftcli.tasks.text.unpadded import unpad
-from peftcli.train.setup import add_embedding_noise
+from peftcli.train.forward import add_embedding_noise
 
 NOISE = "training.neftune_noise_alpha=5"
 

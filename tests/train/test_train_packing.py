@@ -45,8 +45,8 @@ from peftcli.tasks.text.segments import ATTENTION
 from peftcli.tasks.text.unpadded import unpad
 from peftcli.train.data import Data, RunData
 from peftcli.train.events import Stepped, StepResult
+from peftcli.train.forward import refuse_contamination
 from peftcli.train.loop import Gradients, PreparedModel, fit
-from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import MicroBatch, Plan
 
 WINDOW = 16

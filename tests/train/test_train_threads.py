@@ -13,7 +13,7 @@ from test_train_resume import stop_after
 from trainkit import run_recipe
 
 from peftcli.errors import Interrupted
-from peftcli.train.devices import launch, threads
+from peftcli.train.devices import accelerator, launch
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def on(cores: pytest.MonkeyPatch, count: int) -> None:
     """From here on the machine has so many cores."""
-    cores.setattr(threads, "usable_cores", lambda: count)
-    cores.setattr(threads, "_MOST", count)
+    cores.setattr(accelerator, "usable_cores", lambda: count)
+    cores.setattr(accelerator, "_MOST", count)
 
 
 def test_a_resumed_run_has_as_many_threads_and_the_same_bytes(recipe: Path, cores: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftcli.schema import Launch
-from peftcli.train.devices.sharding import check_divisible, is_sharded
-from peftcli.train.devices.strategies import STAGES
+from peftcli.train.devices.sharding import STAGES, check_divisible, is_sharded
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
 
