@@ -147,13 +147,11 @@ def evaluate(
 
 
 def _measure_in_first(compute: Callable[[], Mapping[str, float]], accelerator: Accelerator) -> dict[str, float]:
-    """Compute metrics in process 0, however long it takes, and return them in all processes.
-
-    Raises:
-        PeftcliError: process 0 raised it.
-    """
+    """Compute metrics in process 0, however long it takes, and return them in all processes."""
     found: Any = None
-    store, key = _shared_store(), f"peftcli evaluation {next(_evaluations)}"
+    key, distributed = f"peftcli evaluation {next(_evaluations)}", torch.distributed
+    # its keys can be waited for longer than a collective lets a process wait
+    store: Any = distributed.distributed_c10d._get_default_store() if distributed.is_initialized() else None
     if accelerator.process_index == 0:  # a user's own metric may draw random numbers, and cost money
         report(MEASURING)
         try:
@@ -170,11 +168,6 @@ def _measure_in_first(compute: Callable[[], Mapping[str, float]], accelerator: A
     if isinstance(found, PeftcliError):
         raise found
     return found
-
-
-def _shared_store() -> Any:
-    """Torch's store of keys, by which processes wait longer than a collective lets them; None where one is alone."""
-    return torch.distributed.distributed_c10d._get_default_store() if torch.distributed.is_initialized() else None
 
 
 _FEW_STEPS = 20

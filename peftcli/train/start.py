@@ -90,10 +90,6 @@ def _start_processes(
         if recipe.training.verify and is_first:
             fresh_process.verify_run(folder.path, tell)
 
-    def resumable() -> bool:
-        now = folder.read()
-        return now is not None and now.resumable
-
     try:
         if several:
             run_on_machine(
@@ -103,7 +99,7 @@ def _start_processes(
                 save_on,
                 before=prepare,
                 afterwards=verify,
-                resumable=resumable,
+                resumable=lambda: (now := folder.read()) is not None and now.resumable,
                 tell=tell,
             )
         else:

@@ -187,11 +187,7 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
 
 
 def _possible_sizes(recipe: Recipe, data: Data) -> tuple[list[int], int]:
-    """Return how many examples may be at once in the model, and how many a step has on a device.
-
-    Raises:
-        UsageError: there is nothing to choose from.
-    """
+    """Return how many examples may be at once in the model, and how many a step has on a device."""
     given, key = settings_of(recipe), first_auto(recipe)
     size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     if not data.task.divides:
