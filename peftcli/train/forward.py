@@ -39,10 +39,6 @@ def compile_layers(model: nn.Module) -> None:
     """Let torch compile each layer of a model's stacks, in place: names and tensors stay what they are.
 
     Attention example by example is left out: it would be compiled anew for each number of examples.
-
-    Raises:
-        UsageError: there is no compiler for it.
-        ModelError: the model has no stack of layers.
     """
     compiler, layers = os.environ.get("CXX", "g++"), [layer for _, stack in stacks(model) for layer in stack]
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
@@ -63,12 +59,7 @@ def check_liger_kernel() -> None:
 
 
 def use_liger_kernel(model: Any) -> None:
-    """Let liger-kernel replace the layers that it knows of a model, which is on a GPU then; head and loss stay ours.
-
-    Raises:
-        UsageError: the package is not installed, or there is no GPU.
-        ModelError: it has nothing for this model.
-    """
+    """Let liger-kernel replace the layers that it knows of a model, which is on a GPU then; head and loss stay ours."""
     check_liger_kernel()
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -127,11 +118,7 @@ _LEAKED = 0.02
 
 
 def refuse_contamination(model: Any, task: Task[Any], accelerator: Accelerator) -> None:
-    """Compare the logits of two examples in packed rows, in both orders, with those of each alone, and beside another.
-
-    Raises:
-        ModelError: they differ.
-    """
+    """Compare logits of two examples in packed rows, in both orders, with those of each alone and beside another."""
     parameters = inspect.signature(model.forward).parameters
     takes = "position_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     if model.config.is_encoder_decoder or not takes:
@@ -174,11 +161,7 @@ def _refusal(model: Any) -> ModelError:
 def change_forward(
     model: nn.Module, config: AdapterConfig, recipe: Recipe, data: RunData, accelerator: Accelerator
 ) -> None:
-    """Let the model leave out padding where it can, add noise and be compiled where the recipe says so.
-
-    Raises:
-        ModelError: it does not keep the examples of packed rows apart.
-    """
+    """Let the model leave out padding where it can, add noise and be compiled where the recipe says so."""
     # of a module that DeepSpeed divides, each call is one of all processes, whatever their rows
     may_unpad = not (recipe.launch.strategy == "zero3" and is_dividing(recipe))
     # what a GPU computes in half precision is tried out in it

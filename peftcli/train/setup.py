@@ -80,11 +80,6 @@ def adapted_model(
     """The recipe's base model as the task needs it, with its adapter in it, and what the user should know.
 
     The adapter begins as ``source``, or is a new one. ``load`` loads the base model.
-
-    Raises:
-        ModelError: the base model cannot be loaded.
-        DataError: the adapter to begin from has a head of other classes.
-        AdapterError: the method's settings do not fit it, or the adapter to begin from does not.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
     base, loaded = recipe.base_model, load(recipe, task)

@@ -30,15 +30,21 @@ _KNOWN = {"GONE": ..., "MKFIFO": os.mkfifo, "MKDIR": Path.mkdir}
 def cases(table: str, module: Mapping[str, Any], /, **more: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the cases of a table by class and name; ``more`` are those of a class that are made otherwise."""
     names = _KNOWN | {name.lstrip("_"): value for name, value in module.items()}
-    rows = yaml.safe_load((_HERE / f"{table}.yaml").read_text(encoding="utf-8"))
     found = {
-        of: {name: _call(names[how], cells, names) for name, (how, *cells) in own.items()} for of, own in rows.items()
+        of: {name: _call(names[how], cells, names) for name, (how, *cells) in own.items()}
+        for of, own in rows(table).items()
     }
     for of, others in more.items():
         known = found.setdefault(of, {})
         assert not known.keys() & others.keys(), f"{of} has a case twice"
         known |= others
     return found
+
+
+def rows(table: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a table as they stand there, by class and name."""
+    read: dict[str, dict[str, Any]] = yaml.safe_load((_HERE / f"{table}.yaml").read_text(encoding="utf-8"))
+    return read
 
 
 def _call(function: Any, cells: list[Any], names: Mapping[str, Any]) -> Any:

@@ -17,7 +17,20 @@ from typing import Any
 
 import pytest
 import trainkit
-from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, stopped_copy, write_recipe
+from trainkit import (
+    FULL,
+    PRODUCT,
+    Child,
+    at_step,
+    files_of,
+    read_run,
+    resumed_and_whole,
+    run_recipe,
+    run_until,
+    stop_after,
+    stopped_copy,
+    write_recipe,
+)
 
 from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.cli.progress import summary
@@ -280,12 +293,9 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
 @pytest.mark.slow
 def test_a_resumed_run_in_bfloat16_is_verified_by_the_same_record_and_to_the_bit(recipe: Path) -> None:
     settings = (*FULL, "training.verify=true", "training.bf16=true")
-    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole").folder
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=at_step(5, send(signal.SIGTERM)))
-    resumed = run_recipe(recipe, *settings).folder
-    assert (resumed / RECORD_FILE).read_bytes() == (whole / RECORD_FILE).read_bytes()
-    assert verify_adapter(str(resumed))["difference"] == 0
+    done, whole = resumed_and_whole(recipe, *settings, step=5)
+    assert (done.folder / RECORD_FILE).read_bytes() == (whole.folder / RECORD_FILE).read_bytes()
+    assert verify_adapter(str(done.folder))["difference"] == 0
 
 
 @pytest.mark.parametrize(
@@ -303,25 +313,21 @@ def test_a_resumed_run_in_bfloat16_is_verified_by_the_same_record_and_to_the_bit
         ),
     ],
 )
-def test_other_methods_resume_too(recipe: Path, tmp_path: Path, method: str) -> None:
-    whole = run_recipe(recipe, method, f"training.output_dir={tmp_path}/whole")
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, method, on_event=at_step(4, send(signal.SIGTERM)))
-    assert run_recipe(recipe, method).weights == whole.weights
+def test_other_methods_resume_too(recipe: Path, method: str) -> None:
+    done, whole = resumed_and_whole(recipe, method)
+    assert done.weights == whole.weights
 
 
 @pytest.mark.slow
-def test_the_best_adapter_so_far_survives_a_stop(recipe: Path, tmp_path: Path) -> None:
+def test_the_best_adapter_so_far_survives_a_stop(recipe: Path) -> None:
     settings = (*FULL, "training.greater_is_better=true", "training.eval_on_start=false")
-    whole = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
+    done, whole = resumed_and_whole(recipe, *settings, step=5)
     assert whole.run["eval"]["best_step"] == 2, "the best must lie before the stop"
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=at_step(5, send(signal.SIGTERM)))
-    assert_same(run_recipe(recipe, *settings).folder, whole)
+    assert_same(done.folder, whole)
 
 
 def test_a_signal_at_the_last_step_lets_the_run_end(recipe: Path) -> None:
-    assert run_recipe(recipe, on_event=at_step(8, send(signal.SIGTERM))).run["status"] == "complete"
+    assert run_recipe(recipe, on_event=stop_after(8)).run["status"] == "complete"
 
 
 def while_loading(event: Event) -> None:
@@ -600,8 +606,7 @@ def test_a_run_whose_rows_are_encoded_otherwise_is_not_gone_on_with(recipe: Path
     """The chat template of the base model's folder is no part of the recipe, the data or the weights."""
     base = shutil.copytree(trainkit.base_folder(), tmp_path / "base")
     recipe.write_text(recipe.read_text().replace(str(trainkit.base_folder()), str(base)))
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
+    run_until(5, recipe, *FULL)
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
     before = files_of(recipe.parent / "out")

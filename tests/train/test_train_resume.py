@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import trainkit
-from trainkit import Child, files_of, read_run, run_recipe
+from trainkit import Child, files_of, read_run, run_recipe, run_until, stop_after
 
 from peftcli.cli.app import main
 from peftcli.errors import FolderBusy, Interrupted, OutOfMemory, PeftcliError, ProcessDied, StorageError, UsageError
@@ -31,14 +31,6 @@ from peftcli.train.runs.identity import identity
 from peftcli.train.runs.status import read_records, record_failure, status
 
 EVERY_TWO = ("training.save_strategy=steps", "training.save_steps=2")
-
-
-def stop_after(step: int) -> Callable[[Event], None]:
-    def on_event(event: Event) -> None:
-        if isinstance(event, Stepped) and event.result.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return on_event
 
 
 def stopped(recipe: Path, *settings: str, step: int = 4) -> Path:
@@ -184,8 +176,7 @@ def test_a_change_before_the_first_checkpoint_leaves_the_run_exact(recipe: Path)
 
 
 def test_other_data_may_be_allowed(recipe: Path) -> None:
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, on_event=stop_after(4))
+    run_until(4, recipe)
     with (recipe.parent / "train.jsonl").open("a") as file:
         file.write(json.dumps(trainkit.MESSAGES[0]) + "\n")
     done = run_recipe(recipe, allow_change=["data"])
@@ -213,8 +204,7 @@ def test_a_checkpoint_whose_optimizer_lacks_an_average_is_refused(
         return found
 
     monkeypatch.setattr(checkpoint, "_optimizer_state", lacking)
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, on_event=stop_after(4))
+    run_until(4, recipe)
     with pytest.raises(StorageError, match="something that the optimizer remembers is missing"):
         run_recipe(recipe)
 
@@ -304,8 +294,7 @@ def test_overwrite_moves_the_old_run_aside_once_the_new_one_is_complete(recipe: 
     old = run_recipe(recipe)
     (old.folder / "notes.txt").write_text("mine")
     before = files_of(old.folder)
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, "method.r=2", overwrite=True, on_event=stop_after(3))
+    run_until(3, recipe, "method.r=2", overwrite=True)
     assert {name: content for name, content in files_of(old.folder).items() if ".overwrite/" not in name} == before
     assert status(old.folder)["replacement"] == "interrupted"
     new = run_recipe(recipe, "method.r=2", overwrite=True)
@@ -321,8 +310,7 @@ def test_overwrite_moves_the_old_run_aside_once_the_new_one_is_complete(recipe: 
 
 def test_a_run_that_was_to_replace_another_is_begun_anew_for_a_third_recipe(recipe: Path) -> None:
     run_recipe(recipe)
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, "method.r=2", overwrite=True, on_event=stop_after(3))
+    run_until(3, recipe, "method.r=2", overwrite=True)
     done = run_recipe(recipe, "method.r=3", overwrite=True)
     assert [attempt["from_step"] for attempt in done.run["attempts"]] == [0]
     said = done.warnings

@@ -301,10 +301,6 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
     """The checkpoint to resume from, agreed by all processes; None: start from the beginning.
 
     Inside, each process sees it, also on a machine that does not see the run folder.
-
-    Raises:
-        UsageError: the chosen one belongs to another run.
-        StorageError: it is damaged; or there is none, and there must be.
     """
     checkpoint: Path | None = None
     if run.is_main:
