@@ -22,6 +22,7 @@ from peftcli.methods import NOT_HERE
 
 Command = Callable[[Folder], list[object]]
 BOTH: tuple[Command, ...] = (info, generate)
+INFO, GENERATE = (info,), (generate,)
 LOADED: tuple[Command, ...] = (generate, merge)
 """What needs the base model to be seen as wrong."""
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -141,10 +142,6 @@ def setting(key: str, value: Any, says: str) -> Case:
     return replace(case, anywhere=key not in NOT_ASKED and not says.startswith("must be"))
 
 
-def _two(start: int, end: int) -> str:
-    return json.dumps({"a": _entry(), "b": _entry(data_offsets=[start, end])})
-
-
 NO_CONFIG = {
     "missing": Case(lambda folder: (folder.path / CONFIG).unlink(), (f"no {CONFIG} here",)),
     "empty folder": Case(lambda folder: [path.unlink() for path in folder.path.iterdir()], (f"no {CONFIG} here",)),
@@ -227,18 +224,6 @@ NO_WEIGHTS = {
     ),
     **{f"{name} as the weights": instead(WEIGHTS, make, says) for name, (make, says) in NO_FILES.items()},
     "zeros": bytes_instead(bytes(4096), "damaged"),
-    "a header cut short": weights("no JSON", header='{"a": ', data=bytes(8)),
-    "bytes after an empty header": weights("the file holds 8", header="{}", data=bytes(8)),
-    "a tensor twice": weights(
-        "a: damaged: its header names it twice",
-        header=f'{{"a": {json.dumps(_entry())}, "a": {json.dumps(_entry(data_offsets=[8, 16]))}}}',
-        data=bytes(16),
-    ),
-    "a tensor's dtype twice": weights(
-        "dtype: damaged: its header names it twice",
-        header='{"a": {"dtype": "F32", "dtype": "F64", "shape": [2], "data_offsets": [0, 8]}}',
-        data=bytes(8),
-    ),
     "a name that steers": weights("damaged", header=json.dumps({STEER: _entry(dtype="F77")}), data=bytes(8)),
     "a name of 1 MB": weights("damaged", header=json.dumps({"a" * (1 << 20): _entry(dtype="F77")}), data=bytes(8)),
     **{
@@ -248,9 +233,6 @@ NO_WEIGHTS = {
             ("100,000 dimensions", {"shape": [1 << 62] * 100_000}, 8, "a has the shape"),
         )
     },
-    "tensors that overlap": weights("b is not where", header=_two(4, 12), data=bytes(12)),
-    "tensors in one place": weights("is not where", header=_two(0, 8), data=bytes(8)),
-    "a hole between tensors": weights("b is not where", header=_two(12, 20), data=bytes(20)),
     "one byte too few": Case(
         lambda folder: os.truncate(folder.path / WEIGHTS, (folder.path / WEIGHTS).stat().st_size - 1),
         (WEIGHTS, "damaged"),
@@ -336,9 +318,6 @@ NO_TENSORS = {
     "complex numbers": tensors(
         _like(lambda value: value.to(torch.complex64)), f"type: {Q} is complex64", commands=LOADED
     ),
-    "r 8 over a file of 4": Case(
-        lambda folder: folder.config(r=8), (WEIGHTS, "r: ", "4 rows; the config says 8"), (info,)
-    ),
 }
 """The tensors in it."""
 
@@ -406,6 +385,10 @@ def _file(name: str, content: str | bytes) -> Callable[[Folder], None]:
     return spoil
 
 
+def _write(name: str, text: str) -> Callable[[Folder], None]:
+    return lambda folder: (folder.path / name).write_text(text) and None
+
+
 def _tokenizer(folder: Folder) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(trainkit.base_folder() / name, folder.path / name)
@@ -426,48 +409,6 @@ BESIDE = {
         for kind, (make, says) in NO_FILES.items()
         for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
     },
-    "a pipe as a further template": Case(
-        _in_tokenizer("additional_chat_templates/tool_use.jinja", os.mkfifo),
-        ("tool_use.jinja", "is a pipe"),
-        (generate,),
-    ),
-    "a pipe under another name": Case(_in_tokenizer("source.spm", os.mkfifo), ("source.spm", "is a pipe"), (generate,)),
-    "tokenizer_config.json is no JSON": Case(
-        _file("tokenizer_config.json", "{"), ("tokenizer_config.json:1",), (generate,)
-    ),
-    "tokenizer_config.json is a list": Case(
-        _file("tokenizer_config.json", "[]"), ("tokenizer_config.json", "no JSON object"), (generate,)
-    ),
-    "tokenizer_config.json names code": Case(
-        _file(
-            "tokenizer_config.json", '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
-        ),
-        ("cannot load",),
-        (generate,),
-    ),
-    "tokenizer.json is empty": Case(_file("tokenizer.json", ""), ("cannot load",), (generate,)),
-    "tokenizer.json is cut": Case(_file("tokenizer.json", '{"version": "1.0", "mod'), ("cannot load",), (generate,)),
-    "tokenizer.json is an object": Case(_file("tokenizer.json", "{}"), ("cannot load",), (generate,)),
-    "tokenizer.json is nested": Case(_file("tokenizer.json", "[" * 100_000), ("cannot load",), (generate,)),
-    "tokenizer.json is not UTF-8": Case(_file("tokenizer.json", b'{"\xff": 1}'), ("cannot load",), (generate,)),
-    "config.json of a trillion labels": Case(
-        _file("config.json", json.dumps({"model_type": "llama", "num_labels": HUGE})),
-        ("config.json: num_labels", "is not a plausible value"),
-        (generate,),
-    ),
-    "special_tokens_map.json is no JSON": Case(
-        _file("special_tokens_map.json", "{'a': 1}"), ("special_tokens_map.json:1", "not valid JSON"), (generate,)
-    ),
-    "added_tokens.json is nested": Case(
-        _file("added_tokens.json", "[" * 100_000), ("added_tokens.json", "nested deeper"), (generate,)
-    ),
-    "run.json is no JSON": Case(lambda folder: (folder.path / "run.json").write_text("{"), ("run.json:1",), LOADED),
-    "run.json is a list": Case(
-        lambda folder: (folder.path / "run.json").write_text("[]"), ("run.json", "no JSON object"), LOADED
-    ),
-    "run.json is nested": Case(
-        lambda folder: (folder.path / "run.json").write_text("[" * 100_000), ("run.json", "nested"), LOADED
-    ),
     "a pipe as run.json, with --base": Case(
         lambda folder: [folder.base, os.mkfifo(folder.path / "run.json")], ("run.json", "is a pipe"), (from_base,)
     ),

@@ -127,17 +127,6 @@ def _shared() -> Iterator[tuple[str, Case]]:
 
 
 CHATS = {
-    "tools that are an object": rows({**CHAT, "tools": {"a": 1}}, says="expected a list of objects"),
-    "tools that are names": rows({**CHAT, "tools": ["f"]}, says="expected a list of objects"),
-    "train for a question": rows(turns({**USER, "train": True}, ANSWER), says="a user turn is never trained"),
-    "train in quotes": rows(turns(USER, {**ANSWER, "train": "false"}), says="expected true or false"),
-    "trian": rows(turns(USER, {**ANSWER, "trian": False}), says="did you mean train?"),
-    "a weight of a half": rows(turns(USER, {**ANSWER, "weight": 0.5}), says="expected 0 or 1"),
-    "tools where the template has no words for them": rows(
-        {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]},
-        says="ChatML has no words for tools",
-        more={"chat_template": "chatml"},
-    ),
     "a thousand turns and one that is null": rows(
         turns(*[USER, ANSWER] * 500, None), says="expected an object, found null", key="messages[1000]"
     ),

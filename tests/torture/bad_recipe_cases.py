@@ -233,20 +233,7 @@ def _file(name: str, kind: Callable[[Path], object]) -> Callable[[Path], object]
     return lambda folder: kind(folder / name)
 
 
-PATHS = {
-    "a template that is a folder": base(
-        "{name: a/b, chat_template: t.jinja}",
-        "not a regular file",
-        "base_model.chat_template",
-        setup=_file("t.jinja", Path.mkdir),
-    ),
-    "a template that is a pipe": base(
-        "{name: a/b, chat_template: t.jinja}",
-        "not a regular file",
-        "base_model.chat_template",
-        setup=_file("t.jinja", os.mkfifo),
-    ),
-}
+PATHS = {}
 
 CLASSES: dict[str, dict[str, Case]] = cases(
     "bad_recipes",
