@@ -275,6 +275,11 @@ def at_step(step: int, action: Callable[[], None]) -> Callable[[Event], None]:
     return on_event
 
 
+def stop_after(step: int, number: int = signal.SIGTERM) -> Callable[[Event], None]:
+    """A listener that sends a signal to this process once ``step`` is done."""
+    return at_step(step, lambda: os.kill(os.getpid(), number))
+
+
 class Trained:
     """A finished run: its content, its events, its files."""
 
@@ -325,6 +330,21 @@ def run_recipe(path: Path, *overrides: str, **options: Any) -> Trained:
     return Trained(recipe, train(recipe, StartOptions(**options), on_event), events)
 
 
+def run_until(step: int, path: Path, *overrides: str, **options: Any) -> Path:
+    """Train until a signal stops the run after a step; gives its folder."""
+    with contextlib.suppress(Interrupted):
+        run_recipe(path, *overrides, on_event=stop_after(step), **options)
+        raise AssertionError("it was not stopped")
+    return path.parent / "out"
+
+
+def resumed_and_whole(path: Path, *overrides: str, step: int = 4) -> tuple[Trained, Trained]:
+    """A run that was stopped after a step and resumed, and the same run without a stop."""
+    whole = run_recipe(path, *overrides, f"training.output_dir={path.parent}/whole")
+    run_until(step, path, *overrides)
+    return run_recipe(path, *overrides), whole
+
+
 def stopped_copy(recipe: Path, settings: Sequence[str] = (), step: int = 4) -> Path:
     """A run of ``recipe`` that was stopped after a step; gives its folder, beside the recipe.
 
@@ -340,11 +360,7 @@ def stopped_copy(recipe: Path, settings: Sequence[str] = (), step: int = 4) -> P
 @functools.cache
 def _stopped(settings: tuple[str, ...], step: int) -> Path:
     folder = Path(tempfile.mkdtemp(dir=scratch(), prefix="stopped-"))
-    with contextlib.suppress(Interrupted):
-        run_recipe(
-            write_recipe(folder), *settings, on_event=at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        )
-        raise AssertionError("it was not stopped")
+    run_until(step, write_recipe(folder), *settings)
     return folder
 
 

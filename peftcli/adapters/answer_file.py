@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,19 @@ from peftcli.system.signals import current
 T = TypeVar("T")
 _DOCUMENTATION = ("README.md", "loss.png")
 """Files of an adapter that no answer depends on."""
+
+
+def _batches(
+    rows: Sequence[T],
+    order: Sequence[int],
+    answer: Callable[[Sequence[T]], Sequence[dict[str, Any]]],
+    batch_size: int,
+    start: int = 0,
+) -> Iterator[list[bytes]]:
+    """Yield the lines of one batch after another, from the ``start``-th row of the order."""
+    for at in range(start, len(rows), batch_size):
+        answers = answer([rows[each] for each in order[at : at + batch_size]])
+        yield [f"{json.dumps(redact_values(each), ensure_ascii=False)}\n".encode() for each in answers]
 
 
 def _in_order(lines: Sequence[bytes], order: Sequence[int]) -> bytes:
@@ -44,14 +58,8 @@ def write_answers(
         StorageError: the target cannot be written.
     """
     order = order or list(range(len(rows)))
-    is_sorted = order == sorted(order)
-
-    def batches(start: int = 0) -> Iterator[list[bytes]]:
-        for at in range(start, len(rows), batch_size):
-            answers = answer([rows[each] for each in order[at : at + batch_size]])
-            yield [f"{json.dumps(redact_values(each), ensure_ascii=False)}\n".encode() for each in answers]
-
-    target = expand_user(target)
+    is_sorted, target = order == sorted(order), expand_user(target)
+    batches = partial(_batches, rows, order, answer, batch_size)
     if is_stream(target):
         lines: list[bytes] = []
         for batch in batches():

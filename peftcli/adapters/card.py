@@ -110,7 +110,9 @@ def for_hub(folder: Path, repo_id: str, base_model_id: str | None = None, tags: 
     info, path = read_info(folder), folder / "README.md"
     base, beside = str(info["base_model"].get("name") or ""), _beside(folder, info)
     written = _read_card(path) if os.path.lexists(path) else None
-    own = _TRANSFORMERS if written is None else _tags_of(written, path)
+    own: list[str] = list(_TRANSFORMERS) if written is None else []
+    with suppress(AdapterError):  # its front matter cannot be read
+        _with_head(written or "", lambda head: own.extend(_tags(head)), path)
     if written is None or written == render_card(info, tags=own, **beside):
         named = {**info, "base_model": {**info["base_model"], "name": base_model_id or base}}
         own = [tag for tag in own if not tag.startswith("base_model:")]
@@ -152,15 +154,10 @@ def read_info(folder: Path) -> dict[str, Any]:
     recipe.setdefault("method", {"type": str(config.get("peft_type", "")).lower(), **config})
     base = {"name": config.get("base_model_name_or_path"), **mapping_at(run, "base_model")}
     task = mapping_at(run, "task") or {"type": recipe["task"], **mapping_at(source.task_values, "settings")}
-    return {**run, "recipe": recipe, "base_model": base, "task": task, "prompt": _form(source)}
-
-
-def _form(source: AdapterSource) -> PromptForm | None:
-    """The form of prompts; None where neither task.json nor the format of the training rows says it."""
-    trained_on = source.trained_format
-    if source.recorded_form or trained_on not in ("text", "prompt_completion"):
-        return source.recorded_form
-    return PromptForm.of_rows(trained_on, {}, has_template=False)
+    form, trained_on = source.recorded_form, source.trained_format
+    if not form and trained_on in ("text", "prompt_completion"):
+        form = PromptForm.of_rows(trained_on, {}, has_template=False)
+    return {**run, "recipe": recipe, "base_model": base, "task": task, "prompt": form}
 
 
 def render_card(
@@ -302,8 +299,7 @@ def _processor(use: TaskRow | None) -> str:
 
 
 def _processor_class(kind: str) -> str:
-    """The class of transformers: AutoTokenizer, AutoImageProcessor, ..."""
-    return "Auto" + kind.title().replace("_", "")
+    return "Auto" + kind.title().replace("_", "")  # AutoTokenizer, AutoImageProcessor, ...
 
 
 def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
@@ -396,14 +392,6 @@ def _tags(head: Mapping[str, Any]) -> list[str]:
     """The tags that front matter names."""
     given = head.get("tags") or []
     return [given] if isinstance(given, str) else [str(tag) for tag in given]
-
-
-def _tags_of(card: str, path: Path) -> list[str]:
-    """The tags of a card; none where its front matter cannot be read."""
-    found = list[str]()
-    with suppress(AdapterError):
-        _with_head(card, lambda head: found.extend(_tags(head)), path)
-    return found
 
 
 def _with_head(card: str, change: Callable[[dict[str, Any]], None], path: Path) -> str:

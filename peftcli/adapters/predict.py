@@ -91,7 +91,20 @@ def load_predictor(
     with open_base(source.base, processors=source.folder) as opened:
         task = source.open_task(opened)
         if not isinstance(task, Predicts):
-            return _text_predictor(source, with_adapter, batch_size, dtype, merge_for, tell)
+            ask = partial(prompt_of, columns=_columns(source), trained_on=source.trained_format)
+            settings = GenerationSettings(**source.answer_limits)  # those of the evaluations of training
+            prompts = list(map(ask, merge_for))
+            generator = load_generator(
+                str(source.folder),
+                source.base_name,
+                with_adapter=with_adapter,
+                dtype=dtype,
+                as_evaluated=True,
+                merge_for=first_batch(prompts, settings, batch_size),
+                check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in merge_for], settings),
+                tell=tell,
+            )
+            return text_predictor(generator, ask, settings, batch_size)
         load = partial(_load, source, opened, task, number_format(source, dtype), with_adapter, batch_size)
         first = merge_for[:batch_size] if len(merge_for) >= _WORTH_MERGING * batch_size else ()
         if not first or not with_adapter or opened.is_pipeline:
@@ -167,46 +180,16 @@ def _columns(source: AdapterSource) -> dict[str, str]:
     return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
-def _text_predictor(
-    source: AdapterSource,
-    with_adapter: bool,
-    batch_size: int,
-    dtype: str | None,
-    merge_for: Sequence[Row],
-    tell: Callable[[str], None],
-) -> Predictor:
-    """A predictor whose answers are those of ``generate``, within the limits of the evaluations of training."""
-    ask = partial(prompt_of, columns=_columns(source), trained_on=source.trained_format)
-    settings = GenerationSettings(**source.answer_limits)
-    prompts = list(map(ask, merge_for))
-    generator = load_generator(
-        str(source.folder),
-        source.base_name,
-        with_adapter=with_adapter,
-        dtype=dtype,
-        as_evaluated=True,
-        merge_for=first_batch(prompts, settings, batch_size),
-        check=lambda loaded: loaded.refuse_long(prompts, [row.place for row in merge_for], settings),
-        tell=tell,
-    )
-    return text_predictor(generator, ask, settings, batch_size)
-
-
 def text_predictor(
     generator: TextGenerator, ask: Callable[[Row], Prompt], settings: GenerationSettings, batch_size: int
 ) -> Predictor:
     """Return a predictor whose answers are the texts that a model says; ``ask`` returns the prompt of a row."""
 
     def answer(rows: Sequence[Row], first: int = 1, **_: Any) -> list[dict[str, Any]]:
-        of_batch = replace(settings, seed=_seed(settings.seed, first))
-        return [asdict(each) for each in generator.generate(list(map(ask, rows)), of_batch)]
+        seed = settings.seed
+        if first > 1:  # with one seed for all, each batch would draw the same numbers
+            seed = int.from_bytes(hashlib.sha256(f"{seed}:{first}".encode()).digest()[:4], "big")
+        return [asdict(each) for each in generator.generate(list(map(ask, rows)), replace(settings, seed=seed))]
 
     loaded_from = {**generator.loaded_from, "settings": asdict(settings)}
     return Predictor(answer, ("prompt",), batch_size, loaded_from, generator.model, ask)
-
-
-def _seed(seed: int, first: int) -> int:
-    """The seed of the batch that begins with a row: with one for all, each would draw the same numbers."""
-    if first == 1:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}:{first}".encode()).digest()[:4], "big")

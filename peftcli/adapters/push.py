@@ -160,7 +160,7 @@ class _Push:
     """Whether a commit may have reached the hub."""
 
     def run(self) -> Pushed:
-        from huggingface_hub import HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi(endpoint=endpoint(), token=self.token, library_name="peftcli")
         head = self._head(api)
@@ -172,7 +172,14 @@ class _Push:
             try:
                 made = api.create_commit(
                     self.repo_id,
-                    [_addition(name, content, files) for name, content in self.contents.items()],
+                    # as open files they go by HTTP, where this module sees and limits every request: paths would go
+                    # through Xet where hf_xet is installed, which has retries of its own and needs a hub with Xet
+                    [
+                        CommitOperationAdd(
+                            name, each if isinstance(each, bytes) else files.enter_context(each.open("rb"))
+                        )
+                        for name, each in self.contents.items()
+                    ],
                     commit_message=self.message,
                     commit_description=self.description,
                     revision=self.revision,
@@ -225,16 +232,6 @@ class _Push:
         entries = api.get_paths_info(self.repo_id, list(self.contents), revision=revision)
         there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         return all(name in there and _equal(there[name], content) for name, content in self.contents.items())
-
-
-def _addition(name: str, content: Path | bytes, files: contextlib.ExitStack) -> Any:
-    """The upload of one file, as an open file: so it goes by HTTP, where this module sees and limits every request.
-
-    Paths would go through Xet where hf_xet is installed, which has retries of its own and needs a hub with Xet.
-    """
-    from huggingface_hub import CommitOperationAdd
-
-    return CommitOperationAdd(name, content if isinstance(content, bytes) else files.enter_context(content.open("rb")))
 
 
 def _equal(entry: Any, content: Path | bytes) -> bool:

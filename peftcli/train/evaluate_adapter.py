@@ -25,12 +25,11 @@ from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator
-from peftcli.train.evaluate import evaluate, refuse_gates
+from peftcli.train.evaluate import evaluate, find_doubts, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
-from peftcli.train.learnt import find_doubts
-from peftcli.train.memory.out_of_memory import peak_memory_bytes
+from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.resume import versions
 from peftcli.train.runs.typed_json import to_json

@@ -27,17 +27,15 @@ from peftcli.tasks.base import Task, refuse_other_classes
 from peftcli.train.checked import DeepCheck
 from peftcli.train.data import RunData, load_data, plan_of, prepare_method, refuse_few_rows, with_task
 from peftcli.train.devices.accelerator import refuse_attention
-from peftcli.train.devices.kernels import check_liger_kernel, checkpoint_activations
 from peftcli.train.devices.launch import total_processes
-from peftcli.train.devices.sharding import check_divisible
-from peftcli.train.devices.strategies import refuse_strategy
+from peftcli.train.devices.sharding import check_divisible, refuse_strategy
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
+from peftcli.train.forward import add_embedding_noise, check_liger_kernel, checkpoint_activations
 from peftcli.train.init_adapter import KEY, find_init_adapter, its_base_named, with_init_settings
 from peftcli.train.memory.estimate import bytes_written, estimate
 from peftcli.train.memory.fit import choose_settings, first_auto, settings_of, smallest
 from peftcli.train.optim import check_optimizer, parameter_groups, unfinished_warmup
-from peftcli.train.setup import add_embedding_noise
 from peftcli.train.trackers import require_packages
 
 T = TypeVar("T")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import platform
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -15,21 +20,36 @@ from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
 from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.verify import record_model, sample_rows, trained_outputs
+from peftcli.core.protocols import needs_base_weights
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
-from peftcli.errors import GateFailed, PeftcliError
+from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
+from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASK_FILE, task_record
 from peftcli.train.data import RunData
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
+from peftcli.train.devices.launch import TRAINING, report
 from peftcli.train.devices.sharding import is_sharded
-from peftcli.train.learnt import find_doubts, main_metric, no_learning
-from peftcli.train.memory.out_of_memory import peak_memory_bytes
-from peftcli.train.runs.checkpoint import State, prune, write_finite
-from peftcli.train.runs.record import ArtefactRecord, EvaluationRecord, GateRecord, MemoryRecord
-from peftcli.train.runs.resume import Run
-from peftcli.train.runs.typed_json import ABSENT
+from peftcli.train.evaluate import find_doubts, main_metric, no_learning
+from peftcli.train.events import Ready
+from peftcli.train.memory.fit import peak_memory_bytes
+from peftcli.train.runs.checkpoint import State, prune, set_newer_aside, write_finite
+from peftcli.train.runs.record import (
+    ArtefactRecord,
+    AttemptRecord,
+    DataRecord,
+    ErrorRecord,
+    EvaluationRecord,
+    GateRecord,
+    MemoryRecord,
+    StepsRecord,
+    ThreadsRecord,
+)
+from peftcli.train.runs.resume import Run, commit_of
+from peftcli.train.runs.typed_json import ABSENT, from_json
+from peftcli.train.setup import BuiltModel
 
 
 def finish(run: Run, data: RunData, state: State) -> None:
@@ -195,3 +215,68 @@ def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
     failed = [why_failed(gate) for gate in gates if not gate["passed"]]
     if failed:
         raise GateFailed("; ".join(failed), key="gates")
+
+
+@contextlib.contextmanager
+def record_outcome(run: Run) -> Iterator[None]:
+    """Mark run.json as running on entry and record the outcome on exit; one refused to resume stays as it was."""
+    record, before, attempts_before = run.record, replace(run.record), len(run.record.attempts)
+    record.status, record.exit_code, record.error = "running", None, None
+    record.pid, record.host = os.getpid(), platform.node()
+    run.write_record()
+    try:
+        yield
+    except BaseException as error:
+        ours = run.stop.as_interrupted(error) or to_peftcli_error(error)
+        if ours is None:
+            log = f"the traceback is in {run.folder.path / 'train.log'}"
+            hint = log if run.is_main else "run with --debug for the traceback"
+            ours = PeftcliError(f"{type(error).__name__}: {error}", hint=hint)
+        record.status = "interrupted" if isinstance(ours, Interrupted) else "failed"
+        record.exit_code, record.error = ours.exit_code, ErrorRecord.of(ours)
+        record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
+        if len(record.attempts) > attempts_before:
+            record.attempts[-1].end_step, record.attempts[-1].reason = record.steps.done, record.status
+        if run.is_main and not isinstance(ours, FolderBusy):  # or else it is another run's
+            with contextlib.suppress(StorageError, OSError):
+                if ours.exit_code == PeftcliError.exit_code:
+                    run.folder.note_bug(traceback.format_exc())
+                refused = isinstance(ours, UsageError) and 0 < attempts_before == len(record.attempts)
+                run.folder.write(before if refused else record)
+        if ours is error:
+            raise
+        raise ours from error
+
+
+def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threads: ThreadsRecord | None) -> None:
+    """Record in run.json that training starts, and bring the folder to the step that it starts from."""
+    record, progress, config, total = run.record, state.progress, state.prepared.config, data.plan.total_steps
+    run.apply_changes(progress.step)
+    record.base_model.quantization = data.task.base.quantization
+    for name, value in commit_of(run.pinned.base_model).items():
+        setattr(record.base_model, name, value)
+    measured = {"efficiency": built.efficiency, "passes_per_epoch": data.plan.passes}
+    record.task = task_record(data.task, run.recipe)
+    record.data = from_json(DataRecord, data.examples.report | measured)
+    record.parameters = built.parameters
+    record.mergeable = config.merge_problem() is None and not run.recipe.base_model.trust_remote_code
+    began_so = built.source is not None and built.source.record.get("makes_up_for_quantization") is True
+    record.makes_up_for_quantization = began_so or needs_base_weights(config)
+    record.device, record.bf16 = run.accelerator.device.type, run.accelerator.mixed_precision == "bf16"
+    record.threads = threads or ABSENT
+    if record.attempts and not record.attempts[-1].reason:  # it could not be recorded
+        saved = record.steps.done if record.steps else 0
+        record.attempts[-1].end_step, record.attempts[-1].reason = max(saved, progress.step), "killed"
+    record.steps = StepsRecord(done=progress.step, total=total)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record.attempts.append(AttemptRecord(start=now, from_step=progress.step))
+    if run.is_main:
+        if progress.step:
+            set_newer_aside(run.folder.checkpoints, progress.step, run.warn)
+        # the line of a pending evaluation is written once that is made
+        run.folder.cut_metrics(progress.step - (progress.pending is not None) if progress.step else -1)
+        run.write_record()
+    if on_several_machines():
+        notice_lost_machines(unanswered=record.device == "cpu")
+    report(TRAINING)
+    run.tell(Ready(record.as_dict(), progress.step, total))

@@ -68,7 +68,8 @@ def with_init_settings(recipe: Recipe) -> Recipe:
         raise AdapterError(message, key=KEY, file=str(source.folder / CONFIG_FILE))
     free = {name for name in given if "dropout" in name}
     free |= {name for name in given if name == "target_modules" and isinstance(given[name], str)}
-    free |= {name for name in _NAMES if name in given and _name_the_same(given[name], own[name], own)}
+    tied = own.get("ensure_weight_tying", False)
+    free |= {name for name in _NAMES if name in given and _name_the_same(given[name], own[name], tied)}
     if other := [name for name in given if name not in free and _as_given(wanted, name) != own[name]]:
         differences = [f"{name} is {given[name]!r}, and {own[name]!r} in {source.folder}" for name in other]
         hint = f"leave out what the adapter's own {CONFIG_FILE} says"
@@ -77,11 +78,10 @@ def with_init_settings(recipe: Recipe) -> Recipe:
     return replace(recipe, method={"type": method, **own, **kept})
 
 
-def _name_the_same(given: Any, own: Any, settings: dict[str, Any]) -> bool:
+def _name_the_same(given: Any, own: Any, tied: bool) -> bool:
     """Whether the adapter's names of modules are those of a recipe, some in full, and some added as they are tied."""
     if not (isinstance(given, list) and isinstance(own, list)):
         return False
-    tied = settings.get("ensure_weight_tying", False)
     return all(any(module_matches(full, entry) for full in own) for entry in given) and (
         tied or all(any(module_matches(full, entry) for entry in given) for full in own)
     )

@@ -20,14 +20,12 @@ from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
 from peftcli.system.signals import Stop, handle_signals
 from peftcli.train.data import with_task
-from peftcli.train.devices.accelerator import start_accelerator
-from peftcli.train.devices.threads import use_threads
+from peftcli.train.devices.accelerator import start_accelerator, use_threads
 from peftcli.train.events import OnEvent
-from peftcli.train.finish import finish
+from peftcli.train.finish import finish, record_outcome, record_start
 from peftcli.train.init_adapter import with_init_settings
 from peftcli.train.memory.fit import with_chosen_settings
 from peftcli.train.read_data import read_data
-from peftcli.train.runs.attempt import record_outcome, record_start
 from peftcli.train.runs.folder import DEFAULTS, StartOptions
 from peftcli.train.runs.identity import refuse_other_recipes
 from peftcli.train.runs.resume import Run, open_run, resume_state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,14 +17,12 @@ from peftcli.adapters.begin import begin_from_adapter
 from peftcli.adapters.load import AdapterSource
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import Injection, inject
-from peftcli.core.layer import adapter_layers, base_module, base_modules, model_ends
-from peftcli.core.prompts.inputs import SoftPrompt
+from peftcli.core.layer import adapter_layers, base_modules
 from peftcli.core.protocols import layers_of, needs_batches
 from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.targets import expert_parameters
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
-from peftcli.errors import ModelError
 from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import BaseWeights, LoadedModel
 from peftcli.models.parts import widen_heads
@@ -33,15 +30,13 @@ from peftcli.recipe import method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
-from peftcli.tasks.text.fast.unpadded import example_lengths, unpad
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import Data, RunData, prepare_config
 from peftcli.train.devices.accelerator import base_dtype, refuse_attention
-from peftcli.train.devices.kernels import checkpoint_activations, compile_layers, use_liger_kernel
-from peftcli.train.devices.sharding import load_by_first, shard
-from peftcli.train.devices.strategies import STAGES, is_dividing, refuse_strategy
+from peftcli.train.devices.sharding import STAGES, is_dividing, load_by_first, refuse_strategy, shard
 from peftcli.train.devices.zero import ZeroModel, start_engine
 from peftcli.train.events import Message
+from peftcli.train.forward import change_forward, checkpoint_activations, use_liger_kernel
 from peftcli.train.init_adapter import find_init_adapter, its_base_named, refuse_other_base
 from peftcli.train.loop import Gradients, PreparedModel
 from peftcli.train.memory.fit import check_disk
@@ -52,7 +47,6 @@ from peftcli.train.optim import (
     keep_embeddings_exact,
     parameter_groups,
 )
-from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import Plan
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.record import ParametersRecord
@@ -84,11 +78,6 @@ def adapted_model(
     """The recipe's base model as the task needs it, with its adapter in it, and what the user should know.
 
     The adapter begins as ``source``, or is a new one. ``load`` loads the base model.
-
-    Raises:
-        ModelError: the base model cannot be loaded.
-        DataError: the adapter to begin from has a head of other classes.
-        AdapterError: the method's settings do not fit it, or the adapter to begin from does not.
     """
     set_seed(recipe.training.seed)  # a new head starts from it
     base, loaded = recipe.base_model, load(recipe, task)
@@ -208,32 +197,6 @@ def unquantised_experts(model: nn.Module, kind: str) -> str | None:
     return f"{share:.0%} of the weights are not quantised: {kind} takes linear layers, not {' and '.join(names)}"
 
 
-def add_embedding_noise(model: nn.Module, alpha: float) -> None:
-    """Let training add noise to the embeddings of tokens (NEFTune, https://arxiv.org/abs/2310.05914).
-
-    To each number it adds one drawn evenly from ± alpha / sqrt(T * D). T is the length of the token's
-    example where the model computes no padding, otherwise of the longest example of the batch; D is the size of an
-    embedding. Virtual tokens get no noise.
-
-    Raises:
-        ModelError: the model has no embedding of tokens.
-    """
-    embedding = model_ends(model)[0]
-    if not isinstance(base_module(embedding), nn.Embedding):
-        raise ModelError("there is no embedding of tokens in the model", key="training.neftune_noise_alpha")
-    while isinstance(embedding, SoftPrompt):
-        embedding = embedding.base_layer
-
-    def add_noise(module: nn.Module, args: object, embedded: torch.Tensor) -> torch.Tensor | None:
-        if not module.training:
-            return None
-        length: Any = example_lengths(embedded.device)
-        length = embedded.shape[1] if length is None else length[None, :, None]
-        return embedded + torch.empty_like(embedded).uniform_(-1, 1).mul_(alpha * (length * embedded.shape[2]) ** -0.5)
-
-    embedding.register_forward_hook(add_noise)
-
-
 class RunResources:
     """Provides a run's base model and gradients: its own, or those of a group (``together.Member``)."""
 
@@ -280,7 +243,7 @@ def build(run: Run, data: RunData, host: RunResources) -> BuiltModel:
     data.task.check_model(model)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
-    _change_forward(model, config, recipe, data, run.accelerator)
+    change_forward(model, config, recipe, data, run.accelerator)
     form = BatchForm.of(model, data.task, config, data.plan, in_step=prepared.in_step)
     parameters = ParametersRecord(trainable=injection.trainable, all=injection.total)
     return BuiltModel(prepared, parameters, form.efficiency(data.plan, data.examples.train), source)
@@ -318,24 +281,3 @@ def _start_adapter(
         run.tell(Message("calibrating the adapter on the training data"))
         injection = calibrate(model, injection, config, data.examples, run.accelerator)
     return model, injection
-
-
-def _change_forward(
-    model: nn.Module, config: AdapterConfig, recipe: Recipe, data: RunData, accelerator: Accelerator
-) -> None:
-    """Let the model leave out padding where it can, add noise and be compiled where the recipe says so.
-
-    Raises:
-        ModelError: it does not keep the examples of packed rows apart.
-    """
-    # of a module that DeepSpeed divides, each call is one of all processes, whatever their rows
-    may_unpad = not (recipe.launch.strategy == "zero3" and is_dividing(recipe))
-    # what a GPU computes in half precision is tried out in it
-    with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
-        unpadded = may_unpad and unpad(model, config)
-    if data.plan.packs and not unpadded:
-        refuse_contamination(model, data.task, accelerator)
-    if recipe.training.neftune_noise_alpha is not None:
-        add_embedding_noise(model, recipe.training.neftune_noise_alpha)
-    if recipe.training.torch_compile:
-        compile_layers(model)

@@ -34,7 +34,7 @@ def start(recipe: Recipe, command: Sequence[str], options: StartOptions, tell: O
     if not launch.is_launched():
         count = launch.process_count(recipe.launch)
         if count > 1 or recipe.launch.num_machines > 1:
-            from peftcli.train.devices.processes import start_processes
+            from peftcli.train.devices.machines import start_processes
 
             start_processes(recipe, folder, command, count, options.overwrite, tell)
             return None

@@ -23,7 +23,7 @@ from peftcli.train.data import RunData
 from peftcli.train.evaluate import best_metric, evaluate
 from peftcli.train.events import Evaluated, Message, Stepped, StepResult
 from peftcli.train.loop import LESS_LEARNING, Gradients, fit
-from peftcli.train.memory.out_of_memory import too_large_a_step, too_large_an_evaluation
+from peftcli.train.memory.fit import too_large_a_step, too_large_an_evaluation
 from peftcli.train.plan import Plan
 from peftcli.train.runs.checkpoint import State, random_state, restore_random, save_checkpoint
 from peftcli.train.runs.identity import digests

@@ -13,6 +13,7 @@ from typing import Any
 from adapter_folders import Folder, change_json, from_base, merge_base
 from bad_adapter_cases import HUGE, NO_FILES, STEER, Case, Command
 from safetensors.torch import load_file, save_file
+from tables import cases
 
 BOTH: tuple[Command, ...] = (from_base, merge_base)
 TOKENS: tuple[Command, ...] = (from_base,)
@@ -127,41 +128,9 @@ FILES = {
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     },
     "no config.json": Case(lambda folder: (folder.base / "config.json").unlink(), ("has no config.json",), BOTH),
-    "config.json is empty": file("config.json", "", "config.json: is empty"),
-    "config.json is cut": file("config.json", '{"model_type":\n "lla', "config.json:2: not valid JSON"),
-    "config.json is a list": file("config.json", "[]", "config.json: holds no JSON object"),
-    "config.json is not UTF-8": file("config.json", b'{"model_type": "\xff"}', "config.json:1: not UTF-8 text"),
-    "config.json is nested": file("config.json", '{"a":' * 100_000, "config.json", "nested deeper"),
-    "config.json is nested 100 levels": setting("config.json", "nested deeper", a=json.loads("[" * 100 + "]" * 100)),
-    "config.json of 20 MB": file("config.json", '{"model_type": "llama"}' + " " * (20 << 20), "config.json", "at most"),
     "config.json of a terabyte": Case(
         lambda folder: os.truncate(folder.base / "config.json", 1 << 40), ("config.json", "at most"), BOTH
     ),
-    "generation_config.json is no JSON": file(
-        "generation_config.json", "{", "generation_config.json:1", "not valid JSON"
-    ),
-    "generation_config.json is a list": file(
-        "generation_config.json", "[]", "generation_config.json", "no JSON object"
-    ),
-    "generation_config.json is not UTF-8": file(
-        "generation_config.json", b"{\xff", "generation_config.json:1", "not UTF-8"
-    ),
-    "generation_config.json is nested": file(
-        "generation_config.json", '{"a":' * 100_000, "generation_config.json", "nested"
-    ),
-    "tokenizer_config.json is no JSON": file(
-        "tokenizer_config.json", "{'a'}", "tokenizer_config.json:1", "not valid JSON"
-    ),
-    "tokenizer_config.json is a list": file("tokenizer_config.json", "[]", "tokenizer_config.json", "no JSON object"),
-    "special_tokens_map.json is nested": file(
-        "special_tokens_map.json", "[" * 100_000, "special_tokens_map.json", "nested"
-    ),
-    "tokenizer.json is empty": file("tokenizer.json", "", "cannot load", commands=TOKENS),
-    "tokenizer.json is cut": Case(_cut("tokenizer.json", 0.5), ("cannot load",), TOKENS),
-    "tokenizer.json is an object": file("tokenizer.json", "{}", "cannot load", commands=TOKENS),
-    "tokenizer.json is a list": file("tokenizer.json", "[]", "cannot load", commands=TOKENS),
-    "tokenizer.json is nested": file("tokenizer.json", '{"model":' * 100_000, "cannot load", commands=TOKENS),
-    "tokenizer.json is not UTF-8": file("tokenizer.json", b'{"version": "\xff"}', "cannot load", commands=TOKENS),
     "tokenizer.json of 2 GB": Case(
         lambda folder: os.truncate(folder.base / "tokenizer.json", 2 << 30), ("tokenizer.json", "has"), TOKENS
     ),
@@ -170,7 +139,6 @@ FILES = {
         ("cannot load",),
         TOKENS,
     ),
-    "an adapter beside the model": file("adapter_config.json", "{}", "contains an adapter"),
     "a pipe among its files": Case(
         lambda folder: os.mkfifo(folder.base / "vocab.bpe"), ("vocab.bpe: is a pipe",), BOTH
     ),
@@ -178,57 +146,6 @@ FILES = {
 """The base model's files."""
 
 CODE = {
-    "attention from the hub": setting(
-        "config.json: _attn_implementation", "'org/kernel' is not known", _attn_implementation="org/kernel"
-    ),
-    "attention of a version from the hub": setting(
-        "config.json: attn_implementation", "is not known", attn_implementation="kernels-community/flash-attn@v1:run"
-    ),
-    "attention inside": setting(
-        "config.json: _attn_implementation_internal", "is not known", _attn_implementation_internal="org/kernel"
-    ),
-    "attention by part": setting(
-        "config.json: _attn_implementation",
-        "is not known",
-        _attn_implementation={"": "eager", "text_config": "org/kernel"},
-    ),
-    "attention of a part": setting(
-        "config.json: text_config._attn_implementation",
-        "is not known",
-        text_config={"_attn_implementation": "org/kernel"},
-    ),
-    "attention of a part of a part": setting(
-        "config.json: a.b.attn_implementation", "is not known", a=[{"b": {"attn_implementation": "org/kernel"}}]
-    ),
-    "unknown attention": setting(
-        "config.json: _attn_implementation", "'magic' is not known", _attn_implementation="magic"
-    ),
-    "attention that steers": setting("config.json: _attn_implementation", "is not known", _attn_implementation=STEER),
-    "attention that is a number": setting(
-        "config.json: _attn_implementation", "3 is not known", _attn_implementation=3
-    ),
-    "paged attention from the hub": setting(
-        "config.json: _attn_implementation", "is not known", _attn_implementation="paged|org/kernel"
-    ),
-    "a model of its own": with_code(
-        "config.json: auto_map: needs Python code",
-        model_type="evil",
-        auto_map={"AutoConfig": "configuration_evil.EvilConfig"},
-    ),
-    "a model of another repository": with_code(
-        "config.json: auto_map: needs Python code",
-        model_type="evil",
-        auto_map={"AutoConfig": "org/evil--configuration_evil.C"},
-    ),
-    "a model without a type": with_code(
-        "config.json: auto_map: needs", model_type=..., auto_map={"AutoConfig": "evil.E"}
-    ),
-    "a model whose type is a list": with_code(
-        "config.json: auto_map: needs", model_type=["llama"], auto_map={"AutoConfig": "evil.E"}
-    ),
-    "code in an auto_map that is a text": with_code(
-        "config.json: auto_map: needs", model_type="evil", auto_map="evil.E"
-    ),
     "a tokenizer of its own": Case(
         lambda folder: [
             (folder.base / "evil.py").write_text(EVIL),
@@ -254,31 +171,14 @@ CODE = {
             ("consolidated.00.pth",),
         )
     },
-    "a pickle in the index": Case(_mapped("pytorch_model.bin"), ("is not a safetensors file",), BOTH),
-    "a pickle as transformers_weights": setting(
-        "config.json: transformers_weights", "is not a safetensors file", transformers_weights="pytorch_model.bin"
-    ),
-    "an adapter's pickle as transformers_weights": setting(
-        "config.json: transformers_weights", "is not a safetensors file", transformers_weights="adapter_model.bin"
-    ),
-    "transformers_weights above": setting(
-        "config.json: transformers_weights",
-        "is not a safetensors file in the same folder",
-        transformers_weights="../model.safetensors",
-    ),
-    "transformers_weights that is a list": setting(
-        "config.json: transformers_weights", "is not a safetensors file", transformers_weights=["model.safetensors"]
-    ),
 }
 """What would run code."""
 
 CONFIGS = {
-    "no type": setting("cannot load", model_type=...),
     **{
         f"the type {json.dumps(kind)[:20]}": setting("cannot load", model_type=kind)
         for kind in ("unheard", 3, None, ["llama"], {}, "", STEER, "m" * 100_000)
     },
-    "another type": setting("attn.c_attn.bias is missing", commands=TOKENS, model_type="gpt2"),
     **{
         f"{key} is {json.dumps(value)[:20]}": setting(
             "config.json" if "num_hidden" in key and value == HUGE else "base", **{key: value}
@@ -305,15 +205,6 @@ CONFIGS = {
 
 WEIGHTS = {
     "none": Case(lambda folder: (folder.base / SINGLE).unlink(), ("contains neither model.safetensors",), BOTH),
-    "empty": file(SINGLE, b"", SINGLE, "damaged"),
-    "cut to half": Case(_cut(SINGLE, 0.5), (SINGLE, "damaged"), BOTH),
-    "one byte too few": Case(_cut(SINGLE, 0.99999), (SINGLE, "damaged"), BOTH),
-    "a pickle by that name": file(SINGLE, pickle.dumps(Evil()), SINGLE, "damaged"),
-    "a pointer of Git LFS": file(
-        SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", SINGLE, "damaged"
-    ),
-    "a header of 2**60 bytes": file(SINGLE, (1 << 60).to_bytes(8, "little") + b"{}", SINGLE, "larger than 16 MB"),
-    "a header without tensors": file(SINGLE, (2).to_bytes(8, "little") + b"{}", "is missing"),
     "a tensor too few": Case(
         _weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
         ("model.layers.1.mlp.up_proj.weight is missing",),
@@ -368,15 +259,6 @@ WEIGHTS = {
         (INDEX, "is a pipe"),
         BOTH,
     ),
-    "the index is empty": Case(_index(weight_map={}), (f"{INDEX}: weight_map", "lists no weights"), BOTH),
-    "the index lists nothing": Case(_index(weight_map=...), (f"{INDEX}: weight_map", "lists no weights"), BOTH),
-    "the index lists a list": Case(_index(weight_map=["a"]), (f"{INDEX}: weight_map", "lists no weights"), BOTH),
-    "the index lists numbers": Case(
-        _index(weight_map={"a": 3}), (f"{INDEX}: weight_map", "is not a safetensors file"), BOTH
-    ),
-    "the index lists a file that steers": Case(
-        _index(weight_map={STEER: STEER}), (f"{INDEX}: weight_map", "is not a safetensors"), BOTH
-    ),
     **{
         f"the index lists {name}": Case(
             _mapped(name), (f"{INDEX}: weight_map", "is not a safetensors file in the same folder"), BOTH
@@ -392,15 +274,16 @@ WEIGHTS = {
             "a\0.safetensors",
         )
     },
-    "the index lists a file that is not there": Case(
-        _mapped("model-00009-of-00009.safetensors"), ("model-00009-of-00009.safetensors",), BOTH
-    ),
 }
 """The base model's weights."""
 
-CLASSES: dict[str, dict[str, Case]] = {
-    "base model's files": FILES,
-    "base model's code": CODE,
-    "base model's config.json": CONFIGS,
-    "base model's weights": WEIGHTS,
-}
+CLASSES: dict[str, dict[str, Case]] = cases(
+    "bad_bases",
+    globals(),
+    **{
+        "base model's files": FILES,
+        "base model's code": CODE,
+        "base model's config.json": CONFIGS,
+        "base model's weights": WEIGHTS,
+    },
+)

@@ -26,6 +26,7 @@ from hostile_data import (
     turns,
     zstd,
 )
+from tables import cases
 
 GOOD_ROWS = [{"prompt": f"What follows {word}?", "completion": f"after {word}"} for word in ("sun", "moon", "tea")]
 CHAT = turns(USER, ANSWER)
@@ -126,46 +127,6 @@ def _shared() -> Iterator[tuple[str, Case]]:
 
 
 CHATS = {
-    "roles of another tool": rows(
-        {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, says="unknown role: null"
-    ),
-    "an answer of a list": rows(
-        turns(USER, {"role": "assistant", "content": ["a"]}), says="expected text, found a list"
-    ),
-    "an answer of an object": rows(turns(USER, {"role": "assistant", "content": {"text": "a"}}), says="expected text"),
-    "tool calls that are text": rows(
-        turns(USER, {"role": "assistant", "tool_calls": "f()"}), says="expected a list of {function"
-    ),
-    "a tool call without a name": rows(
-        turns(USER, {"role": "assistant", "tool_calls": [{"function": {}}]}), says="expected a list"
-    ),
-    "a tool call whose name is a number": rows(
-        turns(USER, {"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}), says="expected a list"
-    ),
-    "tools that are an object": rows({**CHAT, "tools": {"a": 1}}, says="expected a list of objects"),
-    "tools that are names": rows({**CHAT, "tools": ["f"]}, says="expected a list of objects"),
-    "train for a question": rows(turns({**USER, "train": True}, ANSWER), says="a user turn is never trained"),
-    "train in quotes": rows(turns(USER, {**ANSWER, "train": "false"}), says="expected true or false"),
-    "trian": rows(turns(USER, {**ANSWER, "trian": False}), says="did you mean train?"),
-    "a weight of a half": rows(turns(USER, {**ANSWER, "weight": 0.5}), says="expected 0 or 1"),
-    "tools where the template has no words for them": rows(
-        {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]},
-        says="ChatML has no words for tools",
-        more={"chat_template": "chatml"},
-    ),
-    "sharegpt with a wrong system prompt": rows(
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": 5},
-        says="expected text",
-    ),
-    "sharegpt of numbers": rows({"conversations": [1, 2]}, says="expected an object"),
-    "sharegpt that is text": rows({"conversations": "human: q"}, says="expected a list of turns"),
-    "sharegpt without an answer": rows(
-        {"conversations": [{"from": "human", "value": "q"}]}, says="contains no assistant turn"
-    ),
-    "no answer in the second row": rows(CHAT, turns(USER), says="contains no assistant turn", line=2),
-    "a role in the third row": rows(
-        CHAT, CHAT, turns({"role": "bot", "content": "q"}, ANSWER), says="unknown role", line=3
-    ),
     "a thousand turns and one that is null": rows(
         turns(*[USER, ANSWER] * 500, None), says="expected an object, found null", key="messages[1000]"
     ),
@@ -176,68 +137,10 @@ COLUMNS = {
         *GOOD_ROWS, {"text": "x"}, says="fit the formats text and prompt_completion", line=None, key="dataset.format"
     ),
     "one row's answer is null": rows(*GOOD_ROWS, {"prompt": "q", "completion": None}, says="found null", line=4),
-    "a column that the recipe names and nobody has": settings(
-        "train: data.jsonl, columns: {prompt: qestion}", "no column 'qestion'", key="dataset.columns.prompt"
-    ),
-    "a column that no format has": settings(
-        "train: data.jsonl, columns: {promt: prompt}", "the task reads no column 'promt'", key="dataset.columns.promt"
-    ),
-    "a column of another format": settings(
-        "train: data.jsonl, format: text, columns: {completion: prompt}", "", key="dataset."
-    ),
-    "another format": settings(
-        "train: data.jsonl, format: messages", "format messages needs messages", key="dataset.format"
-    ),
-    "alpaca without outputs": rows({"instruction": "q"}, says="no format fits", line=None, key="dataset.format"),
-    "columns that another tool has": rows(
-        {"question": "q", "answer": "a"}, says="no format fits", line=None, key="dataset.format"
-    ),
-    "columns in capitals": rows(
-        {"Prompt": "q", "Completion": "a"}, says="no format fits", line=None, key="dataset.format"
-    ),
-    "columns with spaces": rows(
-        {" prompt": "q", "completion ": "a"}, says="no format fits", line=None, key="dataset.format"
-    ),
-    "CSV without a header": data("q,a\nr,b\n", "no format fits", "data.csv", key="dataset.format"),
-    "CSV with numbers in the header": data("1,2\nr,b\n", "no format fits", "data.csv", key="dataset.format"),
-    "CSV with an empty answer": data("prompt,completion\nq,a\nr,\n", "is empty", "data.csv", line=3),
-    "CSV with an answer of spaces": data('prompt,completion\nq,"  "\n', "is empty", "data.csv", line=2),
-    "CSV of one column that is text": data('text\nhello\n" "\n', "is empty", "data.csv", line=3),
-    "CSV with messages as JSON": data(
-        'messages\n"[{""role"": ""user""}]"\n', "expected a list of turns", "data.csv", line=2
-    ),
-}
-TABLES = {
-    "numbers for text": table("expected text, found a number", text=[1, 2]),
-    "bytes for text": table("expected text", text=[b"x", b"y"]),
-    "truth values for text": table("expected text", text=[True]),
-    "lists for text": table("expected text, found a list", text=[["x"]]),
-    "objects for text": table("expected text, found an object", text=[{"x": "y"}]),
-    "nothing but nulls": table("found null", text=[None, None]),
-    "a null among texts": table("row 2: ", text=["x", None]),
-    "an empty text among texts": table("row 3: is empty", text=["x", "y", " "]),
-    "no rows": table("contains no rows", text=[]),
-    "other columns": table("no format fits", q=["x"], a=["y"]),
-    "turns without a role": table("unknown role", messages=[[{"content": "q"}, {"content": "a"}]]),
-    "turns whose answer is null": table(
-        "row 1: ", messages=[[{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]]
-    ),
-    "turns that are null": table("expected a list of turns, found null", messages=[None]),
 }
 WHOLE = {
-    "no row that can be used": settings(
-        "train: data.jsonl, on_bad_row: skip", "none of the 2 rows can be used", b"x\ny\n", line=1
-    ),
-    "nothing to train within max_length": settings("train: data.jsonl, max_length: 1", "zero trained tokens"),
-    "all rows are too long": settings("train: data.jsonl, max_length: 2, overlong: drop", "zero trained tokens"),
-    "a row that is too long": settings(
-        "train: data.jsonl, max_length: 4, overlong: error", "more than dataset.max_length", line=1
-    ),
     "a row of ten million characters": data(
         lines(GOOD_ROWS[0], {"prompt": "q", "completion": "x" * 10_000_001}), "characters of text, more than", line=2
-    ),
-    "a limit before the first good row": settings(
-        "train: data.jsonl, limit: 1", "is not a JSON object", b"x\n" + GOOD, line=1
     ),
     "one row to hold out from": settings(
         "train: data.jsonl, eval_fraction: 0.5",
@@ -246,16 +149,6 @@ WHOLE = {
         key="dataset.eval_fraction",
         file=None,
     ),
-    "a bad row to evaluate on": Case(
-        {"data.jsonl": GOOD, "eval.jsonl": GOOD + b"{\n"},
-        "is not a JSON object",
-        "eval.jsonl",
-        4,
-        dataset="train: data.jsonl, eval: eval.jsonl",
-    ),
-    "an empty file to evaluate on": Case(
-        {"data.jsonl": GOOD, "eval.jsonl": b""}, "is empty", "eval.jsonl", dataset="train: data.jsonl, eval: eval.jsonl"
-    ),
     "a folder to evaluate on that holds nothing": Case(
         {"data.jsonl": GOOD},
         "the folder contains no file that can be read",
@@ -263,33 +156,6 @@ WHOLE = {
         dataset="train: data.jsonl, eval: ./held",
         setup=lambda folder: (folder / "held").mkdir(),
         key="",
-    ),
-    "a bad row in the second of a mix": Case(
-        {"data.jsonl": GOOD, "b.csv": b"prompt,completion\nq,\n"},
-        "is empty",
-        "b.csv",
-        2,
-        dataset="mix: [data.jsonl, b.csv]",
-    ),
-    "a second of a mix that has other columns": Case(
-        {"data.jsonl": GOOD, "b.csv": b"q,a\nx,y\n"},
-        "no format fits",
-        "b.csv",
-        key="dataset.format",
-        dataset="mix: [data.jsonl, b.csv]",
-    ),
-    "a format that does not fit the second of a mix": Case(
-        {"data.jsonl": GOOD, "b.jsonl": lines(CHAT)},
-        "format prompt_completion needs",
-        "b.jsonl",
-        key="dataset.format",
-        dataset="mix: [data.jsonl, b.jsonl], format: prompt_completion",
-    ),
-    "a text for an encoder-decoder": data(
-        lines({"text": "x"}), "a text alone has no source and target", key="dataset.format", task="seq2seq_lm"
-    ),
-    "a conversation without a question for an encoder-decoder": data(
-        lines(turns(ANSWER)), "the conversation has no question", line=1, task="seq2seq_lm"
     ),
 }
 
@@ -305,12 +171,6 @@ def template(
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TEMPLATES = {
-    "loops in loops": template(
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
-    ),
-    "a macro that calls itself twice": template(
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}" + PLAIN
-    ),
     "loops in a long conversation only": template(
         "{% if messages | length > 3 %}{% for a in range(99999) %}{% for b in range(99999) %}"
         "{% endfor %}{% endfor %}{% endif %}" + PLAIN,
@@ -318,32 +178,10 @@ TEMPLATES = {
         file="data.jsonl",
         line=1,
     ),
-    "a text that doubles": template(
-        "{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + PLAIN
-    ),
-    "a text of ten billion characters": template("{{ 'x' * 10000000000 }}" + PLAIN),
-    "a number without end": template("{% if false %}{{ 9 ** (9 ** 9) }}{% endif %}{{ 9 ** (9 ** 9) }}" + PLAIN),
-    "a width of ten billion": template("{{ 'x' | center(10000000000) }}" + PLAIN),
-    "no conversation in it": template(
-        "Hello", "does not show a plain question and its answer", 3, key=None, file="data.jsonl"
-    ),
-    "a refusal": template(
-        "{{ raise_exception('no \x1b[31m') }}", "refuses the conversation", 3, key=None, file="data.jsonl"
-    ),
-    "an escape from the sandbox": template(
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}" + PLAIN, "unsafe", 3, key=None, file="data.jsonl"
-    ),
-    "an include": template(
-        "{% include '/etc/passwd' %}" + PLAIN, "refuses the conversation", 3, key=None, file="data.jsonl"
-    ),
-    "a tag that is not closed": template(
-        "{% for m in messages %}", "no chat template", key="base_model.chat_template", file="t.jinja", line=1
-    ),
-    "nothing": template("", "is empty", file="t.jinja"),
 }
 
 
-def _folder(**files: str) -> Callable[[Path], None]:
+def folder_of(**files: str) -> Callable[[Path], None]:
     """A folder ``d`` with such files in it."""
 
     def make(folder: Path) -> None:
@@ -366,7 +204,7 @@ def _loop(at: Path) -> None:
 
 
 def _pipe(at: Path) -> None:
-    _folder(**{"a.jsonl": GOOD.decode()})(at)
+    folder_of(**{"a.jsonl": GOOD.decode()})(at)
     os.mkfifo(at / "d" / "b.jsonl")
 
 
@@ -377,27 +215,15 @@ def _many(at: Path) -> None:
 
 
 FOLDERS = {
-    "nothing in it": folder("the folder contains no file that can be read", _folder()),
-    "hidden files only": folder("the folder contains no file that can be read", _folder(**{".a.jsonl": "{}"})),
-    "files of other kinds": folder("it contains: a.txt, b.md", _folder(**{"a.txt": "x", "b.md": "y"})),
-    "train and test": folder(
-        "the folder contains several splits", _folder(**{"train.jsonl": "{}", "test.jsonl": "{}"})
-    ),
-    "train and validation in folders": folder(
-        "the folder contains several splits", _folder(**{"train/a.jsonl": "{}", "validation/a.jsonl": "{}"})
-    ),
-    "what save_to_disk wrote": folder(
-        "was written by Dataset.save_to_disk", _folder(**{"dataset_info.json": "{}", "a.arrow": "x"})
-    ),
     "a link to itself": folder("is a link to a folder above itself", _loop, file="d/in"),
     "a pipe among files": folder("is a pipe, not a regular file", _pipe, file="./d/b.jsonl"),
     "an empty file among files": folder(
-        "is empty", _folder(**{"a.jsonl": GOOD.decode(), "b.jsonl": ""}), file="./d/b.jsonl"
+        "is empty", folder_of(**{"a.jsonl": GOOD.decode(), "b.jsonl": ""}), file="./d/b.jsonl"
     ),
     "a bad row in the last of 300 files": folder("Text after the object", _many, file="./d/299.jsonl", line=4),
     "other columns in the second file": folder(
         "missing",
-        _folder(**{"a.jsonl": GOOD.decode(), "b.jsonl": '{"prompt": "x", "answer": "y"}\n'}),
+        folder_of(**{"a.jsonl": GOOD.decode(), "b.jsonl": '{"prompt": "x", "answer": "y"}\n'}),
         file="./d/b.jsonl",
         line=1,
     ),
@@ -465,13 +291,5 @@ def _damaged() -> Iterator[tuple[str, Case]]:
 def bad_data() -> dict[str, Case]:
     """All of them, by name."""
     found = dict([*_shared(), *((f"damaged: {name}", case) for name, case in _damaged())])
-    for of, cases in {
-        "chat": CHATS,
-        "columns": COLUMNS,
-        "table": TABLES,
-        "whole": WHOLE,
-        "template": TEMPLATES,
-        "folder": FOLDERS,
-    }.items():
-        found |= {f"{of}: {name}": case for name, case in cases.items()}
-    return found
+    classes = cases("bad_data", globals(), chat=CHATS, columns=COLUMNS, whole=WHOLE, template=TEMPLATES, folder=FOLDERS)
+    return found | {f"{of}: {name}": case for of, own in classes.items() for name, case in own.items()}

@@ -16,6 +16,7 @@ from adapter_folders import CONFIG, SETTINGS, WEIGHTS, Folder, change_json, from
 from bad_adapter_cases import BOMBS, LOADED, MATCHES_NOTHING, Command
 from bad_base_cases import EVIL, SINGLE, Evil
 from safetensors.torch import load, save
+from tables import cases
 
 BOTH: tuple[Command, ...] = (info, generate)
 ALL: tuple[Command, ...] = (info, generate, merge)
@@ -206,17 +207,12 @@ def _linked_base(folder: Folder) -> None:
         path.symlink_to(folder.place / f"blob-{path.name}")
 
 
-VALID: dict[str, Valid] = {
+_OTHERS: dict[str, Valid] = {
     **{
         f"{method}, written here": Valid(lambda folder: None, BOTH, method)
         for method in ("lora", "ia3", "vera", "adalora", "prompt_tuning", "prefix_tuning", "trainable_tokens")
     },
     **{f"{method}, written by PEFT": Valid(_peft(method)) for method in ("lora", "ia3", "vera", "prompt_tuning")},
-    "DoRA, written by PEFT": Valid(_peft("lora", use_dora=True)),
-    "a head, written by PEFT": Valid(_peft("lora", modules_to_save=["lm_head"])),
-    "a head of another model": Valid(lambda folder: folder.config(modules_to_save=["classifier"]), LOADED),
-    "an embedding, written by PEFT": Valid(_peft("lora", target_modules=["embed_tokens", "q_proj"])),
-    "all biases, written by PEFT": Valid(_peft("lora", bias="all", target_modules="all-linear")),
     **{
         f"{key}: {name}": Valid(
             lambda folder, key=key, bomb=BOMBS[name]: folder.config(**{key: {bomb: 4} if "pattern" in key else bomb}),
@@ -233,20 +229,8 @@ VALID: dict[str, Valid] = {
         LOADED,
     ),
     "50,000 names": Valid(lambda folder: folder.config(rank_pattern={f"l{n}_proj": 2 for n in range(50_000)}), LOADED),
-    "the fewest keys": Valid(_old(), ALL),
-    "the keys of PEFT 0.5": Valid(_old(**_OF_0_5), ALL),
     "the keys of PEFT 0.18": Valid(_old(**_OF_0_18), ALL),
-    "keys of a later PEFT, switched off": Valid(
-        lambda folder: folder.config(magic=None, magic_2=False, magic_3={}, magic_4=[], magic_5="")
-    ),
     "a class of its base model that is code": Valid(_evil_mapping),
-    "modules as a pattern": Valid(lambda folder: folder.config(target_modules=r".*\.self_attn\.(q|v)_proj")),
-    "modules as a pattern that takes Python long": Valid(
-        lambda folder: folder.config(target_modules=r"(.*\.?)*[qv]_proj")
-    ),
-    "modules as a pattern with a reference back": Valid(
-        lambda folder: folder.config(target_modules=r".*(t)\1n\.[qv]_proj")
-    ),
     "modules as whole names": Valid(
         lambda folder: folder.config(
             target_modules=[f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qv"]
@@ -258,9 +242,6 @@ VALID: dict[str, Valid] = {
             r=8, rank_pattern={f"model.layers.{n}.self_attn.{p}_proj": 4 for n in (0, 1) for p in "qv"}
         )
     ),
-    "an r by pattern": Valid(lambda folder: folder.config(r=8, rank_pattern={r"layers\.\d+\.self_attn\.[qv]_proj": 4})),
-    "r as 4.0": Valid(lambda folder: folder.config(r=4.0)),
-    "lora_alpha as a fraction": Valid(lambda folder: folder.config(lora_alpha=7.5)),
     "indented by tabs, with carriage returns": Valid(
         lambda folder: folder.raw(
             json.dumps(json.loads((folder.path / CONFIG).read_bytes()), indent="\t").replace("\n", "\r\n")
@@ -291,11 +272,6 @@ VALID: dict[str, Valid] = {
         _rewritten(lambda values: {**values, next(iter(values)): torch.full_like(values[next(iter(values))], 3.4e38)}),
         (info,),
     ),
-    "a folder with a space": Valid(_moved("my adapter")),
-    "a folder with letters of all kinds": Valid(_moved("Müller-適応器-🦊")),
-    "a folder with a name of 255 bytes": Valid(_moved("a" * 255)),
-    "a deep folder": Valid(_moved("/".join("abcdefghijklmnop"))),
-    "a link to the folder": Valid(_moved("link", link=True), ALL),
     "files that are links": Valid(_linked_files, ALL),
     "among files of other tools": Valid(_among_others, ALL),
     "with a tokenizer of its own": Valid(_own_tokenizer, ALL),
@@ -304,8 +280,6 @@ VALID: dict[str, Valid] = {
     "a base model in bfloat16": Valid(_base_in(torch.bfloat16), BASE),
     "a base model in float16": Valid(_base_in(torch.float16), BASE),
     "a base model of links": Valid(_linked_base, BASE),
-    "a base model with attention in its config": _base(_attn_implementation="eager", attn_implementation="sdpa"),
-    "a base model with attention by part": _base(_attn_implementation={"": "eager"}),
     "a base model with code that is not needed": Valid(
         lambda folder: [
             (folder.base / "modeling_llama.py").write_text(EVIL),
@@ -315,7 +289,6 @@ VALID: dict[str, Valid] = {
         ],
         BASE,
     ),
-    "a base model that names its weights": _base(transformers_weights=SINGLE),
     "a base model with infinity in its config": Valid(
         lambda folder: folder.base_config(time_step_limit=[0.0, float("inf")]), BASE
     ),
@@ -325,9 +298,7 @@ VALID: dict[str, Valid] = {
         ),
         BASE,
     ),
-    "a base model with unknown settings": _base(magic=3, more={"a": [{"b": None}]}),
     "a base model with the labels of a classifier": _base(id2label={str(n): f"l{n}" for n in range(20_000)}),
-    "a base model with a pickle beside it": _base_file("pytorch_model.bin", pickle.dumps(Evil())),
     "a base model without a generation config": Valid(
         lambda folder: (folder.base / "generation_config.json").unlink(), BASE
     ),
@@ -345,3 +316,4 @@ VALID: dict[str, Valid] = {
         BASE,
     ),
 }
+VALID: dict[str, Valid] = cases("good_adapters", globals(), valid=_OTHERS)["valid"]

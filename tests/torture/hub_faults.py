@@ -16,6 +16,7 @@ from campaigns import Campaign, Trial
 from hub_client import Seen, peftcli, start
 from hub_server import TOKEN, USER, Answer, Commit, Hub, Repo
 from in_process import inputs
+from tables import cases
 from trainkit import PROMPTS, base_folder, scratch
 
 from peftcli.adapters.load import SHARED_FILES
@@ -29,8 +30,8 @@ LONGEST_MESSAGE = 1000
 LIMIT = 0.5
 """Seconds of silence after which a connection counts as dead, in trials of silence."""
 
-HTML = {"body": "<html>Welcome to the hotel's network</html>", "headers": {"Content-Type": "text/html"}}
-SAID = {"body": {"error": f"because of {TOKEN}\x1b[31m " + "x" * 5000}}
+PAGE, OF_PAGES = "<html>Welcome to the hotel's network</html>", {"Content-Type": "text/html"}
+SAID = {"error": f"because of {TOKEN}\x1b[31m " + "x" * 5000}
 """An answer of a hub that repeats a secret, tries to steer the terminal, and does not end."""
 
 
@@ -38,7 +39,6 @@ SAID = {"body": {"error": f"because of {TOKEN}\x1b[31m " + "x" * 5000}}
 class Case:
     """A fault, and what must come of it."""
 
-    name: str
     fault: Callable[[Hub], None]
     """Sets it up. Faults that did not all happen fail the trial, as more requests than faults do."""
     code: int
@@ -50,7 +50,6 @@ class Case:
     """What is waited between the tries."""
     limit: float | None = None
     token: str = TOKEN
-    command: str = ""
 
 
 # --- what is on the hub, and on this machine
@@ -247,16 +246,16 @@ def _others() -> list[Trial]:
 # --- other commands, base models and datasets
 
 
-def _read(case: Case, folder: Path) -> None:
+def _read(command: str, case: Case, folder: Path) -> None:
     """A command that reads from the hub, and again once the hub is well."""
     cache = folder / "cache"
     with hub_with(ADAPTER, BASE, ROWS) as hub:
         case.fault(hub)
-        seen = peftcli(folder, *_command(case.command, folder / "first"), url=hub.url, cache=cache, limit=case.limit)
+        seen = peftcli(folder, *_command(command, folder / "first"), url=hub.url, cache=cache, limit=case.limit)
         _as_promised(seen, hub, case, folder)
         assert case.code == 0 or not list((folder / "first").rglob("*.safetensors")), "what failed left a model"
         hub.faults.clear()
-        again = peftcli(folder, *_command(case.command, folder / "second"), url=hub.url, cache=cache)
+        again = peftcli(folder, *_command(command, folder / "second"), url=hub.url, cache=cache)
         assert again.code == 0, f"the hub is well again, and the command is not: {again.err}"
         for name in (BASE, ADAPTER, ROWS):
             _holds_only(hub, name, cache)
@@ -318,170 +317,11 @@ def _pushable() -> Path:
 BACKING_OFF = (1, 2, 4, 8)
 DROPPED = "connection was dropped|closed|disconnected|no answer"
 
-PUSHES = [
-    # refusals: at once
-    Case("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, ()),
-    Case("401 without a token", lambda hub: None, 6, "requires a token", {"info": 1}, (), token=""),
-    Case("403 at the look", lambda hub: hub.fail("info", 403, **SAID), 6, "does not permit this", {"info": 1}, ()),
-    Case("403 at the repository", lambda hub: hub.fail("create_repo", 403), 6, "403", {"create_repo": 1}, ()),
-    Case(
-        "403 at the commit", lambda hub: hub.fail("commit", 403, **SAID), 6, "does not permit this", {"commit": 1}, ()
-    ),
-    Case("404 at the commit", lambda hub: hub.fail("commit", 404), 6, "no such repository", {"commit": 1}, ()),
-    Case("404 for a page", lambda hub: hub.fail("preupload", 404, **HTML), 6, "404", {"preupload": 1}, ()),
-    Case("413", lambda hub: hub.fail("commit", 413), 6, "413", {"commit": 1}, ()),
-    Case("422", lambda hub: hub.fail("commit", 422), 6, "422", {"commit": 1}, ()),
-    Case("a gated name", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"create_repo": 0}, ()),
-    Case("a refused card", lambda hub: hub.fail("validate_yaml", 400, body=BAD_CARD), 6, "model card", {"commit": 0}),
-    Case("a refused upload", lambda hub: hub.fail("lfs_put", 403), 6, "403", {"lfs_put": 1, "commit": 0}, ()),
-    Case("an unverified upload", lambda hub: hub.fail("lfs_verify", 404), 6, "404", {"lfs_verify": 1}, ()),
-    Case("an object that is refused", lambda hub: hub.fail("lfs_batch", 200, body=NO_OBJECT), 6, "", {"commit": 0}),
-    # conflicts: once more
-    Case("409 once", lambda hub: hub.fail("commit", 409), 0, "", {"commit": 2}),
-    Case("412 once", lambda hub: hub.fail("commit", 412), 0, "", {"commit": 2}),
-    Case("409 twice", lambda hub: hub.fail("commit", 409, times=2), 6, "somebody else", {"commit": 2}),
-    Case("412 twice", lambda hub: hub.fail("commit", 412, times=2), 6, "somebody else", {"commit": 2}),
-    Case("412, then 503, then 412", lambda hub: _each(hub, "commit", 412, 503, 412), 6, "somebody", {"commit": 3}),
-    Case("a busy namespace", lambda hub: hub.fail("create_repo", 409, times=2, body=BUSY), 6, "409"),
-    # too many requests
-    Case("429", lambda hub: hub.fail("commit", 429), 0, "", {"commit": 2}, (1,)),
-    Case("429 for 3 seconds", lambda hub: hub.fail("commit", 429, headers={"Retry-After": "3"}), 0, "", {}, (3,)),
-    Case("429 for an hour", lambda hub: hub.fail("info", 429, headers={"Retry-After": "3600"}), 5, "3600", {}, ()),
-    Case("429 for ages", lambda hub: hub.fail("info", 429, headers={"Retry-After": "9" * 400}), 5, "wait", {}, ()),
-    Case("429 until a date", lambda hub: hub.fail("info", 429, headers={"Retry-After": DATE}), 0, "", {}, (1,)),
-    Case("429 always", lambda hub: hub.fail("commit", 429, times=5), 5, "429", {"commit": 5}, BACKING_OFF),
-    # failures that may pass
-    Case("500 once", lambda hub: hub.fail("lfs_put", 500), 0, "", {"lfs_put": 2}, (1,)),
-    Case("503 with a page", lambda hub: hub.fail("commit", 503, **HTML), 0, "", {"commit": 2}, (1,)),
-    Case("502 always", lambda hub: hub.fail("info", 502, times=5), 5, "502", {"info": 5}, BACKING_OFF),
-    Case("500 always", lambda hub: hub.fail("commit", 500, times=5, **SAID), 5, "500", {"commit": 5}, BACKING_OFF),
-    Case("500 and others", lambda hub: _each(hub, "preupload", 500, 502, 503, 504, 408), 5, "408", {}, BACKING_OFF),
-    Case("dropped once", lambda hub: hub.drop("commit"), 0, "", {"commit": 2}, (1,)),
-    Case("dropped always", lambda hub: hub.drop("commit", times=5), 5, DROPPED, {"commit": 5}, BACKING_OFF),
-    Case("dropped in the upload", lambda hub: hub.drop("lfs_put", times=5), 5, DROPPED, {"lfs_put": 5}),
-    Case("cut at the look", lambda hub: hub.cut("info", times=5), 5, "", {"info": 5, "commit": 0}, BACKING_OFF),
-    Case("cut at the preparation", lambda hub: hub.cut("preupload"), 0, "", {"preupload": 2, "commit": 1}),
-    Case("silent once", lambda hub: hub.delay("commit", 9), 0, "", {"commit": 2}, (1,), limit=LIMIT),
-    Case("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, limit=0.1),
-    Case("silent in the answer", lambda hub: hub.cut("info", 9), 0, "", {"commit": 1}, (1,), limit=LIMIT),
-    # a commit that stands though its answer does not come
-    Case("an answer lost", lambda hub: hub.lose_answer("commit"), 0, "", {"commit": 1}, (1,)),
-    Case("an answer cut", lambda hub: hub.cut("commit"), 0, "", {"commit": 1}, (1,)),
-    Case("an answer cut in silence", lambda hub: hub.cut("commit", 9), 0, "", {"commit": 1}, (1,), limit=LIMIT),
-    Case("an answer lost, then 503", lambda hub: _lost_then_503(hub), 0, "", {"commit": 1}, BACKING_OFF),
-    Case("an answer lost of each step", lambda hub: _all_lost(hub), 0, "", {"commit": 1}),
-    # what is no hub
-    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not respond like a hub", {"info": 1}, ()),
-    Case("no JSON", lambda hub: hub.fail("info", 200, body="{"), 6, "does not respond like a hub", {"info": 1}, ()),
-    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not respond like a hub", {}, ()),
-    Case("a list", lambda hub: hub.fail("info", 200, body=[]), 6, "does not respond like a hub", {"info": 1}, ()),
-    Case("nothing to say", lambda hub: hub.fail("info", 200, body="null"), 6, "does not respond like a hub", {}, ()),
-    Case("no upload modes", lambda hub: hub.fail("preupload", 200, body={}), 6, "does not respond like a hub", {}, ()),
-    Case("no objects", lambda hub: hub.fail("lfs_batch", 200, body={"objects": 3}), 6, "like a hub", {"commit": 0}, ()),
-    Case(
-        "half a commit", lambda hub: hub.fail("commit", 200, body={"success": True}), 6, "like a hub", {"commit": 1}, ()
-    ),
-    # redirections
-    Case(
-        "a circle",
-        lambda hub: hub.fail("info", 302, headers={"Location": f"/api/models/{PUSHED}"}, times=21),
-        6,
-        "like a hub",
-    ),
-]
 
 WEIGHTS = "adapter_model.safetensors"
-GET = {"method": "GET", "path": WEIGHTS}
-HEAD = {"method": "HEAD", "path": WEIGHTS}
 
-PULLS = [
-    # refusals: at once
-    Case("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, ()),
-    Case("401 without a token", lambda hub: None, 6, "requires a token", {"info": 1}, (), token=""),
-    Case("403", lambda hub: hub.fail("info", 403, **SAID), 6, "does not permit this", {"info": 1}, ()),
-    Case("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
-    Case("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"info": 1}, ()),
-    Case("gated files", lambda hub: hub.fail("resolve", 403, headers=GATED, **HEAD), 6, "granted", {"info": 1}, ()),
-    Case("403 for the list", lambda hub: hub.fail("tree", 403, **SAID), 6, "403", {"tree": 1}, ()),
-    Case("403 for a file", lambda hub: hub.fail("resolve", 403, **HEAD), 6, "403", {"info": 1}, ()),
-    Case("403 for its content", lambda hub: hub.fail("resolve", 403, **GET), 6, "403", {"info": 1}, ()),
-    Case("a listed file is missing", lambda hub: hub.fail("resolve", 404, headers=NO_ENTRY, **HEAD), 6, "404"),
-    Case("an empty repository", lambda hub: _holds(hub, {}), 4, "no adapter_model.safetensors"),
-    Case("a pickle", lambda hub: _holds(hub, {"adapter_model.bin": b"pickle"}), 4, "is a pickle"),
-    # failures that may pass
-    Case("429", lambda hub: hub.fail("info", 429), 0, "", {"info": 2}, (1,)),
-    Case("429 for 3 seconds", lambda hub: hub.fail("resolve", 429, headers={"Retry-After": "3"}), 0, "", {}, (3,)),
-    Case("429 for an hour", lambda hub: hub.fail("info", 429, headers={"Retry-After": "3600"}), 5, "3600", {}, ()),
-    Case("429 always", lambda hub: hub.fail("info", 429, times=5), 5, "429", {"info": 5}, BACKING_OFF),
-    Case("429 always for a file", lambda hub: hub.fail("resolve", 429, times=5, **HEAD), 5, "429", {}, BACKING_OFF),
-    Case("500 once", lambda hub: hub.fail("tree", 500), 0, "", {"tree": 2}, (1,)),
-    Case("502 once for a file", lambda hub: hub.fail("resolve", 502, **HEAD), 0, "", {}, (1,)),
-    Case("503 once for its content", lambda hub: hub.fail("resolve", 503, **GET), 0, "", {}, (1,)),
-    Case("503 always", lambda hub: hub.fail("info", 503, times=5, **HTML), 5, "503", {"info": 5}, BACKING_OFF),
-    Case("503 always for a file", lambda hub: hub.fail("resolve", 503, times=5, **HEAD), 5, "503", {}, BACKING_OFF),
-    Case("503 always for its content", lambda hub: hub.fail("resolve", 503, times=5, **GET), 5, "", {}, BACKING_OFF),
-    Case("dropped once", lambda hub: hub.drop("info"), 0, "", {"info": 2}, (1,)),
-    Case("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF),
-    Case("dropped at a file", lambda hub: hub.drop("resolve", times=5, **HEAD), 5, DROPPED, {"info": 5}),
-    Case("dropped at its content", lambda hub: hub.drop("resolve", times=5, **GET), 5, DROPPED, {"info": 5}),
-    Case("silent once", lambda hub: hub.delay("info", 9), 0, "", {"info": 2}, (1,), limit=LIMIT),
-    Case("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, limit=0.1),
-    Case("silent at a file", lambda hub: hub.delay("resolve", 9, **HEAD), 0, "", {"info": 2}, limit=LIMIT),
-    Case("silent in a file", lambda hub: hub.cut("resolve", 9, **GET), 0, "", {}, limit=LIMIT),
-    # what is half, or other than announced
-    Case("a list that is cut", lambda hub: hub.cut("tree", times=5), 5, "", {"tree": 5}),
-    Case("a file that is cut", lambda hub: hub.cut("resolve", **GET), 0, ""),
-    Case("a file that is always cut", lambda hub: hub.cut("resolve", times=5, **GET), 5, DROPPED),
-    Case("a large file that is often cut", lambda hub: _large_and_cut(hub), 0, "", {"info": 1}),
-    Case("a short file", lambda hub: hub.alter("resolve", _short, **GET), 0, "", {}, (1,)),
-    Case("a file that is always short", lambda hub: hub.alter("resolve", _short, times=5, **GET), 5, "size"),
-    Case("a long file", lambda hub: hub.alter("resolve", _long, **GET), 0, "", {}, (1,)),
-    Case("a file that is always long", lambda hub: hub.alter("resolve", _long, times=5, **GET), 5, "size"),
-    Case("another content", lambda hub: hub.alter("resolve", _flipped, **GET), 0, "", {}, (1,)),
-    Case("always another content", lambda hub: hub.alter("resolve", _flipped, times=5, **GET), 5, "hash"),
-    Case("a page for a file", lambda hub: hub.fail("resolve", 200, times=5, **HTML, **GET), 5, "size"),
-    # what is no hub, or a hostile one
-    Case("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "does not respond like a hub", {"info": 1}, ()),
-    Case("no JSON", lambda hub: hub.fail("tree", 200, body="["), 6, "does not respond like a hub", {"tree": 1}, ()),
-    Case("an empty object", lambda hub: hub.fail("info", 200, body={}), 6, "does not respond like a hub", {}, ()),
-    Case("a list of nothing", lambda hub: hub.fail("tree", 200, body=[{}]), 6, "does not respond like a hub", {}, ()),
-    Case("no commit", lambda hub: hub.alter("info", _with(sha=None)), 6, "does not respond like a hub", {}, ()),
-    Case("no ETag", lambda hub: hub.alter("resolve_cache", _headed(ETag=None), **SMALL), 6, "like a hub", {}, ()),
-    Case(
-        "no commit of a file",
-        lambda hub: hub.alter("resolve_cache", _headed(**NO_COMMIT), **SMALL),
-        6,
-        "like a hub",
-        {},
-        (),
-    ),
-    Case("a commit that climbs", lambda hub: _climbing_commit(hub), 6, "like a hub", {}, ()),
-    Case(
-        "an ETag that climbs",
-        lambda hub: hub.alter("resolve_cache", _headed(ETag=CLIMBS), **SMALL),
-        6,
-        "like a hub",
-        {},
-        (),
-    ),
-    Case("names that climb", lambda hub: hub.alter("tree", _listing("../../../../escaped", "/escaped")), 0, ""),
-    # redirections
-    Case("a circle", lambda hub: hub.fail("info", 302, headers=AROUND, times=21), 6, "like a hub", {}, ()),
-    Case(
-        "a circle of a file",
-        lambda hub: hub.fail("resolve", 302, headers=AROUND_FILE, times=20, **SMALL),
-        6,
-        "like a hub",
-    ),
-]
 
-MISSING = {"X-Error-Code": "RepoNotFound"}
-NO_ENTRY = {"X-Error-Code": "EntryNotFound"}
-SMALL = {"method": "HEAD", "path": "adapter_config.json"}
-NO_COMMIT = {"X-Repo-Commit": None}
 CLIMBS = "../../../../escaped"
-AROUND = {"Location": f"/api/models/{ADAPTER}"}
-AROUND_FILE = {"Location": f"/{ADAPTER}/resolve/main/adapter_config.json"}
 
 
 def _holds(hub: Hub, files: dict[str, bytes]) -> None:
@@ -493,7 +333,7 @@ def _large_and_cut(hub: Hub) -> None:
     """Of the rest of 32 megabytes one half comes each time; huggingface_hub keeps what it has of it in tens."""
     files = hub.repos[ADAPTER].refs["main"][-1].files
     _holds(hub, {**files, WEIGHTS: _grown(files[WEIGHTS])})
-    hub.cut("resolve", times=2, **GET)
+    hub.cut("resolve", times=2, method="GET", path=WEIGHTS)
 
 
 def _grown(weights: bytes) -> bytes:
@@ -545,16 +385,19 @@ def _flipped(answer: Answer) -> Answer:
     return dataclasses.replace(answer, content=answer.content[:-1] + bytes([answer.content[-1] ^ 1]))
 
 
-GATED = {"X-Error-Code": "GatedRepo"}
-BAD_CARD = {"errors": [{"message": '"license" must be a string'}], "warnings": []}
-BUSY = "Cannot create repo: another conflicting operation is in progress"
-DATE = "Wed, 21 Oct 2099 07:28:00 GMT"
 NO_OBJECT = {"transfer": "basic", "objects": [{"oid": "0" * 64, "size": 1, "error": {"code": 403, "message": TOKEN}}]}
 
 
-def _each(hub: Hub, endpoint: str, *statuses: int) -> None:
-    for status in statuses:
-        hub.fail(endpoint, status)
+def _each(endpoint: str, *statuses: int) -> Callable[[Hub], None]:
+    return lambda hub: [hub.fail(endpoint, status) for status in statuses] and None
+
+
+def _holding(files: dict[str, bytes]) -> Callable[[Hub], None]:
+    return lambda hub: _holds(hub, files)
+
+
+def _nothing() -> Callable[[Hub], None]:
+    return lambda hub: None
 
 
 def _lost_then_503(hub: Hub) -> None:
@@ -567,161 +410,37 @@ def _all_lost(hub: Hub) -> None:
         hub.lose_answer(endpoint)
 
 
-def _on(path: str, method: str = "HEAD") -> dict[str, str]:
-    return {"method": method, "path": path}
-
-
-READS = [
-    # base models
-    *(
-        Case(name, fault, code, says, asked, waits, command=command)
-        for command in ("check --deep", "train", "generate", "merge")
-        for name, fault, code, says, asked, waits in (
-            ("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
-            ("503 always", lambda hub: hub.fail("info", 503, times=5), 5, "503", {"info": 5}, BACKING_OFF),
-        )
-    ),
-    *(
-        Case(name, fault, code, says, asked, waits, limit, command="check --deep")
-        for name, fault, code, says, asked, waits, limit in (
-            ("401", lambda hub: hub.fail("info", 401, **SAID), 6, "does not accept the token", {"info": 1}, (), None),
-            ("403", lambda hub: hub.fail("info", 403, **SAID), 6, "does not permit this", {"info": 1}, (), None),
-            ("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "granted", {"info": 1}, (), None),
-            ("403 for the template", lambda hub: hub.fail("resolve", 403, **_on(TEMPLATE)), 6, "403", {}, (), None),
-            ("429 for an hour", lambda hub: hub.fail("info", 429, headers=AN_HOUR), 5, "3600", {"info": 1}, (), None),
-            ("503 once for the config", lambda hub: hub.fail("resolve", 503, **_on(CONFIG)), 0, "", {}, (1,), None),
-            ("503 once for the template", lambda hub: hub.fail("resolve", 503, **_on(TEMPLATE)), 0, "", {}, (1,), None),
-            ("the template is dropped", lambda hub: hub.drop("resolve", **_on(TEMPLATE)), 0, "", {}, None, None),
-            ("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF, None),
-            ("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, 0.1),
-            ("silent for the tokenizer", lambda hub: hub.delay("resolve", 9, **_on(TOKENIZER)), 0, "", {}, None, LIMIT),
-            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "like a hub", {"info": 1}, (), None),
-        )
-    ),
-    *(
-        Case(name, fault, code, says, {}, waits, command="generate")
-        for name, fault, code, says, waits in (
-            ("403 for the weights", lambda hub: hub.fail("resolve", 403, **_on(MODEL)), 6, "403", ()),
-            ("the weights are cut", lambda hub: hub.cut("resolve", **_on(MODEL, "GET")), 0, "", None),
-            (
-                "the weights are always cut",
-                lambda hub: hub.cut("resolve", times=5, **_on(MODEL, "GET")),
-                5,
-                DROPPED,
-                None,
-            ),
-            ("other weights", lambda hub: hub.alter("resolve", _flipped, **_on(MODEL, "GET")), 0, "", (1,)),
-            (
-                "short weights",
-                lambda hub: hub.alter("resolve", _short, times=5, **_on(MODEL, "GET")),
-                5,
-                "size",
-                BACKING_OFF,
-            ),
-            (
-                "another tokenizer",
-                lambda hub: hub.alter("resolve_cache", _flipped, **_on(TOKENIZER, "GET")),
-                0,
-                "",
-                (1,),
-            ),
-        )
-    ),
-    # datasets
-    *(
-        Case(name, fault, code, says, asked, waits, limit, command=command)
-        for command in ("inspect a dataset", "train on a dataset")
-        for name, fault, code, says, asked, waits, limit in (
-            ("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such dataset", {"info": 1}, (), None),
-            ("503 once", lambda hub: hub.fail("info", 503), 0, "", {}, (1,), None),
-            ("503 always", lambda hub: hub.fail("info", 503, times=5), 5, "503", {"info": 5}, BACKING_OFF, None),
-        )
-    ),
-    *(
-        Case(name, fault, code, says, asked, waits, limit, command="inspect a dataset")
-        for name, fault, code, says, asked, waits, limit in (
-            ("401", lambda hub: hub.fail("info", 401, **SAID), 6, "401", {"info": 1}, (), None),
-            ("403", lambda hub: hub.fail("info", 403, **SAID), 6, "403", {"info": 1}, (), None),
-            ("gated", lambda hub: hub.fail("info", 403, headers=GATED), 6, "gated", {"info": 1}, (), None),
-            ("429 for an hour", lambda hub: hub.fail("info", 429, headers=AN_HOUR), 5, "3600", {"info": 1}, (), None),
-            ("dropped always", lambda hub: hub.drop("info", times=5), 5, DROPPED, {"info": 5}, BACKING_OFF, None),
-            ("silent always", lambda hub: hub.delay("info", 9, times=5), 5, "", {"info": 5}, BACKING_OFF, 0.1),
-            ("403 for the rows", lambda hub: hub.fail("resolve", 403, **_on("train.jsonl")), 6, "403", {}, (), None),
-            (
-                "503 once for the rows",
-                lambda hub: hub.fail("resolve", 503, **_on("train.jsonl")),
-                0,
-                "",
-                {},
-                (1,),
-                None,
-            ),
-            (
-                "the rows are cut",
-                lambda hub: hub.cut("resolve_cache", **_on("train.jsonl", "GET")),
-                0,
-                "",
-                {},
-                None,
-                None,
-            ),
-            (
-                "short rows",
-                lambda hub: hub.alter("resolve_cache", _short, **_on("train.jsonl", "GET")),
-                0,
-                "",
-                {},
-                (1,),
-                None,
-            ),
-            ("a page", lambda hub: hub.fail("info", 200, **HTML), 6, "like a hub", {"info": 1}, (), None),
-        )
-    ),
-    *(
-        Case(name, fault, code, says, {}, waits, command="train on a stream")
-        for name, fault, code, says, waits in (
-            ("503 once in the rows", lambda hub: hub.fail("resolve", 503, **_on("train.jsonl", "GET")), 0, "", (1,)),
-            (
-                "503 always",
-                lambda hub: hub.fail("resolve", 503, times=5, **_on("train.jsonl", "GET")),
-                5,
-                "503",
-                BACKING_OFF,
-            ),
-            ("the rows are cut", lambda hub: hub.cut("resolve_cache", **_on("train.jsonl", "GET")), 0, "", None),
-        )
-    ),
-    # adapters in other commands
-    *(
-        Case(name, fault, code, says, asked, waits, command=command)
-        for command in (
-            "generate with an adapter",
-            "merge an adapter",
-            "evaluate an adapter",
-            "compare adapters",
-            "combine adapters",
-        )
-        for name, fault, code, says, asked, waits in (
-            ("404", lambda hub: hub.fail("info", 404, headers=MISSING), 6, "no such repository", {"info": 1}, ()),
-            ("503 always", lambda hub: hub.fail("info", 503, times=5), 5, "503", {"info": 5}, BACKING_OFF),
-        )
-    ),
-]
-
-MODEL, TOKENIZER, TEMPLATE, CONFIG = "model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json"
-AN_HOUR = {"Retry-After": "3600"}
+CASES: dict[str, dict[str, Case]] = cases(
+    "hub_faults",
+    globals()
+    | {
+        "SHORT": _short,
+        "LONG": _long,
+        "FLIPPED": _flipped,
+        "ALL_LOST": _all_lost,
+        "LOST_THEN_DOWN": _lost_then_503,
+        "LARGE_AND_CUT": _large_and_cut,
+        "CLIMBING_COMMIT": _climbing_commit,
+    },
+)
 
 
 def _pushes() -> list[Trial]:
-    return [Trial(f"push: {case.name}", functools.partial(_push, case)) for case in PUSHES]
+    return [Trial(f"push: {name}", functools.partial(_push, case)) for name, case in CASES["push"].items()]
 
 
 def _pulls() -> list[Trial]:
-    return [Trial(f"pull: {case.name}", functools.partial(_pull, case)) for case in PULLS]
+    return [Trial(f"pull: {name}", functools.partial(_pull, case)) for name, case in CASES["pull"].items()]
 
 
 def _reads() -> list[Trial]:
-    return [Trial(f"{case.command}: {case.name}", functools.partial(_read, case)) for case in READS]
+    return [
+        Trial(f"{command}: {name}", functools.partial(_read, command, case))
+        for commands, own in CASES.items()
+        if commands not in ("push", "pull")
+        for command in commands.split(", ")
+        for name, case in own.items()
+    ]
 
 
 CAMPAIGNS = [

@@ -12,6 +12,7 @@ import functools
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import trainkit
 from campaigns import Campaign, Trial
 from hub_server import Hub
 from in_process import Ran, inputs, peftcli, places
+from tables import rows
 
 HUB_TOKEN = "hf_" + "kQ3vT8mZ1xR6pW9sB4nL7cJ2dF5gH0yA"
 LOGIN = "hf_" + "Wd4Kp9Yt2Nb7Xs1Rv6Mc3Gz8Hj5Lf0Qe"
@@ -96,81 +98,15 @@ def planted(folder: Path, *, hub: Hub | None = None) -> Iterator[dict[str, str]]
         yield env
 
 
-COMMANDS: dict[str, list[str]] = {
-    "train": ["train", "{recipe}", "training.output_dir={folder}/out"],
-    "train on one": ["train", "{recipe}", "training.output_dir={folder}/out", "dataset.eval=null", "--json"],
-    "train --dry-run": ["train", "{recipe}", "--dry-run", "training.output_dir={folder}/out"],
-    "status": ["status", "{adapter}"],
-    "evaluate": ["evaluate", "{recipe}", "--adapter", "{adapter}"],
-    "inspect": ["inspect", "{recipe}", "--html", "{folder}/page.html"],
-    "inspect --tokens": ["inspect", "{recipe}", "--tokens", "--rows", "9"],
-    "check": ["check", "{recipe}"],
-    "check --deep": ["check", "{recipe}", "--deep"],
-    "explain": ["explain", "training.seed"],
-    "schema": ["schema"],
-    "cache": ["cache"],
-    "cache dir": ["cache", "dir"],
-    "cache clear": ["cache", "clear"],
-    "generate": ["generate", "{adapter}", "--prompt", "sun and moon", "--max-new-tokens", "4"],
-    "generate a file": [
-        *["generate", "{adapter}", "--input", "{prompts}", "--output", "{folder}/out.jsonl"],
-        *["--max-new-tokens", "4"],
-    ],
-    "merge": ["merge", "{adapter}", "--output", "{folder}/merged"],
-    "info": ["info", "{adapter}"],
-    "info methods": ["info", "methods"],
-    "info tasks": ["info", "tasks"],
-    "info env": ["info", "env"],
-    "diff": ["diff", "{adapter}", "{other}"],
-    "combine": ["combine", "{adapter}=0.5", "{other}=0.5", "--output", "{folder}/combined"],
-    "push": ["push", "{adapter}", "alice/mine", "--base-model-id", "acme/tiny"],
-    "push --dry-run": ["push", "{adapter}", "alice/mine", "--base-model-id", "acme/tiny", "--dry-run"],
-    "--version": ["--version"],
-    "--help": ["--help"],
-}
-"""Commands that succeed."""
-
-NAMED: dict[str, list[str]] = {
-    "train, a recipe": ["train", "{folder}/{secret}.yaml"],
-    "train, output_dir": ["train", "{recipe}", "training.output_dir={folder}/{secret}"],
-    "train, base_model": ["train", "{recipe}", "base_model=https://worker:{secret}@host/model"],
-    "train, no key": ["train", "{recipe}", "{secret}"],
-    "train, a key": ["train", "{recipe}", "training.{secret}=1"],
-    "train, --resume": ["train", "{recipe}", "training.output_dir={folder}/out", "--resume", "{folder}/{secret}"],
-    "status": ["status", "{folder}/{secret}"],
-    "evaluate, --adapter": ["evaluate", "{recipe}", "--adapter", "{folder}/{secret}"],
-    "inspect, --row": ["inspect", "{recipe}", "--row", "{secret}"],
-    "inspect, --html": ["inspect", "{recipe}", "--html", "{folder}/{secret}"],
-    "check": ["check", "{folder}/{secret}"],
-    "check --deep, data": ["check", "--deep", "{folder}/{secret}/recipe.yaml"],
-    "explain": ["explain", "{secret}"],
-    "schema": ["schema", "{secret}"],
-    "cache": ["cache", "{secret}"],
-    "cache clear": ["cache", "clear", "{secret}"],
-    "generate": ["generate", "{folder}/{secret}", "--prompt", "{secret}"],
-    "generate, no folder": ["generate", "https://worker:{secret}@host/adapter", "--prompt", "{secret}"],
-    "generate, --base": ["generate", "{adapter}", "--base", "{folder}/{secret}", "--prompt", "a"],
-    "generate, --input": ["generate", "{adapter}", "--input", "{folder}/{secret}", "--output", "{folder}/out.jsonl"],
-    "merge": ["merge", "{folder}/{secret}", "--output", "{folder}/merged"],
-    "merge, --base": ["merge", "{adapter}", "--base", "{folder}/{secret}", "--output", "{folder}/merged"],
-    "merge, --output": ["merge", "{adapter}", "--output", "{recipe}/{secret}"],
-    "info": ["info", "{folder}/{secret}"],
-    "diff": ["diff", "{folder}/{secret}", "{adapter}"],
-    "combine": ["combine", "{folder}/{secret}=1", "--output", "{folder}/combined"],
-    "combine, --output": ["combine", "{adapter}=1", "--output", "{recipe}/{secret}"],
-    "push": ["push", "{folder}/{secret}", "alice/mine"],
-    "push, a repository": ["push", "{adapter}", "alice/{secret}", "--base-model-id", "acme/tiny"],
-    "push, --message": ["push", "{adapter}", "alice/mine", "--base-model-id", "acme/tiny", "--message", "{secret}"],
-    "push, --revision": ["push", "{adapter}", "alice/mine", "--base-model-id", "acme/tiny", "--revision", "{secret}"],
-    "push, --base-model-id": ["push", "{adapter}", "alice/mine", "--base-model-id", "{secret}"],
-    "an option": ["info", "--{secret}"],
-    "a command": ["{secret}"],
-}
-"""Commands that fail over what they were given."""
+_ROWS = rows("planted_secrets")
+COMMANDS, NAMED = _ROWS["succeeding"], _ROWS["failing"]
+"""Commands that succeed, and commands that fail over what they were given."""
 
 
 def _args(words: list[str], folder: Path, secret: str = "") -> list[str]:
-    return [word.format(folder=folder, secret=secret, **places()) for word in words]
+    known = {"<HUB_TOKEN>": HUB_TOKEN, "<PASSWORD>": PASSWORD}
+    texts = [word.format(folder=folder, secret=secret, **places()) for word in words]
+    return [re.sub("<[A-Z_]+>", lambda found: known[found[0]], text) for text in texts]
 
 
 def succeed(name: str, option: str, folder: Path) -> None:
@@ -227,19 +163,6 @@ def recipe_with(line: str, secret: str, folder: Path) -> None:
         assert not (folder / "out").exists()
 
 
-_LINES = {
-    "the base model": 'base_model: "https://worker:SECRET@host/model"',
-    "the output folder": '  output_dir: "out/SECRET"',
-    "a value": '  lr_scheduler_type: "SECRET"',
-    "a key": '  "SECRET": 1',
-    "a section": '"SECRET": {a: 1}',
-    "data": 'dataset: {train: "SECRET.jsonl"}',
-    "a gate": 'gates: {"SECRET": "< 1"}',
-    "the method": 'method: {type: lora, rank_pattern: {"SECRET": 4}}',
-    "what it extends": 'extends: "SECRET.yaml"',
-}
-
-
 def adapter_with(name: str, words: list[str], folder: Path) -> None:
     """An adapter whose config names its base model with a password."""
     with Hub() as hub, planted(folder, hub=hub if name.startswith("push") else None) as env:
@@ -253,21 +176,6 @@ def adapter_with(name: str, words: list[str], folder: Path) -> None:
         rans = [peftcli(*_args(args, folder), *option, cwd=folder, env=env) for option in ([], ["--debug"])]
         search(folder, *rans)
         search_hub(hub)
-
-
-_OF_ADAPTERS = {
-    "info": ["info", "{adapter}"],
-    "info --json": ["info", "{adapter}", "--json"],
-    "diff": ["diff", "{adapter}", "{other}"],
-    "diff --json": ["diff", "{adapter}", "{other}", "--json"],
-    "generate": ["generate", "{adapter}", "--prompt", "a"],
-    "merge": ["merge", "{adapter}", "--output", "{folder}/merged"],
-    "combine": ["combine", "{adapter}=1", "--output", "{folder}/combined"],
-    "combine --json": ["combine", "{adapter}=1", "--output", "{folder}/combined", "--json"],
-    "evaluate": ["evaluate", "{recipe}", "--adapter", "{adapter}", "--json"],
-    "push": ["push", "{adapter}", "alice/mine"],
-    "push --base-model-id": ["push", "{adapter}", "alice/mine", "--base-model-id", "acme/tiny"],
-}
 
 
 def data_with(name: str, words: list[str], folder: Path) -> None:
@@ -285,20 +193,6 @@ def data_with(name: str, words: list[str], folder: Path) -> None:
             args = _args(words, folder) + (more if "{recipe}" in words else [])
             rans.append(peftcli(*args, *option, "--debug", cwd=folder, env=env))
         search(folder, *rans, skipped=("in", "cache"))  # the cache keeps the rows themselves, as token ids
-
-
-_OF_DATA = {
-    "train": ["train", "{recipe}", "training.output_dir={folder}/out"],
-    "evaluate": ["evaluate", "{recipe}", "--adapter", "{adapter}"],
-    "inspect": ["inspect", "{recipe}", "--html", "{folder}/page.html", "--rows", "9"],
-    "inspect --tokens": ["inspect", "{recipe}", "--tokens", "--html", "{folder}/page.html", "--rows", "9"],
-    "check --deep": ["check", "{folder}/in/recipe.yaml", "--deep"],
-    "generate": ["generate", "{adapter}", "--prompt", f"Say {HUB_TOKEN} {PASSWORD}", "--json"],
-    "generate a file": [
-        *["generate", "{adapter}", "--input", "{folder}/in/prompts.jsonl", "--output", "{folder}/out.jsonl"],
-        *["--max-new-tokens", "4"],
-    ],
-}
 
 
 def train_that_fails(settings: list[str], code: int, folder: Path) -> None:
@@ -360,7 +254,6 @@ def nobody_answers(words: list[str], folder: Path) -> None:
 
 
 _REFUSALS = (("info", 401), ("preupload", 403), ("commit", 400), ("commit", 500), ("lfs_batch", 429))
-_ASKING = {"push": COMMANDS["push"], "info": ["info", "acme/none"], "diff": ["diff", "a/b", "a/c"]}
 
 
 def libraries_that_talk(words: list[str], code: int, folder: Path) -> None:
@@ -402,13 +295,16 @@ def _trials() -> Sequence[Trial]:
     ]
     trials += [
         Trial(f"{kind} in {where} of a recipe", functools.partial(recipe_with, line, secret))
-        for where, line in _LINES.items()
+        for where, line in _ROWS["lines of a recipe"].items()
         for kind, secret in _KINDS.items()
     ]
     trials += [
-        Trial(f"an adapter's base model, {n}", functools.partial(adapter_with, n, w)) for n, w in _OF_ADAPTERS.items()
+        Trial(f"an adapter's base model, {n}", functools.partial(adapter_with, n, w))
+        for n, w in _ROWS["of adapters"].items()
     ]
-    trials += [Trial(f"rows of data, {name}", functools.partial(data_with, name, w)) for name, w in _OF_DATA.items()]
+    trials += [
+        Trial(f"rows of data, {name}", functools.partial(data_with, name, w)) for name, w in _ROWS["of data"].items()
+    ]
     trials += [
         Trial(f"a run that fails: {name}", functools.partial(train_that_fails, settings, code))
         for name, settings, code in (
@@ -422,13 +318,7 @@ def _trials() -> Sequence[Trial]:
     ]
     trials += [
         Trial(f"the hub refuses {endpoint} with {status}", functools.partial(hub_that_says, endpoint, status))
-        for endpoint, status in (
-            ("info", 401),
-            ("preupload", 403),
-            ("commit", 400),
-            ("commit", 500),
-            ("lfs_batch", 429),
-        )
+        for endpoint, status in _REFUSALS
     ]
     trials += [
         Trial(f"nobody answers {name}", functools.partial(nobody_answers, words))

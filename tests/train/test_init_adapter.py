@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,11 @@ import trainkit
 from safetensors.torch import load_file, save_file
 from taskkit import CASES
 from test_train_processes import group
-from trainkit import MESSAGES, Trained, at_step, read_run, run_recipe, write_recipe
+from trainkit import MESSAGES, Trained, read_run, run_recipe, run_until, write_recipe
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.adapters.verify import verify_adapter
-from peftcli.errors import AdapterError, DataError, Interrupted, PeftcliError, UsageError
+from peftcli.errors import AdapterError, DataError, PeftcliError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.evaluate_adapter import measure
 from peftcli.train.preview import deep_check
@@ -90,10 +88,7 @@ def test_the_reference_is_the_merged_base_after_sft_is_merged(sft: Trained, tmp_
 def test_a_resumed_run_ends_with_the_same_bytes(sft: Trained, tmp_path: Path, name: str) -> None:
     recipe = dpo(tmp_path / "run", sft.folder) if name == "preference" else go_on(tmp_path / "run", sft.folder)
     saves = ("training.save_strategy=steps", "training.save_steps=2", *EVALUATES)
-    whole = run_recipe(recipe, *saves, f"training.output_dir={tmp_path}/whole")
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *saves, on_event=at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    resumed = run_recipe(recipe, *saves)
+    resumed, whole = trainkit.resumed_and_whole(recipe, *saves, step=3)
     assert resumed.run["attempts"][-1]["from_step"] == 3
     for file in trainkit.PRODUCT[:3]:
         assert (resumed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
@@ -102,8 +97,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(sft: Trained, tmp_path: Path, na
 @pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_start(sft: Trained, tmp_path: Path) -> None:
     recipe = dpo(tmp_path / "dpo", sft.folder)
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, on_event=at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    run_until(3, recipe)
     assert str(sft.folder) in read_run(tmp_path / "dpo/out")["identity"]["data"]
     scale(sft.folder / "adapter_model.safetensors")
     with pytest.raises(UsageError, match="holds a run of another recipe or other data") as caught:

@@ -16,7 +16,7 @@ from taskkit import CASES
 
 from peftcli.data.cache import clear
 from peftcli.recipe import load_recipe
-from peftcli.train import checked, examine
+from peftcli.train import examine, preview
 from peftcli.train.preview import deep_check
 
 SLOW_TO_IMPORT = {"torch", "transformers", "tokenizers", "datasets", "accelerate"}
@@ -30,7 +30,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def state(path: Path, *overrides: str) -> str | None:
-    return checked.state_of(load_recipe(path, list(overrides)))
+    return preview.state_of(load_recipe(path, list(overrides)))
 
 
 def test_it_is_known_the_second_time_without_torch(recipe: Path) -> None:
@@ -74,7 +74,7 @@ def test_whatever_it_depends_on_makes_another_state(recipe: Path) -> None:
 
 def test_a_template_that_writes_the_date_holds_for_a_day(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def on(day: str) -> str | None:
-        with checked.date.fixed_date(day):
+        with preview.date.fixed_date(day):
             return state(recipe)
 
     assert on("2026-01-31") == on("2026-02-01")

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import threading
@@ -18,14 +17,26 @@ from typing import Any
 
 import pytest
 import trainkit
-from trainkit import FULL, PRODUCT, Child, at_step, files_of, read_run, run_recipe, stopped_copy, write_recipe
+from trainkit import (
+    FULL,
+    PRODUCT,
+    Child,
+    at_step,
+    files_of,
+    read_run,
+    resumed_and_whole,
+    run_recipe,
+    run_until,
+    stop_after,
+    stopped_copy,
+    write_recipe,
+)
 
 from peftcli.adapters.verify import RECORD_FILE, verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.events import Event, Message, Stepped
-from peftcli.train.runs.checkpoint import find_damage
 from peftcli.train.runs.identity import changes, identity
 
 
@@ -197,25 +208,20 @@ def test_a_moved_folder_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
     assert f"merge {tmp_path}/moved " in summary(moved.run, moved.recipe.training.output_dir)
 
 
-def test_foreign_files_are_refused(recipe: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_files_are_refused(recipe: Path, overwrite: bool) -> None:
     folder = recipe.parent / "out"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match=r"thesis\.tex"):
-        run_recipe(recipe)
+        run_recipe(recipe, overwrite=overwrite)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
-def test_an_output_dir_that_is_a_file(recipe: Path) -> None:
-    (recipe.parent / "out").write_text("")
-    with pytest.raises(UsageError, match="is a file"):
-        run_recipe(recipe)
-
-
-@pytest.mark.parametrize("target", ["none", "out"])
-def test_an_output_dir_that_leads_nowhere(recipe: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["none", "out", "recipe.yaml"])
+def test_an_output_dir_that_is_no_folder(recipe: Path, target: str) -> None:
     (recipe.parent / "out").symlink_to(target)
-    with pytest.raises(UsageError, match="is a link that leads nowhere"):
+    with pytest.raises(UsageError, match="is a file" if target == recipe.name else "is a link that leads nowhere"):
         run_recipe(recipe)
 
 
@@ -285,72 +291,43 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
-def test_stopped_after_any_step(recipe: Path, uninterrupted: trainkit.Trained, step: int) -> None:
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *FULL, on_event=at_step(step, send(signal.SIGTERM)))
-    assert_same(run_recipe(recipe, *FULL).folder, uninterrupted)
-
-
-@pytest.mark.slow
-def test_stopped_after_every_step(recipe: Path, uninterrupted: trainkit.Trained) -> None:
-    for step in range(1, 8):
-        with pytest.raises(Interrupted):
-            run_recipe(recipe, *FULL, on_event=at_step(step, send(signal.SIGTERM)))
-    done = run_recipe(recipe, *FULL)
-    assert len(done.run["attempts"]) == 8
-    assert_same(done.folder, uninterrupted)
-
-
-def test_prompt_tuning_resumes_too(recipe: Path, tmp_path: Path) -> None:
-    whole = run_recipe(recipe, trainkit.PROMPT_TUNING, f"training.output_dir={tmp_path}/whole")
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, trainkit.PROMPT_TUNING, on_event=at_step(4, send(signal.SIGTERM)))
-    assert run_recipe(recipe, trainkit.PROMPT_TUNING).weights == whole.weights
-
-
-@pytest.mark.slow
 def test_a_resumed_run_in_bfloat16_is_verified_by_the_same_record_and_to_the_bit(recipe: Path) -> None:
     settings = (*FULL, "training.verify=true", "training.bf16=true")
-    whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole").folder
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=at_step(5, send(signal.SIGTERM)))
-    resumed = run_recipe(recipe, *settings).folder
-    assert (resumed / RECORD_FILE).read_bytes() == (whole / RECORD_FILE).read_bytes()
-    assert verify_adapter(str(resumed))["difference"] == 0
+    done, whole = resumed_and_whole(recipe, *settings, step=5)
+    assert (done.folder / RECORD_FILE).read_bytes() == (whole.folder / RECORD_FILE).read_bytes()
+    assert verify_adapter(str(done.folder))["difference"] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.grid(keep=1)
 @pytest.mark.parametrize(
-    "setting",
+    "method",
     [
-        "monteclora_config: {num_samples: 2}",
-        "kasa_config: {}",
-        "velora_config: {num_groups: 4, init_type: batch_average_once}",
-        'alora_invocation_tokens: "<|im_start|>assistant\\n"',
+        trainkit.PROMPT_TUNING,
+        *(
+            pytest.param(f"method={{type: lora, r: 4, lora_dropout: 0.1, {setting}}}", marks=pytest.mark.slow)
+            for setting in (
+                "monteclora_config: {num_samples: 2}",
+                "kasa_config: {}",
+                "velora_config: {num_groups: 4, init_type: batch_average_once}",
+                'alora_invocation_tokens: "<|im_start|>assistant\\n"',
+            )
+        ),
     ],
 )
-def test_variants_of_lora_resume_too(recipe: Path, tmp_path: Path, setting: str) -> None:
-    method = f"method={{type: lora, r: 4, lora_dropout: 0.1, {setting}}}"
-    whole = run_recipe(recipe, method, f"training.output_dir={tmp_path}/whole")
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, method, on_event=at_step(4, send(signal.SIGTERM)))
-    assert run_recipe(recipe, method).weights == whole.weights
+def test_other_methods_resume_too(recipe: Path, method: str) -> None:
+    done, whole = resumed_and_whole(recipe, method)
+    assert done.weights == whole.weights
 
 
 @pytest.mark.slow
-def test_the_best_adapter_so_far_survives_a_stop(recipe: Path, tmp_path: Path) -> None:
+def test_the_best_adapter_so_far_survives_a_stop(recipe: Path) -> None:
     settings = (*FULL, "training.greater_is_better=true", "training.eval_on_start=false")
-    whole = run_recipe(recipe, *settings, f"training.output_dir={tmp_path}/whole")
+    done, whole = resumed_and_whole(recipe, *settings, step=5)
     assert whole.run["eval"]["best_step"] == 2, "the best must lie before the stop"
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=at_step(5, send(signal.SIGTERM)))
-    assert_same(run_recipe(recipe, *settings).folder, whole)
+    assert_same(done.folder, whole)
 
 
 def test_a_signal_at_the_last_step_lets_the_run_end(recipe: Path) -> None:
-    assert run_recipe(recipe, on_event=at_step(8, send(signal.SIGTERM))).run["status"] == "complete"
+    assert run_recipe(recipe, on_event=stop_after(8)).run["status"] == "complete"
 
 
 def while_loading(event: Event) -> None:
@@ -395,77 +372,6 @@ def test_training_in_another_thread(recipe: Path) -> None:
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
-
-
-class KillAt:
-    """SIGKILL at the ``count``-th call of fsync: before the file that is being written gets its name."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __call__(self) -> None:
-        fsync, calls = os.fsync, [0]
-
-        def counted(handle: int) -> None:
-            calls[0] += 1
-            if calls[0] == self.count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            fsync(handle)
-
-        os.fsync = counted
-
-
-def killed_and_resumed(recipe: Path, whole: trainkit.Trained, moments: list[int]) -> int:
-    """Kill the run at each moment in turn, then let it end. Gives how many of the kills happened."""
-    kills = 0
-    for moment in moments:
-        code = Child(recipe.parent, "train", recipe, *FULL, before=KillAt(moment)).wait()
-        assert code in (-signal.SIGKILL, 0)
-        kills += code != 0
-    assert_same(run_recipe(recipe, *FULL).folder, whole)
-    return kills
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_at_every_write(
-    tmp_path: Path, uninterrupted: trainkit.Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync, writes = os.fsync, []
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: writes.append(fsync(handle)))
-        run_recipe(write_recipe(tmp_path), *FULL)
-    assert len(writes) > 60, "those of the token cache among them"
-    for moment in range(1, len(writes) + 1):
-        folder = tmp_path / str(moment)
-        folder.mkdir()
-        assert killed_and_resumed(write_recipe(folder), uninterrupted, [moment]) == 1, moment
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
-def test_killed_at_random_times(recipe: Path, uninterrupted: trainkit.Trained, seed: int) -> None:
-    chance = random.Random(seed)
-    folder = recipe.parent / "out"
-    for _ in range(3):
-        child = Child(recipe.parent, "train", recipe, *FULL)
-        child.process.join(chance.uniform(0.1, 2.5))
-        child.signal(signal.SIGKILL)
-        child.process.join()
-    done = run_recipe(recipe, *FULL)
-    assert done.folder == folder
-    assert_same(folder, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_killed_run_says_running(recipe: Path) -> None:
-    child = Child(recipe.parent, "train", recipe, "training.max_steps=100000")
-    metrics = recipe.parent / "out/metrics.jsonl"
-    child.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
-    child.signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    run = read_run(recipe.parent / "out")
-    assert (run["status"], run["pid"]) == ("running", child.process.pid)
 
 
 def test_a_second_signal_ends_at_once(recipe: Path) -> None:
@@ -539,15 +445,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.grid(keep=6)
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_found(recipe: Path, kind: str) -> None:
-    checkpoint = stopped(recipe) / "step-000005"
-    assert find_damage(checkpoint) is None
-    DAMAGES[kind](checkpoint)
-    assert find_damage(checkpoint) is not None
-
-
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside(recipe: Path, uninterrupted: trainkit.Trained, kind: str) -> None:
@@ -575,11 +472,6 @@ def test_resume_from_a_chosen_checkpoint(recipe: Path, uninterrupted: trainkit.T
     done = run_recipe(recipe, *FULL, resume=str(checkpoints / "step-000003"))
     assert done.run["attempts"][-1]["from_step"] == 3
     assert_same(done.folder, uninterrupted)
-
-
-def test_resume_from_no_checkpoint(recipe: Path) -> None:
-    with pytest.raises(UsageError, match="no such checkpoint"):
-        run_recipe(recipe, resume=str(recipe.parent / "nowhere"))
 
 
 def test_resume_from_a_damaged_checkpoint_of_choice(recipe: Path) -> None:
@@ -627,20 +519,6 @@ def test_a_name_of_data_that_the_system_refuses_is_a_data_error(recipe: Path) ->
         run_recipe(recipe, f"dataset.train={'a' * 300}")
 
 
-def test_a_data_error_is_in_run_json_and_the_run_can_be_mended(recipe: Path) -> None:
-    good = (recipe.parent / "train.jsonl").read_text()
-    (recipe.parent / "train.jsonl").write_text(good + "{broken\n")
-    with pytest.raises(DataError):
-        run_recipe(recipe)
-    run = read_run(recipe.parent / "out")
-    assert (run["status"], run["exit_code"], run["error"]["kind"], run["error"]["line"]) == (
-        "failed",
-        3,
-        "DataError",
-        11,
-    )
-
-
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -652,7 +530,9 @@ def test_a_run_that_stopped_at_its_data_begins_anew_once_the_data_is_mended(reci
     with pytest.raises(DataError) as caught:
         run_recipe(recipe)
     assert (caught.value.file, caught.value.line) == (str(rows), 11)
-    assert trainkit.read_run(recipe.parent / "out")["status"] == "failed"
+    run = read_run(recipe.parent / "out")
+    assert (run["status"], run["exit_code"]) == ("failed", 3)
+    assert (run["error"]["kind"], run["error"]["line"]) == ("DataError", 11)
     rows.write_text(good)
     assert run_recipe(recipe).run["status"] == "complete"
 
@@ -661,13 +541,17 @@ def test_a_run_that_stopped_at_its_data_begins_anew_once_the_data_is_mended(reci
 def test_bad_rows_are_skipped_counted_and_listed(recipe: Path) -> None:
     rows = recipe.parent / "train.jsonl"
     rows.write_text(rows.read_text() + '{"messages": 5}\n{broken\n')
+    with (recipe.parent / "eval.jsonl").open("a") as held:
+        held.write("{broken\n")
     done = run_recipe(recipe, "dataset.on_bad_row=skip")
     assert (done.run["data"]["rows"], done.run["data"]["used"], done.run["data"]["skipped"]) == (12, 10, 2)
     assert any("bad_rows" in text for text in done.warnings)
+    assert any("bad_rows" in text and "evaluation rows" in text for text in done.warnings)
     listed = [json.loads(line) for line in (done.folder / "skipped.jsonl").read_text().splitlines()]
     assert [(entry["rows"], entry["file"], entry["line"]) for entry in listed] == [
         ("train", str(rows), 11),
         ("train", str(rows), 12),
+        ("eval", f"{recipe.parent}/eval.jsonl", 4),
     ]
     assert "expected a list of turns" in listed[0]["message"]
 
@@ -722,23 +606,13 @@ def test_a_run_whose_rows_are_encoded_otherwise_is_not_gone_on_with(recipe: Path
     """The chat template of the base model's folder is no part of the recipe, the data or the weights."""
     base = shutil.copytree(trainkit.base_folder(), tmp_path / "base")
     recipe.write_text(recipe.read_text().replace(str(trainkit.base_folder()), str(base)))
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *FULL, on_event=at_step(5, send(signal.SIGTERM)))
+    run_until(5, recipe, *FULL)
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
     before = files_of(recipe.parent / "out")
     with pytest.raises(UsageError, match="encoded otherwise"):
         run_recipe(recipe, *FULL)
     assert files_of(recipe.parent / "out") == before
-
-
-@pytest.mark.usefixtures("short")
-def test_evaluation_rows_that_are_skipped_are_warned_of(recipe: Path) -> None:
-    rows = recipe.parent / "eval.jsonl"
-    rows.write_text(rows.read_text() + "{broken\n")
-    done = run_recipe(recipe, "dataset.on_bad_row=skip")
-    texts = done.warnings
-    assert any("bad_rows" in text and "evaluation rows" in text for text in texts)
 
 
 def test_held_out_bad_rows_of_a_mix_are_named(recipe: Path) -> None:

@@ -11,8 +11,8 @@ from classifierkit import write_classifier_recipe
 from trainkit import run_recipe
 
 from peftcli.cli.progress import summary
+from peftcli.train.evaluate import find_doubts
 from peftcli.train.evaluate_adapter import measure
-from peftcli.train.learnt import find_doubts
 
 LM = {"main_metric": "loss", "constant": {"loss": 10.8}}
 CLASSES = {"main_metric": "accuracy", "constant": {"accuracy": 0.6, "loss": 0.69}}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +34,7 @@ from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
 from peftcli.data.rows import Place
 from peftcli.data.store import Column, Example, Outcome, Selection, Store, View, Writer
-from peftcli.errors import Interrupted, ModelError
+from peftcli.errors import ModelError
 from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Training
 from peftcli.tasks import settings
@@ -44,9 +42,9 @@ from peftcli.tasks.causal_lm import CausalLM
 from peftcli.tasks.text.fast.segments import ATTENTION
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.data import Data, RunData
-from peftcli.train.events import Stepped, StepResult
+from peftcli.train.events import StepResult
+from peftcli.train.forward import refuse_contamination
 from peftcli.train.loop import Gradients, PreparedModel, fit
-from peftcli.train.packing_check import refuse_contamination
 from peftcli.train.plan import MicroBatch, Plan
 
 WINDOW = 16
@@ -335,17 +333,9 @@ def test_packed_rows_and_generated_answers_where_padding_is_computed(long_recipe
     assert "eval_exact_match" in done.run["eval"]["last"]
 
 
-def test_a_stopped_packed_run_goes_on_with_the_same_rows(long_recipe: Path, tmp_path: Path) -> None:
+def test_a_stopped_packed_run_goes_on_with_the_same_rows(long_recipe: Path) -> None:
     settings = (*PACKING, "method.lora_dropout=0.2")
-    whole = run_recipe(long_recipe, *settings, f"training.output_dir={tmp_path}/whole")
-
-    def stop(event: Any) -> None:
-        if isinstance(event, Stepped) and event.result.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Interrupted):
-        run_recipe(long_recipe, *settings, on_event=stop)
-    resumed = run_recipe(long_recipe, *settings)
+    resumed, whole = trainkit.resumed_and_whole(long_recipe, *settings)
     assert resumed.run["attempts"][-1]["from_step"] == 4
     assert resumed.weights == whole.weights
     assert resumed.losses == whole.losses

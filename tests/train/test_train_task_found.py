@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trainkit
-from trainkit import run_recipe, write_recipe
+from trainkit import run_recipe, run_until, write_recipe
 
 from peftcli.adapters.load import find_adapter
 from peftcli.cli.app import main
@@ -127,29 +126,11 @@ def test_settings_under_task_train_as_those_under_dataset(tmp_path: Path) -> Non
     assert under.losses == own.losses
 
 
-def test_a_run_is_resumed_whether_its_task_is_named_or_found(recipe: Path, fails: Callable[..., Any]) -> None:
+def test_a_run_is_resumed_whether_its_task_is_named_or_found(recipe: Path) -> None:
     settings = ("training.save_strategy=steps", "training.save_steps=2")
-    fails(recipe, *settings)
+    run_until(5, recipe, *settings)
     named = recipe.with_name("named.yaml")
     named.write_text(f"task: causal_lm\n{recipe.read_text()}")
     done = run_recipe(named, *settings)
     assert done.run["attempts"][-1]["from_step"] > 0
     assert done.run["changes"] == []
-
-
-@pytest.fixture
-def fails() -> Callable[..., Any]:
-    """Train until step 5 and stop there."""
-
-    def fails(path: Path, *settings: str) -> None:
-        class Stopped(Exception):
-            pass
-
-        def stop(event: Any) -> None:
-            if getattr(getattr(event, "result", None), "step", 0) == 5:
-                raise Stopped
-
-        with pytest.raises(Exception, match="Stopped"):
-            run_recipe(path, *settings, on_event=stop)
-
-    return fails

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import trainkit
-from test_train_resume import stop_after
-from trainkit import run_recipe
+from trainkit import run_recipe, run_until
 
-from peftcli.errors import Interrupted
-from peftcli.train.devices import launch, threads
+from peftcli.train.devices import accelerator, launch
 
 
 @pytest.fixture
@@ -27,8 +25,8 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def on(cores: pytest.MonkeyPatch, count: int) -> None:
     """From here on the machine has so many cores."""
-    cores.setattr(threads, "usable_cores", lambda: count)
-    cores.setattr(threads, "_MOST", count)
+    cores.setattr(accelerator, "usable_cores", lambda: count)
+    cores.setattr(accelerator, "_MOST", count)
 
 
 def test_a_resumed_run_has_as_many_threads_and_the_same_bytes(recipe: Path, cores: pytest.MonkeyPatch) -> None:
@@ -36,8 +34,7 @@ def test_a_resumed_run_has_as_many_threads_and_the_same_bytes(recipe: Path, core
     on(cores, 2)
     whole = run_recipe(recipe, *settings, f"training.output_dir={recipe.parent}/whole")
     assert whole.run["threads"] == {"count": 2, "reason": "cores"}
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=stop_after(1))
+    run_until(1, recipe, *settings)
     on(cores, 3)
     done = run_recipe(recipe, *settings)
     assert done.run["threads"] == {"count": 2, "reason": "resumed"}

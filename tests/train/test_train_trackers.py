@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import signal
 import sqlite3
 import time
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 from accelerate import tracking
-from trainkit import at_step, run_recipe
+from trainkit import run_recipe, run_until
 
-from peftcli.errors import Interrupted, UsageError
+from peftcli.errors import UsageError
 from peftcli.train import trackers
 from peftcli.train.devices.launch import STATUS, TRAINING
 
@@ -61,8 +60,7 @@ def test_trackers_get_the_lines_of_metrics_and_their_failures_are_warnings(recip
         "training.report_to=[tensorboard, wandb, mlflow, trackio]",
         "training.run_name=mine",
     )
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=at_step(4, lambda: signal.raise_signal(signal.SIGTERM)))
+    run_until(4, recipe, *settings)
     told["trackio"] = OSError("disk full")
     done = run_recipe(recipe, *settings)
     steps = [(line["step"], {key: value for key, value in line.items() if key != "step"}) for line in done.metrics]
@@ -133,8 +131,7 @@ def test_the_trackers_themselves_without_a_network(
     monkeypatch.setattr(trackers, "_STOPPED_SECONDS", 60.0)  # this machine may be slow
     pytest.importorskip(name)  # some read the environment then
     settings = (f"training.report_to=[{name}]", "training.logging_steps=1")
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, *settings, on_event=at_step(4, lambda: signal.raise_signal(signal.SIGTERM)))
+    run_until(4, recipe, *settings)
     done = run_recipe(recipe, *settings)
     assert not done.warnings
     losses = {line["step"]: line["loss"] for line in done.metrics}

@@ -12,9 +12,9 @@ import pytest
 import trainkit
 from PIL import Image
 from taskkit import CASES
-from trainkit import Trained, at_step, run_recipe
+from trainkit import Trained, at_step, run_recipe, run_until
 
-from peftcli.errors import DataError, Interrupted, ProcessDied
+from peftcli.errors import DataError, ProcessDied
 
 SETTINGS = (
     "training.eval_strategy=steps",
@@ -58,10 +58,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
 def test_a_stopped_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     whole = run_recipe(recipe(tmp_path), *SETTINGS, "training.dataloader_num_workers=0")
     stopped = f"training.output_dir={tmp_path}/stopped"
-    with pytest.raises(Interrupted):
-        run_recipe(
-            tmp_path / "recipe.yaml", *TWO, stopped, on_event=at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        )
+    run_until(2, tmp_path / "recipe.yaml", *TWO, stopped)
     assert workers() == []
     assert same(run_recipe(tmp_path / "recipe.yaml", *SETTINGS, stopped), whole)
 

@@ -145,12 +145,17 @@ def run_processes(
         Interrupted: a signal ended them.
     """
     handle, variables_of_lock = lock
-    shared, meets = shared_variables(count), _free_port() if port == "auto" else int(port)
+    if port == "auto":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    shared = shared_variables(count) | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with tempfile.TemporaryDirectory(prefix="peftcli-") as status, tempfile.TemporaryFile() as answer:
         group = _Group(Path(status), signal.Signals[save_on] if save_on else None)
         with _forwarding(group):
             for number in range(count):
-                variables = shared | _place(number, count, meets) | {STATUS: status}
+                variables = shared | {STATUS: status, "RANK": str(number), "LOCAL_RANK": str(number)}
                 group.processes.append(
                     subprocess.Popen(
                         peftcli_command(command),
@@ -235,18 +240,6 @@ def shared_variables(count: int) -> dict[str, str]:
     elif not check_cuda_p2p_ib_support():  # several RTX 40: accelerate refuses to start without these
         environment |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     return environment
-
-
-def _place(number: int, count: int, port: int) -> dict[str, str]:
-    """The environment of one of ``count`` processes, by which they find one another."""
-    return {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 class ErrorOfProcess(PeftcliError):
@@ -460,9 +453,3 @@ def _forwarding(group: _Group) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         group.end()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The processes of one of several machines, which torch's elastic agent starts.
+"""Start the processes of a run, on one machine or, as one of several, under torch's elastic agent.
 
 The agents meet at machine 0's address (torch's c10d rendezvous). When a process or a machine is lost, each ends the
 others on its machine, waits until all machines are there again, and starts its processes anew, up to
@@ -30,10 +30,12 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from peftcli.errors import Interrupted, PeftcliError, ProcessDied, UsageError
-from peftcli.schema import Launch
+from peftcli.errors import FolderBusy, Interrupted, PeftcliError, ProcessDied, UsageError
+from peftcli.schema import Launch, Recipe
 from peftcli.system.addresses import local_address_towards, notice_lost_machines, use_interface
 from peftcli.system.signals import SAVE_SIGNAL, STOP_SIGNALS
+from peftcli.train import fresh_process
+from peftcli.train.data import prepare_data
 from peftcli.train.devices.launch import (
     GO_ON,
     MEASURING,
@@ -46,9 +48,12 @@ from peftcli.train.devices.launch import (
     error_fields,
     first_error,
     peftcli_command,
+    run_processes,
     shared_variables,
 )
 from peftcli.train.events import Message, OnEvent, warning
+from peftcli.train.runs.folder import RunFolder
+from peftcli.train.runs.status import read_records, record_failure
 
 _NAME = "peftcli"
 _JOIN_SECONDS = 1800
@@ -59,6 +64,52 @@ _AGENTS_OWN = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that the agent handles, too, if it is let."""
 _LOOPBACK = "127."
 """Where ``/etc/hosts`` often says that a machine's own name is."""
+
+
+def start_processes(
+    recipe: Recipe, folder: RunFolder, command: Sequence[str], count: int, overwrite: bool, tell: OnEvent
+) -> None:
+    """Lock the run folder, encode the data once, and start ``count`` processes."""
+    several, save_on = recipe.launch.num_machines > 1, recipe.training.save_on_signal
+    record, is_first = folder.read(), recipe.launch.machine_rank == 0
+    if is_first:  # other machines may share the folder
+        folder.lock()
+    before = read_records(folder)
+
+    def prepare() -> None:
+        if overwrite or record is None or record.status != "complete":
+            prepare_data(recipe, record.day if record else None, tell)
+        if several:
+            folder.close()  # process 0 locks it, as often as it is started
+
+    def verify() -> None:
+        if several and is_first:
+            folder.lock()
+        if recipe.training.verify and is_first:
+            fresh_process.verify_run(folder.path, tell)
+
+    try:
+        if several:
+            run_on_machine(
+                command,
+                count,
+                recipe.launch,
+                save_on,
+                before=prepare,
+                afterwards=verify,
+                resumable=lambda: (now := folder.read()) is not None and now.resumable,
+                tell=tell,
+            )
+        else:
+            prepare()
+            port, lock = recipe.launch.main_process_port, folder.give_lock()
+            run_processes(command, count, port, lock, save_on, verify)
+    except PeftcliError as error:
+        if is_first and not isinstance(error, FolderBusy):  # or else it is another run's
+            record_failure(folder, error, before)
+        raise
+    finally:
+        folder.close()
 
 
 def run_on_machine(

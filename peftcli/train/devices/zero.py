@@ -23,8 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftcli.schema import Launch
-from peftcli.train.devices.sharding import check_divisible, is_sharded
-from peftcli.train.devices.strategies import STAGES
+from peftcli.train.devices.sharding import STAGES, check_divisible, is_sharded
 from peftcli.train.loop import PreparedModel
 from peftcli.train.optim import AVERAGES
 
@@ -122,7 +121,12 @@ def start_engine(
     stage, config = STAGES[launch.strategy], _engine_config(model, parameters, launch, max_grad_norm)
     with contextlib.redirect_stdout(sys.stderr):  # it prints
         deepspeed = importlib.import_module("deepspeed")
-        _speak_on_stderr()
+        log = logging.getLogger("DeepSpeed")  # which goes to stdout
+        log.setLevel(logging.ERROR)
+        for handler in log.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         deepspeed.ops.__compatible_ops__[_COMPILED] = False
         if stage == STAGES["zero3"]:  # weight by weight, since the device may not hold all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
@@ -170,13 +174,3 @@ def _engine_config(model: nn.Module, parameters: list[nn.Parameter], launch: Lau
 
 def _copied(value: Any, device: Any) -> Any:
     return value.clone().to(device or value.device) if isinstance(value, torch.Tensor) else value
-
-
-def _speak_on_stderr() -> None:
-    """Let DeepSpeed's log, which goes to stdout, go where errors do, and be short."""
-    log = logging.getLogger("DeepSpeed")
-    log.setLevel(logging.ERROR)
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)

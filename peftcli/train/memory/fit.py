@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,21 @@ from accelerate.utils import broadcast_object_list
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.inject import inject
-from peftcli.errors import AdapterError, ModelError, UsageError
+from peftcli.errors import AdapterError, ModelError, OutOfMemory, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.base import OpenBase
 from peftcli.models.open import open_base
 from peftcli.models.parts import parameters_of_heads, stacks
 from peftcli.recipe import method_config, to_dict
 from peftcli.schema import DIVIDED, Recipe
-from peftcli.system.memory import free_memory, resident_memory
+from peftcli.system.memory import free_memory, peak_resident_memory, resident_memory
 from peftcli.tasks import open_task, row_of
+from peftcli.tasks.base import Task
+from peftcli.train.checked import refuse_full_disk
 from peftcli.train.data import Data, load_data, plan_of, prepare_config
-from peftcli.train.devices.kernels import checkpoint_activations
-from peftcli.train.devices.strategies import may_divide, supports_quantization
+from peftcli.train.devices.sharding import may_divide, supports_quantization
 from peftcli.train.events import Message, OnEvent, warning
-from peftcli.train.memory.disk_space import refuse_full_disk
+from peftcli.train.forward import checkpoint_activations
 from peftcli.train.memory.estimate import Estimate, bytes_written, estimate
 from peftcli.train.plan import Plan
 from peftcli.train.runs.folder import RunFolder
@@ -184,11 +186,7 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
 
 
 def _possible_sizes(recipe: Recipe, data: Data) -> tuple[list[int], int]:
-    """Return how many examples may be at once in the model, and how many a step has on a device.
-
-    Raises:
-        UsageError: there is nothing to choose from.
-    """
+    """Return how many examples may be at once in the model, and how many a step has on a device."""
     given, key = settings_of(recipe), first_auto(recipe)
     size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     if not data.task.divides:
@@ -273,3 +271,57 @@ def _account(asked: Recipe, chosen: Recipe, needs: Estimate | None, there: float
         model = f", the base model whole in each process{why}"
     known = f": about {_in_step(needs) / 2**30:.1f} of {there / 2**30:.1f} GiB" if needs else ""
     return f"memory: {examples} at once{again}{model}{known}"
+
+
+_TO_GO_ON = ". To go on at the last checkpoint, add --allow-change KEY"
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """The peak memory of this process: resident, and on the GPU if there is one."""
+    peak = {"rss": peak_resident_memory()}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def too_large_a_step(step: int, sizes: Sequence[int], recipe: Recipe, task: Task[Any], *, saved: bool) -> OutOfMemory:
+    """The error of a step that the memory did not hold.
+
+    ``sizes`` are those of the examples that were in the model at once when most were, in the task's unit; ``saved``:
+    there is a checkpoint.
+    """
+    longest = f" with {sum(sizes):,} {task.unit}, {max(sizes):,} in the longest" if max(sizes) > 1 else ""
+    batch = f"{len(sizes):,} example{'s' if len(sizes) > 1 else ''} at once{longest}"
+    hint = f"{_cheapest(recipe, task, len(sizes))}{_TO_GO_ON * saved}"
+    return OutOfMemory(f"not enough memory for step {step}, {_peak()}: {batch}", hint=hint)
+
+
+def too_large_an_evaluation(recipe: Recipe, *, saved: bool) -> OutOfMemory:
+    """The error of an evaluation that the memory did not hold. ``saved``: there is a checkpoint."""
+    size = recipe.training.per_device_eval_batch_size
+    less = f"training.per_device_eval_batch_size: {size // 2}" if size > 1 else "leave out the largest examples"
+    message = f"not enough memory to evaluate, {_peak()}: a batch of {size:,} examples"
+    return OutOfMemory(message, hint=f"{less}{_TO_GO_ON * saved}")
+
+
+def _peak() -> str:
+    peak = peak_memory_bytes()
+    return f"after a peak of {peak.get('cuda', peak['rss']) / 2**30:.1f} GiB"
+
+
+def _cheapest(recipe: Recipe, task: Task[Any], at_once: int) -> str:
+    """The three changes that cost least, the cheapest first, where ``at_once`` examples in the model are too many."""
+    training = recipe.training
+    size, steps = training.rows_at_once, training.gradient_accumulation_steps
+    parts = next((count for count in range(2, size + 1) if size % count == 0 and size // count < at_once), 1)
+    fewer = f"training.per_device_train_batch_size: {size // parts}"
+    same = f"{fewer} with gradient_accumulation_steps: {steps * parts}, the same batch in smaller parts"
+    changes = {
+        # a task that compares the rows of a batch learns less from fewer
+        same if task.divides else fewer: parts > 1,
+        "training.gradient_checkpointing: true, about a third slower": not training.gradient_checkpointing,
+        "training.bf16: true": training.bf16 is False,
+        "a smaller dataset.max_length": task.unit == "tokens",
+        "base_model.quantization: nf4": recipe.base_model.quantization is None,
+    }
+    return "; or ".join(islice((text for text, helps in changes.items() if helps), 3))

@@ -346,16 +346,12 @@ def _optimizer_state(state: State) -> dict[str, torch.Tensor]:
     """What the optimizer remembers of each tensor, under the adapter's name of it. A number is one of 64 bits."""
     kept = state.prepared.optimizer_state()
     return {
-        f"{name}.{key}": _as_tensor(value)
+        f"{name}.{key}": value
+        if isinstance(value, torch.Tensor)
+        else torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
         for name, (_, _, parameter) in named_tensors(state.model).items()
         for key, value in kept.get(parameter, {}).items()
     }
-
-
-def _as_tensor(value: torch.Tensor | float) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def _load_optimizer(state: State, tensors: dict[str, torch.Tensor]) -> None:

@@ -150,7 +150,19 @@ def _lock_and_choose(
         each.tidy()
         tidy(each.checkpoints)
     if record is None:
-        record = _new_record(recipe, now, accelerator.num_processes)
+        record = RunRecord(
+            status="running",
+            exit_code=None,
+            error=None,
+            resumable=False,
+            exact=True,
+            changes=[],
+            processes=accelerator.num_processes,
+            attempts=[],
+            artefacts=[],
+            day=date.today().isoformat(),
+            **_description(recipe, now),
+        )
     elif record.status != "complete":
         # a kill may have come before this was recorded
         record.resumable = bool(checkpoints(chosen.checkpoints))
@@ -242,22 +254,6 @@ def versions() -> dict[str, str]:
 _version = functools.cache(version)  # which reads a file each time
 
 
-def _new_record(recipe: Recipe, now: IdentityRecord, num_processes: int) -> RunRecord:
-    return RunRecord(
-        status="running",
-        exit_code=None,
-        error=None,
-        resumable=False,
-        exact=True,
-        changes=[],
-        processes=num_processes,
-        attempts=[],
-        artefacts=[],
-        day=date.today().isoformat(),
-        **_description(recipe, now),
-    )
-
-
 def _description(recipe: Recipe, now: IdentityRecord) -> dict[str, Any]:
     """The fields of a RunRecord that describe the recipe and what it depends on."""
     base = recipe.base_model
@@ -305,10 +301,6 @@ def checkpoint_to_resume(run: Run) -> Iterator[Path | None]:
     """The checkpoint to resume from, agreed by all processes; None: start from the beginning.
 
     Inside, each process sees it, also on a machine that does not see the run folder.
-
-    Raises:
-        UsageError: the chosen one belongs to another run.
-        StorageError: it is damaged; or there is none, and there must be.
     """
     checkpoint: Path | None = None
     if run.is_main:
@@ -347,12 +339,7 @@ _BEGAN_WITH = ("day", "versions", "data", "base_model", "device", "bf16", "threa
 
 
 def _take_checkpoint(path: Path, record: RunRecord, options: StartOptions) -> list[Change]:
-    """Take over what the checkpoint to resume from says of its run; return how that differs, all of it allowed.
-
-    Raises:
-        StorageError: it is damaged.
-        UsageError: it belongs to another run.
-    """
+    """Take over what the checkpoint to resume from says of its run; return how that differs, all of it allowed."""
     if reason := find_damage(path):
         raise StorageError(f"damaged checkpoint: {reason}", file=str(path))
     recorded = record.identity
