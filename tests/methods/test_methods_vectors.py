@@ -18,10 +18,11 @@ from peftcli.core.merge import merge
 from peftcli.core.targets import wrap
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError
+from peftcli.methods._families import TARGETS
 from peftcli.methods.beft import BeftConfig
 from peftcli.methods.glora import GloraConfig
 from peftcli.methods.ia3 import IA3Config
-from peftcli.methods.ln_tuning import TARGETS, LNTuningConfig
+from peftcli.methods.ln_tuning import LNTuningConfig
 from peftcli.methods.trainable_tokens import TrainableTokensConfig
 
 
@@ -97,7 +98,7 @@ def test_families_without_a_default_train_every_norm(kind: str, names: list[str]
     ("settings", "names"),
     [
         ({"parallel_attn": True}, ["input_layernorm", "ln_f"]),
-        ({"parallel_attn": False}, [*TARGETS["falcon"]]),
+        ({"parallel_attn": False}, [*TARGETS["ln_tuning"]["falcon"]]),
         ({"new_decoder_architecture": True, "num_kv_heads": 1}, ["ln_attn", "ln_f", "ln_mlp"]),
     ],
     ids=["7b", "rw", "40b"],

@@ -121,7 +121,8 @@ def test_processes_add_up_to_one(view: View, processes: int, monkeypatch: pytest
 
     store = Together()
     monkeypatch.setattr(module, "gather_object", gather)
-    monkeypatch.setattr(module, "_shared_store", lambda: store)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setenv(STATUS, str(tmp_path))
     monkeypatch.setattr(Classes, "mark", tmp_path / MEASURING)
     for index in reversed(range(processes)):
