@@ -1,0 +1,1 @@
+"""A small example of each task, which ``peftcli demo`` runs on a laptop."""
