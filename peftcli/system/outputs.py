@@ -252,10 +252,14 @@ def _create_partial_folder(target: Path) -> tuple[Path, int]:
             partial.mkdir()
         except FileExistsError:
             continue
-        handle = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+        # until it is locked, another process may remove it as a leftover
+        try:
+            handle = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
         if _lock(handle) is not False and is_at(handle, partial):
             break
-        os.close(handle)  # another process removed it as a leftover
+        os.close(handle)
     return partial, handle
 
 

@@ -131,6 +131,25 @@ def test_a_leftover_of_a_killed_process_goes(tmp_path: Path, there: bool) -> Non
     assert tree(tmp_path) == WHOLE
 
 
+def test_a_partial_folder_that_another_process_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may take it for a leftover, before it is open and locked."""
+    open_file, removed = os.open, list[str]()
+
+    def remove_first(path: Any, *args: Any, **options: Any) -> int:
+        if str(path).endswith(".partial") and not removed:
+            removed.append(str(path))
+            Path(path).rmdir()
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", remove_first)
+    with new_folder(tmp_path / "out") as partial:
+        fill(partial)
+    assert removed
+    assert tree(tmp_path) == WHOLE
+
+
 def test_files_of_the_user_that_look_like_leftovers_are_kept(tmp_path: Path) -> None:
     mine = [".out.partial", ".out.mine.partial", ".outer.7.partial"]
     for name in mine:
