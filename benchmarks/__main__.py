@@ -261,12 +261,12 @@ def comparison(results: Results) -> Iterator[str]:
     yield "| | peftcli | peft |"
     yield "| --- | --- | --- |"
     yield (
-        "| text generated behind a soft prompt equals a greedy loop over forward (Llama, GPT-2, OPT, Qwen2 shapes, "
-        "transformers 5.24) | yes, all four | no, none |"
+        "| text generated behind a soft prompt equals a greedy loop over forward (Llama, GPT-2, Qwen2 shapes, "
+        "transformers 5.24) | yes, all three | no, none |"
     )
     yield ""
     yield "That is tested: ours in `tests/core/test_core_generate.py`, PEFT's in"
-    yield "`tests/interop/test_interop_prompt.py`."
+    yield "`tests/interop/test_where_peft_is_wrong.py`."
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ def _greedy(model: nn.Module, tokens: torch.Tensor, steps: int) -> torch.Tensor:
     return tokens
 
 
-def test_interop_3_1_soft_prompts_and_generate() -> None:
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_interop_3_1_soft_prompts_and_generate(kind: str) -> None:
     settings: dict[str, Any] = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
-    own, _ = ours("llama", "prompt_tuning", **settings)
-    oracle = theirs("llama", "prompt_tuning", **settings)
+    own, _ = ours(kind, "prompt_tuning", **settings)
+    oracle = theirs(kind, "prompt_tuning", **settings)
     asked, options = ids(2, 6), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(generate(own, input_ids=asked, **options), _greedy(own, asked, 8))
     with warnings.catch_warnings():
