@@ -18,6 +18,7 @@ from peftcli.guard.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.methods.combinations import Adapter, Combination
 from peftcli.methods.lora.combine import combine
 from peftcli.models.open import open_base
+from peftcli.system.disk import write_file
 from peftcli.system.outputs import expand_user, new_folder, require_empty
 from peftcli.system.secrets import redact
 from peftcli.tasks import DIFFUSERS_FILE, TASK_FILE, TASKS
@@ -80,8 +81,7 @@ def combine_adapters(
     with new_folder(output) as partial:
         write_adapter(made.tensors, made.config, partial)
         for name, content in files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_bytes(content)
+            write_file(partial / name, content)
         if (task := sources[0].task) and TASKS[task].form:  # other libraries' files hold the weights too
             try:
                 base = open_base(sources[0].base)

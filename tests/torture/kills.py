@@ -406,7 +406,7 @@ class Calls:
 
 
 SAVE = Calls(LORA, lambda found: of_saves(found) + of_start(found), 120)
-RESUME = Calls(RESUMED, of_start, 45)
+RESUME = Calls(RESUMED, of_start, 39)
 
 
 CAMPAIGNS = [

@@ -407,7 +407,7 @@ def local_base_is_not_pushed(folder: Path) -> None:
         assert ran.code == 0, ran.err.decode()
         assert hub.repos["alice/mine"].private
         files = hub.repos["alice/mine"].refs["main"][-1].files
-        allowed = {"adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png"}
+        allowed = {"adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "task.json"}
         assert set(files) == allowed, f"uploaded: {sorted(files)}"
         assert not [name for name, content in files.items() if str(folder).encode() in content]
 

@@ -27,7 +27,7 @@ MOMENTS: dict[str, tuple[str, str, Sequence[int]]] = {
     "the model is loaded": ("peftcli.train.setup", "adapted_model", (1,)),
     "the optimizer is made": ("peftcli.train.setup", "prepare", (1,)),
     "a checkpoint is looked for": ("peftcli.train.runs.resume", "checkpoint_to_resume", (1,)),
-    "a step is made": ("peftcli.train.plan:Plan", "global_batch", (1, 2, 5, 8)),
+    "a step is made": ("peftcli.train.loop:Gradients", "of", (1, 2, 5, 8)),
     "an evaluation goes on": ("peftcli.train.training_loop:TrainingLoop", "request", (1, 2, 4, 6, 9)),
     "a checkpoint is written": ("peftcli.core.files", "write_file", (1, 2, 3, 4)),
     "a checkpoint is described": ("peftcli.train.runs.checkpoint", "write_file", (1, 2)),
@@ -134,7 +134,7 @@ def _at_random(seed: int, folder: Path) -> None:
 def _saved_on_signal(step: int, folder: Path) -> None:
     """USR2: a checkpoint of that step, and training goes on to the same bytes."""
     recipe = write_recipe(folder)
-    moment = SignalAt("peftcli.train.plan:Plan", "global_batch", step, (signal.SIGUSR2,))
+    moment = SignalAt("peftcli.train.loop:Gradients", "of", step, (signal.SIGUSR2,))
     child = Child(folder, "train", recipe, *FULL, before=moment)
     assert child.wait() == 0, child.err
     assert f"checkpoint: {folder}/out/checkpoints/step-{step:06d}" in child.err, child.err
@@ -144,7 +144,7 @@ def _saved_on_signal(step: int, folder: Path) -> None:
 def _saved_on_usr1(folder: Path) -> None:
     """save_on_signal: SIGUSR1 makes USR1 a request for a checkpoint; TERM still stops."""
     recipe, asked = write_recipe(folder), "training.save_on_signal=SIGUSR1"
-    moment = SignalAt("peftcli.train.plan:Plan", "global_batch", 2, (signal.SIGUSR1, signal.SIGTERM))
+    moment = SignalAt("peftcli.train.loop:Gradients", "of", 2, (signal.SIGUSR1, signal.SIGTERM))
     child = Child(folder, "train", recipe, *FULL, asked, before=moment)
     assert child.wait() == 75, child.err
     assert read_run(folder / "out")["steps"]["done"] == 2
@@ -188,7 +188,7 @@ def _slow_steps(seconds: float) -> None:
 def _continued(number: int, folder: Path) -> None:
     """A signal while a resumed run is loaded: 75 (130), since its checkpoint still stands."""
     recipe = write_recipe(folder)
-    first = SignalAt("peftcli.train.plan:Plan", "global_batch", 4, (signal.SIGTERM,))
+    first = SignalAt("peftcli.train.loop:Gradients", "of", 4, (signal.SIGTERM,))
     assert Child(folder, "train", recipe, *FULL, before=first).wait() == 75
     before = read_metrics(folder / "out")
     for name, (place, attribute, _) in list(MOMENTS.items())[1:9]:  # those before the first step
@@ -220,7 +220,7 @@ def trials() -> Sequence[Trial]:
     made += [
         Trial(
             f"{signal.Signals(one).name}, then {signal.Signals(two).name}, in step {step}",
-            partial(_signalled_twice, SignalAt("peftcli.train.plan:Plan", "global_batch", step, (one, two))),
+            partial(_signalled_twice, SignalAt("peftcli.train.loop:Gradients", "of", step, (one, two))),
         )
         for step, one, two in ((2, 15, 15), (4, 2, 2), (5, 10, 15), (7, 15, 2))
     ]

@@ -114,7 +114,8 @@ def inject(start: Start, folder: Path, point: Point, fault: str) -> Child:
     lines = log.read_text(errors="replace").splitlines()
     happened = any("(INJECTED)" in line for line in lines)
     if fault == "signal=SIGKILL":
-        happened = lines[-1:] != [] and "killed by SIGKILL" in lines[-1]
+        ended = re.compile(rf"{child.process.pid} +\+\+\+ killed by SIGKILL")  # its own children may end after it
+        happened = any(map(ended.match, lines))
     if not happened:
         raise DidNotHappen(f"the fault did not happen: {point.name}\n{child.err}")
     return child
