@@ -24,7 +24,10 @@ def evaluate(
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure metrics on the recipe's evaluation data, and apply its gates."""
+    """Measure a recipe's metrics on its evaluation rows.
+
+    Fails if a gate of the recipe does not hold.
+    """
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()

@@ -15,7 +15,7 @@ def explain(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A setting, section, method or task: training.seed, lora.")],
     as_json: Json = False,
 ) -> None:
-    """Explain a setting, a section, a method or a task."""
+    """Explain a setting, method, task, metric, finding, code or error."""
     from peftcli.recipe import explain as find_explanation
 
     found = find_explanation(key)

@@ -65,7 +65,7 @@ def generate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate text with an adapter: for one prompt, a file of prompts, or in a chat on a terminal."""
+    """Generate text: for one prompt, a file of prompts, or in a chat."""
     _check(prompt, source, target, temperature, as_json)
     tell = progress_log(quiet)
     from peftcli.adapters.generate import first_batch, load_generator

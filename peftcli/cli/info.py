@@ -23,7 +23,7 @@ def info(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show an adapter, the methods, the tasks or the versions installed."""
+    """Show an adapter, the methods, the tasks, or what is installed."""
     tables = {"methods": _methods, "tasks": _tasks}
     if what == "env":
         _env(as_json)

@@ -34,7 +34,10 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge an adapter into its base model, as a checkpoint that transformers loads on its own."""
+    """Merge an adapter into its base model, as one checkpoint.
+
+    transformers loads it without peftcli.
+    """
     tell = progress_log(quiet)
     from peftcli.adapters.merge import merge_adapter
 

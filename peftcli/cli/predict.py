@@ -52,7 +52,10 @@ def predict(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer rows with an adapter, whatever its task: one JSON object per row, in order."""
+    """Answer rows with an adapter, whatever its task.
+
+    Prints one JSON object per row, in order.
+    """
     if (source is None) == (not inputs):
         raise UsageError("give texts or files, or --input")
     if source is None and target is not None:

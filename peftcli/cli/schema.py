@@ -22,7 +22,7 @@ def schema(
         ),
     ] = "recipe",
 ) -> None:
-    """Print a JSON Schema: of recipes, for editors, or of a command's output, for scripts."""
+    """Print the JSON Schema of recipes, or of a command's output."""
     if name == "recipe":
         from peftcli.recipe.reference import json_schema
 

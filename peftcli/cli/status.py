@@ -18,7 +18,7 @@ def status(
     ],
     as_json: Json = False,
 ) -> None:
-    """Show the status of a run: running, complete, interrupted or failed, and why."""
+    """Show whether a run is running, complete, interrupted or failed."""
     from peftcli.train.runs.status import status as read_status
 
     found = read_status(folder)

@@ -56,7 +56,7 @@ def train(
     dry_run: _DryRun = False,
     together: _Together = False,
 ) -> None:
-    """Fine-tune the model that a recipe names; run it again to resume after a stop."""
+    """Fine-tune a model as a recipe says; run it again after a stop."""
     from peftcli.recipe import load_recipe
 
     progress_log(quiet)
