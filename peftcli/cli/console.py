@@ -10,10 +10,12 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError, PeftWarning, StorageError
@@ -65,6 +67,14 @@ def open_closed_streams() -> None:
 def discard(stream: TextIO) -> None:
     """Write nothing more to a stream that cannot be written: Python would try so again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def paragraph(text: str, indent: str = "") -> None:
+    """Print a text of the answer: on a terminal in lines that fit, elsewhere on one."""
+    if not is_terminal(sys.stdout):
+        return out(indent + text)
+    width = shutil.get_terminal_size().columns
+    return out(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def print_json(data: Any) -> None:
@@ -154,13 +164,23 @@ def escape(text: str) -> str:
 
 def report_error(error: PeftcliError, as_json: bool) -> int:
     """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
-    log(f"error: {error}")
+    log(f"error: {error}{_more(error)}")
     if as_json and not json_printed:
         try:
             print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
         except OSError:
             discard(sys.stdout)
     return error.exit_code
+
+
+def _more(error: PeftcliError) -> str:
+    """Return the line that names what says more of an error."""
+    with suppress(Exception):  # whatever fails here, the error itself is shown
+        from peftcli.recipe import help_on
+
+        if name := help_on(error):
+            return f"\nmore: peftcli explain {name}"
+    return ""
 
 
 class _DebugHandler(logging.Handler):

@@ -231,7 +231,7 @@ def test_a_closed_pipe_is_quiet_and_an_error_keeps_its_code(args: list[str], cod
     [
         ("<&- >&- 2>&-", 2, ""),
         ("2>/dev/full", 2, '{\n  "error": '),
-        ("2>&1 >/dev/full", 2, "error: unknown setting"),
+        ("2>&1 >/dev/full", 2, "error: unknown name"),
         ("--json 2>&1 >/dev/full", 7, "error: standard output: cannot be written: No space left on device\n"),
     ],
 )
