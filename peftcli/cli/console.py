@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _MAX_CELL = 200
+_COLOURS = {"error": "1;31", "warning": "33", "verified": "32", "ok": "32"}
+"""First word of a line -> its colour on a terminal."""
+_MARKED = re.compile(rf"(\[[^\]]*\] )?({'|'.join(_COLOURS)})(?=[: ])")
 _USUAL_FORM = warnings.formatwarning
 json_printed = False
 """Whether the command's answer is out: an error comes after it then, and not in its place."""
@@ -40,7 +44,7 @@ def out(text: str = "") -> None:
 def log(text: str) -> None:
     """Print a line of the log. Do not fail if nobody reads stderr, or its disk is full."""
     try:
-        _write(sys.stderr, text)
+        _write(sys.stderr, text, marked=True)
     except OSError:
         discard(sys.stderr)
 
@@ -50,7 +54,7 @@ def format_warning(
 ) -> str:
     """Return a Python warning as stderr gets it: peftcli's own as a command's other ones, without its line of code."""
     if issubclass(category, PeftWarning):
-        return f"warning: {message}\n"
+        return _coloured(f"warning: {message}\n", sys.stderr)
     return _USUAL_FORM(message, category, filename, lineno, line)
 
 
@@ -69,12 +73,40 @@ def discard(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def paragraph(text: str, indent: str = "") -> None:
-    """Print a text of the answer: on a terminal in lines that fit, elsewhere on one."""
-    if not is_terminal(sys.stdout):
-        return out(indent + text)
-    width = shutil.get_terminal_size().columns
-    return out(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
+def paragraph(text: str, before: str = "") -> None:
+    """Print a text of the answer after ``before``: on a terminal in lines that fit below one another, else on one.
+
+    On a terminal its first word is coloured, if it says how good something is.
+    """
+    _write(sys.stdout, _fitted(text, sys.stdout, before), marked=True)
+
+
+def _fitted(text: str, stream: TextIO, before: str = "") -> str:
+    """Break the lines of a text between words where a terminal would break them anywhere. Commands stay whole."""
+    if not is_terminal(stream):
+        return before + text
+    width, after = shutil.get_terminal_size().columns, " " * len(before)
+    lines = [before + text.partition("\n")[0], *(after + line for line in text.split("\n")[1:])]
+    fitted = (
+        line
+        if "peftcli " in line
+        else textwrap.fill(
+            line, width, subsequent_indent=after, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        )
+        for line in lines
+    )
+    return "\n".join(fitted)
+
+
+def folder_once(paths: Sequence[str], most: int = 10) -> str:
+    """Return a list of paths, or of places in files, in words; the folder of all of them is named once."""
+    if len(paths) > most:
+        return f"{folder_once(paths[:most])} and {len(paths) - most:,} more"
+    folders = {path.rpartition("/")[0] for path in paths}
+    folder = min(folders, default="")
+    if len(paths) < 2 or len(folders) > 1 or not os.path.isdir(folder):  # noqa: PTH112 (a text, not a path)
+        return ", ".join(paths)
+    return f"{folder}/: {', '.join(path.rpartition('/')[2] for path in paths)}"
 
 
 def print_json(data: Any) -> None:
@@ -162,25 +194,26 @@ def escape(text: str) -> str:
     return "".join(char if char in "\n\t" or is_harmless(char) else escape_char(char) for char in text)
 
 
+def more_about(error: PeftcliError) -> str:
+    """Return the line that names what says more of an error; empty without such a name."""
+    with suppress(Exception):  # whatever fails here, the error itself is shown
+        from peftcli.recipe import help_on
+
+        if name := help_on(error):
+            return f"more: peftcli explain {name}"
+    return ""
+
+
 def report_error(error: PeftcliError, as_json: bool) -> int:
     """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
-    log(f"error: {error}{_more(error)}")
+    more = more_about(error)
+    log(_fitted(f"error: {error}" + (f"\n{more}" if more else ""), sys.stderr))
     if as_json and not json_printed:
         try:
             print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
         except OSError:
             discard(sys.stdout)
     return error.exit_code
-
-
-def _more(error: PeftcliError) -> str:
-    """Return the line that names what says more of an error."""
-    with suppress(Exception):  # whatever fails here, the error itself is shown
-        from peftcli.recipe import help_on
-
-        if name := help_on(error):
-            return f"\nmore: peftcli explain {name}"
-    return ""
 
 
 class _DebugHandler(logging.Handler):
@@ -244,9 +277,17 @@ def format_size(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
-def _write(stream: TextIO, text: str) -> None:
-    stream.write(_encodable(clean(text), stream) + "\n")
+def _write(stream: TextIO, text: str, *, marked: bool = False) -> None:
+    text = _encodable(clean(text), stream)
+    stream.write((_coloured(text, stream) if marked else text) + "\n")
     stream.flush()
+
+
+def _coloured(text: str, stream: TextIO) -> str:
+    """Colour the first word of a text without escapes, on a terminal."""
+    if not is_terminal(stream) or not (found := _MARKED.match(text)):
+        return text
+    return f"{found[1] or ''}\x1b[{_COLOURS[found[2]]}m{found[2]}\x1b[0m{text[found.end() :]}"
 
 
 def _encodable(text: str, stream: TextIO) -> str:

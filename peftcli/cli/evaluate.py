@@ -9,7 +9,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
-from peftcli.cli.progress import Progress
+from peftcli.cli.progress import Progress, in_order
 from peftcli.system.outputs import require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
 
@@ -48,7 +48,10 @@ def evaluate(
         if as_json:
             console.print_json(result)
         else:
-            for name, value in sorted(result["eval"]["last"].items()):
-                console.out(f"{name} {value:.6g}")
+            measured = result["eval"]["last"]
+            names = in_order(measured, result["eval"]["main"])
+            width = max(map(len, names))
+            for name in names:
+                console.out(f"{name:<{width}} {measured[name]:.6g}")
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])

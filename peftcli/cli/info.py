@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +14,9 @@ from peftcli.cli import console
 from peftcli.cli.options import Json
 from peftcli.methods import METHODS
 
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+_MAX_ROWS = 8
+"""Modules, or kinds of them, that are shown without --updates."""
 _PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
 
 
@@ -19,8 +26,12 @@ def info(
         typer.Argument(metavar="[ADAPTER|methods|tasks|env]", help="An adapter (folder or hub id), or what to list."),
     ] = "env",
     updates: Annotated[
-        bool, typer.Option("--updates/--no-updates", help="Show how much an adapter changes each weight.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--updates/--no-updates",
+            help="Show how much an adapter changes each weight, or not at all; by default each kind of module.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show an adapter, the methods, the tasks, or what is installed."""
@@ -37,14 +48,14 @@ def info(
         _adapter(what, updates, as_json)
 
 
-def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
+def _adapter(adapter: str, updates: bool | None, as_json: bool) -> None:
     """Print an adapter's facts; those that need no torch come before its import, which takes seconds."""
     from peftcli.adapters.info import describe
 
     facts = describe(adapter)
     if not as_json:
-        _print_facts(facts)
-    if not updates:
+        _print_facts(_in_short(facts))
+    if updates is False:
         return console.print_json(facts) if as_json else None
     from peftcli.adapters.diff import analyse
 
@@ -54,9 +65,45 @@ def _adapter(adapter: str, updates: bool, as_json: bool) -> None:
     if "reason" in found:
         return console.out(f"updates: cannot be computed: {found['reason']}")
     console.out(f"norm of all updates: {found['norm']:.4g}")
-    console.out(f"dead modules: {', '.join(found['dead']) or 'none'}\n")
-    rows = [[m["module"], m["r"], f"{m['norm']:.4g}", f"{m['effective_r']:.1f}"] for m in found["modules"]]
-    return console.table(["module", "r", "norm", "effective r"], rows)
+    dead = found["dead"] if updates else found["dead"][:_MAX_ROWS]
+    more = f", and {len(found['dead']) - len(dead)} more" if len(found["dead"]) > len(dead) else ""
+    console.paragraph(f"dead modules: {', '.join(dead) or 'none'}{more}\n")
+    if updates or len(found["modules"]) <= _MAX_ROWS:
+        return console.table(["module", "r", "norm", "effective r"], list(map(_updates_of, found["modules"])))
+    return _print_kinds(found["modules"])
+
+
+def _in_short(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts for a reader: PEFT's names beside the method, and of the file one line."""
+    out = {name: value for name, value in facts.items() if name not in ("peft_type", "task_type", "dtypes", "bytes")}
+    names = ", ".join(filter(None, (facts["peft_type"], facts["task_type"])))
+    stored = f"{facts['tensors']} in {', '.join(facts['dtypes'])}, {console.format_size(facts['bytes'])}"
+    return out | {"method": f"{facts['method']} ({names})", "tensors": stored}
+
+
+def _print_kinds(modules: Sequence[dict[str, Any]]) -> None:
+    """Print a row for the modules whose names differ in numbers alone, those of the largest updates first."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for each in modules:
+        kinds.setdefault(_NUMBER.sub("*", each["module"]), []).append(each)
+    together: list[dict[str, Any]] = [
+        {
+            "module": name,
+            "r": ", ".join(map(str, sorted({each["r"] for each in found}))),
+            "norm": math.hypot(*(each["norm"] for each in found)),
+            "effective_r": fmean(each["effective_r"] for each in found),
+        }
+        for name, found in kinds.items()
+    ]
+    together.sort(key=lambda row: row["norm"], reverse=True)
+    rows = [[*_updates_of(row), len(kinds[row["module"]])] for row in together[:_MAX_ROWS]]
+    console.table(["modules", "r", "norm", "effective r", "count"], rows)
+    left = f"{len(together) - _MAX_ROWS} more kinds; " if len(together) > _MAX_ROWS else ""
+    console.out(f"{left}--updates shows each module")
+
+
+def _updates_of(row: dict[str, Any]) -> list[Any]:
+    return [row["module"], row["r"], f"{row['norm']:.4g}", f"{row['effective_r']:.1f}"]
 
 
 def _methods() -> list[dict[str, Any]]:

@@ -60,7 +60,8 @@ def help_on(error: PeftcliError) -> str | None:
     if finding := next((word for word in words if word in FINDINGS), None):
         return finding
     key = _LISTED.sub("", error.key or "")
-    return next((name for name in (key, f"method.{key}") if key and name in known), None)
+    keys = [name for name in (key, f"method.{key}") if key and name in known]
+    return next((name for name in keys if known[name].kind == "setting"), None)
 
 
 @cache
