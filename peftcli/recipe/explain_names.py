@@ -8,7 +8,7 @@ from functools import cache
 
 from peftcli.errors import PeftcliError, UsageError, exit_codes
 from peftcli.recipe.messages import MESSAGES, Message, find_message
-from peftcli.recipe.names import REMEDIES, closest, find_alias, find_task_alias
+from peftcli.recipe.names import REMEDIES, SAME, closest, find_alias, find_task_alias
 from peftcli.recipe.reference import Explanation, explained_settings
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.metrics import METRICS, Metric, find_metric
@@ -31,6 +31,9 @@ def explain(name: str) -> Explanation:
         UsageError: the name is unknown.
     """
     key = _LISTED.sub("", name.strip())
+    section, _, last = key.rpartition(".")
+    if ours := SAME.get(section or "training", {}).get(last):
+        key = f"{section or 'training'}.{ours}"
     if found := _find(key, explainable()):
         return found
     above = _find(key.rpartition(".")[0], explainable())

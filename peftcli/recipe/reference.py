@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from peftcli.guard.typed_fields import branches, section_class
 from peftcli.methods import METHODS
+from peftcli.recipe.names import SAME
 from peftcli.recipe.settings import (
     Setting,
     choices,
@@ -171,6 +172,9 @@ def json_schema() -> dict[str, Any]:
                 properties[name]["type"] = ["object", "null"]
         else:
             properties[name] = _property(entry)
+    for section, spellings in SAME.items():
+        held = properties[section]["properties"]
+        held |= {theirs: {**held[ours], "description": f"The same as {ours}."} for theirs, ours in spellings.items()}
     needed["dataset"] = {"type": "object", "anyOf": [{"required": ["train"]}, {"required": ["mix"]}]}
     properties["base_model"] = {
         "description": top["base_model"].help,
