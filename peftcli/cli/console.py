@@ -17,6 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError, PeftWarning, StorageError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _MAX_CELL = 200
 _COLOURS = {"error": "1;31", "warning": "33", "verified": "32", "ok": "32"}
 """First word of a line -> its colour on a terminal."""
+_COMMAND = re.compile(r"(^|[:`] ?)\s*peftcli ")
+"""A command in a line, which is copied as a whole."""
 _MARKED = re.compile(rf"(\[[^\]]*\] )?({'|'.join(_COLOURS)})(?=[: ])")
 _USUAL_FORM = warnings.formatwarning
 json_printed = False
@@ -85,17 +88,17 @@ def _fitted(text: str, stream: TextIO, before: str = "") -> str:
     """Break the lines of a text between words where a terminal would break them anywhere. Commands stay whole."""
     if not is_terminal(stream):
         return before + text
-    width, after = shutil.get_terminal_size().columns, " " * len(before)
-    lines = [before + text.partition("\n")[0], *(after + line for line in text.split("\n")[1:])]
-    fitted = (
-        line
-        if "peftcli " in line
-        else textwrap.fill(
-            line, width, subsequent_indent=after, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-        )
-        for line in lines
+    after = " " * len(before)
+    fit = partial(
+        textwrap.fill,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=after,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    return "\n".join(fitted)
+    first, *others = text.split("\n")
+    lines = [before + first, *(after + line for line in others)]
+    return "\n".join(line if _COMMAND.search(line) else fit(line) for line in lines)
 
 
 def folder_once(paths: Sequence[str], most: int = 10) -> str:

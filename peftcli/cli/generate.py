@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -82,13 +82,10 @@ def generate(
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     rows = read_rows(source) if source else []
 
-    def complete(asked: Prompt) -> Prompt:
-        return asked if system is None else with_system(asked, system)
-
     def ask(row: Row) -> Prompt:
-        return complete(prompt_of(row, columns={}))
+        return with_system(prompt_of(row, columns={}), system)
 
-    prompts = list(map(ask, rows)) if source else [complete(_FIRST_OF_A_CHAT if prompt is None else prompt)]
+    prompts = list(map(ask, rows)) if source else [with_system(_FIRST_OF_A_CHAT if prompt is None else prompt, system)]
     generator = load_generator(
         adapter,
         base,
@@ -105,6 +102,10 @@ def generate(
         return print_count(target, count, tell, as_json=as_json)
     if prompt is None:
         return _chat(generator, settings, system)
+    return _answer(generator, prompts, settings, as_json)
+
+
+def _answer(generator: TextGenerator, prompts: Sequence[Prompt], settings: GenerationSettings, as_json: bool) -> None:
     if as_json:
         return console.print_json(asdict(generator.generate(prompts, settings)[0]))
     with _streamed_output() as write:
@@ -141,7 +142,7 @@ def _check(
 
 def _chat(generator: TextGenerator, settings: GenerationSettings, system: str | None) -> None:
     """Chat on a terminal until an empty line or the end of the input."""
-    from peftcli.tasks.text.prompts import TextWithSystem
+    from peftcli.tasks.text.prompts import with_system
 
     console.log("an empty line ends the chat")
     messages: list[Message] = generator.form.opening(system)
@@ -160,9 +161,7 @@ def _chat(generator: TextGenerator, settings: GenerationSettings, system: str | 
         asked = generator.form.ask(line, system="")
         messages += [] if isinstance(asked, str) else asked
         with _streamed_output() as write:
-            said: Prompt = messages
-            if isinstance(asked, str):
-                said = line if system is None else TextWithSystem(line, system)
+            said = with_system(line, system) if isinstance(asked, str) else messages
             answer = generator.generate([said], settings, stream=write)[0]
         messages.append({"role": "assistant", "content": answer.text})
 

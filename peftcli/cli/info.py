@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -13,10 +14,26 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.options import Json
 from peftcli.methods import METHODS
+from peftcli.system.packages import Misfit, extras, installed_version, misfits
 
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _MAX_ROWS = 8
 """Modules, or kinds of them, that are shown without --updates."""
+USES = {
+    "metrics": "sequence_classification, image_classification, token_classification; bleu, chrf, rouge_l",
+    "vision": "image_classification, semantic_segmentation",
+    "audio": "speech_recognition",
+    "diffusion": "text_to_image",
+    "gguf": "base models in .gguf files",
+    "bitsandbytes": "base_model.quantization: nf4, fp4, int8",
+    "torchao": "base_model.quantization: int8_weight_only, int4_weight_only",
+    "liger": "training.use_liger_kernel",
+    "deepspeed": "launch.strategy: zero2, zero3",
+    **{name: f"training.report_to: {name}" for name in ("tensorboard", "wandb", "mlflow", "trackio")},
+}
+"""Extra -> the tasks and settings that need it."""
+_OTHERS = ("peft", "diffusers")
+"""Packages that peftcli runs without: shown where they are installed."""
 _PACKAGES = ("peftcli", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
 
 
@@ -127,20 +144,30 @@ def _env(as_json: bool) -> None:
     import platform
 
     facts = {"python": platform.python_version(), "platform": platform.platform()}
-    facts |= {name: _version(name) for name in _PACKAGES}
+    facts |= {name: installed_version(name) or "not installed" for name in _PACKAGES}
+    lacking, wrong = extras(), misfits((*_PACKAGES, *_OTHERS))
     if as_json:
-        return console.print_json({**facts, "devices": _devices()})
-    _print_facts(facts)
-    return _print_facts({"devices": _devices()})
+        more = {"extras": lacking, "misfits": list(map(asdict, wrong)), "devices": _devices()}
+        return console.print_json({**facts, **more})
+    _print_facts(facts | {name: installed_version(name) for name in _OTHERS})
+    _print_facts({"devices": _devices()})
+    for each in wrong:
+        console.paragraph(f"warning: {each.by} demands {each.package}{each.wanted}, not {each.installed}{_what(each)}")
+    if not wrong:
+        console.paragraph("ok: these versions fit together")
+    console.out()
+    rows = [(name, "missing" if lacks else "there", USES.get(name, "")) for name, lacks in lacking.items()]
+    console.table(["extra", "is", "for"], sorted(rows, key=lambda row: row[1] == "missing"))
+    if any(lacking.values()):
+        console.out("to install a missing one: pip install 'peftcli[NAME]'")
+    return None
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _what(misfit: Misfit) -> str:
+    """Return what follows from a misfit, where it is known."""
+    if misfit.package != "peft" or misfit.by.startswith("peftcli"):
+        return ""
+    return ": its add_adapter raises; peftcli needs no peft and works\nmore: peftcli explain peft_too_old"
 
 
 def _devices() -> list[str]:

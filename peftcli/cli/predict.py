@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,11 +66,7 @@ def predict(
 
     Prints one JSON object per row, in order.
     """
-    if (source is None) == (not inputs):
-        raise UsageError("give texts or files, or --input")
-    for key, given in (("--output", target), ("--id", id_column), ("--keep", keep)):
-        if source is None and given:
-            raise UsageError("is for the rows of --input", key=key)
+    _check(inputs, source, {"--output": target, "--id": id_column, "--keep": keep})
     tell = progress_log(quiet)
     if target is not None:
         check_target(target, source, as_json=as_json)
@@ -101,6 +97,15 @@ def predict(
     for answer in answers:
         console.out(console.json_text(answer))
     return None
+
+
+def _check(inputs: Sequence[str] | None, source: Path | None, of_rows: Mapping[str, Any]) -> None:
+    """Raise UsageError for options ``of_rows`` without ``source``, or where it is not clear what to answer."""
+    if (source is None) == (not inputs):
+        raise UsageError("give texts or files, or --input")
+    for key, given in of_rows.items():
+        if source is None and given:
+            raise UsageError("is for the rows of --input", key=key)
 
 
 def check_target(target: Path, source: Path | None, *, as_json: bool) -> None:

@@ -176,8 +176,8 @@ recipes.md#values-variables-extends-overrides
 
 peft_too_old | The version of PEFT you are using is not compatible
 transformers says so: its add_adapter and load_adapter want a newer peft than the one that is installed.
-peftcli needs neither: train, predict and merge work. In Python load the adapter by peftcli's or peft's own \
-AutoPeftModel. `peftcli info env` says what fits.
+peftcli needs neither: train, predict and merge work. In Python call peftcli.peft_api.install(version="0.22.0") before \
+transformers is imported: it then adapts with peftcli's layers. `peftcli info env` says what fits together.
 python.md
 """
 

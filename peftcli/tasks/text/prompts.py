@@ -298,8 +298,10 @@ def _read(format: str, row: Row, values: dict[str, Any], column: str | None = No
     return ExampleReader(format, names)(replace(row, values=values))
 
 
-def with_system(prompt: Prompt, system: str) -> Prompt:
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
     """Return a prompt after a system prompt, in place of the one that training rows share; one of its own stays."""
+    if system is None:
+        return prompt
     if isinstance(prompt, str):
         return TextWithSystem(prompt, system)
     if isinstance(prompt, TextWithSystem):
