@@ -75,19 +75,19 @@ class _Group(TyperGroup):
         width = max(map(len, self.commands))
         for heading, names in headings.items():
             with formatter.section(heading):
-                formatter.write_dl([(name.ljust(width), _first_sentence(self.commands[name])) for name in names])
+                formatter.write_dl([(name.ljust(width), self.commands[name].get_short_help_str()) for name in names])
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write nothing: ``format_help_text`` has listed them, before the options."""
 
 
-def _first_sentence(command: Any) -> str:
-    paragraph = " ".join((command.help or "").partition("\n\n")[0].split())
-    return f"{paragraph.partition('. ')[0].rstrip('.')}."
-
-
 class _Command(TyperCommand):
     """Shows how its arguments are written, without the types that Python has for them."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """Return the first sentence of the help, whole."""
+        paragraph = " ".join((self.help or "").partition("\n\n")[0].split())
+        return f"{paragraph.partition('. ')[0].rstrip('.')}."
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the arguments, and the options that must be given: ``ADAPTER --output PATH [OPTIONS]``."""
@@ -118,9 +118,7 @@ def _usage(argument: Any) -> str:
     return name + "..." * (argument.nargs != 1 and not name.endswith("..."))
 
 
-app = typer.Typer(
-    cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
     "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
@@ -155,6 +153,9 @@ def peftcli(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
+    if os.environ.get("_PEFTCLI_COMPLETE"):  # the shell asks, after Tab; typer answers, and ends the process
+        os.environ["COLUMNS"] = "10000"  # typer breaks the help of a completion, and a shell takes a line for one
+        get_command(app)(prog_name="peftcli")
     console.open_closed_streams()
     console.json_printed = False
     warnings.formatwarning = console.format_warning

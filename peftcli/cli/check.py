@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcli.cli import console
+from peftcli.cli import completion, console
 from peftcli.cli.options import Json, not_empty
 from peftcli.cli.preview_output import MEMORY_UNKNOWN, memory_in_words
 from peftcli.data.rows import count_of
@@ -20,6 +20,7 @@ def check(
         typer.Argument(
             metavar="RECIPE... [KEY=VALUE]...",
             parser=not_empty,
+            autocompletion=completion.recipes_and_overrides,
             help="YAML recipes, and settings to override.",
             show_default=False,
         ),

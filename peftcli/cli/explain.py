@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peftcli.cli import console
+from peftcli.cli import completion, console
 from peftcli.cli.options import Json
 
 _TYPES = {"finding": "level", "metric": "values"}
@@ -19,7 +19,9 @@ def explain(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME", help="training.seed, lora, bad_rows, eval_f1, 75, or the text of an error, in quotes."
+            metavar="NAME",
+            autocompletion=completion.names,
+            help="training.seed, lora, bad_rows, eval_f1, 75, or the text of an error, in quotes.",
         ),
     ],
     as_json: Json = False,

@@ -18,6 +18,7 @@ def schema(
         str,
         typer.Argument(
             metavar="[NAME]",
+            autocompletion=lambda incomplete: [each for each in ("recipe", *_OUTPUTS) if each.startswith(incomplete)],
             help=f"recipe, run (run.json), or the JSON output of a command: {', '.join(_OUTPUTS)}.",
         ),
     ] = "recipe",
