@@ -15,7 +15,7 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -153,6 +153,16 @@ def rich_console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def redrawn() -> Iterator[Callable[[str], None]]:
+    """Yield a function that draws a text of the answer over the one before, on a terminal; at the end it is gone."""
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=rich_console(), auto_refresh=False, transient=True) as live:
+        yield lambda text: live.update(Text(clean(text)), refresh=True)
 
 
 def is_terminal(stream: TextIO) -> bool:
