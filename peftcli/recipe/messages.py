@@ -21,7 +21,7 @@ class Message:
 _TABLE = """
 no_format_fits | no format fits the columns
 The columns of the rows have none of the names by which a format of texts is known, or only some of them.
-Say which column is which in dataset.columns, as in {prompt: question, completion: answer}; `peftcli init` writes it.
+Say which column is which in dataset.columns, as in {prompt: question, completion: answer}.
 recipes.md#data
 
 no_such_column | ; the rows have:

@@ -221,8 +221,8 @@ def _choose(
     shown = [f"  {change}" for change in differing[:_SHOWN]]
     if len(differing) > _SHOWN:
         shown.append(f"  and {len(differing) - _SHOWN} more")
-    start = f"another training.output_dir, and training.init_adapter_from={command_word(str(folder.path))}"
-    hint = f"to train on from its adapter: {start}; or to train anew: {_WAYS_OUT}" if complete else _WAYS_OUT
+    start = f"training.init_adapter_from={command_word(str(folder.path))} and another training.output_dir"
+    hint = f"to train on from its adapter, set {start}; to train anew, {_WAYS_OUT}" if complete else _WAYS_OUT
     if not complete and not any(change.is_final for change in refused):
         keys = dict.fromkeys("data" if change.key.startswith("data.") else change.key for change in refused)
         hint += f"; to resume it anyway: {' '.join(f'--allow-change {key}' for key in keys)}"
