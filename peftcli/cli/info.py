@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -108,7 +107,7 @@ def _print_kinds(modules: Sequence[dict[str, Any]]) -> None:
             "module": name,
             "r": ", ".join(map(str, sorted({each["r"] for each in found}))),
             "norm": math.hypot(*(each["norm"] for each in found)),
-            "effective_r": fmean(each["effective_r"] for each in found),
+            "effective_r": sum(each["effective_r"] for each in found) / len(found),
         }
         for name, found in kinds.items()
     ]

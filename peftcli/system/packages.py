@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _PEFTCLI = "peftcli"
 _EXTRA = re.compile(r"extra == ['\"]([^'\"]+)")
@@ -68,6 +70,8 @@ def _fits(needed: Requirement) -> bool:
 
 def _requirements(package: str) -> list[Requirement]:
     """Return what a package demands, as its metadata says it; nothing of one that is not installed."""
+    from packaging.requirements import Requirement  # it takes a while, and every command imports this module
+
     try:
         return list(map(Requirement, requires(package) or ()))
     except PackageNotFoundError:
@@ -80,6 +84,8 @@ _IN_CODE = {"transformers": ("integrations/peft.py", "MIN_PEFT_VERSION", "peft")
 
 def _demanded_in_code(package: str) -> list[Requirement]:
     """Return what a package checks when it runs, as the file that is installed says it."""
+    from packaging.requirements import Requirement
+
     file, name, other = _IN_CODE.get(package, ("", "", ""))
     spec = importlib.util.find_spec(package) if file else None
     path = Path(spec.origin).parent / file if spec and spec.origin else None
