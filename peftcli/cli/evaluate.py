@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -50,7 +51,7 @@ def evaluate(
         else:
             measured = result["eval"]["last"]
             names = in_order(measured, result["eval"]["main"])
-            width = max(map(len, names))
+            width = max(map(len, names)) if console.is_terminal(sys.stdout) else 0
             for name in names:
                 console.out(f"{name:<{width}} {measured[name]:.6g}")
     finally:  # also where nobody reads the answer
