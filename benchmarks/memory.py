@@ -103,7 +103,7 @@ def measure(
         path = Path(folder, "recipe.yaml")
         path.write_text(json.dumps(recipe))
         os.environ["PEFTCLI_CACHE"] = f"{folder}/cache"
-        said = _ran("train", "--dry-run", str(path))["memory"]
+        said = _ran("train", "--dry-run", "--json", str(path))["memory"]
         peak = _ran("train", "--json", "--quiet", str(path))["peak_memory_bytes"]["rss"]
     return {"estimate": said["peak"] / 2**20, "peak": peak / 2**20}
 

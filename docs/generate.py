@@ -23,24 +23,19 @@ from peftcli import errors
 from peftcli.cli.app import app, peftcli
 from peftcli.methods import METHODS, NOT_HERE
 from peftcli.output_schemas import names
+from peftcli.recipe.messages import MESSAGES
 from peftcli.recipe.names import ALIASES
 from peftcli.recipe.settings import Setting, describe_type, method_settings, settings
 from peftcli.schema import Recipe
 from peftcli.tasks import TASKS
 from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.metrics import METRICS
 from peftcli.train.runs.record import RunRecord
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "peftcli/output_schemas"
 _INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n).*?(<!-- /include -->)", re.DOTALL)
 _NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
-_CODES = """
-1 a bug of peftcli; `--debug` shows the traceback
-130 Ctrl-C, or a second one
-141 nobody reads stdout any more
-143 SIGTERM, SIGUSR1 or SIGHUP before there was anything to save; a second one, but of SIGHUP
-75 SIGTERM, SIGUSR1, SIGHUP or training.max_time, with a checkpoint: run the same command again
-"""
 _MORE_OF_CODES = """\
 `check --deep` and `train --dry-run` list every problem that they find, and end with the code of the first.
 
@@ -149,14 +144,9 @@ def commands_page() -> str:
 
 def exit_codes_page() -> str:
     """Every exit code."""
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and "exit_code" in vars(kind)]
-    rows = [(str(vars(kind)["exit_code"]), _first_line(kind)) for kind in kinds if kind is not errors.PeftcliError]
-    rows += [(code, text) for code, _, text in (line.partition(" ") for line in _CODES.strip().splitlines())]
-    merged: dict[int, list[str]] = {0: ["done, or done already"]}
-    for code, text in sorted(rows, key=lambda row: int(row[0])):
-        merged.setdefault(int(code), []).append(text.rstrip("."))
-    text = "# Exit codes\n\nOf every command.\n\n" + _table(
-        ("code", "meaning"), [(str(code), "; or: ".join(texts)) for code, texts in merged.items()]
+    rows = [(str(code), meaning) for code, meaning in errors.exit_codes().items()]
+    text = "# Exit codes\n\nOf every command; `peftcli explain CODE` prints a row.\n\n" + _table(
+        ("code", "meaning"), rows
     )
     return f"{text}\n{_MORE_OF_CODES}"
 
@@ -165,11 +155,29 @@ def findings_page() -> str:
     """Every finding of ``peftcli inspect``."""
     rows = []
     for name, kind in FINDINGS.items():
-        raised = {"warning": kind.warning_above, "error": kind.error_above}
-        levels = [kind.level, *(f"{level} above {share:.0%} of the rows" for level, share in raised.items() if share)]
-        rows.append((f"`{name}`", ", ".join(levels), kind.summary, kind.advice))
-    text = "# Findings\n\nWhat [`peftcli inspect`](../data.md) reports of a dataset. The names stay.\n\n"
+        rows.append((f"`{name}`", kind.levels, kind.summary, kind.advice))
+    text = "# Findings\n\nWhat [`peftcli inspect`](../data.md) reports of a dataset. The names stay;\n"
+    text += "`peftcli explain NAME` prints a row.\n\n"
     return text + _table(("finding", "level", "the rows", "what to do"), rows)
+
+
+def metrics_page() -> str:
+    """Every metric."""
+    rows = [(f"`eval_{name}`", metric.summary, metric.scale) for name, metric in METRICS.items()]
+    text = "# Metrics\n\nWhat evaluation reports, in `run.json`, `metrics.jsonl` and gates, where the task has it.\n"
+    text += "`peftcli explain NAME` prints a row.\n\n"
+    return text + _table(("metric", "what it measures", "values"), rows)
+
+
+def messages_page() -> str:
+    """Errors and warnings that need more than a line."""
+    rows = list[tuple[str, ...]]()
+    for name, each in MESSAGES.items():
+        parts = " or ".join(f"`{part}`" for part in each.parts)
+        rows.append((f"`{name}`", parts, each.meaning, f"{each.advice} [More](../{each.page})."))
+    text = "# Messages\n\nErrors and warnings that need more than a line. `peftcli explain NAME` prints a row,\n"
+    text += "and so does `peftcli explain 'TEXT OF THE ERROR'`.\n\n"
+    return text + _table(("name", "a part of the text", "what it means", "what to do"), rows)
 
 
 def json_page() -> str:
@@ -255,6 +263,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "commands": commands_page,
     "exit-codes": exit_codes_page,
     "findings": findings_page,
+    "metrics": metrics_page,
+    "messages": messages_page,
     "json": json_page,
 }
 

@@ -192,6 +192,27 @@ class Interrupted(PeftcliError):
         self.exit_code = exit_code
 
 
+_OTHER_ENDS = (
+    (0, "Done, or done already."),
+    (1, "A bug of peftcli; --debug shows the traceback."),
+    (75, "SIGTERM, SIGUSR1, SIGHUP or training.max_time, with a checkpoint: run the same command again."),
+    (130, "Ctrl-C, or a second one."),
+    (141, "Nobody reads stdout any more."),
+    (143, "SIGTERM, SIGUSR1 or SIGHUP before there was anything to save; a second one, but of SIGHUP."),
+)
+"""The exit codes that no class of errors has alone."""
+
+
+def exit_codes() -> dict[int, str]:
+    """Return what each exit code of a command means, in one or two sentences."""
+    own: list[Any] = [kind for kind in globals().values() if isinstance(kind, type) and "exit_code" in vars(kind)]
+    rows = [(kind.exit_code, (kind.__doc__ or "").partition("\n")[0]) for kind in own if kind is not PeftcliError]
+    meanings: dict[int, list[str]] = {}
+    for code, meaning in sorted([*_OTHER_ENDS, *rows], key=lambda row: row[0]):
+        meanings.setdefault(code, []).append(meaning)
+    return {code: " Or: ".join(found) for code, found in meanings.items()}
+
+
 def causes(error: BaseException | None) -> list[BaseException]:
     """Return an exception and those that led to it, the last one first."""
     found: list[BaseException] = []

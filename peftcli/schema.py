@@ -229,7 +229,7 @@ class Training:
     classes and numbers."""
     gradient_checkpointing: bool | Literal["auto"] = False
     """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: only
-    if the memory is not enough otherwise."""
+    if the memory is not enough otherwise. transformers 6 calls it activation_checkpointing; both names are read."""
     torch_compile: bool = False
     """Compile the model's layers. The first step takes longer; on a CPU later steps were not faster."""
     use_liger_kernel: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -50,6 +52,8 @@ def write_answers(
 ) -> int:
     """Write one JSON object per row, in the order of the rows; return how many. The target appears when all are there.
 
+    A target that ends in ``.csv`` gets a table instead: see ``csv_table``.
+
     ``key`` is everything that the answers follow from, as JSON: an unfinished file is resumed under the same key only.
     Rows are answered in ``order``, or else in their own; ``progress`` is told how many of how many are done.
 
@@ -67,6 +71,7 @@ def write_answers(
             progress(len(lines), len(rows))
         write_output(target, _in_order(lines, order))
         return len(lines)
+    is_table = target.suffix.lower() == ".csv"
     key = [key, batch_size, [] if is_sorted else order]
     with partial_file(target, json.dumps(key, sort_keys=True, default=str)) as file:
         kept = list(takewhile(_is_json, file.lines()))  # a crash of the machine may have damaged the rest
@@ -80,10 +85,30 @@ def write_answers(
             stop = current()
             stop.saved, stop.message = True, f"stopped after {done} of {len(rows)} answers"
             progress(done, len(rows))
-        if not is_sorted:
-            write_output(target, _in_order(file.lines(), order))
+        if is_table or not is_sorted:
+            whole = _in_order(file.lines(), order)
+            write_output(target, csv_table(whole.splitlines()) if is_table else whole)
             file.discard()
     return done
+
+
+def csv_table(lines: Sequence[bytes]) -> bytes:
+    """Return JSON objects as a CSV table; what is inside an object has a column such as ``scores.good``."""
+    rows = [dict(_cells(json.loads(line))) for line in lines]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _cells(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the columns of an object; a list is one cell, as JSON."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _cells(value, f"{before}{name}.")
+        else:
+            yield before + name, json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
 
 
 def content_key(loaded_from: dict[str, Any]) -> list[Any]:

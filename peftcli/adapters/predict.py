@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peftcli.adapters.generate import describe, first_batch, load_generator, lon
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, number_format
-from peftcli.data.rows import Place, Row, add_keys
+from peftcli.data.rows import Place, Row, add_keys, listed
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
@@ -65,6 +66,49 @@ class Predictor:
         """Answer rows in their order, ``rows_at_once`` at a time: one JSON object a row."""
         for start in range(0, len(rows), self.rows_at_once):
             yield from self.answer(rows[start : start + self.rows_at_once], first=start + 1)
+
+
+def keep_columns(
+    answer: Callable[..., list[dict[str, Any]]], rows: Sequence[Row], kept: Sequence[dict[str, Any]]
+) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that answers like ``answer``, and begins each answer with what is kept of its row."""
+    beginnings = {id(row): columns for row, columns in zip(rows, kept, strict=True)}
+
+    def with_columns(some: Sequence[Row], **files: Any) -> list[dict[str, Any]]:
+        return [beginnings[id(row)] | found for row, found in zip(some, answer(some, **files), strict=True)]
+
+    return with_columns
+
+
+def kept_of(rows: Sequence[Row], id_column: str | None, keep: bool) -> list[dict[str, Any]]:
+    """Return what answers keep of their rows: ``id``, and with ``keep`` all columns under ``input``.
+
+    ``id_column`` names the column of the id; None: ``id``, in rows that have it.
+
+    Raises:
+        UsageError: a row lacks the column that is named.
+    """
+    name = id_column or "id"
+    for row in rows:
+        if id_column is not None and id_column not in row.values:
+            place, there = str(row.place), listed(row.values)
+            raise UsageError(f"no column {id_column!r}; the row has: {there}", file=place, key="--id")
+    ids = [{"id": _plain(row.values[name])} if name in row.values else {} for row in rows]
+    if not keep:
+        return ids
+    return [one | {"input": _plain(dict(row.values))} for one, row in zip(ids, rows, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: bytes and numbers that are not finite become texts."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    is_json = value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and isfinite(value))
+    return value if is_json else str(value)
 
 
 def load_predictor(
@@ -153,8 +197,16 @@ def load_for_task(
     return loaded
 
 
-def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progress: Callable[[int, int], None]) -> int:
-    """Answer rows into a .jsonl file; return how many. After a stop, the same call resumes.
+def predict_file(
+    predictor: Predictor,
+    rows: Sequence[Row],
+    target: Path,
+    progress: Callable[[int, int], None],
+    kept: Sequence[dict[str, Any]] = (),
+) -> int:
+    """Answer rows into a .jsonl or .csv file; return how many. After a stop, the same call resumes.
+
+    ``kept`` is what the answers begin with, where ``keep_columns`` has added it.
 
     Raises:
         DataError: a row that cannot be answered.
@@ -167,7 +219,7 @@ def predict_file(predictor: Predictor, rows: Sequence[Row], target: Path, progre
         list(enumerate(rows, start=1)),
         target,
         lambda part: predictor.answer([row for _, row in part], first=part[0][0], **files),
-        key=[*content_key(predictor.loaded_from), asked],
+        key=[*content_key(predictor.loaded_from), asked, *([list(kept)] if any(kept) else [])],
         batch_size=predictor.rows_at_once,
         progress=progress,
         order=longest_first(asked) if predictor.ask else None,

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from peftcli.cli import (
@@ -45,12 +45,14 @@ from peftcli.train.devices.launch import is_main_process, launched_processes, re
 from peftcli.train.devices.schedulers import take_slurms_rank
 
 _BROKEN_PIPE = 141
+FIRST_HOUR = ("init", "check", "inspect", "train", "predict", "generate")
+"""What a newcomer runs, in this order: the help lists them first, as far as they are there."""
 _SHARE_WORK = ("train", "evaluate")
 """The commands whose work the processes of a launcher share."""
 
 
 class _Group(TyperGroup):
-    """Lists the commands under the headings that they were registered with, and runs most of them in one process."""
+    """Lists the commands under headings, those of a first hour first, and runs most of them in one process."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return a command line's command. Where a launcher started several processes, most run in the first alone."""
@@ -63,20 +65,60 @@ class _Group(TyperGroup):
             console.log(f"{name} runs in one of the {count} processes that were started")
         return resolved
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        headings: dict[str, list[tuple[str, str]]] = {}
-        width = max(len(name) for name in self.commands)
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write what the program does and its commands, those of a first hour first."""
+        super().format_help_text(ctx, formatter)
+        headings: dict[str, list[str]] = {"The first hour": [name for name in FIRST_HOUR if name in self.commands]}
         for name, command in self.commands.items():
-            text = command.get_short_help_str(formatter.width - width - 6)
-            headings.setdefault(getattr(command, "rich_help_panel", ""), []).append((name.ljust(width), text))
-        for heading, rows in headings.items():
+            if name not in FIRST_HOUR:
+                headings.setdefault(getattr(command, "rich_help_panel", ""), []).append(name)
+        width = max(map(len, self.commands))
+        for heading, names in headings.items():
             with formatter.section(heading):
-                formatter.write_dl(rows)
+                formatter.write_dl([(name.ljust(width), self.commands[name].get_short_help_str()) for name in names])
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write nothing: ``format_help_text`` has listed them, before the options."""
 
 
-app = typer.Typer(
-    cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+class _Command(TyperCommand):
+    """Shows how its arguments are written, without the types that Python has for them."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """Return the first sentence of the help, whole."""
+        paragraph = " ".join((self.help or "").partition("\n\n")[0].split())
+        return f"{paragraph.partition('. ')[0].rstrip('.')}."
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the arguments, and the options that must be given: ``ADAPTER --output PATH [OPTIONS]``."""
+        params = self.get_params(ctx)
+        needed = [param for param in params if param.param_type_name == "option" and param.required]
+        options = [f"{param.opts[0]} {param.metavar or (param.name or '').upper()}" for param in needed]
+        arguments = [_usage(param) for param in params if param.param_type_name == "argument"]
+        return [*arguments, *options, "[OPTIONS]"]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and the options, each with its help."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                is_argument = param.param_type_name == "argument"
+                row = (_usage(param) if is_argument else record[0], record[1].replace("  [required]", ""))
+                rows.setdefault("Arguments" if is_argument else "Options", []).append(row)
+        for heading, found in rows.items():
+            with formatter.section(heading):
+                formatter.write_dl(found)
+
+
+def _usage(argument: Any) -> str:
+    """Return an argument as a usage line has it: ``RECIPE``, ``[KEY=VALUE]...``."""
+    name = argument.metavar or argument.name.upper()
+    if not argument.required and not name.startswith("["):
+        name = f"[{name}]"
+    return name + "..." * (argument.nargs != 1 and not name.endswith("..."))
+
+
+app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
     "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
@@ -86,7 +128,7 @@ _COMMANDS = {
 for _heading, _files in _COMMANDS.items():
     for _file in _files:
         _name = _file.__name__.rpartition(".")[2]
-        app.command(_name, rich_help_panel=_heading)(getattr(_file, _name))
+        app.command(_name, cls=_Command, rich_help_panel=_heading)(getattr(_file, _name))
 
 
 def _print_version(wanted: bool) -> None:
@@ -111,6 +153,9 @@ def peftcli(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line ``args``, by default that of this process; return the exit code."""
+    if os.environ.get("_PEFTCLI_COMPLETE"):  # the shell asks, after Tab; typer answers, and ends the process
+        os.environ["COLUMNS"] = "10000"  # typer breaks the help of a completion, and a shell takes a line for one
+        get_command(app)(prog_name="peftcli")
     console.open_closed_streams()
     console.json_printed = False
     warnings.formatwarning = console.format_warning

@@ -30,7 +30,7 @@ def cache(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List or clear the cache of tokenized datasets, or print its folder."""
+    """List or clear the cache of encoded datasets."""
     actions = ("list", "clear", "dir")
     if what not in actions:
         raise UsageError(f"unknown action: {what!r}", hint=f"known: {', '.join(actions)}")

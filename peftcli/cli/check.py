@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcli.cli import console
+from peftcli.cli import completion, console
 from peftcli.cli.options import Json, not_empty
+from peftcli.cli.preview_output import MEMORY_UNKNOWN, memory_in_words
 from peftcli.data.rows import count_of
-from peftcli.errors import Problem, UsageError
-
-MEMORY_UNKNOWN = "memory: not known for this model"
+from peftcli.errors import Problem, RecipeError, UsageError
 
 
 def check(
@@ -21,6 +20,7 @@ def check(
         typer.Argument(
             metavar="RECIPE... [KEY=VALUE]...",
             parser=not_empty,
+            autocompletion=completion.recipes_and_overrides,
             help="YAML recipes, and settings to override.",
             show_default=False,
         ),
@@ -67,16 +67,15 @@ def check(
 
 def _print(path: Path, errors: list[Problem], warnings: list[Problem], would: dict[str, Any]) -> None:
     for problem in warnings:
-        console.out(f"warning: {problem}")
+        console.paragraph(f"warning: {problem}")
     for problem in errors:
-        console.out(str(problem))
-    console.out(f"{path}: {count_of(len(errors), 'problem')}" if errors else f"ok: {path}")
+        console.paragraph(str(problem))
+    console.paragraph(f"{path}: {count_of(len(errors), 'problem')}" if errors else f"ok: {path}")
+    if errors and (more := console.more_about(RecipeError(errors))):
+        console.log(more)
     if names := would.get("training_in_full"):
         console.out(f"training in full: {', '.join(names)}")
     if memory := would.get("memory"):
-        kinds = ("weights", "adapter", "step", "evaluation", "saving", "file", "packages")
-        parts = ", ".join(f"{kind} {memory[kind] / 2**30:.2f}" for kind in kinds if memory[kind])
-        each = f" in each of {memory['processes']} processes" if memory["processes"] > 1 else ""
-        console.out(f"memory: about {memory['peak'] / 2**30:.2f} GiB at the peak{each}, of {parts}")
+        console.paragraph(memory_in_words(memory), "memory: ")
     elif "memory" in would:
         console.out(MEMORY_UNKNOWN)

@@ -50,7 +50,7 @@ def combine(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Combine several LoRA adapters into one: their weighted sum. Adapters of text_to_image need their base model."""
+    """Combine several LoRA adapters into one, their weighted sum. Adapters of text_to_image need their base model."""
     parsed = [_parse_adapter(entry) for entry in adapters]
     progress_log(quiet)  # for the progress bars of downloads
     from peftcli.adapters.combine import combine_adapters

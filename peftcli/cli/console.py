@@ -10,10 +10,14 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peftcli.errors import PeftcliError, PeftWarning, StorageError
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _MAX_CELL = 200
+_COLOURS = {"error": "1;31", "warning": "33", "verified": "32", "ok": "32"}
+"""First word of a line -> its colour on a terminal."""
+_COMMAND = re.compile(r"(^|[:`] ?)\s*peftcli ")
+"""A command in a line, which is copied as a whole."""
+_MARKED = re.compile(rf"(\[[^\]]*\] )?({'|'.join(_COLOURS)})(?=[: ])")
 _USUAL_FORM = warnings.formatwarning
 json_printed = False
 """Whether the command's answer is out: an error comes after it then, and not in its place."""
@@ -38,7 +47,7 @@ def out(text: str = "") -> None:
 def log(text: str) -> None:
     """Print a line of the log. Do not fail if nobody reads stderr, or its disk is full."""
     try:
-        _write(sys.stderr, text)
+        _write(sys.stderr, text, marked=True)
     except OSError:
         discard(sys.stderr)
 
@@ -48,7 +57,7 @@ def format_warning(
 ) -> str:
     """Return a Python warning as stderr gets it: peftcli's own as a command's other ones, without its line of code."""
     if issubclass(category, PeftWarning):
-        return f"warning: {message}\n"
+        return _coloured(f"warning: {message}\n", sys.stderr)
     return _USUAL_FORM(message, category, filename, lineno, line)
 
 
@@ -65,6 +74,42 @@ def open_closed_streams() -> None:
 def discard(stream: TextIO) -> None:
     """Write nothing more to a stream that cannot be written: Python would try so again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def paragraph(text: str, before: str = "") -> None:
+    """Print a text of the answer after ``before``: on a terminal in lines that fit below one another, else on one.
+
+    On a terminal its first word is coloured, if it says how good something is.
+    """
+    _write(sys.stdout, _fitted(text, sys.stdout, before), marked=True)
+
+
+def _fitted(text: str, stream: TextIO, before: str = "") -> str:
+    """Break the lines of a text between words where a terminal would break them anywhere. Commands stay whole."""
+    if not is_terminal(stream):
+        return before + text
+    after = " " * len(before)
+    fit = partial(
+        textwrap.fill,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=after,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    first, *others = text.split("\n")
+    lines = [before + first, *(after + line for line in others)]
+    return "\n".join(line if _COMMAND.search(line) else fit(line) for line in lines)
+
+
+def folder_once(paths: Sequence[str], most: int = 10) -> str:
+    """Return a list of paths, or of places in files, in words; the folder of all of them is named once."""
+    if len(paths) > most:
+        return f"{folder_once(paths[:most])} and {len(paths) - most:,} more"
+    folders = {path.rpartition("/")[0] for path in paths}
+    folder = min(folders, default="")
+    if len(paths) < 2 or len(folders) > 1 or not os.path.isdir(folder):  # noqa: PTH112 (a text, not a path)
+        return ", ".join(paths)
+    return f"{folder}/: {', '.join(path.rpartition('/')[2] for path in paths)}"
 
 
 def print_json(data: Any) -> None:
@@ -110,6 +155,16 @@ def rich_console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
+@contextmanager
+def redrawn() -> Iterator[Callable[[str], None]]:
+    """Yield a function that draws a text of the answer over the one before, on a terminal; at the end it is gone."""
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=rich_console(), auto_refresh=False, transient=True) as live:
+        yield lambda text: live.update(Text(clean(text)), refresh=True)
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Return whether ``stream`` is a terminal that can show colours and redraw lines."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -152,9 +207,20 @@ def escape(text: str) -> str:
     return "".join(char if char in "\n\t" or is_harmless(char) else escape_char(char) for char in text)
 
 
+def more_about(error: PeftcliError) -> str:
+    """Return the line that names what says more of an error; empty without such a name."""
+    with suppress(Exception):  # whatever fails here, the error itself is shown
+        from peftcli.recipe import help_on
+
+        if name := help_on(error):
+            return f"more: peftcli explain {name}"
+    return ""
+
+
 def report_error(error: PeftcliError, as_json: bool) -> int:
     """Print an error, with ``as_json`` also as the JSON object if none was printed yet; return the exit code."""
-    log(f"error: {error}")
+    more = more_about(error)
+    log(_fitted(f"error: {error}" + (f"\n{more}" if more else ""), sys.stderr))
     if as_json and not json_printed:
         try:
             print_json({"error": {**error.as_dict(), "exit_code": error.exit_code}})
@@ -224,9 +290,17 @@ def format_size(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
-def _write(stream: TextIO, text: str) -> None:
-    stream.write(_encodable(clean(text), stream) + "\n")
+def _write(stream: TextIO, text: str, *, marked: bool = False) -> None:
+    text = _encodable(clean(text), stream)
+    stream.write((_coloured(text, stream) if marked else text) + "\n")
     stream.flush()
+
+
+def _coloured(text: str, stream: TextIO) -> str:
+    """Colour the first word of a text without escapes, on a terminal."""
+    if not is_terminal(stream) or not (found := _MARKED.match(text)):
+        return text
+    return f"{found[1] or ''}\x1b[{_COLOURS[found[2]]}m{found[2]}\x1b[0m{text[found.end() :]}"
 
 
 def _encodable(text: str, stream: TextIO) -> str:

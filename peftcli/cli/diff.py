@@ -17,7 +17,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.")],
     as_json: Json = False,
 ) -> None:
-    """Show the differences between two adapters: settings, modules, and the change of each weight."""
+    """Show how two adapters differ: settings, modules and weights."""
     from peftcli.adapters.diff import compare
 
     found = compare(a, b)

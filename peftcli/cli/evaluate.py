@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
-from peftcli.cli.progress import Progress
+from peftcli.cli.progress import Progress, in_order
 from peftcli.system.outputs import require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
 
@@ -24,7 +25,10 @@ def evaluate(
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure metrics on the recipe's evaluation data, and apply its gates."""
+    """Measure a recipe's metrics on its evaluation rows.
+
+    Fails if a gate of the recipe does not hold.
+    """
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()
@@ -45,7 +49,10 @@ def evaluate(
         if as_json:
             console.print_json(result)
         else:
-            for name, value in sorted(result["eval"]["last"].items()):
-                console.out(f"{name} {value:.6g}")
+            measured = result["eval"]["last"]
+            names = in_order(measured, result["eval"]["main"])
+            width = max(map(len, names)) if console.is_terminal(sys.stdout) else 0
+            for name in names:
+                console.out(f"{name:<{width}} {measured[name]:.6g}")
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])

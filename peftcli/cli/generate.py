@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +15,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
+from peftcli.data.rows import Row
 from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.system.secrets import safe_length
@@ -23,6 +23,7 @@ from peftcli.system.secrets import safe_length
 if TYPE_CHECKING:
     from peftcli.tasks.text.formats import Message
     from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+    from peftcli.tasks.text.prompts import Prompt
 
 _MIN_TEMPERATURE = 1e-30
 """A lower temperature makes the scores of tokens too large for float32."""
@@ -38,8 +39,12 @@ _Target = Annotated[
     typer.Option(
         "--output",
         parser=output_path,
-        help="File for the answers; -: stdout. After a stop, run the same command again to resume.",
+        help="File for the answers, .jsonl or .csv; -: stdout. After a stop, run it again to resume.",
     ),
+]
+_System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="System prompt, instead of the training rows'; a row of --input keeps its own."),
 ]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")]
 _Quantization = Annotated[
@@ -51,6 +56,7 @@ _Quantization = Annotated[
 def generate(
     adapter: Adapter,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    system: _System = None,
     source: _Source = None,
     target: _Target = None,
     base: Base = None,
@@ -65,17 +71,21 @@ def generate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate text with an adapter: for one prompt, a file of prompts, or in a chat on a terminal."""
-    _check(prompt, source, target, temperature, as_json)
+    """Generate text: for one prompt, a file of prompts, or in a chat."""
+    _check(prompt, system, source, target, temperature, as_json)
     tell = progress_log(quiet)
     from peftcli.adapters.generate import first_batch, load_generator
     from peftcli.adapters.predict import predict_file, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
-    from peftcli.tasks.text.prompts import prompt_of
+    from peftcli.tasks.text.prompts import prompt_of, with_system
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    ask, rows = partial(prompt_of, columns={}), read_rows(source) if source else []
-    prompts = [_FIRST_OF_A_CHAT if prompt is None else prompt] if source is None else list(map(ask, rows))
+    rows = read_rows(source) if source else []
+
+    def ask(row: Row) -> Prompt:
+        return with_system(prompt_of(row, columns={}), system)
+
+    prompts = list(map(ask, rows)) if source else [with_system(_FIRST_OF_A_CHAT if prompt is None else prompt, system)]
     generator = load_generator(
         adapter,
         base,
@@ -91,15 +101,26 @@ def generate(
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         return print_count(target, count, tell, as_json=as_json)
     if prompt is None:
-        return _chat(generator, settings)
+        return _chat(generator, settings, system)
+    return _answer(generator, prompts, settings, as_json)
+
+
+def _answer(generator: TextGenerator, prompts: Sequence[Prompt], settings: GenerationSettings, as_json: bool) -> None:
     if as_json:
-        return console.print_json(asdict(generator.generate([prompt], settings)[0]))
+        return console.print_json(asdict(generator.generate(prompts, settings)[0]))
     with _streamed_output() as write:
-        generator.generate([prompt], settings, stream=write)
+        generator.generate(prompts, settings, stream=write)
     return None
 
 
-def _check(prompt: str | None, source: Path | None, target: Path | None, temperature: float, as_json: bool) -> None:
+def _check(
+    prompt: str | None,
+    system: str | None,
+    source: Path | None,
+    target: Path | None,
+    temperature: float,
+    as_json: bool,
+) -> None:
     """Raise an error for options that do not go together, or for an output that cannot be written."""
     if (source is None) != (target is None) or (prompt is not None and source is not None):
         raise UsageError("give --prompt, or --input with --output, or neither for a chat")
@@ -112,16 +133,19 @@ def _check(prompt: str | None, source: Path | None, target: Path | None, tempera
         )
     if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
         raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
-    if prompt is not None and not _is_text(prompt):
-        raise UsageError("is not UTF-8 text", key="--prompt")
+    for key, text in (("--prompt", prompt), ("--system", system)):
+        if text is not None and not _is_text(text):
+            raise UsageError("is not UTF-8 text", key=key)
     if target is not None:
         check_target(target, source, as_json=as_json)
 
 
-def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:
+def _chat(generator: TextGenerator, settings: GenerationSettings, system: str | None) -> None:
     """Chat on a terminal until an empty line or the end of the input."""
+    from peftcli.tasks.text.prompts import with_system
+
     console.log("an empty line ends the chat")
-    messages: list[Message] = generator.form.opening()
+    messages: list[Message] = generator.form.opening(system)
     while True:
         try:
             line = input("> ")
@@ -137,7 +161,8 @@ def _chat(generator: TextGenerator, settings: GenerationSettings) -> None:
         asked = generator.form.ask(line, system="")
         messages += [] if isinstance(asked, str) else asked
         with _streamed_output() as write:
-            answer = generator.generate([line if isinstance(asked, str) else messages], settings, stream=write)[0]
+            said = with_system(line, system) if isinstance(asked, str) else messages
+            answer = generator.generate([said], settings, stream=write)[0]
         messages.append({"role": "assistant", "content": answer.text})
 
 

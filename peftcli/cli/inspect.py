@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.options import Json, Quiet, RecipeFile, path, progress_log
+from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, path, progress_log
 from peftcli.cli.progress import Progress
 from peftcli.data.findings import refuse
 from peftcli.system.outputs import expand_user
@@ -27,7 +27,7 @@ _Html = Annotated[Path | None, typer.Option(metavar="FILE", parser=path, help="W
 
 def inspect(
     recipe: RecipeFile,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    overrides: Overrides = None,
     rows: _Rows = None,
     row: _Row = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token ends.")] = False,

@@ -172,13 +172,13 @@ def print_findings(inspection: Inspection) -> None:
     console.out(f"{count or 'no'} {'finding' if count == 1 else 'findings'}")
     for each in inspection.findings:
         allowed = each.level == "error" and each.name in inspection.recipe.dataset.allow
-        console.out(f"{each.level}{' (allowed)' if allowed else ''}: {each.name}: {each.message}")
+        console.paragraph(f"{each.level}{' (allowed)' if allowed else ''}: {each.name}: {each.message}")
         more = ", ..." if each.count > len(each.rows) else ""
         if each.rows:  # a finding may be about all of them together
-            console.out(f"  {', '.join(each.rows)}{more}")
+            console.paragraph(f"{console.folder_once(each.rows)}{more}", "  ")
         for line in _details(each, inspection.audit[each.split]):
-            console.out(f"  {line}")
-        console.out(f"  {each.advice}")
+            console.paragraph(line, "  ")
+        console.paragraph(each.advice, "  ")
 
 
 def _details(finding: Finding, facts: dict[str, Any]) -> list[str]:

@@ -34,7 +34,10 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge an adapter into its base model, as a checkpoint that transformers loads on its own."""
+    """Merge an adapter into its base model, as one checkpoint.
+
+    transformers loads it without peftcli.
+    """
     tell = progress_log(quiet)
     from peftcli.adapters.merge import merge_adapter
 
@@ -42,7 +45,7 @@ def merge(
     if as_json:
         return console.print_json(merged)
     if merged["max_logit_difference"] is not None:
-        console.out(_verified(merged))
+        console.paragraph(_verified(merged))
     size, files = console.format_size(merged["bytes"]), count_of(merged["shards"], "file")
     console.out(f"{output}: {size} in {files}, {merged['dtype']}")
     kind = "DiffusionPipeline." if Path(merged["output"], PIPELINE_FILE).exists() else ""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from peftcli.cli import console
+from peftcli.cli import completion, console
 
 
 def not_empty(text: str) -> str:
@@ -29,8 +29,11 @@ def output_path(text: str) -> Path:
     return Path("/dev/stdout") if text == "-" else path(text)
 
 
-RecipeFile = Annotated[Path, typer.Argument(parser=path, help="YAML recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override.")]
+RecipeFile = Annotated[Path, typer.Argument(parser=path, autocompletion=completion.recipes, help="YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", autocompletion=completion.overrides, help="Settings to override."),
+]
 Adapter = Annotated[str, typer.Argument(help="Adapter folder or hub id.")]
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the adapter's.")]
 Dtype = Annotated[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,9 +36,16 @@ _Target = Annotated[
     typer.Option(
         "--output",
         parser=output_path,
-        help="File for the answers to --input; -: stdout. After a stop, run the same command again to resume.",
+        help="File for the answers to --input, .jsonl or .csv; -: stdout. After a stop, run it again to resume.",
     ),
 ]
+_Id = Annotated[
+    str | None,
+    typer.Option(
+        "--id", metavar="COLUMN", help="Column of --input that each answer begins with; by default id, if it is there."
+    ),
+]
+_Keep = Annotated[bool, typer.Option("--keep", help="Keep the columns of --input, under input.")]
 
 
 def predict(
@@ -45,6 +53,8 @@ def predict(
     inputs: _Inputs = None,
     source: _Source = None,
     target: _Target = None,
+    id_column: _Id = None,
+    keep: _Keep = False,
     base: Base = None,
     dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
@@ -52,20 +62,21 @@ def predict(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer rows with an adapter, whatever its task: one JSON object per row, in order."""
-    if (source is None) == (not inputs):
-        raise UsageError("give texts or files, or --input")
-    if source is None and target is not None:
-        raise UsageError("is for the answers to --input", key="--output")
+    """Answer rows with an adapter, whatever its task.
+
+    Prints one JSON object per row, in order.
+    """
+    _check(inputs, source, {"--output": target, "--id": id_column, "--keep": keep})
     tell = progress_log(quiet)
     if target is not None:
         check_target(target, source, as_json=as_json)
-    from peftcli.adapters.predict import load_predictor, predict_file
+    from peftcli.adapters.predict import keep_columns, kept_of, load_predictor, predict_file
 
     for text in inputs or ():
         if kind_of(text) and exists(text):
             raise UsageError("is a file of rows", file=text, hint="give it as --input")
     rows = [] if source is None else read_rows(source)
+    kept = kept_of(rows, id_column, keep)
     predictor = load_predictor(
         adapter,
         base,
@@ -75,8 +86,10 @@ def predict(
         merge_for=rows,
         tell=tell,
     )
+    if any(kept):
+        predictor = replace(predictor, answer=keep_columns(predictor.answer, rows, kept))
     if target is not None:
-        count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
+        count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"), kept)
         return print_count(target, count, tell, as_json=as_json)
     answers = predictor.answers(rows or predictor.rows(inputs or ()))
     if as_json:
@@ -84,6 +97,15 @@ def predict(
     for answer in answers:
         console.out(console.json_text(answer))
     return None
+
+
+def _check(inputs: Sequence[str] | None, source: Path | None, of_rows: Mapping[str, Any]) -> None:
+    """Raise UsageError for options ``of_rows`` without ``source``, or where it is not clear what to answer."""
+    if (source is None) == (not inputs):
+        raise UsageError("give texts or files, or --input")
+    for key, given in of_rows.items():
+        if source is None and given:
+            raise UsageError("is for the rows of --input", key=key)
 
 
 def check_target(target: Path, source: Path | None, *, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _ROWS_INTERVAL = 5.0
 """Seconds between two lines about rows read."""
+_MAX_METRICS = 8
 _SHOWN = 0.001
 """The share of padding from which on it is shown."""
 _THREADS = {
@@ -67,7 +69,8 @@ class Progress:
             case Stepped():
                 self._show_step(event)
             case Evaluated():
-                metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
+                names = in_order(event.metrics, event.main)
+                metrics = "  ".join(f"{name} {event.metrics[name]:.4f}" for name in names)
                 best = "  (best)" if event.best and event.step else ""
                 self._log(f"evaluation after step {event.step}: {metrics}{best}")
 
@@ -157,10 +160,7 @@ def summary(run: dict[str, Any], folder: str) -> str:
         pace = f" in {_clock(run['wall_seconds'])}, {speed:,.0f} {unit}/s, peak memory {peak:.1f} GiB"
     lines = [f"done: {count_of(steps['done'], 'step')}{early}{pace}"]
     lines.append(f"  train loss  {run['train_loss']:.4f}")
-    for name in dict.fromkeys(("eval_loss", evals.get("main", "eval_loss"))) if evals["kept"] else ():
-        before = f"{evals['first'][name]:.4f} before training, " if name in evals["first"] else ""
-        label = "eval loss" if name == "eval_loss" else name.removeprefix("eval_")
-        lines.append(f"  {label:<11} {before}{evals['kept'][name]:.4f} after")
+    lines += _metrics_table(evals["first"], evals["kept"], evals.get("main", "eval_loss"))
     warnings = run.get("warnings", [])
     lines += [f"  warning     {text}" for text in warnings]
     for gate in run["gates"]:
@@ -180,6 +180,23 @@ def summary(run: dict[str, Any], folder: str) -> str:
     base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # it is a folder, not on the hub
     lines.append(f"  peftcli push {word} USER/NAME{base}")
     return "\n".join(lines)
+
+
+def in_order(metrics: Mapping[str, float], main: str) -> list[str]:
+    """Return the names of metrics: the task's main metric, the loss, then the others."""
+    return sorted(metrics, key=lambda name: (name != main, name != "eval_loss", name))
+
+
+def _metrics_table(first: Mapping[str, float], kept: Mapping[str, float], main: str) -> list[str]:
+    """Return the lines of a table of metrics before and after training; none without evaluation."""
+    names = in_order(kept, main)
+    shown = names[:_MAX_METRICS]
+    width = max(map(len, shown), default=0)
+    lines = [f"  {'metric':<{width}}{'before':>10}{'after':>10}"] if shown else []
+    for name in shown:
+        before = f"{first[name]:.4f}" if name in first else "-"
+        lines.append(f"  {name:<{width}}{before:>10}{kept[name]:>10.4f}")
+    return lines + [f"  and {len(names) - len(shown)} more in run.json"] * (len(names) > len(shown))
 
 
 def _clock(seconds: float) -> str:

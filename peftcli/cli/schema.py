@@ -18,11 +18,12 @@ def schema(
         str,
         typer.Argument(
             metavar="[NAME]",
+            autocompletion=lambda incomplete: [each for each in ("recipe", *_OUTPUTS) if each.startswith(incomplete)],
             help=f"recipe, run (run.json), or the JSON output of a command: {', '.join(_OUTPUTS)}.",
         ),
     ] = "recipe",
 ) -> None:
-    """Print a JSON Schema: of recipes, for editors, or of a command's output, for scripts."""
+    """Print the JSON Schema of recipes, or of a command's output."""
     if name == "recipe":
         from peftcli.recipe.reference import json_schema
 

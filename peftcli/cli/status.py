@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,25 +13,68 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.options import Json, path
+from peftcli.cli.progress import in_order
 from peftcli.data.rows import count_of
+from peftcli.system.signals import check as check_signals
+
+_INTERVAL = 1.0
+"""Seconds between two looks at a run."""
 
 
 def status(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", parser=path, help="Run folder: a recipe's training.output_dir.")
     ],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the run until it ends; then end with its exit code.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the status of a run: running, complete, interrupted or failed, and why."""
+    """Show whether a run is running, complete, interrupted or failed."""
     from peftcli.train.runs.status import status as read_status
 
     found = read_status(folder)
+    if watch:
+        found = _follow(folder, found, read_status, as_json)
     if as_json:
         console.print_json(found)
-        return
-    console.out(f"{folder}: {_state(found)}")
-    for line in _lines(found):
-        console.out(f"  {line}")
+    elif not watch or console.is_terminal(sys.stdout):
+        console.out(_text(folder, found))
+    if watch:
+        raise typer.Exit(found["exit_code"] or 0)
+
+
+def _follow(
+    folder: Path, found: dict[str, Any], read: Callable[[Path], dict[str, Any]], as_json: bool
+) -> dict[str, Any]:
+    """Show a run while it runs; return how it ended. On a terminal its status is redrawn, else a change is a line."""
+    redraws = console.is_terminal(sys.stdout) and not as_json
+    last = ""
+    with console.redrawn() if redraws else nullcontext(lambda text: None) as draw:
+        while True:
+            if redraws:
+                draw(_text(folder, found))
+            elif (line := _progress(found)) != last:
+                (console.log if as_json else console.out)(line)
+                last = line
+            if found["status"] != "running":
+                return found
+            time.sleep(_INTERVAL)
+            check_signals()
+            found = read(folder)
+
+
+def _progress(found: dict[str, Any]) -> str:
+    """Return how far a run is, on one line."""
+    steps, last = found["steps"], found["last"]
+    loss = f", loss {last['loss']:.4f}" if last and "loss" in last else ""
+    measured = in_order(found["eval"] or {}, "eval_loss")[:1]
+    metric = "".join(f", {name} {found['eval'][name]:.4f}" for name in measured)
+    return f"{_state(found)}: step {steps['done']} of {steps['total'] or '?'}{loss}{metric}"
+
+
+def _text(folder: Path, found: dict[str, Any]) -> str:
+    return "\n".join([f"{folder}: {_state(found)}", *(f"  {line}" for line in _lines(found))])
 
 
 def _state(found: dict[str, Any]) -> str:
@@ -46,7 +93,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = [f"steps        {steps['done']} of {steps['total'] or '?'}, in {attempts}"]
     if last and "loss" in last:
         lines.append(f"loss         {last['loss']:.4f} after step {last['step']}")
-    lines += [f"{name:<12} {value:.4f}" for name, value in sorted((found["eval"] or {}).items())]
+    measured = found["eval"] or {}
+    width = max([12, *map(len, measured)])
+    lines += [f"{name:<{width}} {measured[name]:.4f}" for name in in_order(measured, "eval_loss")]
     for gate in found["gates"]:
         lines.append(f"gate         {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     if found["checkpoints"]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.check import MEMORY_UNKNOWN
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Overrides, Quiet, RecipeFile, not_empty, progress_log
+from peftcli.cli.preview_output import MEMORY_UNKNOWN, print_preview
 from peftcli.cli.progress import Progress, summary
 from peftcli.cli.train_together import train_together
 from peftcli.schema import Recipe
@@ -35,7 +36,7 @@ _AllowChange = Annotated[
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another run in the folder, which is moved aside at the end.")
 ]
-_RunJson = Annotated[bool, typer.Option("--json", help="Print run.json instead of a summary.")]
+_RunJson = Annotated[bool, typer.Option("--json", help="Print run.json, or all of a dry run, instead of a summary.")]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Open data and model config, show what would train, and stop.")
 ]
@@ -56,7 +57,7 @@ def train(
     dry_run: _DryRun = False,
     together: _Together = False,
 ) -> None:
-    """Fine-tune the model that a recipe names; run it again to resume after a stop."""
+    """Fine-tune a model as a recipe says; run it again after a stop."""
     from peftcli.recipe import load_recipe
 
     progress_log(quiet)
@@ -71,7 +72,7 @@ def train(
         settings = replace(settings, launch=with_schedulers_place(settings.launch))
         if dry_run:
             if is_main:
-                _show_preview(settings)
+                _show_preview(settings, [str(recipe), *(overrides or [])], as_json)
             raise typer.Exit
         if junit is not None and is_main and settings.launch.machine_rank == 0:
             require_writable(junit)
@@ -94,8 +95,8 @@ def train(
         raise_failed_gates(run["gates"])
 
 
-def _show_preview(settings: Recipe) -> None:
-    """Print what would train."""
+def _show_preview(settings: Recipe, words: Sequence[str], as_json: bool) -> None:
+    """Print what would train with the recipe and the overrides that ``words`` are."""
     from peftcli.train.preview import preview
 
     if launch.is_launched() and settings.launch.num_processes == "auto":
@@ -104,4 +105,4 @@ def _show_preview(settings: Recipe) -> None:
     would = preview(settings)
     if would["memory"] is None:
         console.log(MEMORY_UNKNOWN)
-    console.print_json(would)
+    console.print_json(would) if as_json else print_preview(settings, would, words)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
-from peftcli.cli.check import MEMORY_UNKNOWN
+from peftcli.cli.preview_output import MEMORY_UNKNOWN, print_preview
 from peftcli.cli.progress import Progress, summary
 from peftcli.errors import Interrupted, PeftcliError, UsageError
 from peftcli.train.devices.schedulers import with_schedulers_place
@@ -47,7 +47,7 @@ def train_together(
 
     if dry_run:
         alike(recipes, options)
-        return _show_previews(recipes)
+        return _show_previews(recipes, overrides, as_json)
     with ExitStack() as stack:
         stems = [path.stem for path in paths]
         labels = stems if len(set(stems)) == len(stems) else list(loaded)  # where some are equal, all of the path
@@ -72,7 +72,7 @@ def train_together(
     return None
 
 
-def _show_previews(recipes: dict[str, Recipe]) -> None:
+def _show_previews(recipes: dict[str, Recipe], overrides: Sequence[str], as_json: bool) -> None:
     """Print what would train."""
     from peftcli.train.preview import preview
 
@@ -80,7 +80,12 @@ def _show_previews(recipes: dict[str, Recipe]) -> None:
     for name, run in zip(recipes, runs, strict=True):
         if run["memory"] is None:
             console.log(f"{name}: {MEMORY_UNKNOWN}")
-    console.print_json({"runs": runs})
+    if as_json:
+        return console.print_json({"runs": runs})
+    for (name, recipe), run in zip(recipes.items(), runs, strict=True):
+        console.out(f"{name}:")
+        print_preview(recipe, run, [name, *overrides])
+    return None
 
 
 def _print_runs(

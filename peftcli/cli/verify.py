@@ -25,7 +25,7 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Load an adapter folder, and compare it with the model that was trained."""
+    """Load an adapter, and compare it with the model that was trained."""
     tell = progress_log(quiet)
     from peftcli.adapters.verify import verify_adapter
 

@@ -56,6 +56,14 @@ class Kind:
         return self.level
 
     @property
+    def levels(self) -> str:
+        """The levels that the finding may have, in words."""
+        raised = {"warning": self.warning_above, "error": self.error_above}
+        return ", ".join(
+            [self.level, *(f"{level} above {share:.0%} of the rows" for level, share in raised.items() if share)]
+        )
+
+    @property
     def can_stop(self) -> bool:
         """Whether the finding can be an error."""
         return self.level == "error" or self.error_above is not None

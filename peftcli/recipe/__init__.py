@@ -10,7 +10,9 @@ checks      ranges and combinations of settings; gates
 data_checks the same for ``dataset``, and whether its paths exist
 names       other tools' spellings, similar names
 rates       the learning rate of a recipe that gives none
-reference   help on one key; the JSON Schema
+reference   help on the keys; the JSON Schema
+messages    what errors and warnings mean
+explain_names  help on any name: a key, finding, exit code, metric or message
 dump        Recipe -> YAML
 """
 
@@ -18,9 +20,10 @@ from __future__ import annotations
 
 from peftcli.recipe.checks import LEARNT, gate_holds, parse_duration, parse_gate, why_failed
 from peftcli.recipe.dump import to_dict, to_yaml
+from peftcli.recipe.explain_names import explain, help_on
 from peftcli.recipe.parse import load_recipe, method_config, read
 from peftcli.recipe.rates import rate_problems
-from peftcli.recipe.reference import Explanation, explain, json_schema
+from peftcli.recipe.reference import Explanation, json_schema
 from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Explanation",
     "explain",
     "gate_holds",
+    "help_on",
     "json_schema",
     "load_recipe",
     "method_config",

@@ -101,6 +101,9 @@ _OTHER_TOOLS = {
 section. They are suggested, never accepted."""
 ALIASES = {theirs: ours for ours, names in _OTHER_TOOLS.items() for theirs in names.split()}
 
+SAME = {"training": {"activation_checkpointing": "gradient_checkpointing"}}
+"""Section -> another spelling that is read too -> our key: transformers 6 has renamed it."""
+
 _REMEDIES = {
     "leave it out": (
         "do_train do_predict save_only_model logging_first_step plot_loss ddp_timeout ddp_find_unused_parameters "

@@ -17,7 +17,7 @@ from peftcli.guard.typed_fields import branches
 from peftcli.methods import METHODS
 from peftcli.recipe.accelerate_config import with_engine_files
 from peftcli.recipe.checks import check
-from peftcli.recipe.names import METHOD_ALIASES, REMEDIES, closest, find_alias, suggest_task, suggest_value
+from peftcli.recipe.names import METHOD_ALIASES, REMEDIES, SAME, closest, find_alias, suggest_task, suggest_value
 from peftcli.recipe.settings import (
     Setting,
     choices,
@@ -126,9 +126,26 @@ class _Reader:
         """Return every setting of a section by name."""
         given = self.mapping(value, path)
         if given is not None and value is not None:
+            given = self.respell(given, settings(cls), path)
             self.refuse_unknown(given, settings(cls), path)
             self.require(given, settings(cls), path, value.key_place or value.place)
         return self.all_settings(settings(cls), given or {}, path)
+
+    def respell(self, given: dict[str, Value], known: dict[str, Setting], path: str) -> dict[str, Value]:
+        """Return the values under our spelling; report two spellings of a setting that differ."""
+        out = dict(given)
+        for theirs, ours in SAME.get(path, {}).items():
+            if theirs not in out:
+                continue
+            value, keys = out.pop(theirs), (f"{path}.{theirs}", f"{path}.{ours}")
+            if ours in out:
+                found = [
+                    self.setting(known[ours], each, key) for each, key in zip((value, out[ours]), keys, strict=True)
+                ]
+                if self.bad.isdisjoint(keys) and found[0] != found[1]:
+                    self.report(keys, f"is another name of {keys[1]}, and differs from it; give it only once")
+            out.setdefault(ours, value)
+        return out
 
     def method(self, value: Value | None) -> dict[str, Any]:
         """Return ``type`` and every setting of the method; only ``type`` if the method is unknown."""

@@ -1,19 +1,17 @@
-"""Help on a key of a recipe, and the JSON Schema, from the dataclasses and their docstrings."""
+"""Help on the keys of a recipe, and the JSON Schema, from the dataclasses and their docstrings."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from peftcli.errors import UsageError
 from peftcli.guard.typed_fields import branches, section_class
 from peftcli.methods import METHODS
-from peftcli.recipe.names import REMEDIES, closest, find_alias, find_task_alias
+from peftcli.recipe.names import SAME
 from peftcli.recipe.settings import (
     Setting,
     choices,
@@ -41,60 +39,26 @@ _EXTENDS = "Path of a recipe, relative to this one, whose settings this one inhe
 
 @dataclass(frozen=True)
 class Explanation:
-    """The help on one key, method or task."""
+    """The help on one name."""
 
     key: str
     kind: str
-    """setting, section, method or task."""
+    """setting, section, method, task, finding, exit code, metric or message."""
     help: str
     type: str | None = None
+    """Of a setting: its type; of a finding: its levels; of a metric: its scale."""
     default: str | None = None
     allowed: tuple[str, ...] = ()
     example: str | None = None
     settings: tuple[tuple[str, str, str], ...] = ()
     """For sections and methods: name, default and help of each setting."""
     link: str | None = None
-
-
-def explain(key: str) -> Explanation:
-    """Explain a setting, a section, a method or a task, given by its full or its last name.
-
-    Items of lists are accepted as in error messages: ``dataset.mix[1].weight``.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
-    known, key = _explainable(), re.sub(r"\[[0-9]+\]", "", key)
-    if found := _find(key, known):
-        return found
-    above = _find(key.rpartition(".")[0], known)
-    if above and (above.type or "").startswith("a mapping of names"):  # names of the user's: gates.eval_loss
-        return above
-    last = key.rpartition(".")[2]
-    alias = find_alias(last, key.partition(".")[0]) or find_task_alias(last) or ""
-    suggestion = (
-        alias.partition(":")[0]
-        or closest(key, (name for name in known if "." not in name), _NEAR)
-        or closest(key, (name for name in known if "." in key), _NEAR)
-        or closest(key, (name.rpartition(".")[2] for name in known), _NEAR)
-    )
-    meant = f"did you mean {suggestion!r}?" if suggestion else "`peftcli schema` lists every key"
-    hint = REMEDIES.get(last) or meant
-    raise UsageError(f"unknown setting, section, method or task: {key[:60]!r}", hint=hint)
-
-
-def _find(key: str, known: Mapping[str, Explanation]) -> Explanation | None:
-    """Find a key by its full or its last name."""
-    ends = [found for name, found in known.items() if name.endswith(f".{key}")]
-    return known.get(key) or min(ends, key=lambda found: found.key.count("."), default=None)
-
-
-_NEAR = 0.65
-"""How similar a suggested name must be; 1 is equal. With less than this, nearly any word gets a suggestion."""
+    """The paper of a method, or the page of the documentation about a message."""
 
 
 @cache
-def _explainable() -> dict[str, Explanation]:
+def explained_settings() -> dict[str, Explanation]:
+    """Return the explanations of all settings, sections, methods and tasks, by their full names."""
     example = "extends: base.yaml"
     out = {"extends": Explanation("extends", "setting", _EXTENDS, "a string", "(unset)", example=example)}
     for name, entry in settings(Recipe).items():
@@ -208,6 +172,9 @@ def json_schema() -> dict[str, Any]:
                 properties[name]["type"] = ["object", "null"]
         else:
             properties[name] = _property(entry)
+    for section, spellings in SAME.items():
+        held = properties[section]["properties"]
+        held |= {theirs: {**held[ours], "description": f"The same as {ours}."} for theirs, ours in spellings.items()}
     needed["dataset"] = {"type": "object", "anyOf": [{"required": ["train"]}, {"required": ["mix"]}]}
     properties["base_model"] = {
         "description": top["base_model"].help,

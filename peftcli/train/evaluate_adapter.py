@@ -25,7 +25,7 @@ from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator
-from peftcli.train.evaluate import evaluate, find_doubts, refuse_gates
+from peftcli.train.evaluate import evaluate, find_doubts, main_metric, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
@@ -70,7 +70,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         "adapter": adapter,
         "base_model": {"name": recipe.base_model.name, "revision": recipe.base_model.revision},
         "data": data.report,
-        "eval": {"last": metrics},
+        "eval": {"main": main_metric(task, metrics), "last": metrics},
         "gates": to_json(gates),
         "versions": versions(),
         "device": str(accelerator.device),

@@ -76,6 +76,8 @@ class Evaluated:
     step: int
     metrics: dict[str, float]
     best: bool
+    main: str = "eval_loss"
+    """The name of the task's main metric."""
 
 
 Event = Message | RowsRead | Ready | Stepped | Evaluated

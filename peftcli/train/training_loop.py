@@ -20,7 +20,7 @@ from peftcli.errors import Diverged, ModelError, OutOfMemory, UsageError, to_pef
 from peftcli.system.signals import TIME_LIMIT, wants_save
 from peftcli.train.batches import num_workers
 from peftcli.train.data import RunData
-from peftcli.train.evaluate import best_metric, evaluate
+from peftcli.train.evaluate import best_metric, evaluate, main_metric
 from peftcli.train.events import Evaluated, Message, Stepped, StepResult
 from peftcli.train.loop import LESS_LEARNING, Gradients, fit
 from peftcli.train.memory.fit import too_large_a_step, too_large_an_evaluation
@@ -188,7 +188,8 @@ class TrainingLoop:
         for name, value in metrics.items():
             if name not in defined:
                 self._run.warn(f"{name} is {value} after step {progress.step}: it is left out, and is not the best")
-        self._run.tell(Evaluated(progress.step, defined, self._record_metrics(metrics, defined)))
+        is_best = self._record_metrics(metrics, defined)
+        self._run.tell(Evaluated(progress.step, defined, is_best, main_metric(self.data.task, defined)))
         return defined
 
     def _record_metrics(self, metrics: dict[str, float], defined: dict[str, float]) -> bool:

@@ -129,7 +129,7 @@ def test_a_process_of_a_group_leaves_it(
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         if failed:
             raise UsageError("cannot be measured")
-        return {"eval": {"last": {}}, "gates": []}
+        return {"eval": {"main": "eval_loss", "last": {"eval_loss": 1.0}}, "gates": []}
 
     monkeypatch.setattr("peftcli.train.evaluate_adapter.measure", measured)
     assert cli("evaluate", recipe).code == (2 if failed else 0)

@@ -26,6 +26,6 @@ def test_an_unknown_key(cli) -> None:
     ran = cli("explain", "lora_rank")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.splitlines() == [
-        "error: unknown setting, section, method or task: 'lora_rank'",
+        "error: unknown name: 'lora_rank'",
         "did you mean 'method.r'?",
     ]

@@ -23,8 +23,9 @@ from peftcli.adapters.answer_file import content_key
 from peftcli.adapters.generate import load_generator
 from peftcli.adapters.load import SHARED_FILES
 from peftcli.core.layer import adapter_layers
+from peftcli.tasks.text.formats import AlpacaExample
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompts import PromptForm
+from peftcli.tasks.text.prompts import PromptForm, TextWithSystem, with_system
 from peftcli.tasks.text.stop_tokens import StopTokens
 
 LONG = (
@@ -289,6 +290,22 @@ def test_messages_in_a_batch_file(cli: Callable, said: Callable, lora: Path, tmp
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     assert answers[0] == answers[1] == said(lora, PAIRS[0][0])
     assert [answer["prompt"] for answer in answers] == [PAIRS[0][0]] * 3
+
+
+def test_a_system_prompt(cli: Callable, said: Callable, lora: Path, tmp_path: Path) -> None:
+    """It comes first, but for a row that has one of its own."""
+    asked = {"role": "user", "content": PAIRS[0][0]}
+    turns = [{"role": "system", "content": "Be short."}, asked]
+    rows = [{"messages": turns}, {"prompt": PAIRS[0][0]}, {"messages": [asked]}]
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    few = ("--max-new-tokens", 24)
+    assert cli("generate", lora, "--system", "Be short.", "--input", source, "--output", target, *few).code == 0
+    answers = {json.loads(line)["text"] for line in target.read_text().splitlines()}
+    assert answers == {said(lora, PAIRS[0][0], "--system", "Be short.")["text"]}
+    own = with_system(turns, "Be long.")
+    assert own == turns
+    assert with_system("Hi", "Be short.") == TextWithSystem("Hi", "Be short.")
+    assert with_system(AlpacaExample("Hi", ""), "Be short.") == AlpacaExample("Hi", "", system="Be short.")
 
 
 def test_plain_text_gets_no_chat_template(said: Callable, plain: Path, lora: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import trainkit
+from typer.main import get_command
 
 from peftcli import errors
 from peftcli.adapters.readers import READERS
@@ -54,8 +55,30 @@ def test_help(cli) -> None:
     for name in ("check", "explain", "schema", "info"):
         assert f"\n  {name} " in ran.out
         assert cli(name, "--help").code == 0
-    assert "\nRecipes:\n" in ran.out
     assert "\x1b" not in ran.out
+
+
+def test_the_help_begins_with_a_first_hour_and_cuts_nothing(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = cli().out
+    headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[0] == "The first hour:"
+    assert headings[-1] == "Options:"
+    there = [name for name in app.FIRST_HOUR if name in get_command(app.app).commands]  # type: ignore[attr-defined]
+    assert {"check", "inspect", "train", "predict"} <= set(there)
+    assert [line.split()[0] for line in text.partition("The first hour:\n")[2].splitlines()[: len(there)]] == there
+    commands = text.partition("The first hour:")[2].partition("Options:")[0]
+    lines = {line.split()[0]: line for line in commands.splitlines() if line.startswith("  ")}
+    assert list(lines) == [*there, *(name for name in get_command(app.app).commands if name not in there)]  # type: ignore[attr-defined]
+    assert {name: line for name, line in lines.items() if not line.endswith(".") or "..." in line} == {}
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_usage_shows_what_must_be_given(cli) -> None:
+    assert cli("merge", "--help").out.startswith("Usage: peftcli merge ADAPTER --output OUTPUT [OPTIONS]\n")
+    ran = cli("train", "--help").out
+    assert ran.startswith("Usage: peftcli train RECIPE [KEY=VALUE]... [OPTIONS]\n")
+    assert "\n  [KEY=VALUE]...  Settings to override.\n" in ran
 
 
 TASK_OF_SLURM = {
@@ -208,7 +231,7 @@ def test_a_closed_pipe_is_quiet_and_an_error_keeps_its_code(args: list[str], cod
     [
         ("<&- >&- 2>&-", 2, ""),
         ("2>/dev/full", 2, '{\n  "error": '),
-        ("2>&1 >/dev/full", 2, "error: unknown setting"),
+        ("2>&1 >/dev/full", 2, "error: unknown name"),
         ("--json 2>&1 >/dev/full", 7, "error: standard output: cannot be written: No space left on device\n"),
     ],
 )
@@ -269,4 +292,4 @@ def test_commands_say_what_they_do(cli) -> None:
     for command in app.app.registered_commands:
         assert command.callback is not None
         assert (command.callback.__doc__ or "").strip()
-    assert explain.explain.__doc__ in cli("explain", "--help").out
+    assert (explain.explain.__doc__ or "").partition("\n")[0] in cli("explain", "--help").out

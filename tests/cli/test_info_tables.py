@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import json
 import struct
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import trainkit
+from packaging.version import Version
+from peft import LoraConfig
 
+from peftcli.cli.info import USES
 from peftcli.methods import METHODS
+from peftcli.system import packages
 from peftcli.tasks import TASKS
 
 
@@ -21,7 +28,51 @@ def test_methods_and_tasks(cli) -> None:
 def test_env(cli) -> None:
     facts = json.loads(cli("info", "env", "--json").out)
     assert {"python", "torch", "transformers", "devices"} <= set(facts)
-    assert cli("info").out.startswith("python: ")
+    printed = cli("info").out
+    assert printed.startswith("python: ")
+    assert [line.split()[0] for line in printed.splitlines() if line.split()[1:2] == ["missing"]] == [
+        name for name, lacks in facts["extras"].items() if lacks
+    ]
+    wanted = {(each["by"].split()[0], each["package"]): each["wanted"] for each in facts["misfits"]}
+    assert ("warning: transformers" in printed) == (("transformers", "peft") in wanted)
+
+
+def test_what_transformers_demands_of_peft_is_what_it_checks() -> None:
+    """As transformers itself says it, imported, and does it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    found = {each.package: each.wanted for each in packages.misfits(["transformers"])}
+    if Version(version("peft")) >= Version(MIN_PEFT_VERSION):
+        assert "peft" not in found
+        return
+    assert found["peft"] == f">={MIN_PEFT_VERSION}"
+    model = AutoModelForCausalLM.from_pretrained(trainkit.base_folder())
+    with pytest.raises(ValueError, match=MIN_PEFT_VERSION):
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+
+
+def test_versions_that_do_not_fit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"a": "1.0", "b": "2.0", "c": "1.0"}
+    needs = {"a": ["b>=2.1", "c>=1", "d>=1", 'b>=9; extra == "x"', 'c>=2; python_version < "3"'], "peftcli": []}
+
+    def requires(name: str) -> list[str]:
+        return needs[name]
+
+    monkeypatch.setattr(packages, "requires", requires)
+    monkeypatch.setattr(packages, "installed_version", there.get)
+    assert packages.misfits(["a", "e"]) == [packages.Misfit("a 1.0", "b", ">=2.1", "2.0")]
+    needs["peftcli"] = ['b>=2; extra == "one"', 'd>=1; extra == "one"', 'c; extra == "two"', 'd; extra == "dev"', "b"]
+    assert packages.extras() == {"one": ["d>=1"], "two": []}
+
+
+def test_every_extra_says_which_tasks_need_it() -> None:
+    assert packages.extras().keys() - {"all"} == USES.keys()
+    for name, row in TASKS.items():
+        task = import_module(f"peftcli.tasks.{row.module}").TASK
+        for needed in (task.packages, task.input_packages):
+            for extra in needed.values() if isinstance(needed, dict) else ():
+                assert name in USES[extra].replace(";", ",").split(", "), (name, extra)
 
 
 CONFIG = {
@@ -144,8 +195,8 @@ def test_soft_prompts_adapt_no_module(cli, tmp_path: Path) -> None:
     facts = json.loads(cli("info", folder, "--json").out)
     assert (facts["modules_adapted"], facts["parameters"], facts["dtypes"]) == (0, 16, ["BF16"])
     printed = [line.partition(":")[0] for line in cli("info", folder).out.splitlines()]
-    there = ["num_virtual_tokens", "parameters", "tensors", "dtypes", "bytes", "updates"]
-    assert printed == ["adapter", "method", "peft_type", *there], "no line for what is not there"
+    there = ["num_virtual_tokens", "parameters", "tensors", "updates"]
+    assert printed == ["adapter", "method", *there], "no line for what is not there"
 
 
 @pytest.mark.parametrize(

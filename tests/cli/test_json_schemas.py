@@ -27,7 +27,7 @@ from peftcli.cli.explain import explain
 from peftcli.errors import PeftcliError
 from peftcli.output_schemas import names, output_schema
 from peftcli.recipe import json_schema, load_recipe
-from peftcli.recipe.reference import _explainable
+from peftcli.recipe.explain_names import explainable
 from peftcli.tasks import TASKS
 from peftcli.train.events import Ready, Stepped
 from peftcli.train.run import train
@@ -278,8 +278,8 @@ def test_inspect_of_every_task(answer: Callable, tmp_path: Path, task: str) -> N
 def test_explain(answer: Callable, fails: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("training.seed", "method", "lora", "causal_lm", "dataset.mix"):
         assert answer("explain", key)["key"] == key
-    for key in _explainable():
-        explain(key, as_json=True)
+    for key in explainable():
+        explain([key], as_json=True)
         assert_valid("explain", json.loads(capsys.readouterr().out))
     assert "hint" in fails(2, "UsageError", "explain", "lora_rank")
 

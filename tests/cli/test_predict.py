@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -17,6 +18,9 @@ from classifierkit import ROWS, write_classifier_recipe
 from jsonschema import Draft202012Validator
 from trainkit import run_recipe, write_rows
 
+from peftcli.adapters.answer_file import csv_table
+from peftcli.adapters.predict import kept_of
+from peftcli.data.rows import Place, Row
 from peftcli.output_schemas import output_schema
 
 
@@ -208,3 +212,36 @@ def test_a_row_that_the_model_has_too_few_positions_for(
 @pytest.mark.parametrize("args", [(), ("sun", "--input", "a.jsonl"), ("sun", "--output", "b.jsonl")])
 def test_wrong_arguments(cli: Callable, texts: Path, args: tuple[str, ...]) -> None:
     assert cli("predict", texts, *args).code == 2
+
+
+def test_an_id_is_kept_and_with_keep_the_rows(cli: Callable, texts: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"r{at}", "text": row["text"], "label": row["label"]} for at, row in enumerate(ROWS[:5])]
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    asked = ("predict", texts, "--batch-size", 2, "--input", source)
+    whole = json.loads(cli(*asked, "--keep", "--json").out)
+    Draft202012Validator(output_schema("predict")).validate(whole)
+    assert [(row["id"], row["input"]) for row in whole["rows"]] == [(row["id"], row) for row in rows]
+    answers = [json.loads(line) for line in cli(*asked).out.splitlines()]
+    assert [list(each) for each in answers] == [["id", "label", "score", "scores"]] * 5
+    assert json.loads(cli(*asked, "--id", "text").out.splitlines()[0])["id"] == rows[0]["text"]
+    lacks = cli(*asked, "--id", "name", "--json")
+    assert (lacks.code, json.loads(lacks.out)["error"]["key"]) == (2, "--id")
+    assert "is for the rows of --input" in cli("predict", texts, "sun", "--keep").err
+
+
+def test_a_table_of_answers(cli: Callable, texts: Path, tmp_path: Path) -> None:
+    rows = [{"id": at, "text": f'{row["text"]}, "so"'} for at, row in enumerate(ROWS[:5])]
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.csv"
+    assert cli("predict", texts, "--input", source, "--output", target, "--keep").code == 0
+    with target.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == ["id", "input.id", "input.text", "label", "score", "scores.good", "scores.bad"]
+    assert [(row["id"], row["input.text"]) for row in found] == [(str(row["id"]), row["text"]) for row in rows]
+    assert all(float(row["score"]) == float(row[f"scores.{row['label']}"]) for row in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl", "out.csv"]
+
+
+def test_lists_and_bytes_of_a_row_become_texts_of_a_table() -> None:
+    kept = kept_of([Row({"id": 1, "a": b"xy", "b": [float("nan"), 2]}, Place("f", 1))], None, True)
+    table = csv_table([json.dumps(each).encode() for each in kept]).decode().splitlines()
+    assert table == ["id,input.id,input.a,input.b", '1,1,2 bytes,"[""nan"", 2]"']

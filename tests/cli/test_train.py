@@ -37,7 +37,7 @@ def test_the_answer_is_on_stdout_and_the_log_on_stderr(cli: Callable, recipe: Pa
     assert ran.out.startswith("done: 8 steps in 0:0")
     assert f"{run['train_loss']:.4f}" in ran.out
     first, kept = run["eval"]["first"]["eval_loss"], run["eval"]["kept"]["eval_loss"]
-    assert f"eval loss   {first:.4f} before training, {kept:.4f} after" in ran.out
+    assert f"\n  eval_loss          {first:>10.4f}{kept:>10.4f}\n" in ran.out
     for command in ("generate", "merge", "push"):
         assert f"peftcli {command} {folder}" in ran.out
     lines = ran.err.splitlines()
@@ -156,12 +156,17 @@ def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written(tmp_path: Path
 
 
 def test_dry_run_changes_nothing(cli: Callable, recipe: Path) -> None:
-    ran = cli("train", recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2")
+    words = ("train", recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2")
+    ran = cli(*words, "--json")
     assert ran.code == 0
     shown = json.loads(ran.out)
     assert shown["parameters"] == {"trainable": 3712, "all": 38432}
     assert shown["steps"] == 6
     assert (shown["data"]["used"], shown["data"]["eval"]["used"]) == (10, 3)
+    read = cli(*words).out
+    assert "\n  method      lora, 3,712 of 38,432 parameters (9.66 %)\n" in read
+    assert "\n  task        causal_lm, 6 steps of 4 rows\n" in read
+    assert read.endswith(f"next:\n  peftcli train {recipe} training.max_steps=-1 training.num_train_epochs=2\n")
     assert not (recipe.parent / "out").exists()
 
 
@@ -171,7 +176,8 @@ def test_dry_run_under_a_launcher(cli: Callable, recipe: Path, monkeypatch: pyte
     ran = cli("train", recipe, "--dry-run")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     monkeypatch.setenv("RANK", "0")
-    shown = json.loads(cli("train", recipe, "--dry-run", "training.max_steps=-1", "training.num_train_epochs=2").out)
+    settings = ("training.max_steps=-1", "training.num_train_epochs=2")
+    shown = json.loads(cli("train", recipe, "--dry-run", "--json", *settings).out)
     assert (shown["steps"], shown["memory"]["processes"]) == (4, 2)
 
 
@@ -181,7 +187,7 @@ def test_memory_that_is_not_known(cli: Callable, recipe: Path, monkeypatch: pyte
 
     monkeypatch.setattr("peftcli.train.memory.estimate._estimate", fail)
     line = "memory: not known for this model\n"
-    dry = cli("train", recipe, "--dry-run")
+    dry = cli("train", recipe, "--dry-run", "--json")
     assert (json.loads(dry.out)["memory"], line in dry.err, "needs values" in dry.err) == (None, True, False)
     assert cli("check", "--deep", recipe).out.endswith(f"ok: {recipe}\n{line}")
     assert "RuntimeError: needs values" in cli("check", "--deep", recipe, "--debug").err

@@ -117,7 +117,7 @@ def test_explain_whole_things(key: str, kind: str, row: str | None) -> None:
 def test_explain_what_does_not_exist(key: str, meant: str | None) -> None:
     with pytest.raises(UsageError) as caught:
         explain(key)
-    assert caught.value.hint == (f"did you mean {meant!r}?" if meant else "`peftcli schema` lists every key")
+    assert caught.value.hint == (f"did you mean {meant!r}?" if meant else "`peftcli schema` lists every setting")
 
 
 def test_the_example_of_a_setting_is_yaml() -> None:

@@ -222,7 +222,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_found_before_the_model_is_lo
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("training.save_strategy=steps", "training.save_steps=1", f"training.output_dir={tmp_path}/run")
-    assert main(["train", str(recipe), "--dry-run", *settings]) == 0
+    assert main(["train", str(recipe), "--dry-run", "--json", *settings]) == 0
     disk = json.loads(capsys.readouterr().out)["disk"]
     checkpoints = sorted((trainkit.run_recipe(recipe, *settings).folder / "checkpoints").iterdir())
     files = [load_file(checkpoints[0] / name) for name in ("adapter_model.safetensors", "optimizer.safetensors")]

@@ -248,8 +248,10 @@ def test_resume_is_looked_at_of_a_complete_run_too(recipe: Path) -> None:
 @pytest.mark.usefixtures("short")
 def test_a_change_of_a_complete_run_is_refused_even_if_allowed(recipe: Path) -> None:
     run_recipe(recipe)
-    with pytest.raises(UsageError, match="a complete run of another recipe"):
+    with pytest.raises(UsageError, match="a complete run of another recipe") as caught:
         run_recipe(recipe, "training.max_steps=9", allow_change=["training.max_steps"])
+    assert f"training.init_adapter_from={recipe.parent / 'out'}" in str(caught.value.hint)
+    assert str(caught.value).count("\n") < 6
 
 
 def test_an_unknown_key_is_refused(recipe: Path) -> None:

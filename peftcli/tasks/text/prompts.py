@@ -298,6 +298,22 @@ def _read(format: str, row: Row, values: dict[str, Any], column: str | None = No
     return ExampleReader(format, names)(replace(row, values=values))
 
 
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """Return a prompt after a system prompt, in place of the one that training rows share; one of its own stays."""
+    if system is None:
+        return prompt
+    if isinstance(prompt, str):
+        return TextWithSystem(prompt, system)
+    if isinstance(prompt, TextWithSystem):
+        return prompt
+    if isinstance(prompt, AlpacaExample):
+        return prompt if prompt.system else replace(prompt, system=system)
+    messages = prompt if isinstance(prompt, list) else prompt.messages
+    if not messages or messages[0].get("role") not in SYSTEM_ROLES:
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages if isinstance(prompt, list) else replace(prompt, messages=messages)
+
+
 def last_words(prompt: Prompt) -> str:
     """What was asked, in few words: the text, the last turn, or the instruction."""
     if isinstance(prompt, str):

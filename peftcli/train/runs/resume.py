@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from peftcli.core.protocols import layers_of
 from peftcli.errors import StorageError, UsageError
+from peftcli.guard.files import command_word
 from peftcli.models import hub_files
 from peftcli.recipe import to_dict, to_yaml
 from peftcli.schema import BaseModel, Dataset, Recipe, Source
@@ -220,7 +221,8 @@ def _choose(
     shown = [f"  {change}" for change in differing[:_SHOWN]]
     if len(differing) > _SHOWN:
         shown.append(f"  and {len(differing) - _SHOWN} more")
-    hint = _WAYS_OUT
+    start = f"training.init_adapter_from={command_word(str(folder.path))} and another training.output_dir"
+    hint = f"to train on from its adapter, set {start}; to train anew, {_WAYS_OUT}" if complete else _WAYS_OUT
     if not complete and not any(change.is_final for change in refused):
         keys = dict.fromkeys("data" if change.key.startswith("data.") else change.key for change in refused)
         hint += f"; to resume it anyway: {' '.join(f'--allow-change {key}' for key in keys)}"
@@ -233,7 +235,7 @@ def _choose(
     )
 
 
-_SHOWN = 8
+_SHOWN = 3
 """Differences that a refusal shows."""
 _WAYS_OUT = "choose another training.output_dir; or --overwrite: the old run is moved aside once the new is complete"
 
