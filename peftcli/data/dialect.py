@@ -25,6 +25,9 @@ _DELIMITERS = (",", ";", "\t", "|")
 _ENOUGH = 0.9
 """Share of the records with as many fields as the header from which a delimiter is believed."""
 _BAD_BYTES = re.compile("[\udc80-\udcff]")
+_GOOD = re.compile("[^\x00-\x7f\udc80-\udcff]")
+_CERTAIN = 10_000
+"""Characters that are not ASCII after which the rest of a file is not looked at."""
 _UNDEFINED = {0xDC81, 0xDC8D, 0xDC8F, 0xDC90, 0xDC9D}
 """Bytes that cp1252 has no character for, as ``surrogateescape`` decodes them."""
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -122,10 +125,10 @@ def find_encoding(stream: io.BufferedReader, *, whole: bool) -> str:
         if raw.isascii() and not decoder.getstate()[0]:
             continue
         text = decoder.decode(raw)
-        found = _BAD_BYTES.findall(text)
-        bad.update(map(ord, found))
-        if good < 1000:
-            good += sum(not mark.isascii() for mark in text) - len(found)
+        bad.update(map(ord, _BAD_BYTES.findall(text)))
+        good += len(_GOOD.findall(text))
+        if (bad.total() > _CERTAIN and not good) or (good > _CERTAIN and not bad):
+            break
     is_western = bad.total() > 20 * good and not _UNDEFINED & bad.keys()
     return _FALLBACK if is_western else UTF8
 

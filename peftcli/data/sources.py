@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.data.dialect import Dialect
+from peftcli.data.exports import from_export
 from peftcli.data.hub_rows import HubRows
 from peftcli.data.media import SAMPLE, MediaRule, captions_of, describe_media, find_rules, is_media, media_rows
 from peftcli.data.plain_text import HEAD, LINES_OF_TEXT, form_of
@@ -36,7 +37,7 @@ from peftcli.data.rows import Place, Row, add_keys, count_of
 from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError
 from peftcli.guard.files import read_small
-from peftcli.schema import Dataset, Source
+from peftcli.schema import FILE_SETTINGS, Dataset, Source
 from peftcli.system.disk import sha256
 from peftcli.system.hub_requests import is_repo_id
 from peftcli.system.outputs import expand_user
@@ -84,6 +85,7 @@ class ResolvedSource:
         note: str | None = None,
     ):
         self._source, self._hub, self._media = source, hub, media or {}
+        self._tools = dict[str, None]()
         self._captions, self._documents, self._note = captions or {}, documents, note
         self._top = len(str(Path(source.train))) + 1
         self.files = files
@@ -213,12 +215,10 @@ class ResolvedSource:
             found.append(f"left out {count_of(len(self.left_out), 'file')} of other kinds: {first}")
         if not self.files and (how := describe_media(self._media, self._folder, self._captions)):
             found.append(how)
-        for how in dict.fromkeys(filter(None, (dialect.described() for dialect in self.dialects.values()))):
-            found.append(how)
-        return [
-            *(f"{self.name}: {each}" for each in found),
-            *(f"{self.name}: {rule.described()}" for rule in self.rules),
-        ]
+        rules = [rule.described() for rule in self.rules]
+        found += [*dict.fromkeys(filter(None, (dialect.described() for dialect in self.dialects.values()))), *rules]
+        found += [f"an export of {tool}, read as its texts with entities or labels" for tool in self._tools]
+        return [f"{self.name}: {each}" for each in found]
 
     @property
     def _folder(self) -> str:
@@ -247,7 +247,11 @@ class ResolvedSource:
                 if isinstance(row, Row):
                     if label is not None:
                         row.values["label"] = label
-                    row = _named(replace(row, folder=folder), named)
+                    values = row.values
+                    if exported := from_export(values):
+                        tool, values = exported
+                        self._tools[tool] = None
+                    row = _named(replace(row, values=values, folder=folder), named)
                 yield row
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:
@@ -512,9 +516,7 @@ def eval_source(dataset: Dataset) -> Source | None:
     trained = [source for source in dataset.sources() if source.train == name]
     if len(trained) == 1:
         return replace(trained[0], split=split, weight=None, limit=None)
-    same = {
-        key: getattr(dataset, key) for key in ("streaming", "format", "columns", "delimiter", "encoding", "media_root")
-    }
+    same = {key: getattr(dataset, key) for key in ("streaming", "format", "columns", *FILE_SETTINGS)}
     return Source(train=name, split=split, **same)
 
 

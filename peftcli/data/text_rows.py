@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peftcli.data.dialect import NAMES, Dialect, quoting
+from peftcli.data.exports import as_object
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 
@@ -119,6 +120,7 @@ def _parse_line(raw: bytes | None, parser: _Json, text: TextFile) -> Row | DataE
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         message = f"is not a JSON object: {_json_problem(error)}{place}; the line begins {quote(line)}"
         return text.error(message, hint=_line_hint(text, line))
+    value = as_object(value)
     fault = parser.row_fault(value, line)
     hint = _line_hint(text, line) if isinstance(value, list) else None
     return text.error(fault, hint=hint) if fault else text.row(value)
@@ -260,7 +262,7 @@ class JsonStream:
         self._advance(self._at + 1)  # over the opening bracket
         while self._next_char() != "]":
             value, end = self._parse_value()
-            taken = self._buffer[self._at : end]
+            taken, value = self._buffer[self._at : end], as_object(value)
             yield value, _escaped_byte(taken) or self._parser.row_fault(value, taken)
             self._advance(end)
             self._next_item("]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,57 @@ def test_media_root(tmp_path: Path) -> None:
     [row] = open_source(Source(train=str(tmp_path / "a.csv"), media_root=str(tmp_path / "pictures"))).rows()
     assert isinstance(row, Row)
     assert (row.folder / row.values["image"]).is_file()
+
+
+ENTITY = {"text": "Ada lives", "entities": [{"start": 0, "end": 3, "label": "PER"}]}
+CLASS = {"text": "Good", "label": "pos"}
+
+
+def _task(data: dict[str, str], *results: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"id": 1, "data": data, "annotations": [{"result": list(results), **more}]}
+
+
+_PERSON = {"type": "labels", "from_name": "l", "value": {"start": 0, "end": 3, "text": "Ada", "labels": ["PER"]}}
+_CHOICE = {"type": "choices", "from_name": "c", "value": {"choices": ["pos"]}}
+EXPORTS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "Label Studio, entities": (_task({"text": "Ada lives"}, _PERSON), ENTITY, "Label Studio"),
+    "Label Studio, another name": (
+        _task({"body": "Ada lives"}, _PERSON),
+        {"body": "Ada lives", **ENTITY},
+        "Label Studio",
+    ),
+    "Label Studio, choices": (_task({"text": "Good"}, _CHOICE), CLASS, "Label Studio"),
+    "Label Studio, cancelled": (
+        _task({"text": "Good"}, _CHOICE, was_cancelled=True),
+        {"text": "Good", "answer": "ignore"},
+        "Label Studio",
+    ),
+    "Label Studio, JSON-MIN": ({"text": "Ada lives", "label": [_PERSON["value"]]}, ENTITY, "Label Studio"),
+    "doccano": ({"text": "Ada lives", "label": [[0, 3, "PER"]]}, ENTITY, "doccano"),
+    "doccano, relations": (
+        {"text": "Ada lives", "entities": [{"id": 7, "label": "PER", "start_offset": 0, "end_offset": 3}]},
+        ENTITY,
+        "doccano",
+    ),
+    "spaCy": ({"text": "Ada lives", "ents": ENTITY["entities"]}, ENTITY, "spaCy"),
+    "spaCy, classes": ({"text": "Good", "cats": {"pos": 1.0, "neg": 0.0}}, CLASS, "spaCy"),
+    "spaCy, a pair": (
+        ["Ada lives", {"entities": [[0, 3, "PER"]]}],
+        ENTITY,
+        "doccano",
+    ),
+    "Prodigy, a choice": (
+        {"text": "Good", "options": [], "accept": ["pos"]},
+        {**CLASS, "options": [], "accept": ["pos"]},
+        "Prodigy",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_exports_of_annotation_tools(tmp_path: Path, case: str) -> None:
+    exported, expected, tool = EXPORTS[case]
+    for name, content in (("a.jsonl", json.dumps(exported)), ("a.json", json.dumps([exported], indent=1))):
+        rows, said = read(write(tmp_path, name, content))
+        assert rows == [expected]
+        assert said == [f"an export of {tool}, read as its texts with entities or labels"]
