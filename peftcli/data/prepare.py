@@ -106,6 +106,8 @@ def prepare(
             writer.finish(source=opened.name, fingerprint=fingerprint, **about)
 
     store = cached(key, build, on_wait=on_note)
+    if implied := store.about.get("implied"):
+        on_note(f"{opened.name}: reads {implied}; dataset.columns can say otherwise")
     bad = next(store.bad_rows(), None)
     names_files = task.reads_files and opened.path and not times  # whose state is no part of the key
     if bad and stop_at_bad and not names_files:
@@ -140,6 +142,7 @@ class _RowEncoder:
         read = {part for name in names for part in (name, name.partition(".")[0])}
         return {
             "format": reader.name if reader else None,
+            "implied": reader.implied if reader else "",
             "columns_not_read": [name for name in self._columns if name not in read],
         }
 
