@@ -191,7 +191,7 @@ def test_the_keys_of_objects_are_named_as_columns() -> None:
     ("row", "written"),
     [
         ({"promt": "a", "completion": "b"}, "format: prompt_completion, columns: {prompt: promt}"),
-        ({"question": "a", "context": "c", "answer": "b"}, "columns: {prompt: question, completion: answer}"),
+        ({"question": "a", "answer": "b", "response": "c"}, "columns: {prompt: question, completion: answer}"),
         ({"conversation": []}, "columns: {messages: conversation}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "for task: preference"),
         ({"foo": 1, "bar": 2}, "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"),
