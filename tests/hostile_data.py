@@ -200,6 +200,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, int | None, str]] = {
     "a header that is no text": ("a.csv", b"\xc3\xa9,\xe9\n1,2\n", 1, "is not UTF-8"),
     "a NUL byte in the header": ("a.csv", "a,\0\n1,2\n", 1, "contains a NUL byte"),
     "an unknown kind": ("a.doc", "x", None, "unknown file type '.doc'"),
+    "COCO": ("a.json", '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}', None, "is COCO's JSON"),
     "no kind": ("a", "x", None, "unknown file type ''"),
     "a kind that is not unpacked": ("a.jsonl.bz2", bz2.compress(b"{}"), None, "unknown file type '.bz2'"),
 }  # fmt: skip

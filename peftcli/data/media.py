@@ -84,11 +84,11 @@ def find_rules(rows: Sequence[Row], name: str) -> list[MediaRule]:
         if others or known & rows[0].values.keys():
             return []
         return [MediaRule(column, kind, "", "")]
-    for column in sorted(columns, key=lambda each: each not in known):
+    named = known & rows[0].values.keys() if rows else set()
+    for column in [each for each in columns if each in named or not named]:
         if found := _elsewhere(rows, column, name):
             folder, suffix, kind = found
-            is_read = column in _READ[kind]
-            return [MediaRule(column, column if is_read or kind in rows[0].values else kind, folder, suffix)]
+            return [MediaRule(column, column if column in _READ[kind] else kind, folder, suffix)]
     return []
 
 

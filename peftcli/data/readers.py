@@ -68,6 +68,8 @@ _MAX_TEXT = 40_000_000
 """Bytes of one text of a table; far more than can be trained on."""
 _DICTIONARY_PAGE, _NEXT_INT32 = 2, 0x15
 
+_COCO = re.compile(rb'\{\s*"(?:info|licenses|images|annotations|categories)"\s*:')
+_COCO_KEYS = (b'"bbox"', b'"supercategory"', b'"coco_url"', b'"file_name"')
 _CONTENT = {
     b"PAR1\x15": "parquet",
     b"\x1f\x8b": "gzip",
@@ -154,6 +156,11 @@ def read_file(
             yield from JsonStream(text).rows()
         elif kind == ".json" and is_squad(start):
             yield from read_squad(text)
+        elif kind == ".json" and _COCO.match(start) and any(key in start for key in _COCO_KEYS):
+            hint = (
+                "Write a row for each image, with its file in image; of masks with the file of its mask in annotation."
+            )
+            raise DataError("is COCO's JSON, which no task reads", file=source, hint=hint)
         elif kind == ".json" and re.match(rb"\{\s*?\n", start):
             line = head[: head.index(b"{")].count(b"\n") + 1
             hint = "Write the rows as a list of objects, [{...}, {...}], or one object per line."
