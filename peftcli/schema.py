@@ -9,6 +9,8 @@ from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1
 
 NumberOrAuto = int | Literal["auto"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
+FILE_SETTINGS = ("delimiter", "encoding", "media_root")
+"""Settings of how files are read."""
 _MILLION = {"most": 1_000_000}
 """Far above useful values, which take memory in proportion."""
 
@@ -80,6 +82,12 @@ class Source:
     """Use only the first N rows."""
     group_by: str | None = None
     """Column for dataset.group_by. Unset: the value of dataset.group_by."""
+    delimiter: str | None = None
+    """Delimiter of the fields, as in dataset.delimiter. Unset: the value of dataset.delimiter."""
+    encoding: str | None = None
+    """Encoding of the text, as in dataset.encoding. Unset: the value of dataset.encoding."""
+    media_root: str | None = None
+    """Folder of images and sounds, as in dataset.media_root. Unset: the value of dataset.media_root."""
 
     def renamed(self) -> list[tuple[str, str]]:
         """Return each name in ``columns`` with the column of the file that it stands for, or with each of several."""
@@ -92,8 +100,9 @@ class Dataset:
     """The training and evaluation data."""
 
     train: str | None = None
-    """File (.jsonl, .ndjson, .json, .csv, .parquet, .conll, .conllu, each also as .gz or .zst), folder of such files,
-    or hub dataset id."""
+    """File (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, .arrow, .feather, .xlsx, .conll, .conllu, .bio, .iob,
+    each also as .gz or .zst), folder of such files or of images or sounds, folder of ``save_to_disk``, or hub dataset
+    id."""
     mix: list[Source] = field(default_factory=list)
     """Several datasets instead of ``train``: with weights, as in [{train: a.jsonl, weight: 3}, {train: b.jsonl, weight:
     1}], or without, as in [a.jsonl, b.jsonl]."""
@@ -106,12 +115,20 @@ class Dataset:
     group_by: str | None = None
     """Column of ``eval_fraction``: rows with the same value in it stay on one side, as those of one conversation,
     document or person. A name with a dot takes a key of an object. Unset: what ``eval_fraction`` finds alone."""
+    delimiter: str | None = None
+    """Delimiter of the fields of CSV and TSV files: one character, as ";" or "\\t". Unset: found from the file's
+    records among commas, semicolons, tabs and bars, and said if it is not a comma."""
+    encoding: str | None = None
+    """Encoding of text files, as utf-8, cp1252 or utf-16. Unset: found from the file's bytes (a byte order mark, UTF-8,
+    else cp1252), and said if it is not UTF-8."""
+    media_root: str | None = None
+    """Folder to which the paths of images and sounds in the rows are relative. Unset: the folder of the rows' file."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset for training."""
+    """Split of a hub dataset, or of a folder of ``DatasetDict.save_to_disk``, for training."""
     eval_split: str | None = None
     """Split for evaluation, of the hub dataset in ``eval``, or else of the training dataset."""
     streaming: bool = False
@@ -147,7 +164,17 @@ class Dataset:
     def sources(self) -> list[Source]:
         """Return the training datasets: those of ``mix``, or the one of ``train``."""
         if not self.mix:
-            names = ("name", "revision", "split", "streaming", "format", "columns", "limit", "group_by")
+            names = (
+                "name",
+                "revision",
+                "split",
+                "streaming",
+                "format",
+                "columns",
+                "limit",
+                "group_by",
+                *FILE_SETTINGS,
+            )
             return [Source(train=self.train or "", **{name: getattr(self, name) for name in names})]
         return [
             replace(
@@ -155,6 +182,7 @@ class Dataset:
                 format=self.format if source.format == "auto" else source.format,
                 columns=source.columns or self.columns,
                 group_by=source.group_by or self.group_by,
+                **{name: getattr(source, name) or getattr(self, name) for name in FILE_SETTINGS},
             )
             for source in self.mix
         ]

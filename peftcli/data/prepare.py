@@ -8,18 +8,18 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.data.cache import cached
-from peftcli.data.rows import BAD, Place, Reader, Row, Table, count_of, of_all_rows, truth_columns
+from peftcli.data.rows import BAD, Place, Reader, Row, Table, of_all_rows, truth_columns
 from peftcli.data.sources import ResolvedSource, open_source
 from peftcli.data.store import Column, Outcome, Store, Writer
 from peftcli.errors import DataError
-from peftcli.schema import Source
+from peftcli.schema import FILE_SETTINGS, Source
 from peftcli.system.workers import compute_ahead
 
 
@@ -54,7 +54,7 @@ OnRows = Callable[[str, int, bool], None]
 
 _FIRST = 20
 """Rows of a source: where all of them have errors, the rows are not to blame."""
-_KEY = ("split", "name", "format", "columns", "limit", "group_by")
+_KEY = ("split", "name", "format", "columns", "limit", "group_by", *FILE_SETTINGS)
 """Settings of a source that decide what its store holds."""
 _BATCH = 512
 """Rows encoded at once, at most."""
@@ -87,14 +87,14 @@ def prepare(
         DataError: the source cannot be read, holds no rows, or a row that cannot be used.
     """
     opened = open_source(source)
-    if opened.left_out:
-        first = ", ".join(opened.left_out[:3]) + (", ..." if len(opened.left_out) > 3 else "")
-        on_note(f"{opened.name}: left out {count_of(len(opened.left_out), 'file')} of other kinds: {first}")
+    for note in opened.notes():
+        on_note(note)
     fingerprint, times = state = opened.state()
     key = {
         "content": fingerprint,
         "times": times,
         "source": {name: getattr(source, name) for name in _KEY},
+        "media": [asdict(rule) for rule in opened.rules],
         **({"path": [opened.path, str(Path.cwd())]} if task.reads_files else {}),  # rows name files from either
         **encoding,
     }
@@ -106,6 +106,8 @@ def prepare(
             writer.finish(source=opened.name, fingerprint=fingerprint, **about)
 
     store = cached(key, build, on_wait=on_note)
+    if implied := store.about.get("implied"):
+        on_note(f"{opened.name}: reads {implied}; dataset.columns can say otherwise")
     bad = next(store.bad_rows(), None)
     names_files = task.reads_files and opened.path and not times  # whose state is no part of the key
     if bad and stop_at_bad and not names_files:
@@ -140,6 +142,7 @@ class _RowEncoder:
         read = {part for name in names for part in (name, name.partition(".")[0])}
         return {
             "format": reader.name if reader else None,
+            "implied": reader.implied if reader else "",
             "columns_not_read": [name for name in self._columns if name not in read],
         }
 

@@ -18,10 +18,14 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 from peftcli.data.conll import read_conll
+from peftcli.data.dialect import UTF8, Dialect, Recoded, find_delimiter, find_encoding
+from peftcli.data.excel import read_excel
+from peftcli.data.plain_text import read_document, read_text
 from peftcli.data.rows import Place, Row
 from peftcli.data.squad import is_squad, read_squad
 from peftcli.data.text_rows import (
@@ -38,7 +42,12 @@ from peftcli.data.text_rows import (
 from peftcli.errors import DataError
 from peftcli.guard.files import irregular_kind
 
-EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".conll", ".conllu")
+_TABLES = (".csv", ".tsv")
+_TAGGED = (".conll", ".conllu", ".bio", ".iob")
+EXTENSIONS = (
+    *(".jsonl", ".ndjson", ".json", *_TABLES, ".txt", ".parquet", ".arrow", ".feather", ".xlsx"),
+    *_TAGGED,
+)
 """Extensions of the files that can be read."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 """Extensions of compressed files, as in ``a.jsonl.gz``."""
@@ -59,11 +68,15 @@ _MAX_TEXT = 40_000_000
 """Bytes of one text of a table; far more than can be trained on."""
 _DICTIONARY_PAGE, _NEXT_INT32 = 2, 0x15
 
+_COCO = re.compile(rb'\{\s*"(?:info|licenses|images|annotations|categories)"\s*:')
+_COCO_KEYS = (b'"bbox"', b'"supercategory"', b'"coco_url"', b'"file_name"')
 _CONTENT = {
     b"PAR1\x15": "parquet",
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "a .zip or .xlsx file",
+    b"\xd0\xcf\x11\xe0": "an Excel file of the old format .xls",
+    b"FEA1": "a Feather file of version 1",
     b"BZh9": "bzip2",
     b"\xfd7zXZ\0": "xz",
     b"ARROW1\0\0": "an Arrow file",
@@ -89,32 +102,65 @@ def kind_of(name: str) -> tuple[str, str] | None:
     return None if kind is None else (kind, compression)
 
 
-def read_file(path: Path, source: str) -> Iterator[Row | DataError]:
+def find_dialect(path: Path, source: str, *, delimiter: str | None = None, encoding: str | None = None) -> Dialect:
+    """Find how the text of a file is to be read, as far as it is not given.
+
+    JSON is UTF-8, or UTF-16 with a byte order mark. What cannot be read now is an error when the rows are read.
+    """
+    kind, compression = check_file(path, source)
+    if kind in _TABLES_OF:
+        return Dialect()
+    found = Dialect(encoding=encoding or UTF8)
+    damaged = (OSError, EOFError, zlib.error)
+    with suppress(*damaged), ExitStack() as stack:
+        if encoding is None:
+            stream = _open_uncompressed(path, compression, stack)
+            found = replace(found, encoding=find_encoding(stream, whole=kind not in _JSON))
+        if kind in _TABLES:
+            stream = _recoded(_open_uncompressed(path, compression, stack), found.encoding)
+            default = "\t" if kind == ".tsv" else ","
+            found = replace(find_delimiter(stream, delimiter, default), encoding=found.encoding)
+    return found
+
+
+def read_file(
+    path: Path, source: str, dialect: Dialect | None = None, *, is_document: bool = False
+) -> Iterator[Row | DataError]:
     """Yield the rows of a file in order; for a bad row, the error about it.
 
-    ``source`` names the file in messages.
+    ``source`` names the file in messages. ``dialect``: how its text is read; None: found from its bytes.
+    ``is_document``: it is a text file that is one row.
 
     Raises:
         DataError: the file, or the rest of it, cannot be read.
     """
     kind, compression = check_file(path, source)
-    text = TextFile(source)
+    text, dialect = TextFile(source), dialect or find_dialect(path, source)
     with _translated_errors(path, compression, text), ExitStack() as stack:
         text.stream = _open_uncompressed(path, compression, stack)
-        if kind == ".parquet":
-            yield from _read_parquet(text, stack.enter_context(_seekable(text.stream, compression)))
+        if kind in _TABLES_OF:
+            yield from _TABLES_OF[kind](text, stack.enter_context(_seekable(text.stream, compression)))
             return
+        _check_is_text(text.stream.peek(), source)
+        if dialect.encoding != UTF8:
+            text.stream, text.encoding = _recoded(text.stream, dialect.encoding), dialect.encoding
         head = text.stream.peek()
-        _check_is_text(head, source)
         start = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
-        if kind == ".csv":
-            yield from read_csv(text)
-        elif kind in (".conll", ".conllu"):
+        if kind in _TABLES:
+            yield from read_csv(text, dialect)
+        elif kind in _TAGGED:
             yield from read_conll(text, universal=kind == ".conllu")
+        elif kind == ".txt":
+            yield from (read_document if is_document else read_text)(text)
         elif kind == ".json" and start.startswith(b"["):
             yield from JsonStream(text).rows()
         elif kind == ".json" and is_squad(start):
             yield from read_squad(text)
+        elif kind == ".json" and _COCO.match(start) and any(key in start for key in _COCO_KEYS):
+            hint = (
+                "Write a row for each image, with its file in image; of masks with the file of its mask in annotation."
+            )
+            raise DataError("is COCO's JSON, which no task reads", file=source, hint=hint)
         elif kind == ".json" and re.match(rb"\{\s*?\n", start):
             line = head[: head.index(b"{")].count(b"\n") + 1
             hint = "Write the rows as a list of objects, [{...}, {...}], or one object per line."
@@ -165,6 +211,10 @@ def check_regular(path: Path, source: str) -> int:
         raise DataError(f"cannot be read: {first_line(error)}", file=source) from error
 
 
+def _recoded(stream: io.BufferedReader, encoding: str) -> io.BufferedReader:
+    return stream if encoding == UTF8 else io.BufferedReader(Recoded(stream, encoding), CHUNK)
+
+
 def _open_uncompressed(path: Path, compression: str, stack: ExitStack) -> io.BufferedReader:
     file: io.BufferedReader = stack.enter_context(io.BufferedReader(path.open("rb", buffering=0), CHUNK))
     if compression == ".gz":
@@ -212,9 +262,7 @@ def _check_is_text(head: bytes, source: str) -> None:
     found = detect_kind(head[:64])
     if not head:
         raise DataError("is empty", file=source)
-    if found in ("UTF-16", "UTF-32"):
-        raise DataError(f"is not UTF-8 but {found}", file=source, line=1, hint="Convert the file to UTF-8.")
-    if found not in ("text", None):
+    if found not in ("text", "UTF-16", "UTF-32", None):
         raise DataError(f"does not match its extension: it is {found}", file=source, hint=ACCEPTED)
 
 
@@ -252,16 +300,17 @@ def _read_parquet(text: TextFile, file: IO[bytes]) -> Iterator[Row | DataError]:
 
 
 def class_names_of(path: Path) -> dict[str, tuple[str, ...]]:
-    """The names of classes that a parquet file which datasets wrote declares, by column; other files declare none."""
+    """The names of classes that a table which datasets wrote declares, by column; other files declare none."""
     kind, compression = kind_of(path.name) or ("", "")
-    if kind != ".parquet":
+    if kind not in (".parquet", ".arrow", ".feather"):
         return {}
     import pyarrow.parquet  # comes with datasets
 
     damaged = (pyarrow.ArrowException, OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
     with suppress(*damaged), ExitStack() as stack:
         file = stack.enter_context(_seekable(_open_uncompressed(path, compression, stack), compression))
-        described = pyarrow.parquet.read_schema(file).metadata or {}
+        schema = pyarrow.parquet.read_schema(file) if kind == ".parquet" else open_arrow(file)[0]
+        described = schema.metadata or {}
         return class_names(json.loads(described[b"huggingface"])["info"]["features"])
     return {}
 
@@ -323,6 +372,49 @@ def _first_page(file: Any, column: Any) -> tuple[int, int]:
                 break
         found.append(number >> 1 ^ -(number & 1))
     return found[0], found[1]
+
+
+def _read_arrow(text: TextFile, file: IO[bytes]) -> Iterator[Row | DataError]:
+    """Read the record batches of Arrow's format for files, or for streams, as datasets writes it."""
+    import pyarrow
+
+    try:
+        _, batches = open_arrow(file)
+        for batch in batches:
+            batch.validate(full=True)  # or places in the file could lead out of it
+            for start in range(0, len(batch), _PARQUET_BATCH):
+                for values in table_rows(batch.slice(start, _PARQUET_BATCH)):
+                    text.number += 1
+                    place = Place(text.source, text.number)
+                    yield Row(values, place) if isinstance(values, dict) else place.error(values)
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        file.seek(0)
+        found = detect_kind(file.read(64))
+        wrong = found if found != "an Arrow file" else None
+        what = f"but {wrong}" if wrong else f"or is damaged: {first_line(error)}"
+        raise DataError(f"is not an Arrow file, {what}", file=text.source) from error
+
+
+def open_arrow(file: IO[bytes]) -> tuple[Any, Iterator[Any]]:
+    """Return the schema and the record batches of an open Arrow file.
+
+    Raises:
+        pyarrow.ArrowException: it is not one.
+    """
+    import pyarrow.ipc
+
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    if not is_file:
+        stream = pyarrow.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+    opened = pyarrow.ipc.open_file(file)
+    return opened.schema, map(opened.get_batch, range(opened.num_record_batches))
+
+
+_TABLES_OF = {".parquet": _read_parquet, ".arrow": _read_arrow, ".feather": _read_arrow, ".xlsx": read_excel}
+"""Extension of a file that is not text -> its reader."""
+_JSON = (".jsonl", ".ndjson", ".json")
 
 
 def table_rows(table: Any) -> Iterator[dict[str, Any] | str]:

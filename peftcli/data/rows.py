@@ -62,6 +62,8 @@ class Reader:
     """The format of the rows, as run.json reports it."""
     names: dict[str, str]
     """The task's column -> the source's."""
+    implied: str = field(default="", kw_only=True)
+    """Which columns are read under other names than the usual ones, though the recipe does not say so."""
 
     def value(self, row: Row, column: str) -> Any:
         """The value of one of the task's columns.

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.dialect import Dialect
+from peftcli.data.exports import from_export
 from peftcli.data.hub_rows import HubRows
+from peftcli.data.media import SAMPLE, MediaRule, captions_of, describe_media, find_rules, is_media, media_rows
+from peftcli.data.plain_text import HEAD, LINES_OF_TEXT, form_of
 from peftcli.data.readers import (
     ACCEPTED,
     COMPRESSED,
@@ -22,19 +28,21 @@ from peftcli.data.readers import (
     check_file,
     check_regular,
     class_names_of,
+    find_dialect,
     kind_of,
     read_file,
     read_stdin,
 )
-from peftcli.data.rows import Place, Row, add_keys
+from peftcli.data.rows import Place, Row, add_keys, count_of
 from peftcli.data.text_rows import first_line, quote
 from peftcli.errors import DataError
-from peftcli.schema import Dataset, Source
+from peftcli.guard.files import read_small
+from peftcli.schema import FILE_SETTINGS, Dataset, Source
 from peftcli.system.disk import sha256
 from peftcli.system.hub_requests import is_repo_id
 from peftcli.system.outputs import expand_user
 
-_SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+_SAVED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that describe a dataset and contain no rows. ``Dataset.save_to_disk`` writes them beside Arrow files."""
 _SPLIT_NAME = (
     r"(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing|[ab])?)|(?P<validation>val(?:id(?:ation)?)?|dev|eval(?:uation)?))"
@@ -45,19 +53,15 @@ _WHOLE_SPLIT = re.compile(
     rf"(?:.*[^a-z])?{_SPLIT_NAME}(?:[ _-]?(?:set|images|of|\d))*(?:\.\w+)*", re.IGNORECASE | re.DOTALL
 )
 """A folder or file that is a split: ``test_set``, ``val2017``, ``my-test.csv``. Others mention it: test_tube."""
+_MAX_DESCRIPTION = 1 << 20
+_EVALUATED = ("validation", "valid", "val", "dev", "eval", "test")
+"""Splits for evaluation, the likeliest first."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FILE_ENDINGS = (
     *(*EXTENSIONS, *COMPRESSED),
-    *(".txt", ".tsv", ".md", ".zip", ".bz2", ".xz", ".arrow", ".yaml", ".xlsx"),
+    *(".md", ".zip", ".bz2", ".xz", ".yaml", ".xls", ".pkl", ".spacy"),
 )
 """A name with one of these endings is a file, though it could be a hub id."""
-_MEDIA = {
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image"),
-    **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio"),
-}
-"""Extension of a file of an image or a sound -> column with its path."""
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""A byte of a name that is not UTF-8, as Python reads it."""
 _MAX_DEPTH, _MAX_FILES = 100, 1_000_000
 """Levels of folders, and entries of all folders of a source together."""
 
@@ -76,8 +80,13 @@ class ResolvedSource:
         hub: HubRows | None = None,
         media: Mapping[str, str] | None = None,
         left_out: Sequence[str] = (),
+        captions: Mapping[str, str] | None = None,
+        documents: bool = False,
+        note: str | None = None,
     ):
         self._source, self._hub, self._media = source, hub, media or {}
+        self._tools = dict[str, None]()
+        self._captions, self._documents, self._note = captions or {}, documents, note
         self._top = len(str(Path(source.train))) + 1
         self.files = files
         """The files of rows by name, in order; none for a folder of media or a dataset on the hub."""
@@ -122,7 +131,7 @@ class ResolvedSource:
         if not self._media:
             return hashes, ""
         sizes, times = hashlib.sha256(), hashlib.sha256()
-        for name, path in self._media.items():
+        for name, path in chain(self._media.items(), ((path, path) for path in self._captions.values())):
             try:
                 found = Path(path).stat()
             except OSError as error:
@@ -156,16 +165,94 @@ class ResolvedSource:
         if empty:
             raise DataError("contains no rows", file=self.name)
 
+    @cached_property
+    def dialects(self) -> dict[str, Dialect]:
+        """How the text of each file is read: as the source says, else as found from its bytes."""
+        given = {"delimiter": self._source.delimiter, "encoding": self._source.encoding}
+        return {name: find_dialect(path, name, **given) for name, path in self.files.items()}
+
+    @cached_property
+    def rules(self) -> list[MediaRule]:
+        """How columns name files that lie elsewhere or lack a suffix, by the first rows.
+
+        Where a name in the header names such a file too, the header is a row, and the columns get other names.
+        """
+        found = self._rules()
+        name = next(iter(self.dialects), "")
+        if found and name and (columns := self._names_of_columns(found[0], name)):
+            self.dialects[name] = replace(self.dialects[name], columns=columns)
+            found = self._rules()
+        return found
+
+    def _rules(self) -> list[MediaRule]:
+        if self._hub is not None or not self.files:
+            return []
+        with suppress(DataError):
+            first = islice((row for row in self._plain_rows() if isinstance(row, Row)), SAMPLE)
+            return find_rules(list(first), Path(next(iter(self.files))).name)
+        return []
+
+    def _names_of_columns(self, rule: MediaRule, name: str) -> tuple[str, ...]:
+        """Names for the columns of a file whose header is a row; those of LJSpeech where there are as many."""
+        path, root = self.files[name], self._source.media_root
+        folder = expand_user(Path(root)) if root else path.parent
+        if kind_of(path.name) not in ((".csv", ""), (".tsv", "")):
+            return ()
+        if not (folder / f"{rule.folder}{rule.column}{rule.suffix}").is_file():
+            return ()
+        first = next((row for row in read_file(path, name, self.dialects[name]) if isinstance(row, Row)), None)
+        columns = list(first.values) if first else []
+        if not columns or columns[0] != rule.column:
+            return tuple(f"column_{at}" for at in range(1, len(columns) + 1))
+        known = {2: ("id", "text"), 3: ("id", "raw_text", "text")}
+        return known.get(len(columns), ("id", *(f"column_{at}" for at in range(2, len(columns) + 1))))
+
+    def notes(self) -> list[str]:
+        """Return what was chosen while the source was opened, a line each."""
+        found = [self._note] if self._note else []
+        if self.left_out:
+            first = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+            found.append(f"left out {count_of(len(self.left_out), 'file')} of other kinds: {first}")
+        if not self.files and (how := describe_media(self._media, self._folder, self._captions)):
+            found.append(how)
+        rules = [rule.described() for rule in self.rules]
+        found += [*dict.fromkeys(filter(None, (dialect.described() for dialect in self.dialects.values()))), *rules]
+        found += [f"an export of {tool}, read as its texts with entities or labels" for tool in self._tools]
+        return [f"{self.name}: {each}" for each in found]
+
+    @property
+    def _folder(self) -> str:
+        return str(Path(self._source.train))
+
     def _file_rows(self) -> Iterator[Row | DataError]:
         if not self.files:
-            yield from _media_rows(self._media, str(Path(self._source.train)))
+            yield from media_rows(self._media, self._folder, self._captions)
             return
-        declared = self.class_names()
+        rules = self.rules
+        for row in self._plain_rows():
+            if isinstance(row, Row):
+                for rule in rules:
+                    rule.apply(row)
+            yield row
+
+    def _plain_rows(self) -> Iterator[Row | DataError]:
+        """Yield the rows of the files."""
+        declared, root = self.class_names(), self._source.media_root
         for name, path in self.files.items():
             own = self._class_names[name]
             named = {column: names for column, names in own.items() if names != declared[column]}
-            for row in read_file(path, name):
-                yield _named(replace(row, folder=path.parent), named) if isinstance(row, Row) else row
+            folder = expand_user(Path(root)) if root else path.parent
+            label = path.parent.name if self._documents and path.parent != Path(self._source.train) else None
+            for row in read_file(path, name, self.dialects[name], is_document=self._documents):
+                if isinstance(row, Row):
+                    if label is not None:
+                        row.values["label"] = label
+                    values = row.values
+                    if exported := from_export(values):
+                        tool, values = exported
+                        self._tools[tool] = None
+                    row = _named(replace(row, values=values, folder=folder), named)
+                yield row
 
     def _hub_rows(self, hub: HubRows) -> Iterator[Row | DataError]:
         for number, values in enumerate(hub.rows(), start=1):
@@ -227,30 +314,35 @@ def display_name(name: str) -> str:
 
 
 def _open_folder(source: Source, folder: Path) -> ResolvedSource:
-    """Resolve a folder: its files of rows, with the media that they may name; without any, its media are the rows."""
+    """Resolve a folder: its files of rows, with the media that they may name; without any, its media are the rows.
+
+    Texts are rows where there is nothing else.
+    """
     top, shown = source.train, display_name(source.train)
     listed = {path[len(str(folder)) + 1 :]: path for path in _walk(str(folder), top)}
     names = sorted(listed, key=lambda name: name.split("/"))
+    saved, note = _saved_split(source, names)
     descriptions = {name for name in names if name.rpartition("/")[2] in _SAVED}
-    if descriptions and any(name.endswith(".arrow") for name in names):
-        hint = "Write the dataset with Dataset.to_parquet, and give that file."
-        raise DataError("was written by Dataset.save_to_disk, whose format cannot be read", file=shown, hint=hint)
     media = [name for name in names if is_media(name)]
     files = [name for name in names if kind_of(name) and name not in descriptions]
-    found, read = files or media, set(files)
+    if saved is not None:
+        files, media = saved, []
+    texts = [name for name in files if kind_of(name) == (".txt", "")]
+    captions = captions_of((listed[name] for name in media), {name: listed[name] for name in texts})
+    if len(texts) < len(files) or media:
+        files = [name for name in files if name not in texts]
+    found, read = files or media, {*files, *((name for name in texts) if captions else ())}
     if not found:
         there = display_name(", ".join(names[:5])[:200]) or "nothing"
         message = f"the folder contains no file that can be read; it contains: {there}"
         raise DataError(message, file=shown, hint=ACCEPTED)
-    split_of = _split_in_name if files else _split_of_folder
-    of_split = {split: name for name in found if (split := split_of(name))}
-    unnamed = [name for name in files if not _split_in_name(name)]
-    if unnamed and any(_whole_split(name.split("/")) for name in files):
-        of_split.setdefault("train", unnamed[-1])
-    splits = [display_name(of_split[split]) for split in ("train", "validation", "test") if split in of_split]
-    if len(splits) > 1:
-        message = f"the folder contains several splits: {' and '.join(splits)}"
-        raise DataError(message, file=shown, hint="Give the file or subfolder of one split; dataset.mix takes several.")
+    if saved is None:
+        _refuse_splits(found, files, shown)
+    documents = bool(texts) and files == texts and _are_documents(files, listed)
+    if documents:
+        classes = len({name.rpartition("/")[0] for name in files if "/" in name})
+        note = f"{count_of(len(files), 'text')}, a row each"
+        note += f", labelled by {count_of(classes, 'folder')}" if classes else ""
 
     def called(name: str) -> str:
         return display_name(f"{top.rstrip('/')}/{name}")
@@ -261,29 +353,56 @@ def _open_folder(source: Source, folder: Path) -> ResolvedSource:
         source,
         {called(name): Path(listed[name]) for name in files},
         media={called(name): listed[name] for name in media},
-        left_out=[display_name(name) for name in names if not is_media(name) and name not in read],
+        left_out=[display_name(name) for name in names if not (saved or is_media(name) or name in read)],
+        captions={} if files else captions,
+        documents=documents,
+        note=note,
     )
 
 
-def is_media(name: str) -> bool:
-    """Return whether a file name has the extension of an image or a sound."""
-    return Path(name).suffix.lower() in _MEDIA
+def _refuse_splits(found: Sequence[str], files: Sequence[str], shown: str) -> None:
+    """Raise DataError if a folder contains several splits."""
+    split_of = _split_in_name if files else _split_of_folder
+    of_split = {split: name for name in found if (split := split_of(name))}
+    unnamed = [name for name in files if not _split_in_name(name)]
+    if unnamed and any(_whole_split(name.split("/")) for name in files):
+        of_split.setdefault("train", unnamed[-1])
+    splits = [display_name(of_split[split]) for split in ("train", "validation", "test") if split in of_split]
+    if len(splits) > 1:
+        message = f"the folder contains several splits: {' and '.join(splits)}"
+        raise DataError(message, file=shown, hint="Give the file or subfolder of one split; dataset.mix takes several.")
 
 
-def _media_rows(files: Mapping[str, str], top: str) -> Iterator[Row | DataError]:
-    """Yield one row per image or sound, by names and paths, labelled with the name of its folder.
+def _are_documents(files: Sequence[str], listed: Mapping[str, str]) -> bool:
+    """Whether each of several text files is a row, and not each of its lines: those of one split are read by lines."""
+    if len(files) < 2 or any(map(_whole_split, ([name.rpartition("/")[2]] for name in files))):
+        return False
+    with Path(listed[files[0]]).open("rb") as file:
+        return form_of(file.read(HEAD)) == LINES_OF_TEXT
 
-    photos/cat/1.jpg becomes {"image": "photos/cat/1.jpg", "label": "cat"}. Files directly in ``top`` have no label.
-    """
-    for name, path in files.items():
-        values, place = {_MEDIA[Path(path).suffix.lower()]: path}, Place(name, 1)
-        folder = path.rpartition("/")[0]
-        if folder != top:
-            values["label"] = folder.rpartition("/")[2]
-        if _NOT_UTF8.search(values.get("label", "")):
-            yield place.error("the name of its folder is not UTF-8", key="label", hint="Rename the folder.")
-        else:
-            yield Row(values, place)
+
+def saved_splits(name: str) -> list[str]:
+    """Return the splits of a folder that ``DatasetDict.save_to_disk`` wrote; none for anything else."""
+    path = expand_user(Path(name)) / "dataset_dict.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        splits = json.loads(read_small(path, _MAX_DESCRIPTION))["splits"]
+        return [split for split in splits if isinstance(split, str)]
+    return []
+
+
+def _saved_split(source: Source, names: Sequence[str]) -> tuple[list[str] | None, str | None]:
+    """The Arrow files that ``save_to_disk`` wrote of the source's split, and what to say; None for other folders."""
+    arrow = [name for name in names if name.endswith(".arrow") and not name.rpartition("/")[2].startswith("cache-")]
+    if "state.json" in names:
+        return [name for name in arrow if "/" not in name], None
+    if "dataset_dict.json" not in names:
+        return None, None
+    splits = saved_splits(source.train)
+    if source.split not in splits:
+        message = f"has no split {source.split!r}; it has: {', '.join(splits)[:200]}"
+        raise DataError(message, file=display_name(source.train), key="dataset.split")
+    note = f"the split {source.split} of {', '.join(splits)[:200]}"
+    return [name for name in arrow if name.rpartition("/")[0] == source.split], note
 
 
 def _split_in_name(name: str) -> str | None:
@@ -390,11 +509,15 @@ def eval_source(dataset: Dataset) -> Source | None:
     name = dataset.eval or (dataset.train if dataset.eval_split else None)
     if name is None:
         return None
-    split = "train" if exists_locally(name) else dataset.eval_split or dataset.split
+    split = dataset.eval_split or dataset.split
+    if exists_locally(name):
+        splits = saved_splits(name)
+        split = dataset.eval_split or next(filter(splits.__contains__, _EVALUATED), "train") if splits else "train"
     trained = [source for source in dataset.sources() if source.train == name]
     if len(trained) == 1:
         return replace(trained[0], split=split, weight=None, limit=None)
-    return Source(train=name, split=split, streaming=dataset.streaming, format=dataset.format, columns=dataset.columns)
+    same = {key: getattr(dataset, key) for key in ("streaming", "format", "columns", *FILE_SETTINGS)}
+    return Source(train=name, split=split, **same)
 
 
 def read_rows(source: Path) -> list[Row]:

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from peftcli.data.dialect import NAMES, Dialect, quoting
+from peftcli.data.exports import as_object
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
 
@@ -37,6 +39,8 @@ class TextFile:
 
     def __init__(self, source: str):
         self.source = source
+        self.encoding = "UTF-8"
+        """Of the file; the stream is UTF-8."""
         self.number = 0
         """Number of the last row."""
         self.line = 0
@@ -72,7 +76,8 @@ class TextFile:
     def error(self, message: str, *, line: int | None = None, hint: str | None = None) -> DataError:
         """Return an error about the current line, or about ``line``."""
         if message.startswith("is not UTF-8"):  # other rows may be wrong too, and be read
-            hint = "Convert the file to UTF-8."
+            hint = "Convert the file to UTF-8, or name its encoding: dataset: {encoding: cp1252}."
+            message = message.replace("UTF-8", self.encoding, 1)
         return DataError(message, file=self.source, line=line or self.line, hint=hint)
 
 
@@ -115,6 +120,7 @@ def _parse_line(raw: bytes | None, parser: _Json, text: TextFile) -> Row | DataE
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         message = f"is not a JSON object: {_json_problem(error)}{place}; the line begins {quote(line)}"
         return text.error(message, hint=_line_hint(text, line))
+    value = as_object(value)
     fault = parser.row_fault(value, line)
     hint = _line_hint(text, line) if isinstance(value, list) else None
     return text.error(fault, hint=hint) if fault else text.row(value)
@@ -256,7 +262,7 @@ class JsonStream:
         self._advance(self._at + 1)  # over the opening bracket
         while self._next_char() != "]":
             value, end = self._parse_value()
-            taken = self._buffer[self._at : end]
+            taken, value = self._buffer[self._at : end], as_object(value)
             yield value, _escaped_byte(taken) or self._parser.row_fault(value, taken)
             self._advance(end)
             self._next_item("]")
@@ -343,12 +349,12 @@ def _escaped_byte(text: str) -> str | None:
     return None
 
 
-def read_csv(text: TextFile) -> Iterator[Row | DataError]:
-    """Read a header, then one row per record. Fields stay text."""
+def read_csv(text: TextFile, dialect: Dialect) -> Iterator[Row | DataError]:
+    """Read a header, unless the dialect names the columns, then one row per record. Fields stay text."""
     csv.field_size_limit(2 * MAX_ROW)
     lines = _CsvLines(text)
-    reader = csv.reader(lines, strict=True)
-    header: list[str] | None = None
+    reader = csv.reader(lines, strict=True, delimiter=dialect.delimiter, quoting=quoting(dialect.quoted))
+    header: list[str] | None = list(dialect.columns) or None
     while True:
         start = reader.line_num + 1
         lines.size, lines.fault = 0, None
@@ -362,10 +368,10 @@ def read_csv(text: TextFile) -> Iterator[Row | DataError]:
         if header is None and (record or lines.fault):
             if lines.fault:
                 raise text.error(lines.fault)
-            header = _header(record, text)
+            header = _header(record, text, dialect.delimiter)
         elif record or lines.fault:
             text.number += 1
-            yield text.error(lines.fault) if lines.fault else _record(header or [], record, text)
+            yield text.error(lines.fault) if lines.fault else _record(header or [], record, text, dialect.delimiter)
 
 
 class _CsvLines:
@@ -391,14 +397,14 @@ class _CsvLines:
                     yield piece.replace(b"\0", b"").decode("utf-8", "replace")
 
 
-def _record(header: list[str], record: list[str], text: TextFile) -> Row | DataError:
+def _record(header: list[str], record: list[str], text: TextFile, delimiter: str) -> Row | DataError:
     if len(record) == len(header):
         return text.row({name: value for name, value in zip(header, record, strict=True) if name})
-    message = f"{len(record)} fields, but the header has {len(header)}: {quote(','.join(record))}"
-    return text.error(message, hint="Put fields that hold commas in double quotes.")
+    message = f"{len(record)} fields, but the header has {len(header)}: {quote(delimiter.join(record))}"
+    return text.error(message, hint=f"Put fields that hold {NAMES.get(delimiter, repr(delimiter))} in double quotes.")
 
 
-def _header(record: list[str], text: TextFile) -> list[str]:
+def _header(record: list[str], text: TextFile, delimiter: str) -> list[str]:
     """The names of the columns; a first of several without a name, as pandas writes its index, is not read."""
     names = [name.strip() for name in record]
     if "" in (names[1:] or names):
@@ -406,8 +412,10 @@ def _header(record: list[str], text: TextFile) -> list[str]:
         raise text.error(f"column {names.index('', len(names) > 1) + 1} of the header has no name", hint=hint)
     if len(set(names)) < len(names):
         raise text.error(f"the header names {quote(first_duplicate(names))} twice")
-    if len(names) == 1 and (separator := next((mark for mark in ";\t" if mark in names[0]), None)):
-        raise text.error(f"one column, {quote(names[0])}: fields are separated by commas, not by {separator!r}")
+    if len(names) == 1 and (found := next((mark for mark in ",;\t|" if mark in names[0]), None)):
+        used = NAMES.get(delimiter, repr(delimiter))
+        message = f"one column, {quote(names[0])}: fields are separated by {used}, not by {found!r}"
+        raise text.error(message, hint=f"Name the delimiter: dataset: {{delimiter: {json.dumps(found)}}}.")
     return names
 
 

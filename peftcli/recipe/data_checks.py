@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from peftcli.data.sources import is_path
+from peftcli.data.dialect import is_encoding
+from peftcli.data.sources import is_path, saved_splits
 from peftcli.guard.ranges import out_of_range
 from peftcli.methods import METHODS
 from peftcli.recipe.names import closest, closest_file
@@ -25,7 +26,7 @@ _MAX_SUGGESTIONS = 20
 
 def check_data(recipe: Recipe, report: Report) -> None:
     """Report the problems of the section ``dataset``, alone and with task and method."""
-    for part in (_train_or_mix, _paths, _hub_settings, _mix, _repeats, _evaluation_rows, _allowed):
+    for part in (_train_or_mix, _paths, _hub_settings, _file_settings, _mix, _repeats, _evaluation_rows, _allowed):
         part(recipe.dataset, report)
     _rows(recipe, report)
 
@@ -118,14 +119,31 @@ def _hub_settings(dataset: Dataset, report: Report) -> None:
         if not exists(source.train):
             continue
         for name, default in _HUB_SETTINGS.items():
+            if name == "split" and saved_splits(source.train):
+                continue
             if getattr(source, name) != default:
                 more = "; local files are always streamed" if name == "streaming" else ""
                 report((f"{key}.{name}", f"{key}.train"), f"applies to hub datasets, but {key}.train is local{more}")
     evaluated = "train" if dataset.eval is None else "eval"
-    if dataset.eval_split is not None and exists(getattr(dataset, evaluated) or ""):
+    named_by = getattr(dataset, evaluated) or ""
+    if dataset.eval_split is not None and exists(named_by) and not saved_splits(named_by):
         named = ("dataset.eval_split", f"dataset.{evaluated}")
         more = "; dataset.eval_fraction holds rows of it out" if evaluated == "train" else ""
         report(named, f"applies to hub datasets, but dataset.{evaluated} is local{more}")
+
+
+def _file_settings(dataset: Dataset, report: Report) -> None:
+    parts: list[tuple[str, Dataset | Source]] = [("dataset", dataset)]
+    parts += [(f"dataset.mix[{at}]", source) for at, source in enumerate(dataset.mix)]
+    for key, part in parts:
+        if part.delimiter is not None and (len(part.delimiter) != 1 or part.delimiter in '"\r\n'):
+            report((f"{key}.delimiter",), 'must be one character, as ";" or "\\t", and no quote')
+        if part.encoding is not None and not is_encoding(part.encoding):
+            report(
+                (f"{key}.encoding",), f"unknown encoding: {part.encoding[:60]!r}; known are utf-8, cp1252, utf-16 ..."
+            )
+        if part.media_root is not None and not exists(part.media_root):
+            report((f"{key}.media_root",), f"no such folder: {part.media_root[:200]}", closest_file(part.media_root))
 
 
 def _mix(dataset: Dataset, report: Report) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from peftcli.tasks.labels import (
     LabelReader,
     LabelScan,
     Tables,
+    balanced_weights,
     describe_counts,
     index_of,
     joined_labels,
@@ -65,12 +67,12 @@ class Classification(Task[Settings]):
         super().__init__(settings, processor, base)
         self.labels = tuple(settings.labels or ())
         """Names of the classes, in the order of the model's outputs; none for regression."""
-        single, weights = settings.problem_type == "single_label", settings.class_weights or {}
+        single, weights = settings.problem_type == "single_label", settings.class_weights
         for key in ("labels", "class_weights"):
             if settings.problem_type == "regression" and getattr(settings, key):
                 raise DataError("is a setting of classes; regression predicts a number", key=f"task.{key}")
         self._index = index_of(self.labels, "class", by_number=settings.labels_by_number and single)
-        self._weights = torch.tensor(weights_of(self.labels, weights))
+        self._weights = torch.tensor(weights_of(self.labels, weights if isinstance(weights, dict) else {}))
         separator, several = settings.label_separator, settings.problem_type in (None, "multi_label")
         if separator is not None and not (separator and several):
             problem = f"a row has one label with problem_type: {settings.problem_type}" if separator else "is empty"
@@ -99,7 +101,8 @@ class Classification(Task[Settings]):
     @property
     def needs_scan(self) -> bool:
         kind = self.settings.problem_type
-        return kind is None or (kind != "regression" and not self.labels)
+        is_open = not self.labels or self.settings.class_weights == "balanced"
+        return kind is None or (kind != "regression" and is_open)
 
     def scan(self, tables: Tables) -> Settings:
         """Find what kind of labels the rows have, and the names of the classes.
@@ -108,9 +111,10 @@ class Classification(Task[Settings]):
         n - 1 keep their numbers.
         """
         scan, seen, floats, repeats = LabelScan(), dict[str, float | None](), False, False
-        lengths = set[int]()  # of lists
+        lengths, counts = set[int](), Counter[str]()  # of lists
         for label in scan.labels(tables, self.read, lambda row, reader: reader.label(row)):
             names = label if isinstance(label, list) else [label]
+            counts.update(map(str, names))
             seen |= {str(name): number_of(name) for name in names}
             floats = floats or isinstance(label, float)
             repeats = repeats or len(set(names)) < len(names)
@@ -135,7 +139,12 @@ class Classification(Task[Settings]):
             raise DataError(f"{found}; a classifier needs two classes", key="dataset.train", hint=hint)
         kind = kind or "single_label"
         by_number = self.settings.labels_by_number and kind == "single_label" and bool(self.labels or scan.all_declare)
-        return replace(self.settings, labels=labels, problem_type=kind, labels_by_number=by_number)
+        weights: Any = self.settings.class_weights
+        if weights == "balanced":
+            weights = balanced_weights(labels, counts, index_of(labels, "class", by_number=by_number))
+        return replace(
+            self.settings, labels=labels, problem_type=kind, labels_by_number=by_number, class_weights=weights
+        )
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
         columns = {**self.input_columns(table), "label": LABELS}

@@ -74,6 +74,9 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
 
     def __init__(self, settings: settings.FeatureExtractionSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
+        between = settings.score_range
+        if between is not None and (len(between) != 2 or not between[0] < between[1]):
+            raise DataError("must be two numbers, the lower one first, as [0, 5]", key="task.score_range")
         if getattr(base.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"{base.name} is an encoder-decoder; embeddings are those of an encoder or a decoder", key="base_model"
@@ -149,7 +152,7 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
         texts = [text for column in reader.names if column != "score" for text in _texts(row, reader, column)]
         if self.settings.loss == "triplet" and len(texts) < len(_PAIR):
             raise row.place.error("expected a text, found none", key=[*reader.names.values()][-1])
-        score = [_score(row, reader)] if "score" in reader.names else []
+        score = [_score(row, reader, self.settings.score_range)] if "score" in reader.names else []
         example, size = self._example(texts, row, score)
         return Outcome([example], size=size, flags=_TRUNCATED * (size > example.size))
 
@@ -406,12 +409,15 @@ def _texts(row: Row, reader: Reader, column: str) -> list[str]:
     return values
 
 
-def _score(row: Row, reader: Reader) -> float:
-    value = number_in(reader.value(row, "score"))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
-        message = f"expected a number from -1 to 1, as cosines are, found {value!r:.60}"
-        raise row.place.error(message, key=reader.names["score"], hint="Scores from 0 to 5: divide them by 5.")
-    return float(value)
+def _score(row: Row, reader: Reader, between: Sequence[float] | None) -> float:
+    """The score of a row, of a range of its own from 0 to 1."""
+    value, (low, high) = number_in(reader.value(row, "score")), between or (-1, 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        as_cosines = "" if between else ", as cosines are"
+        message = f"expected a number from {low:g} to {high:g}{as_cosines}, found {value!r:.60}"
+        hint = "Where scores have another range, name it: task: {score_range: [0, 5]}."
+        raise row.place.error(message, key=reader.names["score"], hint=hint)
+    return (value - low) / (high - low) if between else float(value)
 
 
 def _reads_one_way(config: Any) -> bool:

@@ -43,12 +43,22 @@ CLASSES = by_name(
 )
 """Those of the classification tasks."""
 
+ANSWERS = by_name(
+    Kind(
+        "several_places",
+        "warning",
+        "have an answer without its place that is in the context more than once; the first place is trained",
+        "Give the place of each answer: answers: {text: [...], answer_start: [...]}.",
+    ),
+)
+"""Those of question_answering."""
+
 MASKS = by_name(
     Kind(
         "binary_masks",
         "warning",
         "have a mask of 0 and 255 only, and 255 does not count",
-        "Where 255 stands for 1, save the masks with 0 and 1: as they are, nothing but 0 is learnt.",
+        "Where 255 stands for 1, set task.binary_masks: true. As they are, nothing but 0 is learnt.",
         error_above=0.5,
     ),
     Kind(
@@ -141,4 +151,4 @@ PICTURES = by_name(
 )
 """Those of text_to_image."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | MASKS | PICTURES | SOUND | EMBEDDINGS
+FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | ANSWERS | MASKS | PICTURES | SOUND | EMBEDDINGS

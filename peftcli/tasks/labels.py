@@ -174,6 +174,16 @@ def weights_of(labels: Sequence[str], given: Mapping[str, float]) -> list[float]
     return weights
 
 
+def balanced_weights(labels: Sequence[str], counts: Mapping[str, int], index: Mapping[str, int]) -> dict[str, float]:
+    """Return weights by which each class counts as much as the others; 1 for a class without rows."""
+    rows = [0] * len(labels)
+    for name, count in counts.items():
+        if name in index:
+            rows[index[name]] += count
+    there = sum(count > 0 for count in rows)
+    return {name: sum(rows) / (there * count) if count else 1.0 for name, count in zip(labels, rows, strict=True)}
+
+
 def _list_in(value: Any) -> Any:
     """Return the list that a text holds as JSON, as CSV files have it; any other value as it is."""
     if not isinstance(value, str) or not _LIST.fullmatch(value):

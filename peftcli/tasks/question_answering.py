@@ -49,6 +49,10 @@ class ScoredSpan:
     end: int
 
 
+_SEVERAL = 1
+"""The flag of a row whose answer was looked up and has several places."""
+
+
 class QuestionAnswering(TextInputs, Task[settings.QuestionAnsweringSettings]):
     """The task ``question_answering``."""
 
@@ -62,6 +66,7 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnsweringSettings]):
         "context": Column("str"),
         "answers": Column("str"),
     }
+    findings_of_flags: ClassVar = {"several_places": _SEVERAL}
     reports = ("loss", "exact_match", "f1")
     main_metric = "f1"
     label_columns = ("answer",)
@@ -91,12 +96,19 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnsweringSettings]):
         return replace(self.settings, unanswerable=False)
 
     def read(self, table: Table, *, labelled: bool = True) -> Reader:
-        return table.reader(
+        found = table.reader(
             "questions",
             optional=() if labelled else ("answers",),
             question=("question",),
             context=("context",),
             answers=("answers", "answer"),
+        )
+        name = found.names.get("answers", "")
+        without = isinstance(table.first.get(name), str)
+        return (
+            replace(found, implied=f"{name}, texts without their place, which is looked up in context")
+            if without
+            else found
         )
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
@@ -112,7 +124,8 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnsweringSettings]):
             message = f"no window of {self.max_length} tokens holds all of the answer {shortened(answers[0][1])}"
             hint = "Raise max_length or task.stride, or shorten the answer."
             raise row.place.error(message, key=reader.names["answers"], hint=hint)
-        return Outcome(examples, size=sum(example.size for example in examples))
+        flags = _SEVERAL * _has_several_places(row, reader)
+        return Outcome(examples, size=sum(example.size for example in examples), flags=flags)
 
     def _windows(self, row: Row, reader: Reader) -> list[Example]:
         """The examples of a row without its answer: the question, and as much of the context as there is room for."""
@@ -313,19 +326,16 @@ def _target(example: Example, answer: tuple[int, int] | None, none: int) -> tupl
 
 
 def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
-    """The place and text of each right answer of a row, without blanks around it; none: it is not in the context."""
-    value, key = reader.value(row, "answers"), reader.names["answers"]
-    context = reader.text(row, "context", blank=False)
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
-        starts = value.get("answer_start")
-        if not isinstance(starts, list) or len(starts) != len(value["text"]):
-            raise row.place.error(f"expected an answer_start for each text, found {shortened(starts)}", key=key)
-        value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]
+    """The place and text of each right answer of a row, without blanks around it; none: it is not in the context.
+
+    An answer without a place is looked up: its first one.
+    """
+    key, context = reader.names["answers"], reader.text(row, "context", blank=False)
     found = []
-    for each in [] if value is None else [value] if isinstance(value, dict) else value:
-        text, start = (each.get(name) for name in ("text", "answer_start")) if isinstance(each, dict) else (None, None)
-        if not isinstance(text, str) or not isinstance(start, int):
-            raise row.place.error(f"expected text and answer_start, found {shortened(each)}", key=key)
+    for text, given in _given_answers(row, reader):
+        start = context.find(text) if given is None else given
+        if given is None and start < 0:
+            raise row.place.error(f"the answer {shortened(text)} is not in the context", key=key)
         there = context[start : start + len(text)] if start >= 0 else ""
         if there != text:
             message = f"the answer {shortened(text)} is not at character {start} of the context: {shortened(there)} is"
@@ -333,6 +343,30 @@ def _answers(row: Row, reader: Reader) -> list[tuple[int, str]]:
         if text.strip():
             found.append((start + len(text) - len(text.lstrip()), text.strip()))
     return found
+
+
+def _given_answers(row: Row, reader: Reader) -> list[tuple[str, int | None]]:
+    """The texts of a row's answers, with their places as far as the row has them."""
+    value, key = reader.value(row, "answers"), reader.names["answers"]
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        starts = value.get("answer_start", [None] * len(value["text"]))
+        if not isinstance(starts, list) or len(starts) != len(value["text"]):
+            raise row.place.error(f"expected an answer_start for each text, found {shortened(starts)}", key=key)
+        value = [{"text": text, "answer_start": start} for text, start in zip(value["text"], starts, strict=True)]
+    found = list[tuple[str, int | None]]()
+    for each in [] if value is None else [value] if isinstance(value, dict | str) else value:
+        answer = {"text": each.strip()} if isinstance(each, str) else each if isinstance(each, dict) else {}
+        text, start = answer.get("text"), answer.get("answer_start")
+        if not isinstance(text, str) or not isinstance(start, int | None):
+            raise row.place.error(f"expected text and answer_start, found {shortened(each)}", key=key)
+        found.append((text, start))
+    return found
+
+
+def _has_several_places(row: Row, reader: Reader) -> bool:
+    """Whether the answer that is trained has no place in the row, and more than one in the context."""
+    given = [(text, start) for text, start in _given_answers(row, reader) if text.strip()]
+    return bool(given) and given[0][1] is None and str(row.values[reader.names["context"]]).count(given[0][0]) > 1
 
 
 TASK = QuestionAnswering

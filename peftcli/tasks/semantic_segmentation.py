@@ -63,11 +63,13 @@ IGNORED = -1
 """In place of a class: the pixel does not count."""
 _USUAL = 255
 """The value of pixels that do not count, unless the recipe names another."""
+_MIDDLE = 127
+"""The largest value of class 0 in a binary mask."""
 _BINARY = 1
 """The flag of a row whose mask has no values but 0 and 255, which does not count."""
 _SHADES = {b"\2\0": 85, b"\4\0": 17}
 """Bits and kind of a grey PNG, as its header has them -> the number by which Pillow multiplies its values."""
-_BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: save it with 0 and 1."
+_BINARY_HINT = "It looks like a binary mask, in which 255 stands for 1: set task: {binary_masks: true}."
 _BYTE = 256
 
 
@@ -133,7 +135,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
     def scan(self, tables: Tables) -> settings.SemanticSegmentationSettings:
         """Find how many classes the masks have. Their names are their numbers."""
         scan = LabelScan()
-        seen = set[int]().union(*scan.labels(tables, self.read, _values_of))
+        seen = set[int]().union(*scan.labels(tables, self.read, self._values_of))
         if scan.error and not seen:
             raise of_all_rows(scan.error)
         first = int(self.settings.reduce_labels)
@@ -162,7 +164,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
         with errors_of_row(row, reader.names["image"]):
             image = open_image(content, file.path)
         with errors_of_row(row, reader.names["annotation"]):
-            values, turn = stored_mask(held, mask.path)
+            values, turn = self._stored_mask(held, mask.path)
             with opened_picture(content, file.path) as stored:
                 stored.load()  # which turns a TIFF
                 if turn == 1 and values.shape == stored.size[::-1]:  # it was not turned alone
@@ -180,6 +182,14 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
         arrays = {**file.arrays(), **mask.arrays("mask_"), "turn": turn, "pixels": pixels}
         example = Example(arrays, resized.numel(), sum(pixels))
         return Outcome([example], size=example.size, flags=_BINARY * bool(binary))
+
+    def _values_of(self, row: Row, reader: Reader) -> set[int]:
+        file, content = file_of(row, reader, "annotation")
+        return set(np.unique(self._stored_mask(content, file.path)[0]).tolist())
+
+    def _stored_mask(self, content: bytes, path: str) -> tuple[np.ndarray, int]:
+        values, turn = stored_mask(content, path)
+        return (values > _MIDDLE).astype(np.uint8) if self.settings.binary_masks else values, turn
 
     def _classes(self, values: np.ndarray, path: str) -> np.ndarray:
         """The class of each pixel, ``IGNORED`` where it does not count."""
@@ -220,7 +230,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
 
     def _read_mask(self, example: Example) -> np.ndarray:
         mask = File.of(example, "mask_")
-        values, _ = stored_mask(mask.read(), mask.path)
+        values, _ = self._stored_mask(mask.read(), mask.path)
         return self._classes(upright(values, int(example.arrays["turn"])), mask.path)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
@@ -336,11 +346,6 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
         write_file(path.with_suffix(".overlay.png"), png(_overlay(image, classes)))
         pixels = np.bincount(seen, minlength=len(self.labels)) / seen.size
         return {"mask": str(path), "shares": dict(zip(self.labels, pixels.tolist(), strict=True))}
-
-
-def _values_of(row: Row, reader: Reader) -> set[int]:
-    file, content = file_of(row, reader, "annotation")
-    return set(np.unique(stored_mask(content, file.path)[0]).tolist())
 
 
 def stored_mask(content: bytes, path: str = "") -> tuple[np.ndarray, int]:

@@ -110,9 +110,12 @@ class ClassificationSettings(TaskSettings):
     label_separator: str | None = field(default=None, metadata=MAY_DIFFER)
     """Separator of several labels in one text, as "|" in `spam|urgent` (multi_label). An empty text has no label.
     Unset: the whole text is the name of one class."""
-    class_weights: dict[str, float] | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
+    class_weights: dict[str, float] | Literal["balanced"] | None = field(
+        default=None, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0
+    )
     """Factors of the loss for rows of a class, as in {spam: 3}; 1 for the other classes. They are not normalised:
-    factors above 1 enlarge the loss and the gradients."""
+    factors above 1 enlarge the loss and the gradients. balanced: the training rows, divided by the number of classes
+    and by the rows of the class, so that each class counts as much as the others."""
 
     @classmethod
     def of_model(cls, config: Any, num_labels: int | None) -> Self:
@@ -229,6 +232,8 @@ class SemanticSegmentationSettings(TaskSettings):
     the values of the training rows' masks."""
     ignore_index: int = field(default=255, metadata={"most": 65_535})  # the largest of a PNG
     """Pixels with this value in the masks count neither in the loss nor in the metrics."""
+    binary_masks: bool = False
+    """Whether masks have two classes, as masks of 0 and 255: values up to 127 are class 0, those above it class 1."""
     reduce_labels: bool = False
     """Whether 0 in the masks means no class and does not count either; the first label is then 1."""
 
@@ -274,6 +279,9 @@ class FeatureExtractionSettings(TaskSettings):
     """What is learnt from a row. contrastive: its positive is closer to its anchor than the positives and negatives of
     the other rows of the batch; cosine: the cosine of two texts is their score; triplet: the positive is closer than
     the row's own negatives. Unset: cosine where rows have scores, else contrastive."""
+    score_range: list[float] | None = field(default=None, metadata=MAY_DIFFER)
+    """cosine: the lowest and the highest score of the rows, as [0, 5], which become 0 and 1. Unset: scores are cosines,
+    from -1 to 1."""
     temperature: float = field(default=0.05, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
     """contrastive: divisor of the cosines; the smaller it is, the more the hardest negatives count."""
     triplet_margin: float = field(default=0.5, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)

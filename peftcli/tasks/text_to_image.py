@@ -22,8 +22,8 @@ from torch import nn
 
 from peftcli.core.inject import disabled
 from peftcli.data.cache import root
+from peftcli.data.media import is_media
 from peftcli.data.rows import Reader, Row, Table
-from peftcli.data.sources import is_media
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import DataError
 from peftcli.models.diffusion import Picture

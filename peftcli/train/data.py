@@ -24,6 +24,7 @@ from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Task, encoding, require_extra
 from peftcli.tasks.found import find_task
+from peftcli.tasks.text.formats import implied_format
 from peftcli.train.batches import num_workers
 from peftcli.train.events import Message, OnEvent, RowsRead, warning
 from peftcli.train.plan import Plan
@@ -243,6 +244,8 @@ def with_task(recipe: Recipe, tell: OnEvent = lambda event: None) -> Recipe:
         return recipe
     table, _ = _table(recipe.dataset.sources()[0])
     columns, renamed = {*table.columns, *table.source.columns}, dict(table.source.renamed())
+    if not renamed and (implied := implied_format(table)):
+        columns |= implied[1].keys()
     truths = [each for each in columns if renamed.get(each, each) in table.truths]
     sure = [each for each in truths if is_true_or_false(table.first.get(renamed.get(each, each)))]
     name, reason, needed = find_task(open_base(recipe.base_model).config, columns, sure, truths)

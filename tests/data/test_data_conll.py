@@ -79,7 +79,7 @@ def test_a_line_of_other_columns_is_an_error_with_its_line(tmp_path: Path) -> No
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.conll"
-    path.write_bytes(b"Ada B-PER\n\n\xff O\n\nOslo B-LOC\n")
+    path.write_bytes("Adé B-PER\n\n? O\n\nOslo B-LOC\n".encode().replace(b"?", b"\xff"))
     _, bad, last = read_file(path, "a.conll")
     assert isinstance(bad, DataError)
     assert (bad.line, "is not UTF-8" in bad.message) == (3, True)

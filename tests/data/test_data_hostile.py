@@ -72,7 +72,7 @@ FORMS: dict[str, tuple[dict[str, Any], bytes, bytes]] = {
     "a.jsonl.gz": ({name: BAD_ROWS[name] for name in ("Latin-1", "an object that is cut")}, *LINES_AROUND),
     "a.jsonl.zst": ({name: BAD_ROWS[name] for name in ("a NUL byte", "a key twice")}, *LINES_AROUND),
     "a.json": ({name: BAD_ROWS[name] for name in IN_LISTS}, b'[{"a": "before"},\n', b'\n,\n{"a": "after"}]'),
-    "a.csv": (BAD_RECORDS, b'a,b\n"be\nfore",1\n', b"\nafter,2\n"),
+    "a.csv": (BAD_RECORDS, 'a,b\n"be\nfore",é\n'.encode(), b"\nafter,2\n"),
 }
 """File -> its bad rows, and what stands before and behind each."""
 

@@ -119,10 +119,10 @@ def test_a_folder_that_is_very_deep_or_holds_very_much(tmp_path: Path, monkeypat
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     assert "it contains: nothing" in refused(tmp_path).message
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
     error = refused(tmp_path)
-    assert "it contains: notes.txt" in error.message
-    assert ".jsonl, .ndjson, .json, .csv, .parquet, .conll, .conllu" in (error.hint or "")
+    assert "it contains: notes.md" in error.message
+    assert ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet" in (error.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,24 @@ def test_a_folder_with_several_splits_is_not_trained_on(
         assert set(texts(Source(train=str(tmp_path)))) == {"x"}
 
 
-def test_a_dataset_saved_by_the_library_datasets_is_named(tmp_path: Path) -> None:
+def test_a_folder_of_save_to_disk_is_read_split_by_split(tmp_path: Path) -> None:
     import datasets
 
-    datasets.Dataset.from_list([{"text": "x"}]).save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])}).save_to_disk(tmp_path / "several")
-    for folder in ("one", "several"):
-        assert "written by Dataset.save_to_disk" in refused(tmp_path / folder).message
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    parts = {
+        split: datasets.Dataset.from_list([{"text": split, "label": 1}], features=names) for split in ("train", "test")
+    }
+    parts["train"].save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "several")
+    one = open_source(Source(train=str(tmp_path / "one")))
+    assert (texts(Source(train=str(tmp_path / "one"))), one.class_names()) == (["train"], {"label": ("no", "yes")})
+    dataset = Dataset(train=str(tmp_path / "several"), eval=str(tmp_path / "several"))
+    [train], evaluated = dataset.sources(), eval_source(dataset)
+    assert evaluated is not None
+    assert (texts(train), texts(evaluated)) == (["train"], ["test"])
+    assert open_source(train).notes() == [f"{tmp_path / 'several'}: the split train of train, test"]
+    error = refused(tmp_path / "several", split="validation")
+    assert error.message == "has no split 'validation'; it has: train, test"
 
 
 def test_a_file_that_only_describes_datasets_is_left_out(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_explain_whole_things(key: str, kind: str, row: str | None) -> None:
         ("dataset.mix[0].path", "dataset.train"),
         ("mask_history", "dataset.train_on"),
         ("dpo", "preference.loss"),
-        ("nothing", None),
+        ("qqqq", None),
     ],
 )
 def test_explain_what_does_not_exist(key: str, meant: str | None) -> None:

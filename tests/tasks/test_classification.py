@@ -390,6 +390,13 @@ def test_class_weights_scale_the_loss_of_their_rows() -> None:
     assert measured(weighed, values, logits)["loss"] == pytest.approx((each[0] + 3 * each[1] + 3 * each[2]) / 3)
 
 
+def test_balanced_weights_count_each_class_alike() -> None:
+    task = scanned(rows("a", "b", "b", "b"), class_weights="balanced")
+    assert task.settings.class_weights == {"a": 2.0, "b": pytest.approx(2 / 3)}
+    named = scanned(rows(1, 1, 1, 0), labels=["a", "b"], class_weights="balanced")
+    assert named.settings.class_weights == {"a": 2.0, "b": pytest.approx(2 / 3)}
+
+
 def test_answers() -> None:
     task = scanned(rows("ham", "spam"))
     answer = task._answer(torch.tensor([0.0, math.log(3)]))

@@ -319,6 +319,15 @@ def test_columns_say_what_is_learnt() -> None:
         assert (error.key, error.line) == (key, 1)
 
 
+def test_scores_of_a_range_are_scaled() -> None:
+    scored = [{**SCORED[0], "score": score} for score in (1, 2, 5.5)]
+    low, _, beyond = encoded(task_of(loss="cosine", score_range=[0, 5]), scored)
+    assert low.arrays["score"] == pytest.approx([0.2])
+    assert "from 0 to 5, found 5.5" in beyond.message
+    with pytest.raises(DataError, match="lower one first"):
+        task_of(loss="cosine", score_range=[5, 0])
+
+
 def test_rows_may_have_several_negatives_or_none() -> None:
     pair = {"anchor": "sun", "positive": "tea"}
     none = [{"negative": value} for value in (None, "", [])]

@@ -72,6 +72,16 @@ def test_a_long_context_becomes_windows_that_overlap(kind: str) -> None:
     assert set(texts) == {"Oslo"}
 
 
+@pytest.mark.parametrize("answers", ["Turin", ["Turin"], {"text": ["Turin"]}, {"text": "Turin"}])
+def test_an_answer_without_its_place_is_looked_up(answers: Any) -> None:
+    task = open_task(NAME, "bert")
+    rows = [{**ROW, "answers": answers}, {**ROW, "answers": answers, "context": "Turin! Ada lives in Turin."}]
+    table, found = table_of(rows)
+    first, several = task.encode(found, task.read(table))
+    assert text_at(task, first.examples[0]).lower() == "turin"
+    assert (first.flags, several.flags) == (0, task.findings_of_flags["several_places"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("text", "start"), [(" Turin", 12), ("Turin ", 13), (" ", 12)])
 def test_blanks_around_an_answer_are_no_part_of_it(text: str, start: int, kind: str) -> None:
@@ -107,8 +117,9 @@ def test_an_answer_that_is_missing_is_the_class_token() -> None:
             "'Turin' is not at character 12 of the context: ' Turi' is",
         ),
         ({"answers": {"text": ["Turin"], "answer_start": [99]}}, "is not at character 99"),
-        ({"answers": {"text": ["Turin"]}}, "expected an answer_start for each text"),
-        ({"answers": ["Turin"]}, "expected text and answer_start, found 'Turin'"),
+        ({"answers": {"text": ["Turin"], "answer_start": []}}, "expected an answer_start for each text"),
+        ({"answers": [7]}, "expected text and answer_start, found 7"),
+        ({"answers": "Paris"}, "the answer 'Paris' is not in the context"),
         ({"answers": []}, "has no answer; task.unanswerable is false"),
         ({"question": " "}, "expected a text"),
         ({"question": "Where? " * 30}, "the question leaves 0 of 64 tokens for the context"),

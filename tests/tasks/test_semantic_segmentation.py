@@ -277,6 +277,7 @@ def test_classes_are_found(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="hold the values 0, 128, which hardly are the numbers of classes"):
         scanned([row(tmp_path, [[0, 128]])], NAME, kind="segformer")
+    assert scanned([row(tmp_path, [[0, 255]])], NAME, kind="segformer", binary_masks=True).labels == ("0", "1")
     with pytest.raises(DataError, match="hold the values 0, 255, of which 1 count") as caught:
         scanned([row(tmp_path, [[0, 255]])], NAME, kind="segformer")
     assert "binary mask, in which 255 stands for 1" in str(caught.value.hint)
@@ -355,7 +356,8 @@ def test_the_whole_decode_head_is_saved(reduced: Path) -> None:
     assert tensors["base_model.model.decode_head.batch_norm.running_mean"].abs().max() > 0
     assert json.loads((reduced / "preprocessor_config.json").read_text())["do_reduce_labels"] is True
     described = json.loads((reduced / "task.json").read_text())
-    assert described["settings"] == {"labels": ["red", "blue"], "ignore_index": 255, "reduce_labels": True}
+    settings = {"labels": ["red", "blue"], "ignore_index": 255, "binary_masks": False, "reduce_labels": True}
+    assert described["settings"] == settings
 
 
 @pytest.mark.slow

@@ -163,14 +163,12 @@ def example_reader(table: Table) -> ExampleReader:
     renamed, name = dict(table.source.renamed()), str(table.source.format)
     table.refuse_columns(list(dict.fromkeys(key for each in FORMATS.values() for key in (*each.needs, *each.reads))))
     known_as = (*renamed, *(each for each in table.columns if each not in {*renamed, *renamed.values()}))
-    if name == "auto":
-        try:
-            name = detect_format(known_as)
-        except DataError as error:
-            objects = {column: value for column, value in table.first.items() if isinstance(value, dict)}
-            keys = listed(f"{column}.{key}" for column, value in objects.items() for key in value)
-            hint = f"{error.hint}\nKeys of objects are columns too: {keys}." if objects else error.hint
-            raise DataError(error.message, file=table.described, key=error.key, hint=hint) from None
+    implied = dict[str, str]()
+    if not renamed and (found := implied_format(table)) and name in ("auto", found[0]):
+        name, implied = found
+        renamed, known_as = implied, (*implied, *known_as)
+    elif name == "auto":
+        name = _detected(table, known_as)
     chosen = FORMATS[name]
     known = (*chosen.needs, *chosen.reads)
     table.refuse_columns(known)
@@ -181,7 +179,59 @@ def example_reader(table: Table) -> ExampleReader:
             key="dataset.format",
             hint=_columns_hint([name], known_as),
         )
-    return ExampleReader(name, without_odd(table, {key: renamed.get(key, key) for key in known}))
+    names = without_odd(table, {key: renamed.get(key, key) for key in known})
+    said = ", ".join(f"{column} as {key}" for key, column in implied.items())
+    return ExampleReader(name, names, implied=f"{said} (format {name})" if said else "")
+
+
+def _detected(table: Table, columns: Sequence[str]) -> str:
+    try:
+        return detect_format(columns)
+    except DataError as error:
+        objects = {column: value for column, value in table.first.items() if isinstance(value, dict)}
+        keys = listed(f"{column}.{key}" for column, value in objects.items() for key in value)
+        hint = f"{error.hint}\nKeys of objects are columns too: {keys}." if objects else error.hint
+        raise DataError(error.message, file=table.described, key=error.key, hint=hint) from None
+
+
+_NOT_IMPLIED = {"context", "label", "content", "sentence"}
+"""Names that may as well stand for something else: they leave a choice."""
+
+
+def implied_format(table: Table) -> tuple[str, dict[str, str]] | None:
+    """Return the one format that the columns fit under other names, and the column of each of its own names.
+
+    None if they fit a format as they are, none, or several, or if two columns may be one of a format's.
+    """
+    lowered = {column.lower(): column for column in table.columns}
+    is_other = {"chosen", "rejected"} <= lowered.keys() or len(lowered) < len(table.columns)
+    if is_other or any({*each.needs} <= {*table.columns} for each in FORMATS.values()):
+        return None
+    found = {name: names for name in FORMATS if (names := _implied(name, lowered, table.first))}
+    most = {name: {*names.values()} for name, names in found.items()}
+    largest = [name for name in found if not any(most[name] < other for other in most.values())]
+    if len(largest) != 1:
+        return None
+    return largest[0], {key: column for key, column in found[largest[0]].items() if key != column}
+
+
+def _implied(name: str, lowered: Mapping[str, str], first: Mapping[str, Any]) -> dict[str, str] | None:
+    """The column of each name of a format; None: there is none, or there are two."""
+    chosen, found = FORMATS[name], dict[str, str]()
+    if name == "alpaca" and "instruction" not in lowered:  # a question with its answer is no instruction
+        return None
+    for key in (*chosen.needs, *chosen.reads):
+        others = [key] if key in lowered else [each for each in _OTHER_NAMES.get(key, ()) if each in lowered]
+        there = [lowered[each] for each in others if lowered[each] not in found.values()]
+        if key in chosen.needs and (len(there) != 1 or (there[0] in _NOT_IMPLIED and len(lowered) > 1)):
+            return None
+        if len(there) == 1:
+            found[key] = there[0]
+    turns = first.get(found.get("messages", found.get("conversations", "")), [{}])
+    keys = turns[0].keys() if isinstance(turns, list) and turns and isinstance(turns[0], dict) else ()
+    wanted = {"messages": "role", "sharegpt": "from"}.get(name)
+    is_text_alone = name != "text" or len(lowered) == 1
+    return found if is_text_alone and (wanted is None or wanted in keys) else None
 
 
 def without_odd(table: Table, names: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from peftcli.data.sources import eval_source, is_media, open_source
+from peftcli.data.media import is_media
+from peftcli.data.sources import eval_source, open_source
 from peftcli.errors import UsageError
 from peftcli.models.hub_files import base_hash
 from peftcli.recipe import to_dict

@@ -91,6 +91,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "rows_not_accepted": ("warning", False),
         "converted_tags": ("warning", False),
         "parts_of_words": ("warning", False),
+        "several_places": ("warning", False),
         "binary_masks": ("warning", True),
         "clips_too_long": ("warning", True),
         "silent_clips": ("warning", True),

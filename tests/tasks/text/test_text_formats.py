@@ -191,17 +191,8 @@ def test_the_keys_of_objects_are_named_as_columns() -> None:
     ("row", "written"),
     [
         ({"promt": "a", "completion": "b"}, "format: prompt_completion, columns: {prompt: promt}"),
-        ({"question": "a", "answer": "b"}, "columns: {prompt: question, completion: answer}"),
+        ({"question": "a", "answer": "b", "response": "c"}, "columns: {prompt: question, completion: answer}"),
         ({"conversation": []}, "columns: {messages: conversation}"),
-        (
-            {"instruction": "a", "context": "b", "response": "c"},
-            "format: alpaca, columns: {output: response, input: context}",
-        ),
-        (
-            {"system_prompt": "a", "question": "b", "response": "c"},
-            "columns: {prompt: question, completion: response, system: system_prompt}",
-        ),
-        ({"dialogue": "a", "summary": "b"}, "columns: {prompt: dialogue, completion: summary}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "for task: preference"),
         ({"foo": 1, "bar": 2}, "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"),
         ({f"column{index}": 1 for index in range(2000)}, "column11, ..."),
@@ -355,3 +346,45 @@ def test_keys_that_would_be_ignored_in_silence(more: dict[str, Any], key: str, m
     assert message in error.message
     error = refused({"conversations": [{"from": "gpt", "value": "b", **more}]})
     assert (error.key, message in error.message) == (f"conversations[0].{key}", True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "names"),
+    [
+        (["question", "answer"], "prompt_completion", {"prompt": "question", "completion": "answer"}),
+        (["input", "output"], "prompt_completion", {"prompt": "input", "completion": "output"}),
+        (["id", "Prompt", "Response"], "prompt_completion", {"prompt": "Prompt", "completion": "Response"}),
+        (
+            ["system_prompt", "question", "response"],
+            "prompt_completion",
+            {"system": "system_prompt", "prompt": "question", "completion": "response"},
+        ),
+        (["instruction", "response"], "alpaca", {"output": "response"}),
+        (["instruction", "context", "response"], "alpaca", {"output": "response", "input": "context"}),
+        (["document", "summary"], "prompt_completion", {"prompt": "document", "completion": "summary"}),
+        (["content"], "text", {"text": "content"}),
+    ],
+)
+def test_columns_that_leave_no_choice_are_read(columns: list[str], name: str, names: dict[str, str]) -> None:
+    table = Table(Source(train="a"), "a", tuple(columns), first=dict.fromkeys(columns, "x"))
+    reader = example_reader(table)
+    assert (reader.name, {key: column for key, column in reader.names.items() if column in columns}) == (
+        name,
+        {key: key for key in reader.names if key in columns} | names,
+    )
+    assert all(f"{column} as {key}" in reader.implied for key, column in names.items())
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["question", "context", "answer"],  # the context may be a part of the prompt
+        ["question", "answer", "response"],
+        ["content", "label"],
+        ["chosen", "rejected", "question", "answer"],
+    ],
+)
+def test_columns_that_leave_a_choice_are_an_error(columns: list[str]) -> None:
+    table = Table(Source(train="a"), "a", tuple(columns), first=dict.fromkeys(columns, "x"))
+    with pytest.raises(DataError, match="no format fits"):
+        example_reader(table)
