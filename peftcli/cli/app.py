@@ -27,6 +27,7 @@ from peftcli.cli import (
     explain,
     generate,
     info,
+    init,
     inspect,
     merge,
     predict,
@@ -79,7 +80,7 @@ app = typer.Typer(
 )
 
 _COMMANDS = {
-    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (init, train, status, evaluate, inspect, check, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
