@@ -168,17 +168,56 @@ def _read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _family(config: Mapping[str, Any], architecture: str) -> str:
-    """The kind of model, by its config's keys and the ending of its architecture's name."""
-    if any(key in config for key in ("num_mel_bins", "feat_extract_norm", "conv_kernel_sizes", "conv_stride")):
+def _family(config: Mapping[str, Any], architecture: str) -> str | None:
+    """The kind of model, by the ending of its class's name and its config's keys."""
+    kind = str(config.get("model_type", ""))
+    if any(key in config for key in _SOUND_KEYS) or kind.startswith(_SOUNDS):
         return AUDIO
-    if "vocab_size" not in config and not config.get("text_config"):
-        return VISION if any(key in config for key in ("num_channels", "image_size", "patch_size")) else ENCODER
+    is_picture = any(key in config for key in _PICTURE_KEYS) or kind.startswith(_PICTURES)
+    if is_picture and "vocab_size" not in config and not config.get("text_config"):
+        return VISION
     if config.get("is_encoder_decoder"):
         return ENCODER_DECODER
     if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return DECODER
-    return DECODER if "num_key_value_heads" in config and "classifier" not in architecture.lower() else ENCODER
+    return DECODER if "num_key_value_heads" in config and not architecture.endswith(_ENCODERS) else ENCODER
+
+
+_SOUND_KEYS = ("num_mel_bins", "feat_extract_norm", "conv_kernel_sizes")
+_PICTURE_KEYS = ("num_channels", "image_size", "patch_size")
+_SOUNDS = ("whisper", "wav2vec2", "hubert", "speech", "wavlm", "moonshine", "unispeech", "data2vec-audio", "sew")
+_PICTURES = (
+    *(
+        "vit",
+        "deit",
+        "beit",
+        "swin",
+        "convnext",
+        "resnet",
+        "regnet",
+        "efficientnet",
+        "mobile",
+        "segformer",
+        "dinov",
+        "dpt",
+    ),
+    *(
+        "upernet",
+        "mask",
+        "poolformer",
+        "levit",
+        "cvt",
+        "van",
+        "focalnet",
+        "bit",
+        "data2vec-vision",
+        "timm",
+        "pvt",
+        "hiera",
+    ),
+)
+"""Beginnings of the ``model_type`` of models for sounds and for pictures, whose config may say no more."""
+_ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def propose(task: str, *, many_languages: bool) -> list[Proposal]:
