@@ -99,11 +99,13 @@ def draft(request: Request, ask: Ask | None = None) -> Draft:
     if base and base.problem:
         notes.append(f"the config of {base.name} cannot be read ({base.problem}); the data alone decide")
     look = look_at(names)
+    if conversion := converted_rows(look, output):
+        made, note = conversion
+        notes += [*look.notes, note]
+        has_eval, train = look.eval is not None, len(look.train)
+        look = look_at(made[:train])
+        look.train, look.eval = made[:train], made[-1] if has_eval else None
     found = _decide(look, base, request, ask)
-    if conversion := converted_rows(look, found, output):
-        look, note = conversion
-        notes.append(note)
-        found = _decide(look, base, replace(request, task=found.reading.task), ask)
     return _write(found, look, base, output, [*notes, *look.notes])
 
 

@@ -160,7 +160,7 @@ class ColumnFacts:
     @cached_property
     def parsed_list(self) -> list[list[Any]] | None:
         """Its lists, also those that are written as text; None where it does not hold lists."""
-        found = [each if isinstance(each, list) else _list_in(each) for each in self.given]
+        found = [each if isinstance(each, list) else parse_list(each) for each in self.given]
         lists = [each for each in found if each is not None]
         return lists if self.given and len(lists) >= MOST * len(self.given) else None
 
@@ -177,7 +177,9 @@ class ColumnFacts:
     @cached_property
     def is_words(self) -> bool:
         """Whether it holds lists of words: of texts, many of them distinct."""
-        return _share(self.items, lambda item: isinstance(item, str)) >= MOST and not self.is_tags
+        texts = [item for item in self.items if isinstance(item, str)]
+        tagged = sum(bool(_TAG.fullmatch(item)) for item in texts)
+        return bool(texts) and len(texts) >= MOST * len(self.items) and tagged < 0.5 * len(texts)
 
     @cached_property
     def is_tags(self) -> bool:
@@ -290,8 +292,8 @@ def _is_sparse(counts: Counter[str]) -> bool:
     return alone > 0.5 * sum(counts.values()) and len(counts) > 2
 
 
-def _list_in(value: Any) -> list[Any] | None:
-    """The list that a text holds, in JSON or as Python writes it."""
+def parse_list(value: Any) -> list[Any] | None:
+    """Return the list that a text holds, in JSON or as Python writes it; None: it holds none."""
     if not isinstance(value, str) or not (text := value.strip()).startswith("[") or not text.endswith("]"):
         return None
     if len(text) > 1_000_000:
@@ -308,7 +310,9 @@ def _array(text: str) -> list[Any]:
     return [ast.literal_eval(each) for each in re.findall(r"'[^']*'|\"[^\"]*\"|[^\s\[\],]+", text)]
 
 
-parse_list = _list_in
+def is_tag(text: str) -> bool:
+    """Return whether a text is a tag of IOB or a like scheme."""
+    return bool(_TAG.fullmatch(text.strip()))
 
 
 def _is_span(item: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any
 
-from peftcli.data.rows import truth_in
+from peftcli.data.rows import is_true_or_false, truth_in
 from peftcli.drafting.bases import AUDIO, DECODER, DIFFUSION, ENCODER, ENCODER_DECODER, VISION
 from peftcli.drafting.facts import ColumnFacts
 from peftcli.drafting.look import Look
@@ -80,6 +80,8 @@ class Reading:
     format: str | None = None
     joint: Callable[[Mapping[str, ColumnFacts], Look], str | None] | None = None
     """Returns the count that shows that the columns belong together; None: they do not. Empty: nothing to say."""
+    extra: int = 0
+    """What the reading costs besides its columns, as it is a less likely one."""
     only_asked: tuple[str | None, ...] = ()
     """Families (None: no base model is given) for which the task must be named, since another reading of the same
     columns is the usual one."""
@@ -120,7 +122,7 @@ def find_readings(look: Look, task: str | None, family: str | None, given: Mappi
         found += _found(reading, look, given)
     found += find_one_hot(look, task, family, given)
     best = dict[tuple[str, frozenset[str]], Found]()
-    for each in sorted(found, key=lambda each: (each.cost, each.rank)):
+    for each in sorted(found, key=lambda each: (each.cost, each.rank, -len(each.names()))):
         best.setdefault((each.reading.task, frozenset(each.names())), each)
     return list(best.values())
 
@@ -131,7 +133,9 @@ def rivals_of(found: Sequence[Found]) -> list[Found]:
     return [
         each
         for each in found
-        if each.cost == first.cost and (each.rank == first.rank or each.reading.task != first.reading.task)
+        if each is first
+        or (each.reading.task != first.reading.task and each.cost == first.cost)
+        or (each.cost == first.cost and each.rank == first.rank and not {*each.names()} < {*first.names()})
     ]
 
 
@@ -153,7 +157,7 @@ def _found(reading: Reading, look: Look, given: Mapping[str, str]) -> Iterator[F
         reasons = {role: each[3] for role, each in taken.items()}
         if together:
             reasons[list(taken)[-1]] += f"; {together}"
-        cost = sum(each[1] for each in taken.values()) + _unread(names, look, given)
+        cost = sum(each[1] for each in taken.values()) + _unread(names, look, given) + reading.extra
         rank = sum(each[2] for each in taken.values())
         yield Found(reading, dict(zip(taken, names, strict=True)), cost, rank, reasons, dict(reading.settings))
 
@@ -201,10 +205,11 @@ def _candidates(role: Role, look: Look, given: Mapping[str, str]) -> Iterator[_C
         if facts.is_constant and not (facts.media or facts.parsed_list or role.optional):
             continue
         plain = _plain(name)
-        rank = order.get(plain, len(order)) if role.ranked else 0
+        last = plain.rpartition("_")[2] if role.values else plain
+        rank = order.get(plain, order.get(last, len(order))) if role.ranked else 0
         if name in role.usual and (why := role.named(facts)):
             found.append((name, _EXACT, rank, why))
-        elif plain in order and (why := role.named(facts)):
+        elif (plain in order or last in order) and not _is_metadata(name) and (why := role.named(facts)):
             found.append((name, _KNOWN, rank, why))
         elif role.values and not _is_metadata(name) and (why := role.values(facts)):
             found.append((name, _BY_VALUES, 0, why))
@@ -216,7 +221,8 @@ def _candidates(role: Role, look: Look, given: Mapping[str, str]) -> Iterator[_C
 
 def _plain(name: str) -> str:
     """A column's name as the table has it; of a key of an object, the key."""
-    return re.sub(r"[\s-]+", "_", name.rpartition(".")[2].strip().lower())
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rpartition(".")[2].strip())
+    return re.sub(r"[\s-]+", "_", name.lower())
 
 
 def _unread(names: Sequence[str], look: Look, given: Mapping[str, str]) -> int:
@@ -248,7 +254,8 @@ def _unread(names: Sequence[str], look: Look, given: Mapping[str, str]) -> int:
 
 def _is_metadata(name: str) -> bool:
     plain = _plain(name)
-    return plain in _METADATA or plain.endswith(("_id", "_at", "_date", "_url")) or plain.startswith("unnamed")
+    endings = ("_id", "_at", "_date", "_url", "_votes", "_count", "_likes", "_ratio", "_time")
+    return plain in _METADATA or plain.endswith(endings) or plain.startswith("unnamed")
 
 
 # --- what a column must hold ------------------------------------------------------------------------------------------
@@ -329,8 +336,29 @@ def _answer(facts: ColumnFacts) -> str | None:
     return _any_text(facts) or _messages(facts)
 
 
+def _maybe_text(facts: ColumnFacts) -> str | None:
+    """A text that rows may lack."""
+    if facts.given and not facts.is_text:
+        return None
+    return f"{len(facts.given):,} {facts.of()} are there"
+
+
+def _history(facts: ColumnFacts) -> str | None:
+    """Earlier turns: lists of pairs of texts."""
+    pairs = facts.parsed_list is not None and all(isinstance(item, list) and len(item) == 2 for item in facts.items)
+    return f"{sum(map(bool, facts.parsed_list or ())):,} {facts.of()} hold earlier turns" if pairs else None
+
+
 def _words_list(facts: ColumnFacts) -> str | None:
     return f"{len(facts.given):,} {facts.of()} are lists of words" if facts.is_words else None
+
+
+def _named_tags(facts: ColumnFacts) -> str | None:
+    """Tags, for a column that is called so: names or numbers, also few rows of them."""
+    kinds = {item for item in facts.items if isinstance(item, str | int)}
+    if not facts.items or len(kinds) > 0.5 * max(20, len(facts.items)):
+        return None
+    return f"{len(facts.given):,} {facts.of()} are lists of {len(kinds)} tags"
 
 
 def _tags(facts: ColumnFacts) -> str | None:
@@ -357,6 +385,11 @@ def _truth(facts: ColumnFacts) -> str | None:
     return f"{good:,} {facts.of()} are true or 1, {len(facts.given) - good:,} false or 0"
 
 
+def _said_truth(facts: ColumnFacts) -> str | None:
+    """True and false, and not 0 and 1, which may mean something else."""
+    return _truth(facts) if all(map(is_true_or_false, facts.given)) else None
+
+
 # --- what columns must be together ------------------------------------------------------------------------------------
 
 
@@ -374,6 +407,8 @@ def _alike(facts: Mapping[str, ColumnFacts], look: Look) -> str | None:
 
 def _equal_lengths(facts: Mapping[str, ColumnFacts], look: Look) -> str | None:
     words, tags = (facts[name].parsed_list or [] for name in ("tokens", "tags"))
+    if len({*map(str, facts["tokens"].items)}) < len({*map(str, facts["tags"].items)}):
+        return None
     same = sum(len(one) == len(other) for one, other in zip(words, tags, strict=False))
     return f"as many as words in {same:,} rows" if same >= 0.95 * max(len(words), len(tags)) else None
 
@@ -559,6 +594,7 @@ def _language(roles: tuple[Role, ...], format: str) -> list[Reading]:
 _TEXT = Role("text", ("text", "sentence"), _TEXT_NAMES, _any_text, _free)
 _LABEL = Role("label", LABELS, _LABEL_NAMES, _label, _classes, ranked=False)
 _PROMPT = Role("prompt", ("prompt",), _PROMPTS, _answer, _free)
+_SYSTEM = Role("system", ("system",), (), _maybe_text, optional=True)
 _OPTIONAL_PROMPT = Role("prompt", ("prompt",), ("question", "query", "instruction", "input"), _answer, optional=True)
 
 READINGS: tuple[Reading, ...] = (
@@ -591,7 +627,7 @@ READINGS: tuple[Reading, ...] = (
         "token_classification",
         (
             Role("tokens", TOKENS, ("token", "sentence", "text", "word"), _words_list, _words_list),
-            Role("tags", TAGS, ("ner", "tag", "label", "bio", "bio_tags", "labels_ner", "pos"), _tags, _tags),
+            Role("tags", TAGS, ("ner", "tag", "label", "bio", "bio_tags", "labels_ner", "pos"), _named_tags, _tags),
         ),
         (ENCODER, DECODER),
         joint=_equal_lengths,
@@ -622,7 +658,16 @@ READINGS: tuple[Reading, ...] = (
             Role("positive", ("positive",), ("pos", "document", "passage", "text2", "sentence2"), _any_text, _free),
             Role("negative", ("negative",), ("neg", "hard_negative"), _any_text, optional=True),
         ),
-        (ENCODER, DECODER),
+        (ENCODER,),
+    ),
+    Reading(
+        "feature_extraction",
+        (
+            Role("anchor", ("anchor", "query"), ("q", "title", "text1", "sentence1"), _any_text),
+            Role("positive", ("positive",), ("pos", "document", "passage", "text2", "sentence2"), _any_text),
+            Role("negative", ("negative",), ("neg", "hard_negative"), _any_text, optional=True),
+        ),
+        (DECODER,),
     ),
     Reading(
         "feature_extraction",
@@ -639,9 +684,20 @@ READINGS: tuple[Reading, ...] = (
             _OPTIONAL_PROMPT,
             Role("chosen", ("chosen",), _GOOD, _answer),
             Role("rejected", ("rejected",), _BAD, _answer),
+            _SYSTEM,
         ),
         (DECODER,),
         joint=_common_start,
+    ),
+    Reading(
+        "preference",
+        (
+            Role("prompt", ("prompt",), ("question", "query", "instruction", "input"), _answer),
+            Role("completion", ("completion",), ("response", "answer", "output", "reply"), _answer),
+            Role("label", ("label",), ("good", "thumbs_up", "feedback", "is_good", "liked", "accepted"), _said_truth),
+        ),
+        (DECODER,),
+        {"loss": "kto"},
     ),
     Reading(
         "preference",
@@ -652,6 +708,14 @@ READINGS: tuple[Reading, ...] = (
         ),
         (DECODER,),
         {"loss": "kto"},
+        extra=_UNREAD_CLASSES,
+    ),
+    Reading(
+        "text_to_image",
+        (Role("image", PICTURES, ("path", "file", "filename"), _image, _image),),
+        (DIFFUSION,),
+        {"instance_prompt": ""},
+        only_asked=(None,),
     ),
     Reading(
         "reward",
@@ -659,6 +723,7 @@ READINGS: tuple[Reading, ...] = (
             _OPTIONAL_PROMPT,
             Role("chosen", ("chosen",), _GOOD, _answer),
             Role("rejected", ("rejected",), _BAD, _answer),
+            _SYSTEM,
         ),
         (ENCODER, DECODER),
         joint=_common_start,
@@ -723,12 +788,16 @@ READINGS: tuple[Reading, ...] = (
     *_language(
         (
             Role("instruction", ("instruction",), ("question", "query", "task"), _any_text),
-            Role("input", ("input",), ("context", "inputs"), _any_text, optional=True),
+            Role("input", ("input",), ("context", "inputs"), _maybe_text, optional=True),
+            _SYSTEM,
+            Role("history", ("history",), (), _history, optional=True),
             Role("output", ("output",), ("response", "answer", "completion", "target"), _any_text),
         ),
         "alpaca",
     ),
-    *_language((_PROMPT, Role("completion", ("completion",), _COMPLETIONS, _answer, _free)), "prompt_completion"),
+    *_language(
+        (_PROMPT, Role("completion", ("completion",), _COMPLETIONS, _answer, _free), _SYSTEM), "prompt_completion"
+    ),
     *_language((_TEXT,), "text"),
 )
 """Every reading that is known."""
