@@ -50,7 +50,7 @@ def converted(names: Sequence[str], output: Path) -> tuple[list[str], list[str]]
             path = _unpack(path, output)
             name = str(path)
             notes.append(f"{names[len(found)]} was unpacked into {name}")
-        rows = _rows_of_folder(path, output) if path.is_dir() else _rows_of_json(path) if path.is_file() else None
+        rows = _rows_of_folder(path, output) if path.is_dir() else _rows_of_file(path)
         if rows is not None:
             values, why = rows
             target = _write(output, path, values)
@@ -106,7 +106,7 @@ def _rows_of_folder(folder: Path, output: Path) -> tuple[list[Values], str] | No
     beside = output.parent.absolute()
     if media:
         tables = [each for each in others if kind_of(each.name) and not each.name.endswith(".txt")]
-        return None if tables else _masked(folder, media, beside) or _spoken(media, others, beside)
+        return _masked(folder, media, beside) or (None if tables else _spoken(media, others, beside))
     documents = [each for each in others if not kind_of(each.name)]
     tops = {each.parent for each in documents}
     if (
@@ -181,9 +181,33 @@ def _spoken(media: Sequence[Path], others: Sequence[Path], beside: Path) -> tupl
     return (rows, f"{count_of(len(rows), 'file')} with a text beside it") if whole else None
 
 
+def _rows_of_file(path: Path) -> tuple[list[Values], str] | None:
+    return _rows_of_table(path) if path.name.lower().endswith((".csv", ".tsv")) else _rows_of_json(path)
+
+
+def _rows_of_table(path: Path) -> tuple[list[Values], str] | None:
+    """The rows of a CSV file whose header has columns without a name, which spreadsheets leave at the end."""
+    try:
+        content = read_small(path, _MAX_JSON)
+    except (OSError, ValueError):
+        return None
+    head = content.split(b"\n", 1)[0]
+    mark = max(",;\t", key=lambda each: head.count(each.encode()))
+    if not head.rstrip().endswith(mark.encode()) or b"\0" in content[:1000]:
+        return None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+    names = next(table)
+    rows = [{name: value for name, value in zip(names, row, strict=False) if name} for row in table if any(row)]
+    return rows, f"{names.count('')} columns without a name were left out"
+
+
 def _rows_of_json(path: Path) -> tuple[list[Values], str] | None:
     """The rows of a JSON document that is no list of objects."""
-    if not path.name.lower().endswith(".json"):
+    if not path.name.lower().endswith(".json") or not path.is_file():
         return None
     try:
         whole = json.loads(read_small(path, _MAX_JSON))

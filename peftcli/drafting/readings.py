@@ -23,6 +23,8 @@ _EXACT, _KNOWN, _BY_VALUES = 0, 1, 2
 _UNREAD_MEDIA, _UNREAD_CLASSES, _UNREAD_TEXT, _UNREAD_FRACTIONS = 4, 3, 3, 2
 _SIDE = 0.2
 """A text of fewer words than this share of those that are read is a title or a name, and need not be read."""
+_LAST_WORD = 100
+"""What a name of which only the last word is known comes later than others."""
 _MAX_CANDIDATES, _MAX_TRIED = 6, 400
 _METADATA = {
     *("id", "idx", "index", "uid", "uuid", "guid", "key", "source", "src", "url", "link", "date", "time", "timestamp"),
@@ -100,6 +102,8 @@ class Found:
     reasons: Mapping[str, str]
     """The task's column -> the count that decided."""
     settings: Mapping[str, Any]
+    guessed: int = 0
+    """How many columns only their values recommend."""
 
     def names(self) -> list[str]:
         """Return the columns of the data that are read."""
@@ -121,9 +125,10 @@ def find_readings(look: Look, task: str | None, family: str | None, given: Mappi
             continue
         found += _found(reading, look, given)
     found += find_one_hot(look, task, family, given)
-    best = dict[tuple[str, frozenset[str]], Found]()
+    best = dict[tuple[Any, ...], Found]()
     for each in sorted(found, key=lambda each: (each.cost, each.rank, -len(each.names()))):
-        best.setdefault((each.reading.task, frozenset(each.names())), each)
+        order = tuple(each.columns.items()) if each.guessed > 1 and each.reading.format else ()
+        best.setdefault((each.reading.task, frozenset(each.names()), order), each)
     return list(best.values())
 
 
@@ -159,7 +164,9 @@ def _found(reading: Reading, look: Look, given: Mapping[str, str]) -> Iterator[F
             reasons[list(taken)[-1]] += f"; {together}"
         cost = sum(each[1] for each in taken.values()) + _unread(names, look, given) + reading.extra
         rank = sum(each[2] for each in taken.values())
-        yield Found(reading, dict(zip(taken, names, strict=True)), cost, rank, reasons, dict(reading.settings))
+        guessed = sum(each[1] == _BY_VALUES for each in taken.values())
+        columns = dict(zip(taken, names, strict=True))
+        yield Found(reading, columns, cost, rank, reasons, dict(reading.settings), guessed)
 
 
 def find_one_hot(look: Look, task: str | None, family: str | None, given: Mapping[str, str]) -> list[Found]:
@@ -207,6 +214,7 @@ def _candidates(role: Role, look: Look, given: Mapping[str, str]) -> Iterator[_C
         plain = _plain(name)
         last = plain.rpartition("_")[2] if role.values else plain
         rank = order.get(plain, order.get(last, len(order))) if role.ranked else 0
+        rank += _LAST_WORD * (plain not in order)
         if name in role.usual and (why := role.named(facts)):
             found.append((name, _EXACT, rank, why))
         elif (plain in order or last in order) and not _is_metadata(name) and (why := role.named(facts)):
@@ -556,7 +564,20 @@ _LANGUAGES = (
 )
 _PROMPTS = (
     *("question", "query", "instruction", "input", "inputs", "source", "problem", "user", "human", "src", "text"),
-    *("document", "article", "dialogue", "context", "request", "ask", "frage", "original", "incorrect"),
+    *(
+        "document",
+        "article",
+        "dialogue",
+        "context",
+        "request",
+        "ask",
+        "frage",
+        "original",
+        "incorrect",
+        "docstring",
+        "nl",
+        "intent",
+    ),
     *_LANGUAGES,
 )
 _COMPLETIONS = (
