@@ -5,6 +5,8 @@ Archives, exports, a word a row, masks beside pictures, transcripts beside sound
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,12 @@ def converted(names: Sequence[str], output: Path) -> tuple[list[str], list[str]]
         DataError: an archive is damaged, or leads out of its folder.
     """
     found, notes = list[str](), list[str]()
+    if len(names) == 2 and all(Path(name).is_dir() for name in names):
+        parent = Path(os.path.commonpath([Path(name).absolute() for name in names]))
+        media = [each for name in names for each in _files(Path(name).absolute()) if is_media(each.name)]
+        if pairs := _masked(parent, sorted(media), output.parent.absolute()):
+            target = _write(output, parent, pairs[0])
+            return [str(target)], [f"{' and '.join(names)} were converted into {target}: {pairs[1]}"]
     for name in names:
         path = Path(name).expanduser()
         if path.is_file() and name.lower().endswith(_ARCHIVES):
@@ -98,9 +107,7 @@ def _check_size(path: Path, sizes: Iterable[int]) -> None:
 
 def _rows_of_folder(folder: Path, output: Path) -> tuple[list[Values], str] | None:
     """The rows of a folder whose files belong together by their names."""
-    files = [Path(top) / name for top, _, names in os.walk(folder) for name in names if not name.startswith(".")][
-        :_MAX_FILES
-    ]
+    files = _files(folder)
     media = sorted(each for each in files if is_media(each.name))
     others = sorted(each for each in files if not is_media(each.name))
     beside = output.parent.absolute()
@@ -120,6 +127,11 @@ def _rows_of_folder(folder: Path, output: Path) -> tuple[list[Values], str] | No
 
 
 _NOT_TEXT = (".pdf", ".doc", ".docx", ".pkl", ".bin", ".pt", ".safetensors", ".exe", ".zip")
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (Path(top) / name for top, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    return list(islice(found, _MAX_FILES))
 
 
 def _documents(files: Sequence[Path]) -> tuple[list[Values], str] | None:
