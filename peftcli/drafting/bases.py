@@ -20,7 +20,7 @@ _PACKAGES = 600 << 20
 """Bytes of Python with its packages, on a CPU."""
 _STATES = 26
 """Numbers of a layer's width that a token keeps for the backward pass: of attention and a feed-forward of four widths.
-Measured against ``check --deep``: benchmarks/init.py."""
+Compared with ``check --deep``: docs/init.md."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class Base:
         config = self.config or {}
         found = next((config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)
         return found if isinstance(found, int) and found > 1 else None
+
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether a vision model has no attention, and so hardly a linear layer to adapt."""
+        config = self.config or {}
+        names = ("num_attention_heads", "num_heads", "n_heads", "encoder_attention_heads")
+        kind = str(config.get("model_type"))
+        return self.family == VISION and not any(name in config for name in names) and not kind.startswith("vit")
 
     @property
     def knows_languages(self) -> bool:
@@ -231,8 +239,8 @@ def memory_of(model: Proposal, rows: int, tokens: int, *, on_gpu: bool) -> int:
     """Estimate the bytes of a run: weights, what a batch of ``rows`` keeps, the output layer's scores, packages."""
     size, each = (2 if on_gpu else 4), min(tokens, model.positions)
     weights = model.millions * 1e6 * size
-    states = rows * each * model.layers * model.width * _STATES * 4
+    states = rows * each * model.layers * model.width * _STATES * 2
     attention = 0 if on_gpu else rows * each * each * model.layers * 4
     writes = bool(model.vocabulary) and bool({*model.tasks} & {*_CHAT, "seq2seq_lm", "speech_recognition"})
-    scores = rows * min(each, 448 if "speech_recognition" in model.tasks else each) * model.vocabulary * 12 * writes
+    scores = rows * min(each, 448 if "speech_recognition" in model.tasks else each) * model.vocabulary * 4 * writes
     return int(weights + states + attention + scores + (0 if on_gpu else _PACKAGES))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -64,8 +63,8 @@ def language_in(found: Found, look: Look) -> str | None:
     return language_of(texts)
 
 
-def tokens_of(found: Found, look: Look, language: str | None, positions: int | None) -> tuple[int, str] | None:
-    """Return the length to which rows are cut, and why; None: of tasks without texts to cut."""
+def tokens_of(found: Found, look: Look, language: str | None, positions: int | None) -> tuple[int, str, int] | None:
+    """Return the length to which rows are cut, why, and that of a long row; None: of tasks without texts to cut."""
     if found.reading.families[0] in _MEDIA:
         return None
     facts = [look.columns[name] for name in found.names()]
@@ -77,13 +76,18 @@ def tokens_of(found: Found, look: Look, language: str | None, positions: int | N
         longest = max(answers) + sum(words) - sum(answers)
     else:
         longest = sum(words)
-    needed = longest * (1.4 if language == "en" else 2) + 16 + 16 * (found.reading.task in _WRITERS)
+    needed = needed_tokens(found, longest, language)
     length = next((each for each in _LENGTHS if each >= needed), _LENGTHS[-1])
     length = min(length, 2048 if found.reading.task in _WRITERS else 1024)
     why = f"99 of 100 rows have at most {longest:,} words; longer ones are cut, and counted"
     if positions and length > positions:
-        return positions, f"{why}; the base model reads {positions:,} tokens"
-    return length, why
+        return positions, f"{why}; the base model reads {positions:,} tokens", min(needed, positions)
+    return length, why, min(needed, length)
+
+
+def needed_tokens(found: Found, words: int, language: str | None) -> int:
+    """Return about how many tokens so many words are, with what a template adds."""
+    return int(words * (1.4 if language == "en" else 2)) + 16 + 16 * (found.reading.task in _WRITERS)
 
 
 def _long(facts: ColumnFacts) -> int:
@@ -143,7 +147,7 @@ def training_lines(found: Found, look: Look, tokens: int, rows: int, output_dir:
     return lines
 
 
-def method_lines(found: Found) -> list[Line]:
+def method_lines(found: Found, base: Base | None) -> list[Line]:
     """Return the settings of the section ``method``."""
     if found.reading.families[0] == DIFFUSION:
         return [
@@ -151,11 +155,14 @@ def method_lines(found: Found) -> list[Line]:
             Line("method.r", 8, "size of the adapter; without target_modules the attention is adapted"),
             Line("method.lora_alpha", 8, "its strength: equal to r"),
         ]
+    targets = ("all-linear", "every linear layer but the head")
+    if base and base.is_convolutional:
+        targets = (r".*conv\w*", "every convolution: the model has no attention")
     return [
         Line("method.type", "lora", "the usual choice; `peftcli info methods` lists the others"),
         Line("method.r", 16, "size of the adapter"),
         Line("method.lora_alpha", 32, "its strength: twice r"),
-        Line("method.target_modules", "all-linear", "every linear layer but the head"),
+        Line("method.target_modules", *targets),
     ]
 
 
@@ -203,11 +210,6 @@ def task_settings(found: Found, look: Look, base: Base | None, language: str | N
 _KINDS = {"kto": "true for good answers, false for bad ones", "regression": "a number"}
 
 
-def mask_settings(found: Found, look: Look) -> dict[str, tuple[Any, str]]:
-    """Return settings for masks of 0 and 255, as tools for one class write them."""
-    return {}
-
-
 def rows_of(look: Look, fraction: float | None) -> int:
     """Return how many rows are trained on."""
     return look.rows - (max(1, round(look.rows * fraction)) if fraction else 0)
@@ -225,6 +227,3 @@ def memory_text(model: Proposal, found: Found, tokens: int, rows: int) -> str:
         free = free_memory()
     has = f" of {free / 2**30:.1f} free" if free else ""
     return f"about {need / 2**30:.1f} GiB{has}"
-
-
-Settings = Mapping[str, Any]

@@ -275,15 +275,36 @@ def converted_rows(look: Look, output: Path) -> tuple[list[str], str] | None:
         DataError: no row can be converted.
     """
     for each in _CONVERSIONS:
-        columns = each.find(look)
-        if columns is None:
+        if each.find(look) is None:
             continue
-        made = list[str]()
-        for name in [*look.train, *([look.eval] if look.eval else [])]:
-            rows = (row for row in open_source(Source(train=name)).rows() if isinstance(row, Row))
-            made.append(str(_write(output, Path(name), each.rows(rows, columns))))
-        return made, f"{', '.join(look.train)} was converted into {', '.join(made)}: {each.says}"
+        return _converted(look, output, each)
     return None
+
+
+def _converted(look: Look, output: Path, conversion: Conversion) -> tuple[list[str], str]:
+    made, columns = list[str](), conversion.find(look) or {}
+    for name in [*look.train, *([look.eval] if look.eval else [])]:
+        rows = (row for row in open_source(Source(train=name)).rows() if isinstance(row, Row))
+        made.append(str(_write(output, Path(name), conversion.rows(rows, columns))))
+    return made, f"{', '.join(look.train)} was converted into {', '.join(made)}: {conversion.says}"
+
+
+def placed_answers(look: Look, columns: Mapping[str, Any], output: Path) -> tuple[list[str], str] | None:
+    """Write rows whose answers are texts alone, each with its place in the context; None: they have places."""
+    if not look.columns[columns["answers"]].is_text:
+        return None
+
+    def place(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+        for row in rows:
+            answer, context = (str(row.values.get(columns[name]) or "") for name in ("answers", "context"))
+            at = context.find(answer.strip())
+            found = (
+                {"text": [answer.strip()], "answer_start": [at]} if answer.strip() else {"text": [], "answer_start": []}
+            )
+            if at >= 0:
+                yield {"question": row.values.get(columns["question"]), "context": context, "answers": found}
+
+    return _converted(look, output, Conversion(lambda look: columns, place, "answers were looked up in the context"))
 
 
 def _find_word_rows(look: Look) -> Mapping[str, str] | None:

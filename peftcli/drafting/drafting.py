@@ -11,7 +11,7 @@ from typing import Any
 from peftcli.data.rows import count_of, listed
 from peftcli.drafting import choices
 from peftcli.drafting.bases import Base, Proposal, propose, read_base
-from peftcli.drafting.convert import converted, converted_rows
+from peftcli.drafting.convert import converted, converted_rows, placed_answers
 from peftcli.drafting.look import Look, look_at
 from peftcli.drafting.readings import Found, find_readings, rivals_of
 from peftcli.drafting.write import Line, recipe_text
@@ -100,13 +100,20 @@ def draft(request: Request, ask: Ask | None = None) -> Draft:
         notes.append(f"the config of {base.name} cannot be read ({base.problem}); the data alone decide")
     look = look_at(names)
     if conversion := converted_rows(look, output):
-        made, note = conversion
-        notes += [*look.notes, note]
-        has_eval, train = look.eval is not None, len(look.train)
-        look = look_at(made[:train])
-        look.train, look.eval = made[:train], made[-1] if has_eval else None
+        look = _look_again(look, *conversion)
     found = _decide(look, base, request, ask)
+    if "answers" in found.columns and (conversion := placed_answers(look, found.columns, output)):
+        look = _look_again(look, *conversion)
+        found = _decide(look, base, replace(request, task=found.reading.task, columns={}), ask)
     return _write(found, look, base, output, [*notes, *look.notes])
+
+
+def _look_again(look: Look, made: list[str], note: str) -> Look:
+    """Look at the files that were made of the data."""
+    found = look_at(made[: len(look.train)])
+    found.train, found.eval = made[: len(look.train)], made[-1] if look.eval else None
+    found.notes = [*look.notes, note, *found.notes]
+    return found
 
 
 # --- the reading ------------------------------------------------------------------------------------------------------
@@ -209,13 +216,14 @@ def _write(found: Found, look: Look, base: Base | None, output: Path, notes: lis
     settings = choices.task_settings(found, look, base, language)
     fraction = None if look.eval else choices.fraction_of(look.rows)
     batch = choices.batch_of(found, tokens)[0]
-    memory = choices.memory_text(model, found, tokens, batch) if model else None
-    lines = [_base_line(base, models, memory), *_task_lines(task, settings, found), *choices.method_lines(found)]
+    usual = length[2] if length else tokens
+    memory = choices.memory_text(model, found, usual, batch) if model else None
+    lines = [_base_line(base, models, memory), *_task_lines(task, settings, found), *choices.method_lines(found, base)]
     lines += _data_lines(found, look, fraction, length, notes)
     rows = choices.rows_of(look, fraction[0] if fraction else None)
     run = f"outputs/{output.stem if output.stem != 'recipe' else _stem(look.train[0])}"
     lines += choices.training_lines(found, look, tokens, rows, run, has_eval=True)
-    proposed = [] if base else [_proposed(each, found, tokens, batch) for each in models[1:4]]
+    proposed = [] if base else [_proposed(each, found, usual, batch) for each in models[1:4]]
     text = recipe_text(lines, _comments(output, look, notes), [f"or: {each}" for each in proposed])
     write_output(output, text.encode())
     _check(output)
@@ -254,7 +262,7 @@ def _task_lines(task: str, settings: Mapping[str, tuple[Any, str]], found: Found
 
 
 def _data_lines(
-    found: Found, look: Look, fraction: tuple[float, str] | None, length: tuple[int, str] | None, notes: list[str]
+    found: Found, look: Look, fraction: tuple[float, str] | None, length: tuple[int, str, int] | None, notes: list[str]
 ) -> list[Line]:
     sampled = f", of which {len(look.sample):,} were looked at" if look.rows > len(look.sample) else ""
     if len(look.train) == 1:
@@ -275,7 +283,7 @@ def _data_lines(
         if name != role:
             lines.append(Line(f"dataset.columns.{role}", name, found.reasons[role]))
     if length:
-        lines.append(Line("dataset.max_length", *length))
+        lines.append(Line("dataset.max_length", *length[:2]))
     if look.bad:
         lines.append(Line("dataset.on_bad_row", "skip", f"{count_of(look.bad, 'row')} cannot be read; they are listed"))
     if look.tests:
