@@ -15,8 +15,8 @@ from peftcli.drafting.readings import Found
 from peftcli.drafting.write import Line
 
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-_STEPS = 1000
-"""Steps that a first run has at most, if one pass is not longer."""
+_WINDOW = 384
+"""The usual length of a question with a part of its context."""
 _PASSES = ((100, 10), (1000, 5), (20_000, 3), (100_000, 2))
 """Up to so many rows -> passes over them."""
 _WRITERS = ("causal_lm", "seq2seq_lm", "preference", "reward")
@@ -78,6 +78,8 @@ def tokens_of(found: Found, look: Look, language: str | None, positions: int | N
         longest = sum(words)
     needed = needed_tokens(found, longest, language)
     length = next((each for each in _LENGTHS if each >= needed), _LENGTHS[-1])
+    if "context" in found.columns:
+        length = max(length, _WINDOW)  # room for windows of the context, which overlap
     length = min(length, 2048 if found.reading.task in _WRITERS else 1024)
     why = f"99 of 100 rows have at most {longest:,} words; longer ones are cut, and counted"
     if positions and length > positions:
@@ -208,6 +210,13 @@ def task_settings(found: Found, look: Look, base: Base | None, language: str | N
 
 
 _KINDS = {"kto": "true for good answers, false for bad ones", "regression": "a number"}
+
+
+def stride_of(found: Found, tokens: int) -> dict[str, tuple[Any, str]]:
+    """Return the overlap of windows, where a base model reads less than the usual length."""
+    if "context" not in found.columns or tokens >= _WINDOW:
+        return {}
+    return {"stride": (tokens // 4, f"a quarter of the {tokens:,} tokens that the base model reads")}
 
 
 def rows_of(look: Look, fraction: float | None) -> int:

@@ -213,7 +213,8 @@ def _write(found: Found, look: Look, base: Base | None, output: Path, notes: lis
     positions = base.positions if base else (models[0].positions if not base else None)
     length = choices.tokens_of(found, look, language, positions)
     tokens = length[0] if length else 10**6
-    settings = choices.task_settings(found, look, base, language)
+    most = choices.stride_of(found, tokens)
+    settings = choices.task_settings(found, look, base, language) | most
     fraction = None if look.eval else choices.fraction_of(look.rows)
     batch = choices.batch_of(found, tokens)[0]
     usual = length[2] if length else tokens

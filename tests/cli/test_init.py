@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,81 @@ def test_splits_groups_and_lengths_are_found(tmp_path: Path, cli: Callable) -> N
     ran = cli("init", tmp_path / "splits", "--output", output, "--overwrite", "--json")
     made = json.loads(ran.out)
     assert [Path(each).name for each in (*made["train"], made["eval"])] == ["train.jsonl", "dev.jsonl"]
+
+
+def studio(at: int) -> list[dict[str, Any]]:
+    return [{"result": [{"type": "choices", "value": {"choices": [("good", "bad")[at % 2]]}}]}]
+
+
+def a_word_a_row() -> list[dict[str, Any]]:
+    words, tags = ("Ada", "lives", "in", "Turin"), ("B-PER", "O", "O", "B-LOC")
+    return [
+        {"Sentence #": "" if at else f"Sentence: {number}", "Word": words[at], "Tag": tags[at]}
+        for number in range(30)
+        for at in range(4)
+    ]
+
+
+CONVERTED: dict[str, tuple[str, list[dict[str, Any]], str, dict[str, Any]]] = {
+    "Label Studio": (
+        "encoder",
+        rows(id=lambda at: at, annotations=studio, data=lambda at: {"text": text()}),
+        "sequence_classification",
+        {"text": "text", "label": "label"},
+    ),
+    "a word a row": ("encoder", a_word_a_row(), "token_classification", {"tokens": "tokens", "tags": "tags"}),
+    "lists as text": (
+        "encoder",
+        rows(tokens=lambda at: str(text(2).split()), tags=lambda at: str(["B-PER", "O", "O", f"B-{at % 3}"])),
+        "token_classification",
+        {"tokens": "tokens", "tags": "tags"},
+    ),
+    "segments": (
+        "decoder",
+        rows(segments=lambda at: [{"label": False, "text": text()}, {"label": True, "text": text()}]),
+        "causal_lm",
+        {"prompt": "prompt", "completion": "completion"},
+    ),
+    "answers without places": (
+        "encoder",
+        rows(
+            question=lambda at: text(),
+            context=lambda at: f"{at} lives in Turin, the city",
+            answer=word("in Turin", "the city"),
+        ),
+        "question_answering",
+        {"question": "question", "context": "context", "answers": "answers"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_rows_of_other_forms_are_converted_beside_the_recipe(
+    name: str, tmp_path: Path, base: Callable, cli: Callable
+) -> None:
+    family, found, task, columns = CONVERTED[name]
+    data, output = write_rows(tmp_path / "rows.jsonl", found), tmp_path / "out" / "recipe.yaml"
+    ran = cli("init", data, "--output", output, "--json", "--base", base(family))
+    assert ran.code == 0, ran.err
+    made = json.loads(ran.out)
+    assert (made["task"], made["columns"]) == (task, columns)
+    assert made["train"] == [str(tmp_path / "out" / "recipe.rows.jsonl")]
+    assert any("was converted" in note for note in made["notes"])
+    first = json.loads(Path(made["train"][0]).read_text().splitlines()[0])
+    assert set(columns) <= {*first}
+
+
+def test_an_archive_is_unpacked_and_masks_are_paired(tmp_path: Path, base: Callable, cli: Callable) -> None:
+    from PIL import Image
+
+    with zipfile.ZipFile(tmp_path / "scenes.zip", "w") as archive:
+        for at in range(6):
+            Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+            Image.new("L", (8, 8)).save(tmp_path / "a.png")
+            archive.write(tmp_path / "a.jpg", f"scenes/photos/{at}.jpg")
+            archive.write(tmp_path / "a.png", f"scenes/masks/{at}_mask.png")
+    output = tmp_path / "out" / "recipe.yaml"
+    ran = cli("init", tmp_path / "scenes.zip", "--output", output, "--json", "--base", base("vision"))
+    made = json.loads(ran.out)
+    assert (made["task"], made["rows"]) == ("semantic_segmentation", 6)
+    assert len(made["notes"]) == 2
