@@ -27,6 +27,7 @@ from peftcli.cli import (
     explain,
     generate,
     info,
+    init,
     inspect,
     merge,
     predict,
@@ -121,7 +122,7 @@ def _usage(argument: Any) -> str:
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
-    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (init, train, status, evaluate, inspect, check, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
