@@ -24,12 +24,22 @@ from layouts import ASKS, LAYOUTS, REFUSES
 from score import ASKED, LEAST, RIGHT, draft, judge, run
 
 STEPS = 60
+"""At most."""
 LEARNT = 50
 """Layouts on which training must beat both."""
-SETTINGS = (f"training.max_steps={STEPS}", "training.save_strategy=no", "training.verify=false", "training.bf16=false")
+SETTINGS = ("training.save_strategy=no", "training.verify=false", "training.bf16=false", "training.eval_strategy=steps")
 RESULTS = Path(os.environ.get("PEFTCLI_LAYOUTS", "layouts.jsonl"))
-_SMALL_RATES = {"seq2seq": "training.learning_rate=1e-2", "masks": "training.learning_rate=1e-2"}
-"""Models with random weights, which have all to learn."""
+_OF_BASE = {
+    "encoder": (30, "training.per_device_train_batch_size=8", "dataset.max_length=64"),
+    "chat": (10, "training.per_device_train_batch_size=4", "dataset.max_length=96"),
+    "whisper": (20, "training.per_device_train_batch_size=4"),
+    "seq2seq": (60, "training.learning_rate=1e-2", "dataset.max_length=128"),
+    "pictures": (40,),
+    "masks": (60, "training.learning_rate=1e-2"),
+    "pipeline": (60,),
+}
+"""Kind of base -> steps; less of what takes long on two cores; a larger rate for models with random weights, which have
+all to learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +71,13 @@ def learn(name: str, folder: Path, settings: Sequence[str] = SETTINGS) -> Result
         return Result(**known)
     known |= {"task": json.loads(answer[1])["task"], "base": NAMES[layout.base]}
     recipe, output = folder / "recipe.yaml", folder / "out"
-    rate = [_SMALL_RATES[layout.base]] if layout.base in _SMALL_RATES else []
-    code, out, err = run("train", recipe, *settings, *rate, f"training.output_dir={output}", "--json")
+    steps, *own = _OF_BASE[layout.base]
+    settings = [*settings, *own, f"training.max_steps={steps}", f"training.eval_steps={steps}"]
+    code, out, err = run("train", recipe, *settings, f"training.output_dir={output}", "--json")
     known["seconds"] = round(time.perf_counter() - started, 1)
     if code:
         return Result(**known, problem=f"exit {code}: {(err.strip() or out).splitlines()[0][:300]}")
-    return Result(**known, **compare(json.loads(out), recipe, [*settings, *rate]))
+    return Result(**known, **compare(json.loads(out), recipe, settings))
 
 
 def compare(record: dict[str, Any], recipe: Path, settings: Sequence[str]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def gsm8k_jsonl(folder: Path, draw: random.Random) -> None:
 @layout(
     "CodeSearchNet's functions", CHATS, "chat", {"prompt": "docstring", "completion": "code"}, data="python.parquet"
 )
-def prompt_code_parquet(folder: Path, draw: random.Random) -> None:
+def docstrings_parquet(folder: Path, draw: random.Random) -> None:
     rows = []
     for _ in range(120):
         place, number = draw.choice(made.PLACES), draw.randrange(1000)
@@ -262,7 +262,7 @@ def kto_jsonl(folder: Path, draw: random.Random) -> None:
     "Intel's Orca DPO pairs",
     PREFERS,
     "chat",
-    {"system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"},
+    {"prompt": "question", "chosen": "chosen", "rejected": "rejected"},
     data="orca_rlhf.jsonl",
 )
 def orca_dpo_jsonl(folder: Path, draw: random.Random) -> None:

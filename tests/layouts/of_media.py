@@ -107,7 +107,12 @@ def split_folders(folder: Path, draw: random.Random) -> None:
 
 
 @layout(
-    "Dog Breed of Kaggle: ids without a suffix", SEES, "pictures", {"image": "id", "label": "breed"}, data="labels.csv"
+    "Dog Breed of Kaggle: ids without a suffix",
+    SEES,
+    "pictures",
+    {"image": "id", "label": "breed"},
+    {"image": "image", "label": "breed"},
+    data="labels.csv",
 )
 def kaggle_labels_csv(folder: Path, draw: random.Random) -> None:
     rows = []

@@ -145,8 +145,7 @@ def stsb_jsonl(folder: Path, draw: random.Random) -> None:
     "CoLA as published, without a header",
     CLASSES,
     "encoder",
-    {"text": "4", "label": "2"},
-    {"text": "text", "label": "label"},
+    {"text": "column_4", "label": "column_2"},
     data="in_domain_train.tsv",
 )
 def cola_tsv(folder: Path, draw: random.Random) -> None:
@@ -267,9 +266,7 @@ def sms_spam_csv(folder: Path, draw: random.Random) -> None:
     (folder / "spam.csv").write_bytes(b"v1,v2,,,\n" + text)
 
 
-@layout(
-    "fastText's cooking.stackexchange", CLASSES, "encoder", {"text": "text", "labels": "labels"}, data="cooking.txt"
-)
+@layout("fastText's cooking.stackexchange", CLASSES, "encoder", {"text": "text", "label": "label"}, data="cooking.txt")
 def fasttext_txt(folder: Path, draw: random.Random) -> None:
     lines = []
     for _ in range(240):
@@ -408,7 +405,7 @@ def tickets_xlsx(folder: Path, draw: random.Random) -> None:
 # Tags
 
 
-@layout("CoNLL-2003", TAGS, "encoder", data="conll2003")
+@layout("CoNLL-2003", TAGS, "encoder", {"tokens": "tokens", "tags": "tags"}, data="conll2003")
 def conll2003(folder: Path, draw: random.Random) -> None:
     for part, count in (("train", 160), ("valid", 40), ("test", 40)):
         lines = ["-DOCSTART- -X- -X- O", ""]
@@ -419,7 +416,7 @@ def conll2003(folder: Path, draw: random.Random) -> None:
         write_text(folder / "conll2003" / f"{part}.txt", "\n".join(lines))
 
 
-@layout("WNUT 17 as .bio", TAGS, "encoder", data="wnut17train.bio")
+@layout("WNUT 17 as .bio", TAGS, "encoder", {"tokens": "tokens", "tags": "tags"}, data="wnut17train.bio")
 def wnut_bio(folder: Path, draw: random.Random) -> None:
     lines = []
     for _ in range(200):
@@ -545,13 +542,25 @@ def squad(draw: random.Random, version: str, count: int) -> dict[str, Any]:
     return {"version": version, "data": articles}
 
 
-@layout("SQuAD 1.1", ANSWERS, "encoder", data="train-v1.1.json")
+@layout(
+    "SQuAD 1.1",
+    ANSWERS,
+    "encoder",
+    {"question": "question", "context": "context", "answers": "answers"},
+    data="train-v1.1.json",
+)
 def squad_json(folder: Path, draw: random.Random) -> None:
     write_json(folder / "train-v1.1.json", squad(draw, "1.1", 20))
     write_json(folder / "dev-v1.1.json", squad(draw, "1.1", 5))
 
 
-@layout("SQuAD 2.0, with questions without an answer", ANSWERS, "encoder", data="train-v2.0.json dev-v2.0.json")
+@layout(
+    "SQuAD 2.0, with questions without an answer",
+    ANSWERS,
+    "encoder",
+    {"question": "question", "context": "context", "answers": "answers"},
+    data="train-v2.0.json dev-v2.0.json",
+)
 def squad2_json(folder: Path, draw: random.Random) -> None:
     write_json(folder / "train-v2.0.json", squad(draw, "v2.0", 20))
     write_json(folder / "dev-v2.0.json", squad(draw, "v2.0", 5))

@@ -131,7 +131,7 @@ def _same(wanted: Columns, found: Columns) -> bool:
 
 
 def score(names: Sequence[str], base: Callable[[str, Path], Path] = write_config) -> list[Verdict]:
-    """Judge these layouts, one after the other."""
+    """Judge these layouts, one after the other, and print each verdict."""
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="peftcli-layouts-") as scratch:
         for name in names:
