@@ -52,7 +52,7 @@ _MADE = {
     "chat": "from classifierkit import classifier_base; made = classifier_base('chat')",
     "whisper": "from soundkit import whisper_base; made = whisper_base()",
     "seq2seq": "from trainkit import base_folder; made = base_folder('t5', chat=False)",
-    "pictures": "from classifierkit import classifier_base; made = classifier_base('resnet')",
+    "pictures": "from classifierkit import classifier_base; made = classifier_base('vit')",
     "masks": "from classifierkit import classifier_base; made = classifier_base('segformer')",
     "pipeline": "from diffusionkit import pipeline_base; made = pipeline_base('sd')",
 }
@@ -61,7 +61,7 @@ NAMES = {
     "chat": "SmolLM2-135M-Instruct",
     "whisper": "Whisper tiny.en",
     "seq2seq": "tiny T5 (random)",
-    "pictures": "tiny ResNet (random)",
+    "pictures": "tiny ViT (random)",
     "masks": "tiny SegFormer (random)",
     "pipeline": "tiny Stable Diffusion (random)",
 }

@@ -21,7 +21,7 @@ from typing import Any
 
 from bases import NAMES, trainable
 from layouts import ASKS, LAYOUTS, REFUSES
-from score import ASKED, LEAST, RIGHT, draft, judge, run
+from score import ASKED, LEAST, RIGHT, draft, failure, judge, run
 
 STEPS = 60
 """At most."""
@@ -76,7 +76,7 @@ def learn(name: str, folder: Path, settings: Sequence[str] = SETTINGS) -> Result
     code, out, err = run("train", recipe, *settings, f"training.output_dir={output}", "--json")
     known["seconds"] = round(time.perf_counter() - started, 1)
     if code:
-        return Result(**known, problem=f"exit {code}: {(err.strip() or out).splitlines()[0][:300]}")
+        return Result(**known, problem=f"exit {code}: {failure(out, err)[:300]}")
     return Result(**known, **compare(json.loads(out), recipe, settings))
 
 
@@ -88,8 +88,10 @@ def compare(record: dict[str, Any], recipe: Path, settings: Sequence[str]) -> di
     if metric not in first:
         code, out, _ = run("evaluate", recipe, *settings, "--json")
         first = json.loads(out)["eval"]["last"] if code == 0 else {}
+    if first.get(metric) == 1.0:
+        metric = "eval_loss"  # there is nothing to add to a metric that was perfect before
     before, after = first.get(metric), kept.get(metric)
-    doubts = [each for each in map(str, record["warnings"]) if "no sign of learning" in each]
+    doubts = [each for each in map(str, record.get("warnings", ())) if "no sign of learning" in each]
     lower = metric.endswith(("loss", "mse", "wer", "cer", "perplexity"))
     better = None not in (before, after) and (after < before if lower else after > before)
     problem = doubts[0] if doubts else "" if better else "no better than the base model"
