@@ -3,8 +3,8 @@
     python tests/layouts/learn.py [LAYOUT ...]
     python tests/layouts/learn.py --page docs/layouts.md
 
-Each result is a line of layouts.jsonl in the working directory; layouts that have one are left out. ``--page`` writes
-the table of them.
+Each result is a line of layouts.jsonl in the working directory, as those of score.py are; layouts that were trained
+are left out. ``--page`` writes the table of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +22,15 @@ from typing import Any
 
 from bases import NAMES, trainable
 from layouts import ASKS, LAYOUTS, REFUSES
-from score import ASKED, LEAST, RIGHT, draft, failure, judge, run
+from score import LEAST, RESULTS, draft, failure, judge, keep, run
+
+from peftcli.tasks import TASKS
 
 STEPS = 60
 """At most."""
 LEARNT = 50
 """Layouts on which training must beat both."""
 SETTINGS = ("training.save_strategy=no", "training.verify=false", "training.bf16=false", "training.eval_strategy=steps")
-RESULTS = Path(os.environ.get("PEFTCLI_LAYOUTS", "layouts.jsonl"))
 _OF_BASE = {
     "encoder": (30, "training.per_device_train_batch_size=8", "dataset.max_length=64"),
     "chat": (10, "training.per_device_train_batch_size=4", "dataset.max_length=96"),
@@ -101,13 +103,15 @@ def compare(record: dict[str, Any], recipe: Path, settings: Sequence[str]) -> di
 def page(results: Sequence[Result]) -> str:
     """The table, as a page of the documentation."""
     scored = [each for each in results if each.name in LAYOUTS]
-    right, learnt = (sum(map(test, scored)) for test in (lambda each: each.verdict == RIGHT, lambda each: each.learnt))
-    asked = sum(each.verdict == ASKED for each in scored)
+    counts = Counter(each.verdict for each in scored)
+    trained = [each for each in scored if each.base]
+    learnt = sum(each.learnt for each in trained)
     rows = [
-        f"| {each.name} | {LAYOUTS[each.name].after} | {each.verdict} | {each.task or '-'} | {each.metric or '-'} | "
+        f"| {each.name} | {LAYOUTS[each.name].after} | {each.verdict} | {_task(each)} | {each.metric or '-'} | "
         f"{_number(each.before)} | {_number(each.after)} |"
         for each in scored
     ]
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     bases = "; ".join(f"{kind}: {name}" for kind, name in NAMES.items())
     return f"""\
 # Layouts that `peftcli init` reads
@@ -120,8 +124,8 @@ person would, or asked or refused where a person would; *asked* that it printed 
 `python tests/layouts/score.py` prints the results of `init`. `python tests/layouts/learn.py` trains what it wrote for
 at most {STEPS} steps and measures the metric of the task on the rows held out, before the first step and at the end.
 
-Of {len(scored)} layouts {right} were right and {asked} asked. Of those that are to be trained on, {learnt} were better
-than the base model and than a constant answer. Base models: {bases}.
+Of {len(scored)} layouts: {told}. Of the {len(trained)} that were trained on, {learnt} became better than the base model
+and than a constant answer. A row without a metric was not trained on. Base models: {bases}.
 
 | layout | as | init | task | metric | before | after |
 |---|---|---|---|---|---|---|
@@ -129,14 +133,23 @@ than the base model and than a constant answer. Base models: {bases}.
 """
 
 
+def _task(result: Result) -> str:
+    """The task that ``init`` named."""
+    named = result.said.split(" (")[0]
+    return named if named in TASKS else "-"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def read_results() -> dict[str, Result]:
-    """The results of the file; of a layout that is there twice the last."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {each["name"]: Result(**each) for each in map(json.loads, lines)}
+    """The results of the file; of what is there twice the last."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
+        result = json.loads(line)
+        found.setdefault(result["name"], {}).update(result)
+    return {name: Result(**each) for name, each in found.items()}
 
 
 def main() -> None:
@@ -146,12 +159,11 @@ def main() -> None:
         Path(sys.argv[2]).write_text(page([found[name] for name in LAYOUTS if name in found]), encoding="utf-8")
         return
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    names = sys.argv[1:] or [name for name in LAYOUTS if name not in read_results()]
+    names = sys.argv[1:] or [name for name in LAYOUTS if not getattr(read_results().get(name), "base", "")]
     for name in names:
         with tempfile.TemporaryDirectory(prefix="peftcli-layouts-") as scratch:
             result = learn(name, Path(scratch) / name)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
+        keep(asdict(result))
         change = f"{result.metric} {_number(result.before)} -> {_number(result.after)}"
         print(f"{result.verdict:<8} {name:<24} {change} {result.problem}", flush=True)
     results = read_results().values()

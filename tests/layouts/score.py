@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ _ROLES = {
 """A task's name of a column -> one of the names that mean the same."""
 _WRITTEN = ("transcript", "caption")
 _IMPORTED = ("torch", "transformers", "accelerate", "sklearn.metrics", "matplotlib.pyplot", "peftcli.train.run")
+RESULTS = Path(os.environ.get("PEFTCLI_LAYOUTS", "layouts.jsonl"))
+"""Each run adds a line for each layout."""
 Answer = tuple[int, str, str]
 """Exit code, stdout and stderr."""
 
@@ -135,7 +137,7 @@ def _same(wanted: Columns, found: Columns) -> bool:
 
 def score(names: Sequence[str], base: Callable[[str, Path], Path] = write_config) -> list[Verdict]:
     """Judge these layouts, one after the other, and print each verdict."""
-    verdicts = []
+    verdicts = list[Verdict]()
     with tempfile.TemporaryDirectory(prefix="peftcli-layouts-") as scratch:
         for name in names:
             folder = Path(scratch) / name
@@ -164,13 +166,22 @@ def plain(names: Sequence[str]) -> Counter[str]:
     return counts
 
 
+def keep(result: dict[str, Any]) -> None:
+    """Add a line to the results."""
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
 def main() -> None:
     """Score those that are named, or all, and print the totals."""
     names = [name for name in sys.argv[1:] if name != "--plain"] or list(LAYOUTS)
     if "--plain" in sys.argv:
         print(dict(plain([name for name in names if LAYOUTS[name].tasks[0] not in (ASKS, REFUSES)])))
         return
-    totals = Counter(verdict.verdict for verdict in score(names))
+    verdicts = score(names)
+    for verdict in verdicts:
+        keep(asdict(verdict))
+    totals = Counter(verdict.verdict for verdict in verdicts)
     print(f"{len(names)} layouts: " + ", ".join(f"{count} {each}" for each, count in totals.most_common()))
     sys.exit(totals[RIGHT] < LEAST * len(names) or bool(totals[WRONG] + totals[BROKEN]))
 
