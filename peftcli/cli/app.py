@@ -26,6 +26,7 @@ from peftcli.cli import (
     evaluate,
     explain,
     generate,
+    import_,
     info,
     inspect,
     merge,
@@ -79,14 +80,14 @@ app = typer.Typer(
 )
 
 _COMMANDS = {
-    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (train, status, evaluate, inspect, check, import_, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
 for _heading, _files in _COMMANDS.items():
     for _file in _files:
         _name = _file.__name__.rpartition(".")[2]
-        app.command(_name, rich_help_panel=_heading)(getattr(_file, _name))
+        app.command(_name.rstrip("_"), rich_help_panel=_heading)(getattr(_file, _name))
 
 
 def _print_version(wanted: bool) -> None:
