@@ -17,7 +17,7 @@ from typing import Any
 
 from peftcli.drafting.peers import COMMAND, Unknown
 from peftcli.errors import RecipeError, UsageError
-from peftcli.guard.files import irregular_kind, os_reason, read_small
+from peftcli.guard.files import irregular_kind, one_line, os_reason, read_small, short_repr
 from peftcli.recipe.values import Problems, Value, read_scalar
 from peftcli.recipe.yaml_file import MAX_BYTES, MAX_VALUES, parse_text
 from peftcli.system.secrets import redact
@@ -48,7 +48,10 @@ def read_foreign(path: Path) -> Foreign:
         UsageError: the file cannot be read, or contains no settings.
         RecipeError: a file that is not YAML.
     """
-    found = _read_kind(path, _read(path))
+    try:
+        found = _read_kind(path, _read(path))
+    except RecursionError:
+        raise UsageError("nested too deeply to be a recipe", file=str(path)) from None
     return replace(found, values={key: _without_secret(key, value) for key, value in found.values.items()})
 
 
@@ -200,26 +203,27 @@ def _fill(word: str, variables: dict[str, str]) -> str:
 def _command(tool: str, words: list[str], path: Path) -> Foreign:
     """Read the options of a command, and the file that it names, under the options."""
     options = dict(_options(words[1:]))
-    places = [word for word in _places(words[1:]) if not word.startswith("-")]
-    file = options.pop("config", None) or options.pop("c", None)
-    file = file or next((word for word in places if Path(str(word)).suffix in (".yaml", ".yml", ".json")), None)
-    values: dict[str, Any] = {}
-    if isinstance(file, str) and tool != "torchtune":
-        named = next((each for each in (path.parent / file, Path(file)) if each.is_file()), None)
-        if named is None:
-            raise UsageError(f"names {file}, which is not there", file=str(path), hint="Copy it beside the script.")
-        values = _yaml(_read(named), named)
-    elif isinstance(file, str):
-        raise UsageError(
-            f"runs torchtune's configuration {file}, which is not a file here",
-            file=str(path),
-            hint=f"Write it with `tune cp {file} recipe.yaml`, and import that.",
-        )
+    places = list(_places(words[1:]))
+    named = options.pop("config", None) or options.pop("c", None)
+    named = named if isinstance(named, list) else [named] if named else []
+    named += [word for word in places if re.search(r"\.(ya?ml|json)$", word)][:1]
+    values = _named_file(tool, str(named[0]), path) if named else {}
+    pairs = (str(word).partition("=") for word in [*places, *named[1:]] if "=" in str(word))
+    options |= {key: read_scalar(value) for key, _, value in pairs}
     values |= options
-    values[COMMAND] = (
-        " ".join([Path(words[0]).name, *places[:1]]) if not words[0].endswith(".py") else Path(words[0]).name
-    )
+    values[COMMAND] = " ".join([Path(words[0]).name, *([] if words[0].endswith(".py") else places[:1])])
     return Foreign({key: _shell_value(value) for key, value in values.items()}, tool)
+
+
+def _named_file(tool: str, name: str, path: Path) -> dict[str, Any]:
+    """Read the file that a command names: beside the script, or from the current folder."""
+    for each in (path.parent / name, Path(name)):
+        if each.is_file():
+            return _yaml(_read(each), each)
+    hint = "Copy it beside the script."
+    if tool == "torchtune":
+        hint = f"Write it with `tune cp {one_line(name)} recipe.yaml`, and import that."
+    raise UsageError(f"names {short_repr(name)}, which is not a file here", file=str(path), hint=hint)
 
 
 def _places(words: list[str]) -> Iterator[str]:
@@ -303,15 +307,15 @@ def _program(text: str, path: Path) -> Foreign:
             names.append(short)
             for key, value in _arguments(call, short, constants):
                 values[f"{short.rpartition('.')[2]}.{key}"] = value
-    if not any(name.endswith(("get_peft_model", "Trainer", "Config")) for name in names):
+    if not any(name.startswith("Fast") for name in names):
         raise UsageError(
             "contains no call that can be imported",
             file=str(path),
-            hint="Of programs it reads unsloth's: FastLanguageModel.get_peft_model(...) and SFTTrainer(...).",
+            hint="It reads programs with FastLanguageModel; TRL's settings fit into a YAML of `trl sft`.",
         )
     trainer = next((name for name in names if name.endswith("Trainer")), "SFTTrainer")
     values[COMMAND] = f"script {trainer}"
-    return Foreign(values, "unsloth" if any(name.startswith("Fast") for name in names) else "trl")
+    return Foreign(values, "unsloth")
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:

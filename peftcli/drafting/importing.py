@@ -15,6 +15,7 @@ from peftcli.drafting.foreign import read_foreign
 from peftcli.drafting.peers import COMMAND, PEERS, Draft, Peer, Unknown
 from peftcli.drafting.peers.base import NO_VALUE
 from peftcli.errors import Problem, UsageError
+from peftcli.guard.files import one_line
 from peftcli.recipe import read
 from peftcli.system.secrets import redact_values
 
@@ -57,7 +58,7 @@ class Imported:
         counts = f"{count_of(len(self.carried), 'key')} carried, {len(left)} not carried"
         return [
             f"{self.tool}: {counts}{f', {empty} without a value' if empty else ''}",
-            *(f"  not carried: {key}: {shown(value)}: {reason}" for key, (value, reason) in left.items()),
+            *(f"  not carried: {one_line(key)}: {shown(value)}: {reason}" for key, (value, reason) in left.items()),
             *(f"  look at: {note}" for note in self.notes),
             *(f"  missing here: {problem.key}: {problem.message}" for problem in self.problems),
         ]

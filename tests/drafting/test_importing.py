@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from trainkit import base_folder
 
 from peftcli.cli.app import main
 from peftcli.drafting.foreign import read_foreign
 from peftcli.drafting.importing import import_recipe
-from peftcli.drafting.peers import COMMAND
+from peftcli.drafting.peers import COMMAND, PEERS
+from peftcli.drafting.peers.base import To
 from peftcli.errors import PeftcliError, UsageError
+from peftcli.methods import METHODS
 from peftcli.output_schemas import output_schema
+from peftcli.recipe import explain
+from peftcli.tasks.settings import PreferenceSettings
 
+ROOT = Path(__file__).parents[2]
 RECIPES = Path(__file__).parent / "recipes"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NF4 = {"type": "nf4", "double_quant": True}
@@ -348,3 +357,46 @@ def test_the_keys_of_one_tool_are_not_anothers() -> None:
         import_recipe(RECIPES / "mlx_lm/lora.yaml", "trl")
     with pytest.raises(PeftcliError):
         import_recipe(RECIPES / "data")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_tables_name_settings_that_exist(name: str) -> None:
+    peer = PEERS[name]
+    keys = {rule.key for rule in peer.table.values() if isinstance(rule, To)} | {*peer.defaults}
+    configs = (METHODS["lora"].config_class, METHODS["oft"].config_class)
+    known = {
+        "method": {each.name for config in configs for each in dataclasses.fields(config())},
+        "task": {each.name for each in dataclasses.fields(PreferenceSettings)},
+    }
+    for key in keys:
+        section, _, setting = key.partition(".")
+        assert setting in known[section] if section in known else explain(key).kind == "setting"
+
+
+def test_the_page_of_imported_recipes_is_current() -> None:
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "docs/importing.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+_TRAINED = "trl/sft.sh unsloth/config.yaml unsloth/notebook.py axolotl/dpo.yml llama_factory/dpo.yaml mlx_lm/lora.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", _TRAINED.split())
+def test_an_imported_recipe_trains(file: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    assert main(["import", file, "--output", str(recipe)]) == 0
+    here = {
+        "base_model.name": base_folder(),
+        "training.output_dir": tmp_path / "run",
+        "training.max_steps": 3,
+        "training.bf16": "false",
+        "training.report_to": "[]",
+        "dataset.max_length": 64,
+    }
+    assert main(["train", str(recipe), *(f"{key}={value}" for key, value in here.items())]) == 0
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["status"] == "complete"
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from peftcli.drafting.peers.base import (
+    ONE_TURN,
     By,
     Draft,
     Peer,
     Rule,
     To,
     bits_of,
+    dataset_of,
     modules,
     names,
     needless,
@@ -80,6 +82,9 @@ TABLE: dict[str, Rule] = {
     "sdp_attention": To("base_model.attn_implementation", when(True, "sdpa")),
     "eager_attention": To("base_model.attn_implementation", when(True, "eager")),
     "flex_attention": To("base_model.attn_implementation", when(True, "flex_attention")),
+    "s2_attention": "another attention while training, which peftcli does not have",
+    "float16": "the whole model in float16; see base_model.dtype",
+    "bfloat16": To("base_model.dtype", when(True, "bfloat16")),
     "xformers_attention": "xformers' attention is not here; transformers' default is used",
     "chat_template": By("base_model.chat_template"),
     "chat_template_jinja": By("base_model.chat_template"),
@@ -193,9 +198,9 @@ TABLE: dict[str, Rule] = {
             "eval_sample_packing sample_packing_group_size sample_packing_bin_size sample_packing_sequentially "
             "multipack_real_batches low_cpu_mem_usage lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
             "lora_embedding_kernel flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp unsloth_lora_mlp "
-            "unsloth_lora_qkv unsloth_lora_o activation_offloading embeddings_skip_upcast gc_steps float16 bfloat16 "
-            "torch_compile_backend s2_attention cut_cross_entropy sequence_parallel_degree context_parallel_size "
-            "experimental_skip_move_to_device lora_on_cpu tiled_mlp scaling_softmax"
+            "unsloth_lora_qkv unsloth_lora_o activation_offloading embeddings_skip_upcast gc_steps "
+            "torch_compile_backend cut_cross_entropy sequence_parallel_degree context_parallel_size "
+            "experimental_skip_move_to_device lora_on_cpu tiled_mlp"
         ),
         check="strict debug dataset_shuffle_seed",
         process="local_rank ddp use_ray ray_num_workers resources_per_worker world_size",
@@ -260,15 +265,10 @@ def _entries(draft: Draft, list_name: str) -> list[str]:
 def _data(draft: Draft) -> None:
     for entry in _entries(draft, "datasets"):
         given = draft.section(entry)
-        files = given.get("data_files")
-        path = names(files)[0] if files else given.get("path")
-        if files and len(names(files)) > 1:
-            draft.drop(f"{entry}.data_files", "several files; name their folder, or each under dataset.mix")
-            path = given.get("path")
         form, columns = _form(draft, entry, given)
         draft.add_source(
             f"{entry}",
-            train=draft.path(path),
+            train=dataset_of(draft, given.get("path"), given.get("data_files"), f"{entry}.data_files"),
             split=given.get("split"),
             name=given.get("name"),
             revision=given.get("revision"),
@@ -286,9 +286,12 @@ def _form(draft: Draft, entry: str, given: dict[str, Any]) -> tuple[str | None, 
     fields = {key.removeprefix("type.field_"): value for key, value in given.items() if key.startswith("type.field_")}
     if "task.loss" in draft.settings or draft.settings["task.type"].value == "reward":
         columns = dict(_COMPARED.get(kind.rpartition(".")[2], {})) | fields
+        if draft.get("rl") == "kto":
+            columns = {key: columns[key] for key in ("prompt", "completion", "label", "system") if key in columns}
         columns |= {key: given.get(f"field_{key}") for key in ("chosen", "rejected") if given.get(f"field_{key}")}
-        columns.pop("system", None) if not columns.get("system") else None
         messages = given.get("field_messages")
+        if kind.startswith("chat_template"):
+            draft.notes.append(f"{entry}: {ONE_TURN}")
         return None, columns | ({"prompt": messages} if messages else {})
     if kind.startswith("chat_template") or kind == "sharegpt":
         return _turns(kind, given)
@@ -333,8 +336,8 @@ def _evaluation(draft: Draft) -> None:
     entries, size = _entries(draft, "test_datasets"), draft.get("val_set_size")
     if entries:
         given = draft.section(entries[0])
-        files = given.get("data_files")
-        draft.put("dataset.eval", draft.path(names(files)[0] if files else given.get("path")), entries[0])
+        found = dataset_of(draft, given.get("path"), given.get("data_files"), f"{entries[0]}.data_files")
+        draft.put("dataset.eval", found, entries[0])
         if given.get("split"):
             draft.put("dataset.eval_split", given["split"], entries[0])
         for entry in entries[1:]:

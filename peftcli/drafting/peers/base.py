@@ -334,7 +334,7 @@ REASONS = {
     "tokens": "the base model's tokenizer knows its special tokens",
     "infer": "how answers are generated after the training; give it to `peftcli generate`",
     "vision": "concerns pictures, videos or sounds; this importer carries recipes of texts",
-    "method": "another way of training or another method's setting, which the recipe does not choose",
+    "method": "another way of training, or a setting of one, that this importer does not carry",
     "process": "how its launcher starts processes; see the section launch",
     "resume": "a run resumes by itself; see `peftcli train --resume`",
     "secret": "is a secret; a recipe must not contain it: set it in the environment",
@@ -430,6 +430,23 @@ def bits_of(draft: Draft, four: str, eight: str, kind: str, double: str, default
         quantise(draft, "int8", eight)
 
 
+_BUILDERS = ("json", "csv", "parquet", "text", "arrow")
+
+
+def dataset_of(draft: Draft, path: Any, files: Any, key: str) -> str | None:
+    """Return the dataset that a path and ``data_files`` name, as ``load_dataset`` reads them."""
+    found = names(files) if files else []
+    if not found:
+        return None if path is None else draft.path(path)
+    if path is not None and str(path) not in _BUILDERS and not Path(draft.path(found[0])).exists():
+        draft.drop(key, "some files of the hub's dataset; dataset.train reads all of it. Download them, and name them")
+        return draft.path(path)
+    if len(found) > 1:
+        draft.drop(key, f"several files; here {found[0]} alone. Name their folder, or each under dataset.mix")
+    return draft.path(found[0])
+
+
+ONE_TURN = "chosen and rejected are one turn each there; peftcli reads lists of turns: put each into [ ]"
 TEMPLATES = "the base model's own chat template is used; this is a template of {}'s own. See base_model.chat_template"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.drafting.peers.base import (
+    ONE_TURN,
     By,
     Draft,
     NotCarried,
@@ -97,6 +98,10 @@ TABLE: dict[str, Rule] = {
     "enable_liger_kernel": To("training.use_liger_kernel", truth),
     "pure_bf16": To("training.bf16", truth),
     "disable_gradient_checkpointing": To("training.gradient_checkpointing", when(False, True)),
+    "disable_shuffling": To("training.train_sampling_strategy", when(True, "sequential")),
+    "shift_attn": "another attention while training, which peftcli does not have",
+    "resize_vocab": "the vocabulary follows base_model.new_tokens",
+    "split_special_tokens": "how special tokens in texts are read; peftcli reads them as the tokenizer does",
     "use_swanlab": "peftcli reports to tensorboard, wandb, mlflow and trackio, not to SwanLab",
     "enable_thinking": "how the template treats thinking; the base model's own template decides",
     "default_system": "a system turn for rows without one; write it into the rows",
@@ -113,8 +118,8 @@ TABLE: dict[str, Rule] = {
         cache="overwrite_cache cache_dir media_dir data_shared_file_system",
         workers="preprocessing_num_workers preprocessing_batch_size",
         speed=(
-            "shift_attn use_unsloth use_unsloth_gc use_cache upcast_layernorm upcast_lmhead_output resize_vocab "
-            "low_cpu_mem_usage split_special_tokens use_fast_tokenizer offload_folder disable_shuffling"
+            "use_unsloth use_unsloth_gc use_cache upcast_layernorm upcast_lmhead_output "
+            "low_cpu_mem_usage use_fast_tokenizer offload_folder"
         ),
         infer=(
             "predict_with_generate max_new_tokens temperature top_p top_k num_beams infer_backend infer_dtype "
@@ -341,6 +346,8 @@ def _columns(
                 columns[key],
             )
     if compared:
+        if sharegpt and "kto_tag" not in columns:
+            draft.notes.append(f"dataset: {name}: {ONE_TURN}")
         prompt = columns.get("messages", "conversations") if sharegpt else columns.get("prompt", "instruction")
         answer = (
             {"completion": columns.get("response", "output"), "label": columns["kto_tag"]}

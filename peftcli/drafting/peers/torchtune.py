@@ -11,6 +11,7 @@ from peftcli.drafting.peers.base import (
     Peer,
     Rule,
     To,
+    dataset_of,
     names,
     number,
     preference,
@@ -239,16 +240,11 @@ def _data(draft: Draft) -> None:
         draft.drop("dataset._component_", "a builder of rows that this importer does not know; the columns decide")
     known = dict(_DATASETS.get(builder, {}))
     source = given.get("source")
-    files = given.get("data_files")
-    if files is not None:
-        source = names(files)[0]
-        if len(names(files)) > 1:
-            draft.drop("dataset.data_files", f"several files; here {source} alone. See dataset.mix")
-    if source is not None:
-        known["train"] = source
-    if str(source) in ("json", "csv", "parquet", "text") and files is None:
+    found = dataset_of(draft, source, given.get("data_files"), "dataset.data_files")
+    if found in ("json", "csv", "parquet", "text"):
         draft.drop("dataset.source", "a kind of file without data_files")
-        known.pop("train")
+    elif found is not None:
+        known["train"] = found
     known["columns"] = _columns(known, given, builder)
     style = given.get("conversation_style")
     if builder == "chat_dataset" and style is not None:

@@ -174,6 +174,7 @@ TABLE: dict[str, Rule] = {
         "do_train do_predict save_only_model logging_first_step ddp_timeout ddp_find_unused_parameters "
         "remove_unused_columns overwrite_output_dir resume_from_checkpoint push_to_hub hub_model_id"
     ),
+    "auto_find_batch_size": "halves the batch when memory is short; see per_device_train_batch_size: auto",
     "do_eval": "evaluation runs where the recipe has evaluation data; see training.eval_strategy",
     **reasons(
         hub="hub_strategy hub_private_repo hub_always_push",
@@ -181,7 +182,7 @@ TABLE: dict[str, Rule] = {
         speed=(
             "tf32 gradient_checkpointing_kwargs.* torch_empty_cache_steps dataloader_pin_memory "
             "dataloader_persistent_workers dataloader_prefetch_factor dataloader_drop_last bf16_full_eval "
-            "fp16_full_eval torch_compile_backend torch_compile_mode eval_accumulation_steps auto_find_batch_size"
+            "fp16_full_eval torch_compile_backend torch_compile_mode eval_accumulation_steps"
         ),
         log="logging_strategy logging_dir disable_tqdm log_level include_num_input_tokens_seen",
         process="local_rank ddp_backend ddp_broadcast_buffers use_cpu no_cuda",

@@ -12,6 +12,7 @@ from peftcli.drafting.peers.base import (
     Rule,
     To,
     bits_of,
+    dataset_of,
     modules,
     names,
     needless,
@@ -90,6 +91,8 @@ TABLE: dict[str, Rule] = {
     "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
     "disable_dropout": "peftcli trains with the adapter's lora_dropout in any case",
     "center_rewards_coefficient": "a term that keeps rewards near 0, which peftcli does not add",
+    "dataset_kwargs": "arguments of TRL's own preparation of rows",
+    "dataset_kwargs.*": "arguments of TRL's own preparation of rows",
     "eos_token": "the base model's tokenizer knows its end-of-turn token",
     "pad_token": "the base model's tokenizer knows its pad token",
     "shuffle_dataset": "peftcli shuffles all rows in each epoch",
@@ -98,7 +101,7 @@ TABLE: dict[str, Rule] = {
     COMMAND: By("task.type"),
     **needless("wandb_project"),
     **reasons(
-        workers="dataset_num_proc dataset_kwargs dataset_kwargs.*",
+        workers="dataset_num_proc",
         speed=(
             "activation_offloading pad_to_multiple_of precompute_ref_log_probs precompute_ref_batch_size use_liger "
             "use_liger_loss ignore_bias_buffers dataset_batch_size"
@@ -192,10 +195,8 @@ def data(draft: Draft, supervised: bool) -> None:
             dict.fromkeys(key.split("]")[0] + "]" for key in draft.values if key.startswith("datasets["))
         ):
             given = draft.section(entry)
-            files = names(given.get("data_files") or given.get("path") or [])
-            draft.add_source(
-                entry, train=draft.path(files[0]) if files else None, name=given.get("name"), split=given.get("split")
-            )
+            found = dataset_of(draft, given.get("path"), given.get("data_files"), f"{entry}.data_files")
+            draft.add_source(entry, train=found, name=given.get("name"), split=given.get("split"))
     evaluates = str(draft.get("eval_strategy", "evaluation_strategy", default="no")).lower() not in ("no", "false")
     if evaluates and draft.get("test_split_size") is None:
         split = draft.get("dataset_test_split", default="test")

@@ -12,6 +12,7 @@ from peftcli.drafting.peers.base import (
     Rule,
     To,
     bits_of,
+    dataset_of,
     modules,
     names,
     needless,
@@ -22,7 +23,7 @@ from peftcli.drafting.peers.base import (
     truth,
     whole,
 )
-from peftcli.drafting.peers.training_arguments import DEFAULTS, checkpointing
+from peftcli.drafting.peers.training_arguments import DEFAULTS, attention, checkpointing
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
 _TRAINERS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "Unsloth")
@@ -84,16 +85,17 @@ _OWN: dict[str, Rule] = {
     "enable_wandb": By("training.report_to"),
     "enable_tensorboard": By("training.report_to"),
     "wandb_project": "the project's name is WANDB_PROJECT in the environment",
+    "trust_remote_code": "runs the model's own code; see base_model.trust_remote_code",
+    "attn_implementation": To("base_model.attn_implementation", attention),
+    "dataset_kwargs": "arguments of TRL's own preparation of rows",
+    "dataset_kwargs.*": "arguments of TRL's own preparation of rows",
     "embedding_learning_rate": "a rate of its own for embeddings; see training.loraplus_lr_embedding",
     "args": By("the arguments inside"),
     **needless("push_to_hub"),
     **reasons(
         secret="token hf_token wandb_token hub_token",
         workers="dataset_num_proc",
-        speed=(
-            "fast_inference gpu_memory_utilization max_lora_rank float8_kv_cache device_map "
-            "use_exact_model_name trust_remote_code attn_implementation dataset_kwargs random_state_kwargs"
-        ),
+        speed=("fast_inference gpu_memory_utilization max_lora_rank float8_kv_cache device_map use_exact_model_name"),
         log="tensorboard_dir logging_steps_first",
         export=(
             "save_model save_method save_gguf save_path quantization quantization_method push_model push_gguf hub_path "
@@ -174,13 +176,10 @@ def _task(draft: Draft, value: Any, keys: dict[str, str]) -> None:
 
 def _data(draft: Draft, value: Any, keys: dict[str, str]) -> None:
     files = value("data_files", "local_dataset")
-    path = names(files)[0] if files else value("dataset", "path")
-    source = keys.get("data_files") or keys.get("local_dataset") or keys.get("dataset") or keys.get("path", "dataset")
-    if isinstance(files, list) and len(files) > 1:
-        for each in files:
-            draft.add_source(source, train=draft.path(each))
-    elif path is not None:
-        draft.add_source(source, train=draft.path(path), name=value("name"), split=value("split"))
+    source = next((keys[key] for key in ("data_files", "local_dataset", "dataset", "path") if key in keys), "dataset")
+    path = dataset_of(draft, value("dataset", "path"), files, source)
+    if path is not None:
+        draft.add_source(source, train=path, name=value("name"), split=value("split"))
     form = str(value("format_type", default="auto")).lower()
     ours = {
         "alpaca": "alpaca",
@@ -209,7 +208,7 @@ def _data(draft: Draft, value: Any, keys: dict[str, str]) -> None:
     field = value("dataset_text_field")
     if field is None:
         return
-    columns = draft.columns_of(draft.path(path)) if path is not None else []
+    columns = draft.columns_of(path) if path is not None else []
     if field in columns:
         draft.put("dataset.format", "text", keys["dataset_text_field"])
         if field != "text":
