@@ -57,7 +57,7 @@ def scalar(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
-        return repr(value)
+        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 reads 1e-05 as a text
     text = redact(str(value))
     if _PLAIN.fullmatch(text) and isinstance(read_scalar(text), str) and text.lower() not in ("yes", "no", "on", "off"):
         return text

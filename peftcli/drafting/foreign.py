@@ -155,7 +155,7 @@ def _script(text: str, path: Path) -> Foreign:
             continue
         for at, word in enumerate(words):
             tool = next((tool for pattern, tool in _COMMANDS if re.search(pattern, word)), None)
-            if tool:
+            if tool and _trains(words[at:]):
                 found = _command(tool, [_fill(each, variables) for each in words[at:]], path)
                 around = {f"launcher.{name}": value for name, value in _options(words[:at]) if name != "m"}
                 around |= {f"environment.{name}": value for name, value in own.items()}
@@ -168,6 +168,23 @@ def _script(text: str, path: Path) -> Foreign:
             hint="It looks for trl, swift, llamafactory-cli, axolotl, mlx_lm.lora, tune run, unsloth train, or sft.py.",
         )
     return found
+
+
+_TRAINING = {
+    "swift": ("sft", "pt", "rlhf"),
+    "llamafactory-cli": ("train",),
+    "axolotl": ("train", "preprocess"),
+    "tune": ("run",),
+    "unsloth": ("train",),
+    "mlx_lm": ("lora",),
+    "trl": ("sft", "dpo", "kto", "orpo", "cpo", "reward", "grpo", "rloo", "ppo", "gkd", "online_dpo"),
+}
+"""Program of many commands -> those that train."""
+
+
+def _trains(words: list[str]) -> bool:
+    wanted = _TRAINING.get(Path(words[0]).name)
+    return wanted is None or words[1:2] == [] or words[1] in wanted
 
 
 def _commands_of(text: str, path: Path) -> Iterator[list[str]]:

@@ -315,6 +315,74 @@ def test_a_file_that_cannot_be_imported(
     assert not Path("executed").exists()
 
 
+_NOTEBOOK = json.dumps(
+    {
+        "cells": [
+            {"cell_type": "code", "source": ["%%capture\n", "!touch executed"]},
+            {
+                "cell_type": "code",
+                "source": "r = 4\n"
+                "m, t = FastLanguageModel.from_pretrained('a/b-bnb-4bit')\n"
+                "m = FastLanguageModel.get_peft_model(m, r=r, **more)\n"
+                "d = load_dataset('c/d', split='train[:10%]')\n"
+                "SFTTrainer(model=m, args=SFTConfig(num_train_epochs=2))",
+            },
+        ]
+    }
+)
+_LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --dataset_dir ONLINE --dataset c/d"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "settings", "left_out"),
+    [
+        (
+            "a.ipynb",
+            _NOTEBOOK,
+            {
+                "base_model.quantization": "nf4",
+                "method.r": 4,
+                "training.learning_rate": 2e-5,
+                "training.per_device_train_batch_size": 8,
+            },
+            {"load_dataset.split", "get_peft_model.**", "SFTTrainer.model"},
+        ),
+        (
+            "a.sh",
+            f"{_LLAMA_FACTORY} --lora_rank 4\nllamafactory-cli export merge.yaml\n",
+            {"task": "reward", "method.r": 4, "method.lora_alpha": 8, "dataset.train": "c/d"},
+            set(),
+        ),
+        (
+            "a.yml",
+            f"{_AXOLOTL}adapter: lora\nfsdp: [full_shard]\nfsdp_config: {{fsdp_offload_params: true, other: 1}}\n"
+            "lr_scheduler: cosine_with_min_lr\nrl: kto\nval_set_size: 50\n",
+            {
+                "launch.strategy": "fsdp",
+                "launch.cpu_offload": True,
+                "task.loss": "kto",
+                "training.lr_scheduler_type": "cosine",
+            },
+            {"fsdp_config.other", "val_set_size"},
+        ),
+        (
+            "a.yaml",
+            "model: a/b\nfine_tune_type: lora\niters: 7\nhf_dataset: {path: c/d, text_feature: body}\n",
+            {"dataset.columns": {"text": "body"}, "method.lora_alpha": 160, "training.max_steps": 7},
+            {"num_layers (mlx-lm's default 16)"},
+        ),
+    ],
+)
+def test_defaults_and_what_goes_together(
+    name: str, text: str, settings: dict[str, Any], left_out: set[str], tmp_path: Path
+) -> None:
+    found = import_recipe(_write(tmp_path, name, text))
+    recipe = yaml.safe_load(found.recipe)
+    assert {key: _at(recipe, key) for key in settings} == settings
+    assert left_out <= {*found.not_carried}
+    assert not left_out & {*found.carried}
+
+
 def test_nothing_of_a_shell_script_is_executed(tmp_path: Path) -> None:
     path = _write(
         tmp_path,

@@ -165,6 +165,11 @@ TABLE: dict[str, Rule] = {
     "wandb_run_id": "a run of Weights & Biases to continue",
     "deepspeed": By("launch.deepspeed"),
     "fsdp": By("launch.strategy"),
+    "fsdp_config.fsdp_offload_params": To("launch.cpu_offload", truth),
+    "fsdp_config.offload_params": To("launch.cpu_offload", truth),
+    "fsdp_config.fsdp_cpu_ram_efficient_loading": To("launch.cpu_ram_efficient_loading", truth),
+    "fsdp_config.cpu_ram_efficient_loading": To("launch.cpu_ram_efficient_loading", truth),
+    "fsdp_config.reshard_after_forward": To("launch.reshard_after_forward", truth),
     "fsdp_config.*": "details of FSDP; see the section launch",
     "fsdp_version": "details of FSDP; see the section launch",
     "plugins": By("training.use_liger_kernel"),
@@ -183,6 +188,7 @@ TABLE: dict[str, Rule] = {
     "shuffle_merged_datasets": "peftcli shuffles all rows in each epoch",
     "curriculum_sampling": "peftcli shuffles; see training.train_sampling_strategy: sequential",
     "dataset_exact_deduplication": "`peftcli inspect` lists duplicates; remove them from the file",
+    "save_first_step": "a checkpoint after the first step; see training.save_steps",
     "unfrozen_parameters": "parameters to train in full; see method.modules_to_save",
     "default_system_message": "a system turn for rows without one; write it into the rows",
     **reasons(
@@ -416,8 +422,8 @@ def _schedule(draft: Draft) -> None:
 
 
 def _machines(draft: Draft) -> None:
-    if draft.get("fsdp"):
-        draft.put("launch.strategy", "fsdp", "fsdp")
+    if found := [key for key in draft.values if key.partition(".")[0] in ("fsdp", "fsdp_config") and draft.get(key)]:
+        draft.put("launch.strategy", "fsdp", found[0])
     deepspeed(draft)
     liger = [key for key in draft.carried if key.startswith("liger_")]
     if any(truth(draft.get(key)) for key in liger):

@@ -234,20 +234,22 @@ class Draft:
         given = Path(str(text)).expanduser()
         for folder in (*folders, self.file.parent, Path()):
             if not given.is_absolute() and (folder / given).exists():
-                return os.path.relpath(folder / given)
+                return os.path.normpath(folder / given)
         return str(text)
 
     def path_of(self, key: str) -> str:
         """The value of a key as a path."""
         return self.path(self.values[key])
 
-    def add_source(self, source: str, **settings: Any) -> None:
-        """Add a dataset; ``source`` is the tool's key, or section, that names it."""
+    def add_source(self, source: str, split_key: str = "", **settings: Any) -> None:
+        """Add a dataset. ``source`` is the tool's key, or section, that names it; ``split_key`` that of its split."""
         split = settings.pop("split", None)
         if split and "[" in str(split):
-            self.drop(f"{source} (split)", "a slice of a split; see dataset.limit and dataset.eval_fraction", split)
+            self.drop(
+                split_key or f"{source}.split", "a slice of a split; see dataset.limit and dataset.eval_fraction", split
+            )
         elif split and split != "train" and Path(str(settings.get("train"))).exists():
-            self.drop(f"{source} (split)", "a local file has no splits; all its rows are read", split)
+            self.drop(split_key or f"{source}.split", "a local file has no splits; all its rows are read", split)
         elif split and split != "train":
             settings["split"] = split
         self.sources.append({"from": source, **{key: value for key, value in settings.items() if value}})

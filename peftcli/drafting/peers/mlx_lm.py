@@ -37,6 +37,8 @@ TABLE: dict[str, Rule] = {
     "hf_dataset.*": "a detail of the dataset that dataset.train does not have",
     "mask_prompt": By("dataset.train_on"),
     "max_seq_length": To("dataset.max_length", whole),
+    "trust_remote_code": To("base_model.trust_remote_code", truth),
+    "reference_model_path": "another reference model; peftcli compares with the base model, adapter off",
     "seed": To("training.seed", whole),
     "num_layers": By("method.layers_to_transform"),
     "lora_layers": By("method.layers_to_transform"),

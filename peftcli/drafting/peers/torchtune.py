@@ -331,6 +331,7 @@ PEER = Peer(
         "training.gradient_accumulation_steps": 1,
         "training.num_train_epochs": 1,
         "training.lr_scheduler_type": "constant",
+        "training.weight_decay": 0.01,
         "training.eval_strategy": "no",
         "training.logging_steps": 1,
         "training.output_dir": "outputs/torchtune",

@@ -188,7 +188,7 @@ def data(draft: Draft, supervised: bool) -> None:
     """Write what is trained on: one dataset or a mix, its splits and columns, and which tokens count."""
     if (name := draft.get("dataset_name")) is not None:
         path = draft.path(name)
-        draft.add_source("dataset_name", train=path, split=draft.get("dataset_train_split"))
+        draft.add_source("dataset_name", "dataset_train_split", train=path, split=draft.get("dataset_train_split"))
     else:
         path = ""
         for entry in list(

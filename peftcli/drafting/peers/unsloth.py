@@ -10,6 +10,7 @@ from peftcli.drafting.peers.base import (
     Draft,
     Peer,
     Rule,
+    Setting,
     To,
     bits_of,
     dataset_of,
@@ -139,10 +140,10 @@ def _build(draft: Draft) -> None:
     if truth(full) or str(value("training_type", default="lora")).lower() == "full":
         draft.refuse_full(keys.get("training_type", keys.get("full_finetuning", "full_finetuning")))
     draft.say("method.type", "lora", "unsloth trains a LoRA")
-    in_yaml = any(key.startswith(("training.", "lora.", "data.")) for key in draft.values)
     _task(draft, value, keys)
     four = keys.get("load_in_4bit", "load_in_4bit")
-    if four not in draft.values and (in_yaml or draft.get(COMMAND) == "script"):
+    command = str(draft.get(COMMAND, default=""))
+    if four not in draft.values and not command.startswith("unsloth-cli"):
         draft.say("base_model.quantization", "nf4", "unsloth's default: load_in_4bit")
     bits_of(draft, four, keys.get("load_in_8bit", "load_in_8bit"), "-", "-")
     name = draft.settings.get("base_model.name")
@@ -151,12 +152,28 @@ def _build(draft: Draft) -> None:
             f"{name.value}: its weights are stored in 4 bits; the same name without -bnb-4bit has them whole"
         )
     _data(draft, value, keys)
-    if in_yaml:
-        draft.settings.setdefault("method.r", draft.default(64))
-        draft.settings.setdefault("training.num_train_epochs", draft.default(3))
+    _defaults(draft, command, keys)
     for tracker in ("wandb", "tensorboard"):
         if truth(value(f"enable_{tracker}", default=False)):
             draft.put("training.report_to", [tracker], keys[f"enable_{tracker}"])
+
+
+def _defaults(draft: Draft, command: str, keys: dict[str, str]) -> None:
+    """Write defaults that only some of unsloth's ways to train have."""
+    if command.startswith("script"):
+        config = next((key.partition(".")[0] for key in keys.values() if key.endswith("learning_rate")), "")
+        rate = 2e-5 if not config or config.endswith("Config") else DEFAULTS["training.learning_rate"]
+        for key, value in (DEFAULTS | {"training.learning_rate": rate}).items():
+            if key == "training.num_train_epochs" and "training.max_steps" in draft.settings:
+                continue
+            draft.settings.setdefault(key, Setting(value, "default of the trainer's arguments"))
+    elif command.startswith("unsloth-cli"):
+        if "training.num_train_epochs" not in draft.settings:
+            draft.settings.setdefault("training.max_steps", draft.default(400))
+    else:
+        draft.settings.setdefault("method.r", draft.default(64))
+        if "training.max_steps" not in draft.settings:
+            draft.settings.setdefault("training.num_train_epochs", draft.default(3))
 
 
 def _task(draft: Draft, value: Any, keys: dict[str, str]) -> None:
@@ -179,7 +196,7 @@ def _data(draft: Draft, value: Any, keys: dict[str, str]) -> None:
     source = next((keys[key] for key in ("data_files", "local_dataset", "dataset", "path") if key in keys), "dataset")
     path = dataset_of(draft, value("dataset", "path"), files, source)
     if path is not None:
-        draft.add_source(source, train=path, name=value("name"), split=value("split"))
+        draft.add_source(source, keys.get("split", ""), train=path, name=value("name"), split=value("split"))
     form = str(value("format_type", default="auto")).lower()
     ours = {
         "alpaca": "alpaca",
