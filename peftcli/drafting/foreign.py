@@ -17,12 +17,14 @@ from typing import Any
 
 from peftcli.drafting.peers import COMMAND, Unknown
 from peftcli.errors import RecipeError, UsageError
-from peftcli.guard.files import irregular_kind, one_line, os_reason, read_small, short_repr
+from peftcli.guard.files import irregular_kind, is_file, one_line, os_reason, read_small, short_repr
 from peftcli.recipe.values import Problems, Value, read_scalar
 from peftcli.recipe.yaml_file import MAX_BYTES, MAX_VALUES, parse_text
 from peftcli.system.secrets import redact
 
 _MAX_NOTEBOOK = 20_000_000
+_MOST = 5
+"""Problems of a file that are shown."""
 _SECRET = Unknown("...", "is a secret; a recipe must not contain it: set it in the environment")
 _SECRET_KEY = re.compile(
     r"(^|[._])((hub|hf|wandb|swanlab|access|api|auth)_(token|key|api_key)|\w*(password|secret))$|(^|\.)token$",
@@ -87,7 +89,7 @@ def _yaml(text: str, path: Path) -> dict[str, Any]:
     problems = Problems()
     top = parse_text(re.sub(r"\$(?=\{)", "$$", text), str(path), problems)  # ${ is another tool's, not our variable
     if found := [each for each in problems.in_order() if not each.message.startswith("looks like a token")]:
-        raise RecipeError(found)
+        raise RecipeError(found[:_MOST])
     values = dict(_flatten("", top)) if top is not None else {}
     return {key: _interpolate(value, values) for key, value in values.items()}
 
@@ -235,7 +237,7 @@ def _command(tool: str, words: list[str], path: Path) -> Foreign:
 def _named_file(tool: str, name: str, path: Path) -> dict[str, Any]:
     """Read the file that a command names: beside the script, or from the current folder."""
     for each in (path.parent / name, Path(name)):
-        if each.is_file():
+        if is_file(each):
             return _yaml(_read(each), each)
     hint = "Copy it beside the script."
     if tool == "torchtune":

@@ -155,6 +155,8 @@ def _give_up(draft: Draft, problem: Problem) -> None:
     if not key or key in ("base_model.name", "method.type", "dataset.train", "dataset.mix"):
         raise UsageError(f"cannot be imported: {problem.key}: {problem.message}", file=str(draft.file))
     setting = draft.settings.pop(key)
+    if key in draft.peer.defaults and setting.value != draft.peer.defaults[key]:
+        draft.settings[key] = draft.default(draft.peer.defaults[key])
     sources = [theirs for theirs, ours in draft.carried.items() if ours.split(" ")[0] == key]
     for source in sources or [f"{key} ({setting.comment})"]:
         draft.drop(source, f"peftcli check: {problem.key}: {problem.message}", setting.value)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from peftcli.errors import UsageError
-from peftcli.guard.files import open_regular, short_repr
-from peftcli.recipe.names import ALIASES, REMEDIES, VALUES
+from peftcli.guard.files import is_file, is_folder, open_regular, short_repr
+from peftcli.recipe.names import ALIASES, REMEDIES
+from peftcli.system.outputs import expand_user
 
 UNKNOWN = "unknown to this importer"
 NO_VALUE = "has no value, and so no effect"
@@ -129,14 +130,18 @@ class Draft:
         self.carried: dict[str, str] = {}
         self.not_carried: dict[str, tuple[Any, str]] = {}
         self.notes: list[str] = []
+        self._last = "a key"  # that ``build`` has read
 
     def get(self, *keys: str, default: Any = None) -> Any:
         """Return the value of the first of the tool's keys that is given."""
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), default)
+        found = next((key for key in keys if self.values.get(key) is not None), None)
+        self._last = found or self._last
+        return default if found is None or isinstance(self.values[found], Unknown) else self.values[found]
 
     def section(self, prefix: str) -> dict[str, Any]:
         """Return the values below a key, under their remaining names."""
-        return {key[len(prefix) + 1 :]: value for key, value in self.values.items() if key.startswith(f"{prefix}.")}
+        below = {key: value for key, value in self.values.items() if key.startswith(f"{prefix}.")}
+        return {key[len(prefix) + 1 :]: value for key, value in below.items() if not isinstance(value, Unknown)}
 
     def put(self, key: str, value: Any, source: str) -> None:
         """Write a setting whose value comes from the tool's key ``source``."""
@@ -175,7 +180,12 @@ class Draft:
         """Carry out the tool's table, its ``build`` and its defaults."""
         for key, value in self.values.items():
             self._apply(key, value)
-        self.peer.build(self)
+        try:
+            self.peer.build(self)
+        except NotCarried as reason:
+            self.refuse(f"{self._last}: {reason}", "Correct it, or leave it out.")
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
+            self.refuse(f"{self._last}: its value is not what {self.peer.label} describes", "Correct it, or remove it.")
         self._write_sources()
         for key, value in self.peer.defaults.items():
             if key not in self.settings and not any(other in self.settings for other in _INSTEAD.get(key, ())):
@@ -217,7 +227,7 @@ class Draft:
         except NotCarried as reason:
             self.drop(key, str(reason))
             return
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, OverflowError):
             self.drop(key, f"its value is not what {self.peer.label} describes")
             return
         note = f" ({changed.note})" if isinstance(changed, Near) else ""
@@ -231,9 +241,9 @@ class Draft:
 
         It is looked for in ``folders``, beside the file, and here. What is in neither stays as it is: a hub's id.
         """
-        given = Path(str(text)).expanduser()
+        given = expand_user(Path(str(text)))
         for folder in (*folders, self.file.parent, Path()):
-            if not given.is_absolute() and (folder / given).exists():
+            if not given.is_absolute() and is_there(folder / given):
                 return os.path.normpath(folder / given)
         return str(text)
 
@@ -248,7 +258,7 @@ class Draft:
             self.drop(
                 split_key or f"{source}.split", "a slice of a split; see dataset.limit and dataset.eval_fraction", split
             )
-        elif split and split != "train" and Path(str(settings.get("train"))).exists():
+        elif split and split != "train" and is_there(Path(str(settings.get("train")))):
             self.drop(split_key or f"{source}.split", "a local file has no splits; all its rows are read", split)
         elif split and split != "train":
             settings["split"] = split
@@ -280,6 +290,11 @@ class Unknown:
 
     def __str__(self) -> str:
         return self.text
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a path is a file or folder; False for paths that the system refuses."""
+    return is_file(path) or is_folder(path)
 
 
 def first_columns(path: Path) -> list[str]:
@@ -440,7 +455,7 @@ def dataset_of(draft: Draft, path: Any, files: Any, key: str) -> str | None:
     found = names(files) if files else []
     if not found:
         return None if path is None else draft.path(path)
-    if path is not None and str(path) not in _BUILDERS and not Path(draft.path(found[0])).exists():
+    if path is not None and str(path) not in _BUILDERS and not is_there(Path(draft.path(found[0]))):
         draft.drop(key, "some files of the hub's dataset; dataset.train reads all of it. Download them, and name them")
         return draft.path(path)
     if len(found) > 1:
@@ -460,17 +475,12 @@ def template(draft: Draft, key: str) -> None:
     path = draft.path(name)
     if str(name).lower() == "chatml":
         draft.put("base_model.chat_template", "chatml", key)
-    elif str(name).endswith((".jinja", ".jinja2")) and Path(path).is_file():
+    elif str(name).endswith((".jinja", ".jinja2")) and is_file(Path(path)):
         draft.put("base_model.chat_template", path, key)
     elif str(name).startswith("tokenizer_default"):
         draft.carried[key] = "base_model.chat_template (unset: the tokenizer's own)"
     else:
         draft.drop(key, TEMPLATES.format(draft.peer.label))
-
-
-def known_value(value: Any) -> str:
-    """Return our spelling of another tool's value."""
-    return VALUES.get(str(value).lower().replace("-", "_"), str(value))
 
 
 def preference(draft: Draft, loss: str, source: str, beta: Any = None) -> None:

@@ -29,7 +29,7 @@ from peftcli.drafting.peers.base import (
 from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 from peftcli.errors import UsageError
-from peftcli.guard.files import read_json_object
+from peftcli.guard.files import is_file, read_json_object
 
 _INFO = "dataset_info.json"
 _MAX_INFO = 4_000_000
@@ -284,7 +284,7 @@ def _info(draft: Draft) -> tuple[dict[str, Any] | None, Path]:
         return None, Path()
     here = draft.file.parent
     for folder in (Path(given), here / given, here):
-        if (folder / _INFO).is_file():
+        if is_file(folder / _INFO):
             return read_json_object(folder / _INFO, _MAX_INFO, UsageError), folder
     return draft.refuse(
         f"dataset: its datasets are described in {_INFO}, which is neither in {given} nor beside this file",

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftcli.drafting.peers.base import COMMAND, By, Draft, Peer, Rule, To, number, reasons, truth, whole
 from peftcli.errors import UsageError
-from peftcli.guard.files import read_json_object
+from peftcli.guard.files import is_file, is_folder, read_json_object
 
 _RANK, _SCALE = 8, 20.0
 _LAST = 16
@@ -130,7 +130,7 @@ def _layers(draft: Draft) -> None:
         else None
     )
     whose = key if draft.get(key) is not None else f"num_layers (mlx-lm's default {_LAST})"
-    if config is None or not config.is_file():
+    if config is None or not is_file(config):
         draft.drop(
             whose,
             f"the last {count} layers alone; set method.layers_to_transform to their numbers, or without it all "
@@ -179,11 +179,11 @@ def _data(draft: Draft) -> None:
 def _folder(draft: Draft, path: str) -> None:
     """Write the files of a data folder, and the form of their rows."""
     train, valid = Path(path) / "train.jsonl", Path(path) / "valid.jsonl"
-    if not train.is_file():
-        draft.add_source("data", train=path if not Path(path).is_dir() else train.as_posix())
+    if not is_file(train):
+        draft.add_source("data", train=path if not is_folder(Path(path)) else train.as_posix())
         return
     draft.add_source("data", train=train.as_posix(), **_form(draft.columns_of(str(train)), {}))
-    if valid.is_file():
+    if is_file(valid):
         draft.put("dataset.eval", valid.as_posix(), "data: its valid.jsonl")
 
 

@@ -23,6 +23,7 @@ from peftcli.drafting.peers.base import (
     truth,
     whole,
 )
+from peftcli.guard.files import is_file
 
 SCHEDULES = {
     **{name: name for name in ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")},
@@ -215,7 +216,7 @@ def deepspeed(draft: Draft, key: str = "deepspeed") -> None:
         return
     path, name = draft.path(given), str(given).lower()
     stage = next((stage for stage in ("2", "3") if f"zero{stage}" in name or f"z{stage}" in name), None)
-    if Path(path).is_file():
+    if is_file(Path(path)):
         draft.put("launch.deepspeed", path, key)
     elif stage:
         draft.put("launch.strategy", f"zero{stage}", f"{key} (the file is not here; this is the stage in its name)")

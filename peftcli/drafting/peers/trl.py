@@ -13,6 +13,7 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    is_there,
     modules,
     names,
     needless,
@@ -201,7 +202,7 @@ def data(draft: Draft, supervised: bool) -> None:
     if evaluates and draft.get("test_split_size") is None:
         split = draft.get("dataset_test_split", default="test")
 
-        if path and Path(path).exists():
+        if path and is_there(Path(path)):
             draft.notes.append("eval_strategy: evaluation rows of a local file are not a split; set dataset.eval")
             if "dataset_test_split" in draft.carried:
                 draft.drop("dataset_test_split", "a local file has no splits; set dataset.eval")
