@@ -400,8 +400,10 @@ def test_nothing_of_a_shell_script_is_executed(tmp_path: Path) -> None:
 
 def test_what_the_check_refuses_is_not_carried(tmp_path: Path) -> None:
     text = f"{_AXOLOTL}adapter: lora\nlora_r: -3\nlora_alpha: [1]\nnew_key: 1\nlr_scheduler: rex\nhub_token: hf_x\n"
+    text += f"output_dir: [1]\nmax_steps: .inf\nlora_model_dir: {'x' * 3000}\n"
     found = import_recipe(_write(tmp_path, "a.yml", text))
-    assert {"lora_r", "lora_alpha", "new_key", "lr_scheduler", "hub_token"} <= {*found.not_carried}
+    assert {"lora_r", "lora_alpha", "new_key", "lr_scheduler", "hub_token", "max_steps"} <= {*found.not_carried}
+    assert yaml.safe_load(found.recipe)["training"]["output_dir"] == "model-out"
     assert found.not_carried["new_key"][1] == "unknown to this importer"
     assert "hf_x" not in found.recipe
     assert found.problems == []
