@@ -346,21 +346,7 @@ def _columns(
                 columns[key],
             )
     if compared:
-        if sharegpt and "kto_tag" not in columns:
-            draft.notes.append(f"dataset: {name}: {ONE_TURN}")
-        prompt = columns.get("messages", "conversations") if sharegpt else columns.get("prompt", "instruction")
-        answer = (
-            {"completion": columns.get("response", "output"), "label": columns["kto_tag"]}
-            if "kto_tag" in columns
-            else {"chosen": columns.get("chosen", "chosen"), "rejected": columns.get("rejected", "rejected")}
-        )
-        if not sharegpt and "query" in columns:
-            draft.drop(
-                f"{_INFO}: {name}.columns.query",
-                "is joined to the prompt there; join the two columns in the file",
-                columns["query"],
-            )
-        return None, {"prompt": prompt, **answer, "system": columns.get("system")}
+        return None, _answers(draft, name, sharegpt, columns)
     if draft.get("stage") == "pt":
         return "text", {"text": columns.get("prompt", "text")}
     if not sharegpt:
@@ -384,6 +370,20 @@ def _columns(
             f"{_INFO}: {name}.tags", "names of a turn's parts; peftcli reads from and value, or role and content", tags
         )
     return "sharegpt", {"conversations": messages} | tools
+
+
+def _answers(draft: Draft, name: str, sharegpt: bool, columns: dict[str, Any]) -> dict[str, Any]:
+    """Return our columns of rows whose answers are compared."""
+    prompt = columns.get("messages", "conversations") if sharegpt else columns.get("prompt", "instruction")
+    if not sharegpt and "query" in columns:
+        reason = "is joined to the prompt there; join the two columns in the file"
+        draft.drop(f"{_INFO}: {name}.columns.query", reason, columns["query"])
+    found = {"prompt": prompt, "system": columns.get("system")}
+    if "kto_tag" in columns:
+        return found | {"completion": columns.get("response", "output"), "label": columns["kto_tag"]}
+    if sharegpt:
+        draft.notes.append(f"dataset: {name}: {ONE_TURN}")
+    return found | {key: columns.get(key, key) for key in ("chosen", "rejected")}
 
 
 PEER = Peer(
