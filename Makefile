@@ -86,11 +86,13 @@ torture: $(STAMP) ## try to break every promise of docs/reliability.md, and writ
 docs: $(STAMP) ## write the recipe's JSON Schema and the reference pages anew
 	@$(BIN)/peftcli schema > recipe.schema.tmp && mv recipe.schema.tmp peftcli/recipe.schema.json
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python docs/importing.py
 	@$(BIN)/python docs/many_gpus.py
 
 docs-check: $(STAMP) ## fail when they are stale
 	@$(BIN)/peftcli schema | diff - peftcli/recipe.schema.json || { echo "peftcli/recipe.schema.json is stale: run 'make docs'" >&2; exit 1; }
 	@$(BIN)/python docs/generate.py --check
+	@$(BIN)/python docs/importing.py --check
 
 bench: $(BENCH)/.installed ## measure against peers, and write docs/performance.md; takes hours, or PARTS="logits" of it; RESULTS=mine.json: all anew
 	@$(BENCH)/bin/python configs/quickstart/fetch_model.py $(MODEL)

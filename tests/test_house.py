@@ -26,6 +26,7 @@ ALLOWED = {
     "peftcli.cli.evaluate": 3,
     "peftcli.cli.explain": 1,
     "peftcli.cli.generate": 5,
+    "peftcli.cli.import_": 1,
     "peftcli.cli.info": 3,
     "peftcli.cli.inspect": 5,
     "peftcli.cli.merge": 1,

@@ -26,6 +26,7 @@ from peftcli.cli import (
     evaluate,
     explain,
     generate,
+    import_,
     info,
     init,
     inspect,
@@ -122,14 +123,14 @@ def _usage(argument: Any) -> str:
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
-    "Recipes": (init, train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (init, train, status, evaluate, inspect, check, import_, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
 for _heading, _files in _COMMANDS.items():
     for _file in _files:
         _name = _file.__name__.rpartition(".")[2]
-        app.command(_name, cls=_Command, rich_help_panel=_heading)(getattr(_file, _name))
+        app.command(_name.rstrip("_"), cls=_Command, rich_help_panel=_heading)(getattr(_file, _name))
 
 
 def _print_version(wanted: bool) -> None:

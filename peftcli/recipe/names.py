@@ -17,7 +17,7 @@ _OTHER_TOOLS = {
     "base_model.dtype": "torch_dtype model_dtype",
     "base_model.attn_implementation": "attn_impl flash_attn flash_attention use_flash_attention_2 xformers_attention",
     "base_model.quantization": (
-        "load_in_4bit load_in_8bit quantize quantization_bit quantization_config bnb_4bit_quant_type "
+        "load_in_4bit load_in_8bit quantize quantization_bit quant_bits quantization_config bnb_4bit_quant_type "
         "bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_bnb_nested_quant"
     ),
     "base_model.name": (
@@ -28,9 +28,11 @@ _OTHER_TOOLS = {
     "base_model.new_tokens": "tokens add_tokens add_special_tokens new_special_tokens",
     "task": "task_type lora_task_type",
     "task.labels": "num_labels id2label label2id",
-    "task.loss": "pref_loss",
-    "task.beta": "pref_beta",
-    "method.type": "adapter peft_type finetuning_type fine_tune_type peft_method",
+    "task.loss": "pref_loss rlhf_type rl",
+    "task.beta": "pref_beta rl_beta dpo_beta",
+    "method.type": (
+        "adapter peft_type finetuning_type fine_tune_type peft_method train_type tuner_type sft_type training_type"
+    ),
     "method.r": "lora_r lora_rank rank",
     "method.lora_alpha": "alpha",
     "method.lora_dropout": "dropout",
@@ -53,8 +55,8 @@ _OTHER_TOOLS = {
     "dataset.format": "dataset.type formatting",
     "dataset.columns": "column_mapping dataset_text_field text_column prompt_column response_column field_messages",
     "dataset.streaming": "dataset_streaming",
-    "dataset.eval": "eval_file eval_data eval_dataset test_datasets validation_file",
-    "dataset.eval_fraction": "val_size val_set_size test_size test_split_size",
+    "dataset.eval": "val_dataset eval_file eval_data eval_dataset test_datasets validation_file",
+    "dataset.eval_fraction": "split_dataset_ratio val_size val_set_size test_size test_split_size",
     "dataset.eval_split": "test_split dataset_test_split eval_dataset_split validation_split",
     "dataset.split": "dataset_train_split dataset_splits train_split",
     "dataset.max_length": "sequence_len sequence_length cutoff_len max_seq_length max_seq_len model_max_length",
@@ -62,7 +64,7 @@ _OTHER_TOOLS = {
     "dataset.overlong": "excess_length_strategy truncation_mode truncation_strategy",
     "dataset.packing": "pack packed sample_packing packing_strategy packed_sequences neat_packing padding_free",
     "dataset.train_on": (
-        "train_on_inputs train_on_input train_on_prompt mask_prompt roles_to_train train_on_responses_only "
+        "train_on_inputs train_on_input train_on_prompt mask_prompt roles_to_train train_on_responses_only loss_scale "
         "assistant_only_loss completion_only_loss"
     ),
     "dataset.train_on: last_answer": "mask_history",
@@ -76,7 +78,7 @@ _OTHER_TOOLS = {
     "training.learning_rate": "lr",
     "training.lr_scheduler_type": "lr_scheduler scheduler",
     "training.optim": "optimizer",
-    "training.warmup_steps": "warmup warmup_iters",
+    "training.warmup_steps": "warmup warmup_iters num_warmup_steps",
     "training.max_grad_norm": "gradient_clipping max_norm clip_grad",
     "training.gradient_checkpointing": "grad_checkpoint use_gradient_checkpointing",
     "training.torch_compile": "compile",

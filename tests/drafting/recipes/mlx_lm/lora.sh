@@ -1,0 +1,1 @@
+python -m mlx_lm lora --model mlx-community/Mistral-7B-Instruct-v0.3-4bit --train --data ./rows --iters 600 --batch-size 1 --num-layers -1 --fine-tune-type dora --mask-prompt --adapter-path adapters/mistral

@@ -1,0 +1,19 @@
+accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml trl/scripts/dpo.py \
+    --dataset_name ../data/pairs.jsonl \
+    --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
+    --learning_rate 5.0e-6 \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 2 \
+    --max_steps 1000 \
+    --gradient_accumulation_steps 8 \
+    --gradient_checkpointing \
+    --eval_strategy steps \
+    --eval_steps 50 \
+    --beta 0.05 \
+    --loss_type ipo \
+    --output_dir Qwen2-0.5B-DPO \
+    --no_remove_unused_columns \
+    --load_in_4bit \
+    --use_peft \
+    --lora_r 32 \
+    --lora_alpha 16
