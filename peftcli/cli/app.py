@@ -33,6 +33,7 @@ from peftcli.cli import (
     push,
     schema,
     status,
+    sweep,
     train,
     verify,
 )
@@ -79,7 +80,7 @@ app = typer.Typer(
 )
 
 _COMMANDS = {
-    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (train, sweep, status, evaluate, inspect, check, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
