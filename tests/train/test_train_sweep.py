@@ -198,11 +198,12 @@ def test_a_second_seed_is_measured_on_the_same_rows(recipe: Path) -> None:
     ("words", "message"),
     [
         (["dataset.eval=null"], "dataset.eval_fraction: a sweep compares runs by evaluation rows"),
-        (["training.bf16=true,false"], "training.bf16: is not that of true"),
+        (["training.bf16=true,false"], "training.bf16=false: training.bf16: is not that of training.bf16=true"),
         (["training.output_dir=a,b"], "training.output_dir: each run of a sweep has its own"),
         (["training.seed=1,,2"], "training.seed: a value is empty"),
         (["training.learning_rate=3..1"], "training.learning_rate: 3..1 is no range"),
         (["method.r=4,zwei"], "method.r: "),
+        (["training.report_to=[tensorboard]", RATES], "training.report_to: does not work for recipes"),
         ([RATES, "training.learning_rate=1,2"], "training.learning_rate: is given twice"),
     ],
 )
@@ -245,6 +246,21 @@ def test_optuna_is_named_where_it_is_needed_and_missing(word: str, monkeypatch: 
     with pytest.raises(UsageError, match=r"needs the package optuna: pip install 'peftcli\[optuna\]'"):
         require_optuna(read_space([word]))
     require_optuna(read_space(["method.r=1,2"]))
+
+
+@pytest.mark.slow
+def test_optuna_proposes_and_the_rungs_prune(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    words = ("training.learning_rate=1e-4..1e-1", "method.r=2..8")
+    record = swept(recipe, *words, trials=6)
+    own = [run for run in record.runs if not run.second_seed_of]
+    assert len(own) == 6
+    assert all(1e-4 <= float(run.settings["training.learning_rate"]) <= 1e-1 for run in own)
+    assert [sum(run.at(share) is not None for run in own) for share in (QUARTER, HALF)] == [6, 3]
+    again = swept(recipe, *words, trials=6, output=tmp_path / "again")
+    assert [run.settings for run in again.runs] == [run.settings for run in record.runs]
+    assert record.winner is not None
+    assert_same(tmp_path / "out-sweep" / record.winner, alone(recipe, record.winner, tmp_path))
 
 
 # --- the decisions alone ----------------------------------------------------------------------------------------------

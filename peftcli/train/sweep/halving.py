@@ -110,7 +110,7 @@ class Halving:
         """Race the settings of each stage, made from the best before it; return the run that is to end."""
         best: list[TrialRecord] = []
         for key, stage in stages.items():
-            self.later = [f"other values of {each}" for each in [*stages][[*stages].index(key) + 1 :]]
+            self.later = [*stages][[*stages].index(key) + 1 :]
             made = stage(best[0].settings if best else {})
             self.race([*best[:1], *map(self.track.trial, made)])
             best = self.ranked(self.own(), HALF)

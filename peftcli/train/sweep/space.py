@@ -61,6 +61,13 @@ class Space:
         for values in itertools.product(*self.choices.values()):
             yield dict(zip(self.choices, values, strict=True))
 
+    def alone(self) -> Iterator[Settings]:
+        """Each value, and the ends of each range, without those of the other keys."""
+        for key, values in self.choices.items():
+            yield from ({key: value} for value in values)
+        for key, each in self.ranges.items():
+            yield from ({key: str(int(end) if each.whole else end)} for end in (each.low, each.high))
+
 
 def read_space(words: Sequence[str]) -> Space:
     """Read ``KEY=VALUE`` (for all runs), ``KEY=A,B,C`` and ``KEY=LOW..HIGH``.

@@ -161,6 +161,7 @@ def _run(runs: Runs, recipe: Recipe, space: Space, options: SweepOptions, tell: 
     if not space.keys:
         search = partial(halving.one_after_another, _usual_stages(runs, recipe, tell))
     elif space.size > LARGEST_GRID:
+        _refuse_unalike(runs, [*space.alone()])
         proposals = TpeProposals(space, recipe.training.seed, lambda: record.greater_is_better)
         search = partial(halving.proposed, proposals, options.trials)
     else:
@@ -179,7 +180,8 @@ def _run(runs: Runs, recipe: Recipe, space: Space, options: SweepOptions, tell: 
 
 def _refuse_unalike(runs: Runs, settings: Sequence[Settings]) -> None:
     """Refuse settings with which runs cannot share the base model, before anything is trained."""
-    recipes = {" ".join(each.values()): runs.recipe_of(each, None, f"{at}") for at, each in enumerate(settings)}
+    named = {" ".join(f"{key}={value}" for key, value in each.items()): each for each in settings}
+    recipes = {name: runs.recipe_of(each, None, f"{at}") for at, (name, each) in enumerate(named.items())}
     alike(recipes, without=_NOT_SHARED)
 
 
@@ -205,7 +207,7 @@ def _usual_stages(runs: Runs, recipe: Recipe, tell: OnEvent) -> dict[str, Callab
     text = f"{RATE} at 1/3, 1 and 3 times {rate:g}, {whose}, and further if the best is at an end"
     if sized:
         ranks = dict.fromkeys(str(each) for each in (math.ceil(rank / 2), 2 * rank) if each != rank)
-        stages[RANK] = lambda best: [{**best, RANK: each} for each in ranks]
+        stages[f"other values of {RANK}"] = lambda best: [{**best, RANK: each} for each in ranks]
         text += f"; then {RANK} {' and '.join(ranks)} besides {rank} at the best"
     tell(Message(text))
     return stages
