@@ -207,7 +207,7 @@ def kill_and_resume(command: list[str], folder: Path) -> None:
 def main() -> None:
     """Print a table of the tasks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("tasks", nargs="*", help=", ".join(TASKS))
     parser.add_argument("--kill", action="store_true", help="Also kill each sweep, and go on with it.")
     parser.add_argument("--grid", nargs=2, metavar=("RECIPE", "DIR"))
     options = parser.parse_args()
@@ -219,7 +219,7 @@ def main() -> None:
         "bytes as alone | within a seed |\n|---|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
-    for name in options.tasks:
+    for name in options.tasks or TASKS:
         compare(name, kill=options.kill)
 
 
