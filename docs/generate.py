@@ -31,6 +31,7 @@ from peftcli.tasks import TASKS
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.metrics import METRICS
 from peftcli.train.runs.record import RunRecord
+from peftcli.train.sweep.record import SweepRecord
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "peftcli/output_schemas"
@@ -47,7 +48,7 @@ _MORE_OF_CODES = """\
 def main() -> int:
     """Write the pages, or with ``--check`` compare them. Returns the exit code."""
     run = json.dumps(schema_of(RunRecord, "run.json"), indent=2) + "\n"
-    pages = {ROOT / "peftcli/output_schemas/run.schema.json": run}
+    pages = {SCHEMAS / "run.schema.json": run, SCHEMAS / "sweep.schema.json": sweep_schema()}
     pages |= {ROOT / "docs/reference" / f"{name}.md": _NOTE + page() for name, page in PAGES.items()}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         pages[path] = _INCLUDE.sub(_included, path.read_text(encoding="utf-8"))
@@ -61,6 +62,16 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(pages[path], encoding="utf-8")
     return int("--check" in sys.argv and bool(stale))
+
+
+def sweep_schema() -> str:
+    """The schema of what ``sweep --json`` prints: sweep.json, or the error."""
+    schema = schema_of(SweepRecord, "peftcli sweep")
+    definitions = schema.pop("$defs")
+    head = {key: schema.pop(key) for key in ("$schema", "title")} | {"description": schema["description"]}
+    schema = {key: value for key, value in schema.items() if key not in ("if", "then")}
+    choice = [{"$ref": "#/$defs/swept"}, {"$ref": "error.schema.json"}]
+    return json.dumps({**head, "anyOf": choice, "$defs": {"swept": schema, **definitions}}, indent=2) + "\n"
 
 
 def recipe_page() -> str:

@@ -112,6 +112,9 @@ class Dataset:
     """Hold out this fraction of the training rows for evaluation, instead of ``eval``. training.seed chooses the rows.
     Each class keeps its share. Rows that are equal or nearly equal, or that have the same prompt, premise, context,
     picture or sound, stay on one side."""
+    eval_seed: int | None = field(default=None, metadata=AT_LEAST_0)
+    """Seed that chooses the rows of ``eval_fraction``, so that runs of several seeds are evaluated on the same ones.
+    Unset: training.seed."""
     group_by: str | None = None
     """Column of ``eval_fraction``: rows with the same value in it stay on one side, as those of one conversation,
     document or person. A name with a dot takes a key of an object. Unset: what ``eval_fraction`` finds alone."""

@@ -34,6 +34,7 @@ ALLOWED = {
     "peftcli.cli.push": 1,
     "peftcli.cli.schema": 1,
     "peftcli.cli.status": 1,
+    "peftcli.cli.sweep": 1,
     "peftcli.cli.train": 5,
     "peftcli.cli.train_together": 6,
     "peftcli.cli.verify": 1,

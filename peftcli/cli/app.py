@@ -35,6 +35,7 @@ from peftcli.cli import (
     push,
     schema,
     status,
+    sweep,
     train,
     verify,
 )
@@ -123,7 +124,7 @@ def _usage(argument: Any) -> str:
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
-    "Recipes": (init, train, status, evaluate, inspect, check, import_, explain, schema, cache),
+    "Recipes": (init, train, sweep, status, evaluate, inspect, check, import_, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""

@@ -183,6 +183,8 @@ def _evaluation_rows(dataset: Dataset, report: Report) -> None:
         grouped = [f"dataset.mix[{at}].group_by" for at, source in enumerate(dataset.mix) if source.group_by]
         for key in ["dataset.group_by"] * bool(dataset.group_by) + grouped:
             report((key,), "says which rows dataset.eval_fraction keeps together, and that is not set")
+        if dataset.eval_seed is not None:
+            report(("dataset.eval_seed",), "chooses the rows of dataset.eval_fraction, and that is not set")
 
 
 def _allowed(dataset: Dataset, report: Report) -> None:

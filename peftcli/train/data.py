@@ -155,13 +155,18 @@ def load_data(
         error.key = "dataset.eval_split" if error.key == "dataset.split" else error.key
         raise
     if dataset.eval_fraction is not None:
-        parts, held = split_parts(parts, dataset.eval_fraction, recipe.training.seed, task.identity, task.label_columns)
+        parts, held = split_parts(parts, dataset.eval_fraction, _held_seed(recipe), task.identity, task.label_columns)
         notes += _uneven_split(parts, held, dataset.eval_fraction)
     if not held and recipe.training.eval_strategy == "steps":  # not the default, so it is meant
         notes.append(_NO_EVALUATION_DATA)
     data = _account_for(View([] if only_eval else parts), View(held) if held else None, task, dataset, notes)
     data.report["content"] = [part.content for part in (*parts, *held)]
     return data
+
+
+def _held_seed(recipe: Recipe) -> int:
+    """Return the seed that chooses the rows that are held out."""
+    return recipe.training.seed if recipe.dataset.eval_seed is None else recipe.dataset.eval_seed
 
 
 def _completed_task(recipe: Recipe, task: Task[Any], tell: OnEvent) -> Task[Any]:

@@ -104,10 +104,17 @@ _SHARED: dict[str, Callable[[Recipe], Any]] = {
 }
 
 
+_NOT_JOINED = ("gradient_checkpointing", "torch_compile", "use_liger_kernel", "neftune_noise_alpha", "report_to")
+"""Settings of training that do not work where the rows of several recipes are joined."""
+
+
 def alike(
-    recipes: Mapping[str, Recipe], options: StartOptions = DEFAULTS, tells: Mapping[str, OnEvent] | None = None
+    recipes: Mapping[str, Recipe],
+    options: StartOptions = DEFAULTS,
+    tells: Mapping[str, OnEvent] | None = None,
+    without: Sequence[str] = _NOT_JOINED,
 ) -> dict[str, Recipe]:
-    """Complete recipes that are trained together, and check what they must share, and must not.
+    """Complete recipes that are trained together, and check what they must share, and must not: settings ``without``.
 
     Raises:
         UsageError: names the recipe and the setting.
@@ -125,7 +132,7 @@ def alike(
         for key, value in _SHARED.items():
             if value(recipe) != value(found[names[0]]):
                 raise UsageError(f"is not that of {names[0]}, so they cannot be trained together", file=name, key=key)
-        for key in ("gradient_checkpointing", "torch_compile", "use_liger_kernel", "neftune_noise_alpha", "report_to"):
+        for key in without:
             if getattr(recipe.training, key):
                 message = "does not work for recipes that are trained together"
                 raise UsageError(message, file=name, key=f"training.{key}")
