@@ -22,6 +22,7 @@ from peftcli.cli import (
     check,
     combine,
     console,
+    demo,
     diff,
     evaluate,
     explain,
@@ -79,7 +80,7 @@ app = typer.Typer(
 )
 
 _COMMANDS = {
-    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (demo, train, status, evaluate, inspect, check, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
