@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.options import Json, Quiet, not_empty, progress_log
 from peftcli.cli.progress import Progress
-from peftcli.errors import UsageError
+from peftcli.errors import GateFailed, UsageError
 
 _Task = Annotated[str | None, typer.Argument(help="Task, as `peftcli info tasks` names it. Left out: list the demos.")]
 _All = Annotated[bool, typer.Option("--all", help="Run the demo of every task.")]
@@ -31,6 +32,7 @@ def demo(
     """Show a task on this computer: train a small model, and compare it before and after."""
     from peftcli.demos.run import about, lines, require_packages, run_demo
     from peftcli.demos.table import DEMOS
+    from peftcli.recipe import why_failed
 
     if task is not None and (every or task not in DEMOS):
         raise UsageError("give a task or --all" if every else f"no demo of {task}", hint=f"one of {', '.join(DEMOS)}")
@@ -45,18 +47,22 @@ def demo(
         if not as_json:
             minutes = max(1, round(demo.seconds / 60))
             console.out(f"{name}: {demo.model} learns to {demo.summary}; about {minutes} min on 2 cores")
+        started = time.perf_counter()
         with Progress(quiet=quiet) as progress:
             result = run_demo(name, Path(output) / name, tell, progress.show)
         done.append(asdict(result))
+        tell(f"{name}: {time.perf_counter() - started:.0f} s")
         if not as_json:
             for line in lines(result):
                 console.out(line)
     if as_json:
         console.print_json({"demos": done})
 
-    from peftcli.train.finish import raise_failed_gates
-
-    raise_failed_gates([gate for result in done for gate in result["gates"]])
+    failed = [
+        f"{result['task']}: {why_failed(gate)}" for result in done for gate in result["gates"] if not gate["passed"]
+    ]
+    if failed:
+        raise GateFailed("; ".join(failed), key="gates")
     return None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftcli.data.cache import root
@@ -28,11 +28,17 @@ class DemoModel:
     """What is downloaded for it."""
     seconds: int = 10
     """About how long it takes to make, on two cores."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Optional packages that make it -> the extra that brings each."""
 
 
 MODELS = {
     "SmolLM2-135M-Instruct": DemoModel(
-        "a chat model of 135 million parameters (Apache-2.0)", "smollm2", "make", smollm2.WHEEL
+        "a chat model of 135 million parameters (Apache-2.0)",
+        "smollm2",
+        "make",
+        smollm2.WHEEL,
+        packages={"gguf": "gguf"},
     ),
     "all-MiniLM-L6-v2": DemoModel(
         "an encoder of 22 million parameters (Apache-2.0)", "minilm", "make", minilm.WHEEL, 1

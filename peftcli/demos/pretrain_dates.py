@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
+from peftcli.demos.bookings import SEED
 from peftcli.demos.pretrain import fit
-from peftcli.demos.texts import SEED, any_day, english_date
+from peftcli.demos.texts import any_day, english_date
 
 _STEPS, _BATCH, _RATE = 400, 48, 4e-3
 

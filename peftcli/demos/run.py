@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftcli.demos.models import fetch_model
+from peftcli.demos.models import MODELS, fetch_model, folder_of
 from peftcli.demos.table import DEMOS, Demo
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.files import command_word
@@ -37,7 +38,7 @@ class DemoResult:
     folder: str
     model: str
     metric: str
-    """The task's main metric, on the evaluation rows."""
+    """The metric of the recipe's gate, on the evaluation rows."""
     before: float
     after: float
     asked: list[Asked]
@@ -54,6 +55,8 @@ def require_packages(tasks: list[str]) -> None:
         UsageError: one is not.
     """
     needed = {package: extra for task in tasks for package, extra in DEMOS[task].packages.items()}
+    for name in {DEMOS[task].model: None for task in tasks}:
+        needed |= {} if folder_of(name).is_dir() else MODELS[name].packages
     missing = {package: extra for package, extra in needed.items() if importlib.util.find_spec(package) is None}
     if missing:
         extras = ",".join(dict.fromkeys(missing.values()))
@@ -80,7 +83,10 @@ def run_demo(task: str, folder: Path, tell: Tell, on_event: Callable[[Any], None
     run = start(recipe, ["train", str(folder / "recipe.yaml")], StartOptions("auto", (), False), on_event)
     assert run is not None  # of one process
     asked = _ask(demo, folder, recipe.training.output_dir)
-    metric, word, place = run["eval"]["main"], command_word(recipe.training.output_dir), command_word(str(folder))
+    metric, word, place = next(iter(recipe.gates)), command_word(recipe.training.output_dir), command_word(str(folder))
+    ask = TASKS[task].filled(run["task"]).command(word)
+    if len(demo.asks[0]) == 1:  # else it is more than a line
+        ask = f"peftcli predict {word} {shlex.quote(next(iter(asked[0].row.values())))}"
     return DemoResult(
         task=task,
         folder=str(folder),
@@ -93,7 +99,7 @@ def run_demo(task: str, folder: Path, tell: Tell, on_event: Callable[[Any], None
         next=[
             f"peftcli train {place}/recipe.yaml training.output_dir={place}/again",
             f"peftcli inspect {place}/recipe.yaml",
-            TASKS[task].filled(run["task"]).command(word),
+            ask,
         ],
     )
 
@@ -163,8 +169,6 @@ def _one_line(text: str) -> str:
 
 def about(task: str) -> Mapping[str, Any]:
     """What ``peftcli demo`` lists of a task."""
-    from peftcli.demos.models import MODELS, folder_of
-
     demo = DEMOS[task]
     wheel = MODELS[demo.model].wheel
     size = 0 if wheel is None or folder_of(demo.model).is_dir() else wheel.megabytes

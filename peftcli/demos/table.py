@@ -6,6 +6,7 @@ demo's. A new task needs a row here and a recipe there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -39,7 +40,9 @@ class Demo:
     def recipe(self, task: str, model: Path, folder: Path) -> str:
         """Return the text of the recipe."""
         text = (files("peftcli.demos") / "recipes" / f"{task}.yaml").read_text("utf-8")
-        return text.replace("<model>", str(model)).replace("<folder>", str(folder))
+        for name, path in (("<model>", model), ("<folder>", folder)):
+            text = text.replace(name, json.dumps(str(path), ensure_ascii=False)[1:-1])  # it stands in double quotes
+        return text
 
 
 def _texts(answers: Answers) -> list[str]:
@@ -91,7 +94,6 @@ DEMOS: dict[str, Demo] = {
         asks=({"prompt": _BOOKING},),
         say=_texts,
         seconds=100,
-        packages={"gguf": "gguf"},
     ),
     "seq2seq_lm": Demo(
         summary="write German dates as 2024-03-09; it knows English ones",
@@ -185,7 +187,6 @@ DEMOS: dict[str, Demo] = {
         asks=({"prompt": _BOOKING},),
         say=_texts,
         seconds=120,
-        packages={"gguf": "gguf"},
     ),
     "reward": Demo(
         summary="score how well a sentence describes a function",

@@ -53,7 +53,7 @@ def booking_forms(folder: Path) -> None:
     def row(booking: Booking) -> dict[str, Any]:
         return _chat(booking.text, json.dumps(booking.fields))
 
-    _write_bookings(folder, row, 160, 24)
+    _write_bookings(folder, row, 240, 24)
 
 
 def booking_entities(folder: Path) -> None:
