@@ -48,13 +48,13 @@ MODELS = {
         "a T5 that is trained now to write English dates as 2024-03-09", "pretrain_dates", "make", seconds=60
     ),
     "tiny-vit": DemoModel(
-        "a vision transformer that is trained now to tell how far letters are turned",
+        "a vision transformer that is trained now to tell 21 other characters apart",
         "pretrain_pictures",
         "vit",
         seconds=40,
     ),
     "tiny-segformer": DemoModel(
-        "a SegFormer that is trained now to tell how far letters are turned",
+        "a SegFormer that is trained now to tell how far characters are turned",
         "pretrain_pictures",
         "segformer",
         seconds=40,

@@ -20,8 +20,8 @@ SCENE = 64
 DARK = 64
 """Pixels of a picture that are no darker belong to the sign."""
 CLASSES = "ABCDEFGHJK"
-OTHER_LETTERS = "LMNPQRTUVWYZ234567&?%"
-"""Told apart by how far they are turned, so none may look the same upside down."""
+OTHER_CHARACTERS = "LMNPQRTUVWYZ234567&?%"
+"""What the small base models know. None looks the same upside down."""
 KINDS = {"letter": "ABDEFGHKLMNRTUVWY", "digit": "0123456789", "sign": "&?@#%$+=*!"}
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSans-Oblique")
 HELD_OUT_FONTS = ("STIXGeneral", "STIXGeneralBol", "DejaVuSansMono-Oblique")

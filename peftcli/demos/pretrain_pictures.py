@@ -1,6 +1,7 @@
-"""Small models of pictures that learn, without labels, how far letters and digits are turned: by 0, 90, 180 or 270°.
+"""Small models of pictures that are trained on other characters than those of the demos.
 
-The idea is of https://arxiv.org/abs/1803.07728. Their heads are thrown away, so the folders hold encoders.
+The vision transformer learns which character a picture shows; the SegFormer, pixel by pixel, how far each is turned: by
+0, 90, 180 or 270 degrees (https://arxiv.org/abs/1803.07728). Their heads are thrown away, so the folders hold encoders.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from peftcli.demos.pictures import FONTS, OTHER_LETTERS, SCENE, SEED, SIDE, picture, scene
+from peftcli.demos.pictures import FONTS, OTHER_CHARACTERS, SCENE, SEED, SIDE, picture, scene
 from peftcli.demos.pretrain import fit
 
 _TURNS = 4
 _PICTURES = 6000
-_STEPS = {"vit": 300, "segformer": 200}
+_STEPS = {"vit": 400, "segformer": 200}
 _BATCH = {"vit": 64, "segformer": 16}
 _RATE = 2e-3
 
 
 def vit(scratch: Path, folder: Path) -> None:
-    """Train a vision transformer, and save its encoder with an image processor."""
-    draw, pictures = _drawn()
+    """Train a vision transformer to tell other characters apart, and save its encoder with an image processor."""
+    draw, pictures, characters = _drawn()
     model = ViTForImageClassification(
         ViTConfig(
             image_size=SIDE,
@@ -40,15 +41,14 @@ def vit(scratch: Path, folder: Path) -> None:
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=192,
-            id2label={turn: f"{90 * turn} degrees" for turn in range(_TURNS)},
+            id2label=dict(enumerate(OTHER_CHARACTERS)),
         )
     )
 
     def loss() -> torch.Tensor:
-        turns = draw.integers(0, _TURNS, _BATCH["vit"])
-        chosen = pictures[draw.integers(0, len(pictures), len(turns))]
-        turned = np.stack([np.rot90(each, turn) for each, turn in zip(chosen, turns, strict=True)])
-        return F.cross_entropy(model(pixel_values=_pixels(turned)).logits, torch.from_numpy(turns))
+        chosen = draw.integers(0, len(pictures), _BATCH["vit"])
+        logits = model(pixel_values=_pixels(pictures[chosen])).logits
+        return F.cross_entropy(logits, torch.from_numpy(characters[chosen]))
 
     fit(model.parameters(), loss, _STEPS["vit"], _RATE)
     model.vit.save_pretrained(folder)
@@ -57,7 +57,7 @@ def vit(scratch: Path, folder: Path) -> None:
 
 def segformer(scratch: Path, folder: Path) -> None:
     """Train a SegFormer to tell of each pixel how far its letter is turned, and save its encoder likewise."""
-    draw, pictures = _drawn()
+    draw, pictures, _ = _drawn()
     model = SegformerForSemanticSegmentation(
         SegformerConfig(
             depths=[1, 1, 1, 1],
@@ -85,12 +85,13 @@ def segformer(scratch: Path, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _drawn() -> tuple[np.random.Generator, np.ndarray]:
-    """Pictures of characters that look otherwise when they are turned: (N, 28, 28)."""
+def _drawn() -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+    """Pictures of characters that no demo trains on, (N, 28, 28), and which character each shows, (N,)."""
     torch.manual_seed(SEED)
     draw = np.random.default_rng(SEED)
-    letters, fonts = list(OTHER_LETTERS), list(FONTS)
-    return draw, np.stack([picture(str(draw.choice(letters)), str(draw.choice(fonts)), draw) for _ in range(_PICTURES)])
+    characters, fonts = draw.integers(0, len(OTHER_CHARACTERS), _PICTURES), list(FONTS)
+    drawn = [picture(OTHER_CHARACTERS[each], str(draw.choice(fonts)), draw) for each in characters]
+    return draw, np.stack(drawn), characters
 
 
 def _pixels(images: np.ndarray) -> torch.Tensor:

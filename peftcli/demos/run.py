@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _write(demo: Demo, task: str, model: Path, folder: Path) -> None:
 def _ask(demo: Demo, folder: Path, adapter: str) -> list[Asked]:
     rows = [{name: value.replace("<folder>", str(folder)) for name, value in row.items()} for row in demo.asks]
     before, after = (_answers(demo, rows, adapter, folder / name, name == "after") for name in ("before", "after"))
-    said = before or [None] * len(rows)
+    said: Sequence[str | None] = before or [None] * len(rows)
     assert after is not None
     return [Asked(row, first, last) for row, first, last in zip(rows, said, after, strict=True)]
 
