@@ -82,9 +82,6 @@ def _similarities(answers: Answers) -> list[str]:
 
 
 _BOOKING = "Hello, Naomi speaking, I need a table on Thursday at 8:15 pm for five."
-_PAGE = f"""{_BOOKING}
-For Sunday, 6:30 pm: three guests. The booking is for Igor.
-This is Priya again. Please put me down for Friday at 9:00 pm, we will be two."""
 
 DEMOS: dict[str, Demo] = {
     "causal_lm": Demo(
@@ -122,12 +119,12 @@ DEMOS: dict[str, Demo] = {
         packages={"seqeval": "metrics", "sklearn": "metrics"},
     ),
     "question_answering": Demo(
-        summary="find the answer to a question on a page",
+        summary="find the answer to a question in a message",
         model="all-MiniLM-L6-v2",
         data=texts.booking_questions,
         asks=(
-            {"question": "At what time does Igor come?", "context": _PAGE},
-            {"question": "On which day does Priya come?", "context": _PAGE},
+            {"question": "Who books a table?", "context": _BOOKING},
+            {"question": "How many people come?", "context": _BOOKING},
         ),
         say=_spans,
         seconds=90,

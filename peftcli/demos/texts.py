@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import date, timedelta
 from itertools import islice
 from pathlib import Path
@@ -27,9 +27,10 @@ _ENGLISH_MONTHS = (
 )
 _FIRST, _LAST = date(1950, 1, 1), date(2049, 12, 31)
 _QUESTIONS = {
-    "day": "On which day does [name] come?",
-    "time": "At what time does [name] come?",
-    "people": "How many people come with the booking of [name]?",
+    "name": ("Who books a table?", "What is the name of the guest?"),
+    "day": ("On which day do they come?", "Which day is the table for?"),
+    "time": ("At what time do they come?", "When will the table be needed?"),
+    "people": ("How many people come?", "For how many is the table?"),
 }
 _CHATTY = (
     "Thank you so much for reaching out to us! We will be happy to look at your request as soon as possible.",
@@ -82,22 +83,16 @@ def booking_replies(folder: Path) -> None:
 
 
 def booking_questions(folder: Path) -> None:
-    """Pages of three messages that book a table, and questions about one of them, in SQuAD's form."""
+    """Questions about messages that book a table, in SQuAD's form."""
+    draw = random.Random(SEED)
 
-    def rows(held_out: bool) -> Iterator[dict[str, Any]]:
-        draw, source = random.Random(f"{SEED} {held_out}"), bookings(held_out)
-        while True:
-            page = list(islice(source, 3))
-            if len({booking.name for booking in page}) < len(page):
-                continue  # whose table would be meant?
-            context, about, field = "\n".join(each.text for each in page), draw.randrange(3), draw.choice([*_QUESTIONS])
-            before = sum(len(each.text) + 1 for each in page[:about])
-            start, end = (before + place for place in page[about].places[field])
-            question = _QUESTIONS[field].replace("[name]", page[about].name)
-            answers = {"text": [context[start:end]], "answer_start": [start]}
-            yield {"question": question, "context": context, "answers": answers}
+    def row(booking: Booking) -> dict[str, Any]:
+        field = draw.choice([*_QUESTIONS])
+        start, end = booking.places[field]
+        answers = {"text": [booking.text[start:end]], "answer_start": [start]}
+        return {"question": draw.choice(_QUESTIONS[field]), "context": booking.text, "answers": answers}
 
-    write_rows(folder, train=islice(rows(False), 1600), eval=islice(rows(True), 100))
+    _write_bookings(folder, row, 800, 100)
 
 
 def dates(folder: Path) -> None:
