@@ -25,7 +25,7 @@ from peftcli.demos.pretrain import fit
 
 _TURNS = 4
 _PICTURES = 6000
-_STEPS = {"vit": 400, "segformer": 200}
+_STEPS = {"vit": 300, "segformer": 200}
 _BATCH = {"vit": 64, "segformer": 16}
 _RATE = 2e-3
 
