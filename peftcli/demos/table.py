@@ -1,0 +1,199 @@
+"""The table of demos: one for each task, with its base model, its data, what is asked before and after, and a sentence.
+
+The recipe of a task is ``recipes/<task>.yaml``; in it ``<model>`` and ``<folder>`` are the base model's folder and the
+demo's. A new task needs a row here and a recipe there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from peftcli.demos import pictures, sounds, texts
+
+Answers = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One row of the table."""
+
+    summary: str
+    """What the model learns, after "learns to"."""
+    model: str
+    """A name in ``models.MODELS``."""
+    data: Callable[[Path], None]
+    """Writes the data into a folder; the same bytes each time."""
+    asks: tuple[Mapping[str, str], ...]
+    """Rows that are answered before and after training. In a value, ``<folder>`` is the demo's folder."""
+    say: Callable[[Answers], list[str]]
+    """The answers in words, one for each row."""
+    seconds: int
+    """About how long it takes on two cores, without downloads."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Optional packages that it imports -> the extra that brings each."""
+
+    def recipe(self, task: str, model: Path, folder: Path) -> str:
+        """Return the text of the recipe."""
+        text = (files("peftcli.demos") / "recipes" / f"{task}.yaml").read_text("utf-8")
+        for name, path in (("<model>", model), ("<folder>", folder)):
+            text = text.replace(name, json.dumps(str(path), ensure_ascii=False)[1:-1])  # it stands in double quotes
+        return text
+
+
+def _texts(answers: Answers) -> list[str]:
+    return [" ".join(str(answer["text"]).split()) or "(nothing)" for answer in answers]
+
+
+def _labels(answers: Answers) -> list[str]:
+    return [f"{answer['label']} ({answer['score']:.0%})" for answer in answers]
+
+
+def _entities(answers: Answers) -> list[str]:
+    found = ([f"{each['type']}={each['text']}" for each in answer["entities"]] for answer in answers)
+    return [", ".join(each) or "(nothing)" for each in found]
+
+
+def _spans(answers: Answers) -> list[str]:
+    return [f"{answer['answer']} ({answer['score']:.0%})" for answer in answers]
+
+
+def _rewards(answers: Answers) -> list[str]:
+    return [f"reward {answer['reward']:.2f}" for answer in answers]
+
+
+def _shares(answers: Answers) -> list[str]:
+    return [", ".join(f"{name} {share:.0%}" for name, share in answer["shares"].items()) for answer in answers]
+
+
+def _images(answers: Answers) -> list[str]:
+    return [str(answer["image"]) for answer in answers]
+
+
+def _similarities(answers: Answers) -> list[str]:
+    """How similar each text is to the first one: embeddings have the length 1."""
+    first = answers[0]["embedding"]
+    dots = [sum(a * b for a, b in zip(first, answer["embedding"], strict=True)) for answer in answers]
+    return [f"similarity {dot:.2f}" for dot in dots]
+
+
+_BOOKING = "Hello, Naomi speaking, I need a table on Thursday at 8:15 pm for five."
+
+DEMOS: dict[str, Demo] = {
+    "causal_lm": Demo(
+        summary="read a booking out of a message, and to answer with JSON and nothing else",
+        model="SmolLM2-135M-Instruct",
+        data=texts.booking_forms,
+        asks=({"prompt": _BOOKING},),
+        say=_texts,
+        seconds=100,
+    ),
+    "seq2seq_lm": Demo(
+        summary="write German dates as 2024-03-09; it knows English ones",
+        model="tiny-t5",
+        data=texts.dates,
+        asks=({"prompt": "24. Dezember 2031"}, {"prompt": "3. Okt. 1990"}),
+        say=_texts,
+        seconds=60,
+    ),
+    "sequence_classification": Demo(
+        summary="tell from its message which class an error of Python has",
+        model="all-MiniLM-L6-v2",
+        data=texts.error_messages,
+        asks=({"text": "expected str, not ..."}, {"text": "the socket is closed already"}, {"text": "... is negative"}),
+        say=_labels,
+        seconds=45,
+        packages={"sklearn": "metrics"},
+    ),
+    "token_classification": Demo(
+        summary="mark names, numbers of people, days and times in messages",
+        model="all-MiniLM-L6-v2",
+        data=texts.booking_entities,
+        asks=({"text": _BOOKING},),
+        say=_entities,
+        seconds=30,
+        packages={"seqeval": "metrics", "sklearn": "metrics"},
+    ),
+    "question_answering": Demo(
+        summary="find the answer to a question in a message",
+        model="all-MiniLM-L6-v2",
+        data=texts.booking_questions,
+        asks=(
+            {"question": "Who books a table?", "context": _BOOKING},
+            {"question": "How many people come?", "context": _BOOKING},
+        ),
+        say=_spans,
+        seconds=90,
+    ),
+    "feature_extraction": Demo(
+        summary="embed descriptions of functions close to their code",
+        model="all-MiniLM-L6-v2",
+        data=texts.code_search,
+        asks=(
+            {"text": "Return the extension of a file."},
+            {"text": "def f(path): return path.rsplit('.', 1)[-1]"},
+            {"text": "def f(path): return open(path).read()"},
+        ),
+        say=_similarities,
+        seconds=60,
+    ),
+    "speech_recognition": Demo(
+        summary="write down the numbers that touch tones dial",
+        model="whisper-tiny.en",
+        data=sounds.touch_tones,
+        asks=({"audio": "<folder>/asked.wav"},),
+        say=_texts,
+        seconds=150,
+        packages={"soundfile": "audio", "soxr": "audio", "jiwer": "audio"},
+    ),
+    "image_classification": Demo(
+        summary="tell ten letters apart, in fonts that it has not seen",
+        model="tiny-vit",
+        data=pictures.letters,
+        asks=({"image": "<folder>/eval/A/000.png"}, {"image": "<folder>/eval/K/001.png"}),
+        say=_labels,
+        seconds=30,
+        packages={"PIL": "vision", "sklearn": "metrics"},
+    ),
+    "semantic_segmentation": Demo(
+        summary="find letters, digits and signs in pictures, pixel by pixel",
+        model="tiny-segformer",
+        data=pictures.scenes,
+        asks=({"image": "<folder>/eval/000.png"},),
+        say=_shares,
+        seconds=45,
+        packages={"PIL": "vision"},
+    ),
+    "text_to_image": Demo(
+        summary="make pictures of hearts, from 20 pictures; it knows stars, umbrellas and other signs",
+        model="tiny-diffusion",
+        data=pictures.hearts,
+        asks=({"text": "a photo of a heart"},),
+        say=_images,
+        seconds=60,
+        packages={"diffusers": "diffusion", "PIL": "diffusion"},
+    ),
+    "preference": Demo(
+        summary="reply with the facts in few words instead of politely and at length",
+        model="SmolLM2-135M-Instruct",
+        data=texts.booking_replies,
+        asks=({"prompt": _BOOKING},),
+        say=_texts,
+        seconds=120,
+    ),
+    "reward": Demo(
+        summary="score how well a sentence describes a function",
+        model="all-MiniLM-L6-v2",
+        data=texts.docstrings,
+        asks=(
+            {"prompt": "def f(path):\n    return path.rsplit('.', 1)[-1]", "completion": "Return a file's extension."},
+            {"prompt": "def f(path):\n    return path.rsplit('.', 1)[-1]", "completion": "Close the connection."},
+        ),
+        say=_rewards,
+        seconds=60,
+    ),
+}
