@@ -32,6 +32,7 @@ from peftcli.cli import (
     predict,
     push,
     schema,
+    skill,
     status,
     train,
     verify,
@@ -79,7 +80,7 @@ app = typer.Typer(
 )
 
 _COMMANDS = {
-    "Recipes": (train, status, evaluate, inspect, check, explain, schema, cache),
+    "Recipes": (train, status, evaluate, inspect, check, explain, schema, skill, cache),
     "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -268,7 +268,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
         saved = record.steps.done if record.steps else 0
         record.attempts[-1].end_step, record.attempts[-1].reason = max(saved, progress.step), "killed"
     record.steps = StepsRecord(done=progress.step, total=total)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     record.attempts.append(AttemptRecord(start=now, from_step=progress.step))
     if run.is_main:
         if progress.step:
