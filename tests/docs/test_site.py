@@ -22,9 +22,8 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
         [python, "docs/site", str(tmp_path / "site")], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    pages = {
-        path.relative_to(tmp_path / "site").as_posix(): path.read_text("utf-8") for path in tmp_path.rglob("*.html")
-    }
+    site = tmp_path / "site"
+    pages = {path.relative_to(site).as_posix(): path.read_text("utf-8") for path in site.rglob("*.html")}
     recipes = [path.stem for path in (ROOT / "configs").rglob("*.yaml")]
     gallery = pages["gallery/index.html"]
     assert [name for name in recipes if f"#{name}" not in gallery] == []
