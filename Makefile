@@ -7,6 +7,8 @@ STAMP := .venv/.installed
 QUANTISED := .venv-quantised
 BENCH := .venv-bench
 GPU := .venv-gpu
+OLDEST := .venv-oldest
+SITE := .venv-site
 # a test file stays in one process, since its tests share what they made
 TWO := --numprocesses 2 --dist loadfile
 MODEL := models/SmolLM2-135M-Instruct
@@ -15,7 +17,7 @@ MODEL := models/SmolLM2-135M-Instruct
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint type test test-all test-gpu torture docs docs-check bench check quickstart clean
+.PHONY: help setup fmt lint type test test-all test-gpu test-oldest torture docs docs-check docs-site licences dist bench check quickstart clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -23,8 +25,8 @@ help: ## list the targets
 setup: $(STAMP) ## build .venv with the package and the developer tools, where pyproject.toml changed
 
 $(STAMP): pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "setup: '$(PYTHON)' was not found; install Python 3.10 to 3.13, or name it: make PYTHON=python3.12 setup" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: $$($(PYTHON) --version 2>&1) is too old; name Python 3.10 to 3.13: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "setup: '$(PYTHON)' was not found; install Python 3.11 to 3.13, or name it: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "setup: $$($(PYTHON) --version 2>&1) is not a version that it takes; name Python 3.11 to 3.13: make PYTHON=python3.12 setup" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "setup: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "setup: installing into .venv; the first time takes some minutes"
@@ -50,6 +52,19 @@ $(GPU)/.installed: pyproject.toml
 	@test -x $(GPU)/bin/pip || $(PYTHON) -m venv $(GPU)
 	@echo "gpu: installing into $(GPU)"
 	@$(GPU)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,liger]' trl
+	@touch $@
+
+# with the lower bounds of pyproject.toml; --constraint bounds what the extras and peft bring too
+$(OLDEST)/.installed: pyproject.toml tests/oldest.txt
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	@echo "test-oldest: installing into $(OLDEST)"
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --constraint tests/oldest.txt --editable '.[dev]'
+	@touch $@
+
+$(SITE)/.installed: pyproject.toml
+	@test -x $(SITE)/bin/pip || $(PYTHON) -m venv $(SITE)
+	@echo "docs-site: installing into $(SITE)"
+	@$(SITE)/bin/python -m pip install --disable-pip-version-check --quiet 'mkdocs-material>=9.6'
 	@touch $@
 
 fmt: $(STAMP) ## format the code, and mend what ruff can
@@ -79,6 +94,9 @@ test-all: $(STAMP) $(QUANTISED)/.installed ## the slow tests too, those that nee
 test-gpu: $(GPU)/.installed ## the tests that need a GPU
 	@$(GPU)/bin/pytest -m gpu
 
+test-oldest: $(OLDEST)/.installed ## the tests of recipes, core, tasks and runs with the lowest versions that pyproject.toml allows
+	@$(OLDEST)/bin/pytest $(TWO) -W 'ignore:`torch.jit.script`:DeprecationWarning' -m "not slow and not gpu and not network" tests/recipe tests/core tests/train/test_train_folder.py tests/tasks/text tests/tasks/test_token_classification.py tests/tasks/test_question_answering.py tests/cli/test_generate.py tests/adapters
+
 torture: $(STAMP) ## try to break every promise of docs/reliability.md, and write that page; takes about three hours
 	@command -v strace >/dev/null || { echo "torture: needs strace; on Debian: apt install strace" >&2; exit 1; }
 	@$(BIN)/python tests/torture
@@ -93,6 +111,15 @@ docs-check: $(STAMP) ## fail when they are stale
 	@$(BIN)/peftcli schema | diff - peftcli/recipe.schema.json || { echo "peftcli/recipe.schema.json is stale: run 'make docs'" >&2; exit 1; }
 	@$(BIN)/python docs/generate.py --check
 	@$(BIN)/python docs/importing.py --check
+
+docs-site: $(SITE)/.installed ## build the documentation as a site, in build/site; needs no network
+	@$(SITE)/bin/python docs/site build/site
+
+licences: $(STAMP) ## write docs/licences.md from the packages in .venv
+	@$(BIN)/python docs/licences.py
+
+dist: $(STAMP) ## build the wheel and the sdist, in dist
+	@$(BIN)/python -m build --outdir dist
 
 bench: $(BENCH)/.installed ## measure against peers, and write docs/performance.md; takes hours, or PARTS="logits" of it; RESULTS=mine.json: all anew
 	@$(BENCH)/bin/python configs/quickstart/fetch_model.py $(MODEL)

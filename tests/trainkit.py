@@ -364,11 +364,12 @@ def _stopped(settings: tuple[str, ...], step: int) -> Path:
     return folder
 
 
-def _loss_curve(metrics: list[dict[str, Any]]) -> bytes:
+def _loss_curve(metrics: list[dict[str, Any]], title: str = "", main_metric: str = "loss") -> bytes:
     """Curves take a quarter of a tiny run's time, so equal ones are drawn once in this process."""
-    key = repr([(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in metrics])
+    names = ("step", "loss", "eval_loss", f"eval_{main_metric}")
+    key = repr([title, main_metric, [[entry.get(name) for name in names] for entry in metrics]])
     if key not in _CURVES:
-        _CURVES[key] = loss_curve(metrics)
+        _CURVES[key] = loss_curve(metrics, title, main_metric)
     return _CURVES[key]
 
 

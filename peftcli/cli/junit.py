@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree
@@ -123,7 +123,7 @@ def write_junit(
         name=suite,
         hostname="localhost",  # the schema of Ant's reports requires one; the machine's own name stays private
         # in UTC, as XML Schema's dateTime without a zone, the only form that CI servers read
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds").removesuffix("+00:00"),
+        timestamp=datetime.now(UTC).isoformat(timespec="seconds").removesuffix("+00:00"),
         time=f"{seconds or 0:.3f}",
         tests=len(cases),
         failures=sum(case.find("failure") is not None for case in cases),

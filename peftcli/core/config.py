@@ -49,7 +49,7 @@ COUNT_AFTER_PADDING: set[str] = set()
 """The model types that count positions from the one after the pad token's id."""
 
 
-class NameEnum(str, Enum):
+class NameEnum(str, Enum):  # noqa: UP042 - pickles and reprs of StrEnum differ
     """A text with a ``value``, and shown as that."""
 
     __str__ = str.__str__

@@ -13,17 +13,13 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import regex
 
 from peftcli.errors import AdapterError
 from peftcli.guard.files import short_repr
-
-try:
-    from re import _parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_parse as _parser
 
 _MAX_CHARACTERS = 2000
 _MAX_PARTS, _MAX_PARTS_TOGETHER = 20_000, 50_000

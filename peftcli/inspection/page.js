@@ -1,8 +1,8 @@
 
 "use strict";
-// Pages of ten rows, and a filter. Without this script all rows are there.
+// Pages of ten rows, of pictures thirty, and a filter. Without this script all rows are there.
 (() => {
-  const size = 10;
+  const size = document.querySelector(".grid") ? 30 : 10;
   const rows = [...document.querySelectorAll("article.row")];
   const words = rows.map((row) => row.textContent.toLowerCase());
   const [controls, filter, back, on, where] = ["controls", "filter", "back", "on", "where"].map((id) =>

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -40,6 +41,9 @@ _TRAINED = '<mark>trained, underlined</mark>, <span class="p">prompt</span>'
 _LABELLED = "text in the colour of its label, which stands at its end"
 _LABEL, _LINE, _WIDTH = 96, 18, 360
 """The histogram's layout, in its own units: the start of bars, the height of one, and the total width."""
+_COUNTED_BY_NAME = ("classes", "tags")
+"""Facts of the audit that are counts by name, each a chart of at most so many bars."""
+_MAX_BARS = 30
 _Ids = dict[tuple[str, str], str]
 """The split and the place of a row -> the id of its element."""
 
@@ -94,18 +98,10 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> str
 <header>
 <h1>What this recipe trains</h1>
 <p>{_html(data)}, as {_html(inspection.task_name)} for {_html(inspection.recipe.base_model.name)}</p>
-<nav aria-label="Parts of this page"><a href="#findings">Findings</a> <a href="#audit">Audit</a>
-<a href="#rows">Rows</a></nav>
+<nav aria-label="Parts of this page"><a href="#rows">Rows</a>
+<a href="#findings">Findings: {_counted(inspection.findings)}</a> <a href="#audit">Audit</a></nav>
 </header>
 <main>
-<section id="findings">
-<h2>Findings</h2>
-{_findings(inspection, ids)}
-</section>
-<section id="audit">
-<h2>Audit of the whole dataset</h2>
-{_audit(inspection)}
-</section>
 <section id="rows">
 <h2>Rows</h2>
 <p>Examples here: {len(shown)}, of {len(inspection.data.train):,} that are trained{measured}.{more}
@@ -115,13 +111,39 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> str
 <button id="back" type="button">Back</button> <button id="on" type="button">Next</button>
 <span id="where" role="status"></span>
 </div>
+<div{' class="grid"' if _are_pictures(rows) else ""}>
 {joined}
+</div>
+</section>
+<section id="findings">
+<h2>Findings</h2>
+{_findings(inspection, ids)}
+</section>
+<section id="audit">
+<h2>Audit of the whole dataset</h2>
+{_audit(inspection)}
 </section>
 </main>
 <script>{script}</script>
 </body>
 </html>
 """
+
+
+def _counted(findings: Sequence[Finding]) -> str:
+    """How many findings there are of each level: ``1 error, 2 warnings``."""
+    levels = Counter(finding.level for finding in findings)
+    named = [f"{count} {level}{'s' * (count > 1 and level != 'info')}" for level, count in levels.items()]
+    return ", ".join(named) or "none"
+
+
+def _are_pictures(rows: Sequence[ShownRow]) -> bool:
+    """Whether each row is one picture and short facts about it, so that rows stand in a grid."""
+    return bool(rows) and all(
+        sum(isinstance(part, Image) for part in row.shown.parts) == 1
+        and not any(isinstance(part, Text) for part in row.shown.parts)
+        for row in rows
+    )
 
 
 def _legend(rows: Sequence[ShownRow]) -> str:
@@ -229,6 +251,7 @@ def _finding(finding: Finding, number: int, ids: _Ids, allow: Sequence[str]) -> 
 def _audit(inspection: Inspection) -> str:
     train, unit = inspection.audit["train"], inspection.task.unit
     parts = [_table(title, rows) for title, rows in inspection.tables().items()]
+    parts += [_chart(name, train[name]) for name in _COUNTED_BY_NAME if train.get(name)]
     if has_sizes(inspection.audit):
         caption = f"<figcaption>{_capital(unit)} of the training rows, before any cut</figcaption>"
         parts.append(f"<figure>{caption}\n{_histogram(bars(train), unit)}</figure>")
@@ -242,6 +265,15 @@ def _audit(inspection: Inspection) -> str:
             listed = [[each["row"], what_is_wrong(each)] for each in bad]
             parts.append(_table(f"{kind}rows that cannot be used", [["", "why"], *listed]))
     return "\n".join(parts)
+
+
+def _chart(name: str, counts: Mapping[str, int]) -> str:
+    """The largest counts as bars, such as those of classes."""
+    largest = sorted(counts.items(), key=lambda each: -each[1])[:_MAX_BARS]
+    more = f", the {_MAX_BARS} largest of {len(counts):,}" if len(counts) > _MAX_BARS else ""
+    short = [(label if len(label) <= 15 else f"{label[:14]}\u2026", count) for label, count in largest]
+    drawn = _histogram([(_html(label), count) for label, count in short], name)
+    return f"<figure><figcaption>{_capital(name)} of the training rows{more}</figcaption>\n{drawn}</figure>"
 
 
 def _table(title: str, rows: list[list[str]]) -> str:
@@ -267,7 +299,7 @@ def _histogram(counted: list[tuple[str, int]], unit: str) -> str:
             f'<text x="{_LABEL + width + 5:.1f}" y="{y + 13}">{count:,}</text>'
         )
     height = len(counted) * _LINE
-    label = f"{_capital(unit)}, and the number of rows of each size"
+    label = f"{_capital(unit)}, and the number of each"
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     """
     recipe, folder, record, progress = run.recipe, run.folder, run.record, state.progress
     drawing = ThreadPoolExecutor(1)  # beside what the model says, since matplotlib takes long to import
-    curve = drawing.submit(loss_curve, folder.metrics()) if run.is_main else None
+    what = f"{recipe.method['type']}, {(recipe.task or {})['type']}"
+    curve = drawing.submit(loss_curve, folder.metrics(), what, data.task.main_metric) if run.is_main else None
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
     said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
@@ -170,22 +171,29 @@ def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
     return trained_outputs(state.model, task, sample_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
 
 
-def loss_curve(metrics: list[dict[str, Any]]) -> bytes:
-    """Draw training loss over the steps, and evaluation loss where there is one. Returns the PNG."""
+def loss_curve(metrics: list[dict[str, Any]], title: str = "", main_metric: str = "loss") -> bytes:
+    """Draw the loss over the steps, and beside it the main metric where evaluations give one. Returns the PNG."""
     # where matplotlib cannot write a cache into the home folder, it warns, and writes a temporary one
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4))
-    axes = figure.add_axes((0.1, 0.12, 0.87, 0.85))  # left, bottom, width, height
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="step", ylabel="loss per target")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    loss = (("loss", "training", "-"), ("eval_loss", "evaluation", "o"))
+    panels = {"loss per target": loss, main_metric.replace("_", " "): ((f"eval_{main_metric}", "evaluation", "o"),)}
+    if main_metric == "loss" or not any(f"eval_{main_metric}" in entry for entry in metrics):
+        panels = {"loss per target": loss}
+    figure = Figure(figsize=(7 if len(panels) == 1 else 11, 4), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    for axes, (name, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for key, label, style in series:
+            points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, color="C0" if label == "training" else "C1")
+        axes.set(xlabel="step", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
     return image.getvalue()
@@ -268,7 +276,7 @@ def record_start(run: Run, data: RunData, built: BuiltModel, state: State, threa
         saved = record.steps.done if record.steps else 0
         record.attempts[-1].end_step, record.attempts[-1].reason = max(saved, progress.step), "killed"
     record.steps = StepsRecord(done=progress.step, total=total)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     record.attempts.append(AttemptRecord(start=now, from_step=progress.step))
     if run.is_main:
         if progress.step:

@@ -387,6 +387,24 @@ def test_in_a_browser_trained_text_has_its_colour_in_light_and_dark(
             assert not (np.abs(pixels - np.array(other)).max(axis=2) <= 2).any()
 
 
+def test_pictures_stand_in_a_grid_before_the_findings_and_classes_have_a_chart(cli: Callable, tmp_path: Path) -> None:
+    from classifierkit import write_pictures
+
+    for split in ("train", "eval"):
+        write_pictures(tmp_path / split)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base_model: {classifier_base('vit')}\ntask: image_classification\nmethod: {{type: lora}}\n"
+        f"dataset: {{train: {tmp_path}/train, eval: {tmp_path}/eval}}\ntraining: {{output_dir: {tmp_path}/out}}\n"
+    )
+    ran = cli("inspect", recipe, "--html", tmp_path / "page.html", "--quiet")
+    assert ran.code == 0, ran.err
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.index('<div class="grid">') < page.index('id="findings"') < page.index('id="audit"')
+    assert "Classes of the training rows</figcaption>" in page
+    assert 'class="grid"' not in page[page.index('id="findings"') :]
+
+
 @pytest.mark.parametrize("option", [[], ["--tokens"]])
 def test_secrets_are_not_on_it(write: Callable, monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
     monkeypatch.setenv("APP_PASSWORD", "sun & moon <7>")

@@ -117,3 +117,11 @@ def test_the_package_tree_of_the_readme_is_right() -> None:
     found = {f"{path.parent.relative_to(package)}/" for path in package.rglob("*.py") if path.parent != package}
     loose = {path.name for path in package.iterdir() if path.is_file()}
     assert named == {name for name in found if name == "methods/" or not name.startswith("methods/")} | loose
+
+
+def test_the_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [words for line in re.findall(r"^(.+)\n:   ", text, re.M) for words in re.findall(r"`([^`]+)`", line)]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "peftcli").rglob("*.py"))
+    assert len(quoted) > 15
+    assert [words for words in quoted if not all(part.strip() in code for part in words.split("..."))] == []

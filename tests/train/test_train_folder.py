@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import trainkit
+from PIL import Image
 from trainkit import (
     FULL,
     PRODUCT,
@@ -37,6 +39,7 @@ from peftcli.cli.progress import summary
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.events import Event, Message, Stepped
+from peftcli.train.finish import loss_curve
 from peftcli.train.runs.identity import changes, identity
 
 
@@ -651,3 +654,13 @@ def test_examples_longer_than_the_models_positions_are_refused(
         )
     assert caught.value.key == "dataset.max_length"
     assert caught.value.hint.startswith(f"set dataset.max_length: {positions}, or less; ")
+
+
+def test_the_curve_has_whole_steps_and_the_main_metric_beside_the_loss() -> None:
+    lines = [{"step": 0, "eval_loss": 2.0, "eval_accuracy": 0.1}, {"step": 1, "loss": 1.0}]
+    lines += [{"step": 2, "loss": 0.5, "eval_loss": 0.7, "eval_accuracy": 0.9}]
+    sizes = {}
+    for metric in ("loss", "accuracy", "macro_f1"):  # the last was not measured
+        image = Image.open(io.BytesIO(loss_curve(lines, "lora, a task", metric)))
+        sizes[metric] = image.size
+    assert sizes == {"loss": (700, 400), "accuracy": (1100, 400), "macro_f1": (700, 400)}
