@@ -29,7 +29,7 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a task on this computer: train a small model, and compare it before and after."""
+    """Show a task on this computer, before and after training."""
     from peftcli.demos.run import about, lines, require_packages, run_demo
     from peftcli.demos.table import DEMOS
     from peftcli.recipe import why_failed

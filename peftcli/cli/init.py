@@ -35,7 +35,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a recipe for your data: task, columns, split, method and base model, each with its reason."""
+    """Write a recipe for your data, each line with its reason."""
     from peftcli.drafting.drafting import Request, draft
 
     request = Request(

@@ -40,7 +40,7 @@ def sweep(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Try learning rates and sizes, or the values given, and train the best."""
+    """Try learning rates and other values, and keep the best."""
     progress_log(quiet)
 
     def show(event: Event) -> None:
