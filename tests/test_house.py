@@ -25,6 +25,7 @@ ALLOWED = {
     "peftcli.cli.explain": 1,
     "peftcli.cli.generate": 4,
     "peftcli.cli.info": 3,
+    "peftcli.cli.init": 1,
     "peftcli.cli.inspect": 5,
     "peftcli.cli.merge": 1,
     "peftcli.cli.predict": 1,
