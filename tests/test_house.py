@@ -28,6 +28,7 @@ ALLOWED = {
     "peftcli.cli.generate": 5,
     "peftcli.cli.import_": 1,
     "peftcli.cli.info": 3,
+    "peftcli.cli.init": 1,
     "peftcli.cli.inspect": 5,
     "peftcli.cli.merge": 1,
     "peftcli.cli.predict": 1,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftcli.cli import console
 from peftcli.cli.options import Json, not_empty, path
 from peftcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from peftcli.drafting.drafting import Draft
 
 
 def init(
@@ -52,7 +55,12 @@ def init(
         console.log(f"note: {note}")
     if as_json:
         console.print_json(made.as_dict())
-        return
+    else:
+        _print(made)
+
+
+def _print(made: Draft) -> None:
+    """Print what was decided, and the next commands."""
     columns = ", ".join(
         f"{ours}: {name if isinstance(name, str) else ' '.join(name)}" for ours, name in made.columns.items()
     )

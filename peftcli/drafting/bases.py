@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcli.errors import NetworkError
+from peftcli.errors import ModelError, NetworkError
 from peftcli.guard.files import read_small
 from peftcli.models.find import find_base
 from peftcli.schema import BaseModel
@@ -165,8 +165,6 @@ def read_base(name: str) -> Base:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from peftcli.errors import ModelError
-
     try:
         found = json.loads(read_small(path, _MAX_CONFIG))
         if not isinstance(found, dict):

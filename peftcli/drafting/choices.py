@@ -7,12 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 from peftcli.data.rows import count_of
-from peftcli.drafting.bases import AUDIO, DIFFUSION, VISION, Base, Proposal
+from peftcli.drafting.bases import AUDIO, DIFFUSION, VISION, Base, Proposal, memory_of
 from peftcli.drafting.facts import ColumnFacts, _words
 from peftcli.drafting.language import language_of
 from peftcli.drafting.look import Look
 from peftcli.drafting.readings import Found
 from peftcli.drafting.write import Line
+from peftcli.system.memory import free_memory
 
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 _WINDOW = 384
@@ -226,13 +227,9 @@ def rows_of(look: Look, fraction: float | None) -> int:
 
 def memory_text(model: Proposal, found: Found, tokens: int, rows: int) -> str:
     """Return the memory that a run with a model takes, and what this machine has."""
-    from peftcli.drafting.bases import memory_of
-
     need = memory_of(model, rows, tokens, on_gpu=False)
     free = None
     with suppress(ImportError):
-        from peftcli.system.memory import free_memory
-
         free = free_memory()
     has = f" of {free / 2**30:.1f} free" if free else ""
     return f"about {need / 2**30:.1f} GiB{has}"

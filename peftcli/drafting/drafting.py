@@ -17,6 +17,7 @@ from peftcli.drafting.readings import Found, find_readings, rivals_of
 from peftcli.drafting.write import Line, recipe_text
 from peftcli.errors import DataError, PeftcliError, UsageError
 from peftcli.guard.files import command_word
+from peftcli.recipe import read
 from peftcli.system.outputs import expand_user, require_writable, write_output
 from peftcli.tasks import LABELS, TASKS
 
@@ -311,7 +312,5 @@ def _stem(name: str) -> str:
 
 def _check(output: Path) -> None:
     """Read the recipe that was written: a problem in it is a bug of this command."""
-    from peftcli.recipe import read
-
     if problems := read(output).problems:
         raise PeftcliError(f"the drafted recipe has a problem: {problems[0]}", file=str(output))
