@@ -20,9 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.media import is_media
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import Row, count_of
-from peftcli.data.sources import is_media, open_source
+from peftcli.data.sources import open_source
 from peftcli.drafting.facts import is_tag, parse_list
 from peftcli.drafting.look import Look
 from peftcli.errors import DataError

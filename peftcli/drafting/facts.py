@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.media import is_media
 from peftcli.data.rows import Row, count_of, truth_in
-from peftcli.data.sources import is_media
 
 MOST = 0.9
 """Share of a column's values that must be of a kind."""

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peftcli.data.media import is_media
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import Row, count_of
-from peftcli.data.sources import exists_locally, is_media, open_source
+from peftcli.data.sources import exists_locally, open_source
 from peftcli.drafting.facts import ColumnFacts, facts_of
 from peftcli.errors import DataError, UsageError
 from peftcli.schema import Source
