@@ -24,6 +24,8 @@ USES = {
     "audio": "speech_recognition",
     "diffusion": "text_to_image",
     "gguf": "base models in .gguf files",
+    "excel": "rows in .xlsx files",
+    "optuna": "sweeps over ranges, or over more than 30 settings",
     "bitsandbytes": "base_model.quantization: nf4, fp4, int8",
     "torchao": "base_model.quantization: int8_weight_only, int4_weight_only",
     "liger": "training.use_liger_kernel",

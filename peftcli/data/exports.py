@@ -95,5 +95,5 @@ def _label_studio(values: Values, annotations: list[Any]) -> Values | None:
     if "text" not in data and len(texts) == 1 and not chosen:
         data["text"] = texts[0]
     named = {("label" if len(chosen) == 1 else name): each for name, each in chosen.items()}
-    labels = {name: each[0] if len(each) == 1 else each for name, each in named.items()}
-    return {**data, **labels} if chosen and not entities else {**data, **labels, "entities": entities}
+    classes = {name: each[0] if len(each) == 1 else each for name, each in named.items()}
+    return {**data, **classes} if chosen and not entities else {**data, **classes, "entities": entities}

@@ -21,7 +21,7 @@ _TAG = re.compile(r"\S+[ \t](?:.*[ \t])?(?:O|[BIESLU]-\S+)", re.ASCII)
 """A line with a word and, at its end, a tag of IOB2 or a like scheme."""
 _MAX_LABELS = 50
 LINES_OF_TEXT = "a text a line"
-_FASTTEXT, _SEVERAL = "FastText's label and text a line", "FastText's labels and text a line"
+_FASTTEXT, _SEVERAL = "FastText's label and text a line", "FastText's classes and text a line"
 _TAGS = "a word and its tags a line"
 _FIRST, _LAST = "a label, a tab and a text a line", "a text, a tab and a label a line"
 
@@ -40,12 +40,12 @@ def form_of(head: bytes) -> str:
 
 
 def _labelled(lines: Sequence[str]) -> str | None:
-    """Whether each line is a text and one of a few labels, with a tab between them."""
+    """Whether each line is a text and one of a few classes, with a tab between them."""
     if len(lines) < 10 or any(line.count("\t") != 1 for line in lines):
         return None
     for at, name in enumerate((_FIRST, _LAST)):
-        labels, texts = ({line.split("\t")[side] for line in lines} for side in (at, 1 - at))
-        if 1 < len(labels) <= min(_MAX_LABELS, len(lines) // 4) and len(texts) > 2 * len(labels):
+        classes, texts = ({line.split("\t")[side] for line in lines} for side in (at, 1 - at))
+        if 1 < len(classes) <= min(_MAX_LABELS, len(lines) // 4) and len(texts) > 2 * len(classes):
             return name
     return None
 
@@ -82,12 +82,12 @@ def read_document(text: TextFile) -> Iterator[Row | DataError]:
 
 def _row(line: str, form: str, text: TextFile) -> Row | DataError:
     if form in (_FASTTEXT, _SEVERAL):
-        labels, content = _fasttext(line)
-        if not labels:
+        classes, content = _fasttext(line)
+        if not classes:
             return text.error(f"does not begin with {_LABEL} and the name of a label")
-        if form == _FASTTEXT and len(labels) > 1:
-            return text.error(f"{len(labels)} labels, and the lines before have one")
-        return text.row({"label": labels if form == _SEVERAL else labels[0], "text": content})
+        if form == _FASTTEXT and len(classes) > 1:
+            return text.error(f"{len(classes)} classes, and the lines before have one")
+        return text.row({"label": classes if form == _SEVERAL else classes[0], "text": content})
     if form == LINES_OF_TEXT:
         return text.row({"text": line})
     parts = line.split("\t")
@@ -97,7 +97,7 @@ def _row(line: str, form: str, text: TextFile) -> Row | DataError:
 
 
 def _fasttext(line: str) -> tuple[list[str], str]:
-    """The labels that a line begins with, and the text after them."""
+    """The classes that a line begins with, and the text after them."""
     words = re.split(r"[ \t]", line.strip())
     count = next((at for at, word in enumerate(words) if word and not word.startswith(_LABEL)), len(words))
     return [name for word in words[:count] if (name := word[len(_LABEL) :])], " ".join(words[count:]).strip()

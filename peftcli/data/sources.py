@@ -217,7 +217,7 @@ class ResolvedSource:
             found.append(how)
         rules = [rule.described() for rule in self.rules]
         found += [*dict.fromkeys(filter(None, (dialect.described() for dialect in self.dialects.values()))), *rules]
-        found += [f"an export of {tool}, read as its texts with entities or labels" for tool in self._tools]
+        found += [f"an export of {tool}, read as its texts with entities or classes" for tool in self._tools]
         return [f"{self.name}: {each}" for each in found]
 
     @property

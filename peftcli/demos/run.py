@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.rows import Place, Row
 from peftcli.demos.models import MODELS, fetch_model, folder_of
 from peftcli.demos.table import DEMOS, Demo
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.files import command_word
+from peftcli.recipe import load_recipe
 from peftcli.system.disk import write_file
 from peftcli.tasks import TASKS
+from peftcli.train.runs.folder import StartOptions
+from peftcli.train.start import start
 
 Tell = Callable[[str], None]
 
@@ -73,10 +77,6 @@ def run_demo(task: str, folder: Path, tell: Tell, on_event: Callable[[Any], None
     demo = DEMOS[task]
     model = fetch_model(demo.model, tell)
     _write(demo, task, model, folder)
-
-    from peftcli.recipe import load_recipe
-    from peftcli.train.runs.folder import StartOptions
-    from peftcli.train.start import start
 
     recipe = load_recipe(folder / "recipe.yaml", [])
     recipe = replace(recipe, launch=replace(recipe.launch, num_processes=1))
@@ -136,7 +136,6 @@ def _ask(demo: Demo, folder: Path, adapter: str) -> list[Asked]:
 def _answers(demo: Demo, rows: list[dict[str, str]], adapter: str, files: Path, with_adapter: bool) -> list[str] | None:
     """What the model says of rows; None: it has no head for the task."""
     from peftcli.adapters.predict import load_predictor
-    from peftcli.data.rows import Place, Row
 
     try:
         predictor = load_predictor(adapter, with_adapter=with_adapter)

@@ -344,38 +344,6 @@ def _word_rows(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Valu
         yield {"tokens": words, "tags": tags}
 
 
-def _find_label_studio(look: Look) -> Mapping[str, str] | None:
-    facts = look.columns.get("annotations") or look.columns.get("completions")
-    if facts is None or not facts.items or not all(isinstance(each, dict) and "result" in each for each in facts.items):
-        return None
-    return {"annotations": facts.name} if "data" in look.columns else None
-
-
-def _label_studio(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
-    for row in rows:
-        done = [each for each in row.values.get(columns["annotations"]) or [] if not each.get("was_cancelled")]
-        data = row.values.get("data")
-        if not done or not isinstance(data, dict):
-            continue
-        results = [each for each in done[0].get("result") or [] if isinstance(each.get("value"), dict)]
-        values: Values = {name: value for name, value in data.items() if isinstance(value, str | int | float)}
-        choices = [choice for each in results for choice in each["value"].get("choices") or []]
-        ratings = [each["value"]["rating"] for each in results if "rating" in each["value"]]
-        spans = [
-            {"start": each["value"]["start"], "end": each["value"]["end"], "label": label}
-            for each in results
-            if {"start", "end"} <= each["value"].keys()
-            for label in (each["value"].get("labels") or each["value"].get("hypertextlabels") or [])[:1]
-        ]
-        if choices:
-            values["label"] = choices if len(choices) > 1 else choices[0]
-        elif ratings:
-            values["label"] = ratings[0]
-        elif not results or spans:
-            values["entities"] = spans
-        yield values
-
-
 def _find_segments(look: Look) -> Mapping[str, str] | None:
     facts = look.columns.get("segments")
     if facts is None or not facts.items or not all(isinstance(each, dict) and "text" in each for each in facts.items):
@@ -507,7 +475,6 @@ def _two_answers(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Va
 
 
 _CONVERSIONS = (
-    Conversion(_find_label_studio, _label_studio, "an export of Label Studio"),
     Conversion(_find_word_rows, _word_rows, "a word a row became a sentence a row"),
     Conversion(_find_message_rows, _message_rows, "a message a row became a conversation a row"),
     Conversion(_find_segments, _segments, "segments became prompts and completions"),

@@ -111,7 +111,7 @@ CASES: dict[str, tuple[str | None, list[dict[str, Any]], str, dict[str, Any]]] =
         "encoder",
         rows(text=lambda at: text(), label=lambda at: [[0, 3, word("A", "B")(at)]]),
         "token_classification",
-        {"text": "text", "entities": "label"},
+        {"text": "text", "entities": "entities"},
     ),
     "embeddings": (
         "encoder",
@@ -257,10 +257,6 @@ def test_splits_groups_and_lengths_are_found(tmp_path: Path, cli: Callable) -> N
     assert [Path(each).name for each in (*made["train"], made["eval"])] == ["train.jsonl", "dev.jsonl"]
 
 
-def studio(at: int) -> list[dict[str, Any]]:
-    return [{"result": [{"type": "choices", "value": {"choices": [("good", "bad")[at % 2]]}}]}]
-
-
 def a_word_a_row() -> list[dict[str, Any]]:
     words, tags = ("Ada", "lives", "in", "Turin"), ("B-PER", "O", "O", "B-LOC")
     return [
@@ -271,12 +267,6 @@ def a_word_a_row() -> list[dict[str, Any]]:
 
 
 CONVERTED: dict[str, tuple[str, list[dict[str, Any]], str, dict[str, Any]]] = {
-    "Label Studio": (
-        "encoder",
-        rows(id=lambda at: at, annotations=studio, data=lambda at: {"text": text()}),
-        "sequence_classification",
-        {"text": "text", "label": "label"},
-    ),
     "a word a row": ("encoder", a_word_a_row(), "token_classification", {"tokens": "tokens", "tags": "tags"}),
     "lists as text": (
         "encoder",

@@ -221,7 +221,7 @@ CAMPAIGNS = [
         "Exit code 7 and one message that names the path, whole checkpoints, no half file; the same command ends with"
         " the same bytes.",
         functools.partial(_faults, kills.RESUME),
-        least=100,
+        least=88,
         sample=0,
     ),
     Campaign(

@@ -93,7 +93,7 @@ def test_a_collapsed_run_says_so_and_fails_its_gate(tmp_path: Path, rate: str) -
         write_classifier_recipe(tmp_path), f"training.learning_rate={rate}", "training.max_steps=30", *settings
     )
     [gate], text = run.run["gates"], summary(run.run, "folder")
-    assert "  accuracy    " in text
+    assert "  eval_accuracy  " in text
     if rate != "50":
         assert (gate["passed"], "warnings" in run.run, "push" in text) == (True, False, True)
         return

@@ -59,7 +59,7 @@ def test_other_commands_find_it_too(recipe: Path, capsys: pytest.CaptureFixture[
 
 
 def test_where_no_one_task_fits_the_recipe_is_refused_at_its_place(recipe: Path) -> None:
-    rows = [{"question": "a", "answer": "b"}] * 10
+    rows = [{"page": "a", "note": "b"}] * 10
     Path(recipe.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UsageError, match="no one task fits") as caught:
         run_recipe(recipe)
