@@ -22,7 +22,7 @@ DARK = 64
 CLASSES = "ABCDEFGHJK"
 OTHER_CHARACTERS = "LMNPQRTUVWYZ234567&?%"
 """What the small base models know. None looks the same upside down."""
-KINDS = {"letter": "ABDEFGHKLMNRTUVWY", "digit": "0123456789", "sign": "&?@#%$+=*!"}
+KINDS = {"letter": "AHKM", "digit": "0358", "sign": "+=#*"}
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSans-Oblique")
 HELD_OUT_FONTS = ("STIXGeneral", "STIXGeneralBol", "DejaVuSansMono-Oblique")
 SIGNS = {

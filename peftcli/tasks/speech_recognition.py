@@ -264,9 +264,10 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         """What the model hears; with ``whole`` also what is beyond its limit."""
         limited = math.isfinite(self.longest) and not whole
         options: dict[str, Any] = {"padding": "max_length" if limited else "longest", "truncation": limited}
-        found = self.extractor(
-            list(sounds), sampling_rate=self.rate, return_attention_mask=True, return_tensors="pt", **options
-        )
+        with torch.autocast("cpu", enabled=False):  # it makes numpy arrays, which have no bfloat16
+            found = self.extractor(
+                list(sounds), sampling_rate=self.rate, return_attention_mask=True, return_tensors="pt", **options
+            )
         return dict(found)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
