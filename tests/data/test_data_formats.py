@@ -313,4 +313,4 @@ def test_exports_of_annotation_tools(tmp_path: Path, case: str) -> None:
     for name, content in (("a.jsonl", json.dumps(exported)), ("a.json", json.dumps([exported], indent=1))):
         rows, said = read(write(tmp_path, name, content))
         assert rows == [expected]
-        assert said == [f"an export of {tool}, read as its texts with entities or labels"]
+        assert said == [f"an export of {tool}, read as its texts with entities or classes"]
