@@ -507,6 +507,7 @@ def test_attention_that_keeps_the_keys_of_some_of_its_tokens_is_refused() -> Non
 
 @torch.no_grad()
 def test_a_row_that_starts_with_an_image_generates_as_a_greedy_loop() -> None:
+    torch.manual_seed(0)  # with other weights the answer may hold the image token
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_LLAMA), image_token_id=VOCABULARY - 1)
