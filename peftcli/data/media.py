@@ -29,12 +29,13 @@ _READ = {
 _MAX_NAME, _MAX_ENTRIES, _MAX_FOLDERS, _MAX_CAPTION = 255, 10_000, 64, 1 << 20
 SAMPLE = 20
 """Rows from which it is found how files are named."""
-_IMAGE_FOLDERS = {"image", "images", "img", "imgs", "jpegimages"}
+_IMAGE_FOLDERS = {"image", "images", "img", "imgs", "jpegimages", "photo", "photos", "picture", "pictures"}
 _MASK_FOLDERS = {
     *("mask", "masks", "annotation", "annotations", "label", "labels", "gt", "ground_truth", "groundtruth"),
     *("segmentation", "segmentations", "segmentationclass", "trimaps"),
 }
-_MASK_ENDING = re.compile(r"[_-](?:mask|seg|segmentation|gt|label|labels|annotation)$", re.IGNORECASE)
+MASK_ENDING = re.compile(r"[_-](?:mask|seg|segmentation|gt|label|labels|annotation)$", re.IGNORECASE)
+"""What the name of a mask's file has after the name of its image."""
 
 
 def is_media(name: str) -> bool:
@@ -213,10 +214,13 @@ def _side(path: str, start: int = 0) -> tuple[str | None, int]:
 
 
 def _key(path: str, at: int) -> str:
-    """The path without the folder of its kind, the ending of a mask's name, and its suffix."""
+    """The path without the folders of its kind, the ending of a mask's name, and its suffix."""
     parts = path.split("/")
-    stem = _MASK_ENDING.sub("", parts[-1].rpartition(".")[0])
-    return "/".join([*parts[:at], *parts[at + 1 : -1], stem])
+    above = parts[:at]
+    while above and above[-1].lower() in _MASK_FOLDERS:  # annotations/trimaps
+        above.pop()
+    stem = MASK_ENDING.sub("", parts[-1].rpartition(".")[0])
+    return "/".join([*above, *parts[at + 1 : -1], stem])
 
 
 def captions_of(media: Iterable[str], texts: Mapping[str, str]) -> dict[str, str]:

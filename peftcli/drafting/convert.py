@@ -6,25 +6,27 @@ Archives, exports, a word a row, masks beside pictures, transcripts beside sound
 from __future__ import annotations
 
 import csv
-import io
 import json
+import lzma
 import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from peftcli.data.media import is_media
-from peftcli.data.readers import kind_of
+from peftcli.data.media import MASK_ENDING, MEDIA, captions_of, describe_media, is_media
+from peftcli.data.readers import find_dialect, kind_of, read_file
 from peftcli.data.rows import Row, count_of
 from peftcli.data.sources import open_source
-from peftcli.drafting.facts import is_tag, parse_list
+from peftcli.data.text_rows import first_line
+from peftcli.drafting.facts import is_tag, number_in, parse_list
 from peftcli.drafting.look import Look
 from peftcli.errors import DataError
 from peftcli.guard.files import read_small
@@ -48,33 +50,32 @@ def converted(names: Sequence[str], output: Path) -> tuple[list[str], list[str]]
         DataError: an archive is damaged, or leads out of its folder.
     """
     found, notes = list[str](), list[str]()
-    if len(names) == 2 and all(Path(name).is_dir() for name in names):
-        parent = Path(os.path.commonpath([Path(name).absolute() for name in names]))
-        media = [each for name in names for each in _files(Path(name).absolute()) if is_media(each.name)]
-        if pairs := _masked(parent, sorted(media), output.parent.absolute()):
-            target = _write(output, parent, pairs[0])
-            return [str(target)], [f"{' and '.join(names)} were converted into {target}: {pairs[1]}"]
+    if rows := _paired([Path(name).expanduser() for name in names], output.parent.absolute()):
+        target = _write(output, Path(names[0]), rows[0])
+        return [str(target)], [f"{' and '.join(names)} were converted into {target}: {rows[1]}"]
     for name in names:
         path = Path(name).expanduser()
         if path.is_file() and name.lower().endswith(_ARCHIVES):
             path = _unpack(path, output)
             name = str(path)
             notes.append(f"{names[len(found)]} was unpacked into {name}")
-        rows = _rows_of_folder(path, output) if path.is_dir() else _rows_of_file(path)
+        rows = _rows_of_folder(path, output.parent.absolute()) if path.is_dir() else _rows_of_file(path)
         if rows is not None:
             values, why = rows
-            target = _write(output, path, values)
+            target = _write(output, path, values, found)
             notes.append(f"{name} was converted into {target}: {why}")
             name = str(target)
         found.append(name)
     return found, notes
 
 
-def _write(output: Path, source: Path, rows: Iterable[Values]) -> Path:
-    """Write rows beside the recipe, in a file that is called after their source."""
-    target = (
-        output.parent / f"{output.stem}.{re.sub(r'[^0-9A-Za-z_-]+', '-', source.name.split('.')[0]) or 'data'}.jsonl"
+def _write(output: Path, source: Path, rows: Iterable[Values], written: Collection[str] = ()) -> Path:
+    """Write rows beside the recipe, in a file that is called after their source and is none of ``written``."""
+    stem = re.sub(r"[^0-9A-Za-z_-]+", "-", source.name.split(".")[0]) or "data"
+    targets = (
+        output.parent / f"{output.stem}.{stem}{ending}.jsonl" for ending in chain([""], map("-{}".format, count(2)))
     )
+    target = next(each for each in targets if str(each) not in written)
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     if not lines:
         raise DataError("contains no rows", file=str(source))
@@ -94,10 +95,21 @@ def _unpack(path: Path, output: Path) -> Path:
             with tarfile.open(path) as archive:
                 _check_size(path, (each.size for each in archive.getmembers()))
                 archive.extractall(folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"cannot be unpacked: {error}", file=str(path)) from error
+                while archive.fileobj and archive.fileobj.read(
+                    1 << 20
+                ):  # up to gzip's checksum, which stands at the end
+                    pass
+    except _CANNOT_UNPACK as error:
+        raise DataError(f"cannot be unpacked: {first_line(error)}", file=str(path)) from error
     inside = [each for each in folder.iterdir() if not each.name.startswith((".", "__MACOSX"))]
     return inside[0] if len(inside) == 1 else folder
+
+
+_CANNOT_UNPACK = (
+    *(tarfile.TarError, zipfile.BadZipFile),  # the archive is damaged, or leads out of its folder
+    *(zlib.error, lzma.LZMAError, OSError, EOFError),  # its compressed data is damaged or cut off, or the disk is full
+    RuntimeError,  # a zip file with a password, or of an unknown compression
+)
 
 
 def _check_size(path: Path, sizes: Iterable[int]) -> None:
@@ -106,25 +118,23 @@ def _check_size(path: Path, sizes: Iterable[int]) -> None:
         raise DataError(f"unpacks to {sum(known):,} bytes in {len(known):,} files; unpack it yourself", file=str(path))
 
 
-def _rows_of_folder(folder: Path, output: Path) -> tuple[list[Values], str] | None:
-    """The rows of a folder whose files belong together by their names."""
+def _rows_of_folder(folder: Path, beside: Path) -> tuple[list[Values], str] | None:
+    """The rows of a folder whose files belong together by their names, unless the reader of folders joins them."""
     files = _files(folder)
-    media = sorted(each for each in files if is_media(each.name))
-    others = sorted(each for each in files if not is_media(each.name))
-    beside = output.parent.absolute()
+    media = [each for each in files if is_media(each.name)]
+    others = [each for each in files if not is_media(each.name)]
     if media:
-        tables = [each for each in others if kind_of(each.name) and not each.name.endswith(".txt")]
-        return _masked(folder, media, beside) or (None if tables else _spoken(media, others, beside))
-    documents = [each for each in others if not kind_of(each.name)]
-    tops = {each.parent for each in documents}
-    if (
-        documents == others
-        and len(tops) > 1
-        and folder not in tops
-        and not any(each.suffix in _NOT_TEXT for each in documents)
-    ):
-        return _documents(documents)
-    return None
+        if any(kind_of(each.name) and each.suffix != ".txt" for each in others):
+            return None
+        sides = [{str(each): str(each) for each in part} for part in (media, (t for t in others if t.suffix == ".txt"))]
+        is_joined = describe_media(sides[0], str(folder), captions_of(*sides))
+        if is_joined:
+            return None
+        return _paired(sorted({each.parent for each in media}), beside) or _spoken(media, others, beside)
+    tops = {each.parent for each in others}
+    if len(tops) < 2 or folder in tops or any(kind_of(each.name) or each.suffix in _NOT_TEXT for each in others):
+        return None
+    return _documents(others)
 
 
 _NOT_TEXT = (".pdf", ".doc", ".docx", ".pkl", ".bin", ".pt", ".safetensors", ".exe", ".zip")
@@ -132,10 +142,11 @@ _NOT_TEXT = (".pdf", ".doc", ".docx", ".pkl", ".bin", ".pt", ".safetensors", ".e
 
 def _files(folder: Path) -> list[Path]:
     found = (Path(top) / name for top, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    return list(islice(found, _MAX_FILES))
+    return sorted(islice(found, _MAX_FILES))
 
 
 def _documents(files: Sequence[Path]) -> tuple[list[Values], str] | None:
+    """Texts in files without an extension, in a folder for each class."""
     rows = list[Values]()
     for path in files:
         with suppress(OSError, ValueError):
@@ -147,87 +158,95 @@ def _documents(files: Sequence[Path]) -> tuple[list[Values], str] | None:
             except UnicodeDecodeError:
                 text = content.decode("cp1252", "replace")
             rows.append({"text": text.strip(), "label": path.parent.name})
-    return (
-        (rows, f"{count_of(len(rows), 'text file')} in {len({row['label'] for row in rows})} folders") if rows else None
+    says = f"{count_of(len(rows), 'text file')} in {len({row['label'] for row in rows})} folders"
+    return (rows, says + _left_out(len(files) - len(rows), "file")) if rows else None
+
+
+def _left_out(count: int, noun: str) -> str:
+    return f"; {count_of(count, noun)} left out" if count else ""
+
+
+def _paired(folders: Sequence[Path], beside: Path) -> tuple[list[Values], str] | None:
+    """Pictures and their masks: the files of two folders that have the same names but for the ending of a mask's."""
+    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+        return None
+    pictures, masks = sorted(folders, key=lambda folder: bool(_MASKS.search(folder.name)))
+    if _MASKS.search(pictures.name) or not _MASKS.search(masks.name):
+        return None
+    by_name = [
+        {MASK_ENDING.sub("", str(path.relative_to(folder).with_suffix(""))): path for path in media}
+        for folder in (pictures, masks)
+        if (media := [path for path in _files(folder) if is_media(path.name)])
+    ]
+    if len(by_name) < 2:
+        return None
+    both = sorted(by_name[0].keys() & by_name[1].keys())
+    if len(both) < 0.8 * max(map(len, by_name)):
+        return None
+    rows = [
+        {
+            role: os.path.relpath(found[name], beside)
+            for role, found in zip(("image", "annotation"), by_name, strict=True)
+        }
+        for name in both
+    ]
+    alone = len(by_name[0]) + len(by_name[1]) - 2 * len(rows)
+    return rows, f"{count_of(len(rows), 'picture')} with a mask of the same name" + _left_out(
+        alone, "file without its other"
     )
-
-
-def _masked(folder: Path, media: Sequence[Path], beside: Path) -> tuple[list[Values], str] | None:
-    """Pictures and their masks, in two folders, with the same names but for an ending."""
-    groups = defaultdict[Path, dict[str, Path]](dict)
-    for path in media:
-        groups[path.parent][
-            re.sub(r"[_-](?:mask|seg|segmentation|gt|label|labels|annotation|trimap)$", "", path.stem)
-        ] = path
-    masks = [each for each in groups if _MASKS.search(str(each.relative_to(folder)))]
-    pictures = [each for each in groups if each not in masks]
-    rows = list[Values]()
-    for place in pictures:
-        pairs = max((groups[place].keys() & groups[mask].keys() for mask in masks), key=len, default=set())
-        mask = next((each for each in masks if groups[each].keys() >= pairs), None)
-        if mask is None or len(pairs) < 0.8 * len(groups[place]) or len(pairs) < 0.8 * len(groups[mask]):
-            continue
-        for stem in sorted(pairs):
-            both = {"image": groups[place][stem], "annotation": groups[mask][stem]}
-            rows.append({name: os.path.relpath(path, beside) for name, path in both.items()})
-    return (rows, f"{count_of(len(rows), 'picture')} with a mask of the same name") if rows else None
 
 
 def _spoken(media: Sequence[Path], others: Sequence[Path], beside: Path) -> tuple[list[Values], str] | None:
     """Sounds or pictures, and text files: one of each name, or lines that begin with a name."""
-    stems = {path.stem: path for path in media}
-    column = "audio" if media[0].suffix.lower() in (".wav", ".flac", ".ogg", ".mp3") else "image"
-    rows = list[Values]()
+    files = {path.stem: path for path in media}
+    texts = dict[str, str]()
     for path in others:
         if path.suffix.lower() not in (".txt", ".trans", ".lab", ".caption"):
             continue
         with suppress(OSError, ValueError):
             text = read_small(path, _MAX_DOCUMENT).decode("utf-8", "replace").strip()
-            if path.stem in stems:
-                found = [(path.stem, text)]
-            else:
-                found = [(name, said.strip()) for name, _, said in (line.partition(" ") for line in text.splitlines())]
-            rows += [
-                {column: os.path.relpath(stems[name], beside), "text": said} for name, said in found if name in stems
-            ]
-    whole = len(rows) >= 0.8 * len(media)
-    return (rows, f"{count_of(len(rows), 'file')} with a text beside it") if whole else None
+            lines = (
+                [(path.stem, "", text)] if path.stem in files else [line.partition(" ") for line in text.splitlines()]
+            )
+            texts |= {name: said.strip() for name, _, said in lines if name in files}
+    if len(texts) < 0.8 * len(media):
+        return None
+    column = MEDIA[media[0].suffix.lower()]
+    rows = [{column: os.path.relpath(files[name], beside), "text": text} for name, text in texts.items()]
+    return rows, f"{count_of(len(rows), 'file')} with a text beside it" + _left_out(len(media) - len(rows), "file")
 
 
 def _rows_of_file(path: Path) -> tuple[list[Values], str] | None:
-    return _rows_of_table(path) if path.name.lower().endswith((".csv", ".tsv")) else _rows_of_json(path)
+    read = _ROWS_OF.get(path.suffix.lower())
+    return read(path) if read and path.is_file() else None
 
 
 def _rows_of_table(path: Path) -> tuple[list[Values], str] | None:
-    """The rows of a CSV file whose header has columns without a name, which spreadsheets leave at the end."""
-    try:
-        content = read_small(path, _MAX_JSON)
-    except (OSError, ValueError):
+    """The rows of a CSV file whose header ends with columns without a name, as spreadsheets leave them."""
+    dialect = find_dialect(path, str(path))
+    with path.open(encoding=dialect.encoding, errors="replace", newline="") as file:
+        names = [name.strip() for name in next(csv.reader(file, delimiter=dialect.delimiter), [""])]
+    if names[-1] or not any(names):
         return None
-    head = content.split(b"\n", 1)[0]
-    mark = max(",;\t", key=lambda each: head.count(each.encode()))
-    if not head.rstrip().endswith(mark.encode()) or b"\0" in content[:1000]:
-        return None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", "replace")
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
-    names = next(table)
-    rows = [{name: value for name, value in zip(names, row, strict=False) if name} for row in table if any(row)]
-    return rows, f"{names.count('')} columns without a name were left out"
+    called = tuple(name or f"\0{at}" for at, name in enumerate(names))
+    rows, cut, bad = list[Values](), 0, 0
+    for row in islice(read_file(path, str(path), replace(dialect, columns=called)), 1, None):
+        if isinstance(row, DataError):
+            bad += 1
+            continue
+        rows.append({name: value for name, value in row.values.items() if name in names})
+        cut += any(value.strip() for name, value in row.values.items() if name not in names)
+    says = f"{names.count('')} columns without a name were left out"
+    return rows, says + (f", in which {count_of(cut, 'row')} had a value" if cut else "") + _left_out(bad, "bad row")
 
 
 def _rows_of_json(path: Path) -> tuple[list[Values], str] | None:
     """The rows of a JSON document that is no list of objects."""
-    if not path.name.lower().endswith(".json") or not path.is_file():
-        return None
     try:
-        whole = json.loads(read_small(path, _MAX_JSON))
+        content = read_small(path, _MAX_JSON)
+        whole = json.loads(content) if content.lstrip().startswith(b"{") else None
     except (OSError, ValueError, RecursionError):
         return None
-    if isinstance(whole, list) and whole and all(isinstance(each, list) and len(each) == 2 for each in whole):
-        return _of_spacy(whole)
     if not isinstance(whole, dict):
         return None
     values = list(whole.values())
@@ -247,13 +266,7 @@ def _rows_of_json(path: Path) -> tuple[list[Values], str] | None:
     return None
 
 
-def _of_spacy(pairs: Sequence[Any]) -> tuple[list[Values], str] | None:
-    rows = [
-        {"text": text, "entities": found["entities"]}
-        for text, found in pairs
-        if isinstance(text, str) and isinstance(found, dict) and isinstance(found.get("entities"), list)
-    ]
-    return (rows, "texts and entities of spaCy") if len(rows) > 0.9 * len(pairs) else None
+_ROWS_OF = {".csv": _rows_of_table, ".tsv": _rows_of_table, ".json": _rows_of_json}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -265,7 +278,8 @@ class Conversion:
 
     find: Callable[[Look], Mapping[str, str] | None]
     """Returns the columns that it needs, by its names for them; None: the rows are others."""
-    rows: Callable[[Iterator[Row], Mapping[str, str]], Iterator[Values]]
+    rows: Callable[[Iterator[Row], Mapping[str, str]], Iterator[Values | None]]
+    """Yields the new rows; None for a row that is left out."""
     says: str
 
 
@@ -276,36 +290,28 @@ def converted_rows(look: Look, output: Path) -> tuple[list[str], str] | None:
         DataError: no row can be converted.
     """
     for each in _CONVERSIONS:
-        if each.find(look) is None:
-            continue
-        return _converted(look, output, each)
+        if (columns := each.find(look)) is not None:
+            return _converted(look, output, each, columns)
     return None
 
 
-def _converted(look: Look, output: Path, conversion: Conversion) -> tuple[list[str], str]:
-    made, columns = list[str](), conversion.find(look) or {}
+def _converted(look: Look, output: Path, conversion: Conversion, columns: Mapping[str, str]) -> tuple[list[str], str]:
+    made, lost = list[str](), 0
+
+    def good_rows(name: str) -> Iterator[Row]:
+        nonlocal lost
+        for row in open_source(Source(train=name)).rows():
+            if isinstance(row, Row):
+                yield row
+            else:
+                lost += 1
+
     for name in [*look.train, *([look.eval] if look.eval else [])]:
-        rows = (row for row in open_source(Source(train=name)).rows() if isinstance(row, Row))
-        made.append(str(_write(output, Path(name), conversion.rows(rows, columns))))
-    return made, f"{', '.join(look.train)} was converted into {', '.join(made)}: {conversion.says}"
-
-
-def placed_answers(look: Look, columns: Mapping[str, Any], output: Path) -> tuple[list[str], str] | None:
-    """Write rows whose answers are texts alone, each with its place in the context; None: they have places."""
-    if not look.columns[columns["answers"]].is_text:
-        return None
-
-    def place(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
-        for row in rows:
-            answer, context = (str(row.values.get(columns[name]) or "") for name in ("answers", "context"))
-            at = context.find(answer.strip())
-            found = (
-                {"text": [answer.strip()], "answer_start": [at]} if answer.strip() else {"text": [], "answer_start": []}
-            )
-            if at >= 0:
-                yield {"question": row.values.get(columns["question"]), "context": context, "answers": found}
-
-    return _converted(look, output, Conversion(lambda look: columns, place, "answers were looked up in the context"))
+        rows = list(conversion.rows(good_rows(name), columns))
+        lost += rows.count(None)
+        made.append(str(_write(output, Path(name), filter(None, rows), made)))
+    note = f"{', '.join(look.train)} was converted into {', '.join(made)}: {conversion.says}"
+    return made, note + _left_out(lost, "row")
 
 
 def _find_word_rows(look: Look) -> Mapping[str, str] | None:
@@ -328,7 +334,7 @@ def _find_word_rows(look: Look) -> Mapping[str, str] | None:
     return {"word": words[0], "tag": tags[-1], "sentence": sentences[0]}
 
 
-def _word_rows(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+def _word_rows(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values | None]:
     words, tags, current = list[str](), list[str](), None
     for row in rows:
         sentence = row.values.get(columns["sentence"])
@@ -340,6 +346,8 @@ def _word_rows(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Valu
         if isinstance(word, str) and word.strip() and isinstance(tag, str) and tag.strip():
             words.append(word.strip())
             tags.append(tag.strip())
+        else:
+            yield None
     if words:
         yield {"tokens": words, "tags": tags}
 
@@ -351,19 +359,19 @@ def _find_segments(look: Look) -> Mapping[str, str] | None:
     return {"segments": "segments"} if all(isinstance(each.get("label"), bool) for each in facts.items) else None
 
 
-def _segments(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+def _segments(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values | None]:
     """A text that is trained after one that is not. Later pairs are rows with what came before as their prompt."""
     for row in rows:
-        before, answer = "", ""
-        for part in row.values.get(columns["segments"]) or []:
+        before, answer, pairs = "", "", list[Values | None]()
+        for part in [*(row.values.get(columns["segments"]) or []), {}]:
+            text = str(part.get("text") or "")
             if part.get("label"):
-                answer += str(part["text"])
+                answer += text
                 continue
             if answer:
-                yield {"prompt": before, "completion": answer}
-            before, answer = before + answer + str(part["text"]), ""
-        if answer:
-            yield {"prompt": before, "completion": answer}
+                pairs.append({"prompt": before, "completion": answer})
+            before, answer = before + answer + text, ""
+        yield from pairs or [None]
 
 
 def _find_message_rows(look: Look) -> Mapping[str, str] | None:
@@ -372,28 +380,31 @@ def _find_message_rows(look: Look) -> Mapping[str, str] | None:
     return names if all(name in look.columns for name in names.values()) else None
 
 
-def _message_rows(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+def _message_rows(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values | None]:
     """Each conversation from its first message to a last answer; of several answers, the one of the best rank."""
     roles = {"prompter": "user", "user": "user", "human": "user", "assistant": "assistant", "system": "system"}
     known: dict[str, Values] = {}
-    answers = defaultdict[str, list[str]](list)
+    answers, unused = defaultdict[str, list[str]](list), 0
     for row in rows:
+        unused += 1
         key, parent = row.values.get(columns["id"]), row.values.get(columns["parent"])
         if row.values.get("deleted"):
             continue
         known[str(key)] = row.values
         answers["" if parent in (None, "") else str(parent)].append(str(key))
-    for first in answers[""]:
+    for first in answers.pop("", []):
         turns, key = list[Values](), first
         while key:
             values = known[key]
             role = roles.get(str(values.get(columns["role"])), "user")
             turns.append({"role": role, "content": str(values.get(columns["text"]) or "")})
-            key = min(answers.get(key, []), key=lambda each: float(known[each].get("rank") or 0), default="")
+            key = min(answers.pop(key, []), key=lambda each: number_in(known[each].get("rank")) or 0, default="")
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()
         if turns:
+            unused -= len(turns)
             yield {"messages": turns}
+    yield from [None] * unused
 
 
 def _find_lists_in_text(look: Look) -> Mapping[str, str] | None:
@@ -407,7 +418,7 @@ def _find_lists_in_text(look: Look) -> Mapping[str, str] | None:
     return None
 
 
-def _lists_in_text(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+def _lists_in_text(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values | None]:
     for row in rows:
         yield row.values | {name: parse_list(row.values.get(name)) or row.values.get(name) for name in columns}
 
@@ -421,7 +432,7 @@ def _find_tabs(look: Look) -> Mapping[str, str] | None:
     return {"text": "text"} if len(tabs) == 1 and tabs != {0} else None
 
 
-def _tabs(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+def _tabs(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values | None]:
     for row in rows:
         parts = str(row.values[columns["text"]]).split("\t")
         yield {f"column_{at}": part.strip() for at, part in enumerate(parts, start=1)}
@@ -460,18 +471,20 @@ def _find_two_answers(look: Look) -> Mapping[str, str] | None:
     return None
 
 
-def _two_answers(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values]:
+def _two_answers(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Values | None]:
     for row in rows:
         one, other = row.values.get(columns["one"]), row.values.get(columns["other"])
         if "winner" in columns:
             won = str(row.values.get(columns["winner"]))
             first, second = won in (columns["one"], columns["one"][-1]), won in (columns["other"], columns["other"][-1])
         else:
-            scores = [float(row.values.get(columns[name]) or 0) for name in ("score_one", "score_other")]
+            scores = [number_in(row.values.get(columns[name])) or 0 for name in ("score_one", "score_other")]
             first, second = scores[0] > scores[1], scores[1] > scores[0]
         if first != second and one and other and one != other:
             prompt = {"prompt": row.values[columns["prompt"]]} if columns["prompt"] else {}
             yield {**prompt, "chosen": one if first else other, "rejected": other if first else one}
+        else:
+            yield None
 
 
 _CONVERSIONS = (

@@ -11,7 +11,7 @@ from typing import Any
 from peftcli.data.rows import count_of, listed
 from peftcli.drafting import choices
 from peftcli.drafting.bases import Base, Proposal, propose, read_base
-from peftcli.drafting.convert import converted, converted_rows, placed_answers
+from peftcli.drafting.convert import converted, converted_rows
 from peftcli.drafting.look import Look, look_at
 from peftcli.drafting.readings import Found, find_readings, rivals_of
 from peftcli.drafting.write import Line, recipe_text
@@ -103,9 +103,6 @@ def draft(request: Request, ask: Ask | None = None) -> Draft:
     if conversion := converted_rows(look, output):
         look = _look_again(look, *conversion)
     found = _decide(look, base, request, ask)
-    if "answers" in found.columns and (conversion := placed_answers(look, found.columns, output)):
-        look = _look_again(look, *conversion)
-        found = _decide(look, base, replace(request, task=found.reading.task, columns={}), ask)
     return _write(found, look, base, output, [*notes, *look.notes])
 
 

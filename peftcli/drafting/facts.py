@@ -91,7 +91,7 @@ class ColumnFacts:
     @cached_property
     def numbers(self) -> list[float]:
         """Its numbers, also those that are written as text; empty unless nearly all values are numbers."""
-        found = [number for each in self.given if (number := _number(each)) is not None]
+        found = [number for each in self.given if (number := number_in(each)) is not None]
         return found if self.given and len(found) == len(self.given) else []
 
     @property
@@ -274,7 +274,8 @@ def _share(values: Sequence[Any], holds: Callable[[Any], bool]) -> float:
     return sum(map(holds, values)) / len(values) if values else 0
 
 
-def _number(value: Any) -> float | None:
+def number_in(value: Any) -> float | None:
+    """Return the number that a value is, or is written as; None: it is something else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):

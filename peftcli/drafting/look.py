@@ -92,6 +92,7 @@ def look_at(names: Sequence[str]) -> Look:
         source = open_source(Source(train=name, streaming=is_hub, limit=most))
         classes |= source.class_names()
         error = _read(source.rows(), look, most)
+        look.notes += source.notes()
         first_error = first_error or error
     if not look.rows:
         raise first_error or DataError("contains no rows", file=look.train[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,6 @@ def rows(**columns: Callable[[int], Any]) -> list[dict[str, Any]]:
 
 def turns(at: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
-
-
-def squad(at: int) -> dict[str, Any]:
-    context = text(30)
-    return {"text": [context[4:20]], "answer_start": [4]}
 
 
 def start(at: int) -> str:
@@ -112,6 +108,16 @@ CASES: dict[str, tuple[str | None, list[dict[str, Any]], str, dict[str, Any]]] =
         rows(text=lambda at: text(), label=lambda at: [[0, 3, word("A", "B")(at)]]),
         "token_classification",
         {"text": "text", "entities": "entities"},
+    ),
+    "answers without places": (
+        "encoder",
+        rows(
+            question=lambda at: text(),
+            context=lambda at: f"{at} lives in Turin, the city",
+            answer=word("in Turin", "the city"),
+        ),
+        "question_answering",
+        {"question": "question", "context": "context", "answers": "answer"},
     ),
     "embeddings": (
         "encoder",
@@ -280,17 +286,19 @@ CONVERTED: dict[str, tuple[str, list[dict[str, Any]], str, dict[str, Any]]] = {
         "causal_lm",
         {"prompt": "prompt", "completion": "completion"},
     ),
-    "answers without places": (
-        "encoder",
+    "two answers, a third of them equal": (
+        "decoder",
         rows(
-            question=lambda at: text(),
-            context=lambda at: f"{at} lives in Turin, the city",
-            answer=word("in Turin", "the city"),
+            prompt=lambda at: text(),
+            response_a=lambda at: text(),
+            response_b=lambda at: text(),
+            winner=word("a", "b", "tie"),
         ),
-        "question_answering",
-        {"question": "question", "context": "context", "answers": "answers"},
+        "preference",
+        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     ),
 }
+LEFT_OUT = {"two answers, a third of them equal": "40 rows left out"}
 
 
 @pytest.mark.parametrize("name", CONVERTED)
@@ -304,19 +312,65 @@ def test_rows_of_other_forms_are_converted_beside_the_recipe(
     made = json.loads(ran.out)
     assert (made["task"], made["columns"]) == (task, columns)
     assert made["train"] == [str(tmp_path / "out" / "recipe.rows.jsonl")]
-    assert any("was converted" in note for note in made["notes"])
+    [note] = [note for note in made["notes"] if "was converted" in note]
+    assert note.partition("; ")[2] == LEFT_OUT.get(name, "")
     first = json.loads(Path(made["train"][0]).read_text().splitlines()[0])
     assert set(columns) <= {*first}
 
 
-def test_an_archive_is_unpacked_and_masks_are_paired(tmp_path: Path, base: Callable, cli: Callable) -> None:
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
+def test_a_damaged_archive_is_one_error(suffix: str, tmp_path: Path, cli: Callable) -> None:
+    write_rows(tmp_path / "rows.jsonl", CASES["kto"][1])
+    kinds = {"zip": "zip", "tar.gz": "gztar", "tar.bz2": "bztar", "tar.xz": "xztar"}
+    made = Path(shutil.make_archive(str(tmp_path / "rows"), kinds[suffix], tmp_path, "rows.jsonl"))
+    content = bytearray(made.read_bytes())
+    content[len(content) // 2] ^= 255
+    made.write_bytes(content)
+    ran = cli("init", made, "--output", tmp_path / "recipe.yaml")
+    assert (ran.code, len(ran.err.splitlines())) == (3, 1)
+    assert "cannot be unpacked" in ran.err
+
+
+def test_pictures_and_masks_of_two_folders_are_paired(tmp_path: Path, base: Callable, cli: Callable) -> None:
+    from PIL import Image
+
+    folders = tmp_path / "train", tmp_path / "train_masks"
+    for folder, suffix, count in zip(folders, (".jpg", "_mask.gif"), (6, 5), strict=True):
+        folder.mkdir()
+        for at in range(count):
+            Image.new("L", (8, 8)).save(folder / f"{at}{suffix}")
+    ran = cli("init", *folders, "--output", tmp_path / "recipe.yaml", "--json", "--base", base("vision"))
+    made = json.loads(ran.out)
+    assert (made["task"], made["rows"]) == ("semantic_segmentation", 5)
+    assert made["notes"][0].endswith("5 pictures with a mask of the same name; 1 file without its other left out")
+
+
+def test_files_of_one_name_are_converted_into_two(tmp_path: Path, base: Callable, cli: Callable) -> None:
+    files = [write_rows(tmp_path / f"rows.{at}.jsonl", a_word_a_row()) for at in range(2)]
+    ran = cli("init", *files, "--output", tmp_path / "recipe.yaml", "--json", "--base", base("encoder"))
+    made = json.loads(ran.out)
+    assert [Path(each).name for each in made["train"]] == ["recipe.rows.jsonl", "recipe.rows-2.jsonl"]
+    assert made["rows"] == 60
+
+
+def test_columns_without_a_name_are_left_out(tmp_path: Path, base: Callable, cli: Callable) -> None:
+    lines = [f"{text()},{'ham' if at % 3 else 'spam'},{'more' * (at < 2)},\n" for at in range(60)]
+    (tmp_path / "spam.csv").write_text("v2,v1,,\n" + "".join(lines) + "one\n", encoding="cp1252")
+    ran = cli("init", tmp_path / "spam.csv", "--output", tmp_path / "recipe.yaml", "--json", "--base", base("encoder"))
+    made = json.loads(ran.out)
+    assert (made["rows"], made["columns"]) == (60, {"text": "v2", "label": "v1"})
+    assert made["notes"][0].endswith("left out, in which 2 rows had a value; 1 bad row left out")
+
+
+@pytest.mark.parametrize("name", ["photos", "colour"])
+def test_an_archive_is_unpacked_and_masks_are_paired(name: str, tmp_path: Path, base: Callable, cli: Callable) -> None:
     from PIL import Image
 
     with zipfile.ZipFile(tmp_path / "scenes.zip", "w") as archive:
         for at in range(6):
             Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
             Image.new("L", (8, 8)).save(tmp_path / "a.png")
-            archive.write(tmp_path / "a.jpg", f"scenes/photos/{at}.jpg")
+            archive.write(tmp_path / "a.jpg", f"scenes/{name}/{at}.jpg")
             archive.write(tmp_path / "a.png", f"scenes/masks/{at}_mask.png")
     output = tmp_path / "out" / "recipe.yaml"
     ran = cli("init", tmp_path / "scenes.zip", "--output", output, "--json", "--base", base("vision"))
