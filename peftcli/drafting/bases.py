@@ -77,6 +77,15 @@ PROPOSALS = (
 """Each task's, the smallest first."""
 
 
+_CONVOLUTIONS: dict[str, list[str] | str] = {
+    "bit": ["conv1", "conv2", "conv3"],
+    "efficientnet": ["expand_conv", "project_conv"],
+    "mobilenet_v2": r".*(expand|reduce)_1x1\.convolution",
+    "resnet": ["convolution"],
+}
+"""The ``model_type`` of a model without linear layers -> ``target_modules``: its convolutions that have no groups."""
+
+
 @dataclass(frozen=True)
 class Base:
     """What a base model's config says."""
@@ -97,12 +106,9 @@ class Base:
         return found if isinstance(found, int) and found > 1 else None
 
     @property
-    def is_convolutional(self) -> bool:
-        """Whether a vision model has no attention, and so hardly a linear layer to adapt."""
-        config = self.config or {}
-        names = ("num_attention_heads", "num_heads", "n_heads", "encoder_attention_heads")
-        kind = str(config.get("model_type"))
-        return self.family == VISION and not any(name in config for name in names) and not kind.startswith("vit")
+    def convolutions(self) -> list[str] | str | None:
+        """Return the layers to adapt of a vision model that is made of convolutions; None for other models."""
+        return _CONVOLUTIONS.get(str((self.config or {}).get("model_type")))
 
     @property
     def knows_languages(self) -> bool:
@@ -193,34 +199,9 @@ _SOUND_KEYS = ("num_mel_bins", "feat_extract_norm", "conv_kernel_sizes")
 _PICTURE_KEYS = ("num_channels", "image_size", "patch_size")
 _SOUNDS = ("whisper", "wav2vec2", "hubert", "speech", "wavlm", "moonshine", "unispeech", "data2vec-audio", "sew")
 _PICTURES = (
-    *(
-        "vit",
-        "deit",
-        "beit",
-        "swin",
-        "convnext",
-        "resnet",
-        "regnet",
-        "efficientnet",
-        "mobile",
-        "segformer",
-        "dinov",
-        "dpt",
-    ),
-    *(
-        "upernet",
-        "mask",
-        "poolformer",
-        "levit",
-        "cvt",
-        "van",
-        "focalnet",
-        "bit",
-        "data2vec-vision",
-        "timm",
-        "pvt",
-        "hiera",
-    ),
+    *("vit", "deit", "beit", "swin", "convnext", "resnet", "regnet", "efficientnet", "mobile", "segformer", "dinov"),
+    *("dpt", "upernet", "mask", "poolformer", "levit", "cvt", "van", "focalnet", "bit", "data2vec-vision", "timm"),
+    *("pvt", "hiera"),
 )
 """Beginnings of the ``model_type`` of models for sounds and for pictures, whose config may say no more."""
 _ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")

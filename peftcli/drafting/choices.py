@@ -19,37 +19,13 @@ _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 _WINDOW = 384
 """The usual length of a question with a part of its context."""
 _PASSES = ((100, 10), (1000, 5), (20_000, 3), (100_000, 2))
-"""Up to so many rows -> passes over them."""
+"""Pairs of a number of rows and the passes over data of at most that many rows."""
 _WRITERS = ("causal_lm", "seq2seq_lm", "preference", "reward")
 _MEDIA = (VISION, AUDIO, DIFFUSION)
 _KEY_NAMES = (
-    *(
-        "user",
-        "speaker",
-        "author",
-        "patient",
-        "session",
-        "conversation",
-        "dialog",
-        "doc",
-        "document",
-        "thread",
-        "group",
-    ),
-    *(
-        "subject",
-        "customer",
-        "client",
-        "person",
-        "movie",
-        "product",
-        "asin",
-        "article",
-        "paper",
-        "case",
-        "family",
-        "chat",
-    ),
+    *("user", "speaker", "author", "patient", "session", "conversation", "dialog", "doc", "document", "thread"),
+    *("group", "subject", "customer", "client", "person", "movie", "product", "asin", "article", "paper", "case"),
+    *("family", "chat"),
 )
 _MAX_GROUP = 0.2
 
@@ -65,7 +41,7 @@ def language_in(found: Found, look: Look) -> str | None:
 
 
 def tokens_of(found: Found, look: Look, language: str | None, positions: int | None) -> tuple[int, str, int] | None:
-    """Return the length to which rows are cut, why, and that of a long row; None: of tasks without texts to cut."""
+    """Return the length to which rows are cut, the reason, and a long row's length; None for pictures and sounds."""
     if found.reading.families[0] in _MEDIA:
         return None
     facts = [look.columns[name] for name in found.names()]
@@ -89,7 +65,7 @@ def tokens_of(found: Found, look: Look, language: str | None, positions: int | N
 
 
 def needed_tokens(found: Found, words: int, language: str | None) -> int:
-    """Return about how many tokens so many words are, with what a template adds."""
+    """Estimate the tokens of a text of this many words, with those that a template adds."""
     return int(words * (1.4 if language == "en" else 2)) + 16 + 16 * (found.reading.task in _WRITERS)
 
 
@@ -158,14 +134,13 @@ def method_lines(found: Found, base: Base | None) -> list[Line]:
             Line("method.r", 8, "size of the adapter; without target_modules the attention is adapted"),
             Line("method.lora_alpha", 8, "its strength: equal to r"),
         ]
-    targets = ("all-linear", "every linear layer but the head")
-    if base and base.is_convolutional:
-        targets = (r".*conv\w*", "every convolution: the model has no attention")
+    convolutions = base.convolutions if base else None
+    reason = "its convolutions: the model has no linear layers" if convolutions else "every linear layer but the head"
     return [
         Line("method.type", "lora", "the usual choice; `peftcli info methods` lists the others"),
         Line("method.r", 16, "size of the adapter"),
         Line("method.lora_alpha", 32, "its strength: twice r"),
-        Line("method.target_modules", *targets),
+        Line("method.target_modules", convolutions or "all-linear", reason),
     ]
 
 
@@ -177,8 +152,10 @@ def fraction_of(rows: int) -> tuple[float, str]:
 
 
 def group_of(found: Found, look: Look) -> tuple[str, str] | None:
-    """Return the column whose values rows share, by which they stay together, and the count; None: there is none."""
-    best: tuple[str, str] | None = None
+    """Return the column that groups rows, such as a user's name, with the reason; None if no column does.
+
+    Rows of one group must all be trained on or all be held out.
+    """
     for name, keys in look.keys.items():
         plain = name.strip().lower().replace(" ", "_").replace("-", "_")
         named = any(plain in (each, f"{each}_id", f"{each}id", f"{each}_name") for each in _KEY_NAMES)
@@ -187,9 +164,8 @@ def group_of(found: Found, look: Look) -> tuple[str, str] | None:
             continue
         most = max(keys.counts.values())
         if kinds <= 0.9 * keys.rows and most <= _MAX_GROUP * keys.rows:
-            best = name, f"{look.rows:,} rows share {kinds:,} values, which stay on one side"
-            break
-    return best
+            return name, f"{look.rows:,} rows share {kinds:,} values, which stay on one side"
+    return None
 
 
 def task_settings(found: Found, look: Look, base: Base | None, language: str | None) -> dict[str, tuple[Any, str]]:

@@ -275,7 +275,7 @@ def _share(values: Sequence[Any], holds: Callable[[Any], bool]) -> float:
 
 
 def number_in(value: Any) -> float | None:
-    """Return the number that a value is, or is written as; None: it is something else."""
+    """Return a value as a number, also if it is written as text; None if it is no finite number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
@@ -294,7 +294,7 @@ def _is_sparse(counts: Counter[str]) -> bool:
 
 
 def parse_list(value: Any) -> list[Any] | None:
-    """Return the list that a text holds, in JSON or as Python writes it; None: it holds none."""
+    """Parse a list that is written as text, in JSON or as Python writes it; None if it is something else."""
     if not isinstance(value, str) or not (text := value.strip()).startswith("[") or not text.endswith("]"):
         return None
     if len(text) > 1_000_000:

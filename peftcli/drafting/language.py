@@ -36,7 +36,7 @@ _MOST = 200_000
 
 
 def language_of(texts: Iterable[str]) -> str | None:
-    """Return the code of the language of most of the texts; None: it is not known."""
+    """Return the code of the language of most of the texts, or None if it is not found."""
     some, size = list[str](), 0
     for text in texts:
         some.append(text[:2000])

@@ -18,7 +18,7 @@ from peftcli.schema import Source
 from peftcli.system.hub_requests import is_repo_id
 
 _SAMPLE = 1000
-"""At least so many rows are kept, of files that have them; at most twice as many."""
+"""The sample of a longer source has at least this many rows, and at most twice as many."""
 _MAX_ROWS = 1_000_000
 """Rows that are read of a source. Its beginning then stands for the rest, which is said."""
 _HUB_ROWS = 2000

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from typing import Any
 
@@ -27,27 +27,16 @@ _LAST_WORD = 100
 """What a name of which only the last word is known comes later than others."""
 _MAX_CANDIDATES, _MAX_TRIED = 6, 400
 _METADATA = {
-    *("id", "idx", "index", "uid", "uuid", "guid", "key", "source", "src", "url", "link", "date", "time", "timestamp"),
-    *("created_at", "updated_at", "lang", "language", "locale", "split", "fold", "subset", "dataset", "dataset_name"),
-    *(
-        "author",
-        "user",
-        "username",
-        "user_name",
-        "license",
-        "licence",
-        "meta",
-        "metadata",
-        "version",
-        "file",
-        "filename",
-    ),
-    *("annotator", "worker", "model", "num_tokens", "length", "row", "answer_id", "created", "gender", "age", "accent"),
-    *("speaker", "client_id", "up_votes", "down_votes", "segment", "chapter", "book", "page", "quality", "unnamed"),
+    *("id", "idx", "index", "uid", "uuid", "guid", "key", "source", "src", "url", "link", "date", "time"),
+    *("timestamp", "created_at", "updated_at", "lang", "language", "locale", "split", "fold", "subset", "dataset"),
+    *("dataset_name", "author", "user", "username", "user_name", "license", "licence", "meta", "metadata", "version"),
+    *("file", "filename", "annotator", "worker", "model", "num_tokens", "length", "row", "answer_id", "created"),
+    *("gender", "age", "accent", "speaker", "client_id", "up_votes", "down_votes", "segment", "chapter", "book"),
+    *("page", "quality", "unnamed"),
 }
 """Names of columns that say something about a row, not what is to be learnt."""
 Test = Callable[[ColumnFacts], str | None]
-"""Returns the count that lets a column be a role; None: it cannot be."""
+"""Returns the count that lets a column have a role, or None if it cannot have it."""
 
 
 @dataclass(frozen=True)
@@ -470,131 +459,38 @@ def _shared(one: str, other: str) -> int:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 _TEXT_NAMES = (
-    *(
-        "content",
-        "body",
-        "document",
-        "review",
-        "review_text",
-        "reviewtext",
-        "comment",
-        "comment_text",
-        "message",
-        "tweet",
-    ),
-    *(
-        "tweet_text",
-        "post",
-        "description",
-        "abstract",
-        "article",
-        "utterance",
-        "query",
-        "question",
-        "sms",
-        "email",
-        "title",
-    ),
-    *("headline", "news", "statement", "input", "text_clean", "verse", "mail", "texte", "texto", "satz", "frase"),
+    *("content", "body", "document", "review", "review_text", "reviewtext", "comment", "comment_text", "message"),
+    *("tweet", "tweet_text", "post", "description", "abstract", "article", "utterance", "query", "question", "sms"),
+    *("email", "title", "headline", "news", "statement", "input", "text_clean", "verse", "mail", "texte", "texto"),
+    *("satz", "frase"),
 )
 _LABEL_NAMES = (
     *("class", "category", "target", "sentiment", "intent", "tag", "topic", "emotion", "type", "rating", "stars"),
-    *(
-        "is_spam",
-        "spam",
-        "y",
-        "output",
-        "polarity",
-        "genre",
-        "class_index",
-        "airline_sentiment",
-        "label_text",
-        "labels_text",
-    ),
-    *("is_duplicate", "gold_label", "entailment_judgment", "relation", "stance", "toxic", "category_name", "kategorie"),
-    *("categories", "tags", "topics", "genres", "klasse", "etiqueta", "categorie", "score", "department", "priority"),
+    *("is_spam", "spam", "y", "output", "polarity", "genre", "class_index", "airline_sentiment", "label_text"),
+    *("labels_text", "is_duplicate", "gold_label", "entailment_judgment", "relation", "stance", "toxic"),
+    *("category_name", "kategorie", "categories", "tags", "topics", "genres", "klasse", "etiqueta", "categorie"),
+    *("score", "department", "priority"),
 )
 _NUMBER_NAMES = (
-    "score",
-    "rating",
-    "similarity",
-    "target",
-    "value",
-    "grade",
-    "price",
-    "stars",
-    "toxicity",
-    "relevance",
-    "y",
+    *("score", "rating", "similarity", "target", "value", "grade", "price", "stars", "toxicity", "relevance", "y"),
 )
 _ONE = ("text_a", "s1", "sent1", "first", "question_1", "text1", "sentence_a", "sentence_1", "q1", "premise", "claim")
 _OTHER = ("text_b", "s2", "sent2", "second", "question_2", "text2", "sentence_b", "sentence_2", "q2", "hypothesis")
 _LANGUAGES = (
-    *(
-        "en",
-        "eng",
-        "english",
-        "de",
-        "fr",
-        "es",
-        "it",
-        "pt",
-        "nl",
-        "zh",
-        "ru",
-        "ja",
-        "pl",
-        "tr",
-        "ar",
-        "german",
-        "french",
-    ),
-    *(
-        "spanish",
-        "italian",
-        "chinese",
-        "russian",
-        "dutch",
-        "portuguese",
-        "deutsch",
-        "englisch",
-        "source_text",
-        "target_text",
-    ),
+    *("en", "eng", "english", "de", "fr", "es", "it", "pt", "nl", "zh", "ru", "ja", "pl", "tr", "ar", "german"),
+    *("french", "spanish", "italian", "chinese", "russian", "dutch", "portuguese", "deutsch", "englisch"),
+    *("source_text", "target_text"),
 )
 _PROMPTS = (
     *("question", "query", "instruction", "input", "inputs", "source", "problem", "user", "human", "src", "text"),
-    *(
-        "document",
-        "article",
-        "dialogue",
-        "context",
-        "request",
-        "ask",
-        "frage",
-        "original",
-        "incorrect",
-        "docstring",
-        "nl",
-        "intent",
-    ),
+    *("document", "article", "dialogue", "context", "request", "ask", "frage", "original", "incorrect", "docstring"),
+    *("nl", "intent"),
     *_LANGUAGES,
 )
 _COMPLETIONS = (
     *("answer", "response", "output", "target", "targets", "summary", "highlights", "solution", "reply", "label"),
-    *(
-        "assistant",
-        "bot",
-        "translation",
-        "tgt",
-        "corrected",
-        "correct",
-        "antwort",
-        "abstract",
-        "headline",
-        "title",
-        "sql",
-    ),
+    *("assistant", "bot", "translation", "tgt", "corrected", "correct", "antwort", "abstract", "headline", "title"),
+    *("sql",),
     *_LANGUAGES,
 )
 _GOOD = ("preferred", "better", "winner", "accepted", "win", "good", "y_w", "chosen_response", "response_j", "best")
@@ -617,6 +513,10 @@ _LABEL = Role("label", LABELS, _LABEL_NAMES, _label, _classes, ranked=False)
 _PROMPT = Role("prompt", ("prompt",), _PROMPTS, _answer, _free)
 _SYSTEM = Role("system", ("system",), (), _maybe_text, optional=True)
 _OPTIONAL_PROMPT = Role("prompt", ("prompt",), ("question", "query", "instruction", "input"), _answer, optional=True)
+_TWO_ANSWERS = (
+    *(_OPTIONAL_PROMPT, Role("chosen", ("chosen",), _GOOD, _answer)),
+    *(Role("rejected", ("rejected",), _BAD, _answer), _SYSTEM),
+)
 
 READINGS: tuple[Reading, ...] = (
     Reading("sequence_classification", (_TEXT, _LABEL), _CLASSIFIERS),
@@ -672,23 +572,19 @@ READINGS: tuple[Reading, ...] = (
         (ENCODER,),
         joint=_answer_in_context,
     ),
-    Reading(
-        "feature_extraction",
-        (
-            Role("anchor", ("anchor", "query"), ("q", "title", "text1", "sentence1"), _any_text, _free),
-            Role("positive", ("positive",), ("pos", "document", "passage", "text2", "sentence2"), _any_text, _free),
-            Role("negative", ("negative",), ("neg", "hard_negative"), _any_text, optional=True),
-        ),
-        (ENCODER,),
-    ),
-    Reading(
-        "feature_extraction",
-        (
-            Role("anchor", ("anchor", "query"), ("q", "title", "text1", "sentence1"), _any_text),
-            Role("positive", ("positive",), ("pos", "document", "passage", "text2", "sentence2"), _any_text),
-            Role("negative", ("negative",), ("neg", "hard_negative"), _any_text, optional=True),
-        ),
-        (DECODER,),
+    *(
+        Reading(
+            "feature_extraction",
+            (
+                Role("anchor", ("anchor", "query"), ("q", "title", "text1", "sentence1"), _any_text, values),
+                Role(
+                    "positive", ("positive",), ("pos", "document", "passage", "text2", "sentence2"), _any_text, values
+                ),
+                Role("negative", ("negative",), ("neg", "hard_negative"), _any_text, optional=True),
+            ),
+            (family,),
+        )
+        for family, values in ((ENCODER, _free), (DECODER, None))
     ),
     Reading(
         "feature_extraction",
@@ -699,37 +595,20 @@ READINGS: tuple[Reading, ...] = (
         ),
         (ENCODER, DECODER),
     ),
-    Reading(
-        "preference",
-        (
-            _OPTIONAL_PROMPT,
-            Role("chosen", ("chosen",), _GOOD, _answer),
-            Role("rejected", ("rejected",), _BAD, _answer),
-            _SYSTEM,
-        ),
-        (DECODER,),
-        joint=_common_start,
-    ),
-    Reading(
-        "preference",
-        (
-            Role("prompt", ("prompt",), ("question", "query", "instruction", "input"), _answer),
-            Role("completion", ("completion",), ("response", "answer", "output", "reply"), _answer),
-            Role("label", ("label",), ("good", "thumbs_up", "feedback", "is_good", "liked", "accepted"), _said_truth),
-        ),
-        (DECODER,),
-        {"loss": "kto"},
-    ),
-    Reading(
-        "preference",
-        (
-            Role("prompt", ("prompt",), ("question", "query", "instruction", "input"), _answer),
-            Role("completion", ("completion",), ("response", "answer", "output", "reply"), _answer),
-            Role("label", ("label",), ("good", "thumbs_up", "feedback", "is_good", "liked", "accepted"), _truth),
-        ),
-        (DECODER,),
-        {"loss": "kto"},
-        extra=_UNREAD_CLASSES,
+    Reading("preference", _TWO_ANSWERS, (DECODER,), joint=_common_start),
+    *(
+        Reading(
+            "preference",
+            (
+                replace(_OPTIONAL_PROMPT, optional=False),
+                Role("completion", ("completion",), ("response", "answer", "output", "reply"), _answer),
+                Role("label", ("label",), ("good", "thumbs_up", "feedback", "is_good", "liked", "accepted"), named),
+            ),
+            (DECODER,),
+            {"loss": "kto"},
+            extra=extra,
+        )
+        for named, extra in ((_said_truth, 0), (_truth, _UNREAD_CLASSES))
     ),
     Reading(
         "text_to_image",
@@ -738,18 +617,7 @@ READINGS: tuple[Reading, ...] = (
         {"instance_prompt": ""},
         only_asked=(None,),
     ),
-    Reading(
-        "reward",
-        (
-            _OPTIONAL_PROMPT,
-            Role("chosen", ("chosen",), _GOOD, _answer),
-            Role("rejected", ("rejected",), _BAD, _answer),
-            _SYSTEM,
-        ),
-        (ENCODER, DECODER),
-        joint=_common_start,
-        only_asked=(DECODER, None),
-    ),
+    Reading("reward", _TWO_ANSWERS, (ENCODER, DECODER), joint=_common_start, only_asked=(DECODER, None)),
     Reading(
         "image_classification",
         (Role("image", PICTURES, ("path", "file", "filepath", "filename", "image_path"), _image, _image), _LABEL),

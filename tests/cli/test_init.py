@@ -263,6 +263,24 @@ def test_splits_groups_and_lengths_are_found(tmp_path: Path, cli: Callable) -> N
     assert [Path(each).name for each in (*made["train"], made["eval"])] == ["train.jsonl", "dev.jsonl"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet"])
+def test_a_model_of_convolutions_trains_from_the_recipe(kind: str, tmp_path: Path, cli: Callable) -> None:
+    from classifierkit import classifier_base
+    from PIL import Image
+
+    for name, level in (("dark", 30), ("light", 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for at in range(20):
+            Image.new("RGB", (32, 32), (level + at,) * 3).save(tmp_path / "pictures" / name / f"{at}.png")
+    recipe = tmp_path / "recipe.yaml"
+    ran = cli("init", tmp_path / "pictures", "--output", recipe, "--base", classifier_base(kind))
+    assert ran.code == 0, ran.err
+    assert "conv" in str(yaml.safe_load(recipe.read_text())["method"]["target_modules"])
+    ran = cli("train", recipe, "training.max_steps=2", "training.bf16=false", f"training.output_dir={tmp_path / 'out'}")
+    assert ran.code == 0, ran.err
+
+
 def a_word_a_row() -> list[dict[str, Any]]:
     words, tags = ("Ada", "lives", "in", "Turin"), ("B-PER", "O", "O", "B-LOC")
     return [

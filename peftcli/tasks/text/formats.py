@@ -216,7 +216,7 @@ def implied_format(table: Table) -> tuple[str, dict[str, str]] | None:
 
 
 def _implied(name: str, lowered: Mapping[str, str], first: Mapping[str, Any]) -> dict[str, str] | None:
-    """The column of each name of a format; None: there is none, or there are two."""
+    """Find the column for each name of a format; None if a needed one is missing or two columns fit."""
     chosen, found = FORMATS[name], dict[str, str]()
     if name == "alpaca" and "instruction" not in lowered:  # a question with its answer is no instruction
         return None
