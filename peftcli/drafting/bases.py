@@ -78,7 +78,6 @@ PROPOSALS = (
 
 
 _CONVOLUTIONS: dict[str, list[str] | str] = {
-    "bit": ["conv1", "conv2", "conv3"],
     "efficientnet": ["expand_conv", "project_conv"],
     "mobilenet_v2": r".*(expand|reduce)_1x1\.convolution",
     "resnet": ["convolution"],

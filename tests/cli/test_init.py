@@ -6,6 +6,8 @@ import csv
 import json
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -261,6 +263,24 @@ def test_splits_groups_and_lengths_are_found(tmp_path: Path, cli: Callable) -> N
     ran = cli("init", tmp_path / "splits", "--output", output, "--overwrite", "--json")
     made = json.loads(ran.out)
     assert [Path(each).name for each in (*made["train"], made["eval"])] == ["train.jsonl", "dev.jsonl"]
+
+
+def test_torch_is_not_imported(tmp_path: Path, base: Callable) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", CASES["chats"][1])
+    code = "import sys; from peftcli.cli.app import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "init",
+        data,
+        "--output",
+        tmp_path / "recipe.yaml",
+        "--base",
+        base("decoder"),
+    ]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (tmp_path / "recipe.yaml").exists()
 
 
 @pytest.mark.slow
