@@ -67,7 +67,7 @@ def learn(name: str, folder: Path, settings: Sequence[str] = SETTINGS) -> Result
     layout, started = LAYOUTS[name], time.perf_counter()
     base = trainable(layout.base)
     answer = draft(layout, folder, base, run)
-    verdict = judge(layout, answer, folder)
+    verdict = judge(layout, answer)
     known: dict[str, Any] = {"name": name, "verdict": verdict.verdict, "said": verdict.said}
     if answer[0]:
         return Result(**known)

@@ -92,17 +92,14 @@ def draft(layout: Layout, folder: Path, base: Path, run: Callable[..., Answer] =
     return run("init", *data, "--base", base, "--output", folder / "recipe.yaml", "--json")
 
 
-def judge(layout: Layout, answer: Answer, folder: Path) -> Verdict:
+def judge(layout: Layout, answer: Answer) -> Verdict:
     """Compare with what a person would say."""
     code, out, err = answer
     if code == 0:
         drafted = json.loads(out)
         told = ", ".join(f"{ours}: {theirs}" for ours, theirs in drafted["columns"].items())
-        converted = any(not (folder / "data").samefile(_inside(Path(each), folder)) for each in drafted["train"])
-        fine = drafted["task"] in layout.tasks
-        fine = fine and (
-            converted or not layout.columns or any(_same(each, drafted["columns"]) for each in layout.columns)
-        )
+        same = not layout.columns or any(_same(each, drafted["columns"]) for each in layout.columns)
+        fine = drafted["task"] in layout.tasks and same
         return Verdict(layout.name, RIGHT if fine else WRONG, f"{drafted['task']} ({told})")
     message = failure(out, err)
     if code not in (2, 3, 4):
@@ -110,11 +107,6 @@ def judge(layout: Layout, answer: Answer, folder: Path) -> Verdict:
     asks = code == 2 and (out + err).count("peftcli init ") >= 2
     met = ASKS in layout.tasks if asks else REFUSES in layout.tasks and code == 3
     return Verdict(layout.name, RIGHT if met else ASKED if asks else REFUSED, message)
-
-
-def _inside(path: Path, folder: Path) -> Path:
-    """The folder of data if it holds the path, else the path."""
-    return folder / "data" if path.resolve().is_relative_to((folder / "data").resolve()) else path
 
 
 def failure(out: str, err: str) -> str:
@@ -143,7 +135,7 @@ def score(names: Sequence[str], base: Callable[[str, Path], Path] = write_config
             folder = Path(scratch) / name
             layout = LAYOUTS[name]
             answer = draft(layout, folder, base(layout.base, Path(scratch) / "bases" / layout.base))
-            verdicts.append(judge(layout, answer, folder))
+            verdicts.append(judge(layout, answer))
             print(f"{verdicts[-1].verdict:<8} {name:<24} {verdicts[-1].said}", flush=True)
     return verdicts
 

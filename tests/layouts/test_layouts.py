@@ -28,7 +28,7 @@ def test_init_says_what_a_person_would(name: str, tmp_path: Path, capsys: pytest
         return (code, *capsys.readouterr())
 
     layout = LAYOUTS[name]
-    verdict = judge(layout, draft(layout, tmp_path, write_config(layout.base, tmp_path / "base"), run), tmp_path)
+    verdict = judge(layout, draft(layout, tmp_path, write_config(layout.base, tmp_path / "base"), run))
     assert verdict.verdict == RIGHT, verdict.said
     if layout.tasks[0] not in (ASKS, REFUSES):
         assert load_recipe(tmp_path / "recipe.yaml").task["type"] == layout.tasks[0]
@@ -59,10 +59,9 @@ def test_init_says_what_a_person_would(name: str, tmp_path: Path, capsys: pytest
         ("imdb_csv", 1, "", BROKEN),
     ],
 )
-def test_a_wrong_reading_is_found(name: str, code: int, out: str, verdict: str, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    answer = (code, f'{out}, "train": ["{tmp_path}/data/a.csv"]}}' if code == 0 else out, "error: it failed")
-    assert judge(LAYOUTS[name], answer, tmp_path).verdict == verdict
+def test_a_wrong_reading_is_found(name: str, code: int, out: str, verdict: str) -> None:
+    answer = (code, f"{out}}}" if code == 0 else out, "error: it failed")
+    assert judge(LAYOUTS[name], answer).verdict == verdict
 
 
 def test_the_files_of_a_layout_are_the_same_each_time(tmp_path: Path) -> None:
