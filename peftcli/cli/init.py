@@ -97,9 +97,7 @@ def _ask(readings: Sequence[str]) -> int:
     console.log("The rows may be for:")
     for number, each in enumerate(readings, start=1):
         console.log(f"  {number}  {each}")
-    chosen: int = typer.prompt(
-        "Which one", type=typer.IntRange(1, len(readings)) if hasattr(typer, "IntRange") else int, err=True
-    )
+    chosen: int = typer.prompt("Which one", type=int, err=True)
     if not 1 <= chosen <= len(readings):
-        raise UsageError(f"no reading {chosen}")
+        raise UsageError(f"expected a number from 1 to {len(readings)}, found {chosen}")
     return chosen - 1

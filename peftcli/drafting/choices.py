@@ -8,7 +8,7 @@ from typing import Any
 
 from peftcli.data.rows import count_of
 from peftcli.drafting.bases import AUDIO, DIFFUSION, VISION, Base, Proposal, memory_of
-from peftcli.drafting.facts import ColumnFacts, _words
+from peftcli.drafting.facts import ColumnFacts, count_words
 from peftcli.drafting.language import language_of
 from peftcli.drafting.look import Look
 from peftcli.drafting.readings import Found
@@ -81,7 +81,7 @@ def _long(facts: ColumnFacts) -> int:
             else str(t)
             for t in each
         ]
-        sizes.append(sum(map(_words, texts)) + 4 * sum(isinstance(turn, dict) for turn in each))
+        sizes.append(sum(map(count_words, texts)) + 4 * sum(isinstance(turn, dict) for turn in each))
     sizes.sort()
     return sizes[min(len(sizes) - 1, int(len(sizes) * 0.99))] if sizes else 0
 

@@ -59,13 +59,13 @@ class ColumnFacts:
     @cached_property
     def words(self) -> float:
         """The median number of words of its texts; letters of scripts without blanks count as half a word."""
-        counts = sorted(map(_words, self.texts))
+        counts = sorted(map(count_words, self.texts))
         return counts[len(counts) // 2] if counts else 0
 
     @cached_property
     def long_words(self) -> int:
         """The number of words that 99 of 100 texts do not exceed."""
-        counts = sorted(map(_words, self.texts))
+        counts = sorted(map(count_words, self.texts))
         return counts[min(len(counts) - 1, int(len(counts) * 0.99))] if counts else 0
 
     @cached_property
@@ -107,7 +107,7 @@ class ColumnFacts:
         if sum(self.counts.values()) < MOST * len(self.given):
             return False
         kinds, count = len(self.counts), len(self.given)
-        short = not self.texts or sum(_words(each) for each in self.counts) <= _CLASS_WORDS * kinds
+        short = not self.texts or sum(count_words(each) for each in self.counts) <= _CLASS_WORDS * kinds
         few = kinds <= min(_MAX_CLASSES, max(2, count / _ROWS_A_CLASS))
         if self.numbers and kinds > 20:
             known = sorted(self.numbers)
@@ -266,7 +266,8 @@ def facts_of(
     return found
 
 
-def _words(text: str) -> int:
+def count_words(text: str) -> int:
+    """Count the words of a text; letters of scripts without blanks count as half a word."""
     return len(text.split()) + len(_UNSPACED.findall(text)) // 2
 
 

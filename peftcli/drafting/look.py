@@ -101,9 +101,7 @@ def look_at(names: Sequence[str]) -> Look:
         first_error.message += f"; {look.bad:,} of {look.bad + look.rows:,} rows have errors"
         raise first_error
     if look.bad and first_error is not None:
-        look.notes.append(
-            f"{count_of(look.bad, 'row')} cannot be read and would stop training; the first: {first_error}"
-        )
+        look.notes.append(f"{count_of(look.bad, 'row')} cannot be read and will be skipped; the first: {first_error}")
     if look.limited:
         look.notes.append(f"only the first {look.rows:,} rows were looked at")
     counts = {name: keys.counts for name, keys in look.keys.items() if keys.is_whole and len(keys.counts) <= _SAMPLE}
