@@ -371,6 +371,28 @@ _LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --d
             {"dataset.columns": {"text": "body"}, "method.lora_alpha": 160, "training.max_steps": 7},
             {"num_layers (mlx-lm's default 16)"},
         ),
+        (
+            "a.yml",
+            f"{_AXOLOTL}adapter: lora\nlr_scheduler: constant\nrl: simpo\ntrl: {{beta: 0.3}}\n",
+            {
+                "training.lr_scheduler_type": "constant",
+                "task": {"type": "preference", "loss": "simpo", "beta": 0.3},
+                "dataset.overlong": "drop",
+            },
+            {"cpo_alpha (axolotl's default)"},
+        ),
+        (
+            "a.yml",
+            f"{_AXOLOTL.replace('alpaca', 'chat_template.default')}adapter: lora\nrl: dpo\n",
+            {"dataset.columns": {"prompt": "messages"}, "task.beta": 0.1},
+            set(),
+        ),
+        (
+            "a.sh",
+            "swift rlhf --rlhf_type simpo --model a/b --dataset c/d --lr_scheduler_type constant --warmup_ratio 0.1",
+            {"task.beta": 2.0, "task.simpo_gamma": 1.0, "training.lr_scheduler_type": "constant"},
+            {"cpo_alpha (ms-swift's default)", "warmup_ratio"},
+        ),
     ],
 )
 def test_defaults_and_what_goes_together(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftcli.drafting.peers.base import (
+    CPO_SHARE,
     ONE_TURN,
     By,
     Draft,
@@ -144,6 +145,8 @@ TABLE: dict[str, Rule] = {
     "excess_length_strategy": By("dataset.overlong"),
     "rl": By("task.loss"),
     "rl_beta": By("task.beta"),
+    "trl.beta": By("task.beta"),
+    "cpo_alpha": CPO_SHARE,
     "dpo_beta": By("task.beta"),
     "orpo_alpha": By("task.beta"),
     "simpo_gamma": To("task.simpo_gamma", number),
@@ -251,8 +254,8 @@ def _task(draft: Draft) -> None:
     if kind in ("grpo", "gdpo", "ebft", "ppo"):
         refuse_sampling(draft, f"rl: {kind}")
     if kind in ("dpo", "ipo", "orpo", "simpo", "kto"):
-        preference(draft, kind, "rl", beta=2.0 if kind == "simpo" else 0.1)
-        for key in ("rl_beta", "dpo_beta", "orpo_alpha"):
+        preference(draft, kind, "rl", beta=0.1)
+        for key in ("orpo_alpha", "dpo_beta", "rl_beta", "trl.beta"):
             if (beta := draft.get(key)) is not None:
                 draft.put("task.beta", number(beta), key)
     elif kind:
@@ -284,6 +287,7 @@ def _data(draft: Draft) -> None:
     _pretraining(draft)
     _evaluation(draft)
     _trained(draft)
+    _overlong(draft)
 
 
 def _form(draft: Draft, entry: str, given: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -297,6 +301,7 @@ def _form(draft: Draft, entry: str, given: dict[str, Any]) -> tuple[str | None, 
         columns |= {key: given.get(f"field_{key}") for key in ("chosen", "rejected") if given.get(f"field_{key}")}
         messages = given.get("field_messages")
         if kind.startswith("chat_template"):
+            messages = messages or "messages"
             draft.notes.append(f"{entry}: {ONE_TURN}")
         return None, columns | ({"prompt": messages} if messages else {})
     if kind.startswith("chat_template") or kind == "sharegpt":
@@ -357,43 +362,40 @@ def _evaluation(draft: Draft) -> None:
 
 
 def _trained(draft: Draft) -> None:
-    """Which tokens count in the loss."""
+    """Write which tokens count in the loss."""
     if draft.settings["task.type"].value != "causal_lm":
         for key in ("train_on_inputs", "sample_packing"):
             if truth(draft.get(key, default=False)):
                 draft.drop(key, "concerns supervised training; answers alone are compared")
                 draft.settings.pop("dataset.packing", None)
         return
-    roles = [
-        draft.values[f"{entry}.roles_to_train"]
-        for entry in _entries(draft, "datasets")
-        if draft.values.get(f"{entry}.roles_to_train")
-    ]
-    if any({*names(each)} - {"assistant", "gpt"} for each in roles) or truth(
-        draft.get("train_on_inputs", default=False)
-    ):
-        source = "roles_to_train" if roles else "train_on_inputs"
-        draft.put("dataset.train_on", "all", source)
-    else:
-        draft.say(
-            "dataset.train_on",
-            "answers",
-            "from: train_on_inputs"
-            if draft.get("train_on_inputs") is not None
-            else "axolotl's default: train_on_inputs false, and only the assistant's turns of conversations",
-        )
+    inputs, others = draft.get("train_on_inputs"), []
     for entry in _entries(draft, "datasets"):
-        if draft.values.get(f"{entry}.train_on_eos") not in (None, "turn"):
+        if {*names(draft.get(f"{entry}.roles_to_train", default=[]))} - {"assistant", "gpt"}:
+            others.append(f"{entry}.roles_to_train")
+        if draft.get(f"{entry}.train_on_eos", default="turn") != "turn":
             draft.drop(f"{entry}.train_on_eos", "peftcli trains the end of each trained turn")
-    word = str(draft.get("excess_length_strategy", default="")).lower()
-    if word == "truncate":
-        draft.put("dataset.overlong", "truncate", "excess_length_strategy")
+    if inputs is not None and truth(inputs):
+        draft.put("dataset.train_on", "all", "train_on_inputs")
+    elif others:
+        draft.put("dataset.train_on", "all", ", ".join(others))
+        draft.notes.append(f"{', '.join(others)}: dataset.train_on: all trains every turn of every dataset")
+    elif inputs is not None:
+        draft.put("dataset.train_on", "answers", "train_on_inputs")
     else:
-        draft.say(
-            "dataset.overlong",
-            "error" if word == "raise" else "drop",
-            "from: excess_length_strategy" if word else "axolotl's default: longer rows are left out",
-        )
+        default = "axolotl's default: train_on_inputs false, and only the assistant's turns of conversations"
+        draft.say("dataset.train_on", "answers", default)
+
+
+def _overlong(draft: Draft) -> None:
+    """Write what becomes of rows that are too long, compared answers among them."""
+    word = str(draft.get("excess_length_strategy", default="drop")).lower()
+    given = draft.get("excess_length_strategy") is not None
+    draft.say(
+        "dataset.overlong",
+        {"truncate": "truncate", "raise": "error"}.get(word, "drop"),
+        "from: excess_length_strategy" if given else "axolotl's default: longer rows are left out",
+    )
 
 
 def _schedule(draft: Draft) -> None:

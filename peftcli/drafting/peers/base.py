@@ -194,6 +194,10 @@ class Draft:
             chosen = self.settings.get(f"training.{what}_strategy")
             if chosen and chosen.value != "steps":
                 self._leave_out(f"training.{what}_steps", f"is not read while {what}_strategy is {chosen.value}")
+        schedule = self.settings.get("training.lr_scheduler_type")
+        if schedule and schedule.value == "constant":
+            for name in ("warmup_steps", "warmup_ratio"):
+                self._leave_out(f"training.{name}", "is not read while the schedule is constant")
 
     def default(self, value: Any) -> Setting:
         """Return a setting that the file does not give."""
@@ -483,12 +487,17 @@ def template(draft: Draft, key: str) -> None:
         draft.drop(key, TEMPLATES.format(draft.peer.label))
 
 
+CPO_SHARE = "the weight of a supervised loss beside SimPO's, which peftcli does not add; task.loss: orpo has one"
+
+
 def preference(draft: Draft, loss: str, source: str, beta: Any = None) -> None:
     """Write the task of answers that are compared."""
     draft.put("task.type", "preference", source)
     draft.put("task.loss", loss, source)
     if beta is not None:
         draft.settings["task.beta"] = Setting(beta, f"{draft.peer.label}'s default")
+    if loss == "simpo" and "cpo_alpha" in draft.peer.table and draft.get("cpo_alpha") is None:
+        draft.drop(f"cpo_alpha ({draft.peer.label}'s default)", CPO_SHARE, 1.0)
 
 
 def refuse_sampling(draft: Draft, what: str) -> NoReturn:

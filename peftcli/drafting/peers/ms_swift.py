@@ -8,6 +8,7 @@ from typing import Any
 
 from peftcli.drafting.peers.base import (
     COMMAND,
+    CPO_SHARE,
     By,
     Draft,
     NotCarried,
@@ -99,8 +100,8 @@ TABLE: dict[str, Rule] = {
     "desirable_weight": By("task.desirable_weight"),
     "undesirable_weight": By("task.undesirable_weight"),
     "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
-    "cpo_alpha": "a share of supervised loss beside CPO's, which peftcli does not add",
-    "loss_type": "another form of the loss; peftcli's is the mean over the targets",
+    "cpo_alpha": CPO_SHARE,
+    "loss_type": "another form of the loss, which this importer does not carry",
     "ref_model": "another reference model; peftcli compares with the base model, adapter off",
     "system": "a system turn for rows without one; write it into the rows",
     "use_hf": "peftcli loads models and datasets from the Hugging Face hub, or from folders",
@@ -180,6 +181,8 @@ def _task(draft: Draft) -> str:
     source = "rlhf_type" if kind and draft.get("rlhf_type") else COMMAND if word else "ms-swift: no rlhf_type"
     if what in ("dpo", "kto", "orpo", "simpo"):
         preference(draft, what, source, beta=2.0 if what == "simpo" else 0.1)
+        if what == "simpo":
+            draft.settings["task.simpo_gamma"] = draft.default(1.0)
     elif what in ("rm", "reward"):
         draft.put("task.type", "reward", source)
     elif what in ("sft", "pt"):

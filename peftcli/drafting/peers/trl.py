@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peftcli.drafting.peers.base import (
     COMMAND,
+    CPO_SHARE,
     By,
     Draft,
     Peer,
@@ -89,6 +90,7 @@ TABLE: dict[str, Rule] = {
     "model_init_kwargs.*": "further arguments of from_pretrained; see the section base_model",
     "sync_ref_model": "a reference model that moves; peftcli compares with the base model, adapter off",
     "ref_model": "another reference model; peftcli compares with the base model, adapter off",
+    "cpo_alpha": CPO_SHARE,
     "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
     "disable_dropout": "peftcli trains with the adapter's lora_dropout in any case",
     "center_rewards_coefficient": "a term that keeps rewards near 0, which peftcli does not add",
