@@ -185,8 +185,9 @@ IMPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
             "training.max_grad_norm": 0,
             "training.lr_scheduler_type": "cosine",
         },
-        "tokenizer._component_ tokenizer.path checkpointer._component_ checkpointer.checkpoint_files "
-        "checkpointer.model_type checkpointer.output_dir resume_from_checkpoint save_adapter_weights_only "
+        "tokenizer._component_ tokenizer.path tokenizer.max_seq_len checkpointer._component_ "
+        "checkpointer.checkpoint_files checkpointer.model_type checkpointer.output_dir "
+        "resume_from_checkpoint save_adapter_weights_only "
         "optimizer.fused metric_logger.log_dir log_peak_memory_stats device enable_activation_offloading "
         "profiler._component_ profiler.enabled profiler.output_dir profiler.cpu",
     ),
@@ -263,6 +264,10 @@ def _write(folder: Path, name: str, text: str) -> Path:
 
 
 _AXOLOTL = "base_model: a/b\nsequence_len: 10\nmicro_batch_size: 1\ndatasets: [{path: c/d, type: alpaca}]\n"
+_TORCHTUNE = (
+    "model: {_component_: x.lora_y}\ncheckpointer: {checkpoint_dir: a/b}\n"
+    "optimizer: {_component_: torch.optim.SGD, lr: 1e-3}"
+)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +289,7 @@ _AXOLOTL = "base_model: a/b\nsequence_len: 10\nmicro_batch_size: 1\ndatasets: [{
         ("a.yml", f"{_AXOLOTL}adapter: lora\nrl: grpo\n", (), "rl: grpo: learning from sampled answers"),
         ("a.yml", f"{_AXOLOTL.replace('base_model: a/b', '')}adapter: lora\n", (), "names no base model"),
         ("a.yml", "model_name_or_path: a/b\nstage: sft\ndataset: x\ncutoff_len: 5\n", (), "dataset_info.json"),
+        ("a.yml", f"{_TORCHTUNE}\ndataset: [{{_component_: x.alpaca_dataset}}]\n", (), "a list of datasets"),
         ("a.sh", "ls -l\n", (), "no command of a tool"),
         ("a.sh", "trl sft --model 'x\n", (), "never closed"),
         (
@@ -392,6 +398,25 @@ _LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --d
             "swift rlhf --rlhf_type simpo --model a/b --dataset c/d --lr_scheduler_type constant --warmup_ratio 0.1",
             {"task.beta": 2.0, "task.simpo_gamma": 1.0, "training.lr_scheduler_type": "constant"},
             {"cpo_alpha (ms-swift's default)", "warmup_ratio"},
+        ),
+        (
+            "a.yaml",
+            "model_name_or_path: a/b\nuse_peft: true\ndatasets: [{path: json, data_files: data/chat.jsonl}]\n",
+            {"dataset.train": "data/chat.jsonl", "dataset.train_on": "all"},
+            set(),
+        ),
+        (
+            "a.yaml",
+            "model_name_or_path: a/b\nstage: sft\ncutoff_len: 8\ndataset_dir: ONLINE\ndataset: c/d,e/f\n"
+            "mix_strategy: interleave_under\n",
+            {"dataset.mix": [{"train": "c/d", "weight": 1}, {"train": "e/f", "weight": 1}]},
+            set(),
+        ),
+        (
+            "a.yaml",
+            f"{_TORCHTUNE}\ndataset: {{_component_: torchtune.datasets.wikitext_dataset}}\n",
+            {"dataset.name": "wikitext-103-v1", "training.weight_decay": 0.0},
+            {"tokenizer.max_seq_len"},
         ),
     ],
 )

@@ -266,13 +266,8 @@ def _task(draft: Draft) -> None:
         draft.say("task.type", "causal_lm", "axolotl: neither rl nor reward_model")
 
 
-def _entries(draft: Draft, list_name: str) -> list[str]:
-    """Return the names of the list's entries, as ``datasets[0]``."""
-    return list(dict.fromkeys(key.split("]")[0] + "]" for key in draft.values if key.startswith(f"{list_name}[")))
-
-
 def _data(draft: Draft) -> None:
-    for entry in _entries(draft, "datasets"):
+    for entry in draft.entries("datasets"):
         given = draft.section(entry)
         form, columns = _form(draft, entry, given)
         draft.add_source(
@@ -328,7 +323,7 @@ def _turns(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _pretraining(draft: Draft) -> None:
-    text, entries = draft.get("pretraining_dataset"), _entries(draft, "pretraining_dataset")
+    text, entries = draft.get("pretraining_dataset"), draft.entries("pretraining_dataset")
     for entry in entries or (["pretraining_dataset"] if text else []):
         given = draft.section(entry)
         column = given.get("text_column", "text")
@@ -344,7 +339,7 @@ def _pretraining(draft: Draft) -> None:
 
 
 def _evaluation(draft: Draft) -> None:
-    entries, size = _entries(draft, "test_datasets"), draft.get("val_set_size")
+    entries, size = draft.entries("test_datasets"), draft.get("val_set_size")
     if entries:
         given = draft.section(entries[0])
         found = dataset_of(draft, given.get("path"), given.get("data_files"), f"{entries[0]}.data_files")
@@ -370,7 +365,7 @@ def _trained(draft: Draft) -> None:
                 draft.settings.pop("dataset.packing", None)
         return
     inputs, others = draft.get("train_on_inputs"), []
-    for entry in _entries(draft, "datasets"):
+    for entry in draft.entries("datasets"):
         if {*names(draft.get(f"{entry}.roles_to_train", default=[]))} - {"assistant", "gpt"}:
             others.append(f"{entry}.roles_to_train")
         if draft.get(f"{entry}.train_on_eos", default="turn") != "turn":

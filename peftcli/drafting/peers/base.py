@@ -143,6 +143,11 @@ class Draft:
         below = {key: value for key, value in self.values.items() if key.startswith(f"{prefix}.")}
         return {key[len(prefix) + 1 :]: value for key, value in below.items() if not isinstance(value, Unknown)}
 
+    def entries(self, list_name: str) -> list[str]:
+        """Return the names of a list's entries, as ``datasets[0]``."""
+        found = (key.split("]")[0] + "]" for key in self.values if key.startswith(f"{list_name}["))
+        return list(dict.fromkeys(found))
+
     def put(self, key: str, value: Any, source: str) -> None:
         """Write a setting whose value comes from the tool's key ``source``."""
         self.settings[key] = Setting(value, f"from: {source}")
@@ -467,6 +472,7 @@ def dataset_of(draft: Draft, path: Any, files: Any, key: str) -> str | None:
     return draft.path(found[0])
 
 
+INTERLEAVED = "an epoch ends with one of the datasets there; peftcli's has as many examples as all of them together"
 ONE_TURN = "chosen and rejected are one turn each there; peftcli reads lists of turns: put each into [ ]"
 TEMPLATES = "the base model's own chat template is used; this is a template of {}'s own. See base_model.chat_template"
 

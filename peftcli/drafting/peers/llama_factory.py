@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.drafting.peers.base import (
+    INTERLEAVED,
     ONE_TURN,
     By,
     Draft,
@@ -256,8 +257,12 @@ def _data(draft: Draft) -> None:
     elif not compared:
         draft.say("dataset.train_on", "answers", "LLaMA-Factory's default: prompts are masked")
     info, folder = _info(draft)
+    given = names(draft.get("dataset", default=[]))
     weights = [number(each) for each in names(draft.get("interleave_probs", default=[]))]
-    for at, name in enumerate(names(draft.get("dataset", default=[]))):
+    if str(draft.get("mix_strategy", default="concat")).startswith("interleave"):
+        weights = weights or [1] * len(given)
+        draft.notes.append(f"mix_strategy: {INTERLEAVED}")
+    for at, name in enumerate(given):
         draft.add_source(
             f"dataset: {name}",
             weight=weights[at] if at < len(weights) else None,
@@ -278,7 +283,7 @@ def _data(draft: Draft) -> None:
 
 
 def _info(draft: Draft) -> tuple[dict[str, Any] | None, Path]:
-    """Return the datasets that ``dataset_info.json`` describes, and its folder; None where there is none."""
+    """Find ``dataset_info.json``; return its datasets and its folder, or None where the hub is read directly."""
     given = str(draft.get("dataset_dir", default="data"))
     if given == "ONLINE":
         return None, Path()
@@ -408,6 +413,5 @@ PEER = Peer(
         **DEFAULTS,
         "dataset.max_length": 2048,
         "training.gradient_checkpointing": True,
-        "training.output_dir": "outputs/llama-factory",
     },
 )

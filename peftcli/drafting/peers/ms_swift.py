@@ -9,6 +9,7 @@ from typing import Any
 from peftcli.drafting.peers.base import (
     COMMAND,
     CPO_SHARE,
+    INTERLEAVED,
     By,
     Draft,
     NotCarried,
@@ -207,6 +208,8 @@ def _task(draft: Draft) -> str:
 def _data(draft: Draft, what: str) -> None:
     given = draft.get("dataset", default=[])
     weights = [number(each) for each in names(draft.get("interleave_prob", default=[]))]
+    if weights:
+        draft.notes.append(f"interleave_prob: {INTERLEAVED}")
     for at, text in enumerate(given if isinstance(given, list) else str(given).split()):
         draft.add_source(
             f"dataset: {text}", weight=weights[at] if at < len(weights) else None, **_source(draft, str(text), what)

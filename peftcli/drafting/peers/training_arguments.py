@@ -96,18 +96,13 @@ def checkpointing(value: Any) -> bool:
 
 
 def noise(value: Any) -> Any:
-    """Return neftune_noise_alpha; 0 is none."""
+    """Return neftune_noise_alpha, or None for 0, which adds no noise."""
     return number(value) or None
 
 
 def share_or_steps(value: Any) -> Any:
-    """Return warm-up steps; -1 and 0 are none."""
+    """Return the number or share of warm-up steps; -1, another tool's default, means 0."""
     return max(0, number(value))
-
-
-def workers(value: Any) -> int:
-    """Return the number of workers."""
-    return whole(value)
 
 
 def sampling(value: Any) -> str | None:
@@ -160,7 +155,7 @@ TABLE: dict[str, Rule] = {
     "activation_checkpointing": To("training.gradient_checkpointing", checkpointing),
     "group_by_length": To("training.train_sampling_strategy", sampling),
     "train_sampling_strategy": To("training.train_sampling_strategy"),
-    "dataloader_num_workers": To("training.dataloader_num_workers", workers),
+    "dataloader_num_workers": To("training.dataloader_num_workers", whole),
     "report_to": To("training.report_to", trackers),
     "bf16": To("training.bf16", precision),
     "fp16": To("training.bf16", float16),

@@ -190,20 +190,17 @@ def _task(draft: Draft, what: str) -> None:
 def data(draft: Draft, supervised: bool) -> None:
     """Write what is trained on: one dataset or a mix, its splits and columns, and which tokens count."""
     if (name := draft.get("dataset_name")) is not None:
-        path = draft.path(name)
-        draft.add_source("dataset_name", "dataset_train_split", train=path, split=draft.get("dataset_train_split"))
+        split = draft.get("dataset_train_split")
+        draft.add_source("dataset_name", "dataset_train_split", train=draft.path(name), split=split)
     else:
-        path = ""
-        for entry in list(
-            dict.fromkeys(key.split("]")[0] + "]" for key in draft.values if key.startswith("datasets["))
-        ):
+        for entry in draft.entries("datasets"):
             given = draft.section(entry)
             found = dataset_of(draft, given.get("path"), given.get("data_files"), f"{entry}.data_files")
             draft.add_source(entry, train=found, name=given.get("name"), split=given.get("split"))
+    path = draft.sources[0].get("train", "") if draft.sources else ""
     evaluates = str(draft.get("eval_strategy", "evaluation_strategy", default="no")).lower() not in ("no", "false")
     if evaluates and draft.get("test_split_size") is None:
         split = draft.get("dataset_test_split", default="test")
-
         if path and is_there(Path(path)):
             draft.notes.append("eval_strategy: evaluation rows of a local file are not a split; set dataset.eval")
             if "dataset_test_split" in draft.carried:
@@ -218,10 +215,10 @@ def data(draft: Draft, supervised: bool) -> None:
             )
     elif "dataset_test_split" in draft.carried:
         draft.drop("dataset_test_split", "is not read while eval_strategy is no")
-    _trained(draft, supervised, path)
+    _trained(draft, supervised)
 
 
-def _trained(draft: Draft, supervised: bool, path: str) -> None:
+def _trained(draft: Draft, supervised: bool) -> None:
     if draft.get("truncation_mode") == "keep_end":
         draft.drop("truncation_mode", "peftcli cuts a long example at its end")
     elif "truncation_mode" in draft.carried:
@@ -236,7 +233,7 @@ def _trained(draft: Draft, supervised: bool, path: str) -> None:
             if key in draft.carried:
                 draft.drop(key, "concerns supervised training; answers alone are compared")
         return
-    columns = draft.columns_of(path) if path else []
+    columns = [name for each in draft.sources for name in draft.columns_of(each.get("train", ""))]
     chat = "messages" in columns or "conversations" in columns
     if field is not None and not chat and "prompt" not in columns:
         if field != "text":
