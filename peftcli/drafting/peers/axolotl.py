@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peftcli.drafting.peers.base import (
-    CPO_SHARE,
-    ONE_TURN,
     By,
     Draft,
     Peer,
@@ -18,15 +16,14 @@ from peftcli.drafting.peers.base import (
     names,
     needless,
     number,
-    preference,
     reasons,
-    refuse_sampling,
     renamed,
     template,
     truth,
     when,
     whole,
 )
+from peftcli.drafting.peers.preference import CPO_SHARE, ONE_TURN, preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import (
     OPTIMIZERS,
     attention,

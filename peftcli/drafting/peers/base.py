@@ -456,6 +456,19 @@ def bits_of(draft: Draft, four: str, eight: str, kind: str, double: str, default
         quantise(draft, "int8", eight)
 
 
+def quantise_bits(draft: Draft, bits: str, method: str, kind: str, double: str) -> None:
+    """Write the quantization that a number of bits, its method and their details describe."""
+    count = draft.get(bits)
+    if count is None:
+        return
+    by = str(draft.get(method, default="bnb")).lower()
+    if by not in ("bnb", "bitsandbytes") or number(count) not in (4, 8):
+        draft.drop(bits, f"{count} bits by {by}; peftcli has nf4, fp4 and int8 by bitsandbytes")
+        return
+    found = str(draft.get(kind, default="nf4")) if number(count) == 4 else "int8"
+    quantise(draft, found, bits, truth(draft.get(double, default=True)))
+
+
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 
 
@@ -473,7 +486,6 @@ def dataset_of(draft: Draft, path: Any, files: Any, key: str) -> str | None:
 
 
 INTERLEAVED = "an epoch ends with one of the datasets there; peftcli's has as many examples as all of them together"
-ONE_TURN = "chosen and rejected are one turn each there; peftcli reads lists of turns: put each into [ ]"
 TEMPLATES = "the base model's own chat template is used; this is a template of {}'s own. See base_model.chat_template"
 
 
@@ -491,28 +503,3 @@ def template(draft: Draft, key: str) -> None:
         draft.carried[key] = "base_model.chat_template (unset: the tokenizer's own)"
     else:
         draft.drop(key, TEMPLATES.format(draft.peer.label))
-
-
-CPO_SHARE = "the weight of a supervised loss beside SimPO's, which peftcli does not add; task.loss: orpo has one"
-
-
-def preference(draft: Draft, loss: str, source: str, beta: Any = None) -> None:
-    """Write the task of answers that are compared."""
-    draft.put("task.type", "preference", source)
-    draft.put("task.loss", loss, source)
-    if beta is not None:
-        draft.settings["task.beta"] = Setting(beta, f"{draft.peer.label}'s default")
-    if loss == "simpo" and "cpo_alpha" in draft.peer.table and draft.get("cpo_alpha") is None:
-        draft.drop(f"cpo_alpha ({draft.peer.label}'s default)", CPO_SHARE, 1.0)
-
-
-def refuse_sampling(draft: Draft, what: str) -> NoReturn:
-    """Raise the error of methods that learn from answers which they sample.
-
-    Raises:
-        UsageError: always.
-    """
-    draft.refuse(
-        f"{what}: learning from sampled answers (GRPO, PPO and the like) cannot be imported",
-        "The nearest here is task: preference, on pairs of chosen and rejected answers: `peftcli explain preference`.",
-    )

@@ -7,7 +7,6 @@ from typing import Any
 
 from peftcli.drafting.peers.base import (
     INTERLEAVED,
-    ONE_TURN,
     By,
     Draft,
     NotCarried,
@@ -18,15 +17,14 @@ from peftcli.drafting.peers.base import (
     names,
     needless,
     number,
-    preference,
-    quantise,
+    quantise_bits,
     reasons,
-    refuse_sampling,
     renamed,
     template,
     truth,
     when,
 )
+from peftcli.drafting.peers.preference import ONE_TURN, loss_settings, preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 from peftcli.errors import UsageError
@@ -147,15 +145,7 @@ def _build(draft: Draft) -> None:
         draft.refuse_full(f"finetuning_type: {kind}")
     _method(draft, kind)
     _task(draft)
-    bits = draft.get("quantization_bit")
-    if bits is not None:
-        method = str(draft.get("quantization_method", default="bnb")).lower()
-        if method not in ("bnb", "bitsandbytes") or int(number(bits)) not in (4, 8):
-            draft.drop("quantization_bit", f"{bits} bits by {method}; peftcli has nf4, fp4 and int8 by bitsandbytes")
-        else:
-            double = truth(draft.get("double_quantization", default=True))
-            kind = str(draft.get("quantization_type", default="nf4")) if int(number(bits)) == 4 else "int8"
-            quantise(draft, kind, "quantization_bit", double)
+    quantise_bits(draft, "quantization_bit", "quantization_method", "quantization_type", "double_quantization")
     if draft.get("trust_remote_code") is not None:
         draft.drop(
             "trust_remote_code",
@@ -204,8 +194,6 @@ def _task(draft: Draft) -> None:
                 f"pref_loss: {draft.get('pref_loss')} cannot be imported", "It imports sigmoid, ipo, orpo and simpo."
             )
         preference(draft, loss, "pref_loss" if draft.get("pref_loss") else "stage", beta=0.1)
-        if draft.get("pref_beta") is not None:
-            draft.put("task.beta", number(draft.get("pref_beta")), "pref_beta")
     elif stage == "rm":
         draft.put("task.type", "reward", "stage")
     elif stage in ("sft", "pt"):
@@ -213,21 +201,16 @@ def _task(draft: Draft) -> None:
     else:
         draft.refuse(f"stage: {stage} cannot be imported", "It imports pt, sft, rm, dpo and kto.")
     loss = draft.settings["task.loss"].value if "task.loss" in draft.settings else None
-    for key, needed in (
-        ("simpo_gamma", ("simpo",)),
-        ("dpo_label_smoothing", ("dpo", "simpo")),
-        ("kto_chosen_weight", ("kto",)),
-        ("kto_rejected_weight", ("kto",)),
-        ("pref_beta", ("dpo", "ipo", "orpo", "simpo", "kto")),
-        ("pref_loss", ("dpo", "ipo", "orpo", "simpo")),
-    ):
-        rule = draft.peer.table[key]
-        if draft.get(key) is None or not isinstance(rule, By):
-            continue
-        if loss not in needed:
-            draft.drop(key, f"a setting of {' and '.join(needed)}, which the recipe does not choose")
-        elif key not in ("pref_beta", "pref_loss"):
-            draft.put(rule.key, number(draft.get(key)), key)
+    loss_settings(
+        draft,
+        loss,
+        beta="pref_beta",
+        label_smoothing="dpo_label_smoothing",
+        desirable_weight="kto_chosen_weight",
+        undesirable_weight="kto_rejected_weight",
+    )
+    if draft.get("pref_loss") is not None and stage != "dpo":
+        draft.drop("pref_loss", "a loss of stage dpo, which the recipe does not choose")
 
 
 def _template(draft: Draft) -> None:

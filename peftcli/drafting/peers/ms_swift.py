@@ -8,7 +8,6 @@ from typing import Any
 
 from peftcli.drafting.peers.base import (
     COMMAND,
-    CPO_SHARE,
     INTERLEAVED,
     By,
     Draft,
@@ -19,15 +18,15 @@ from peftcli.drafting.peers.base import (
     modules,
     names,
     number,
-    preference,
-    quantise,
+    quantise_bits,
     reasons,
-    refuse_sampling,
     template,
     truth,
     when,
     whole,
 )
+from peftcli.drafting.peers.preference import TABLE as COMPARED
+from peftcli.drafting.peers.preference import loss_settings, preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
@@ -53,6 +52,7 @@ def _start(value: Any) -> Any:
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **COMPARED,
     COMMAND: By("task.type"),
     "model": To("base_model.name"),
     "model_id_or_path": To("base_model.name"),
@@ -95,15 +95,7 @@ TABLE: dict[str, Rule] = {
     "padding_free": "peftcli computes no padding in any case",
     "loss_scale": By("dataset.train_on"),
     "rlhf_type": By("task.loss"),
-    "beta": By("task.beta"),
-    "simpo_gamma": By("task.simpo_gamma"),
-    "label_smoothing": By("task.label_smoothing"),
-    "desirable_weight": By("task.desirable_weight"),
-    "undesirable_weight": By("task.undesirable_weight"),
-    "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
-    "cpo_alpha": CPO_SHARE,
     "loss_type": "another form of the loss, which this importer does not carry",
-    "ref_model": "another reference model; peftcli compares with the base model, adapter off",
     "system": "a system turn for rows without one; write it into the rows",
     "use_hf": "peftcli loads models and datasets from the Hugging Face hub, or from folders",
     "agent_template": "how tools are written; the base model's own template decides",
@@ -135,14 +127,7 @@ TABLE: dict[str, Rule] = {
 def _build(draft: Draft) -> None:
     _method(draft)
     what = _task(draft)
-    bits = draft.get("quant_bits")
-    if bits is not None:
-        method = str(draft.get("quant_method", default="bnb")).lower()
-        if method not in ("bnb", "bitsandbytes") or int(number(bits)) not in (4, 8):
-            draft.drop("quant_bits", f"{bits} bits by {method}; peftcli has nf4, fp4 and int8 by bitsandbytes")
-        else:
-            kind = str(draft.get("bnb_4bit_quant_type", default="nf4")) if int(number(bits)) == 4 else "int8"
-            quantise(draft, kind, "quant_bits", truth(draft.get("bnb_4bit_use_double_quant", default=True)))
+    quantise_bits(draft, "quant_bits", "quant_method", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     template(draft, "template")
     template(draft, "chat_template")
     _data(draft, what)
@@ -190,18 +175,7 @@ def _task(draft: Draft) -> str:
         draft.put("task.type", "causal_lm", source)
     else:
         draft.refuse(f"rlhf_type: {what} cannot be imported", "It imports dpo, kto, orpo, simpo and rm.")
-    used = {
-        "beta": ("dpo", "kto", "orpo", "simpo"),
-        "simpo_gamma": ("simpo",),
-        "label_smoothing": ("dpo", "simpo"),
-        "desirable_weight": ("kto",),
-        "undesirable_weight": ("kto",),
-    }
-    for key, losses in used.items():
-        if draft.get(key) is not None and what in losses:
-            draft.put(f"task.{key}", number(draft.get(key)), key)
-        elif draft.get(key) is not None:
-            draft.drop(key, "a setting of another loss, which the recipe does not choose")
+    loss_settings(draft, what)
     return what
 
 

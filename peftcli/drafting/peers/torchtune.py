@@ -14,13 +14,12 @@ from peftcli.drafting.peers.base import (
     dataset_of,
     names,
     number,
-    preference,
     quantise,
     reasons,
-    refuse_sampling,
     truth,
     whole,
 )
+from peftcli.drafting.peers.preference import preference, refuse_sampling
 
 _MODULES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _DATASETS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from peftcli.drafting.peers.base import (
     COMMAND,
-    CPO_SHARE,
     By,
     Draft,
     Peer,
@@ -19,14 +18,14 @@ from peftcli.drafting.peers.base import (
     names,
     needless,
     number,
-    preference,
     reasons,
-    refuse_sampling,
     renamed,
     truth,
     when,
     whole,
 )
+from peftcli.drafting.peers.preference import TABLE as COMPARED
+from peftcli.drafting.peers.preference import loss_settings, preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import DEFAULTS, attention, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
@@ -36,6 +35,7 @@ _RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "rew
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **COMPARED,
     **renamed("model_name_or_path model_revision lora_r lora_modules_to_save dataset_config dataset_streaming"),
     "model": To("base_model.name"),
     "trust_remote_code": To("base_model.trust_remote_code", truth),
@@ -79,19 +79,11 @@ TABLE: dict[str, Rule] = {
     "eval_packing": "the evaluation is computed as the training is",
     "assistant_only_loss": By("dataset.train_on"),
     "completion_only_loss": By("dataset.train_on"),
-    "beta": By("task.beta"),
     "loss_type": By("task.loss"),
-    "label_smoothing": By("task.label_smoothing"),
-    "simpo_gamma": By("task.simpo_gamma"),
-    "desirable_weight": By("task.desirable_weight"),
-    "undesirable_weight": By("task.undesirable_weight"),
     "num_labels": By("task.type"),
     "model_init_kwargs": "further arguments of from_pretrained; see the section base_model",
     "model_init_kwargs.*": "further arguments of from_pretrained; see the section base_model",
     "sync_ref_model": "a reference model that moves; peftcli compares with the base model, adapter off",
-    "ref_model": "another reference model; peftcli compares with the base model, adapter off",
-    "cpo_alpha": CPO_SHARE,
-    "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
     "disable_dropout": "peftcli trains with the adapter's lora_dropout in any case",
     "center_rewards_coefficient": "a term that keeps rewards near 0, which peftcli does not add",
     "dataset_kwargs": "arguments of TRL's own preparation of rows",
@@ -171,18 +163,7 @@ def _task(draft: Draft, what: str) -> None:
         draft.put("task.type", "causal_lm" if what == "sft" else "reward", source)
     else:
         preference(draft, loss, "loss_type" if loss_type else source, beta=0.1)
-    used = {
-        "beta": ("dpo", "ipo", "kto", "orpo", "simpo"),
-        "label_smoothing": ("dpo", "simpo"),
-        "simpo_gamma": ("simpo",),
-        "desirable_weight": ("kto",),
-        "undesirable_weight": ("kto",),
-    }
-    for key, losses in used.items():
-        if draft.get(key) is not None and loss in losses:
-            draft.put(f"task.{key}", number(draft.get(key)), key)
-        elif draft.get(key) is not None:
-            draft.drop(key, "a setting of another loss, which the recipe does not choose")
+    loss_settings(draft, loss)
     if loss_type is not None and what in ("sft", "kto", "orpo", "reward"):
         draft.drop("loss_type", "another form of the loss; peftcli's is the mean over the targets")
 

@@ -18,12 +18,11 @@ from peftcli.drafting.peers.base import (
     names,
     needless,
     number,
-    preference,
     reasons,
-    refuse_sampling,
     truth,
     whole,
 )
+from peftcli.drafting.peers.preference import preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import DEFAULTS, attention, checkpointing
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
