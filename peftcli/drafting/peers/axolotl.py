@@ -12,6 +12,7 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    if_true,
     modules,
     names,
     needless,
@@ -20,7 +21,6 @@ from peftcli.drafting.peers.base import (
     renamed,
     template,
     truth,
-    when,
     whole,
 )
 from peftcli.drafting.peers.preference import CPO_SHARE, ONE_TURN, preference, refuse_sampling
@@ -77,12 +77,12 @@ TABLE: dict[str, Rule] = {
     "loraplus_lr_embedding": To("training.loraplus_lr_embedding", number),
     "attn_implementation": To("base_model.attn_implementation", attention),
     "flash_attention": To("base_model.attn_implementation", _flash),
-    "sdp_attention": To("base_model.attn_implementation", when(True, "sdpa")),
-    "eager_attention": To("base_model.attn_implementation", when(True, "eager")),
-    "flex_attention": To("base_model.attn_implementation", when(True, "flex_attention")),
+    "sdp_attention": To("base_model.attn_implementation", if_true("sdpa")),
+    "eager_attention": To("base_model.attn_implementation", if_true("eager")),
+    "flex_attention": To("base_model.attn_implementation", if_true("flex_attention")),
     "s2_attention": "another attention while training, which peftcli does not have",
     "float16": "the whole model in float16; see base_model.dtype",
-    "bfloat16": To("base_model.dtype", when(True, "bfloat16")),
+    "bfloat16": To("base_model.dtype", if_true("bfloat16")),
     "xformers_attention": "xformers' attention is not here; transformers' default is used",
     "chat_template": By("base_model.chat_template"),
     "chat_template_jinja": By("base_model.chat_template"),
@@ -179,8 +179,6 @@ TABLE: dict[str, Rule] = {
     "liger_layer_norm": By("training.use_liger_kernel"),
     "liger_fused_linear_cross_entropy": By("training.use_liger_kernel"),
     **needless("lora_fan_in_fan_out pad_to_sequence_len hub_model_id auto_resume_from_checkpoints"),
-    "special_tokens.*": "the base model's tokenizer knows its special tokens",
-    "special_tokens": "the base model's tokenizer knows its special tokens",
     "cosine_min_lr_ratio": "peftcli's cosine ends at 0",
     "cosine_constant_lr_ratio": "peftcli's cosine ends at 0",
     "loss_watchdog_threshold": "peftcli stops when the loss is NaN or Inf; see also the gates",
@@ -199,7 +197,7 @@ TABLE: dict[str, Rule] = {
             "wandb_entity wandb_watch wandb_log_model wandb_mode mlflow_experiment_name mlflow_tracking_uri "
             "use_tensorboard use_wandb eval_table_size include_tkps"
         ),
-        infer="eval_max_new_tokens eval_max_new_tokens eval_causal_lm_metrics do_causal_lm_eval",
+        infer="eval_max_new_tokens eval_causal_lm_metrics do_causal_lm_eval",
         speed=(
             "eval_sample_packing sample_packing_group_size sample_packing_bin_size sample_packing_sequentially "
             "multipack_real_batches low_cpu_mem_usage lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
@@ -208,6 +206,7 @@ TABLE: dict[str, Rule] = {
             "torch_compile_backend cut_cross_entropy sequence_parallel_degree context_parallel_size "
             "experimental_skip_move_to_device lora_on_cpu tiled_mlp"
         ),
+        tokens="special_tokens special_tokens.*",
         check="strict debug dataset_shuffle_seed",
         process="local_rank ddp use_ray ray_num_workers resources_per_worker world_size",
     ),

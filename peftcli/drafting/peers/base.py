@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from peftcli.errors import UsageError
 from peftcli.guard.files import is_file, is_folder, open_regular, short_repr
@@ -41,7 +41,6 @@ _INSTEAD = {
 }
 """A default is not written where one of these settings is given instead of it."""
 _MAX_ROW = 1_000_000
-_SAME: Final = "as here"
 
 
 class NotCarried(Exception):
@@ -256,10 +255,6 @@ class Draft:
                 return os.path.normpath(folder / given)
         return str(text)
 
-    def path_of(self, key: str) -> str:
-        """The value of a key as a path."""
-        return self.path(self.values[key])
-
     def add_source(self, source: str, split_key: str = "", **settings: Any) -> None:
         """Add a dataset. ``source`` is the tool's key, or section, that names it; ``split_key`` that of its split."""
         split = settings.pop("split", None)
@@ -272,10 +267,6 @@ class Draft:
         elif split and split != "train":
             settings["split"] = split
         self.sources.append({"from": source, **{key: value for key, value in settings.items() if value}})
-
-    def columns_of(self, path: str) -> list[str]:
-        """Return the columns of a local file's first row; none if it is no file of JSON."""
-        return first_columns(Path(path))
 
     def _write_sources(self) -> None:
         if not self.sources:
@@ -306,8 +297,9 @@ def is_there(path: Path) -> bool:
     return is_file(path) or is_folder(path)
 
 
-def first_columns(path: Path) -> list[str]:
-    """Return the names in the first row of a .jsonl file, or of a list in a .json file that is not large."""
+def first_columns(name: str) -> list[str]:
+    """Return the columns in the first row of a .jsonl file or of a .json list; none for any other name."""
+    path = Path(name)
     try:
         with open_regular(path) as file:
             start = file.readline(_MAX_ROW).decode("utf-8-sig") if path.suffix in (".jsonl", ".ndjson") else ""
@@ -426,23 +418,13 @@ def one_of(accepted: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
     return change
 
 
-def when(value: Any, result: Any, reason: str = _SAME) -> Callable[[Any], Any]:
-    """Return a translation of a switch: ``result`` where it is ``value``, else nothing, or not carried (``reason``)."""
-
-    def change(given: Any) -> Any:
-        if truth(given) == value:
-            return result
-        if reason != _SAME:
-            raise NotCarried(reason)
-        return None
-
-    return change
+def if_true(result: Any) -> Callable[[Any], Any]:
+    """Return a translation of a switch: ``result`` where it is on, else nothing has to be written."""
+    return lambda given: result if truth(given) else None
 
 
-def quantise(draft: Draft, kind: str | None, source: str, double: bool = False) -> None:
-    """Write the storage of the base model: ``nf4``, ``fp4``, ``int8``, or as in its files for None."""
-    if kind is None:
-        return
+def quantise(draft: Draft, kind: str, source: str, double: bool = False) -> None:
+    """Write the storage of the base model: ``nf4``, ``fp4`` or ``int8``."""
     value = {"type": kind, "double_quant": True} if double and kind in ("nf4", "fp4") else kind
     draft.put("base_model.quantization", value, source)
 

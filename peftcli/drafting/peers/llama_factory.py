@@ -13,6 +13,7 @@ from peftcli.drafting.peers.base import (
     Peer,
     Rule,
     To,
+    if_true,
     modules,
     names,
     needless,
@@ -22,7 +23,6 @@ from peftcli.drafting.peers.base import (
     renamed,
     template,
     truth,
-    when,
 )
 from peftcli.drafting.peers.preference import ONE_TURN, loss_settings, preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
@@ -64,7 +64,7 @@ TABLE: dict[str, Rule] = {
     "additional_target": To("method.modules_to_save", names),
     "use_dora": To("method.use_dora", truth),
     "use_rslora": To("method.use_rslora", truth),
-    "pissa_init": To("method.init_lora_weights", when(True, "pissa")),
+    "pissa_init": To("method.init_lora_weights", if_true("pissa")),
     "pissa_iter": "iterations of the fast PiSSA; see method.init_lora_weights: pissa_niter_16",
     "pissa_convert": "peftcli saves PiSSA as a plain LoRA in any case",
     "loraplus_lr_ratio": To("training.loraplus_lr_ratio", number),
@@ -96,8 +96,8 @@ TABLE: dict[str, Rule] = {
     "mask_history": By("dataset.train_on"),
     "enable_liger_kernel": To("training.use_liger_kernel", truth),
     "pure_bf16": To("training.bf16", truth),
-    "disable_gradient_checkpointing": To("training.gradient_checkpointing", when(False, True)),
-    "disable_shuffling": To("training.train_sampling_strategy", when(True, "sequential")),
+    "disable_gradient_checkpointing": To("training.gradient_checkpointing", lambda value: not truth(value)),
+    "disable_shuffling": To("training.train_sampling_strategy", if_true("sequential")),
     "shift_attn": "another attention while training, which peftcli does not have",
     "resize_vocab": "the vocabulary follows base_model.new_tokens",
     "split_special_tokens": "how special tokens in texts are read; peftcli reads them as the tokenizer does",

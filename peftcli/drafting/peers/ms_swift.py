@@ -15,6 +15,8 @@ from peftcli.drafting.peers.base import (
     Peer,
     Rule,
     To,
+    first_columns,
+    if_true,
     modules,
     names,
     number,
@@ -22,7 +24,6 @@ from peftcli.drafting.peers.base import (
     reasons,
     template,
     truth,
-    when,
     whole,
 )
 from peftcli.drafting.peers.preference import TABLE as COMPARED
@@ -88,7 +89,7 @@ TABLE: dict[str, Rule] = {
     "columns": By("dataset.columns"),
     "columns.*": By("dataset.columns"),
     "interleave_prob": By("dataset.mix"),
-    "streaming": To("dataset.streaming", when(True, True)),
+    "streaming": To("dataset.streaming", if_true(True)),
     "max_length": To("dataset.max_length", whole),
     "truncation_strategy": By("dataset.overlong"),
     "packing": By("dataset.packing"),
@@ -209,7 +210,7 @@ def _source(draft: Draft, text: str, what: str) -> dict[str, Any]:
         (path, "", "") if "/" not in name or path != name or name.startswith((".", "/")) else name.partition(":")
     )
     columns = {key.partition(".")[2]: value for key, value in draft.values.items() if key.startswith("columns.")}
-    found = draft.columns_of(path)
+    found = first_columns(path)
     form, mapped = _columns(columns, found, what)
     if (
         not found

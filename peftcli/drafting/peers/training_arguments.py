@@ -44,7 +44,6 @@ OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adamw_hf", "adam"), "adamw_torch"),
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
 }
 optimizer = one_of(OPTIMIZERS, "peftcli has no optimizer {}; it takes adamw_torch unless training.optim says otherwise")
 

@@ -13,6 +13,8 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    first_columns,
+    if_true,
     is_there,
     modules,
     names,
@@ -21,7 +23,6 @@ from peftcli.drafting.peers.base import (
     reasons,
     renamed,
     truth,
-    when,
     whole,
 )
 from peftcli.drafting.peers.preference import TABLE as COMPARED
@@ -42,7 +43,7 @@ TABLE: dict[str, Rule] = {
     "torch_dtype": To("base_model.dtype"),
     "dtype": To("base_model.dtype"),
     "attn_implementation": To("base_model.attn_implementation", attention),
-    "use_flash_attention_2": To("base_model.attn_implementation", when(True, "flash_attention_2")),
+    "use_flash_attention_2": To("base_model.attn_implementation", if_true("flash_attention_2")),
     "load_in_4bit": By("base_model.quantization"),
     "load_in_8bit": By("base_model.quantization"),
     "bnb_4bit_quant_type": By("base_model.quantization"),
@@ -66,7 +67,7 @@ TABLE: dict[str, Rule] = {
     "datasets[].split": By("dataset.mix"),
     "datasets[].data_files": By("dataset.mix"),
     "datasets[].*": "a choice of files or columns of the dataset, which dataset.mix does not have",
-    "streaming": To("dataset.streaming", when(True, True)),
+    "streaming": To("dataset.streaming", if_true(True)),
     "test_split_size": To("dataset.eval_fraction", number),
     "max_length": To("dataset.max_length", whole),
     "max_seq_length": To("dataset.max_length", whole),
@@ -214,7 +215,7 @@ def _trained(draft: Draft, supervised: bool) -> None:
             if key in draft.carried:
                 draft.drop(key, "concerns supervised training; answers alone are compared")
         return
-    columns = [name for each in draft.sources for name in draft.columns_of(each.get("train", ""))]
+    columns = [name for each in draft.sources for name in first_columns(each.get("train", ""))]
     chat = "messages" in columns or "conversations" in columns
     if field is not None and not chat and "prompt" not in columns:
         if field != "text":

@@ -14,6 +14,7 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    first_columns,
     modules,
     names,
     needless,
@@ -224,7 +225,7 @@ def _data(draft: Draft, value: Any, keys: dict[str, str]) -> None:
     field = value("dataset_text_field")
     if field is None:
         return
-    columns = draft.columns_of(path) if path is not None else []
+    columns = first_columns(path) if path is not None else []
     if field in columns:
         draft.put("dataset.format", "text", keys["dataset_text_field"])
         if field != "text":
