@@ -413,6 +413,13 @@ _LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --d
             set(),
         ),
         (
+            "a.sh",
+            "llamafactory-cli train --model_name_or_path a/b --dataset_dir ONLINE --dataset c/d "
+            "--disable_gradient_checkpointing true",
+            {"training.gradient_checkpointing": False},
+            set(),
+        ),
+        (
             "a.yaml",
             f"{_TORCHTUNE}\ndataset: {{_component_: torchtune.datasets.wikitext_dataset}}\n",
             {"dataset.name": "wikitext-103-v1", "training.weight_decay": 0.0},

@@ -48,10 +48,6 @@ _COMPARED = {
 _HEADINGS = "axolotl writes Alpaca's headings; peftcli does so only where the base model has no chat template"
 
 
-def _flash(value: Any) -> str | None:
-    return "flash_attention_2" if truth(value) else None
-
-
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
     **renamed("sequence_len lora_r lora_model_dir peft_use_rslora peft_layers_to_transform peft_init_lora_weights"),
@@ -76,7 +72,7 @@ TABLE: dict[str, Rule] = {
     "loraplus_lr_ratio": To("training.loraplus_lr_ratio", number),
     "loraplus_lr_embedding": To("training.loraplus_lr_embedding", number),
     "attn_implementation": To("base_model.attn_implementation", attention),
-    "flash_attention": To("base_model.attn_implementation", _flash),
+    "flash_attention": To("base_model.attn_implementation", if_true("flash_attention_2")),
     "sdp_attention": To("base_model.attn_implementation", if_true("sdpa")),
     "eager_attention": To("base_model.attn_implementation", if_true("eager")),
     "flex_attention": To("base_model.attn_implementation", if_true("flex_attention")),

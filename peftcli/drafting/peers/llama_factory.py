@@ -25,7 +25,7 @@ from peftcli.drafting.peers.base import (
     truth,
 )
 from peftcli.drafting.peers.preference import ONE_TURN, loss_settings, preference, refuse_sampling
-from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 from peftcli.errors import UsageError
 from peftcli.guard.files import is_file, read_json_object
@@ -44,6 +44,7 @@ def _attention(value: Any) -> str | None:
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **LORA,
     **renamed("model_name_or_path lora_rank cutoff_len max_samples adapter_name_or_path"),
     "model_revision": To("base_model.revision"),
     "trust_remote_code": By("base_model.trust_remote_code"),
@@ -58,12 +59,8 @@ TABLE: dict[str, Rule] = {
     "template": By("base_model.chat_template"),
     "stage": By("task.type"),
     "finetuning_type": By("method.type"),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "lora_target": To("method.target_modules", modules),
     "additional_target": To("method.modules_to_save", names),
-    "use_dora": To("method.use_dora", truth),
-    "use_rslora": To("method.use_rslora", truth),
     "pissa_init": To("method.init_lora_weights", if_true("pissa")),
     "pissa_iter": "iterations of the fast PiSSA; see method.init_lora_weights: pissa_niter_16",
     "pissa_convert": "peftcli saves PiSSA as a plain LoRA in any case",

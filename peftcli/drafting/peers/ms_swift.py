@@ -28,7 +28,7 @@ from peftcli.drafting.peers.base import (
 )
 from peftcli.drafting.peers.preference import TABLE as COMPARED
 from peftcli.drafting.peers.preference import loss_settings, preference, refuse_sampling
-from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
 _TYPE_KEYS = ("tuner_type", "train_type", "sft_type")
@@ -53,6 +53,7 @@ def _start(value: Any) -> Any:
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **LORA,
     **COMPARED,
     COMMAND: By("task.type"),
     "model": To("base_model.name"),
@@ -71,15 +72,11 @@ TABLE: dict[str, Rule] = {
     "chat_template": By("base_model.chat_template"),
     **{name: By("method.type") for name in _TYPE_KEYS},
     "lora_rank": To("method.r", whole),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "lora_bias": To("method.bias"),
     "target_modules": To("method.target_modules", modules),
     "target_regex": To("method.target_modules", str),
     "target_parameters": To("method.target_parameters", names),
     "modules_to_save": To("method.modules_to_save", names),
-    "use_rslora": To("method.use_rslora", truth),
-    "use_dora": To("method.use_dora", truth),
     "init_weights": To("method.init_lora_weights", _start),
     "init_lora_weights": To("method.init_lora_weights", _start),
     "lorap_lr_ratio": To("training.loraplus_lr_ratio", number),
@@ -134,6 +131,9 @@ def _build(draft: Draft) -> None:
     _data(draft, what)
     _trained(draft, what)
     deepspeed(draft)
+    if "training.output_dir" not in draft.settings and "base_model.name" in draft.settings:
+        model = str(draft.settings["base_model.name"].value).rstrip("/").rpartition("/")[2]
+        draft.settings["training.output_dir"] = draft.default(f"output/{model}")
     if "training.gradient_accumulation_steps" not in draft.settings:
         size = draft.settings.get("training.per_device_train_batch_size")
         draft.say(
@@ -316,6 +316,5 @@ PEER = Peer(
         "training.adam_beta2": 0.95,
         "training.gradient_checkpointing": True,
         "training.logging_steps": 5,
-        "training.output_dir": "output",
     },
 )

@@ -15,6 +15,7 @@ from peftcli.drafting.peers.base import (
     NotCarried,
     Rule,
     To,
+    if_true,
     names,
     needless,
     number,
@@ -104,11 +105,6 @@ def share_or_steps(value: Any) -> Any:
     return max(0, number(value))
 
 
-def sampling(value: Any) -> str | None:
-    """Return the order of examples for ``group_by_length``."""
-    return "group_by_length" if truth(value) else None
-
-
 def attention(value: Any) -> str:
     """Return an implementation of attention that we have."""
     if str(value) not in ("eager", "sdpa", "flash_attention_2", "flex_attention"):
@@ -116,6 +112,13 @@ def attention(value: Any) -> str:
     return str(value)
 
 
+LORA: dict[str, Rule] = {
+    "lora_alpha": To("method.lora_alpha", number),
+    "lora_dropout": To("method.lora_dropout", number),
+    "use_dora": To("method.use_dora", truth),
+    "use_rslora": To("method.use_rslora", truth),
+}
+"""The keys of LoRA that four tools take from PEFT."""
 TABLE: dict[str, Rule] = {
     **{
         name: To(f"training.{name}", number)
@@ -152,7 +155,7 @@ TABLE: dict[str, Rule] = {
     "neftune_noise_alpha": To("training.neftune_noise_alpha", noise),
     "gradient_checkpointing": To("training.gradient_checkpointing", checkpointing),
     "activation_checkpointing": To("training.gradient_checkpointing", checkpointing),
-    "group_by_length": To("training.train_sampling_strategy", sampling),
+    "group_by_length": To("training.train_sampling_strategy", if_true("group_by_length")),
     "train_sampling_strategy": To("training.train_sampling_strategy"),
     "dataloader_num_workers": To("training.dataloader_num_workers", whole),
     "report_to": To("training.report_to", trackers),

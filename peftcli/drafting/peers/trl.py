@@ -27,7 +27,7 @@ from peftcli.drafting.peers.base import (
 )
 from peftcli.drafting.peers.preference import TABLE as COMPARED
 from peftcli.drafting.peers.preference import loss_settings, preference, refuse_sampling
-from peftcli.drafting.peers.training_arguments import DEFAULTS, attention, deepspeed
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, attention, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
 _LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo", "cdpo": "dpo"}
@@ -36,6 +36,7 @@ _RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "rew
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **LORA,
     **COMPARED,
     **renamed("model_name_or_path model_revision lora_r lora_modules_to_save dataset_config dataset_streaming"),
     "model": To("base_model.name"),
@@ -51,12 +52,8 @@ TABLE: dict[str, Rule] = {
     "bnb_4bit_quant_storage": "how 4-bit weights are packed; it changes no value",
     "chat_template_path": By("base_model.chat_template"),
     "use_peft": By("method.type"),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "lora_target_modules": To("method.target_modules", modules),
     "lora_target_parameters": To("method.target_parameters", names),
-    "use_dora": To("method.use_dora", truth),
-    "use_rslora": To("method.use_rslora", truth),
     "lora_task_type": "the task decides; it is found from the command",
     "dataset_name": By("dataset.train"),
     "dataset_train_split": By("dataset.split"),
@@ -120,7 +117,8 @@ def command_of(draft: Draft) -> str:
         return "grpo"
     if {"desirable_weight", "undesirable_weight"} & {*draft.values}:
         return "kto"
-    return "dpo" if draft.get("beta") is not None or draft.get("loss_type") in _LOSSES else "sft"
+    compares = {*names(draft.get("loss_type", default=[]))} & {*_LOSSES}
+    return "dpo" if compares or draft.get("beta") is not None else "sft"
 
 
 def _build(draft: Draft) -> None:
@@ -153,8 +151,8 @@ def chat_template_path(draft: Draft) -> None:
 
 
 def _task(draft: Draft, what: str) -> None:
-    loss_type = draft.get("loss_type")
-    loss = _LOSSES.get(str(loss_type or "sigmoid")) if what in ("dpo", "cpo") else what
+    loss_type = ", ".join(names(draft.get("loss_type", default=[])))
+    loss = _LOSSES.get(loss_type or "sigmoid") if what in ("dpo", "cpo") else what
     if what == "cpo" and loss != "simpo":
         draft.refuse("cpo cannot be imported", "The nearest are task.loss: simpo, which TRL's CPO has too, and dpo.")
     if loss is None:
@@ -165,7 +163,7 @@ def _task(draft: Draft, what: str) -> None:
     else:
         preference(draft, loss, "loss_type" if loss_type else source, beta=0.1)
     loss_settings(draft, loss)
-    if loss_type is not None and what in ("sft", "kto", "orpo", "reward"):
+    if loss_type and what in ("sft", "kto", "orpo", "reward"):
         draft.drop("loss_type", "another form of the loss; peftcli's is the mean over the targets")
 
 
