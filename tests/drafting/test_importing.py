@@ -414,6 +414,19 @@ _LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --d
         ),
         (
             "a.sh",
+            "swift sft --model a/b --dataset c/d#500 --packing true --max_length 5 # a comment, don't read it",
+            {"dataset.train": "c/d", "dataset.limit": 500, "dataset.packing": True, "dataset.max_length": 5},
+            set(),
+        ),
+        (
+            "a.py",
+            "if True:\n    FastLanguageModel.from_pretrained('a/b')\nd = load_dataset('c/d')\nv = load_dataset('e/f')\n"
+            "FastLanguageModel.from_pretrained('my_lora')",
+            {"base_model.name": "a/b", "dataset.train": "c/d"},
+            {"load_dataset (line 4)", "FastLanguageModel.from_pretrained (line 5)"},
+        ),
+        (
+            "a.sh",
             "llamafactory-cli train --model_name_or_path a/b --dataset_dir ONLINE --dataset c/d "
             "--disable_gradient_checkpointing true",
             {"training.gradient_checkpointing": False},

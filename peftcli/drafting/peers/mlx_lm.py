@@ -213,7 +213,7 @@ def _schedule(draft: Draft) -> None:
     elif name:
         draft.drop("lr_schedule.name", "peftcli has no such schedule; the rate stays constant")
     arguments = draft.get("lr_schedule.arguments")
-    if arguments and ours:
+    if arguments:
         draft.put("training.learning_rate", number(arguments[0]), "lr_schedule.arguments, which replace learning_rate")
         if len(arguments) > 2 and number(arguments[2]):
             draft.notes.append("lr_schedule.arguments: the rate ends at 0, not at the last one")
