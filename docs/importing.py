@@ -9,13 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+from peftcli.drafting.importing import Imported, import_recipe
+from peftcli.drafting.peers import PEERS
+from peftcli.drafting.peers.base import NO_VALUE, By, To
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from peftcli.drafting.importing import Imported, import_recipe  # noqa: E402
-from peftcli.drafting.peers import PEERS  # noqa: E402
-from peftcli.drafting.peers.base import NO_VALUE, By, To  # noqa: E402
-
 PAGE = ROOT / "docs/import.md"
 RECIPES = ROOT / "tests/drafting/recipes"
 SUFFIXES = (".yml", ".yaml", ".sh", ".py", ".ipynb")

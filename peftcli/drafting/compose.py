@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from peftcli.drafting.header import schema_header
 from peftcli.drafting.peers.base import NO_VALUE, Draft, Setting
+from peftcli.drafting.write import scalar, schema_header
 from peftcli.guard.files import one_line, short_repr
-from peftcli.recipe.values import read_scalar
 from peftcli.system.secrets import redact
 
 _SECTIONS = ("base_model", "task", "method", "dataset", "training", "launch", "gates")
 _ORDER = ("name", "type", "train", "mix", "eval", "eval_fraction", "format", "columns", "output_dir")
-_PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./@=+-]*")
 
 
 def recipe_text(draft: Draft) -> str:
@@ -46,22 +43,6 @@ def _section(section: str, settings: Mapping[str, Setting]) -> list[str]:
         else:
             lines.append(f"  {name}: {scalar(value)}  # {comment}")
     return lines
-
-
-def scalar(value: Any) -> str:
-    """Return a value in YAML's flow form."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{scalar(str(key))}: {scalar(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(scalar, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, (int, float)):
-        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 reads 1e-05 as a text
-    text = redact(str(value))
-    if _PLAIN.fullmatch(text) and isinstance(read_scalar(text), str) and text.lower() not in ("yes", "no", "on", "off"):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable()).replace("${", "$${")
 
 
 def _comment(text: str) -> str:

@@ -193,10 +193,11 @@ def _commands_of(text: str, path: Path) -> Iterator[list[str]]:
     """Yield the words of each command; what the shell would execute within a word stays as it is written."""
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         hidden = _EXECUTED.findall(line)
-        lexer = shlex.shlex(_EXECUTED.sub("\x01", line), posix=True, punctuation_chars=";&|")
+        plain = re.sub(r"(?<=[^\s;&|])#", "\x02", _EXECUTED.sub("\x01", line))  # within a word # begins no comment
+        lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|")
         lexer.whitespace_split = True
         try:
-            words = list(lexer)
+            words = [word.replace("\x02", "#") for word in lexer]
         except ValueError:
             raise UsageError("a quote that is never closed", file=str(path)) from None
         command: list[str] = []
@@ -315,14 +316,17 @@ def _program(text: str, path: Path) -> Foreign:
     constants = _constants(tree)
     values: dict[str, Any] = {}
     names: list[str] = []
-    for call in (node for node in nodes if isinstance(node, ast.Call)):
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
         name = ast.unparse(call.func)
         short = (
             ".".join(name.split(".")[-2:])
             if name.endswith(("from_pretrained", "get_peft_model"))
             else name.split(".")[-1]
         )
-        if _CALLS.search(short):
+        if short in names:
+            values[f"{short} (line {call.lineno})"] = Unknown(short, "is called again; the first call counts")
+        elif _CALLS.search(short):
             names.append(short)
             for key, value in _arguments(call, short, constants):
                 values[f"{short.rpartition('.')[2]}.{key}"] = value

@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
-from peftcli.drafting.header import schema_header
 from peftcli.guard.files import one_line
 from peftcli.recipe.values import read_scalar
+from peftcli.system.secrets import redact
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./@=+-]*")
 _COLUMN = 52
@@ -25,6 +26,11 @@ class Line:
     """Its full name: ``dataset.columns.label``."""
     value: Any
     reason: str
+
+
+def schema_header() -> str:
+    """Return the comment that editors with a YAML language server read: the schema of this installation."""
+    return f"# yaml-language-server: $schema={files('peftcli') / 'recipe.schema.json'}"
 
 
 def recipe_text(lines: Sequence[Line], comments: Sequence[str] = (), bases: Sequence[str] = ()) -> str:
@@ -61,9 +67,11 @@ def scalar(value: Any) -> str:
         return "{" + ", ".join(f"{scalar(str(key))}: {scalar(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(scalar, value)) + "]"
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool):
         return json.dumps(value)
-    text = str(value)
+    if isinstance(value, int | float):
+        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 reads 1e-05 as a text
+    text = redact(str(value))
     if _PLAIN.fullmatch(text) and isinstance(read_scalar(text), str) and text.lower() not in ("yes", "no", "on", "off"):
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable()).replace("${", "$${")

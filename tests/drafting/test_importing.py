@@ -185,8 +185,9 @@ IMPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
             "training.max_grad_norm": 0,
             "training.lr_scheduler_type": "cosine",
         },
-        "tokenizer._component_ tokenizer.path checkpointer._component_ checkpointer.checkpoint_files "
-        "checkpointer.model_type checkpointer.output_dir resume_from_checkpoint save_adapter_weights_only "
+        "tokenizer._component_ tokenizer.path tokenizer.max_seq_len checkpointer._component_ "
+        "checkpointer.checkpoint_files checkpointer.model_type checkpointer.output_dir "
+        "resume_from_checkpoint save_adapter_weights_only "
         "optimizer.fused metric_logger.log_dir log_peak_memory_stats device enable_activation_offloading "
         "profiler._component_ profiler.enabled profiler.output_dir profiler.cpu",
     ),
@@ -263,6 +264,10 @@ def _write(folder: Path, name: str, text: str) -> Path:
 
 
 _AXOLOTL = "base_model: a/b\nsequence_len: 10\nmicro_batch_size: 1\ndatasets: [{path: c/d, type: alpaca}]\n"
+_TORCHTUNE = (
+    "model: {_component_: x.lora_y}\ncheckpointer: {checkpoint_dir: a/b}\n"
+    "optimizer: {_component_: torch.optim.SGD, lr: 1e-3}"
+)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +289,7 @@ _AXOLOTL = "base_model: a/b\nsequence_len: 10\nmicro_batch_size: 1\ndatasets: [{
         ("a.yml", f"{_AXOLOTL}adapter: lora\nrl: grpo\n", (), "rl: grpo: learning from sampled answers"),
         ("a.yml", f"{_AXOLOTL.replace('base_model: a/b', '')}adapter: lora\n", (), "names no base model"),
         ("a.yml", "model_name_or_path: a/b\nstage: sft\ndataset: x\ncutoff_len: 5\n", (), "dataset_info.json"),
+        ("a.yml", f"{_TORCHTUNE}\ndataset: [{{_component_: x.alpaca_dataset}}]\n", (), "a list of datasets"),
         ("a.sh", "ls -l\n", (), "no command of a tool"),
         ("a.sh", "trl sft --model 'x\n", (), "never closed"),
         (
@@ -370,6 +376,67 @@ _LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --d
             "model: a/b\nfine_tune_type: lora\niters: 7\nhf_dataset: {path: c/d, text_feature: body}\n",
             {"dataset.columns": {"text": "body"}, "method.lora_alpha": 160, "training.max_steps": 7},
             {"num_layers (mlx-lm's default 16)"},
+        ),
+        (
+            "a.yml",
+            f"{_AXOLOTL}adapter: lora\nlr_scheduler: constant\nrl: simpo\ntrl: {{beta: 0.3}}\n",
+            {
+                "training.lr_scheduler_type": "constant",
+                "task": {"type": "preference", "loss": "simpo", "beta": 0.3},
+                "dataset.overlong": "drop",
+            },
+            {"cpo_alpha (axolotl's default)"},
+        ),
+        (
+            "a.yml",
+            f"{_AXOLOTL.replace('alpaca', 'chat_template.default')}adapter: lora\nrl: dpo\n",
+            {"dataset.columns": {"prompt": "messages"}, "task.beta": 0.1},
+            set(),
+        ),
+        (
+            "a.sh",
+            "swift rlhf --rlhf_type simpo --model a/b --dataset c/d --lr_scheduler_type constant --warmup_ratio 0.1",
+            {"task.beta": 2.0, "task.simpo_gamma": 1.0, "training.lr_scheduler_type": "constant"},
+            {"cpo_alpha (ms-swift's default)", "warmup_ratio"},
+        ),
+        (
+            "a.yaml",
+            "model_name_or_path: a/b\nuse_peft: true\ndatasets: [{path: json, data_files: data/chat.jsonl}]\n",
+            {"dataset.train": "data/chat.jsonl", "dataset.train_on": "all"},
+            set(),
+        ),
+        (
+            "a.yaml",
+            "model_name_or_path: a/b\nstage: sft\ncutoff_len: 8\ndataset_dir: ONLINE\ndataset: c/d,e/f\n"
+            "mix_strategy: interleave_under\n",
+            {"dataset.mix": [{"train": "c/d", "weight": 1}, {"train": "e/f", "weight": 1}]},
+            set(),
+        ),
+        (
+            "a.sh",
+            "swift sft --model a/b --dataset c/d#500 --packing true --max_length 5 # a comment, don't read it",
+            {"dataset.train": "c/d", "dataset.limit": 500, "dataset.packing": True, "dataset.max_length": 5},
+            set(),
+        ),
+        (
+            "a.py",
+            "if True:\n    FastLanguageModel.from_pretrained('a/b')\nd = load_dataset('c/d')\nv = load_dataset('e/f')\n"
+            "FastLanguageModel.from_pretrained('my_lora')",
+            {"base_model.name": "a/b", "dataset.train": "c/d"},
+            {"load_dataset (line 4)", "FastLanguageModel.from_pretrained (line 5)"},
+        ),
+        (
+            "a.sh",
+            "llamafactory-cli train --model_name_or_path a/b --dataset_dir ONLINE --dataset c/d "
+            "--disable_gradient_checkpointing true",
+            {"training.gradient_checkpointing": False},
+            set(),
+        ),
+        (
+            "a.yaml",
+            f"{_TORCHTUNE}\ndataset: {{_component_: torchtune.datasets.wikitext_dataset}}\n",
+            {"dataset.name": "wikitext-103-v1", "training.weight_decay": 0.0},
+            {"tokenizer.max_seq_len"},
         ),
     ],
 )

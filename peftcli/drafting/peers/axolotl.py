@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peftcli.drafting.peers.base import (
-    ONE_TURN,
     By,
     Draft,
     Peer,
@@ -13,19 +12,18 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    if_true,
     modules,
     names,
     needless,
     number,
-    preference,
     reasons,
-    refuse_sampling,
     renamed,
     template,
     truth,
-    when,
     whole,
 )
+from peftcli.drafting.peers.preference import CPO_SHARE, ONE_TURN, preference, refuse_sampling
 from peftcli.drafting.peers.training_arguments import (
     OPTIMIZERS,
     attention,
@@ -48,10 +46,6 @@ _COMPARED = {
 }
 """End of a preference dataset's type -> our columns of its rows."""
 _HEADINGS = "axolotl writes Alpaca's headings; peftcli does so only where the base model has no chat template"
-
-
-def _flash(value: Any) -> str | None:
-    return "flash_attention_2" if truth(value) else None
 
 
 TABLE: dict[str, Rule] = {
@@ -78,13 +72,13 @@ TABLE: dict[str, Rule] = {
     "loraplus_lr_ratio": To("training.loraplus_lr_ratio", number),
     "loraplus_lr_embedding": To("training.loraplus_lr_embedding", number),
     "attn_implementation": To("base_model.attn_implementation", attention),
-    "flash_attention": To("base_model.attn_implementation", _flash),
-    "sdp_attention": To("base_model.attn_implementation", when(True, "sdpa")),
-    "eager_attention": To("base_model.attn_implementation", when(True, "eager")),
-    "flex_attention": To("base_model.attn_implementation", when(True, "flex_attention")),
+    "flash_attention": To("base_model.attn_implementation", if_true("flash_attention_2")),
+    "sdp_attention": To("base_model.attn_implementation", if_true("sdpa")),
+    "eager_attention": To("base_model.attn_implementation", if_true("eager")),
+    "flex_attention": To("base_model.attn_implementation", if_true("flex_attention")),
     "s2_attention": "another attention while training, which peftcli does not have",
     "float16": "the whole model in float16; see base_model.dtype",
-    "bfloat16": To("base_model.dtype", when(True, "bfloat16")),
+    "bfloat16": To("base_model.dtype", if_true("bfloat16")),
     "xformers_attention": "xformers' attention is not here; transformers' default is used",
     "chat_template": By("base_model.chat_template"),
     "chat_template_jinja": By("base_model.chat_template"),
@@ -144,6 +138,8 @@ TABLE: dict[str, Rule] = {
     "excess_length_strategy": By("dataset.overlong"),
     "rl": By("task.loss"),
     "rl_beta": By("task.beta"),
+    "trl.beta": By("task.beta"),
+    "cpo_alpha": CPO_SHARE,
     "dpo_beta": By("task.beta"),
     "orpo_alpha": By("task.beta"),
     "simpo_gamma": To("task.simpo_gamma", number),
@@ -179,8 +175,6 @@ TABLE: dict[str, Rule] = {
     "liger_layer_norm": By("training.use_liger_kernel"),
     "liger_fused_linear_cross_entropy": By("training.use_liger_kernel"),
     **needless("lora_fan_in_fan_out pad_to_sequence_len hub_model_id auto_resume_from_checkpoints"),
-    "special_tokens.*": "the base model's tokenizer knows its special tokens",
-    "special_tokens": "the base model's tokenizer knows its special tokens",
     "cosine_min_lr_ratio": "peftcli's cosine ends at 0",
     "cosine_constant_lr_ratio": "peftcli's cosine ends at 0",
     "loss_watchdog_threshold": "peftcli stops when the loss is NaN or Inf; see also the gates",
@@ -199,7 +193,7 @@ TABLE: dict[str, Rule] = {
             "wandb_entity wandb_watch wandb_log_model wandb_mode mlflow_experiment_name mlflow_tracking_uri "
             "use_tensorboard use_wandb eval_table_size include_tkps"
         ),
-        infer="eval_max_new_tokens eval_max_new_tokens eval_causal_lm_metrics do_causal_lm_eval",
+        infer="eval_max_new_tokens eval_causal_lm_metrics do_causal_lm_eval",
         speed=(
             "eval_sample_packing sample_packing_group_size sample_packing_bin_size sample_packing_sequentially "
             "multipack_real_batches low_cpu_mem_usage lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
@@ -208,6 +202,7 @@ TABLE: dict[str, Rule] = {
             "torch_compile_backend cut_cross_entropy sequence_parallel_degree context_parallel_size "
             "experimental_skip_move_to_device lora_on_cpu tiled_mlp"
         ),
+        tokens="special_tokens special_tokens.*",
         check="strict debug dataset_shuffle_seed",
         process="local_rank ddp use_ray ray_num_workers resources_per_worker world_size",
     ),
@@ -251,8 +246,8 @@ def _task(draft: Draft) -> None:
     if kind in ("grpo", "gdpo", "ebft", "ppo"):
         refuse_sampling(draft, f"rl: {kind}")
     if kind in ("dpo", "ipo", "orpo", "simpo", "kto"):
-        preference(draft, kind, "rl", beta=2.0 if kind == "simpo" else 0.1)
-        for key in ("rl_beta", "dpo_beta", "orpo_alpha"):
+        preference(draft, kind, "rl", beta=0.1)
+        for key in ("orpo_alpha", "dpo_beta", "rl_beta", "trl.beta"):
             if (beta := draft.get(key)) is not None:
                 draft.put("task.beta", number(beta), key)
     elif kind:
@@ -263,13 +258,8 @@ def _task(draft: Draft) -> None:
         draft.say("task.type", "causal_lm", "axolotl: neither rl nor reward_model")
 
 
-def _entries(draft: Draft, list_name: str) -> list[str]:
-    """Return the names of the list's entries, as ``datasets[0]``."""
-    return list(dict.fromkeys(key.split("]")[0] + "]" for key in draft.values if key.startswith(f"{list_name}[")))
-
-
 def _data(draft: Draft) -> None:
-    for entry in _entries(draft, "datasets"):
+    for entry in draft.entries("datasets"):
         given = draft.section(entry)
         form, columns = _form(draft, entry, given)
         draft.add_source(
@@ -284,6 +274,7 @@ def _data(draft: Draft) -> None:
     _pretraining(draft)
     _evaluation(draft)
     _trained(draft)
+    _overlong(draft)
 
 
 def _form(draft: Draft, entry: str, given: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -297,6 +288,7 @@ def _form(draft: Draft, entry: str, given: dict[str, Any]) -> tuple[str | None, 
         columns |= {key: given.get(f"field_{key}") for key in ("chosen", "rejected") if given.get(f"field_{key}")}
         messages = given.get("field_messages")
         if kind.startswith("chat_template"):
+            messages = messages or "messages"
             draft.notes.append(f"{entry}: {ONE_TURN}")
         return None, columns | ({"prompt": messages} if messages else {})
     if kind.startswith("chat_template") or kind == "sharegpt":
@@ -323,7 +315,7 @@ def _turns(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _pretraining(draft: Draft) -> None:
-    text, entries = draft.get("pretraining_dataset"), _entries(draft, "pretraining_dataset")
+    text, entries = draft.get("pretraining_dataset"), draft.entries("pretraining_dataset")
     for entry in entries or (["pretraining_dataset"] if text else []):
         given = draft.section(entry)
         column = given.get("text_column", "text")
@@ -339,7 +331,7 @@ def _pretraining(draft: Draft) -> None:
 
 
 def _evaluation(draft: Draft) -> None:
-    entries, size = _entries(draft, "test_datasets"), draft.get("val_set_size")
+    entries, size = draft.entries("test_datasets"), draft.get("val_set_size")
     if entries:
         given = draft.section(entries[0])
         found = dataset_of(draft, given.get("path"), given.get("data_files"), f"{entries[0]}.data_files")
@@ -357,43 +349,40 @@ def _evaluation(draft: Draft) -> None:
 
 
 def _trained(draft: Draft) -> None:
-    """Which tokens count in the loss."""
+    """Write which tokens count in the loss."""
     if draft.settings["task.type"].value != "causal_lm":
         for key in ("train_on_inputs", "sample_packing"):
             if truth(draft.get(key, default=False)):
                 draft.drop(key, "concerns supervised training; answers alone are compared")
                 draft.settings.pop("dataset.packing", None)
         return
-    roles = [
-        draft.values[f"{entry}.roles_to_train"]
-        for entry in _entries(draft, "datasets")
-        if draft.values.get(f"{entry}.roles_to_train")
-    ]
-    if any({*names(each)} - {"assistant", "gpt"} for each in roles) or truth(
-        draft.get("train_on_inputs", default=False)
-    ):
-        source = "roles_to_train" if roles else "train_on_inputs"
-        draft.put("dataset.train_on", "all", source)
-    else:
-        draft.say(
-            "dataset.train_on",
-            "answers",
-            "from: train_on_inputs"
-            if draft.get("train_on_inputs") is not None
-            else "axolotl's default: train_on_inputs false, and only the assistant's turns of conversations",
-        )
-    for entry in _entries(draft, "datasets"):
-        if draft.values.get(f"{entry}.train_on_eos") not in (None, "turn"):
+    inputs, others = draft.get("train_on_inputs"), []
+    for entry in draft.entries("datasets"):
+        if {*names(draft.get(f"{entry}.roles_to_train", default=[]))} - {"assistant", "gpt"}:
+            others.append(f"{entry}.roles_to_train")
+        if draft.get(f"{entry}.train_on_eos", default="turn") != "turn":
             draft.drop(f"{entry}.train_on_eos", "peftcli trains the end of each trained turn")
-    word = str(draft.get("excess_length_strategy", default="")).lower()
-    if word == "truncate":
-        draft.put("dataset.overlong", "truncate", "excess_length_strategy")
+    if inputs is not None and truth(inputs):
+        draft.put("dataset.train_on", "all", "train_on_inputs")
+    elif others:
+        draft.put("dataset.train_on", "all", ", ".join(others))
+        draft.notes.append(f"{', '.join(others)}: dataset.train_on: all trains every turn of every dataset")
+    elif inputs is not None:
+        draft.put("dataset.train_on", "answers", "train_on_inputs")
     else:
-        draft.say(
-            "dataset.overlong",
-            "error" if word == "raise" else "drop",
-            "from: excess_length_strategy" if word else "axolotl's default: longer rows are left out",
-        )
+        default = "axolotl's default: train_on_inputs false, and only the assistant's turns of conversations"
+        draft.say("dataset.train_on", "answers", default)
+
+
+def _overlong(draft: Draft) -> None:
+    """Write what becomes of rows that are too long, compared answers among them."""
+    word = str(draft.get("excess_length_strategy", default="drop")).lower()
+    given = draft.get("excess_length_strategy") is not None
+    draft.say(
+        "dataset.overlong",
+        {"truncate": "truncate", "raise": "error"}.get(word, "drop"),
+        "from: excess_length_strategy" if given else "axolotl's default: longer rows are left out",
+    )
 
 
 def _schedule(draft: Draft) -> None:

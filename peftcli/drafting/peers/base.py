@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from peftcli.errors import UsageError
 from peftcli.guard.files import is_file, is_folder, open_regular, short_repr
@@ -41,7 +41,6 @@ _INSTEAD = {
 }
 """A default is not written where one of these settings is given instead of it."""
 _MAX_ROW = 1_000_000
-_SAME: Final = "as here"
 
 
 class NotCarried(Exception):
@@ -143,6 +142,11 @@ class Draft:
         below = {key: value for key, value in self.values.items() if key.startswith(f"{prefix}.")}
         return {key[len(prefix) + 1 :]: value for key, value in below.items() if not isinstance(value, Unknown)}
 
+    def entries(self, list_name: str) -> list[str]:
+        """Return the names of a list's entries, as ``datasets[0]``."""
+        found = (key.split("]")[0] + "]" for key in self.values if key.startswith(f"{list_name}["))
+        return list(dict.fromkeys(found))
+
     def put(self, key: str, value: Any, source: str) -> None:
         """Write a setting whose value comes from the tool's key ``source``."""
         self.settings[key] = Setting(value, f"from: {source}")
@@ -194,6 +198,10 @@ class Draft:
             chosen = self.settings.get(f"training.{what}_strategy")
             if chosen and chosen.value != "steps":
                 self._leave_out(f"training.{what}_steps", f"is not read while {what}_strategy is {chosen.value}")
+        schedule = self.settings.get("training.lr_scheduler_type")
+        if schedule and schedule.value == "constant":
+            for name in ("warmup_steps", "warmup_ratio"):
+                self._leave_out(f"training.{name}", "is not read while the schedule is constant")
 
     def default(self, value: Any) -> Setting:
         """Return a setting that the file does not give."""
@@ -247,10 +255,6 @@ class Draft:
                 return os.path.normpath(folder / given)
         return str(text)
 
-    def path_of(self, key: str) -> str:
-        """The value of a key as a path."""
-        return self.path(self.values[key])
-
     def add_source(self, source: str, split_key: str = "", **settings: Any) -> None:
         """Add a dataset. ``source`` is the tool's key, or section, that names it; ``split_key`` that of its split."""
         split = settings.pop("split", None)
@@ -263,10 +267,6 @@ class Draft:
         elif split and split != "train":
             settings["split"] = split
         self.sources.append({"from": source, **{key: value for key, value in settings.items() if value}})
-
-    def columns_of(self, path: str) -> list[str]:
-        """Return the columns of a local file's first row; none if it is no file of JSON."""
-        return first_columns(Path(path))
 
     def _write_sources(self) -> None:
         if not self.sources:
@@ -297,8 +297,9 @@ def is_there(path: Path) -> bool:
     return is_file(path) or is_folder(path)
 
 
-def first_columns(path: Path) -> list[str]:
-    """Return the names in the first row of a .jsonl file, or of a list in a .json file that is not large."""
+def first_columns(name: str) -> list[str]:
+    """Return the columns in the first row of a .jsonl file or of a .json list; none for any other name."""
+    path = Path(name)
     try:
         with open_regular(path) as file:
             start = file.readline(_MAX_ROW).decode("utf-8-sig") if path.suffix in (".jsonl", ".ndjson") else ""
@@ -417,23 +418,13 @@ def one_of(accepted: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
     return change
 
 
-def when(value: Any, result: Any, reason: str = _SAME) -> Callable[[Any], Any]:
-    """Return a translation of a switch: ``result`` where it is ``value``, else nothing, or not carried (``reason``)."""
-
-    def change(given: Any) -> Any:
-        if truth(given) == value:
-            return result
-        if reason != _SAME:
-            raise NotCarried(reason)
-        return None
-
-    return change
+def if_true(result: Any) -> Callable[[Any], Any]:
+    """Return a translation of a switch: ``result`` where it is on, else nothing has to be written."""
+    return lambda given: result if truth(given) else None
 
 
-def quantise(draft: Draft, kind: str | None, source: str, double: bool = False) -> None:
-    """Write the storage of the base model: ``nf4``, ``fp4``, ``int8``, or as in its files for None."""
-    if kind is None:
-        return
+def quantise(draft: Draft, kind: str, source: str, double: bool = False) -> None:
+    """Write the storage of the base model: ``nf4``, ``fp4`` or ``int8``."""
     value = {"type": kind, "double_quant": True} if double and kind in ("nf4", "fp4") else kind
     draft.put("base_model.quantization", value, source)
 
@@ -445,6 +436,19 @@ def bits_of(draft: Draft, four: str, eight: str, kind: str, double: str, default
         quantise(draft, found, four, truth(draft.get(double, default=default_double)))
     elif draft.get(eight) and truth(draft.get(eight)):
         quantise(draft, "int8", eight)
+
+
+def quantise_bits(draft: Draft, bits: str, method: str, kind: str, double: str) -> None:
+    """Write the quantization that a number of bits, its method and their details describe."""
+    count = draft.get(bits)
+    if count is None:
+        return
+    by = str(draft.get(method, default="bnb")).lower()
+    if by not in ("bnb", "bitsandbytes") or number(count) not in (4, 8):
+        draft.drop(bits, f"{count} bits by {by}; peftcli has nf4, fp4 and int8 by bitsandbytes")
+        return
+    found = str(draft.get(kind, default="nf4")) if number(count) == 4 else "int8"
+    quantise(draft, found, bits, truth(draft.get(double, default=True)))
 
 
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
@@ -463,7 +467,7 @@ def dataset_of(draft: Draft, path: Any, files: Any, key: str) -> str | None:
     return draft.path(found[0])
 
 
-ONE_TURN = "chosen and rejected are one turn each there; peftcli reads lists of turns: put each into [ ]"
+INTERLEAVED = "an epoch ends with one of the datasets there; peftcli's has as many examples as all of them together"
 TEMPLATES = "the base model's own chat template is used; this is a template of {}'s own. See base_model.chat_template"
 
 
@@ -481,23 +485,3 @@ def template(draft: Draft, key: str) -> None:
         draft.carried[key] = "base_model.chat_template (unset: the tokenizer's own)"
     else:
         draft.drop(key, TEMPLATES.format(draft.peer.label))
-
-
-def preference(draft: Draft, loss: str, source: str, beta: Any = None) -> None:
-    """Write the task of answers that are compared."""
-    draft.put("task.type", "preference", source)
-    draft.put("task.loss", loss, source)
-    if beta is not None:
-        draft.settings["task.beta"] = Setting(beta, f"{draft.peer.label}'s default")
-
-
-def refuse_sampling(draft: Draft, what: str) -> NoReturn:
-    """Raise the error of methods that learn from answers which they sample.
-
-    Raises:
-        UsageError: always.
-    """
-    draft.refuse(
-        f"{what}: learning from sampled answers (GRPO, PPO and the like) cannot be imported",
-        "The nearest here is task: preference, on pairs of chosen and rejected answers: `peftcli explain preference`.",
-    )

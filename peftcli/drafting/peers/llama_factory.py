@@ -6,27 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.drafting.peers.base import (
-    ONE_TURN,
+    INTERLEAVED,
     By,
     Draft,
     NotCarried,
     Peer,
     Rule,
     To,
+    if_true,
     modules,
     names,
     needless,
     number,
-    preference,
-    quantise,
+    quantise_bits,
     reasons,
-    refuse_sampling,
     renamed,
     template,
     truth,
-    when,
 )
-from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
+from peftcli.drafting.peers.preference import ONE_TURN, loss_settings, preference, refuse_sampling
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 from peftcli.errors import UsageError
 from peftcli.guard.files import is_file, read_json_object
@@ -45,6 +44,7 @@ def _attention(value: Any) -> str | None:
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **LORA,
     **renamed("model_name_or_path lora_rank cutoff_len max_samples adapter_name_or_path"),
     "model_revision": To("base_model.revision"),
     "trust_remote_code": By("base_model.trust_remote_code"),
@@ -59,13 +59,9 @@ TABLE: dict[str, Rule] = {
     "template": By("base_model.chat_template"),
     "stage": By("task.type"),
     "finetuning_type": By("method.type"),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "lora_target": To("method.target_modules", modules),
     "additional_target": To("method.modules_to_save", names),
-    "use_dora": To("method.use_dora", truth),
-    "use_rslora": To("method.use_rslora", truth),
-    "pissa_init": To("method.init_lora_weights", when(True, "pissa")),
+    "pissa_init": To("method.init_lora_weights", if_true("pissa")),
     "pissa_iter": "iterations of the fast PiSSA; see method.init_lora_weights: pissa_niter_16",
     "pissa_convert": "peftcli saves PiSSA as a plain LoRA in any case",
     "loraplus_lr_ratio": To("training.loraplus_lr_ratio", number),
@@ -97,8 +93,8 @@ TABLE: dict[str, Rule] = {
     "mask_history": By("dataset.train_on"),
     "enable_liger_kernel": To("training.use_liger_kernel", truth),
     "pure_bf16": To("training.bf16", truth),
-    "disable_gradient_checkpointing": To("training.gradient_checkpointing", when(False, True)),
-    "disable_shuffling": To("training.train_sampling_strategy", when(True, "sequential")),
+    "disable_gradient_checkpointing": To("training.gradient_checkpointing", lambda value: not truth(value)),
+    "disable_shuffling": To("training.train_sampling_strategy", if_true("sequential")),
     "shift_attn": "another attention while training, which peftcli does not have",
     "resize_vocab": "the vocabulary follows base_model.new_tokens",
     "split_special_tokens": "how special tokens in texts are read; peftcli reads them as the tokenizer does",
@@ -146,15 +142,7 @@ def _build(draft: Draft) -> None:
         draft.refuse_full(f"finetuning_type: {kind}")
     _method(draft, kind)
     _task(draft)
-    bits = draft.get("quantization_bit")
-    if bits is not None:
-        method = str(draft.get("quantization_method", default="bnb")).lower()
-        if method not in ("bnb", "bitsandbytes") or int(number(bits)) not in (4, 8):
-            draft.drop("quantization_bit", f"{bits} bits by {method}; peftcli has nf4, fp4 and int8 by bitsandbytes")
-        else:
-            double = truth(draft.get("double_quantization", default=True))
-            kind = str(draft.get("quantization_type", default="nf4")) if int(number(bits)) == 4 else "int8"
-            quantise(draft, kind, "quantization_bit", double)
+    quantise_bits(draft, "quantization_bit", "quantization_method", "quantization_type", "double_quantization")
     if draft.get("trust_remote_code") is not None:
         draft.drop(
             "trust_remote_code",
@@ -203,8 +191,6 @@ def _task(draft: Draft) -> None:
                 f"pref_loss: {draft.get('pref_loss')} cannot be imported", "It imports sigmoid, ipo, orpo and simpo."
             )
         preference(draft, loss, "pref_loss" if draft.get("pref_loss") else "stage", beta=0.1)
-        if draft.get("pref_beta") is not None:
-            draft.put("task.beta", number(draft.get("pref_beta")), "pref_beta")
     elif stage == "rm":
         draft.put("task.type", "reward", "stage")
     elif stage in ("sft", "pt"):
@@ -212,21 +198,16 @@ def _task(draft: Draft) -> None:
     else:
         draft.refuse(f"stage: {stage} cannot be imported", "It imports pt, sft, rm, dpo and kto.")
     loss = draft.settings["task.loss"].value if "task.loss" in draft.settings else None
-    for key, needed in (
-        ("simpo_gamma", ("simpo",)),
-        ("dpo_label_smoothing", ("dpo", "simpo")),
-        ("kto_chosen_weight", ("kto",)),
-        ("kto_rejected_weight", ("kto",)),
-        ("pref_beta", ("dpo", "ipo", "orpo", "simpo", "kto")),
-        ("pref_loss", ("dpo", "ipo", "orpo", "simpo")),
-    ):
-        rule = draft.peer.table[key]
-        if draft.get(key) is None or not isinstance(rule, By):
-            continue
-        if loss not in needed:
-            draft.drop(key, f"a setting of {' and '.join(needed)}, which the recipe does not choose")
-        elif key not in ("pref_beta", "pref_loss"):
-            draft.put(rule.key, number(draft.get(key)), key)
+    loss_settings(
+        draft,
+        loss,
+        beta="pref_beta",
+        label_smoothing="dpo_label_smoothing",
+        desirable_weight="kto_chosen_weight",
+        undesirable_weight="kto_rejected_weight",
+    )
+    if draft.get("pref_loss") is not None and stage != "dpo":
+        draft.drop("pref_loss", "a loss of stage dpo, which the recipe does not choose")
 
 
 def _template(draft: Draft) -> None:
@@ -256,8 +237,12 @@ def _data(draft: Draft) -> None:
     elif not compared:
         draft.say("dataset.train_on", "answers", "LLaMA-Factory's default: prompts are masked")
     info, folder = _info(draft)
+    given = names(draft.get("dataset", default=[]))
     weights = [number(each) for each in names(draft.get("interleave_probs", default=[]))]
-    for at, name in enumerate(names(draft.get("dataset", default=[]))):
+    if str(draft.get("mix_strategy", default="concat")).startswith("interleave"):
+        weights = weights or [1] * len(given)
+        draft.notes.append(f"mix_strategy: {INTERLEAVED}")
+    for at, name in enumerate(given):
         draft.add_source(
             f"dataset: {name}",
             weight=weights[at] if at < len(weights) else None,
@@ -278,7 +263,7 @@ def _data(draft: Draft) -> None:
 
 
 def _info(draft: Draft) -> tuple[dict[str, Any] | None, Path]:
-    """Return the datasets that ``dataset_info.json`` describes, and its folder; None where there is none."""
+    """Find ``dataset_info.json``; return its datasets and its folder, or None where the hub is read directly."""
     given = str(draft.get("dataset_dir", default="data"))
     if given == "ONLINE":
         return None, Path()
@@ -408,6 +393,5 @@ PEER = Peer(
         **DEFAULTS,
         "dataset.max_length": 2048,
         "training.gradient_checkpointing": True,
-        "training.output_dir": "outputs/llama-factory",
     },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftcli.drafting.peers.base import COMMAND, By, Draft, Peer, Rule, To, number, reasons, truth, whole
+from peftcli.drafting.peers.base import COMMAND, By, Draft, Peer, Rule, To, first_columns, number, reasons, truth, whole
 from peftcli.errors import UsageError
 from peftcli.guard.files import is_file, is_folder, read_json_object
 
@@ -182,7 +182,7 @@ def _folder(draft: Draft, path: str) -> None:
     if not is_file(train):
         draft.add_source("data", train=path if not is_folder(Path(path)) else train.as_posix())
         return
-    draft.add_source("data", train=train.as_posix(), **_form(draft.columns_of(str(train)), {}))
+    draft.add_source("data", train=train.as_posix(), **_form(first_columns(str(train)), {}))
     if is_file(valid):
         draft.put("dataset.eval", valid.as_posix(), "data: its valid.jsonl")
 
@@ -213,7 +213,7 @@ def _schedule(draft: Draft) -> None:
     elif name:
         draft.drop("lr_schedule.name", "peftcli has no such schedule; the rate stays constant")
     arguments = draft.get("lr_schedule.arguments")
-    if arguments and ours:
+    if arguments:
         draft.put("training.learning_rate", number(arguments[0]), "lr_schedule.arguments, which replace learning_rate")
         if len(arguments) > 2 and number(arguments[2]):
             draft.notes.append("lr_schedule.arguments: the rate ends at 0, not at the last one")

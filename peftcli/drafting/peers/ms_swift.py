@@ -8,25 +8,27 @@ from typing import Any
 
 from peftcli.drafting.peers.base import (
     COMMAND,
+    INTERLEAVED,
     By,
     Draft,
     NotCarried,
     Peer,
     Rule,
     To,
+    first_columns,
+    if_true,
     modules,
     names,
     number,
-    preference,
-    quantise,
+    quantise_bits,
     reasons,
-    refuse_sampling,
     template,
     truth,
-    when,
     whole,
 )
-from peftcli.drafting.peers.training_arguments import DEFAULTS, deepspeed
+from peftcli.drafting.peers.preference import TABLE as COMPARED
+from peftcli.drafting.peers.preference import loss_settings, preference, refuse_sampling
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
 _TYPE_KEYS = ("tuner_type", "train_type", "sft_type")
@@ -51,6 +53,8 @@ def _start(value: Any) -> Any:
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **LORA,
+    **COMPARED,
     COMMAND: By("task.type"),
     "model": To("base_model.name"),
     "model_id_or_path": To("base_model.name"),
@@ -68,15 +72,11 @@ TABLE: dict[str, Rule] = {
     "chat_template": By("base_model.chat_template"),
     **{name: By("method.type") for name in _TYPE_KEYS},
     "lora_rank": To("method.r", whole),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "lora_bias": To("method.bias"),
     "target_modules": To("method.target_modules", modules),
     "target_regex": To("method.target_modules", str),
     "target_parameters": To("method.target_parameters", names),
     "modules_to_save": To("method.modules_to_save", names),
-    "use_rslora": To("method.use_rslora", truth),
-    "use_dora": To("method.use_dora", truth),
     "init_weights": To("method.init_lora_weights", _start),
     "init_lora_weights": To("method.init_lora_weights", _start),
     "lorap_lr_ratio": To("training.loraplus_lr_ratio", number),
@@ -86,22 +86,14 @@ TABLE: dict[str, Rule] = {
     "columns": By("dataset.columns"),
     "columns.*": By("dataset.columns"),
     "interleave_prob": By("dataset.mix"),
-    "streaming": To("dataset.streaming", when(True, True)),
+    "streaming": To("dataset.streaming", if_true(True)),
     "max_length": To("dataset.max_length", whole),
     "truncation_strategy": By("dataset.overlong"),
     "packing": By("dataset.packing"),
     "padding_free": "peftcli computes no padding in any case",
     "loss_scale": By("dataset.train_on"),
     "rlhf_type": By("task.loss"),
-    "beta": By("task.beta"),
-    "simpo_gamma": By("task.simpo_gamma"),
-    "label_smoothing": By("task.label_smoothing"),
-    "desirable_weight": By("task.desirable_weight"),
-    "undesirable_weight": By("task.undesirable_weight"),
-    "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
-    "cpo_alpha": "a share of supervised loss beside CPO's, which peftcli does not add",
-    "loss_type": "another form of the loss; peftcli's is the mean over the targets",
-    "ref_model": "another reference model; peftcli compares with the base model, adapter off",
+    "loss_type": "another form of the loss, which this importer does not carry",
     "system": "a system turn for rows without one; write it into the rows",
     "use_hf": "peftcli loads models and datasets from the Hugging Face hub, or from folders",
     "agent_template": "how tools are written; the base model's own template decides",
@@ -133,19 +125,15 @@ TABLE: dict[str, Rule] = {
 def _build(draft: Draft) -> None:
     _method(draft)
     what = _task(draft)
-    bits = draft.get("quant_bits")
-    if bits is not None:
-        method = str(draft.get("quant_method", default="bnb")).lower()
-        if method not in ("bnb", "bitsandbytes") or int(number(bits)) not in (4, 8):
-            draft.drop("quant_bits", f"{bits} bits by {method}; peftcli has nf4, fp4 and int8 by bitsandbytes")
-        else:
-            kind = str(draft.get("bnb_4bit_quant_type", default="nf4")) if int(number(bits)) == 4 else "int8"
-            quantise(draft, kind, "quant_bits", truth(draft.get("bnb_4bit_use_double_quant", default=True)))
+    quantise_bits(draft, "quant_bits", "quant_method", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     template(draft, "template")
     template(draft, "chat_template")
     _data(draft, what)
     _trained(draft, what)
     deepspeed(draft)
+    if "training.output_dir" not in draft.settings and "base_model.name" in draft.settings:
+        model = str(draft.settings["base_model.name"].value).rstrip("/").rpartition("/")[2]
+        draft.settings["training.output_dir"] = draft.default(f"output/{model}")
     if "training.gradient_accumulation_steps" not in draft.settings:
         size = draft.settings.get("training.per_device_train_batch_size")
         draft.say(
@@ -180,30 +168,23 @@ def _task(draft: Draft) -> str:
     source = "rlhf_type" if kind and draft.get("rlhf_type") else COMMAND if word else "ms-swift: no rlhf_type"
     if what in ("dpo", "kto", "orpo", "simpo"):
         preference(draft, what, source, beta=2.0 if what == "simpo" else 0.1)
+        if what == "simpo":
+            draft.settings["task.simpo_gamma"] = draft.default(1.0)
     elif what in ("rm", "reward"):
         draft.put("task.type", "reward", source)
     elif what in ("sft", "pt"):
         draft.put("task.type", "causal_lm", source)
     else:
         draft.refuse(f"rlhf_type: {what} cannot be imported", "It imports dpo, kto, orpo, simpo and rm.")
-    used = {
-        "beta": ("dpo", "kto", "orpo", "simpo"),
-        "simpo_gamma": ("simpo",),
-        "label_smoothing": ("dpo", "simpo"),
-        "desirable_weight": ("kto",),
-        "undesirable_weight": ("kto",),
-    }
-    for key, losses in used.items():
-        if draft.get(key) is not None and what in losses:
-            draft.put(f"task.{key}", number(draft.get(key)), key)
-        elif draft.get(key) is not None:
-            draft.drop(key, "a setting of another loss, which the recipe does not choose")
+    loss_settings(draft, what)
     return what
 
 
 def _data(draft: Draft, what: str) -> None:
     given = draft.get("dataset", default=[])
     weights = [number(each) for each in names(draft.get("interleave_prob", default=[]))]
+    if weights:
+        draft.notes.append(f"interleave_prob: {INTERLEAVED}")
     for at, text in enumerate(given if isinstance(given, list) else str(given).split()):
         draft.add_source(
             f"dataset: {text}", weight=weights[at] if at < len(weights) else None, **_source(draft, str(text), what)
@@ -229,7 +210,7 @@ def _source(draft: Draft, text: str, what: str) -> dict[str, Any]:
         (path, "", "") if "/" not in name or path != name or name.startswith((".", "/")) else name.partition(":")
     )
     columns = {key.partition(".")[2]: value for key, value in draft.values.items() if key.startswith("columns.")}
-    found = draft.columns_of(path)
+    found = first_columns(path)
     form, mapped = _columns(columns, found, what)
     if (
         not found
@@ -335,6 +316,5 @@ PEER = Peer(
         "training.adam_beta2": 0.95,
         "training.gradient_checkpointing": True,
         "training.logging_steps": 5,
-        "training.output_dir": "output",
     },
 )

@@ -14,13 +14,12 @@ from peftcli.drafting.peers.base import (
     dataset_of,
     names,
     number,
-    preference,
     quantise,
     reasons,
-    refuse_sampling,
     truth,
     whole,
 )
+from peftcli.drafting.peers.preference import preference, refuse_sampling
 
 _MODULES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _DATASETS: dict[str, dict[str, Any]] = {
@@ -43,7 +42,12 @@ _DATASETS: dict[str, dict[str, Any]] = {
         "format": "text",
         "columns": {"text": "article"},
     },
-    "wikitext_dataset": {"train": "EleutherAI/wikitext_document_level", "format": "text", "columns": {"text": "page"}},
+    "wikitext_dataset": {
+        "train": "EleutherAI/wikitext_document_level",
+        "name": "wikitext-103-v1",
+        "format": "text",
+        "columns": {"text": "page"},
+    },
     "stack_exchange_paired_dataset": {
         "train": "lvwerra/stack-exchange-paired",
         "columns": {"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
@@ -233,6 +237,9 @@ def _task(draft: Draft) -> None:
 
 
 def _data(draft: Draft) -> None:
+    if draft.entries("dataset"):
+        hint = "Import it with one of them, and name the others under dataset.mix."
+        draft.refuse("dataset: a list of datasets cannot be imported", hint)
     given = draft.section("dataset")
     builder = str(given.get("_component_", "")).rpartition(".")[2]
     compared = draft.settings["task.type"].value == "preference"
@@ -253,7 +260,7 @@ def _data(draft: Draft) -> None:
         "dataset",
         train=draft.path(known.pop("train")) if "train" in known else None,
         split=given.get("split"),
-        **{"name": given.get("name") or given.get("subset"), **known},
+        **known | {"name": given.get("name") or given.get("subset") or known.get("name")},
     )
     validation = draft.get("dataset_val.data_files", "dataset_val.source")
     if validation is not None:
@@ -312,6 +319,13 @@ def _steps(draft: Draft) -> None:
         draft.drop(
             "checkpointer.output_dir", "peftcli writes the adapter and its logs into one folder, training.output_dir"
         )
+    if "training.output_dir" not in draft.settings:
+        draft.say("training.output_dir", "outputs/torchtune", "the file names no folder")
+    if "dataset.max_length" not in draft.settings:
+        draft.drop("tokenizer.max_seq_len", "without it torchtune cuts no row; peftcli takes dataset.max_length: 1024")
+    if "training.weight_decay" not in draft.settings:
+        optimizer = str(draft.get("optimizer._component_", default="")).rpartition(".")[2]
+        draft.say("training.weight_decay", 0.01 if "AdamW" in optimizer else 0.0, f"default of {optimizer}")
     if "training.max_grad_norm" not in draft.settings:
         draft.say("training.max_grad_norm", 0, "torchtune's default: no clipping")
 
@@ -326,14 +340,11 @@ PEER = Peer(
         "method.r": 8,
         "method.lora_alpha": 16,
         "method.lora_dropout": 0.0,
-        "dataset.max_length": 2048,
         "training.per_device_train_batch_size": 2,
         "training.gradient_accumulation_steps": 1,
         "training.num_train_epochs": 1,
         "training.lr_scheduler_type": "constant",
-        "training.weight_decay": 0.01,
         "training.eval_strategy": "no",
         "training.logging_steps": 1,
-        "training.output_dir": "outputs/torchtune",
     },
 )

@@ -15,6 +15,7 @@ from peftcli.drafting.peers.base import (
     NotCarried,
     Rule,
     To,
+    if_true,
     names,
     needless,
     number,
@@ -44,7 +45,6 @@ OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adamw_hf", "adam"), "adamw_torch"),
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
 }
 optimizer = one_of(OPTIMIZERS, "peftcli has no optimizer {}; it takes adamw_torch unless training.optim says otherwise")
 
@@ -96,23 +96,13 @@ def checkpointing(value: Any) -> bool:
 
 
 def noise(value: Any) -> Any:
-    """Return neftune_noise_alpha; 0 is none."""
+    """Return neftune_noise_alpha, or None for 0, which adds no noise."""
     return number(value) or None
 
 
 def share_or_steps(value: Any) -> Any:
-    """Return warm-up steps; -1 and 0 are none."""
+    """Return the number or share of warm-up steps; -1, another tool's default, means 0."""
     return max(0, number(value))
-
-
-def workers(value: Any) -> int:
-    """Return the number of workers."""
-    return whole(value)
-
-
-def sampling(value: Any) -> str | None:
-    """Return the order of examples for ``group_by_length``."""
-    return "group_by_length" if truth(value) else None
 
 
 def attention(value: Any) -> str:
@@ -122,6 +112,13 @@ def attention(value: Any) -> str:
     return str(value)
 
 
+LORA: dict[str, Rule] = {
+    "lora_alpha": To("method.lora_alpha", number),
+    "lora_dropout": To("method.lora_dropout", number),
+    "use_dora": To("method.use_dora", truth),
+    "use_rslora": To("method.use_rslora", truth),
+}
+"""The keys of LoRA that four tools take from PEFT."""
 TABLE: dict[str, Rule] = {
     **{
         name: To(f"training.{name}", number)
@@ -158,9 +155,9 @@ TABLE: dict[str, Rule] = {
     "neftune_noise_alpha": To("training.neftune_noise_alpha", noise),
     "gradient_checkpointing": To("training.gradient_checkpointing", checkpointing),
     "activation_checkpointing": To("training.gradient_checkpointing", checkpointing),
-    "group_by_length": To("training.train_sampling_strategy", sampling),
+    "group_by_length": To("training.train_sampling_strategy", if_true("group_by_length")),
     "train_sampling_strategy": To("training.train_sampling_strategy"),
-    "dataloader_num_workers": To("training.dataloader_num_workers", workers),
+    "dataloader_num_workers": To("training.dataloader_num_workers", whole),
     "report_to": To("training.report_to", trackers),
     "bf16": To("training.bf16", precision),
     "fp16": To("training.bf16", float16),

@@ -13,20 +13,21 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    first_columns,
+    if_true,
     is_there,
     modules,
     names,
     needless,
     number,
-    preference,
     reasons,
-    refuse_sampling,
     renamed,
     truth,
-    when,
     whole,
 )
-from peftcli.drafting.peers.training_arguments import DEFAULTS, attention, deepspeed
+from peftcli.drafting.peers.preference import TABLE as COMPARED
+from peftcli.drafting.peers.preference import loss_settings, preference, refuse_sampling
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, attention, deepspeed
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
 _LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo", "cdpo": "dpo"}
@@ -35,13 +36,15 @@ _RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "rew
 
 TABLE: dict[str, Rule] = {
     **ARGUMENTS,
+    **LORA,
+    **COMPARED,
     **renamed("model_name_or_path model_revision lora_r lora_modules_to_save dataset_config dataset_streaming"),
     "model": To("base_model.name"),
     "trust_remote_code": To("base_model.trust_remote_code", truth),
     "torch_dtype": To("base_model.dtype"),
     "dtype": To("base_model.dtype"),
     "attn_implementation": To("base_model.attn_implementation", attention),
-    "use_flash_attention_2": To("base_model.attn_implementation", when(True, "flash_attention_2")),
+    "use_flash_attention_2": To("base_model.attn_implementation", if_true("flash_attention_2")),
     "load_in_4bit": By("base_model.quantization"),
     "load_in_8bit": By("base_model.quantization"),
     "bnb_4bit_quant_type": By("base_model.quantization"),
@@ -49,12 +52,8 @@ TABLE: dict[str, Rule] = {
     "bnb_4bit_quant_storage": "how 4-bit weights are packed; it changes no value",
     "chat_template_path": By("base_model.chat_template"),
     "use_peft": By("method.type"),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "lora_target_modules": To("method.target_modules", modules),
     "lora_target_parameters": To("method.target_parameters", names),
-    "use_dora": To("method.use_dora", truth),
-    "use_rslora": To("method.use_rslora", truth),
     "lora_task_type": "the task decides; it is found from the command",
     "dataset_name": By("dataset.train"),
     "dataset_train_split": By("dataset.split"),
@@ -65,7 +64,7 @@ TABLE: dict[str, Rule] = {
     "datasets[].split": By("dataset.mix"),
     "datasets[].data_files": By("dataset.mix"),
     "datasets[].*": "a choice of files or columns of the dataset, which dataset.mix does not have",
-    "streaming": To("dataset.streaming", when(True, True)),
+    "streaming": To("dataset.streaming", if_true(True)),
     "test_split_size": To("dataset.eval_fraction", number),
     "max_length": To("dataset.max_length", whole),
     "max_seq_length": To("dataset.max_length", whole),
@@ -78,18 +77,11 @@ TABLE: dict[str, Rule] = {
     "eval_packing": "the evaluation is computed as the training is",
     "assistant_only_loss": By("dataset.train_on"),
     "completion_only_loss": By("dataset.train_on"),
-    "beta": By("task.beta"),
     "loss_type": By("task.loss"),
-    "label_smoothing": By("task.label_smoothing"),
-    "simpo_gamma": By("task.simpo_gamma"),
-    "desirable_weight": By("task.desirable_weight"),
-    "undesirable_weight": By("task.undesirable_weight"),
     "num_labels": By("task.type"),
     "model_init_kwargs": "further arguments of from_pretrained; see the section base_model",
     "model_init_kwargs.*": "further arguments of from_pretrained; see the section base_model",
     "sync_ref_model": "a reference model that moves; peftcli compares with the base model, adapter off",
-    "ref_model": "another reference model; peftcli compares with the base model, adapter off",
-    "rpo_alpha": "a share of supervised loss beside DPO's, which peftcli does not add; orpo has one of its own",
     "disable_dropout": "peftcli trains with the adapter's lora_dropout in any case",
     "center_rewards_coefficient": "a term that keeps rewards near 0, which peftcli does not add",
     "dataset_kwargs": "arguments of TRL's own preparation of rows",
@@ -125,7 +117,8 @@ def command_of(draft: Draft) -> str:
         return "grpo"
     if {"desirable_weight", "undesirable_weight"} & {*draft.values}:
         return "kto"
-    return "dpo" if draft.get("beta") is not None or draft.get("loss_type") in _LOSSES else "sft"
+    compares = {*names(draft.get("loss_type", default=[]))} & {*_LOSSES}
+    return "dpo" if compares or draft.get("beta") is not None else "sft"
 
 
 def _build(draft: Draft) -> None:
@@ -158,8 +151,8 @@ def chat_template_path(draft: Draft) -> None:
 
 
 def _task(draft: Draft, what: str) -> None:
-    loss_type = draft.get("loss_type")
-    loss = _LOSSES.get(str(loss_type or "sigmoid")) if what in ("dpo", "cpo") else what
+    loss_type = ", ".join(names(draft.get("loss_type", default=[])))
+    loss = _LOSSES.get(loss_type or "sigmoid") if what in ("dpo", "cpo") else what
     if what == "cpo" and loss != "simpo":
         draft.refuse("cpo cannot be imported", "The nearest are task.loss: simpo, which TRL's CPO has too, and dpo.")
     if loss is None:
@@ -169,39 +162,25 @@ def _task(draft: Draft, what: str) -> None:
         draft.put("task.type", "causal_lm" if what == "sft" else "reward", source)
     else:
         preference(draft, loss, "loss_type" if loss_type else source, beta=0.1)
-    used = {
-        "beta": ("dpo", "ipo", "kto", "orpo", "simpo"),
-        "label_smoothing": ("dpo", "simpo"),
-        "simpo_gamma": ("simpo",),
-        "desirable_weight": ("kto",),
-        "undesirable_weight": ("kto",),
-    }
-    for key, losses in used.items():
-        if draft.get(key) is not None and loss in losses:
-            draft.put(f"task.{key}", number(draft.get(key)), key)
-        elif draft.get(key) is not None:
-            draft.drop(key, "a setting of another loss, which the recipe does not choose")
-    if loss_type is not None and what in ("sft", "kto", "orpo", "reward"):
+    loss_settings(draft, loss)
+    if loss_type and what in ("sft", "kto", "orpo", "reward"):
         draft.drop("loss_type", "another form of the loss; peftcli's is the mean over the targets")
 
 
 def data(draft: Draft, supervised: bool) -> None:
     """Write what is trained on: one dataset or a mix, its splits and columns, and which tokens count."""
     if (name := draft.get("dataset_name")) is not None:
-        path = draft.path(name)
-        draft.add_source("dataset_name", "dataset_train_split", train=path, split=draft.get("dataset_train_split"))
+        split = draft.get("dataset_train_split")
+        draft.add_source("dataset_name", "dataset_train_split", train=draft.path(name), split=split)
     else:
-        path = ""
-        for entry in list(
-            dict.fromkeys(key.split("]")[0] + "]" for key in draft.values if key.startswith("datasets["))
-        ):
+        for entry in draft.entries("datasets"):
             given = draft.section(entry)
             found = dataset_of(draft, given.get("path"), given.get("data_files"), f"{entry}.data_files")
             draft.add_source(entry, train=found, name=given.get("name"), split=given.get("split"))
+    path = draft.sources[0].get("train", "") if draft.sources else ""
     evaluates = str(draft.get("eval_strategy", "evaluation_strategy", default="no")).lower() not in ("no", "false")
     if evaluates and draft.get("test_split_size") is None:
         split = draft.get("dataset_test_split", default="test")
-
         if path and is_there(Path(path)):
             draft.notes.append("eval_strategy: evaluation rows of a local file are not a split; set dataset.eval")
             if "dataset_test_split" in draft.carried:
@@ -216,10 +195,10 @@ def data(draft: Draft, supervised: bool) -> None:
             )
     elif "dataset_test_split" in draft.carried:
         draft.drop("dataset_test_split", "is not read while eval_strategy is no")
-    _trained(draft, supervised, path)
+    _trained(draft, supervised)
 
 
-def _trained(draft: Draft, supervised: bool, path: str) -> None:
+def _trained(draft: Draft, supervised: bool) -> None:
     if draft.get("truncation_mode") == "keep_end":
         draft.drop("truncation_mode", "peftcli cuts a long example at its end")
     elif "truncation_mode" in draft.carried:
@@ -234,7 +213,7 @@ def _trained(draft: Draft, supervised: bool, path: str) -> None:
             if key in draft.carried:
                 draft.drop(key, "concerns supervised training; answers alone are compared")
         return
-    columns = draft.columns_of(path) if path else []
+    columns = [name for each in draft.sources for name in first_columns(each.get("train", ""))]
     chat = "messages" in columns or "conversations" in columns
     if field is not None and not chat and "prompt" not in columns:
         if field != "text":

@@ -14,17 +14,17 @@ from peftcli.drafting.peers.base import (
     To,
     bits_of,
     dataset_of,
+    first_columns,
     modules,
     names,
     needless,
     number,
-    preference,
     reasons,
-    refuse_sampling,
     truth,
     whole,
 )
-from peftcli.drafting.peers.training_arguments import DEFAULTS, attention, checkpointing
+from peftcli.drafting.peers.preference import preference, refuse_sampling
+from peftcli.drafting.peers.training_arguments import DEFAULTS, LORA, attention, checkpointing
 from peftcli.drafting.peers.training_arguments import TABLE as ARGUMENTS
 
 _TRAINERS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "Unsloth")
@@ -38,6 +38,7 @@ _SECTIONS = (
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 _OWN: dict[str, Rule] = {
+    **LORA,
     COMMAND: By("task.type"),
     "model": To("base_model.name"),
     "model_name": To("base_model.name"),
@@ -50,14 +51,10 @@ _OWN: dict[str, Rule] = {
     "training_type": By("method.type"),
     "r": To("method.r", whole),
     "lora_r": To("method.r", whole),
-    "lora_alpha": To("method.lora_alpha", number),
-    "lora_dropout": To("method.lora_dropout", number),
     "bias": To("method.bias"),
     "target_modules": To("method.target_modules", modules),
     "modules_to_save": To("method.modules_to_save", names),
     "layers_to_transform": To("method.layers_to_transform"),
-    "use_rslora": To("method.use_rslora", truth),
-    "use_dora": To("method.use_dora", truth),
     "init_lora_weights": To("method.init_lora_weights"),
     "loftq_config": "a start for quantised weights; see method.init_lora_weights: loftq",
     "loftq_config.*": "a start for quantised weights; see method.init_lora_weights: loftq",
@@ -225,7 +222,7 @@ def _data(draft: Draft, value: Any, keys: dict[str, str]) -> None:
     field = value("dataset_text_field")
     if field is None:
         return
-    columns = draft.columns_of(path) if path is not None else []
+    columns = first_columns(path) if path is not None else []
     if field in columns:
         draft.put("dataset.format", "text", keys["dataset_text_field"])
         if field != "text":
