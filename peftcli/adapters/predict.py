@@ -228,7 +228,7 @@ def predict_file(
 
 def _columns(source: AdapterSource) -> dict[str, str]:
     """The names that the training rows gave the task's columns, where run.json is there to say it."""
-    columns = mapping_at(source.record, "recipe", "dataset", "columns")
+    columns = mapping_at(source.record, "recipe", "dataset", "columns") or mapping_at(source.record, "data", "columns")
     return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 

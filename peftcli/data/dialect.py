@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 UTF8 = "utf-8"
 _FALLBACK = "cp1252"
@@ -52,14 +52,17 @@ class Dialect:
     """Whether fields may be in double quotes."""
     columns: tuple[str, ...] = ()
     """The names of the columns of a file without a header."""
+    form: str = ""
+    """What a line of a .txt file is; empty: a text."""
 
     def described(self) -> str | None:
-        """Return what the user should know; None for UTF-8 with commas and a header."""
+        """Return what the user should know; None for UTF-8 with commas and a header, or with a text a line."""
         found = [f"the encoding {self.encoding}"] if self.encoding != UTF8 else []
         if self.delimiter != ",":
             found.append(f"fields separated by {NAMES.get(self.delimiter, repr(self.delimiter))}")
         if self.columns:
             found.append(f"no header: the columns are called {', '.join(self.columns)}")
+        found += [self.form] if self.form else []
         return f"found {' and '.join(found)}" if found else None
 
 
@@ -92,7 +95,7 @@ class Recoded(io.RawIOBase):
         """Return true."""
         return True
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any) -> int:
         """Fill the buffer with the next bytes; return their number."""
         while not self._rest and not self._ended:
             raw = self._stream.read(_HEAD)
@@ -188,9 +191,12 @@ def _is_plain(lines: Sequence[str], delimiter: str) -> bool:
 def _names_without_header(records: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Names for the columns of a file whose first record is a row: a value of it comes again in its column.
 
-    Empty if the first record is a header.
+    Empty if the first record is a header, which may be the numbers of the columns.
     """
     if len(records) < 5 or len(records[0]) < 2:
+        return ()
+    numbered = records[0][not records[0][0] :]  # after the index, whose name pandas leaves empty
+    if numbered == [str(at) for at in range(len(numbered))]:
         return ()
     first, others = records[0], [each for each in records[1:] if each != records[0] and len(each) == len(records[0])]
     again = [sum(each[at] == first[at] for each in others) for at in range(len(first))]

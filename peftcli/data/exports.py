@@ -1,6 +1,7 @@
 """Exports of annotation tools, a row at a time: Label Studio, doccano, Prodigy, spaCy.
 
-Entities become ``entities``: ``{start, end, label}`` with places in ``text``. Classes become ``label``.
+Entities become ``entities``: ``{start, end, label}`` with places in ``text``. Classes become ``label``. A row is known
+by the keys that the tools write, and no task is meant by them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Files of images and sounds that rows name, or that are rows themselves."""
+"""Files of images and sounds that rows name, or that are rows themselves.
+
+Names of folders are those that people give them: no task is meant by them.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ _READ = {
     "audio": ("audio", "file_name", "path", "file", "audio_file_name"),
 }
 """Names under which tasks find a column of files."""
+_NUMBERS = re.compile(r"[\d.\s-]+", re.ASCII)
+"""A text that is no caption: boxes of objects, as YOLO's, or an index."""
 _MAX_NAME, _MAX_ENTRIES, _MAX_FOLDERS, _MAX_CAPTION = 255, 10_000, 64, 1 << 20
 SAMPLE = 20
 """Rows from which it is found how files are named."""
@@ -160,6 +165,10 @@ def media_rows(files: Mapping[str, str], top: str, captions: Mapping[str, str]) 
                 values["text"] = read_small(Path(caption), _MAX_CAPTION).decode("utf-8-sig").strip()
             except (OSError, ValueError) as error:
                 yield place.error(f"its text cannot be read: {first_line(error)}", key="text")
+                continue
+            if _NUMBERS.fullmatch(values["text"]):
+                hint = "Move such texts out of the folder."
+                yield place.error("the text beside it is numbers, no caption", key="text", hint=hint)
                 continue
         elif folder != top:
             values["label"] = folder.rpartition("/")[2]

@@ -20,14 +20,14 @@ _LABEL = "__label__"
 _TAG = re.compile(r"\S+[ \t](?:.*[ \t])?(?:O|[BIESLU]-\S+)", re.ASCII)
 """A line with a word and, at its end, a tag of IOB2 or a like scheme."""
 _MAX_LABELS = 50
-LINES_OF_TEXT = "a text a line"
+LINES_OF_TEXT = ""
 _FASTTEXT, _SEVERAL = "FastText's label and text a line", "FastText's classes and text a line"
 _TAGS = "a word and its tags a line"
 _FIRST, _LAST = "a label, a tab and a text a line", "a text, a tab and a label a line"
 
 
 def form_of(head: bytes) -> str:
-    """Return what the lines of a .txt file are, by its first bytes."""
+    """Return what a line of a .txt file is, by its first bytes; ``LINES_OF_TEXT``, which is empty, for a text."""
     lines = head.decode("utf-8-sig", "replace").splitlines()
     lines = lines[: max(1, min(_LINES, len(lines) - (len(head) >= HEAD)))]
     some = [line for line in lines if line.strip()]
@@ -50,9 +50,8 @@ def _labelled(lines: Sequence[str]) -> str | None:
     return None
 
 
-def read_text(text: TextFile) -> Iterator[Row | DataError]:
-    """Yield the rows of a .txt file: see ``form_of``. Empty lines are left out."""
-    form = form_of(text.stream.peek()[:HEAD])
+def read_text(text: TextFile, form: str) -> Iterator[Row | DataError]:
+    """Yield the rows of a .txt file of a form of ``form_of``. Empty lines are left out."""
     if form == _TAGS:
         yield from read_conll(text, universal=False)
         return

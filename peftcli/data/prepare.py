@@ -143,6 +143,7 @@ class _RowEncoder:
         return {
             "format": reader.name if reader else None,
             "implied": reader.implied if reader else "",
+            "columns": {key: name for key, name in reader.names.items() if key != name} if reader else {},
             "columns_not_read": [name for name in self._columns if name not in read],
         }
 

@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 from peftcli.data.conll import read_conll
 from peftcli.data.dialect import UTF8, Dialect, Recoded, find_delimiter, find_encoding
 from peftcli.data.excel import read_excel
-from peftcli.data.plain_text import read_document, read_text
+from peftcli.data.plain_text import HEAD, form_of, read_document, read_text
 from peftcli.data.rows import Place, Row
 from peftcli.data.squad import is_squad, read_squad
 from peftcli.data.text_rows import (
@@ -102,7 +102,9 @@ def kind_of(name: str) -> tuple[str, str] | None:
     return None if kind is None else (kind, compression)
 
 
-def find_dialect(path: Path, source: str, *, delimiter: str | None = None, encoding: str | None = None) -> Dialect:
+def find_dialect(
+    path: Path, source: str, *, delimiter: str | None = None, encoding: str | None = None, is_document: bool = False
+) -> Dialect:
     """Find how the text of a file is to be read, as far as it is not given.
 
     JSON is UTF-8, or UTF-16 with a byte order mark. What cannot be read now is an error when the rows are read.
@@ -120,6 +122,9 @@ def find_dialect(path: Path, source: str, *, delimiter: str | None = None, encod
             stream = _recoded(_open_uncompressed(path, compression, stack), found.encoding)
             default = "\t" if kind == ".tsv" else ","
             found = replace(find_delimiter(stream, delimiter, default), encoding=found.encoding)
+        if kind == ".txt" and not is_document:
+            stream = _recoded(_open_uncompressed(path, compression, stack), found.encoding)
+            found = replace(found, form=form_of(stream.read(HEAD)))
     return found
 
 
@@ -135,7 +140,7 @@ def read_file(
         DataError: the file, or the rest of it, cannot be read.
     """
     kind, compression = check_file(path, source)
-    text, dialect = TextFile(source), dialect or find_dialect(path, source)
+    text, dialect = TextFile(source), dialect or find_dialect(path, source, is_document=is_document)
     with _translated_errors(path, compression, text), ExitStack() as stack:
         text.stream = _open_uncompressed(path, compression, stack)
         if kind in _TABLES_OF:
@@ -151,7 +156,7 @@ def read_file(
         elif kind in _TAGGED:
             yield from read_conll(text, universal=kind == ".conllu")
         elif kind == ".txt":
-            yield from (read_document if is_document else read_text)(text)
+            yield from read_document(text) if is_document else read_text(text, dialect.form)
         elif kind == ".json" and start.startswith(b"["):
             yield from JsonStream(text).rows()
         elif kind == ".json" and is_squad(start):

@@ -168,8 +168,13 @@ class ResolvedSource:
     @cached_property
     def dialects(self) -> dict[str, Dialect]:
         """How the text of each file is read: as the source says, else as found from its bytes."""
-        given = {"delimiter": self._source.delimiter, "encoding": self._source.encoding}
-        return {name: find_dialect(path, name, **given) for name, path in self.files.items()}
+        given = self._source
+        return {
+            name: find_dialect(
+                path, name, delimiter=given.delimiter, encoding=given.encoding, is_document=self._documents
+            )
+            for name, path in self.files.items()
+        }
 
     @cached_property
     def rules(self) -> list[MediaRule]:

@@ -38,6 +38,7 @@ from peftcli.tasks.labels import (
     joined_labels,
     missing_classes,
     number_of,
+    refuse_decimal_commas,
     weights_of,
 )
 from peftcli.tasks.shown import Description
@@ -128,6 +129,8 @@ class Classification(Task[Settings]):
         if kind is None and not self.labels and not scan.declared and (floats or fractions):
             return replace(self.settings, problem_type="regression")
         labels = list(self.labels or scan.declared or seen)
+        if kind is None and not (self.labels or scan.declared):
+            refuse_decimal_commas(seen)
         if not self.labels and set(labels) == set(map(str, range(len(labels)))):
             labels.sort(key=int)
         if len(self.labels) == 1 and kind != "multi_label":

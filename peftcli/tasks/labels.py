@@ -24,6 +24,7 @@ UNBALANCED = 0.95
 """A larger share of one class is a finding."""
 _LIST = re.compile(r"""\s*\[\s*(["'].*["']\s*)?\]\s*""", re.DOTALL)
 """A text that holds a list of texts."""
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 _SEPARATORS = ("|", ";", ",")
 T = TypeVar("T")
 Tables = Iterable[tuple[Table, Iterator[Row]]]
@@ -158,6 +159,17 @@ def number_of(value: str | float) -> float | None:
         if math.isfinite(number := float(value)):
             return number
     return None
+
+
+def refuse_decimal_commas(names: Collection[str]) -> None:
+    """Raise DataError if all names are numbers, some with a decimal comma: they may be meant as numbers."""
+    commas = [name for name in names if _DECIMAL_COMMA.fullmatch(name)]
+    if commas and all(number_of(name.replace(",", ".")) is not None for name in names):
+        hint = (
+            "Write numbers with a point. If they are classes: task: {problem_type: single_label}. If they are lists of"
+            ' classes: task: {label_separator: ","}.'
+        )
+        raise DataError(f"labels as {commas[0]!r} may be numbers with a decimal comma", key="dataset.train", hint=hint)
 
 
 def weights_of(labels: Sequence[str], given: Mapping[str, float]) -> list[float]:

@@ -208,9 +208,11 @@ def _account_for(train: View, evaluation: View | None, task: Task[Any], dataset:
 def _report(train: View, evaluation: View | None, task: Task[Any], packing: bool) -> dict[str, Any]:
     """Account for what each source gave, and refuse one of which nothing is left."""
     parts = train.parts or (evaluation.parts if evaluation else [])
-    formats = [part.store.about["format"] for part in parts]
     # a model is asked in the first form that asks: texts alone do not
-    report: dict[str, Any] = {"format": next((each for each in formats if each != "text"), formats[0])}
+    asks = next((each for each in parts if each.store.about["format"] != "text"), parts[0]).store.about
+    report: dict[str, Any] = {"format": asks["format"]}
+    if asks.get("implied"):
+        report["columns"] = asks["columns"]
     if train.parts:
         report |= _account(train.parts, task) | {"packing": packing}
         if len(train.parts) > 1:

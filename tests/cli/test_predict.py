@@ -40,6 +40,13 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_recipe(trainkit.write_recipe(tmp_path_factory.mktemp("words")), *brief).folder
 
 
+@pytest.fixture(scope="module")
+def implied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"question": f"sun {at}", "answer": "tea"} for at in range(12)]
+    recipe = trainkit.write_recipe(tmp_path_factory.mktemp("implied"), rows=rows)
+    return run_recipe(recipe, "training.max_steps=30", "training.learning_rate=1e-2").folder
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -245,3 +252,16 @@ def test_lists_and_bytes_of_a_row_become_texts_of_a_table() -> None:
     kept = kept_of([Row({"id": 1, "a": b"xy", "b": [float("nan"), 2]}, Place("f", 1))], None, True)
     table = csv_table([json.dumps(each).encode() for each in kept]).decode().splitlines()
     assert table == ["id,input.id,input.a,input.b", '1,1,2 bytes,"[""nan"", 2]"']
+
+
+@pytest.mark.parametrize("asked", ["question", "prompt", "nothing"])
+def test_columns_that_training_read_under_other_names(cli: Callable, implied: Path, tmp_path: Path, asked: str) -> None:
+    source, target = write_rows(tmp_path / "in.jsonl", [{asked: "sun tea"}]), tmp_path / "out.jsonl"
+    ran = cli("predict", implied, "--input", source, "--output", target)
+    assert (ran.code, target.exists()) == ((3, False) if asked == "nothing" else (0, True)), ran.err
+
+
+def test_generate_says_which_column_to_rename(cli: Callable, implied: Path, tmp_path: Path) -> None:
+    ran = cli("generate", implied, "--input", write_rows(tmp_path / "in.jsonl", [{"question": "tea"}]), "--output", "-")
+    assert ran.code == 3
+    assert "If 'question' is what is asked, call it \"prompt\"." in ran.err

@@ -85,23 +85,39 @@ TEXTS: dict[str, tuple[str, bytes, list[dict[str, Any]], list[str]]] = {
         [{"column_1": f"{n % 4 + 1}", "column_2": f"Title {n}", "column_3": f"A, b {n}"} for n in range(20)],
         ["found no header: the columns are called column_1, column_2, column_3"],
     ),
+    "pandas' numbers as the header": (
+        "a.csv",
+        b",0,1\n" + b"0,good,1\n" * 3 + b"1,bad,0\n" * 3,
+        [{"0": "good", "1": "1"}] * 3 + [{"0": "bad", "1": "0"}] * 3,
+        [],
+    ),
     "a line is a text": ("a.txt", b"One, two.\n\nThree.\n", [{"text": "One, two."}, {"text": "Three."}], []),
     "FastText": (
         "a.txt",
         b"__label__a x y\n__label__b z\n",
         [{"label": "a", "text": "x y"}, {"label": "b", "text": "z"}],
-        [],
+        ["found FastText's label and text a line"],
     ),
     "FastText, several labels": (
         "a.txt",
         b"__label__a __label__b x\n__label__b z\n",
         [{"label": ["a", "b"], "text": "x"}, {"label": ["b"], "text": "z"}],
-        [],
+        ["found FastText's classes and text a line"],
     ),
-    "tags in a .txt file": ("a.txt", b"Ada B-PER\nis O\n", [{"tokens": ["Ada", "is"], "tags": ["B-PER", "O"]}], []),
+    "tags in a .txt file": (
+        "a.txt",
+        b"Ada B-PER\nis O\n",
+        [{"tokens": ["Ada", "is"], "tags": ["B-PER", "O"]}],
+        ["found a word and its tags a line"],
+    ),
     "tags in a .bio file": ("a.bio", b"Ada\tB-PER\n", [{"tokens": ["Ada"], "tags": ["B-PER"]}], []),
     "CoNLL-2002 in Latin-1": ("a.conll", b"Espa\xf1a B-LOC\n", [{"tokens": ["España"], "tags": ["B-LOC"]}], [WESTERN]),
-    "labels before a tab": ("SMS.txt", "".join(f"{row['label']}\t{row['text']}\n" for row in SMS).encode(), SMS, []),
+    "labels before a tab": (
+        "SMS.txt",
+        "".join(f"{row['label']}\t{row['text']}\n" for row in SMS).encode(),
+        SMS,
+        ["found a label, a tab and a text a line"],
+    ),
 }
 
 
@@ -253,6 +269,13 @@ def test_texts_beside_images_are_captions(tmp_path: Path) -> None:
     before = open_source(Source(train=str(folder))).state()
     write(folder, "2.txt", "a car, red")
     assert open_source(Source(train=str(folder))).state() != before
+
+
+def test_boxes_beside_images_are_no_captions(tmp_path: Path) -> None:
+    folder = tree(tmp_path, {"1.jpg": "", "1.txt": "0 0.5 0.5 0.1 0.2\n1 0.1 0.2 0.3 0.4\n"})
+    [bad] = open_source(Source(train=str(folder))).rows()
+    assert isinstance(bad, DataError)
+    assert bad.message.endswith("the text beside it is numbers, no caption")
 
 
 def test_media_root(tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_the_labels_say_what_kind_of_problem_it_is(labels: list[Any], kind: str)
     assert scanned(rows(*labels)).settings.problem_type == kind
 
 
+def test_decimal_commas_are_refused_unless_they_are_classes() -> None:
+    with pytest.raises(DataError, match="'0,5' may be numbers with a decimal comma"):
+        scanned(rows("0,5", "1", "2,25"))
+    assert scanned(rows("0,5", "1"), problem_type="single_label").labels == ("0,5", "1")
+    assert scanned(rows("0,5", "1", "x")).labels == ("0,5", "1", "x")
+
+
 def test_numbers_are_targets_of_a_regression() -> None:
     task = open_task(problem_type="regression")
     assert not task.needs_scan

@@ -102,7 +102,7 @@ def _shared() -> Iterator[tuple[str, Case]]:
         content = b"[" + first + b",\n" + _raw(bad) + b"\n,\n" + last + b"]"
         yield f"in a list: {name}", data(content, says, "data.json", line=3)
     for name, (bad, says) in BAD_RECORDS.items():
-        content = b'prompt,completion\n"before\n",one\n' + _raw(bad) + b"\nafter,two\n"
+        content = 'prompt,completion\n"café\n",one\n'.encode() + _raw(bad) + b"\nafter,two\n"
         yield f"record: {name}", data(content, says, "data.csv", line=4)
     for name, (file, content, line, says) in BAD_FILES.items():
         yield f"file: {name}", data(content, says, file, line=line)

@@ -289,7 +289,7 @@ _OTHER_NAMES = {
     "conversations": ("conversation", "dialog"),
     "text": ("content", "document", "body", "sentence"),
 }
-"""Other names of the formats' columns in datasets. For suggestions only."""
+"""Other names of the formats' columns in datasets. They are read where they leave no choice, else suggested."""
 _UNKNOWN = "YOUR_COLUMN"
 
 
@@ -310,12 +310,13 @@ def _guess(name: str, columns: Sequence[str]) -> dict[str, str]:
     keys, found = (*FORMATS[name].needs, *FORMATS[name].reads), dict[str, str]()
     for key in keys:
         others = [column for column in columns if column not in {*keys, *found.values()}]
-        if near := key if key in columns else _near(key, others):
+        if near := key if key in columns else near_column(key, others):
             found[key] = near
     return found
 
 
-def _near(key: str, columns: Sequence[str]) -> str | None:
+def near_column(key: str, columns: Sequence[str]) -> str | None:
+    """Return the column whose name is most likely another one of a format's; None: no such."""
     lowered = {column.lower(): column for column in columns}
     near = difflib.get_close_matches(key, lowered, n=1, cutoff=0.75)
     found = near[0] if near else next((name for name in _OTHER_NAMES.get(key, ()) if name in lowered), None)

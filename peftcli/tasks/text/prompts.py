@@ -23,6 +23,7 @@ from peftcli.tasks.text.formats import (
     PairExample,
     ParsedRow,
     TextExample,
+    near_column,
     turns_in,
 )
 from peftcli.tasks.text.spans import Template, render
@@ -265,7 +266,9 @@ def prompt_of(row: Row, columns: Mapping[str, str], trained_on: str | None = Non
     if empty := [name for name in _ASKING.values() if values.get(name, 0) in ("", [], None)]:
         raise row.place.error("is empty; there is nothing to answer", key=empty[0])
     names = ", ".join(quote(name, 40) for name in list(row.values)[:12])
-    raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}')
+    near = near_column("prompt", list(row.values))
+    hint = f'If {quote(near, 40)} is what is asked, call it "prompt".' if near else None
+    raise row.place.error(f'needs "prompt" or "messages"; it has {names or "no columns"}', hint=hint)
 
 
 def _conversation(format: str, column: str, row: Row, values: dict[str, Any]) -> Prompt:

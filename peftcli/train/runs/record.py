@@ -208,6 +208,8 @@ class DataRecord(AccountRecord):
 
     format: str
     """The format of the rows, as messages."""
+    columns: dict[str, str] = ABSENT
+    """Names of the format -> columns that were read as them, where the recipe does not say it."""
     packing: bool
     """Whether rows hold several examples."""
     sources: list[SourceRecord] = ABSENT
