@@ -15,12 +15,11 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
-from peftcli.data.rows import Row
-from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
+    from peftcli.data.rows import Row
     from peftcli.tasks.text.formats import Message
     from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
     from peftcli.tasks.text.prompts import Prompt
@@ -75,12 +74,12 @@ def generate(
     _check(prompt, system, source, target, temperature, as_json)
     tell = progress_log(quiet)
     from peftcli.adapters.generate import first_batch, load_generator
-    from peftcli.adapters.predict import predict_file, text_predictor
+    from peftcli.adapters.predict import predict_file, read_input, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
     from peftcli.tasks.text.prompts import prompt_of, with_system
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    rows = read_rows(source) if source else []
+    rows = read_input(source)
 
     def ask(row: Row) -> Prompt:
         return with_system(prompt_of(row, columns={}), system)
