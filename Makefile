@@ -54,11 +54,12 @@ $(GPU)/.installed: pyproject.toml
 	@$(GPU)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,bitsandbytes,deepspeed,liger]' trl
 	@touch $@
 
-# with the lower bounds of pyproject.toml; --constraint bounds what the extras and peft bring too
+# with the lower bounds of pyproject.toml; --constraint bounds what the extras and peft bring too. Not the developer
+# tools: a linter that wants a newer click would leave no version of it
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
 	@echo "test-oldest: installing into $(OLDEST)"
-	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --constraint tests/oldest.txt --editable '.[dev]'
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --constraint tests/oldest.txt --editable '.[all]' peft pytest pytest-timeout pytest-xdist hypothesis jsonschema
 	@touch $@
 
 $(SITE)/.installed: pyproject.toml
