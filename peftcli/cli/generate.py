@@ -71,7 +71,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate text: for one prompt, a file of prompts, or in a chat."""
-    _check(prompt, system, source, target, temperature, as_json)
+    _check(prompt, system, source, target, temperature, top_p, as_json)
     tell = progress_log(quiet)
     from peftcli.adapters.generate import first_batch, load_generator
     from peftcli.adapters.predict import predict_file, read_input, text_predictor
@@ -118,6 +118,7 @@ def _check(
     source: Path | None,
     target: Path | None,
     temperature: float,
+    top_p: float,
     as_json: bool,
 ) -> None:
     """Raise an error for options that do not go together, or for an output that cannot be written."""
@@ -130,8 +131,10 @@ def _check(
         raise UsageError(
             "a chat needs a terminal; give --prompt, or --input with --output, which may be - for stdin and stdout"
         )
-    if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
+    if 0 < temperature < _MIN_TEMPERATURE or not math.isfinite(temperature):
         raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
+    if math.isnan(top_p):  # older versions of typer let it pass their bounds
+        raise UsageError("must be a number from 0 to 1", key="--top-p")
     for key, text in (("--prompt", prompt), ("--system", system)):
         if text is not None and not _is_text(text):
             raise UsageError("is not UTF-8 text", key=key)
