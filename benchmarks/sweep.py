@@ -93,7 +93,8 @@ def order(folder: Path) -> dict[str, Any]:
     """A tiny language model that is to prefer counting up."""
     pairs = [(counting(first), counting(first)[::-1]) for first in range(10, 400, 5)]
     found = [{"prompt": "count", "chosen": " " + " ".join(up), "rejected": " " + " ".join(down)} for up, down in pairs]
-    write(folder, {"train": found[::2], "eval": found[1:40:2]})
+    train = [each for at, each in enumerate(found) if at % 3]  # both files begin at tens and at fives
+    write(folder, {"train": train, "eval": found[::3]})
     return {"base_model": tiny(folder), "task": "preference", "r": 8, "batch": 4, "steps": 24}
 
 

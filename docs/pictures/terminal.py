@@ -5,6 +5,7 @@ The commands run in the checkout, with the small chat model that `make quickstar
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def main() -> None:
     for name in sys.argv[1:] or SHOWN:
         printed = run(SHOWN[name])
         for theme, colours in THEMES.items():
-            console = Console(record=True, width=80, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, PTH123
+            console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
             line = " ".join(["$ peftcli", *SHOWN[name]]).replace("OUT", "outputs/short")
             console.print(Text(line, "bold"), Text.from_ansi(printed), sep="\n")
             svg = console.export_svg(title="peftcli", theme=colours, unique_id=f"{name}-{theme}")

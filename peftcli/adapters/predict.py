@@ -17,11 +17,14 @@ from peftcli.adapters.generate import describe, first_batch, load_generator, lon
 from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, number_format
+from peftcli.data.readers import kind_of
 from peftcli.data.rows import Place, Row, add_keys, listed
+from peftcli.data.sources import read_rows
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.models.open import LoadedModel, OpenBase, open_base
 from peftcli.models.parts import widen_heads
+from peftcli.recipe.data_checks import exists
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import PredictOptions, Predicts, Task
 from peftcli.tasks.text.fast.unpadded import unpad
@@ -109,6 +112,18 @@ def _plain(value: Any) -> Any:
         return f"{len(value):,} bytes"
     is_json = value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and isfinite(value))
     return value if is_json else str(value)
+
+
+def read_input(source: Path | None, texts: Sequence[str] = ()) -> Sequence[Row]:
+    """Return the rows of a file or folder; none without one.
+
+    Raises:
+        UsageError: one of the texts to answer is the name of a file of rows.
+    """
+    for text in texts:
+        if kind_of(text) and exists(text):
+            raise UsageError("is a file of rows", file=text, hint="give it as --input")
+    return [] if source is None else read_rows(source)
 
 
 def load_predictor(

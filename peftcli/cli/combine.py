@@ -8,13 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from peftcli.adapters.load import find_adapter
 from peftcli.cli import console
 from peftcli.cli.options import Json, Quiet, path, progress_log
 from peftcli.data.rows import count_of
 from peftcli.errors import UsageError
 from peftcli.guard.files import command_word
-from peftcli.tasks import TASKS
 
 _MAX_WEIGHT = 3.4e38
 """The largest float32, the format of the result."""
@@ -54,6 +52,8 @@ def combine(
     parsed = [_parse_adapter(entry) for entry in adapters]
     progress_log(quiet)  # for the progress bars of downloads
     from peftcli.adapters.combine import combine_adapters
+    from peftcli.adapters.load import find_adapter
+    from peftcli.tasks import TASKS
 
     names, weights = [name for name, _ in parsed], [weight for _, weight in parsed]
     combined = combine_adapters(names, weights, output, method=method, density=density, r=r, seed=seed)

@@ -15,12 +15,11 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
-from peftcli.data.rows import Row
-from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
 from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
+    from peftcli.data.rows import Row
     from peftcli.tasks.text.formats import Message
     from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
     from peftcli.tasks.text.prompts import Prompt
@@ -72,15 +71,15 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate text: for one prompt, a file of prompts, or in a chat."""
-    _check(prompt, system, source, target, temperature, as_json)
+    _check(prompt, system, source, target, temperature, top_p, as_json)
     tell = progress_log(quiet)
     from peftcli.adapters.generate import first_batch, load_generator
-    from peftcli.adapters.predict import predict_file, text_predictor
+    from peftcli.adapters.predict import predict_file, read_input, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
     from peftcli.tasks.text.prompts import prompt_of, with_system
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    rows = read_rows(source) if source else []
+    rows = read_input(source)
 
     def ask(row: Row) -> Prompt:
         return with_system(prompt_of(row, columns={}), system)
@@ -119,6 +118,7 @@ def _check(
     source: Path | None,
     target: Path | None,
     temperature: float,
+    top_p: float,
     as_json: bool,
 ) -> None:
     """Raise an error for options that do not go together, or for an output that cannot be written."""
@@ -131,8 +131,10 @@ def _check(
         raise UsageError(
             "a chat needs a terminal; give --prompt, or --input with --output, which may be - for stdin and stdout"
         )
-    if 0 < temperature < _MIN_TEMPERATURE or temperature == math.inf:
+    if 0 < temperature < _MIN_TEMPERATURE or not math.isfinite(temperature):
         raise UsageError(f"must be 0, or at least {_MIN_TEMPERATURE:g} and finite", key="--temperature")
+    if math.isnan(top_p):  # older versions of typer let it pass their bounds
+        raise UsageError("must be a number from 0 to 1", key="--top-p")
     for key, text in (("--prompt", prompt), ("--system", system)):
         if text is not None and not _is_text(text):
             raise UsageError("is not UTF-8 text", key=key)

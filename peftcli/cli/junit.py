@@ -16,7 +16,6 @@ from peftcli.cli import console
 from peftcli.cli.options import path
 from peftcli.errors import GateFailed, PeftcliError, Problem, to_peftcli_error
 from peftcli.guard.files import escape_char
-from peftcli.recipe import why_failed
 from peftcli.system.outputs import StdoutClosed, expand_user, write_output
 from peftcli.system.secrets import redact_values
 from peftcli.train.devices.launch import started_by_peftcli
@@ -147,6 +146,8 @@ def write_junit(
 def _gate_case(gate: Mapping[str, Any]) -> ElementTree.Element:
     case = _element("testcase", name=f"{gate['metric']} {gate['gate']}", time="0.000")
     if not gate["passed"]:
+        from peftcli.recipe import why_failed
+
         message = why_failed(gate)
         case.append(_element("failure", message, message=message, type="GateFailed"))
     return case

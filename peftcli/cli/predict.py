@@ -11,11 +11,8 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
-from peftcli.data.readers import kind_of
 from peftcli.data.rows import count_of
-from peftcli.data.sources import read_rows
 from peftcli.errors import UsageError
-from peftcli.recipe.data_checks import exists
 from peftcli.system.outputs import is_stdout, is_stream, refuse_input, require_writable
 
 _Inputs = Annotated[
@@ -70,12 +67,9 @@ def predict(
     tell = progress_log(quiet)
     if target is not None:
         check_target(target, source, as_json=as_json)
-    from peftcli.adapters.predict import keep_columns, kept_of, load_predictor, predict_file
+    from peftcli.adapters.predict import keep_columns, kept_of, load_predictor, predict_file, read_input
 
-    for text in inputs or ():
-        if kind_of(text) and exists(text):
-            raise UsageError("is a file of rows", file=text, hint="give it as --input")
-    rows = [] if source is None else read_rows(source)
+    rows = read_input(source, inputs or ())
     kept = kept_of(rows, id_column, keep)
     predictor = load_predictor(
         adapter,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console
 from peftcli.data.rows import count_of
 from peftcli.guard.files import command_word
-from peftcli.tasks import TASKS
 from peftcli.train.events import Evaluated, Event, Message, Ready, RowsRead, Stepped
 
 if TYPE_CHECKING:
@@ -171,6 +170,8 @@ def summary(run: dict[str, Any], folder: str) -> str:
     if run["recipe"]["base_model"]["trust_remote_code"]:  # by the recipe's leave only
         use = f"peftcli evaluate {command_word(f'{folder}/recipe.yaml')} --adapter {word} dataset.eval=FILE"
     else:
+        from peftcli.tasks import TASKS
+
         use = TASKS[run["task"]["type"]].filled(run["task"]).command(word)
     lines += ["next:", f"  {use}"]
     if warnings or not all(gate["passed"] for gate in run["gates"]):  # it is not good enough to be merged or shared

@@ -42,8 +42,9 @@ _LABELLED = "text in the colour of its label, which stands at its end"
 _LABEL, _LINE, _WIDTH = 96, 18, 360
 """The histogram's layout, in its own units: the start of bars, the height of one, and the total width."""
 _COUNTED_BY_NAME = ("classes", "tags")
-"""Facts of the audit that are counts by name, each a chart of at most so many bars."""
+"""Parts of the audit that count rows by name; the page draws each as a chart."""
 _MAX_BARS = 30
+"""A chart shows the largest counts, at most this many."""
 _Ids = dict[tuple[str, str], str]
 """The split and the place of a row -> the id of its element."""
 

@@ -31,7 +31,6 @@ from logging import ERROR
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from peftcli.errors import HubError, NetworkError, PeftcliError, PeftWarning, StorageError, UsageError, causes
 from peftcli.system import signals
@@ -489,6 +488,8 @@ def _classify(error: BaseException, session: HubSession, what: str) -> _Failure 
 def _proxy_variable() -> str:
     """Return the variable whose proxy requests to the hub go through, for a list in a sentence; empty without one."""
     scheme, host, _ = _origin(endpoint())
+    from urllib.request import getproxies, proxy_bypass  # which every command would wait for
+
     proxies = {} if proxy_bypass(host or "") else getproxies()
     return next((f"the proxy of {name.upper()}_PROXY, " for name in (scheme, "all") if name in proxies), "")
 

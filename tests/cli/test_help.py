@@ -64,12 +64,12 @@ def test_the_help_begins_with_a_first_hour_and_cuts_nothing(cli, monkeypatch: py
     headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings[0] == "The first hour:"
     assert headings[-1] == "Options:"
-    there = [name for name in app.FIRST_HOUR if name in get_command(app.app).commands]  # type: ignore[attr-defined]
+    there = [name for name in app.FIRST_HOUR if name in get_command(app.app).commands]
     assert {"check", "inspect", "train", "predict"} <= set(there)
     assert [line.split()[0] for line in text.partition("The first hour:\n")[2].splitlines()[: len(there)]] == there
     commands = text.partition("The first hour:")[2].partition("Options:")[0]
     lines = {line.split()[0]: line for line in commands.splitlines() if line.startswith("  ")}
-    assert list(lines) == [*there, *(name for name in get_command(app.app).commands if name not in there)]  # type: ignore[attr-defined]
+    assert list(lines) == [*there, *(name for name in get_command(app.app).commands if name not in there)]
     assert {name: line for name, line in lines.items() if not line.endswith(".") or "..." in line} == {}
     assert max(map(len, text.splitlines())) <= 80
 

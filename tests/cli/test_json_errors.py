@@ -13,7 +13,7 @@ from typer.main import get_command
 from peftcli.cli.app import app
 from peftcli.output_schemas import output_schema
 
-COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = get_command(app).commands
 WITH_JSON = sorted(name for name, each in COMMANDS.items() if any("--json" in one.opts for one in each.params))
 
 

@@ -129,7 +129,7 @@ def parse(words: list[str], block: Block) -> None:
         if words[0].startswith("--"):
             assert words[0] in ("--help", "--version"), block.place
             return
-        found = group.commands.get(words[0])  # type: ignore[attr-defined]
+        found = group.commands.get(words[0])
         assert found is not None, f"{block.place}: no command {words[0]}"
         with found.make_context(words[0], list(words[1:])):
             pass
@@ -141,7 +141,7 @@ def command(line: str) -> int:
 
 
 def test_commands_named_in_the_text_exist() -> None:
-    known = set(get_command(app.app).commands)  # type: ignore[attr-defined]
+    known = set(get_command(app.app).commands)
     named = {name for page in PAGES for name in re.findall(r"`peftcli ([a-z]+)", page.read_text(encoding="utf-8"))}
     assert named <= known
 
