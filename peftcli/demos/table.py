@@ -152,7 +152,7 @@ DEMOS: dict[str, Demo] = {
     ),
     "image_classification": Demo(
         summary="tell ten letters apart, in fonts that it has not seen",
-        model="tiny-vit",
+        model="tiny-resnet",
         data=pictures.letters,
         asks=({"image": "<folder>/eval/A/000.png"}, {"image": "<folder>/eval/K/001.png"}),
         say=_labels,
@@ -160,7 +160,7 @@ DEMOS: dict[str, Demo] = {
         packages={"PIL": "vision", "sklearn": "metrics"},
     ),
     "semantic_segmentation": Demo(
-        summary="find letters, digits and signs in pictures, pixel by pixel",
+        summary="find hearts, diamonds and clubs in pictures, pixel by pixel",
         model="tiny-segformer",
         data=pictures.scenes,
         asks=({"image": "<folder>/eval/000.png"},),
