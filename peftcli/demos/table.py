@@ -126,7 +126,7 @@ DEMOS: dict[str, Demo] = {
         model="whisper-tiny.en",
         data=sounds.touch_tones,
         asks=({"audio": "<folder>/asked.wav"},),
-        seconds=150,
+        seconds=270,
         packages={"soundfile": "audio", "soxr": "audio", "jiwer": "audio"},
     ),
     "image_classification": Demo(
