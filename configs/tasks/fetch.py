@@ -33,10 +33,8 @@ import sqlite3
 import struct
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
-import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from email.message import Message
@@ -45,12 +43,13 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.demos import minilm as encoder
 from peftcli.demos import whisper as tiny_en
+from peftcli.demos.library import EVAL_SHARE, documented, modules, part_of
+from peftcli.demos.pictures import SIDE, scene
 
 if TYPE_CHECKING:
     import numpy as np
 
 SEED = 0
-EVAL_SHARE = 0.2
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
 KINDS = {
@@ -62,7 +61,6 @@ KINDS = {
 }
 """What is told apart in scenes: kind -> classes. 0 of a mask is the background, 1 the first kind."""
 TRAIN_SCENES, EVAL_SCENES = 1200, 300
-SCENE = 64
 DARK = 24
 """Pixels of a picture that are no darker belong to the garment."""
 TRAIN_VERSES, EVAL_VERSES = 6000, 1500
@@ -76,13 +74,12 @@ STEM = 4
 """Letters by which words are held out: no evaluation word has the first four of a training word."""
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
 TRAIN_PAIRS, EVAL_PAIRS = 600, 150
-CONTEXT, SHORT = 900, 400
-"""Characters of the code of a function, at most: with questions, with docstrings."""
+CONTEXT = 900
+"""Characters of the code of a function with questions, at most."""
 DOCSTRING = "Write a one-line docstring for this Python function:\n\n```python\n{code}\n```"
 KJV = ("sword-text-kjv", "engKJV2006eb", "abaed17486a0e3d2895a932c9cd7fff2a3a2bd5dc84d37518aa272b2afbfa433")
 RV1909 = ("sword-text-sparv", "spaRV1909eb", "c39b44396b6898a05b3753ac6c55c88f1a5a41f1fd6a0bc5dac7fe96aca5141b")
 """Bibles: Debian's package, the folder of its texts, the package's hash."""
-SIDE = 28
 PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
 PIP += ["--only-binary=:all:"]
 
@@ -205,37 +202,13 @@ def garments(scratch: Path, target: Path) -> None:
         (target / part).mkdir()
         for number in range(scenes):
             chosen = draw.choice(order[:pictures], 4)
-            picture, mask = scene(images[chosen], np.array(kinds)[labels[chosen]], draw)
+            picture, mask = scene(images[chosen], np.array(kinds)[labels[chosen]], draw, DARK)
             row = {"image": f"{part}/{number:05}.png", "annotation": f"{part}/{number:05}.mask.png"}
             for name, values in zip(row.values(), (picture, mask), strict=True):
                 Image.fromarray(values).save(target / name)
             rows.append(json.dumps(row) + "\n")
         (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
         print(f"fetch: {part}.jsonl: {scenes} scenes; labels: background, {', '.join(KINDS)}")
-
-
-def scene(images: np.ndarray, values: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Put pictures of 28 x 28 pixels at random places of a noisy background, one in each quarter, or none.
-
-    Args:
-        images: (4, 28, 28), uint8.
-        values: (4,): what the pixels of each are in the mask.
-        draw: Decides.
-
-    Returns:
-        The picture and its mask, each (64, 64), uint8.
-    """
-    import numpy as np
-
-    picture = draw.integers(0, 100) + draw.integers(0, 60, (SCENE, SCENE))
-    mask, half = np.zeros((SCENE, SCENE), np.uint8), SCENE // 2
-    for at in draw.permutation(4)[: draw.integers(2, 5)]:
-        top, left = draw.integers(0, half - SIDE + 1, 2) + half * np.array(divmod(int(at), 2))
-        part = np.s_[top : top + SIDE, left : left + SIDE]
-        garment = images[at] >= DARK
-        picture[part] = np.where(garment, images[at], picture[part])
-        mask[part] = np.where(garment, values[at], mask[part])
-    return picture.astype(np.uint8), mask
 
 
 def clothes(scratch: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
@@ -414,19 +387,9 @@ def questions(scratch: Path, target: Path) -> None:
 
 def functions(draw: random.Random) -> Iterator[tuple[str, str, str, ast.FunctionDef]]:
     """Yield the functions of Python's standard library: train or eval, the module's file, its code, the function."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if {"test", "tests", "idle_test", "site-packages", "lib2to3"} & set(inside.parts):
-            continue
-        part = "eval" if draw.random() < EVAL_SHARE else "train"
-        try:
-            code = path.read_text(encoding="utf-8")
-            found = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.FunctionDef)]
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for function in found:
-            yield part, inside.as_posix(), code, function
+    for inside, code, tree in modules():
+        part = part_of(draw)
+        yield from ((part, inside, code, each) for each in ast.walk(tree) if isinstance(each, ast.FunctionDef))
 
 
 def docstrings(scratch: Path, target: Path) -> None:
@@ -469,28 +432,6 @@ def code_search(scratch: Path, target: Path) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (target / f"{part}.jsonl").write_text(lines, encoding="utf-8")
         print(f"fetch: {part}.jsonl: {len(rows)} functions")
-
-
-def documented(draw: random.Random) -> dict[str, dict[str, str]]:
-    """Short functions of Python's standard library: train or eval -> first line of the docstring -> the rest of it."""
-    pairs = dict[str, dict[str, str]](train={}, eval={})
-    for part, _, code, function in functions(draw):
-        summary, body = (ast.get_docstring(function) or "").split("\n")[0], function.body[1:]
-        if (
-            not re.fullmatch(r"[A-Z][ -~]{14,90}\.", summary)
-            or not body
-            or any(summary in each for each in pairs.values())
-        ):
-            continue
-        lines = code.splitlines()
-        kept = (
-            lines[function.lineno - 1 : function.body[0].lineno - 1]
-            + lines[function.body[0].end_lineno : function.end_lineno]
-        )
-        short = textwrap.dedent("\n".join(line for line in kept if line.strip()))
-        if len(short) <= SHORT and short.isascii():
-            pairs[part].setdefault(summary, short)
-    return pairs
 
 
 def asked(function: ast.FunctionDef) -> list[tuple[str, ast.expr | None]]:

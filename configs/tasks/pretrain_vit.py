@@ -9,13 +9,16 @@ head is thrown away, so the folder holds an encoder and an image processor. A fo
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from peftcli.demos.pretrain import fit
 
 SEED = 0
 EPOCHS = 4
@@ -45,37 +48,32 @@ def main() -> None:
             id2label={turn: f"{90 * turn} degrees" for turn in range(4)},
         )
     )
-    train(model, images)
+    chosen = batches(len(images))
+
+    def loss() -> torch.Tensor:
+        pixels = images[next(chosen)].float().div(127.5).sub(1)  # (B, S, S) in [-1, 1], as the processor gives them
+        turns = torch.randint(4, (BATCH,))
+        pixels = torch.stack([torch.rot90(each, int(turn)) for each, turn in zip(pixels, turns, strict=True)])
+        logits = model(pixel_values=pixels[:, None].expand(-1, 3, -1, -1)).logits
+        return F.cross_entropy(logits, turns)
+
+    fit(
+        model.parameters(),
+        loss,
+        EPOCHS * (len(images) // BATCH),
+        LEARNING_RATE,
+        0.05,
+        partial(print, "pretrain:", flush=True),
+    )
     model.vit.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     print(f"pretrain: {sum(weight.numel() for weight in model.vit.parameters()):,} parameters in {folder}")
 
 
-def train(model: ViTForImageClassification, images: torch.Tensor) -> None:
-    """Train the model to tell turns apart."""
-    steps = EPOCHS * (len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    started, step = time.perf_counter(), 0
-    for epoch in range(1, EPOCHS + 1):
-        hits = 0
-        for chosen in torch.randperm(len(images))[: steps // EPOCHS * BATCH].view(-1, BATCH):
-            turns = torch.randint(4, (BATCH,))
-            pixels = (
-                images[chosen].float().div(127.5).sub(1)
-            )  # (B, SIDE, SIDE) in [-1, 1], as the image processor gives
-            pixels = torch.stack([torch.rot90(each, int(turn)) for each, turn in zip(pixels, turns, strict=True)])
-            logits = model(pixel_values=pixels[:, None].expand(-1, 3, -1, -1)).logits
-            F.cross_entropy(logits, turns).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            hits += int((logits.argmax(-1) == turns).sum())
-            step += 1
-        accuracy = hits / (steps // EPOCHS * BATCH)
-        seconds = time.perf_counter() - started
-        print(f"pretrain: epoch {epoch} of {EPOCHS}: {accuracy:.1%} of turns told, {seconds:.0f} s", flush=True)
+def batches(count: int) -> Iterator[torch.Tensor]:
+    """Draw the numbers of the pictures of each step, each once in an epoch."""
+    while True:
+        yield from torch.randperm(count)[: count // BATCH * BATCH].view(-1, BATCH)
 
 
 if __name__ == "__main__":

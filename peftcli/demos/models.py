@@ -47,17 +47,17 @@ MODELS = {
     "tiny-t5": DemoModel(
         "a T5 that is trained now to write English dates as 2024-03-09", "pretrain_dates", "make", seconds=60
     ),
-    "tiny-vit": DemoModel(
-        "a vision transformer that is trained now to tell 21 other characters apart",
+    "tiny-resnet": DemoModel(
+        "a ResNet that is trained now to tell 21 other characters apart",
         "pretrain_pictures",
-        "vit",
-        seconds=40,
+        "resnet",
+        seconds=20,
     ),
     "tiny-segformer": DemoModel(
-        "a SegFormer that is trained now to tell how far characters are turned",
+        "a SegFormer that is trained now to find other signs",
         "pretrain_pictures",
         "segformer",
-        seconds=40,
+        seconds=20,
     ),
     "tiny-diffusion": DemoModel(
         "a Stable Diffusion in miniature that is trained now on pictures of signs",

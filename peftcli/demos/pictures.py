@@ -21,8 +21,7 @@ DARK = 64
 """Pixels of a picture that are no darker belong to the sign."""
 CLASSES = "ABCDEFGHJK"
 OTHER_CHARACTERS = "LMNPQRTUVWYZ234567&?%"
-"""What the small base models know. None looks the same upside down."""
-KINDS = {"letter": "AHKM", "digit": "0358", "sign": "+=#*"}
+"""What the small base model of letters knows."""
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSans-Oblique")
 HELD_OUT_FONTS = ("STIXGeneral", "STIXGeneralBol", "DejaVuSansMono-Oblique")
 SIGNS = {
@@ -30,6 +29,10 @@ SIGNS = {
     **{"knight": "♞", "rook": "♜", "anchor": "⚓", "spade": "♠", "club": "♣", "diamond": "♦", "heart": "♥"},
 }
 """Name of a sign in a prompt -> the character."""
+SUITS = ("heart", "diamond", "club")
+"""The signs that are found in scenes; 0 of a mask is the background, 1 a heart."""
+SUIT_FONTS = ("STIXGeneral", "DejaVuSansMono-Oblique")
+"""The held-out fonts that have the suits."""
 TAUGHT = "heart"
 """The sign that the model of the demo has not seen."""
 
@@ -74,10 +77,10 @@ def letters(folder: Path) -> None:
 
 
 def scenes(folder: Path) -> None:
-    """Pictures of up to four characters, and a mask of each: train.jsonl and eval.jsonl."""
+    """Pictures of up to four hearts, diamonds and clubs, and a mask of each: train.jsonl and eval.jsonl."""
     import numpy as np
 
-    for part, fonts, count in (("train", FONTS, 400), ("eval", HELD_OUT_FONTS, 60)):
+    for part, fonts, count in (("train", FONTS, 400), ("eval", SUIT_FONTS, 60)):
         draw, rows = np.random.default_rng([SEED, count]), []
         drawn = [_any_scene(fonts, draw) for _ in range(count)]
         _save(folder / part, [image for image, _ in drawn])
@@ -93,9 +96,8 @@ def scenes(folder: Path) -> None:
 def _any_scene(fonts: tuple[str, ...], draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     import numpy as np
 
-    values = draw.integers(0, len(KINDS), 4)
-    found = [list(KINDS.values())[value] for value in values]
-    images = [picture(str(draw.choice(list(each))), str(draw.choice(fonts)), draw) for each in found]
+    values = draw.integers(0, len(SUITS), 4)
+    images = [picture(SIGNS[SUITS[value]], str(draw.choice(fonts)), draw) for value in values]
     return scene(np.stack(images), values + 1, draw)
 
 
@@ -135,9 +137,9 @@ def hearts(folder: Path) -> None:
         _save(folder / part, [sign(TAUGHT, draw) for _ in range(count)])
 
 
-def sign(name: str, draw: np.random.Generator) -> np.ndarray:
-    """Draw a sign: (32, 32), uint8."""
-    return picture(SIGNS[name], ("DejaVuSans", "DejaVuSans-Bold")[int(draw.integers(2))], draw, side=32, turn=8)
+def sign(name: str, draw: np.random.Generator, side: int = 32) -> np.ndarray:
+    """Draw a sign: (side, side), uint8."""
+    return picture(SIGNS[name], ("DejaVuSans", "DejaVuSans-Bold")[int(draw.integers(2))], draw, side, turn=8)
 
 
 def _save(folder: Path, pictures: list[np.ndarray], ending: str = "") -> None:

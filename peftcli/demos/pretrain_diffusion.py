@@ -1,12 +1,9 @@
-"""A Stable Diffusion in miniature that makes pictures of signs: stars, umbrellas, planes, but no hearts.
-
-An autoencoder first learns to make 256 numbers of a picture of 32 x 32 pixels; then a UNet and a text encoder learn to
-make these numbers of noise and a prompt.
-"""
+"""A Stable Diffusion in miniature; the demo's makes pictures of signs: stars, umbrellas, planes, but no hearts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +15,68 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from peftcli.demos.pictures import SEED, SIGNS, TAUGHT, sign
 from peftcli.demos.pretrain import fit
+from peftcli.demos.pretrain_pictures import pixels
 
-_SIDE, _BATCH, _EACH = 32, 32, 60
-_PICTURE_STEPS, _STEPS = 150, 350
-_WORDS = ("a", "photo", "of", *sorted(SIGNS))
+SIDE, _BATCH, _EACH = 32, 32, 60
 _EMPTY = 0.1
 """Share of the pictures whose prompt is left out, which guidance needs."""
 
 
 def make(scratch: Path, folder: Path) -> None:
     """Train the pipeline, and save it."""
-    torch.manual_seed(SEED)
     draw = np.random.default_rng(SEED)
     names = [name for name in SIGNS if name != TAUGHT for _ in range(_EACH)]
     drawn = np.stack([sign(name, draw) for name in names])
-    pictures = torch.from_numpy(drawn).float().div(127.5).sub(1)[:, None].expand(-1, 3, -1, -1)  # (N, 3, S, S)
+    words = ("a", "photo", "of", *sorted(SIGNS))
+    fit_pipeline(drawn, names, words, draw, scratch, (150, 350), (4e-3, 2e-3)).save_pretrained(folder)
+
+
+def fit_pipeline(
+    pictures: np.ndarray,
+    names: Sequence[str],
+    words: Sequence[str],
+    draw: np.random.Generator,
+    scratch: Path,
+    steps: tuple[int, int],
+    rates: tuple[float, float],
+    tell: Callable[[str], None] | None = None,
+) -> Any:
+    """Return a pipeline that is trained on pictures.
+
+    An autoencoder first learns to make 256 numbers of a picture; then a UNet and a text encoder learn to make these
+    numbers of noise and a prompt: "a photo of a star".
+
+    Args:
+        pictures: Grey ones, (N, 32, 32), uint8.
+        names: What each shows.
+        words: All words of prompts.
+        draw: Decides on the pictures of each step.
+        scratch: An empty folder.
+        steps: Of the autoencoder and of the rest.
+        rates: Their largest learning rates.
+        tell: As in ``fit``.
+    """
+    torch.manual_seed(SEED)
+    shown = pixels(pictures)  # (N, 3, S, S)
     vae: Any = AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=8,
-        sample_size=_SIDE,
+        sample_size=SIDE,
         mid_block_add_attention=False,
     )
 
     def picture_loss() -> torch.Tensor:
-        wanted = pictures[draw.integers(0, len(pictures), _BATCH)]
+        wanted = shown[draw.integers(0, len(shown), _BATCH)]
         found = vae.encode(wanted).latent_dist
         return F.l1_loss(vae.decode(found.sample()).sample, wanted) + 1e-6 * found.kl().mean()
 
-    fit(vae.parameters(), picture_loss, _PICTURE_STEPS, 4e-3)
+    fit(vae.parameters(), picture_loss, steps[0], rates[0], tell=tell)
     vae.requires_grad_(False).eval()
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(200)])  # (N, 4, 8, 8)
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in shown.split(200)])  # (N, 4, 8, 8)
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    pipeline = _untrained(vae, scratch)
+    pipeline = _untrained(vae, _tokenizer(words, scratch))
     latents = latents * vae.config.scaling_factor
 
     def loss() -> torch.Tensor:
@@ -59,17 +84,17 @@ def make(scratch: Path, folder: Path) -> None:
         prompts = ["" if draw.random() < _EMPTY else f"a photo of a {names[at]}" for at in chosen]
         states = pipeline.encode_prompt(prompts, torch.device("cpu"), 1, False)[0]
         noise = torch.randn(_BATCH, *latents.shape[1:])
-        steps = torch.randint(0, pipeline.scheduler.config.num_train_timesteps, (_BATCH,))
-        noisy = pipeline.scheduler.add_noise(latents[chosen], noise, steps)
-        return F.mse_loss(pipeline.unet(noisy, steps, states).sample, noise)
+        times = torch.randint(0, pipeline.scheduler.config.num_train_timesteps, (_BATCH,))
+        noisy = pipeline.scheduler.add_noise(latents[chosen], noise, times)
+        return F.mse_loss(pipeline.unet(noisy, times, states).sample, noise)
 
-    fit([*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()], loss, _STEPS, 2e-3)
-    pipeline.save_pretrained(folder)
+    weights = [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()]
+    fit(weights, loss, steps[1], rates[1], tell=tell)
+    return pipeline
 
 
-def _untrained(vae: Any, scratch: Path) -> Any:
+def _untrained(vae: Any, tokenizer: CLIPTokenizer) -> Any:
     """The pipeline around an autoencoder."""
-    tokenizer = _tokenizer(scratch)
     last = len(tokenizer) - 1
     texts = CLIPTextModel(
         CLIPTextConfig(
@@ -85,7 +110,7 @@ def _untrained(vae: Any, scratch: Path) -> Any:
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=_SIDE // 4,
+        sample_size=SIDE // 4,
         block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -114,11 +139,11 @@ def _untrained(vae: Any, scratch: Path) -> Any:
     )
 
 
-def _tokenizer(scratch: Path) -> CLIPTokenizer:
+def _tokenizer(words: Sequence[str], scratch: Path) -> CLIPTokenizer:
     """A tokenizer of letters and of the words of the prompts, each merged from its letters one by one."""
-    letters = sorted({letter for word in _WORDS for letter in word})
+    letters = sorted({letter for word in words for letter in word})
     pieces, merges = [*letters, *(f"{each}</w>" for each in letters)], list[str]()
-    for word in _WORDS:
+    for word in words:
         made = word[0] if len(word) > 1 else f"{word}</w>"
         for at, letter in enumerate(word[1:], start=2):
             letter += "</w>" * (at == len(word))

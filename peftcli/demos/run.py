@@ -12,7 +12,7 @@ from typing import Any
 
 from peftcli.data.rows import Place, Row
 from peftcli.demos.models import MODELS, fetch_model, folder_of
-from peftcli.demos.table import DEMOS, Demo
+from peftcli.demos.table import DEMOS, Demo, in_words
 from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.files import command_word
 from peftcli.recipe import load_recipe
@@ -127,13 +127,13 @@ def _write(demo: Demo, task: str, model: Path, folder: Path) -> None:
 
 def _ask(demo: Demo, folder: Path, adapter: str) -> list[Asked]:
     rows = [{name: value.replace("<folder>", str(folder)) for name, value in row.items()} for row in demo.asks]
-    before, after = (_answers(demo, rows, adapter, folder / name, name == "after") for name in ("before", "after"))
+    before, after = (_answers(rows, adapter, folder / name, name == "after") for name in ("before", "after"))
     said: Sequence[str | None] = before or [None] * len(rows)
     assert after is not None
     return [Asked(row, first, last) for row, first, last in zip(rows, said, after, strict=True)]
 
 
-def _answers(demo: Demo, rows: list[dict[str, str]], adapter: str, files: Path, with_adapter: bool) -> list[str] | None:
+def _answers(rows: list[dict[str, str]], adapter: str, files: Path, with_adapter: bool) -> list[str] | None:
     """What the model says of rows; None: it has no head for the task."""
     from peftcli.adapters.predict import load_predictor
 
@@ -144,7 +144,7 @@ def _answers(demo: Demo, rows: list[dict[str, str]], adapter: str, files: Path, 
             raise
         return None
     asked = [Row(dict(row), Place("the demo", number)) for number, row in enumerate(rows, start=1)]
-    return demo.say(list(predictor.answer(asked, beside=files)))
+    return in_words(list(predictor.answer(asked, beside=files)))
 
 
 def lines(result: DemoResult) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftcli.demos import pictures, sounds, texts
 
-Answers = Sequence[Mapping[str, Any]]
+_Answer = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,6 @@ class Demo:
     """Writes the data into a folder; the same bytes each time."""
     asks: tuple[Mapping[str, str], ...]
     """Rows that are answered before and after training. In a value, ``<folder>`` is the demo's folder."""
-    say: Callable[[Answers], list[str]]
-    """The answers in words, one for each row."""
     seconds: int
     """About how long it takes on two cores, without downloads."""
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -45,41 +43,29 @@ class Demo:
         return text
 
 
-def _texts(answers: Answers) -> list[str]:
-    return [" ".join(str(answer["text"]).split()) or "(nothing)" for answer in answers]
+def in_words(answers: Sequence[_Answer]) -> list[str]:
+    """Return the answers of ``predict`` in words, one for each row."""
+    return [next(say(answer, answers[0]) for key, say in _SAID.items() if key in answer) for answer in answers]
 
 
-def _labels(answers: Answers) -> list[str]:
-    return [f"{answer['label']} ({answer['score']:.0%})" for answer in answers]
+def _similarity(answer: _Answer, first: _Answer) -> str:
+    """How similar two texts are: embeddings have the length 1."""
+    return f"similarity {sum(a * b for a, b in zip(first['embedding'], answer['embedding'], strict=True)):.2f}"
 
 
-def _entities(answers: Answers) -> list[str]:
-    found = ([f"{each['type']}={each['text']}" for each in answer["entities"]] for answer in answers)
-    return [", ".join(each) or "(nothing)" for each in found]
-
-
-def _spans(answers: Answers) -> list[str]:
-    return [f"{answer['answer']} ({answer['score']:.0%})" for answer in answers]
-
-
-def _rewards(answers: Answers) -> list[str]:
-    return [f"reward {answer['reward']:.2f}" for answer in answers]
-
-
-def _shares(answers: Answers) -> list[str]:
-    return [", ".join(f"{name} {share:.0%}" for name, share in answer["shares"].items()) for answer in answers]
-
-
-def _images(answers: Answers) -> list[str]:
-    return [str(answer["image"]) for answer in answers]
-
-
-def _similarities(answers: Answers) -> list[str]:
-    """How similar each text is to the first one: embeddings have the length 1."""
-    first = answers[0]["embedding"]
-    dots = [sum(a * b for a, b in zip(first, answer["embedding"], strict=True)) for answer in answers]
-    return [f"similarity {dot:.2f}" for dot in dots]
-
+_SAID: Mapping[str, Callable[[_Answer, _Answer], str]] = {
+    "entities": lambda answer, _: (
+        ", ".join(f"{each['type']}={each['text']}" for each in answer["entities"]) or "(nothing)"
+    ),
+    "label": lambda answer, _: f"{answer['label']} ({answer['score']:.0%})",
+    "answer": lambda answer, _: f"{answer['answer']} ({answer['score']:.0%})",
+    "reward": lambda answer, _: f"reward {answer['reward']:.2f}",
+    "shares": lambda answer, _: ", ".join(f"{name} {share:.0%}" for name, share in answer["shares"].items()),
+    "image": lambda answer, _: str(answer["image"]),
+    "embedding": _similarity,
+    "text": lambda answer, _: " ".join(str(answer["text"]).split()) or "(nothing)",
+}
+"""Key of an answer -> the answer in words; it takes the first row's answer too."""
 
 _BOOKING = "Hello, Naomi speaking, I need a table on Thursday at 8:15 pm for five."
 
@@ -89,7 +75,6 @@ DEMOS: dict[str, Demo] = {
         model="SmolLM2-135M-Instruct",
         data=texts.booking_forms,
         asks=({"prompt": _BOOKING},),
-        say=_texts,
         seconds=100,
     ),
     "seq2seq_lm": Demo(
@@ -97,7 +82,6 @@ DEMOS: dict[str, Demo] = {
         model="tiny-t5",
         data=texts.dates,
         asks=({"prompt": "24. Dezember 2031"}, {"prompt": "3. Okt. 1990"}),
-        say=_texts,
         seconds=60,
     ),
     "sequence_classification": Demo(
@@ -105,7 +89,6 @@ DEMOS: dict[str, Demo] = {
         model="all-MiniLM-L6-v2",
         data=texts.error_messages,
         asks=({"text": "expected str, not ..."}, {"text": "the socket is closed already"}, {"text": "... is negative"}),
-        say=_labels,
         seconds=45,
         packages={"sklearn": "metrics"},
     ),
@@ -114,7 +97,6 @@ DEMOS: dict[str, Demo] = {
         model="all-MiniLM-L6-v2",
         data=texts.booking_entities,
         asks=({"text": _BOOKING},),
-        say=_entities,
         seconds=30,
         packages={"seqeval": "metrics", "sklearn": "metrics"},
     ),
@@ -126,7 +108,6 @@ DEMOS: dict[str, Demo] = {
             {"question": "Who books a table?", "context": _BOOKING},
             {"question": "How many people come?", "context": _BOOKING},
         ),
-        say=_spans,
         seconds=90,
     ),
     "feature_extraction": Demo(
@@ -138,7 +119,6 @@ DEMOS: dict[str, Demo] = {
             {"text": "def f(path): return path.rsplit('.', 1)[-1]"},
             {"text": "def f(path): return open(path).read()"},
         ),
-        say=_similarities,
         seconds=60,
     ),
     "speech_recognition": Demo(
@@ -146,25 +126,22 @@ DEMOS: dict[str, Demo] = {
         model="whisper-tiny.en",
         data=sounds.touch_tones,
         asks=({"audio": "<folder>/asked.wav"},),
-        say=_texts,
-        seconds=150,
+        seconds=270,
         packages={"soundfile": "audio", "soxr": "audio", "jiwer": "audio"},
     ),
     "image_classification": Demo(
         summary="tell ten letters apart, in fonts that it has not seen",
-        model="tiny-vit",
+        model="tiny-resnet",
         data=pictures.letters,
         asks=({"image": "<folder>/eval/A/000.png"}, {"image": "<folder>/eval/K/001.png"}),
-        say=_labels,
         seconds=30,
         packages={"PIL": "vision", "sklearn": "metrics"},
     ),
     "semantic_segmentation": Demo(
-        summary="find letters, digits and signs in pictures, pixel by pixel",
+        summary="find hearts, diamonds and clubs in pictures, pixel by pixel",
         model="tiny-segformer",
         data=pictures.scenes,
         asks=({"image": "<folder>/eval/000.png"},),
-        say=_shares,
         seconds=45,
         packages={"PIL": "vision"},
     ),
@@ -173,7 +150,6 @@ DEMOS: dict[str, Demo] = {
         model="tiny-diffusion",
         data=pictures.hearts,
         asks=({"text": "a photo of a heart"},),
-        say=_images,
         seconds=60,
         packages={"diffusers": "diffusion", "PIL": "diffusion"},
     ),
@@ -182,7 +158,6 @@ DEMOS: dict[str, Demo] = {
         model="SmolLM2-135M-Instruct",
         data=texts.booking_replies,
         asks=({"prompt": _BOOKING},),
-        say=_texts,
         seconds=120,
     ),
     "reward": Demo(
@@ -193,7 +168,6 @@ DEMOS: dict[str, Demo] = {
             {"prompt": "def f(path):\n    return path.rsplit('.', 1)[-1]", "completion": "Return a file's extension."},
             {"prompt": "def f(path):\n    return path.rsplit('.', 1)[-1]", "completion": "Close the connection."},
         ),
-        say=_rewards,
         seconds=60,
     ),
 }

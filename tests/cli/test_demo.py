@@ -101,7 +101,7 @@ def test_a_demo(tiny: Path, cli: Callable[..., Any], tmp_path: Path) -> None:
     again = cli("demo", TINY)
     assert again.code == 12
     assert f"{TINY}: {DEMOS[TINY].model} learns to" in again.out
-    for part in ("before", "after", "exact_match: 0.000 before", "gate eval_exact_match >= 0.8: FAILED", "next:"):
+    for part in ("before", "after", "exact_match: 0.000 before", "gate eval_exact_match >= 0.7: FAILED", "next:"):
         assert part in again.out
 
     recipe.write_text(recipe.read_text().replace("r: 16", "r: 4"))
