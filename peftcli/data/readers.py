@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import zlib
@@ -40,6 +41,7 @@ from peftcli.data.text_rows import (
     read_lines,
 )
 from peftcli.errors import DataError
+from peftcli.guard.arrow_sizes import unpacked_sizes
 from peftcli.guard.files import irregular_kind
 
 _TABLES = (".csv", ".tsv")
@@ -58,6 +60,8 @@ _PARQUET_BATCH = 64
 """Rows in memory at once. A row may be large."""
 _MAX_BATCH = 256 << 20
 """Bytes of the texts of one column in a batch, and of all values of one row."""
+_MAX_ARROW_BATCH = 1 << 30
+"""Bytes that a compressed record batch may unpack to: all its rows are in memory at once."""
 _NO_KEYS = {"struct", "list", "large_list", "fixed_size_list", "map"}
 """Types of a map's keys that no object has: such a map stays a list of pairs."""
 _VALUE_BYTES = 25
@@ -384,6 +388,11 @@ def _read_arrow(text: TextFile, file: IO[bytes]) -> Iterator[Row | DataError]:
     import pyarrow
 
     try:
+        for number, size in enumerate(unpacked_sizes(file), 1):
+            if size > _MAX_ARROW_BATCH:
+                message = f"record batch {number} unpacks to {size:,} bytes, more than {_MAX_ARROW_BATCH:,}"
+                raise DataError(message, file=text.source, hint="Write the file with smaller batches.")
+        file.seek(0)
         _, batches = open_arrow(file)
         for batch in batches:
             batch.validate(full=True)  # or places in the file could lead out of it
@@ -392,7 +401,7 @@ def _read_arrow(text: TextFile, file: IO[bytes]) -> Iterator[Row | DataError]:
                     text.number += 1
                     place = Place(text.source, text.number)
                     yield Row(values, place) if isinstance(values, dict) else place.error(values)
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, struct.error) as error:
         file.seek(0)
         found = detect_kind(file.read(64))
         wrong = found if found != "an Arrow file" else None

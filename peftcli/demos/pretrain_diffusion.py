@@ -58,21 +58,7 @@ def fit_pipeline(
     """
     torch.manual_seed(SEED)
     shown = pixels(pictures)  # (N, 3, S, S)
-    vae: Any = AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=8,
-        sample_size=SIDE,
-        mid_block_add_attention=False,
-    )
-
-    def picture_loss() -> torch.Tensor:
-        wanted = shown[draw.integers(0, len(shown), _BATCH)]
-        found = vae.encode(wanted).latent_dist
-        return F.l1_loss(vae.decode(found.sample()).sample, wanted) + 1e-6 * found.kl().mean()
-
-    fit(vae.parameters(), picture_loss, steps[0], rates[0], tell=tell)
+    vae = _fit_autoencoder(shown, draw, steps[0], rates[0], tell)
     vae.requires_grad_(False).eval()
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in shown.split(200)])  # (N, 4, 8, 8)
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
@@ -91,6 +77,28 @@ def fit_pipeline(
     weights = [*pipeline.unet.parameters(), *pipeline.text_encoder.parameters()]
     fit(weights, loss, steps[1], rates[1], tell=tell)
     return pipeline
+
+
+def _fit_autoencoder(
+    shown: torch.Tensor, draw: np.random.Generator, steps: int, rate: float, tell: Callable[[str], None] | None
+) -> Any:
+    """Train a small autoencoder on pictures of shape (N, 3, S, S)."""
+    vae: Any = AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+    )
+
+    def picture_loss() -> torch.Tensor:
+        wanted = shown[draw.integers(0, len(shown), _BATCH)]
+        found = vae.encode(wanted).latent_dist
+        return F.l1_loss(vae.decode(found.sample()).sample, wanted) + 1e-6 * found.kl().mean()
+
+    fit(vae.parameters(), picture_loss, steps, rate, tell=tell)
+    return vae
 
 
 def _untrained(vae: Any, tokenizer: CLIPTokenizer) -> Any:

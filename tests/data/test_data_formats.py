@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hostile_data import write
 
+from peftcli.data import readers
 from peftcli.data.rows import Row
 from peftcli.data.sources import open_source
 from peftcli.errors import DataError
@@ -142,6 +143,25 @@ def test_delimiter_and_encoding_can_be_given(tmp_path: Path) -> None:
 def test_damaged_utf8_is_not_another_encoding(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "a\nschön\nübel\n?\n".encode().replace(b"?", b"\xe9t"))
     assert [isinstance(row, Row) for row in open_source(Source(train=str(path))).rows()] == [True, True, False]
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("form", ["new_file", "new_stream"])
+def test_a_record_batch_that_unpacks_to_too_much_is_refused(
+    form: str, compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+
+    table, path = pa.table({"text": ["a" * 1000] * 100}), tmp_path / "a.arrow"
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with getattr(pa.ipc, form)(path, table.schema, options=options) as writer:
+        writer.write_table(table)
+    assert path.stat().st_size < 5000
+    monkeypatch.setattr(readers, "_MAX_ARROW_BATCH", 101_000)
+    assert len(read(path)[0]) == 100
+    monkeypatch.setattr(readers, "_MAX_ARROW_BATCH", 99_000)
+    with pytest.raises(DataError, match="record batch 1 unpacks to 100,404 bytes, more than 99,000"):
+        list(open_source(Source(train=str(path))).rows())
 
 
 @pytest.mark.parametrize("kind", ["file", "stream", "feather"])
