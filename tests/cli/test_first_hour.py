@@ -101,8 +101,8 @@ def test_from_an_empty_environment_to_an_adapter_on_a_hub(
         run = next(path.parent for path in work.rglob("adapter_config.json") if "checkpoints" not in path.parts)
         answered = types("peftcli", "predict", run, "My parcel is lost, and the courier has no tracking", "--json")
         assert answered["rows"][0]["label"] == "Delivery"
-        types("peftcli", "push", run, "me/tickets")
-        assert "adapter_model.safetensors" in hub.repos["me/tickets"].refs["main"][-1].files
+        types("peftcli", "push", run, "alice/tickets", "--base-model-id", "sentence-transformers/all-MiniLM-L6-v2")
+        assert "adapter_model.safetensors" in hub.repos["alice/tickets"].refs["main"][-1].files
     minutes, of_install = (time.perf_counter() - started) / 60, (installed - started) / 60
     record_property("minutes", round(minutes, 1))
     with capsys.disabled():
