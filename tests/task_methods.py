@@ -17,7 +17,7 @@ from promises import base_settings
 from taskkit import CASES
 from trainkit import run_recipe, scratch
 
-from peftcli.adapters.verify import verify_adapter
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.errors import AdapterError

@@ -27,7 +27,7 @@ def verify(
 ) -> None:
     """Load an adapter, and compare it with the model that was trained."""
     tell = progress_log(quiet)
-    from peftcli.adapters.verify import verify_adapter
+    from peftcli.adapters.proof.verify import verify_adapter
 
     verified = verify_adapter(adapter, base, readers or (), tell)
     if as_json:

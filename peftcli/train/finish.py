@@ -19,7 +19,7 @@ import torch
 from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
 from peftcli.adapters.number_format import add_to_task_file
-from peftcli.adapters.verify import record_model, sample_rows, trained_outputs
+from peftcli.adapters.proof.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.protocols import needs_base_weights
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source

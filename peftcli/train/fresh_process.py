@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peftcli.adapters.verify import mark_verified, needs_verification
+from peftcli.adapters.proof.verify import mark_verified, needs_verification
 from peftcli.errors import AdapterError, Interrupted, PeftcliError
 from peftcli.guard.files import command_word
 from peftcli.train.devices.launch import STATUS, peftcli_command

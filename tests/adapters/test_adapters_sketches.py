@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peftcli.adapters.sketches import sketch
+from peftcli.adapters.proof.sketches import sketch
 
 
 def test_a_tensor_whose_last_place_is_no_float32() -> None:

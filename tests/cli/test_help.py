@@ -13,7 +13,7 @@ import trainkit
 from typer.main import get_command
 
 from peftcli import errors
-from peftcli.adapters.readers import READERS
+from peftcli.adapters.proof.readers import READERS
 from peftcli.cli import app, console, explain
 from peftcli.cli.combine import combine
 from peftcli.cli.generate import generate

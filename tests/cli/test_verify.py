@@ -20,8 +20,8 @@ from classifierkit import classifier_base
 from PIL import Image
 from trainkit import Child
 
-from peftcli.adapters.readers import READERS
-from peftcli.adapters.verify import RECORD_FILE, sample_rows, verify_adapter
+from peftcli.adapters.proof.readers import READERS
+from peftcli.adapters.proof.verify import RECORD_FILE, sample_rows, verify_adapter
 from peftcli.errors import AdapterError, Interrupted
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Source

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from peftcli import peft_api
 from peftcli.adapters import merge as merging
 from peftcli.adapters.generate import load_generator
-from peftcli.adapters.verify import verify_adapter
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.core.files import load_adapter, read_config
 from peftcli.core.inject import inject, set_trainable
 from peftcli.core.layer import adapter_layers, base_module

@@ -11,7 +11,7 @@ import pytest
 import trainkit
 from taskkit import CASES
 
-from peftcli.adapters.verify import verify_adapter
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.core.files import save_adapter
 from peftcli.core.inject import inject
 from peftcli.methods import METHODS

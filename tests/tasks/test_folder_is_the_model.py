@@ -18,9 +18,9 @@ from models_tiny import tiny
 from safetensors.torch import load_file, save_file
 from taskkit import CASES
 
-from peftcli.adapters import readers
-from peftcli.adapters.sketches import hash_of
-from peftcli.adapters.verify import RECORD_FILE, verify_adapter
+from peftcli.adapters.proof import readers
+from peftcli.adapters.proof.sketches import hash_of
+from peftcli.adapters.proof.verify import RECORD_FILE, verify_adapter
 from peftcli.errors import AdapterError, ModelError
 from peftcli.system.disk import sha256
 from peftcli.tasks import TASKS

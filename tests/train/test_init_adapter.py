@@ -15,7 +15,7 @@ from test_train_processes import group
 from trainkit import MESSAGES, Trained, read_run, run_recipe, run_until, write_recipe
 
 from peftcli.adapters.merge import merge_adapter
-from peftcli.adapters.verify import verify_adapter
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.errors import AdapterError, DataError, PeftcliError, UsageError
 from peftcli.recipe import load_recipe
 from peftcli.train.evaluate_adapter import measure

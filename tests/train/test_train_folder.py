@@ -34,7 +34,7 @@ from trainkit import (
     write_recipe,
 )
 
-from peftcli.adapters.verify import RECORD_FILE, verify_adapter
+from peftcli.adapters.proof.verify import RECORD_FILE, verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.errors import DataError, FolderBusy, Interrupted, StorageError, UsageError
 from peftcli.recipe import load_recipe

@@ -22,7 +22,7 @@ from taskkit import CASES
 from trainkit import PROMPT_TUNING, Trained, read_run, run_recipe, run_until, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BrosConfig, BrosModel
 
-from peftcli.adapters.verify import verify_adapter
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.cli.progress import summary
 from peftcli.core.inject import inject
 from peftcli.errors import Diverged, Interrupted, ModelError, OutOfMemory, PeftWarning, StorageError, UsageError

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.adapters.predict import load_predictor
-from peftcli.adapters.verify import verify_adapter
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.errors import AdapterError
 from peftcli.tasks import feature_extraction
 from peftcli.tasks.feature_extraction import Pooling

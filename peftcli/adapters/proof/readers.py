@@ -17,7 +17,7 @@ from torch import nn
 
 from peftcli.adapters.load import AdapterSource
 from peftcli.adapters.merge import merge_adapter
-from peftcli.adapters.sketches import difference, hash_of, sketch
+from peftcli.adapters.proof.sketches import difference, hash_of, sketch
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from peftcli.core.quantised import is_quantised, keep_layout
 from peftcli.data.rows import Place, Row

@@ -24,8 +24,8 @@ from torch import nn
 from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter, read_settings
 from peftcli.adapters.merge import open_trained_base
 from peftcli.adapters.predict import load_for_task
-from peftcli.adapters.readers import compare_reader, require_readers
-from peftcli.adapters.sketches import Sketch, difference, hash_of, sketch
+from peftcli.adapters.proof.readers import compare_reader, require_readers
+from peftcli.adapters.proof.sketches import Sketch, difference, hash_of, sketch
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors
 from peftcli.core.protocols import describe
