@@ -91,10 +91,13 @@ def thirds(folder: Path) -> dict[str, Any]:
 
 def order(folder: Path) -> dict[str, Any]:
     """A tiny language model that is to prefer counting up."""
-    pairs = [(counting(first), counting(first)[::-1]) for first in range(10, 400, 5)]
-    found = [{"prompt": "count", "chosen": " " + " ".join(up), "rejected": " " + " ".join(down)} for up, down in pairs]
-    train = [each for at, each in enumerate(found) if at % 3]  # both files begin at tens and at fives
-    write(folder, {"train": train, "eval": found[::3]})
+    def pair(first: int) -> dict[str, str]:
+        up = counting(first)
+        return {"prompt": "count", "chosen": " " + " ".join(up), "rejected": " " + " ".join(up[::-1])}
+
+    starts = [first for at, first in enumerate(range(10, 400, 5)) if at % 3]
+    others = [first for first in range(10, 400) if first not in starts]  # so many that 2 % is more than one row
+    write(folder, {"train": [*map(pair, starts)], "eval": [*map(pair, others)]})
     return {"base_model": tiny(folder), "task": "preference", "r": 8, "batch": 4, "steps": 24}
 
 

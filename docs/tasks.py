@@ -74,7 +74,7 @@ its own order of the rows and its own dropout. Known differences:
 INTERVALS = f"""\
 ## Word error rates
 
-Of the answers of `peftcli predict --dtype float32`, where the evaluation above computes as the recipe says.
+The answers are those of `peftcli predict --dtype float32`; the evaluation above computes in the recipe's number format.
 Of {RESAMPLES:,} resamples of the held-out clips, 95 % lie in the ranges in brackets.
 
 | recipe | seed | before | after | before - after |

@@ -329,7 +329,7 @@ class _Cache:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Let diffusers draw no progress bars, and log errors alone; transformers too, of what diffusers imports of it."""
+    """Silence diffusers, and the part of transformers that it imports: no progress bars, no log below errors."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UsageError, match=r"auto divides training\.gradient_accumulation_steps, which is 1"):
         fit(SIZE)
     monkeypatch.setattr(module, "estimate", lambda *given: None)
-    with pytest.raises(UsageError, match="what this model needs of memory is not known before"):
+    with pytest.raises(UsageError, match="the memory that this model needs cannot be estimated"):
         fit(SIZE, STEPS)
     with pytest.raises(UsageError, match="auto is not for a task that compares the rows of a batch"):
         fit(SIZE, STEPS, path=CASES["feature_extraction"].write(tmp_path))

@@ -153,7 +153,7 @@ def choose_settings(recipe: Recipe, base: OpenBase, data: Data, num_processes: i
         fits = chosen(size, checkpointing, strategy)
         needs = _estimate(fits, base, data, num_processes)
         if needs is None:
-            raise UsageError("what this model needs of memory is not known before", key=key, hint=_NUMBERS)
+            raise UsageError("the memory that this model needs cannot be estimated", key=key, hint=_NUMBERS)
         return fits, needs
 
     again = given["gradient_checkpointing"]
