@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pty
 import random
 import shutil
 import subprocess
@@ -215,6 +217,25 @@ def test_two_readings_end_with_both_command_lines_one_of_which_decides(
     assert not output.exists()
     ran = cli(*lines[1].split()[1:], "--json")
     assert json.loads(ran.out)["columns"]["label"] in ("topic", "sentiment")
+
+
+def test_on_a_terminal_it_asks_which_reading_is_right(tmp_path: Path, base: Callable) -> None:
+    found = rows(text=lambda at: text(), topic=word("a", "b"), sentiment=word("good", "good", "bad"))
+    data, output = write_rows(tmp_path / "rows.jsonl", found), tmp_path / "recipe.yaml"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "peftcli", "init", str(data), "--output", str(output), "--base", base("encoder")]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.write(ours, b"2\n")
+        answer = process.communicate(timeout=120)[0].decode()
+        asked = os.read(ours, 10_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    second = next(line for line in asked.splitlines() if line.strip().startswith("2 "))
+    assert "Which one" in asked
+    assert process.returncode == 0
+    label = load_recipe(output).dataset.columns["label"]
+    assert label in second
+    assert f"label: {label}" in answer
 
 
 @pytest.mark.parametrize(

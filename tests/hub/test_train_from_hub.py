@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import classifierkit
 import datasets
@@ -22,7 +23,7 @@ from trainkit import at_step, read_run, run_recipe, write_recipe
 
 from peftcli.adapters.merge import merge_adapter
 from peftcli.cli.app import main
-from peftcli.errors import DataError, Interrupted, ModelError
+from peftcli.errors import DataError, HubError, Interrupted, ModelError
 from peftcli.models import hub_files
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
@@ -103,20 +104,39 @@ def test_a_model_without_weights_is_found_by_the_deep_check(
     assert "1 problem" in out
 
 
-def test_it_goes_on_with_the_dataset_that_it_began_with(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def datasets_of_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
+    """A repository of a dataset, ``acme/rows``, where ``datasets`` and ``huggingface_hub`` look for it."""
     for module, name, value in (
         (constants, "ENDPOINT", hub.url),
         (constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"),
         (datasets.config, "HF_ENDPOINT", hub.url),
         (datasets.config, "HF_HUB_OFFLINE", False),
         (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
+        (datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"),
     ):
         monkeypatch.setattr(module, name, value)
+    repo = hub.repos["datasets/acme/rows"] = Repo(private=False)
+    return repo
+
+
+def test_init_reads_a_dataset_of_the_hub(datasets_of_hub: Repo, tmp_path: Path, capsys: Any) -> None:
+    words = ["good camera", "bad battery", "fine food", "slow service"]
+    rows = [{"text": f"{words[at % 4]} number {at * at}", "label": "np"[at % 2]} for at in range(200)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    datasets_of_hub.refs["main"].append(Commit("rows", {"train.jsonl": content}))
+    recipe, base = tmp_path / "recipe.yaml", trainkit.base_folder()
+    assert main(["init", "acme/rows", "--base", str(base), "--output", str(recipe), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["task"], made["rows"], made["train"]) == ("sequence_classification", 200, ["acme/rows"])
+    assert main(["check", str(recipe)]) == 0
+    assert main(["init", "acme/nothing", "--output", str(tmp_path / "no.yaml")]) == HubError.exit_code
+
+
+def test_it_goes_on_with_the_dataset_that_it_began_with(hub: Hub, datasets_of_hub: Repo, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     rows, eval_rows = ((tmp_path / name).read_bytes() for name in ("train.jsonl", "eval.jsonl"))
-    repo = hub.repos["datasets/acme/rows"] = Repo(private=False)
+    repo = datasets_of_hub
     repo.refs["main"] += [Commit("old", {"train.jsonl": eval_rows}), Commit("rows", {"train.jsonl": rows})]
     _, old, first = (commit.oid for commit in repo.refs["main"])
     mix = f"[{{train: acme/rows, revision: {old}}}, {{train: acme/rows}}]"
