@@ -91,6 +91,7 @@ def thirds(folder: Path) -> dict[str, Any]:
 
 def order(folder: Path) -> dict[str, Any]:
     """A tiny language model that is to prefer counting up."""
+
     def pair(first: int) -> dict[str, str]:
         up = counting(first)
         return {"prompt": "count", "chosen": " " + " ".join(up), "rejected": " " + " ".join(up[::-1])}

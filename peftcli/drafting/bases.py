@@ -63,7 +63,7 @@ PROPOSALS = (
     Proposal("google/vit-base-patch16-224", "Apache-2.0", 87, 12, 768, 0, ("image_classification",), positions=197),
     Proposal(
         "nvidia/segformer-b0-finetuned-ade-512-512", "NVIDIA, not commercial", 4, 8, 256, 0, ("semantic_segmentation",),
-        positions=16384,
+        positions=1500,  # as much memory as its windows of attention take
     ),
     Proposal("openai/whisper-tiny", "Apache-2.0", 38, 8, 384, 51865, ("speech_recognition",), True, 1500),
     Proposal("openai/whisper-base", "Apache-2.0", 73, 12, 512, 51865, ("speech_recognition",), True, 1500),

@@ -171,8 +171,12 @@ def group_of(found: Found, look: Look) -> tuple[str, str] | None:
 def task_settings(found: Found, look: Look, base: Base | None, language: str | None) -> dict[str, tuple[Any, str]]:
     """Return the task's settings that the data decide, each with its reason."""
     settings = {
-        name: (value, "the label is " + _KINDS.get(value, str(value))) for name, value in found.settings.items()
+        name: (value, _REASONS.get(name) or "the label is " + _KINDS.get(value, str(value)))
+        for name, value in found.settings.items()
     }
+    masks = found.columns.get("annotation")
+    if isinstance(masks, str) and (count := binary_masks(look.columns[masks])):
+        settings["binary_masks"] = (True, f"all pixels of {count_of(count, 'mask')} are 0 or 255")
     label = found.columns.get("label")
     if isinstance(label, str) and found.reading.task.endswith("_classification"):
         facts = look.columns[label]
@@ -186,6 +190,21 @@ def task_settings(found: Found, look: Look, base: Base | None, language: str | N
     return settings
 
 
+def binary_masks(masks: ColumnFacts) -> int:
+    """Return how many masks have pixels of 0 and 255 alone; 0 where one has another, or none has 255."""
+    from PIL import Image
+
+    seen, count = set[int](), 0
+    for value, folder in zip(masks.values[:_MASKS], masks.folders, strict=False):
+        with suppress(OSError, ValueError, SyntaxError), Image.open(folder / str(value)) as mask:
+            seen |= {at for at, pixels in enumerate(mask.convert("L").histogram()) if pixels}
+            count += 1
+    return count if 255 in seen <= {0, 255} else 0
+
+
+_MASKS = 20
+"""Masks that are opened."""
+_REASONS = {"labels": "by their values in the masks"}
 _KINDS = {"kto": "true for good answers, false for bad ones", "regression": "a number"}
 
 

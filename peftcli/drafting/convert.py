@@ -16,7 +16,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from peftcli.data.readers import find_dialect, kind_of, read_file
 from peftcli.data.rows import Row, count_of
 from peftcli.data.sources import open_source
 from peftcli.data.text_rows import first_line
+from peftcli.drafting.coco import find_coco, read_coco
 from peftcli.drafting.facts import is_tag, number_in, parse_list
 from peftcli.drafting.look import Look
 from peftcli.errors import DataError
@@ -43,30 +44,46 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 # --- files and folders ------------------------------------------------------------------------------------------------
 
 
-def converted(names: Sequence[str], output: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the data, where some were converted those of the new files, and notes about them.
+@dataclass
+class Converted:
+    """The names of the data, where some were converted those of the new files."""
+
+    names: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was converted."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the classes of masks, by their values."""
+
+
+def converted(names: Sequence[str], output: Path) -> Converted:
+    """Convert files and folders that no reader takes as they are.
 
     Raises:
-        DataError: an archive is damaged, or leads out of its folder.
+        DataError: an archive is damaged, or leads out of its folder; a COCO file cannot be used.
     """
-    found, notes = list[str](), list[str]()
+    found = Converted()
     if rows := _paired([Path(name).expanduser() for name in names], output.parent.absolute()):
         target = _write(output, Path(names[0]), rows[0])
-        return [str(target)], [f"{' and '.join(names)} were converted into {target}: {rows[1]}"]
+        return Converted([str(target)], [f"{' and '.join(names)} were converted into {target}: {rows[1]}"])
     for name in names:
         path = Path(name).expanduser()
         if path.is_file() and name.lower().endswith(_ARCHIVES):
             path = _unpack(path, output)
+            found.notes.append(f"{name} was unpacked into {path}")
             name = str(path)
-            notes.append(f"{names[len(found)]} was unpacked into {name}")
-        rows = _rows_of_folder(path, output.parent.absolute()) if path.is_dir() else _rows_of_file(path)
+        coco = find_coco(path)
+        made = read_coco(coco, output.parent.absolute() / f"{output.stem}.masks") if coco else None
+        if made is not None:
+            rows, found.labels = (made.rows, made.says), made.labels
+        else:
+            rows = _rows_of_folder(path, output.parent.absolute()) if path.is_dir() else _rows_of_file(path)
         if rows is not None:
             values, why = rows
-            target = _write(output, path, values, found)
-            notes.append(f"{name} was converted into {target}: {why}")
+            target = _write(output, path, values, found.names)
+            found.notes.append(f"{name} was converted into {target}: {why}")
             name = str(target)
-        found.append(name)
-    return found, notes
+        found.names.append(name)
+    return found
 
 
 def _write(output: Path, source: Path, rows: Iterable[Values], written: Collection[str] = ()) -> Path:

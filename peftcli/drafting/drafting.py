@@ -95,15 +95,17 @@ def draft(request: Request, ask: Ask | None = None) -> Draft:
     if request.task is not None and request.task not in TASKS:
         raise UsageError(f"no task {request.task!r}", key="--task", hint=f"known: {', '.join(TASKS)}")
     require_writable(output)
-    names, notes = converted(request.data, output)
+    made = converted(request.data, output)
     base = read_base(request.base) if request.base else None
     if base and base.problem:
-        notes.append(f"the config of {base.name} cannot be read ({base.problem}); the data alone decide")
-    look = look_at(names)
+        made.notes.append(f"the config of {base.name} cannot be read ({base.problem}); the data alone decide")
+    look = look_at(made.names)
     if conversion := converted_rows(look, output):
         look = _look_again(look, *conversion)
     found = _decide(look, base, request, ask)
-    return _write(found, look, base, output, [*notes, *look.notes])
+    if made.labels:
+        found = replace(found, settings={**found.settings, "labels": made.labels})
+    return _write(found, look, base, output, [*made.notes, *look.notes])
 
 
 def _look_again(look: Look, made: list[str], note: str) -> Look:

@@ -436,3 +436,32 @@ def test_an_archive_is_unpacked_and_masks_are_paired(name: str, tmp_path: Path, 
     made = json.loads(ran.out)
     assert (made["task"], made["rows"]) == ("semantic_segmentation", 6)
     assert len(made["notes"]) == 2
+
+
+def test_masks_of_coco_are_drawn_and_binary_ones_known(tmp_path: Path, base: Callable, cli: Callable) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    images, marks = [], []
+    for at in range(12):
+        Image.new("RGB", (20, 10)).save(tmp_path / "images" / f"{at}.png")
+        images.append({"id": at, "file_name": f"{at}.png", "width": 20, "height": 10})
+        outline = {"category_id": 7, "image_id": at, "area": 50, "segmentation": [[0, 0, 9, 0, 9, 4, 0, 4]]}
+        runs = {"category_id": 3, "image_id": at, "area": 20, "segmentation": {"counts": [100, 20, 80]}}
+        marks += [outline, runs, {"category_id": 3, "image_id": at, "bbox": [0, 0, 2, 2]}]
+    names = [{"id": 3, "name": "car"}, {"id": 7, "name": "cat"}, {"id": 9, "name": "none"}]
+    coco = tmp_path / "instances.json"
+    coco.write_text(json.dumps({"images": images, "annotations": marks, "categories": names}))
+    recipe, vision = tmp_path / "recipe.yaml", base("vision")
+    ran = cli("init", coco, "--output", recipe, "--json", "--base", vision)
+    assert ran.code == 0, ran.err
+    assert "12 annotations without an outline left out" in json.loads(ran.out)["notes"][0]
+    assert load_recipe(recipe).task == {"type": "semantic_segmentation", "labels": ["background", "car", "cat"]}
+    mask = Image.open(tmp_path / "recipe.masks" / "0-0.png")
+    assert [mask.getpixel(place) for place in ((5, 2), (10, 9), (19, 9))] == [2, 1, 0]
+
+    (tmp_path / "masks").mkdir()
+    for at in range(12):
+        Image.new("L", (20, 10), 255 * (at % 2)).save(tmp_path / "masks" / f"{at}.png")
+    cli("init", tmp_path / "images", tmp_path / "masks", "--output", recipe, "--overwrite", "--base", vision)
+    assert load_recipe(recipe).task == {"type": "semantic_segmentation", "binary_masks": True}
