@@ -18,7 +18,6 @@ import torch
 
 from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
-from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.proof.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.protocols import needs_base_weights
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
@@ -27,7 +26,7 @@ from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, St
 from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.disk import write_file
-from peftcli.tasks import TASK_FILE, task_record
+from peftcli.tasks import task_record
 from peftcli.train.data import RunData
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.devices.launch import TRAINING, report
@@ -112,9 +111,8 @@ def _write_adapter(
     """
     recipe, folder = run.recipe, run.folder
     write_finite(tensors, state.prepared.config, folder.path)
+    data.task.number_format = {"bf16": uses_bf16(run.pinned), "dtype": recipe.base_model.dtype}
     own = data.task.save(folder.path)
-    if TASK_FILE in own:
-        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
     if said is not None:
         record_model(
             folder.path,
