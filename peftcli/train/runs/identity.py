@@ -71,6 +71,7 @@ def comparable_settings(recipe: Recipe) -> dict[str, Any]:
         "save_on_signal",
         "dataloader_num_workers",
         "verify",
+        "compare_with_base",
         "report_to",
         "run_name",
     )

@@ -283,6 +283,130 @@ class GateRecord:
 
 
 @dataclass(kw_only=True)
+class DifferenceRecord:
+    """One metric of base model and adapter on the same rows."""
+
+    base: float
+    """Of the base model, with the adapter off."""
+    adapter: float
+    """Of the adapter that was written."""
+    difference: float
+    """Adapter less base."""
+    low: float
+    """Where the 95 % interval of the difference begins."""
+    high: float
+    """Where it ends."""
+    verdict: Literal["better", "worse", "no_difference"]
+    """Of the adapter; no_difference: the interval holds 0."""
+    draws: Positive = ABSENT
+    """Draws of this metric, where they are fewer than of the others: its value is no function of sums."""
+
+
+@dataclass(kw_only=True)
+class RightRecord:
+    """Rows that are right or wrong."""
+
+    base: Count
+    """Rows that the base model had right."""
+    kept: Count
+    """Those that the adapter has right too."""
+    lost: Count
+    """Those that the adapter has wrong."""
+    gained: Count
+    """Rows that the adapter alone has right."""
+
+
+@dataclass(kw_only=True)
+class OutputRecord:
+    """A row with the outputs of base model and adapter, each shortened."""
+
+    row: str
+    """Its file, and its line there or its number."""
+    chosen: Literal["best", "worst", "most_changed", "random"]
+    """Why this row: the largest gain or loss, the largest change of the output, or chance."""
+    input: str
+    """What the model is given."""
+    wanted: str
+    """What the row has as the answer; empty: none."""
+    base: str
+    """What the base model answers."""
+    adapter: str
+    """What the adapter answers."""
+
+
+@dataclass(kw_only=True)
+class ComparisonRecord:
+    """Base model and adapter on the same evaluation rows, with bootstrap intervals."""
+
+    rows: Count = ABSENT
+    """Evaluation rows."""
+    units: Count = ABSENT
+    """What the bootstrap drew from."""
+    unit: Literal["rows", "groups"] = ABSENT
+    """What they are; groups where rows belong together."""
+    draws: Count = ABSENT
+    """Draws."""
+    seconds: float = ABSENT
+    """What the comparison took."""
+    metrics: dict[str, DifferenceRecord] = ABSENT
+    """Metric, as eval_loss -> what became of it."""
+    main: str = ABSENT
+    """The task's main metric."""
+    base_head_is_new: bool = ABSENT
+    """Whether the base model has no trained head, so that it guesses."""
+    right: RightRecord = ABSENT
+    """Rows that are right or wrong; absent where a row's answer is neither."""
+    outputs: list[OutputRecord] = ABSENT
+    """A few rows before and after training."""
+    skipped: str = ABSENT
+    """Why no comparison was made, instead of all of the above."""
+
+
+@dataclass(kw_only=True)
+class ForgettingGroupRecord:
+    """What was forgotten of one group of texts."""
+
+    texts: Count
+    """Texts."""
+    loss: float
+    """By how much the cross-entropy rose, in nats a token."""
+    kl: float
+    """KL divergence from base model to adapter, in nats a token."""
+    kept_tokens: float
+    """Share of the base model's likeliest tokens that are the adapter's too."""
+
+
+@dataclass(kw_only=True)
+class ForgettingRecord:
+    """What a language model forgot, on texts that the package holds."""
+
+    texts: Count = ABSENT
+    """Texts."""
+    tokens: Count = ABSENT
+    """Their tokens."""
+    base_loss: float = ABSENT
+    """Cross-entropy of the base model, in nats a token."""
+    adapter_loss: float = ABSENT
+    """Cross-entropy with the adapter, in nats a token."""
+    loss: float = ABSENT
+    """By how much it rose."""
+    low: float = ABSENT
+    """Where the 95 % interval of the rise begins."""
+    high: float = ABSENT
+    """Where it ends."""
+    kl: float = ABSENT
+    """KL divergence from base model to adapter, in nats a token."""
+    kept_tokens: float = ABSENT
+    """Share of the base model's likeliest tokens that are the adapter's too."""
+    seconds: float = ABSENT
+    """What the measurement took."""
+    groups: dict[str, ForgettingGroupRecord] = ABSENT
+    """Group of texts, as a language -> what was forgotten of it."""
+    skipped: str = ABSENT
+    """Why it was not measured, instead of all of the above."""
+
+
+@dataclass(kw_only=True)
 class MemoryRecord:
     """The most memory that the process held, in bytes."""
 
@@ -359,6 +483,10 @@ class RunRecord:
     """Mean loss per target over all steps."""
     eval: EvaluationRecord = LATER
     """Metrics on the evaluation data; empty where it was not evaluated."""
+    comparison: ComparisonRecord = ABSENT
+    """Base model and adapter on the same evaluation rows."""
+    forgetting: ForgettingRecord = ABSENT
+    """Of language models: what was forgotten."""
     gates: list[GateRecord] = LATER
     """The recipe's gates."""
     warnings: list[str] = ABSENT
