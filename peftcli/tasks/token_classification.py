@@ -293,16 +293,14 @@ class TokenClassification(TextInputs, Task[settings.TokenClassificationSettings]
         hits = np.array([sum(one == other for one, other in each) for each in pairs])
         words = np.array(list(map(len, pairs)))
         whole = join(loss_parts(rows), means(words, hits == words, accuracy=hits))
-        if self.settings.scheme == "none":
-            counted, names = (
-                [[list(enumerate(side)) for side in zip(*each, strict=True)] for each in pairs],
-                self.labels,
-            )
-            places = {at: at for at in range(len(names))}
+        is_plain = self.settings.scheme == "none"
+        places: dict[Any, int] = {at if is_plain else name: at for at, name in enumerate(self.names)}
+        counted: list[list[list[Any]]]
+        if is_plain:
+            counted = [[list(enumerate(side)) for side in zip(*each, strict=True)] for each in pairs]
         else:
             counted = [[self._entities_of(row, side) for side in (0, 1)] for row in rows]
-            names, places = self.names, {name: at for at, name in enumerate(self.names)}
-        counts = np.zeros((len(rows), 3, len(names)))
+        counts = np.zeros((len(rows), 3, len(places)))
         for at, (wanted, found) in enumerate(counted):
             for kind, those in enumerate((set(wanted) & set(found), wanted, found)):
                 for one in those:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError
 from peftcli.guard.files import command_word
 from peftcli.recipe import MAX_REGRESSION
+from peftcli.schema import Recipe
 from peftcli.system.signals import wants_save
 from peftcli.tasks.base import Task
 from peftcli.tasks.parts import Parts, RowScore
 from peftcli.train.batches import num_workers
-from peftcli.train.data import RunData
+from peftcli.train.data import Data, RunData
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.evaluate import is_lower_better, losses_of_batches, main_metric
 from peftcli.train.events import Message
@@ -62,7 +64,8 @@ class Measured:
         some = [self.scores[at] for at in rows.tolist()]
         sums = {name: np.sum([each.sums[name] for each in some], axis=0) for name in some[0].sums}
         outputs = [output for each in some for output in each.outputs]
-        return task.metrics(sums, outputs, sum(each.num_targets for each in some))
+        with warnings.catch_warnings(action="ignore"):  # of draws that lack a class
+            return task.metrics(sums, outputs, sum(each.num_targets for each in some))
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Scorer:
         return True
 
     def units(self, count: int) -> np.ndarray:
-        """The unit of each of ``count`` scores: rows of one group, or with a part of their input in common, share it."""
+        """The unit of each of ``count`` scores: rows of one group, or of one input in part, share it."""
         groups = find_groups(UsedRows(self.view), ()) if self.rows_apart else np.arange(count)
         return np.unique(groups, return_inverse=True)[1]
 
@@ -235,12 +238,6 @@ def compare_run(run: Run, data: RunData, model: nn.Module, *, is_kept: bool) -> 
         most = f"a tenth of the run's {run.record.wall_seconds or 0.0:.2g} s"
         return _skipped(f"it would take about {2 * seconds_of_draws(len(view)):.2g} s or more, over {most}", how)
     run.tell(Message(f"comparing with the base model on {count_of(len(view), 'example')}"))
-    source = eval_source(recipe.dataset)
-    report = data.examples.report
-    columns = {name: column for name, column in recipe.dataset.columns.items() if isinstance(column, str)}
-    examples = Examples(
-        [source] if source else recipe.dataset.sources(), columns or report.get("columns", {}), report["format"]
-    )
     scorer = Scorer(
         data.task, view, training.per_device_eval_batch_size, run.accelerator, num_workers(training, data.task)
     )
@@ -250,8 +247,22 @@ def compare_run(run: Run, data: RunData, model: nn.Module, *, is_kept: bool) -> 
         return bool(request) and not wants_save(request)
 
     return compare(
-        model, scorer, seconds=seconds, requested=stopped, examples=examples, head_is_new=data.task.head_is_new, how=how
+        model,
+        scorer,
+        seconds=seconds,
+        requested=stopped,
+        examples=examples_of(recipe, data.examples),
+        head_is_new=data.task.head_is_new,
+        how=how,
     )
+
+
+def examples_of(recipe: Recipe, data: Data) -> Examples:
+    """Return from where the evaluation rows of a recipe come."""
+    source, report = eval_source(recipe.dataset), dict[str, Any](data.report)
+    columns = {name: column for name, column in recipe.dataset.columns.items() if isinstance(column, str)}
+    sources = [source] if source else recipe.dataset.sources()
+    return Examples(sources, columns or report.get("columns") or {}, report["format"])
 
 
 def seconds_of_draws(rows: int) -> float:
@@ -351,7 +362,9 @@ def _choose(found: Comparison, task: Task[Any], main: str) -> dict[int, str]:
     """The rows to show, by the change of the main metric and, where that is equal, of the loss."""
     assert found.base is not None
     assert found.adapter is not None
-    each = [measured.parts.metrics_of(measured.parts.values) for measured in (found.base, found.adapter)]
+    each: list[Mapping[str, np.ndarray]] = [
+        measured.parts.metrics_of(measured.parts.values) for measured in (found.base, found.adapter)
+    ]
     lower = is_lower_better(task, main)
     gains = [
         np.nan_to_num(one.get(name, np.zeros(1)) - other.get(name, np.zeros(1)))

@@ -59,9 +59,10 @@ def _check_regression(
     """The gates of ``max_regression``: one a metric, decided by the interval of the difference of the two runs."""
     against, bounds = parse_regression(given)
     checked, found, why = [], dict[str, Interval](), "was not compared"
-    if comparison is not None and comparison.adapter is not None and comparison.units is not None:
+    hashes = None if comparison is None else comparison.hashes
+    if comparison is not None and comparison.adapter and comparison.units is not None and hashes is not None:
         mine, why = comparison.adapter.parts, "has no interval: it is no function of sums over rows"
-        order, values = EarlierRun.read(against).in_order_of(comparison.hashes)
+        order, values = EarlierRun.read(against).in_order_of(hashes)
         if values.shape[1] == mine.values.shape[1]:
             here = replace(mine, values=mine.values[order])
             found = paired_intervals(replace(mine, values=values), here, comparison.units[order])

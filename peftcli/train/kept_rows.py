@@ -22,6 +22,8 @@ ROWS_FILE = "eval_rows.safetensors"
 """In the run folder; not pushed."""
 _MAX_NUMBERS = 8_000_000
 """Numbers that are kept of the rows; of more, none are."""
+_MAX_RUN = 64_000_000
+"""Bytes of a run.json."""
 _KEY = "gates.max_regression"
 _ROW_HINT = (
     "compare with a run on the same evaluation rows: the files, dataset.limit and the task's settings decide them"
@@ -61,7 +63,7 @@ class EarlierRun:
             UsageError: they are not there, or hold something else.
         """
         try:
-            run = read_json_object(Path(path), AdapterError)
+            run = read_json_object(Path(path), _MAX_RUN)
             tensors = read_tensor_file(Path(path).with_name(ROWS_FILE))
             hashes, parts = (tensors[name].numpy() for name in ("hashes", "adapter"))
             if parts.ndim != 2 or hashes.shape != parts.shape[:1]:

@@ -57,20 +57,20 @@ def paired_intervals(
     ``units`` is the unit of each row (N,), from 0: rows of one unit belong together, and are drawn together.
     """
     values = [_sums_of_units(each.values, units) for each in (base, other)]
-    count, shared = len(values[0]), base.values.shape == other.values.shape
-    assert shared
-    random, found = np.random.default_rng(seed), list[list[dict[str, np.ndarray]]]()
-    for start in range(0, draws, size := max(1, _CHUNK // count)):
+    count = len(values[0])
+    random, found, size = np.random.default_rng(seed), list[list[dict[str, np.ndarray]]](), max(1, _CHUNK // count)
+    for start in range(0, draws, size):
         counts = draw_counts(random, count, min(size, draws - start))
         found.append([each.metrics_of(counts @ own) for each, own in zip((base, other), values, strict=True)])
     whole = [each.metrics_of(own.sum(axis=0, keepdims=True)) for each, own in zip((base, other), values, strict=True)]
     names = [name for name in whole[0] if name in whole[1]]
     drawn = {name: [np.concatenate([_values(each[at], name) for each in found]) for at in (0, 1)] for name in names}
     without = [each.metrics_of(own.sum(axis=0) - own) for each, own in zip((base, other), values, strict=True)]
-    intervals = {
-        name: interval_of(*(float(each[name][0]) for each in whole), *drawn[name], without[1][name] - without[0][name])
-        for name in names
-    }
+    intervals = dict[str, Interval | None]()
+    for name in names:
+        one, two = (float(each[name][0]) for each in whole)
+        left = _values(without[1], name) - _values(without[0], name)
+        intervals[name] = interval_of(one, two, drawn[name][0], drawn[name][1], left)
     return {name: each for name, each in intervals.items() if each is not None}
 
 
