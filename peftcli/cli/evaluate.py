@@ -75,7 +75,7 @@ def evaluate(
             require_writable(junit)
 
         from peftcli.train.evaluate_adapter import measure
-        from peftcli.train.finish import raise_failed_gates
+        from peftcli.train.gates import raise_failed_gates
 
         with Progress(quiet=quiet) as progress, leave_group_on_exit():
             result |= measure(settings, adapter, progress.show if is_main else lambda event: None)

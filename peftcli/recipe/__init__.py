@@ -18,7 +18,16 @@ dump        Recipe -> YAML
 
 from __future__ import annotations
 
-from peftcli.recipe.checks import LEARNT, gate_holds, parse_duration, parse_gate, why_failed
+from peftcli.recipe.checks import (
+    LEARNT,
+    MAX_REGRESSION,
+    Bound,
+    gate_holds,
+    parse_duration,
+    parse_gate,
+    parse_regression,
+    why_failed,
+)
 from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.explain_names import explain, help_on
 from peftcli.recipe.parse import load_recipe, method_config, read
@@ -28,6 +37,8 @@ from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
     "LEARNT",
+    "MAX_REGRESSION",
+    "Bound",
     "Explanation",
     "explain",
     "gate_holds",
@@ -37,6 +48,7 @@ __all__ = [
     "method_config",
     "parse_duration",
     "parse_gate",
+    "parse_regression",
     "rate_problems",
     "read",
     "recipes_and_overrides",
