@@ -18,7 +18,15 @@ dump        Recipe -> YAML
 
 from __future__ import annotations
 
-from peftcli.recipe.checks import LEARNT, gate_holds, parse_duration, parse_gate, why_failed
+from peftcli.recipe.checks import (
+    FORGETTING,
+    LEARNT,
+    forgetting_problem,
+    gate_holds,
+    parse_duration,
+    parse_gate,
+    why_failed,
+)
 from peftcli.recipe.dump import to_dict, to_yaml
 from peftcli.recipe.explain_names import explain, help_on
 from peftcli.recipe.parse import load_recipe, method_config, read
@@ -27,9 +35,11 @@ from peftcli.recipe.reference import Explanation, json_schema
 from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
+    "FORGETTING",
     "LEARNT",
     "Explanation",
     "explain",
+    "forgetting_problem",
     "gate_holds",
     "help_on",
     "json_schema",

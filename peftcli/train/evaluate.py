@@ -22,7 +22,7 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
-from peftcli.recipe import LEARNT
+from peftcli.recipe import FORGETTING, LEARNT, forgetting_problem
 from peftcli.schema import Recipe, Training
 from peftcli.tasks.base import Task, on_device
 from peftcli.train.batches import batches, collate
@@ -55,6 +55,7 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not, or it is not.
     """
+    _refuse_forgetting(recipe)
     if data.eval is None or recipe.training.eval_strategy == "no":
         return
     refuse_gates(recipe, data)
@@ -82,8 +83,15 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not.
     """
-    for name in recipe.gates.keys() - {LEARNT}:
+    _refuse_forgetting(recipe)
+    for name in recipe.gates.keys() - {LEARNT, FORGETTING}:
         _known(data, name, f"gates.{name}")
+
+
+def _refuse_forgetting(recipe: Recipe) -> None:
+    """Refuse the gate of a measure that the task does not have."""
+    if FORGETTING in recipe.gates and (problem := forgetting_problem(recipe)):
+        raise UsageError(problem, key=f"gates.{FORGETTING}")
 
 
 def _known(data: Data, name: str, key: str) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -19,7 +20,7 @@ from peftcli.models.parts import widen_heads
 from peftcli.recipe import LEARNT, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
-from peftcli.tasks import open_task
+from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Begins, Task
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
@@ -28,11 +29,12 @@ from peftcli.train.devices.accelerator import start_accelerator
 from peftcli.train.evaluate import evaluate, find_doubts, main_metric, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.finish import check_gates
+from peftcli.train.forgetting import forgotten, is_forced, measured_forgetting
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.resume import versions
-from peftcli.train.runs.typed_json import to_json
+from peftcli.train.runs.typed_json import ABSENT, to_json
 from peftcli.train.setup import load_base
 
 
@@ -61,7 +63,9 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less
     doubts = find_doubts(task, data.eval, before={}, after=metrics) if recipe.gates.get(LEARNT) else []
-    gates = check_gates(recipe.gates, metrics, doubts)
+    forgetting = _forgetting(recipe, source, model, task, accelerator)
+    # the base model alone has forgotten nothing
+    gates = check_gates(recipe.gates, metrics, doubts, forgotten(forgetting) if source is not None else 0.0)
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
@@ -71,12 +75,22 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         "base_model": {"name": recipe.base_model.name, "revision": recipe.base_model.revision},
         "data": data.report,
         "eval": {"main": main_metric(task, metrics), "last": metrics},
+        **({"forgetting": to_json(forgetting)} if forgetting else {}),
         "gates": to_json(gates),
         "versions": versions(),
         "device": str(accelerator.device),
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _forgetting(
+    recipe: Recipe, source: AdapterSource | None, model: nn.Module, task: Task[Any], accelerator: Accelerator
+) -> Any:
+    """Measure what an adapter has forgotten, where the recipe asks for it."""
+    if source is None or not row_of(recipe).writes_text or not is_forced(recipe):
+        return ABSENT
+    return measured_forgetting(model, task, accelerator)
 
 
 def _evaluation_data(recipe: Recipe, source: AdapterSource | None, tell: OnEvent) -> Data:

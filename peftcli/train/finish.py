@@ -23,7 +23,7 @@ from peftcli.core.protocols import needs_base_weights
 from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
-from peftcli.recipe import LEARNT, gate_holds, parse_gate, to_yaml, why_failed
+from peftcli.recipe import FORGETTING, LEARNT, gate_holds, parse_gate, to_yaml, why_failed
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.disk import write_file
 from peftcli.tasks import task_record
@@ -33,6 +33,7 @@ from peftcli.train.devices.launch import TRAINING, report
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.evaluate import find_doubts, main_metric, no_learning
 from peftcli.train.events import Ready
+from peftcli.train.forgetting import forgetting_of, forgotten
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, set_newer_aside, write_finite
 from peftcli.train.runs.record import (
@@ -62,7 +63,9 @@ def finish(run: Run, data: RunData, state: State) -> None:
     curve = drawing.submit(loss_curve, folder.metrics(), what, data.task.main_metric) if run.is_main else None
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
-    said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
+    holds_kept = _take_kept(state)
+    said = _said(run, data, state) if holds_kept and verify and (run.is_main or is_sharded(state.model)) else {}
+    forgetting = forgetting_of(run, data, state, holds_kept=holds_kept)
     state.prepared.gather_parameters()
     if curve is None:
         return
@@ -88,7 +91,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
         kept=kept,
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.gates = check_gates(recipe.gates, kept, doubts)
+    record.forgetting = forgetting
+    record.gates = check_gates(recipe.gates, kept, doubts, forgotten(forgetting))
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     run.write_record()
@@ -156,15 +160,21 @@ def _doubts(run: Run, data: RunData, state: State, kept: dict[str, float]) -> li
     return find_doubts(data.task, view, progress.first_eval, kept, run.folder.metrics(), progress.step)
 
 
+def _take_kept(state: State) -> bool:
+    """Give the model in memory the adapter that is kept. Returns whether it has it."""
+    if state.best_adapter is None:  # the model in memory is the last one
+        return True
+    if not holds_its_file(state.model):
+        return False
+    state.prepared.gather_parameters()
+    load_state(state.model, state.best_adapter)
+    state.prepared.sync_parameters()
+    return True
+
+
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
-    """What the trained model says of a few rows; empty where it cannot be asked."""
+    """What the trained model says of a few rows."""
     recipe, task = run.pinned, data.task
-    if state.best_adapter is not None:  # the model in memory is the last one
-        if not holds_its_file(state.model):
-            return {}
-        state.prepared.gather_parameters()
-        load_state(state.model, state.best_adapter)
-        state.prepared.sync_parameters()
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
     return trained_outputs(state.model, task, sample_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
 
@@ -198,9 +208,15 @@ def loss_curve(metrics: list[dict[str, Any]], title: str = "", main_metric: str 
 
 
 def check_gates(
-    gates: Mapping[str, str | bool], metrics: Mapping[str, float], doubts: Sequence[str]
+    gates: Mapping[str, str | bool],
+    metrics: Mapping[str, float],
+    doubts: Sequence[str],
+    forgotten: float | str | None = None,
 ) -> list[GateRecord]:
-    """Compare the metrics with the recipe's gates. ``doubts`` say why nothing seems to have been learnt."""
+    """Compare the metrics with the recipe's gates.
+
+    ``doubts`` say why nothing seems to have been learnt; ``forgotten`` is what was forgotten, or why it is not known.
+    """
     checked = []
     for name, text in gates.items():
         if text is False:
@@ -210,9 +226,11 @@ def check_gates(
             checked.append(GateRecord(metric=name, gate="true", value=None, passed=not doubts, reason=reason))
             continue
         operator, bound = parse_gate(str(text))
-        value = metrics.get(name)
+        value, reason = metrics.get(name), ABSENT
+        if name == FORGETTING:
+            value, reason = (None, f"not measured: {forgotten}") if isinstance(forgotten, str) else (forgotten, ABSENT)
         passed = value is not None and gate_holds(operator, value, bound)
-        checked.append(GateRecord(metric=name, gate=str(text), value=value, passed=passed))
+        checked.append(GateRecord(metric=name, gate=str(text), value=value, passed=passed, reason=reason))
     return checked
 
 
