@@ -20,7 +20,7 @@ from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
 from peftcli.adapters.proof.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.protocols import needs_base_weights
-from peftcli.core.weights import adapter_state, holds_its_file, load_state
+from peftcli.core.weights import adapter_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.recipe import FORGETTING, LEARNT, gate_holds, parse_gate, to_yaml, why_failed
@@ -63,9 +63,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     curve = drawing.submit(loss_curve, folder.metrics(), what, data.task.main_metric) if run.is_main else None
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
-    holds_kept = _take_kept(state)
-    said = _said(run, data, state) if holds_kept and verify and (run.is_main or is_sharded(state.model)) else {}
-    forgetting = forgetting_of(run, data, state, holds_kept=holds_kept)
+    said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
+    record.forgetting = forgetting_of(run, data, state)
     state.prepared.gather_parameters()
     if curve is None:
         return
@@ -91,8 +90,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
         kept=kept,
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.forgetting = forgetting
-    record.gates = check_gates(recipe.gates, kept, doubts, forgotten(forgetting))
+    record.gates = check_gates(recipe.gates, kept, doubts, forgotten(record.forgetting))
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     run.write_record()
@@ -160,20 +158,10 @@ def _doubts(run: Run, data: RunData, state: State, kept: dict[str, float]) -> li
     return find_doubts(data.task, view, progress.first_eval, kept, run.folder.metrics(), progress.step)
 
 
-def _take_kept(state: State) -> bool:
-    """Give the model in memory the adapter that is kept. Returns whether it has it."""
-    if state.best_adapter is None:  # the model in memory is the last one
-        return True
-    if not holds_its_file(state.model):
-        return False
-    state.prepared.gather_parameters()
-    load_state(state.model, state.best_adapter)
-    state.prepared.sync_parameters()
-    return True
-
-
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
-    """What the trained model says of a few rows."""
+    """What the trained model says of a few rows; empty where it cannot be asked."""
+    if not state.take_kept():
+        return {}
     recipe, task = run.pinned, data.task
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
     return trained_outputs(state.model, task, sample_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
