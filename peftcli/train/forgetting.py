@@ -18,6 +18,7 @@ from peftcli.tasks import row_of
 from peftcli.tasks.base import Task
 from peftcli.train.data import RunData
 from peftcli.train.devices.sharding import is_sharded
+from peftcli.train.events import Message
 from peftcli.train.runs.checkpoint import State
 from peftcli.train.runs.record import ForgettingRecord
 from peftcli.train.runs.resume import Run
@@ -46,6 +47,7 @@ def forgetting_of(run: Run, data: RunData, state: State) -> Any:
         return ForgettingRecord(
             skipped=f"the run took {run.record.wall_seconds:.1f} s, too short to spend a tenth on it"
         )
+    run.tell(Message("measuring what was forgotten"))
     more = {"seconds": seconds, "stopping": lambda: bool(run.stop.request)}
     compiled = torch.compiler.set_stance("force_eager") if recipe.training.torch_compile else nullcontext()
     with compiled:

@@ -2,9 +2,9 @@
 
     python tests/proof/planted_forgetting.py MODEL [--steps 30] [--texts 80] [--only KIND] [--results FILE.jsonl]
 
-MODEL is SmolLM2-135M-Instruct's folder. Ten clean runs learn docstrings, each from other rows, with another seed, by one
-of five methods at its own rate. Ten others do so with a rate ten times too high, from one row again and again, or from
-answers whose words are reversed. A run has forgotten where the whole interval lies above the threshold.
+MODEL is the folder of SmolLM2-135M-Instruct. Ten clean runs learn docstrings, each from other rows, with another seed,
+by one of five methods at its own rate. Ten others do so with a rate ten times too high, from one row again and again,
+or from answers that are written backwards. A run has forgotten where the whole interval lies above the threshold.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def _some(rows: list[dict[str, Any]], seed: int, steps: int) -> list[dict[str, A
 
 
 def _reversed(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the words of its answer from the last to the first."""
+    """The row with its answer written backwards."""
     turns = [dict(turn) for turn in row["messages"]]
-    turns[-1]["content"] = " ".join(reversed(turns[-1]["content"].split()))
+    turns[-1]["content"] = turns[-1]["content"][::-1]
     return {"messages": turns}
 
 

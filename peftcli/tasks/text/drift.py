@@ -27,8 +27,8 @@ MEASURES = ("tokens", "base_loss", "adapter_loss", "kl", "kept")
 """What ``drift`` sums over the tokens of a text."""
 _LONGEST = 256
 """Tokens of a text that are read. Tokenizers of bytes make many of a short one."""
-_ROWS = {"cpu": 128}
-_MORE_ROWS = 1024
+_ROWS = {"cpu": 64}
+_MORE_ROWS = 512
 """Rows of logits at once, on a CPU and elsewhere."""
 _TEXTS, _TEXTS_OF_WHOLE_LOGITS = 8, 1
 """Texts at once; where the logits cannot be made a few rows at a time, one."""
@@ -53,9 +53,8 @@ def drift(model: nn.Module, task: Task[Any], texts: Sequence[Any], *, divided: b
     device, found = next(model.parameters()).device, torch.zeros(len(texts), len(MEASURES), dtype=torch.float64)
     order = sorted(range(len(texts)), key=lambda at: len(pairs[at][0]) + len(pairs[at][1]))
     with probing(model, device):
-        head = (
-            None if divided else output_head(inner_model(model), on_device(_inputs(model, pairs[:1], task)[0], device))
-        )
+        few = on_device(_inputs(model, pairs[:1], task)[0], device)
+        head = None if divided else output_head(inner_model(model), few)
         size = _TEXTS if head is not None else _TEXTS_OF_WHOLE_LOGITS
         for start in range(0, len(order), size):
             some = order[start : start + size]
