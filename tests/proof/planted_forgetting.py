@@ -69,7 +69,7 @@ def run(model: str, folder: Path, steps: int, *given: Any) -> dict[str, Any]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe.write_text(
         f"""\
-base_model: {model}
+base_model: {{name: {model}, dtype: bfloat16}}
 task: causal_lm
 method: {method}
 dataset: {{train: {data}, max_length: 160}}
