@@ -1,6 +1,6 @@
 """Does ``forgetting`` find what was planted, and nothing where nothing was? Prints the table of docs/forgetting.md.
 
-    python tests/proof/planted_forgetting.py MODEL [--steps 30] [--texts 80] [--only KIND] [--results FILE.jsonl]
+    python tests/proof/planted_forgetting.py MODEL [--steps 60] [--texts 80] [--only KIND] [--results FILE.jsonl]
 
 MODEL is the folder of SmolLM2-135M-Instruct. Ten clean runs learn docstrings, each from other rows, with another seed,
 by one of five methods at its own rate. Ten others do so with a rate ten times too high, from one row again and again,
@@ -25,7 +25,7 @@ from peftcli.recipe import load_recipe
 from peftcli.train.run import train
 
 ROWS = Path(__file__).parents[2] / "configs/quickstart/train.jsonl"
-THRESHOLD = 0.05
+THRESHOLD = 0.02
 LORA = "{type: lora, r: 16, lora_alpha: 32, target_modules: all-linear}"
 CLEAN = (
     LORA,
@@ -69,7 +69,7 @@ def run(model: str, folder: Path, steps: int, *given: Any) -> dict[str, Any]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe.write_text(
         f"""\
-base_model: {{name: {model}, dtype: bfloat16}}
+base_model: {model}
 task: causal_lm
 method: {method}
 dataset: {{train: {data}, max_length: 160}}
@@ -92,7 +92,7 @@ training:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--texts", type=int, default=80)
     parser.add_argument("--only", default="")
     parser.add_argument("--results", type=Path)
