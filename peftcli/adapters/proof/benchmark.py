@@ -182,7 +182,8 @@ def harness_model(scorer: Scorer) -> Any:
             return super()._encode_pair(scorer.asked(context), continuation)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            return [tuple(each) for each in scorer.scores([(before, after) for _, before, after in requests])]
+            found = scorer.scores([(before, after) for _, before, after in requests])
+            return [(each[0], each[1]) for each in found]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             found = []
