@@ -37,13 +37,12 @@ def trace(
     run folder.
     """
     progress_log(quiet)
-    from peftcli.train.trace_answer import Question
-    from peftcli.train.trace_answer import trace as rank
+    from peftcli.train.trace_answer import Question, rank_rows
 
     question = Question(prompt, answer, row, source)
     question.check()
     with Progress(quiet=quiet) as progress:
-        found = rank(adapter, question, by, top, progress.show)
+        found = rank_rows(adapter, question, by, top, progress.show)
     if as_json:
         return console.print_json(found)
     asked = found["asked"]

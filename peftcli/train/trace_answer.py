@@ -52,7 +52,7 @@ class Question:
             raise UsageError(f"{self.row!r} is not FILE:LINE", key="--row")
 
 
-def trace(name: str, question: Question, by: By, top: int, tell: OnEvent = lambda event: None) -> dict[str, Any]:
+def rank_rows(name: str, question: Question, by: By, top: int, tell: OnEvent = lambda event: None) -> dict[str, Any]:
     """Rank the training rows of a run by their influence on an answer.
 
     Returns:

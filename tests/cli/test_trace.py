@@ -17,7 +17,7 @@ from peftcli.adapters.proof.row_gradients import Sketcher
 from peftcli.errors import DataError, UsageError
 from peftcli.train.events import Message
 from peftcli.train.trace import TracedRun, index_of, influence, open_run
-from peftcli.train.trace_answer import Question, trace
+from peftcli.train.trace_answer import Question, rank_rows
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_sketches_keep_dot_products() -> None:
 @pytest.mark.parametrize("by", ["datainf", "tracin"])
 def test_row_that_taught_an_answer_is_first(run_folder: Path, by: str) -> None:
     prompt, answer = trainkit.PAIRS[4]
-    found = trace(str(run_folder), Question(prompt=prompt, answer=answer), by, 3)
+    found = rank_rows(str(run_folder), Question(prompt=prompt, answer=answer), by, 3)
     assert found["taught"][0]["row"].endswith(":5")
     assert found["taught"][0]["influence"] > 0
     assert found["rows"] == 10
