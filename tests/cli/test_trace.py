@@ -13,6 +13,8 @@ import torch
 import trainkit
 from taskkit import CASES
 
+from peftcli.adapters.proof.gradient_index import open_index
+from peftcli.adapters.proof.influence import agreement
 from peftcli.adapters.proof.row_gradients import Sketcher
 from peftcli.errors import DataError, UsageError
 from peftcli.train.events import Message
@@ -128,3 +130,24 @@ def test_rows_of_every_task(name: str, tmp_path: Path) -> None:
     assert np.allclose(run.sketches([some])[0], together, rtol=1e-3, atol=1e-3 * np.abs(together).max())
     itself = influence(run, partial(run.sketches, [some[:1]]), "tracin", normalised=False)
     assert itself[0] == pytest.approx((rows[0] ** 2).sum(), rel=0.01)
+
+
+def test_rows_against_their_neighbours_look_mislabelled(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    inputs = np.repeat(draw.standard_normal((4, 50)), 30, axis=0) + 0.3 * draw.standard_normal((120, 50))
+    residuals = -np.abs(draw.standard_normal(120)) - 0.1
+    flipped = np.arange(0, 120, 20)
+    residuals[flipped] *= -1
+    sketches = (inputs * residuals[:, None]).astype(np.float32)
+    index = open_index(tmp_path, "key", 50, np.arange(120), lambda start: iter([sketches]))
+    assert (agreement(index)[flipped] < 0).all()
+    assert (np.delete(agreement(index), flipped) > 0).all()
+
+
+def test_inspect_adds_findings_of_a_run(cli: Callable, tmp_path: Path) -> None:
+    recipe = trainkit.write_recipe(tmp_path)
+    folder = trainkit.run_recipe(recipe, "training.max_steps=2").folder
+    ran = cli("inspect", recipe, "--adapter", folder, "--json")
+    assert ran.code == 0, ran.err
+    assert len(list((folder / "trace").glob("*.bin"))) == 2, "of training and of evaluation rows"
+    assert cli("inspect", recipe, "dataset.limit=5", "--adapter", folder).code == UsageError.exit_code
