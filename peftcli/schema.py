@@ -397,6 +397,8 @@ class Recipe:
     """The training: duration, learning rate, batches and output."""
     launch: Launch = field(default_factory=Launch)
     """The devices and machines."""
-    gates: dict[str, str | bool] = field(default_factory=dict)
+    gates: dict[str, str | bool | dict[str, str]] = field(default_factory=dict)
     """Conditions on the final metrics, as in {eval_loss: "<= 1.2"}, on what was forgotten, as in {forgetting:
-    "<= 0.05"}, and ``learnt: true``: the run must show signs of learning. If one fails, the exit code is 12."""
+    "<= 0.05"}, and ``learnt: true``: the run must show signs of learning. ``max_regression: {against:
+    outputs/last/run.json, eval_loss: 2%}`` compares with an earlier run on the same evaluation rows. If one fails, the
+    exit code is 12."""

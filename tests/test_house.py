@@ -32,6 +32,7 @@ ALLOWED = {
     "peftcli.cli.init": 1,
     "peftcli.cli.inspect": 5,
     "peftcli.cli.junit": 1,
+    "peftcli.cli.lm_eval": 2,
     "peftcli.cli.merge": 1,
     "peftcli.cli.predict": 1,
     "peftcli.cli.progress": 1,

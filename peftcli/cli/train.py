@@ -87,7 +87,7 @@ def train(
     if not progress.trained:
         console.log(f"{settings.training.output_dir} is complete already; nothing was done")
 
-    from peftcli.train.finish import raise_failed_gates
+    from peftcli.train.gates import raise_failed_gates
 
     try:
         console.print_json(run) if as_json else console.out(summary(run, settings.training.output_dir))

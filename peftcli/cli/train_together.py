@@ -66,7 +66,7 @@ def train_together(
                 console.log(f"error: {error}")
         raise raised
 
-    from peftcli.train.finish import raise_failed_gates
+    from peftcli.train.gates import raise_failed_gates
 
     raise_failed_gates([gate for run in runs for gate in run["gates"]])
     return None

@@ -21,10 +21,13 @@ from __future__ import annotations
 from peftcli.recipe.checks import (
     FORGETTING,
     LEARNT,
+    MAX_REGRESSION,
+    Bound,
     forgetting_problem,
     gate_holds,
     parse_duration,
     parse_gate,
+    parse_regression,
     why_failed,
 )
 from peftcli.recipe.dump import to_dict, to_yaml
@@ -37,6 +40,8 @@ from peftcli.recipe.sources import recipes_and_overrides
 __all__ = [
     "FORGETTING",
     "LEARNT",
+    "MAX_REGRESSION",
+    "Bound",
     "Explanation",
     "explain",
     "forgetting_problem",
@@ -47,6 +52,7 @@ __all__ = [
     "method_config",
     "parse_duration",
     "parse_gate",
+    "parse_regression",
     "rate_problems",
     "read",
     "recipes_and_overrides",

@@ -26,6 +26,8 @@ LEARNT = "learnt"
 """The gate that is of no metric: whether the run has learnt anything."""
 FORGETTING = "forgetting"
 """The gate of what was forgotten, which needs no evaluation data."""
+MAX_REGRESSION = "max_regression"
+"""The gate that compares with an earlier run."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -34,6 +36,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
 }
 _GATE = re.compile(r"\s*(<=|>=|==|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)\s*")
+_BOUND = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(%?)\s*")
 _TIME = re.compile(r"(?:(?P<d>[0-9]{1,4})d)?(?:(?P<h>[0-9]{1,6})h)?(?:(?P<m>[0-9]{1,8})m)?(?:(?P<s>[0-9]{1,9})s)?")
 _MAX_FLOAT, _MAX_SIZE = 3.4e38, 2**31 - 1
 _POLYNOMIAL_END = 1e-7
@@ -67,6 +70,42 @@ def why_failed(gate: Mapping[str, Any]) -> str:
         return f"{gate['metric']}: {gate['reason']}"
     value = "was not measured, or is not finite" if gate["value"] is None else f"is {gate['value']}"
     return f"{gate['metric']} {value}, expected {gate['gate']}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """By how much a metric may be worse than an earlier run's."""
+
+    value: float
+    is_share: bool
+    """Whether it is a share of the earlier value."""
+
+    def of(self, earlier: float) -> float:
+        """Return the bound beside an earlier value, in the metric's unit."""
+        return self.value * abs(earlier) if self.is_share else self.value
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:g}%" if self.is_share else f"{self.value:g}"
+
+
+def parse_regression(given: object) -> tuple[str, dict[str, Bound]]:
+    """Return the run.json and the bound of each metric of a gate ``max_regression``.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    values = dict(given) if isinstance(given, dict) else {}
+    against = values.pop("against", "")
+    example = "{against: outputs/last/run.json, eval_loss: 2%}"
+    if not against or not values:
+        raise UsageError(f"expected an earlier run and the metrics that may be worse, as in {example}")
+    bounds = dict[str, Bound]()
+    for name, text in values.items():
+        match = _BOUND.fullmatch(text) if len(text) <= 100 else None
+        if match is None:
+            raise UsageError(f"{name}: expected a share such as 2%, or a number from 0, found {text[:60]!r}")
+        bounds[name] = Bound(float(match[1]) / (100 if match[2] else 1), bool(match[2]))
+    return against, bounds
 
 
 def parse_duration(text: str) -> float:
@@ -254,10 +293,19 @@ def _gates(recipe: Recipe, report: Report) -> None:
             report((key, "gates"), "has an empty name; give the name of a metric")
         if name == LEARNT:
             if not isinstance(text, bool):
-                report((key, "gates"), f"expected true or false, found {text[:60]!r}")
+                report((key, "gates"), f"expected true or false, found {str(text)[:60]!r}")
             continue
         try:
-            parse_gate(str(text))
+            if name == MAX_REGRESSION:
+                against, _ = parse_regression(text)
+                if not exists(against):
+                    report((f"{key}.against", key, "gates"), f"no such file: {against[:60]!r}")
+            elif isinstance(text, dict):
+                report(
+                    (key, "gates"), f"expected a condition such as '<= 1.2', found a mapping; {MAX_REGRESSION} has one"
+                )
+            else:
+                parse_gate(str(text))
         except UsageError as error:
             report((key, "gates"), error.message)
         if name == FORGETTING:

@@ -26,6 +26,7 @@ from peftcli.models.parts import parameters_of_heads
 from peftcli.schema import Source
 from peftcli.system.disk import write_file
 from peftcli.tasks.findings import FINDINGS
+from peftcli.tasks.parts import Parts, RowScore, parts_of_sums
 from peftcli.tasks.settings import TASK_FILE, TaskSettings
 from peftcli.tasks.shown import Description, Shown
 
@@ -94,6 +95,10 @@ class Task(ABC, Generic[Settings]):
     """How many tokens the method puts before those of a row, each at a position of its own. ``open`` sets it."""
     label_columns: ClassVar[Sequence[str]] = ()
     """Columns in which rows of equal inputs should agree. None: the inputs hold all of a row."""
+    origins: ClassVar[Sequence[str]] = ("path", "mask_path", "row")
+    """Columns that say where an example is from, and not what it holds."""
+    head_is_new: bool = False
+    """Whether the base model lacks weights that the task needs, as a head's. Whoever loads it sets it."""
     shares: ClassVar[Sequence[str]] = ()
     """Columns of rows that hold a part of the input which other rows may have too, with another answer: a premise, a
     context. ``dataset.eval_fraction`` keeps such rows together."""
@@ -233,6 +238,14 @@ class Task(ABC, Generic[Settings]):
         ``sums`` are those of ``Loss`` over all batches, float64; ``outputs`` too, one an example of the data, in its
         order; ``num_targets`` over all examples.
         """
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        """Return what each row adds to the sums that metrics are made of.
+
+        The metrics of all rows together are those of ``metrics``; one that no sum gives is left out. Without another
+        definition ``metrics`` must need no outputs.
+        """
+        return parts_of_sums(rows, self.metrics)
 
     # --- what only some tasks do --------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from peftcli.tasks.labels import (
     refuse_decimal_commas,
     weights_of,
 )
+from peftcli.tasks.parts import Parts, RowScore, f1, join, loss_parts, mean_of_some, means, pearson_parts, ratio
 from peftcli.tasks.shown import Description
 
 Settings = TypeVar("Settings", bound=settings.ClassificationSettings)
@@ -272,6 +273,40 @@ class Classification(Task[Settings]):
             "micro_f1": metrics.f1_score(wanted, chosen, average=micro, zero_division=0),
             **more,
         }
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        wanted, found = (np.array(each) for each in zip(*(row.outputs[0] for row in rows), strict=True))
+        loss, ones = loss_parts(rows), np.ones(len(rows))
+        if self.settings.problem_type == "regression":
+            numbers = found[:, 0]
+            return join(loss, means(ones, mse=(wanted - numbers) ** 2), pearson_parts(wanted, numbers))
+        if self.settings.problem_type == "multi_label":
+            wanted, found = wanted > 0, found > 0
+            right = (wanted == found).all(axis=1)
+            return join(loss, means(ones, right, accuracy=right), self._class_parts(wanted, found))
+        classes, top = np.arange(max(2, len(self.labels))), found[:, :_TOP]
+        right = found[:, 0] == wanted
+        more = {"top5_accuracy": (top == wanted[:, None]).any(axis=1)} if len(self.labels) > _TOP else {}
+        counts = self._class_parts(wanted[:, None] == classes, found[:, :1] == classes)
+        return join(loss, means(ones, right, accuracy=right, **more), counts)
+
+    def _class_parts(self, wanted: np.ndarray, found: np.ndarray) -> Parts:
+        """The parts of what the right, wanted and found rows of each class give: (N, C) each, true and false."""
+        several = self.settings.problem_type == "multi_label"
+
+        def metrics_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+            right, wants, finds = np.split(sums, 3, axis=1)
+            each, totals = f1(right, wants, finds), (right.sum(axis=1), wants.sum(axis=1), finds.sum(axis=1))
+            macro = mean_of_some(np.nan_to_num(each) if several else each)  # as scikit-learn does
+            metrics = {"macro_f1": macro, "micro_f1": np.nan_to_num(f1(*totals))}
+            if several:
+                return metrics
+            rows = totals[1]
+            spread = (rows**2 - (wants**2).sum(axis=1)) * (rows**2 - (finds**2).sum(axis=1))
+            above = totals[0] * rows - (wants * finds).sum(axis=1)
+            return metrics | {"matthews": ratio(above, np.sqrt(spread), empty=0.0)}
+
+        return Parts(np.concatenate([wanted & found, wanted, found], axis=1).astype(np.float64), metrics_of)
 
     def _classes(self, view: View) -> np.ndarray:
         """Which classes each example is of: (N, C), true and false."""

@@ -44,6 +44,7 @@ from peftcli.tasks.base import (
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.contrastive import Texts, contrastive_loss, gather_no_texts, ranks_and_losses
 from peftcli.tasks.findings import EMBEDDINGS as FINDINGS
+from peftcli.tasks.parts import Parts, RowScore, join, means, pearson_parts
 from peftcli.tasks.shown import Description, Label, Shared, Shown, Text
 from peftcli.tasks.text.answer_inputs import split
 from peftcli.tasks.text.chat import IGNORED
@@ -265,17 +266,28 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         """Recall and mean reciprocal rank among all texts of the evaluation rows, or how cosines follow the scores."""
         if self.settings.loss == "cosine":
-            cosines = np.array([one @ other for (one, other), *_ in outputs])
-            scores = np.array([score for *_, (score,) in outputs])
+            cosines, scores = _cosines(outputs)
             return {"loss": float(((cosines - scores) ** 2).mean()), **correlations(scores, cosines)}
+        return {name: float(each.mean()) for name, each in self._of_rows(outputs).items()}
+
+    def _of_rows(self, outputs: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Each metric of each row, whose mean over rows evaluation reports."""
         ranks, losses = ranks_and_losses(outputs, self.settings.temperature)
-        recalls = {f"recall_at_{most}": float((ranks <= most).mean()) for most in _TOP}
         if self.settings.loss == "triplet":
             margin = self.settings.triplet_margin
             losses = np.array(
                 [np.maximum(margin - each[0] @ each[1] + each[2:] @ each[0], 0).mean() for each, *_ in outputs]
             )
-        return {"loss": float(losses.mean()), **recalls, "mrr": float((1 / ranks).mean())}
+        return {"loss": losses, **{f"recall_at_{most}": ranks <= most for most in _TOP}, "mrr": 1 / ranks}
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        """Of pairs the rank among the texts of all rows, which stay the same whichever rows are drawn."""
+        outputs, ones = [row.outputs[0] for row in rows], np.ones(len(rows))
+        if self.settings.loss == "cosine":
+            cosines, scores = _cosines(outputs)
+            return join(means(ones, loss=(cosines - scores) ** 2), pearson_parts(scores, cosines))
+        found = self._of_rows(outputs)
+        return means(ones, found["recall_at_1"].astype(bool), **found)
 
     # --- what commands ask --------------------------------------------------------------------------------------------
 
@@ -354,6 +366,12 @@ class _Hashes:
             self.anchors[some], self.positives[some] = anchors, positives
             self.bad_negatives[some] = np.bincount(owners, same, minlength=len(anchors)) > 0
             self.negatives += len(hashes) - 2 * len(anchors)
+
+
+def _cosines(outputs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The cosine of each scored pair, and its score: (N,) each."""
+    cosines = np.array([one @ other for (one, other), *_ in outputs])
+    return cosines, np.array([score for *_, (score,) in outputs])
 
 
 def _paired(texts: Texts) -> torch.Tensor:

@@ -27,6 +27,7 @@ from peftcli.errors import DataError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, scores_of, table_of
+from peftcli.tasks.parts import Parts, RowScore, join, loss_parts, means
 from peftcli.tasks.shown import Description, Label, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.inputs import TextInputs
@@ -233,16 +234,25 @@ class QuestionAnswering(TextInputs, Task[settings.QuestionAnsweringSettings]):
         return {"answer": text.strip(), "start": start, "end": start + len(text.strip()), "score": share}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        exact, f1 = (float(np.mean(each)) for each in zip(*self._scores(outputs), strict=True))
+        return {"loss": float(sums["loss"]) / num_targets, "exact_match": exact, "f1": f1}
+
+    def _scores(self, outputs: Sequence[Any]) -> list[tuple[float, float]]:
+        """Exact match and F1 of each question, from the outputs of all windows."""
         windows, known = dict[Any, list[Any]](), dict[Any, list[str]]()
         for question, answers, context, found in outputs:
             windows.setdefault((question, context), []).append(found)
             known[question, context] = json.loads(answers)
-        scores = [
+        return [
             score_of(self._answer(context, windows[question, context])["answer"], answers)
             for (question, context), answers in known.items()
         ]
-        exact, f1 = (float(np.mean(each)) for each in zip(*scores, strict=True))
-        return {"loss": float(sums["loss"]) / num_targets, "exact_match": exact, "f1": f1}
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        scores = [self._scores(row.outputs) for row in rows]
+        exact, f1 = (np.array([sum(each[at] for each in some) for some in scores]) for at in (0, 1))
+        questions = np.array(list(map(len, scores)))
+        return join(loss_parts(rows), means(questions, exact == questions, exact_match=exact, f1=f1))
 
     def show(self, example: Example) -> Shown:
         ids, (first, last) = np.asarray(example.arrays["input_ids"]).tolist(), example.arrays["answer"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, number_in, table_of
+from peftcli.tasks.parts import Parts, RowScore
 from peftcli.tasks.shown import Facts, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader, text_reader
@@ -75,6 +77,10 @@ class Reward(AnswerInputs, Task[settings.RewardSettings]):
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
         return {name: float(value) / num_targets for name, value in sums.items()}
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        right = np.array([row.sums["reward_accuracy"] >= row.num_targets for row in rows])
+        return replace(super().parts(rows), right=right)
 
     def show(self, example: Example) -> Shown:
         margin = float(example.arrays["margin"])

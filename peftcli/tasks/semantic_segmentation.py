@@ -39,6 +39,7 @@ from peftcli.tasks.base import (
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
 from peftcli.tasks.labels import UNBALANCED, LabelReader, LabelScan, Tables, describe_counts, index_of, missing_classes
+from peftcli.tasks.parts import Parts, RowScore, join, loss_parts, mean_of_some, ratio
 from peftcli.tasks.pictures import (
     noise,
     open_image,
@@ -63,6 +64,7 @@ IGNORED = -1
 _USUAL = 255
 """The value of pixels that do not count, unless the recipe names another."""
 _MIDDLE = 127
+_HALF = 0.5
 """The largest value of class 0 in a binary mask."""
 _BINARY = 1
 """The flag of a row whose mask has no values but 0 and 255, which does not count."""
@@ -263,6 +265,24 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
             "mean_accuracy": float(np.mean(hits[wanted > 0] / wanted[wanted > 0])),
             "overall_accuracy": float(hits.sum() / matrix.sum()),
             **{f"iou_{self.labels[at]}": float(value) for at, value in iou.items()},
+        }
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        """Count right, wanted and found pixels of each class. A row is right whose mean IoU is at least a half."""
+        matrices = [row.sums["confusion"] for row in rows]
+        counts = np.array([[np.diag(each), each.sum(axis=1), each.sum(axis=0)] for each in matrices])  # (N, 3, C)
+        iou = mean_of_some(ratio(counts[:, 0], counts[:, 1] + counts[:, 2] - counts[:, 0]))
+        found = Parts(counts.reshape(len(rows), -1), self._metrics_of_counts, iou >= _HALF)
+        return join(loss_parts(rows), found)
+
+    def _metrics_of_counts(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        hits, wanted, found = np.split(sums, 3, axis=1)
+        iou = ratio(hits, wanted + found - hits)
+        return {
+            "mean_iou": mean_of_some(iou),
+            "mean_accuracy": mean_of_some(ratio(hits, wanted)),
+            "overall_accuracy": ratio(hits.sum(axis=1), wanted.sum(axis=1)),
+            **{f"iou_{name}": iou[:, at] for at, name in enumerate(self.labels)},
         }
 
     def show(self, example: Example) -> Shown:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,9 +44,10 @@ from peftcli.tasks.base import (
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
+from peftcli.tasks.parts import Parts, RowScore, join, loss_parts
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
-from peftcli.tasks.text.generated import text_metrics, with_texts
+from peftcli.tasks.text.generated import text_metrics, text_parts, with_texts
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
 from peftcli.tasks.text.token_ids import inner_model, losses_of, padded, token_loss
 from peftcli.tasks.text.token_text import TokenRenderer
@@ -288,11 +290,27 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         return {"wer": 1.0}  # without a word
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        pairs = [(self._compared(wanted), self._compared(found)) for wanted, found in outputs]
-        rates = text_metrics(("wer", "cer"), pairs)
+        rates = text_metrics(("wer", "cer"), self._pairs(outputs))
         if self.settings.normalize_text and self._letters_are_words:
             rates["cer"] = rates["wer"]
         return {"loss": float(sums["loss"]) / num_targets, **rates}
+
+    def _pairs(self, outputs: Sequence[Any]) -> list[tuple[str, str]]:
+        """What was said and what the model heard, as error rates compare them."""
+        return [(self._compared(wanted), self._compared(found)) for wanted, found in outputs]
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        pairs = self._pairs([row.outputs[0] for row in rows])
+        names = ("wer",) if self.settings.normalize_text and self._letters_are_words else ("cer", "wer")
+        found = join(loss_parts(rows), text_parts(names, pairs))
+        if "cer" in names:
+            return found
+
+        def metrics_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+            rates = found.metrics_of(sums)
+            return rates | {"cer": rates["wer"]}
+
+        return replace(found, metrics_of=metrics_of)
 
     def _compared(self, text: str) -> str:
         """A text as error rates compare it, without times."""

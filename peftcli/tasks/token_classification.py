@@ -35,6 +35,7 @@ from peftcli.tasks.labels import (
     missing_classes,
     places_of,
 )
+from peftcli.tasks.parts import Parts, RowScore, f1, join, loss_parts, mean_of_some, means, ratio
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.inputs import TextInputs
@@ -285,6 +286,49 @@ class TokenClassification(TextInputs, Task[settings.TokenClassificationSettings]
             | {"accuracy": accuracy}
             | {f"f1_{name}": report[name]["f1-score"] for name in _types(self.labels) if name in report}
         )
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        """Count right, wanted and found words of each tag, or entities of each type, in each row."""
+        pairs = [[pair for one, other in row.outputs for pair in zip(one, other, strict=True)] for row in rows]
+        hits = np.array([sum(one == other for one, other in each) for each in pairs])
+        words = np.array(list(map(len, pairs)))
+        whole = join(loss_parts(rows), means(words, hits == words, accuracy=hits))
+        is_plain = self.settings.scheme == "none"
+        places: dict[Any, int] = {at if is_plain else name: at for at, name in enumerate(self.names)}
+        counted: list[list[list[Any]]]
+        if is_plain:
+            counted = [[list(enumerate(side)) for side in zip(*each, strict=True)] for each in pairs]
+        else:
+            counted = [[self._entities_of(row, side) for side in (0, 1)] for row in rows]
+        counts = np.zeros((len(rows), 3, len(places)))
+        for at, (wanted, found) in enumerate(counted):
+            for kind, those in enumerate((set(wanted) & set(found), wanted, found)):
+                for one in those:
+                    if one[-1] in places:  # of words that were cut there is none
+                        counts[at, kind, places[one[-1]]] += 1
+        return join(whole, Parts(counts.reshape(len(rows), -1), self._metrics_of_counts))
+
+    def _entities_of(self, row: RowScore, side: int) -> list[tuple[int, int, int, str]]:
+        """The entities that the tags, or the predictions, of a row mark, as seqeval finds them."""
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        tags = [[self.labels[tag] if tag >= 0 else OUTSIDE for tag in each[side]] for each in row.outputs]
+        return [(at, first, last, name) for at, each in enumerate(tags) for name, first, last in get_entities(each)]
+
+    def _metrics_of_counts(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        right, wanted, found = np.split(sums, 3, axis=1)
+        if self.settings.scheme == "none":
+            return {"macro_f1": mean_of_some(f1(right, wanted, found))}
+        totals = [each.sum(axis=1) for each in (right, wanted, found)]
+        whole = {
+            "precision": ratio(totals[0], totals[2], empty=0.0),
+            "recall": ratio(totals[0], totals[1], empty=0.0),
+            "f1": np.nan_to_num(f1(*totals)),
+        }
+        empty, none = totals[1] == 0, (totals[2] == 0).astype(np.float64)
+        whole = {name: np.where(empty, none, value) for name, value in whole.items()}
+        each = np.where(empty[:, None], np.nan, f1(right, wanted, found))
+        return whole | {f"f1_{name}": each[:, at] for at, name in enumerate(self.names)}
 
     def show(self, example: Example) -> Shown:
         ids, word_of = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "word_of"))

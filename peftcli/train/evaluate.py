@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,13 +22,15 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
-from peftcli.recipe import FORGETTING, LEARNT, forgetting_problem
+from peftcli.recipe import FORGETTING, LEARNT, MAX_REGRESSION, forgetting_problem, parse_regression
 from peftcli.schema import Recipe, Training
-from peftcli.tasks.base import Task, on_device
+from peftcli.tasks import task_record
+from peftcli.tasks.base import Loss, Task, on_device
 from peftcli.train.batches import batches, collate
 from peftcli.train.data import Data
 from peftcli.train.devices.launch import MEASURING, report
 from peftcli.train.devices.sharding import is_sharded
+from peftcli.train.kept_rows import EarlierRun
 
 _LOOK_SECONDS = 0.02
 _evaluations = count()
@@ -84,8 +86,14 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
         UsageError: it does not.
     """
     _refuse_forgetting(recipe)
-    for name in recipe.gates.keys() - {LEARNT, FORGETTING}:
+    for name in recipe.gates.keys() - {LEARNT, MAX_REGRESSION, FORGETTING}:
         _known(data, name, f"gates.{name}")
+    if given := recipe.gates.get(MAX_REGRESSION):
+        against, bounds = parse_regression(given)
+        for name in bounds:
+            _known(data, name, f"gates.{MAX_REGRESSION}.{name}")
+        assert data.eval is not None
+        EarlierRun.read(against).refuse_others(data.task, task_record(data.task, recipe), data.eval, list(bounds))
 
 
 def _refuse_forgetting(recipe: Recipe) -> None:
@@ -101,6 +109,38 @@ def _known(data: Data, name: str, key: str) -> list[str]:
     if not known:
         raise UsageError(f"evaluation reports {', '.join(names)}, not {name}", key=key)
     return known
+
+
+@torch.no_grad()
+def losses_of_batches(
+    model: nn.Module,
+    task: Task[Any],
+    examples: View,
+    batch_size: int,
+    accelerator: Accelerator,
+    num_workers: int,
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[list[int], bool, Loss | None]]:
+    """Yield each batch of this process: its examples, whether they count, and its loss; None where it gave up."""
+    was_training = model.training
+    model.eval()
+    inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
+    rounds = _batches(examples, batch_size, accelerator, is_sharded(inner))
+    make, computed = partial(collate, task, examples, training=False), [indices for indices, _ in rounds if indices]
+    try:
+        with closing(batches(make, computed, num_workers)) as ahead:
+            for indices, counts in rounds:
+                if stopping():
+                    yield [], False, None
+                    return
+                if not indices:
+                    continue
+                batch = on_device(next(ahead), accelerator.device)
+                with accelerator.autocast():
+                    loss = task.loss(inner, batch)
+                yield indices, counts, loss
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -123,29 +163,18 @@ def evaluate(
     Returns:
         The metrics; None if it gave up.
     """
-    was_training = model.training
-    model.eval()
     sums: dict[str, torch.Tensor] = {}
     outputs: list[tuple[int, Any]] = []
-    inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
-    rounds = _batches(examples, batch_size, accelerator, is_sharded(inner))
-    make, computed = partial(collate, task, examples, training=False), [indices for indices, _ in rounds if indices]
-    with closing(batches(make, computed, num_workers)) as ahead:
-        for indices, counts in rounds:
-            if stopping():
-                model.train(was_training)
-                return None
-            if not indices:
-                continue
-            batch = on_device(next(ahead), accelerator.device)
-            with accelerator.autocast():
-                loss = task.loss(inner, batch)
-            for name, value in loss.sums.items():
-                counted = value.detach().to("cpu", torch.float64) * counts
-                sums[name] = sums[name] + counted if name in sums else counted
-            if loss.outputs and counts:
-                outputs += zip(indices, loss.outputs, strict=True)
-    model.train(was_training)
+    for indices, counts, loss in losses_of_batches(
+        model, task, examples, batch_size, accelerator, num_workers, stopping
+    ):
+        if loss is None:
+            return None
+        for name, value in loss.sums.items():
+            counted = value.detach().to("cpu", torch.float64) * counts
+            sums[name] = sums[name] + counted if name in sums else counted
+        if loss.outputs and counts:
+            outputs += zip(indices, loss.outputs, strict=True)
     here = {name: sums[name].to(accelerator.device).contiguous() for name in sorted(sums)}
     reduced = {name: total.cpu().numpy() for name, total in accelerator.reduce(here, reduction="sum").items()}
     gathered = sorted(gather_object(outputs), key=lambda each: each[0])
@@ -262,5 +291,10 @@ def _losses(before: Mapping[str, float], after: Mapping[str, float], lines: Sequ
 
 def _is_better(task: Task[Any], name: str, value: float, other: float, margin: float = 0.0) -> bool:
     """Return whether a metric is better than another value of it, by more than a share of that."""
-    lower = any(fnmatchcase(name.removeprefix("eval_"), known) for known in task.lower_is_better)
-    return (other - value if lower else value - other) > margin * abs(other)
+    gain = other - value if is_lower_better(task, name) else value - other
+    return gain > margin * abs(other)
+
+
+def is_lower_better(task: Task[Any], name: str) -> bool:
+    """Return whether a smaller value of a metric is better."""
+    return any(fnmatchcase(name.removeprefix("eval_"), known) for known in task.lower_is_better)

@@ -17,19 +17,20 @@ from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
 from peftcli.models.open import open_base
 from peftcli.models.parts import widen_heads
-from peftcli.recipe import LEARNT, to_dict
+from peftcli.recipe import LEARNT, MAX_REGRESSION, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Begins, Task
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
+from peftcli.train.compare import Comparison, Scorer, compare, examples_of
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator
 from peftcli.train.evaluate import evaluate, find_doubts, main_metric, refuse_gates
 from peftcli.train.events import OnEvent, warning
-from peftcli.train.finish import check_gates
 from peftcli.train.forgetting import forgotten, is_forced, measured_forgetting
+from peftcli.train.gates import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
@@ -39,7 +40,7 @@ from peftcli.train.setup import load_base
 
 
 def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: None) -> dict[str, Any]:
-    """The metrics, in the shape of a finished run's run.json.
+    """The metrics, in the shape of a finished run's run.json, with a comparison of the adapter with the base model.
 
     ``adapter`` is a folder or hub id; None measures the base model alone. ``tell`` receives what is odd with the
     evaluation data, and which task was found.
@@ -49,6 +50,11 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         UsageError: a gate is of a metric that the task does not have.
         AdapterError: the adapter does not fit the recipe's base model.
     """
+    return _measure(recipe, adapter, tell)[0]
+
+
+def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[str, Any], Comparison | None, Task[Any]]:
+    """Measure, and return the comparison with its rows too."""
     started = time.perf_counter()
     recipe = with_task(recipe, tell)
     source = None if adapter is None else find_adapter(adapter)
@@ -63,10 +69,17 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
     metrics = evaluate(model, task, data.eval, batch_size, accelerator, num_workers=workers)
     assert metrics is not None  # nothing asks for less
     doubts = find_doubts(task, data.eval, before={}, after=metrics) if recipe.gates.get(LEARNT) else []
+    comparison = None
+    if source is not None and (recipe.training.compare_with_base or recipe.gates.get(MAX_REGRESSION)):
+        scorer = Scorer(task, data.eval, batch_size, accelerator, workers)
+        comparison = compare(
+            accelerator.unwrap_model(model), scorer, examples=examples_of(recipe, data), head_is_new=task.head_is_new
+        )
     forgetting = _forgetting(recipe, source, model, task, accelerator)
     # the base model alone has forgotten nothing
-    gates = check_gates(recipe.gates, metrics, doubts, forgotten(forgetting) if source is not None else 0.0)
-    return {
+    known = forgotten(forgetting) if source is not None else 0.0
+    gates = check_gates(recipe.gates, metrics, doubts, task, comparison, known)
+    result = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
         "exit_code": 0 if all(gate.passed for gate in gates) else GateFailed.exit_code,
@@ -82,6 +95,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
+    return result | ({"comparison": to_json(comparison.record)} if comparison else {}), comparison, task
 
 
 def _forgetting(
@@ -117,6 +131,7 @@ def _adapted_model(
     """Load the base model on the device, with the adapter in it."""
     set_seed(recipe.training.seed)  # a new head is the one that training starts from
     loaded = load_base(recipe, task)
+    task.head_is_new = bool(loaded.initialised)
     if source is None and loaded.initialised:
         new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
         untrained = f"{recipe.base_model.name} has a new and untrained {new}"

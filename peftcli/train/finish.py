@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,13 +20,14 @@ from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
 from peftcli.adapters.proof.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.protocols import needs_base_weights
-from peftcli.core.weights import adapter_state
+from peftcli.core.weights import adapter_state, holds_its_file, load_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
-from peftcli.recipe import FORGETTING, LEARNT, gate_holds, parse_gate, to_yaml, why_failed
+from peftcli.recipe import to_yaml
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.disk import write_file
 from peftcli.tasks import task_record
+from peftcli.train.compare import compare_run
 from peftcli.train.data import RunData
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 from peftcli.train.devices.launch import TRAINING, report
@@ -34,6 +35,7 @@ from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.evaluate import find_doubts, main_metric, no_learning
 from peftcli.train.events import Ready
 from peftcli.train.forgetting import forgetting_of, forgotten
+from peftcli.train.gates import check_gates
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, set_newer_aside, write_finite
 from peftcli.train.runs.record import (
@@ -42,7 +44,6 @@ from peftcli.train.runs.record import (
     DataRecord,
     ErrorRecord,
     EvaluationRecord,
-    GateRecord,
     MemoryRecord,
     StepsRecord,
     ThreadsRecord,
@@ -63,15 +64,22 @@ def finish(run: Run, data: RunData, state: State) -> None:
     curve = drawing.submit(loss_curve, folder.metrics(), what, data.task.main_metric) if run.is_main else None
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
-    said = _said(run, data, state) if verify and (run.is_main or is_sharded(state.model)) else {}
-    record.forgetting = forgetting_of(run, data, state)
+    is_kept = _load_kept(state)
+    asked = verify and is_kept and (run.is_main or is_sharded(state.model))
+    said = _said(run, data, state) if asked else {}
     state.prepared.gather_parameters()
+    best, own = state.best_adapter, list[str]()
+    tensors, kept = (adapter_state(state.model), progress.last_eval) if best is None else (best, progress.best_eval)
+    if curve is not None:
+        (run.replaces or folder).keep_lock()
+        own = _write_adapter(run, data, state, tensors, said if verify else None)
+    comparison = compare_run(run, data, state.model, is_kept=is_kept)  # with the adapter written, which a kill keeps
+    record.forgetting = forgetting_of(run, data, state, is_kept=is_kept)
     if curve is None:
         return
-    (run.replaces or folder).keep_lock()
-    best = state.best_adapter
-    tensors, kept = (adapter_state(state.model), progress.last_eval) if best is None else (best, progress.best_eval)
-    own = _write_adapter(run, data, state, tensors, said if verify else None)
+    if comparison is not None:
+        record.comparison = comparison.record
+        own += comparison.save(folder.path)
     if recipe.training.load_best_model_at_end and progress.last_eval and best is None:
         run.warn(f"no evaluation gave a finite {recipe.training.metric_for_best_model}: the last adapter is written")
     if doubts := _doubts(run, data, state, kept):
@@ -90,7 +98,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
         kept=kept,
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.gates = check_gates(recipe.gates, kept, doubts, forgotten(record.forgetting))
+    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, forgotten(record.forgetting))
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     run.write_record()
@@ -158,10 +166,23 @@ def _doubts(run: Run, data: RunData, state: State, kept: dict[str, float]) -> li
     return find_doubts(data.task, view, progress.first_eval, kept, run.folder.metrics(), progress.step)
 
 
+def _load_kept(state: State) -> bool:
+    """Put the adapter that is kept into the model, which holds the last one. Returns whether that can be done.
+
+    All processes call this.
+    """
+    if state.best_adapter is None:
+        return True
+    if not holds_its_file(state.model):
+        return False
+    state.prepared.gather_parameters()
+    load_state(state.model, state.best_adapter)
+    state.prepared.sync_parameters()
+    return True
+
+
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:
-    """What the trained model says of a few rows; empty where it cannot be asked."""
-    if not state.take_kept():
-        return {}
+    """What the trained model says of a few rows."""
     recipe, task = run.pinned, data.task
     source = eval_source(recipe.dataset) or recipe.dataset.sources()[0]
     return trained_outputs(state.model, task, sample_rows(task, source, run.record.day), bf16=uses_bf16(recipe))
@@ -193,40 +214,6 @@ def loss_curve(metrics: list[dict[str, Any]], title: str = "", main_metric: str 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
     return image.getvalue()
-
-
-def check_gates(
-    gates: Mapping[str, str | bool],
-    metrics: Mapping[str, float],
-    doubts: Sequence[str],
-    forgotten: float | str | None = None,
-) -> list[GateRecord]:
-    """Compare the metrics with the recipe's gates.
-
-    ``doubts`` say why nothing seems to have been learnt; ``forgotten`` is what was forgotten, or why it is not known.
-    """
-    checked = []
-    for name, text in gates.items():
-        if text is False:
-            continue
-        if name == LEARNT:
-            reason = no_learning(doubts) if doubts else ABSENT
-            checked.append(GateRecord(metric=name, gate="true", value=None, passed=not doubts, reason=reason))
-            continue
-        operator, bound = parse_gate(str(text))
-        value, reason = metrics.get(name), ABSENT
-        if name == FORGETTING:
-            value, reason = (None, f"not measured: {forgotten}") if isinstance(forgotten, str) else (forgotten, ABSENT)
-        passed = value is not None and gate_holds(operator, value, bound)
-        checked.append(GateRecord(metric=name, gate=str(text), value=value, passed=passed, reason=reason))
-    return checked
-
-
-def raise_failed_gates(gates: list[dict[str, Any]]) -> None:
-    """Raise GateFailed naming the gates of a run.json that do not hold."""
-    failed = [why_failed(gate) for gate in gates if not gate["passed"]]
-    if failed:
-        raise GateFailed("; ".join(failed), key="gates")
 
 
 @contextlib.contextmanager

@@ -28,10 +28,11 @@ _SHARE, _LEAST_SECONDS = 0.1, 0.5
 """What ``auto`` spends: a share of the run, if it is at least so many seconds."""
 
 
-def forgetting_of(run: Run, data: RunData, state: State) -> Any:
+def forgetting_of(run: Run, data: RunData, state: State, *, is_kept: bool) -> Any:
     """Measure what the adapter that the run keeps has forgotten, if the recipe wants it.
 
-    Returns its record, which says why where it could not be measured; ABSENT where it does not apply.
+    ``is_kept``: whether the model holds it. Returns its record, which says why where it could not be measured; ABSENT
+    where it does not apply.
     """
     recipe, forced = run.recipe, is_forced(run.recipe)
     if not row_of(recipe).writes_text or not (forced or recipe.training.measure_forgetting == "auto"):
@@ -39,7 +40,7 @@ def forgetting_of(run: Run, data: RunData, state: State) -> Any:
     divided, seconds = is_sharded(state.model), None if forced else _SHARE * run.record.wall_seconds
     if not run.is_main and not divided:
         return ABSENT
-    if not state.take_kept():
+    if not is_kept:
         return ForgettingRecord(skipped="the best adapter is in its file only, not in the model")
     if seconds is not None and divided:
         return ForgettingRecord(skipped="the model is divided among processes, and training.measure_forgetting is auto")

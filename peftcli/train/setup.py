@@ -83,6 +83,7 @@ def adapted_model(
     base, loaded = recipe.base_model, load(recipe, task)
     if source is None:
         loaded = with_trained_head(loaded, task)
+    task.head_is_new = bool(loaded.initialised)
     model, notes = loaded.model, [loaded.note] if loaded.note else []
     if base.quantization and (note := unquantised_experts(model, base.quantization.type)):
         notes.append(note)

@@ -463,7 +463,7 @@ def test_an_error_may_lack_nothing_and_hold_nothing_else(fails: Callable, recipe
 
 
 def test_a_push_may_lack_nothing_and_hold_nothing_else() -> None:
-    assert_closed("push", asdict(Pushed("https://hub/a/b", None, ["a"], 3, True)))
+    assert_closed("push", asdict(Pushed("https://hub/a/b", None, ["a"], 3, True, "# A card\n")))
 
 
 def assert_closed(

@@ -10,10 +10,12 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import regex
 
 from peftcli.errors import DataError
 from peftcli.tasks.base import Loss
+from peftcli.tasks.parts import Parts, join, means
 from peftcli.tasks.text.answers import UNSPACED
 
 _KEY = "task.metric_code"
@@ -31,6 +33,12 @@ def text_metrics(names: Iterable[str], pairs: Sequence[tuple[str, str]]) -> dict
     """Compute metrics of ``METRICS`` over pairs of the wanted text and the generated one."""
     wanted, found = ([pair[side] for pair in pairs] for side in (0, 1))
     return {name: METRICS[name](wanted, found) for name in names}
+
+
+def text_parts(names: Iterable[str], pairs: Sequence[tuple[str, str]]) -> Parts:
+    """Return the parts of metrics of ``METRICS``, one pair of texts a row. A row is right by the last of them."""
+    wanted, found = ([pair[side] for pair in pairs] for side in (0, 1))
+    return join(*(_PARTS[name](name, wanted, found) for name in names))
 
 
 def own_metric(name: str) -> Callable[[list[str], list[str]], dict[str, float]]:
@@ -69,8 +77,8 @@ def _as_data_error() -> Iterator[None]:
         raise DataError(f"{type(error).__name__}: {error}", key=_KEY) from error
 
 
-def _exact_match(wanted: list[str], found: list[str]) -> float:
-    return sum(one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)) / len(wanted)
+def _exact_matches(wanted: list[str], found: list[str]) -> np.ndarray:
+    return np.array([one.strip() == other.strip() for one, other in zip(wanted, found, strict=True)])
 
 
 class _Words:
@@ -80,27 +88,73 @@ class _Words:
         return _WORD.findall(text.lower())
 
 
-def _rouge_l(wanted: list[str], found: list[str]) -> float:
+def _rouge_l(wanted: list[str], found: list[str]) -> np.ndarray:
     from rouge_score.rouge_scorer import RougeScorer
 
     def is_latin(text: str) -> bool:
         return 2 * len(_LATIN.findall(text)) >= len(_LETTER.findall(text))
 
     usual, others = RougeScorer(["rougeL"]), RougeScorer(["rougeL"], tokenizer=_Words())
-    scores = [
-        (usual if is_latin(one) else others).score(one, other)["rougeL"].fmeasure
-        for one, other in zip(wanted, found, strict=True)
+    return np.array(
+        [
+            (usual if is_latin(one) else others).score(one, other)["rougeL"].fmeasure
+            for one, other in zip(wanted, found, strict=True)
+        ]
+    )
+
+
+def _mean_parts(name: str, wanted: list[str], found: list[str]) -> Parts:
+    values = {"exact_match": _exact_matches, "rouge_l": _rouge_l}[name](wanted, found)
+    right = values if name == "exact_match" else None
+    return means(np.ones(len(wanted)), right, **{name: values})
+
+
+def _error_parts(name: str, wanted: list[str], found: list[str]) -> Parts:
+    """Wrong, missing and surplus words or letters, and those that are wanted."""
+    jiwer = import_module("jiwer")
+    compared = (jiwer.process_words if name == "wer" else jiwer.process_characters)(wanted, found)
+    errors = [
+        sum(
+            max(part.ref_end_idx - part.ref_start_idx, part.hyp_end_idx - part.hyp_start_idx)
+            for part in each
+            if part.type != "equal"
+        )
+        for each in compared.alignments
     ]
-    return float(sum(scores) / len(wanted))
+    right = np.array(errors) == 0 if name == "wer" else None
+    return means(np.array(list(map(len, compared.references))), right, **{name: errors})
+
+
+def _corpus_parts(name: str, wanted: list[str], found: list[str]) -> Parts:
+    """Sacrebleu's own counts of sequences that both texts share, for its own score of their sums."""
+    sacrebleu = import_module("sacrebleu")
+    metric = sacrebleu.BLEU() if name == "bleu" else sacrebleu.CHRF()
+    counts = np.array(metric._extract_corpus_statistics(found, [wanted]), np.float64)
+
+    def metrics_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+        scores = [metric._compute_score_from_stats(row).score for row in sums.round().astype(int).tolist()]
+        return {name: np.array(scores)}
+
+    return Parts(counts, metrics_of)
+
+
+_PARTS: dict[str, Callable[[str, list[str], list[str]], Parts]] = {
+    "wer": _error_parts,
+    "cer": _error_parts,
+    "exact_match": _mean_parts,
+    "bleu": _corpus_parts,
+    "chrf": _corpus_parts,
+    "rouge_l": _mean_parts,
+}
 
 
 METRICS: dict[str, Callable[[list[str], list[str]], float]] = {
     "wer": lambda wanted, found: import_module("jiwer").wer(wanted, found),
     "cer": lambda wanted, found: import_module("jiwer").cer(wanted, found),
-    "exact_match": _exact_match,
+    "exact_match": lambda wanted, found: float(_exact_matches(wanted, found).mean()),
     "bleu": lambda wanted, found: import_module("sacrebleu").corpus_bleu(found, [wanted]).score,
     "chrf": lambda wanted, found: import_module("sacrebleu").corpus_chrf(found, [wanted]).score,
-    "rouge_l": _rouge_l,
+    "rouge_l": lambda wanted, found: float(_rouge_l(wanted, found).mean()),
 }
 """Each compares the wanted texts of a corpus with the generated ones. Word error rates, BLEU (0 to 100,
 https://aclanthology.org/P02-1040), chrF (0 to 100, https://aclanthology.org/W15-3049), the mean F1 of ROUGE-L (0 to 1,

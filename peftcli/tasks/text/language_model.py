@@ -29,6 +29,7 @@ from peftcli.models.probe import deviation, probing
 from peftcli.schema import BaseModel
 from peftcli.system import date
 from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device
+from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.settings import CausalLMSettings, Seq2SeqLMSettings
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
@@ -37,7 +38,7 @@ from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, flag_unread
 from peftcli.tasks.text.fast.losses import losses_under, output_head
 from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ExampleReader
-from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, with_texts
+from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, text_parts, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import PromptForm, prompt_and_answer, prompt_ids, prompt_start, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
@@ -240,6 +241,12 @@ class LanguageModel(Task[Settings]):
             message = f"returns {', '.join(taken)}, which the task measures itself"
             raise DataError(message, key="task.metric_code", hint="return it under another name")
         return found | own
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        found = parts_of_sums(rows, lambda sums, outputs, num_targets: token_metrics(sums, num_targets))
+        if not self.settings.generate_metrics:
+            return found
+        return join(found, text_parts(self.settings.generate_metrics, [row.outputs[0] for row in rows]))
 
     def findings(self, view: View) -> list[Finding]:
         return self._audited(view).findings()

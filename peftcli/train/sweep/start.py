@@ -24,7 +24,7 @@ from peftcli.train import fresh_process
 from peftcli.train.data import with_task
 from peftcli.train.devices.schedulers import with_schedulers_place
 from peftcli.train.events import Message, OnEvent
-from peftcli.train.finish import raise_failed_gates
+from peftcli.train.gates import raise_failed_gates
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import status
 from peftcli.train.sweep.halving import Halving
