@@ -25,7 +25,7 @@ from peftcli.recipe import load_recipe
 from peftcli.train.run import train
 
 ROWS = Path(__file__).parents[2] / "configs/quickstart/train.jsonl"
-THRESHOLD = 0.02
+THRESHOLD = 0.05
 LORA = "{type: lora, r: 16, lora_alpha: 32, target_modules: all-linear}"
 CLEAN = (
     LORA,

@@ -16,7 +16,7 @@ from peftcli.errors import DataError, GateFailed, PeftcliError, RecipeError, Usa
 from peftcli.recipe import load_recipe
 from peftcli.train import forgetting as of_run
 from peftcli.train.evaluate_adapter import measure
-from peftcli.train.finish import raise_failed_gates
+from peftcli.train.gates import raise_failed_gates
 
 TRUE, FALSE = ("training.measure_forgetting=true",), ("training.measure_forgetting=false",)
 
