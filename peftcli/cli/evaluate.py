@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peftcli.cli import console
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
-from peftcli.cli.progress import Progress, in_order
+from peftcli.cli.progress import Progress, comparison_lines, in_order, table_of_adapters
 from peftcli.system.outputs import require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
 
@@ -19,7 +19,11 @@ def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder or hub id; by default the base model alone is evaluated.")
+        list[str] | None,
+        typer.Option(
+            help="Adapter folder or hub id, compared with the base model; several are compared with one another too. "
+            "By default the base model alone is evaluated."
+        ),
     ] = None,
     as_json: Json = False,
     junit: Junit = None,
@@ -38,21 +42,31 @@ def evaluate(
         if junit is not None and is_main:
             require_writable(junit)
 
-        from peftcli.train.evaluate_adapter import measure
+        from peftcli.train.evaluate_adapter import measure, measure_several
         from peftcli.train.gates import raise_failed_gates
 
         with Progress(quiet=quiet) as progress, leave_group_on_exit():
-            result |= measure(settings, adapter, progress.show if is_main else lambda event: None)
+            tell = progress.show if is_main else lambda event: None
+            several, one = len(adapter or ()) > 1, (adapter or [None])[0]
+            result |= measure_several(settings, adapter or [], tell) if several else measure(settings, one, tell)
         if not is_main:
             raise typer.Exit  # the main process prints the answer, and writes the report
     try:
-        if as_json:
-            console.print_json(result)
-        else:
-            measured = result["eval"]["last"]
-            names = in_order(measured, result["eval"]["main"])
-            width = max(map(len, names)) if console.is_terminal(sys.stdout) else 0
-            for name in names:
-                console.out(f"{name:<{width}} {measured[name]:.6g}")
+        console.print_json(result) if as_json else _print_metrics(result)
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])
+
+
+def _print_metrics(result: dict[str, Any]) -> None:
+    """Print an adapter's metrics, or a table of several; on stderr what they are against the base model."""
+    if "adapters" in result:
+        for line in table_of_adapters(result):
+            console.out(line)
+        return
+    measured = result["eval"]["last"]
+    names = in_order(measured, result["eval"]["main"])
+    width = max(map(len, names)) if console.is_terminal(sys.stdout) else 0
+    for name in names:
+        console.out(f"{name:<{width}} {measured[name]:.6g}")
+    for line in comparison_lines(result.get("comparison", {})):
+        console.log(line)

@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from peftcli.adapters.proof.bootstrap import DRAWS, Interval, measured_intervals, paired_intervals
-from peftcli.adapters.proof.outputs import Examples, answers_of, describe_rows
 from peftcli.core.inject import disabled
 from peftcli.data.rows import count_of
 from peftcli.data.sources import eval_source
@@ -33,6 +32,7 @@ from peftcli.schema import Recipe
 from peftcli.system.signals import wants_save
 from peftcli.tasks.base import Task
 from peftcli.tasks.parts import Parts, RowScore
+from peftcli.tasks.shown_rows import Examples, answers_of, describe_rows
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data, RunData
 from peftcli.train.devices.sharding import is_sharded
@@ -362,14 +362,9 @@ def _choose(found: Comparison, task: Task[Any], main: str) -> dict[int, str]:
     """The rows to show, by the change of the main metric and, where that is equal, of the loss."""
     assert found.base is not None
     assert found.adapter is not None
-    each: list[Mapping[str, np.ndarray]] = [
-        measured.parts.metrics_of(measured.parts.values) for measured in (found.base, found.adapter)
-    ]
-    lower = is_lower_better(task, main)
-    gains = [
-        np.nan_to_num(one.get(name, np.zeros(1)) - other.get(name, np.zeros(1)))
-        for name, one, other in ((main, *each), ("loss", *each))
-    ]
+    base, other = (each.parts.metrics_of(each.parts.values) for each in (found.base, found.adapter))
+    lower, none = is_lower_better(task, main), np.zeros(1)
+    gains = [np.nan_to_num(base.get(name, none) - other.get(name, none)) for name in (main, "loss")]
     by_main, by_loss = (np.broadcast_to(gain, len(found.base.scores)) for gain in gains)
     order = np.lexsort((by_loss, by_main if lower else -by_main)).tolist()
     chosen = dict[int, str]()
