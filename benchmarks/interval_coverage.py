@@ -1,7 +1,7 @@
 """How often the interval of a difference holds the truth: python benchmarks/interval_coverage.py [RESAMPLINGS] [ROWS].
 
-A population of 20,000 rows with made-up outcomes of two models stands for the world: its metrics are the truth. Rows are
-drawn from it again and again as evaluation rows, and each time the interval is computed as ``compare_with_base`` does.
+A population of 20,000 rows with made-up outcomes of two models stands for the world: its metrics are the truth. Time
+and again rows are drawn from it as evaluation rows, and the interval is computed as ``compare_with_base`` does.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def evaluate(
 
         with Progress(quiet=quiet) as progress, leave_group_on_exit():
             tell = progress.show if is_main else lambda event: None
-            several, one = len(adapter or ()) > 1, (adapter or [None])[0]
+            several, one = len(adapter or ()) > 1, next(iter(adapter or ()), None)
             result |= measure_several(settings, adapter or [], tell) if several else measure(settings, one, tell)
         if not is_main:
             raise typer.Exit  # the main process prints the answer, and writes the report

@@ -9,7 +9,7 @@ import trainkit
 from trainkit import run_recipe, write_recipe
 
 from peftcli.adapters.proof.bootstrap import paired_intervals
-from peftcli.errors import RecipeError, UsageError
+from peftcli.errors import PeftcliError, RecipeError, UsageError
 from peftcli.tasks.parts import means
 from peftcli.train import finish
 
@@ -44,7 +44,7 @@ def test_it_changes_nothing_of_the_run(recipe: Path, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patched:
         patched.setattr(finish, "compare_run", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(PeftcliError):
             run_recipe(recipe, *settings)
     resumed = run_recipe(recipe, *settings)
     assert _product(resumed.folder) == _product(whole.folder)
