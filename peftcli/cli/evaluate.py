@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from peftcli.cli import completion, console
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.lm_eval import evaluate_tasks
 from peftcli.cli.options import Json, Overrides, Quiet, path, progress_log
-from peftcli.cli.progress import Progress, in_order
+from peftcli.cli.progress import Progress, comparison_lines, in_order, table_of_adapters
 from peftcli.errors import UsageError
 from peftcli.system.outputs import expand_user, require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
@@ -37,7 +37,11 @@ def evaluate(
     recipe: _Target,
     overrides: Overrides = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder or hub id; by default the base model alone is evaluated.")
+        list[str] | None,
+        typer.Option(
+            help="Adapter folder or hub id, compared with the base model; several are compared with one another too. "
+            "By default the base model alone is evaluated."
+        ),
     ] = None,
     lm_eval: _LmEval = None,
     base: Annotated[str | None, typer.Option(help="--lm-eval: base model to use instead of the adapter's.")] = None,
@@ -51,11 +55,14 @@ def evaluate(
 
     Fails if a gate of the recipe does not hold. For a run's folder, its own recipe.yaml is the recipe.
     """
+    adapters = adapter or []
     if lm_eval is not None:
+        if len(adapters) > 1:
+            raise UsageError("--lm-eval measures one adapter at a time", key="--adapter")
         return evaluate_tasks(
             recipe,
             lm_eval,
-            adapter=adapter,
+            adapter=next(iter(adapters), None),
             base=base,
             limit=limit,
             batch_size=batch_size,
@@ -64,7 +71,7 @@ def evaluate(
         )
     if base is not None or limit is not None:
         raise UsageError("is for --lm-eval", key="--limit" if base is None else "--base")
-    recipe, adapter = _of_run(recipe, adapter)
+    recipe, adapters = _of_run(recipe, adapters)
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()
@@ -74,33 +81,43 @@ def evaluate(
         if junit is not None and is_main:
             require_writable(junit)
 
-        from peftcli.train.evaluate_adapter import measure
+        from peftcli.train.evaluate_adapter import measure, measure_several
         from peftcli.train.gates import raise_failed_gates
 
         with Progress(quiet=quiet) as progress, leave_group_on_exit():
-            result |= measure(settings, adapter, progress.show if is_main else lambda event: None)
+            tell = progress.show if is_main else lambda event: None
+            one = next(iter(adapters), None)
+            result |= measure_several(settings, adapters, tell) if len(adapters) > 1 else measure(settings, one, tell)
         if not is_main:
             raise typer.Exit  # the main process prints the answer, and writes the report
     try:
-        if as_json:
-            console.print_json(result)
-        else:
-            measured = result["eval"]["last"]
-            names = in_order(measured, result["eval"]["main"])
-            width = max(map(len, names)) if console.is_terminal(sys.stdout) else 0
-            for name in names:
-                console.out(f"{name:<{width}} {measured[name]:.6g}")
+        console.print_json(result) if as_json else _print_metrics(result)
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])
     return None
 
 
-def _of_run(target: Path, adapter: str | None) -> tuple[Path, str | None]:
-    """Return the recipe and the adapter of a run's folder; those given for a recipe."""
+def _of_run(target: Path, adapters: list[str]) -> tuple[Path, list[str]]:
+    """Return the recipe and the adapters of a run's folder; those given for a recipe."""
     folder = expand_user(target)
     if not folder.is_dir():
-        return target, adapter
+        return target, adapters
     if not (folder / "recipe.yaml").is_file():
         hint = f"peftcli evaluate RECIPE --adapter {target}"
         raise UsageError("has no recipe.yaml, whose evaluation rows would be measured", file=str(target), hint=hint)
-    return folder / "recipe.yaml", adapter or str(target)
+    return folder / "recipe.yaml", adapters or [str(target)]
+
+
+def _print_metrics(result: dict[str, Any]) -> None:
+    """Print an adapter's metrics, or a table of several; on stderr what they are against the base model."""
+    if "adapters" in result:
+        for line in table_of_adapters(result):
+            console.out(line)
+        return
+    measured = result["eval"]["last"]
+    names = in_order(measured, result["eval"]["main"])
+    width = max(map(len, names)) if console.is_terminal(sys.stdout) else 0
+    for name in names:
+        console.out(f"{name:<{width}} {measured[name]:.6g}")
+    for line in comparison_lines(result.get("comparison", {})):
+        console.log(line)

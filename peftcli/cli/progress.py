@@ -160,6 +160,7 @@ def summary(run: dict[str, Any], folder: str) -> str:
     lines = [f"done: {count_of(steps['done'], 'step')}{early}{pace}"]
     lines.append(f"  train loss  {run['train_loss']:.4f}")
     lines += _metrics_table(evals["first"], evals["kept"], evals.get("main", "eval_loss"))
+    lines += [f"  {line}" for line in comparison_lines(run.get("comparison", {}))]
     warnings = run.get("warnings", [])
     lines += [f"  warning     {text}" for text in warnings]
     if "forgetting" in run:
@@ -183,6 +184,46 @@ def summary(run: dict[str, Any], folder: str) -> str:
     base = " --base-model-id USER/BASE" if run["identity"]["base_model"] else ""  # it is a folder, not on the hub
     lines.append(f"  peftcli push {word} USER/NAME{base}")
     return "\n".join(lines)
+
+
+def comparison_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a comparison with the base model in three lines at most; none where none was asked for."""
+    if "skipped" in found:
+        return [f"not compared with the base model: {found['skipped']}"]
+    metrics, lines = found.get("metrics", {}), list[str]()
+    for name in in_order(metrics, found.get("main", ""))[:2]:
+        each = metrics[name]
+        chance = ", no more than chance" if each["verdict"] == "no_difference" else f", {each['verdict']}"
+        lines.append(
+            f"{name} {each['base']:.4f} -> {each['adapter']:.4f} (base -> adapter), difference "
+            f"{each['difference']:+.3g}, 95 % interval {each['low']:+.3g} to {each['high']:+.3g}{chance}"
+        )
+    if right := found.get("right"):
+        guesses = "; the base model's head is new, so it guesses" if found["base_head_is_new"] else ""
+        counts = f"of {count_of(found['rows'], 'row')} the base model has {right['base']:,} right"
+        lines.append(f"{counts}; the adapter keeps {right['kept']:,} of them and gains {right['gained']:,}{guesses}")
+    return lines
+
+
+def table_of_adapters(result: Mapping[str, Any]) -> list[str]:
+    """Return the lines of several adapters: the main metric of each, against the base model and the best of them."""
+    main, lines = result["eval"]["main"], [f"{result['eval']['main']}: adapter, value, difference to base, to the best"]
+    for row in result["adapters"]:
+        found = [
+            (row.get(key, {}).get("metrics", row.get(key, {}))).get(main) for key in ("comparison", "against_best")
+        ]
+        words = [
+            f"{each['difference']:+.3g} ({each['low']:+.3g} to {each['high']:+.3g}, {each['verdict']})"
+            if each
+            else none
+            for each, none in zip(found, ("not compared", "the best"), strict=True)
+        ]
+        lines.append(f"{row['adapter']}  {row['eval']['last'][main]:.6g}  {'  '.join(words)}")
+    if spread := result.get("spread", {}).get(main):
+        lines.append(
+            f"over {len(result['adapters'])} seeds: mean {spread['mean']:.6g}, deviation {spread['deviation']:.3g}"
+        )
+    return lines
 
 
 def in_order(metrics: Mapping[str, float], main: str) -> list[str]:

@@ -58,6 +58,8 @@ class Loss:
     outputs: Sequence[Any] = ()
     """In evaluation alone, for metrics that no sum gives: one object an example of the batch, in order. Evaluation
     gathers them over processes, in the order of the data."""
+    of_targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What ``sums`` are the sums of, target by target, row after row; for tasks with ``sums_targets``."""
 
 
 class Task(ABC, Generic[Settings]):
@@ -95,6 +97,8 @@ class Task(ABC, Generic[Settings]):
     """How many tokens the method puts before those of a row, each at a position of its own. ``open`` sets it."""
     label_columns: ClassVar[Sequence[str]] = ()
     """Columns in which rows of equal inputs should agree. None: the inputs hold all of a row."""
+    sums_targets: ClassVar[bool] = False
+    """Whether ``Loss.of_targets`` says what each target adds to the sums, so that rows in a batch can be told apart."""
     origins: ClassVar[Sequence[str]] = ("path", "mask_path", "row")
     """Columns that say where an example is from, and not what it holds."""
     head_is_new: bool = False

@@ -82,6 +82,7 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         "text": Column("str"),
     }
     unit = "frames"
+    sums_targets = True
     identity = ("digest",)
     label_columns = ("labels",)
     findings_of_flags: ClassVar = {"silent_clips": _SILENT}

@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from peftcli.adapters.proof.bootstrap import DRAWS, Interval, measured_intervals, paired_intervals
-from peftcli.adapters.proof.outputs import Examples, answers_of, describe_rows
 from peftcli.core.inject import disabled
 from peftcli.data.rows import count_of
 from peftcli.data.sources import eval_source
@@ -31,8 +30,9 @@ from peftcli.guard.files import command_word
 from peftcli.recipe import MAX_REGRESSION
 from peftcli.schema import Recipe
 from peftcli.system.signals import wants_save
-from peftcli.tasks.base import Task
+from peftcli.tasks.base import Loss, Task
 from peftcli.tasks.parts import Parts, RowScore
+from peftcli.tasks.shown_rows import Examples, answers_of, describe_rows
 from peftcli.train.batches import num_workers
 from peftcli.train.data import Data, RunData
 from peftcli.train.devices.sharding import is_sharded
@@ -50,6 +50,10 @@ _DRAW_SECONDS = 5.0
 """For metrics that no sums give."""
 _SURE = 0.02
 """Share of the rows after which their time is believed."""
+
+
+_Score = tuple[list[int], dict[str, np.ndarray], list[Any]]
+"""Examples, their sums, and their outputs."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,14 @@ class Scorer:
 
         None: ``stopping`` said so; it is called as by ``evaluate``.
         """
-        found = list[tuple[list[int], dict[str, np.ndarray], list[Any]]]()
-        size = 1 if self.rows_apart else self.batch_size
+        found = list[_Score]()
+        size = self.size
         given = (model, self.task, self.view, size, self.accelerator, self.num_workers, stopping)
         for indices, counts, loss in losses_of_batches(*given):
             if loss is None:
                 return None
             if counts:
-                sums = {name: value.detach().to("cpu", torch.float64).numpy() for name, value in loss.sums.items()}
-                found.append((indices, sums, list(loss.outputs)))
+                found += self._of_rows(indices, loss) if self.task.sums_targets else [_of_batch(indices, loss)]
         gathered = sorted(gather_object(found), key=lambda each: each[0][0])
         starts, scores = UsedRows(self.view).first, dict[int, RowScore]()
         for number, (indices, sums, outputs) in enumerate(gathered):
@@ -102,6 +105,23 @@ class Scorer:
                 outputs, targets = [*before.outputs, *outputs], before.num_targets + targets
             scores[row] = RowScore(sums, outputs, targets)
         return list(scores.values())
+
+    @property
+    def size(self) -> int:
+        """Examples of a batch: more than one only where their shares of a loss are known, or cannot be told apart."""
+        return self.batch_size if self.task.sums_targets or not self.rows_apart else 1
+
+    def _of_rows(self, indices: list[int], loss: Loss) -> list[_Score]:
+        """The scores of the examples of a batch, from what each of their targets adds to the sums."""
+        ends = np.cumsum(self.view.targets[indices])
+        each = {name: value.to("cpu", torch.float64).numpy() for name, value in loss.of_targets.items()}
+        assert all(len(value) == ends[-1] for value in each.values())
+        split = {name: np.split(value, ends)[:-1] for name, value in each.items()}
+        outputs = [[output] for output in loss.outputs] or [[] for _ in indices]
+        return [
+            ([index], {name: parts[at].sum() for name, parts in split.items()}, outputs[at])
+            for at, index in enumerate(indices)
+        ]
 
     @property
     def rows_apart(self) -> bool:
@@ -118,12 +138,17 @@ class Scorer:
         return np.unique(groups, return_inverse=True)[1]
 
 
+def _of_batch(indices: list[int], loss: Loss) -> _Score:
+    sums = {name: value.detach().to("cpu", torch.float64).numpy() for name, value in loss.sums.items()}
+    return indices, sums, list(loss.outputs)
+
+
 class Allowance:
     """Decides whether the scoring of rows goes on: it ends at a request, or where it would take too long."""
 
     def __init__(self, scorer: Scorer, seconds: float, requested: Callable[[], bool]):
         sizes = np.sort(scorer.view.sizes)
-        step = scorer.accelerator.num_processes * (1 if scorer.rows_apart else scorer.batch_size)
+        step = scorer.accelerator.num_processes * scorer.size
         cost = np.cumsum(sizes + sizes.mean())
         self._shares, self._step, self._round = cost / cost[-1], step, 0
         self._accelerator, self._seconds, self._requested = scorer.accelerator, seconds, requested
@@ -362,11 +387,9 @@ def _choose(found: Comparison, task: Task[Any], main: str) -> dict[int, str]:
     """The rows to show, by the change of the main metric and, where that is equal, of the loss."""
     assert found.base is not None
     assert found.adapter is not None
-    each: list[Mapping[str, np.ndarray]] = [
-        measured.parts.metrics_of(measured.parts.values) for measured in (found.base, found.adapter)
-    ]
-    lower = is_lower_better(task, main)
-    gains = [np.nan_to_num(each[0].get(name, np.zeros(1)) - each[1].get(name, np.zeros(1))) for name in (main, "loss")]
+    base, other = (each.parts.metrics_of(each.parts.values) for each in (found.base, found.adapter))
+    lower, none = is_lower_better(task, main), np.zeros(1)
+    gains = [np.nan_to_num(base.get(name, none) - other.get(name, none)) for name in (main, "loss")]
     by_main, by_loss = (np.broadcast_to(gain, len(found.base.scores)) for gain in gains)
     order = np.lexsort((by_loss, by_main if lower else -by_main)).tolist()
     chosen = dict[int, str]()

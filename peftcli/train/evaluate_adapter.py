@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -24,10 +28,10 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Begins, Task
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
-from peftcli.train.compare import Comparison, Scorer, compare, examples_of
+from peftcli.train.compare import Comparison, Scorer, compare, differences, examples_of, intervals
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator
-from peftcli.train.evaluate import evaluate, find_doubts, main_metric, refuse_gates
+from peftcli.train.evaluate import evaluate, find_doubts, is_lower_better, main_metric, refuse_gates
 from peftcli.train.events import OnEvent, warning
 from peftcli.train.forgetting import forgotten, is_forced, measured_forgetting
 from peftcli.train.gates import check_gates
@@ -51,6 +55,54 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         AdapterError: the adapter does not fit the recipe's base model.
     """
     return _measure(recipe, adapter, tell)[0]
+
+
+def measure_several(recipe: Recipe, adapters: Sequence[str], tell: OnEvent = lambda event: None) -> dict[str, Any]:
+    """Measure several adapters on the same rows, each against the base model and against the best of them.
+
+    Returns what ``measure`` returns of the best one by the task's main metric, with ``adapters``, a table of all, and
+    the ``spread`` of runs that differ by their seed only.
+
+    Raises:
+        PeftcliError: as ``measure``.
+    """
+    recipe = replace(recipe, training=replace(recipe.training, compare_with_base=True))
+    measured = [_measure(recipe, adapter, tell) for adapter in adapters]
+    task, main = measured[0][2], measured[0][0]["eval"]["main"]
+    values = [result["eval"]["last"].get(main, math.nan) for result, *_ in measured]
+    best = (np.nanargmin if is_lower_better(task, main) else np.nanargmax)(values)
+    table = list[dict[str, Any]]()
+    for at, (result, comparison, _) in enumerate(measured):
+        row = {"adapter": adapters[at], "eval": result["eval"], "comparison": result["comparison"]}
+        first, one = measured[best][1], comparison
+        if at != best and first and first.adapter and one and one.adapter and one.units is not None:
+            found = differences(task, intervals(task, first.adapter, one.adapter, one.units))
+            row["against_best"] = to_json(found)
+        table.append(row)
+    gates = [gate for result, *_ in measured for gate in result["gates"]]
+    code = max(result["exit_code"] for result, *_ in measured)
+    more = {"spread": _spread([result["eval"]["last"] for result, *_ in measured])} if _are_seeds(adapters) else {}
+    return {**measured[best][0], "gates": gates, "exit_code": code, "adapters": table, **more}
+
+
+def _are_seeds(adapters: Sequence[str]) -> bool:
+    """Whether the recipes of runs differ by their seed only, and where they wrote."""
+    recipes = [json.loads(json.dumps(find_adapter(adapter).record.get("recipe"), default=str)) for adapter in adapters]
+    if not all(recipes):
+        return False
+    seeds = {each["training"].pop("seed", None) for each in recipes}
+    for each in recipes:
+        each["training"].pop("output_dir", None)
+    return len(seeds) == len(recipes) and all(each == recipes[0] for each in recipes)
+
+
+def _spread(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The mean of each metric over runs, and its standard deviation."""
+    names = [name for name in metrics[0] if all(name in each for each in metrics)]
+    values = {name: [each[name] for each in metrics] for name in names}
+    return {
+        name: {"mean": float(np.mean(each)), "deviation": float(np.std(each, ddof=1))} for name, each in values.items()
+    }
 
 
 def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[str, Any], Comparison | None, Task[Any]]:

@@ -89,14 +89,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     write_file(folder.path / "loss.png", curve.result())
     record.steps.done = progress.step
     record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
-    record.eval = EvaluationRecord(
-        main=main_metric(data.task, kept) if kept else ABSENT,
-        first=progress.first_eval,
-        last=progress.last_eval,
-        best=progress.best_eval,
-        best_step=progress.best_step if progress.best_eval else None,
-        kept=kept,
-    )
+    record.eval = _evaluation_record(data, state, kept)
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
     share = forgotten(record.forgetting, record.comparison)
     record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, share)
@@ -165,6 +158,18 @@ def _doubts(run: Run, data: RunData, state: State, kept: dict[str, float]) -> li
         return ["no evaluation was better than that before training, whose adapter is kept"]
     view = examples.train if examples.eval is None else examples.eval
     return find_doubts(data.task, view, progress.first_eval, kept, run.folder.metrics(), progress.step)
+
+
+def _evaluation_record(data: RunData, state: State, kept: dict[str, float]) -> EvaluationRecord:
+    progress = state.progress
+    return EvaluationRecord(
+        main=main_metric(data.task, kept) if kept else ABSENT,
+        first=progress.first_eval,
+        last=progress.last_eval,
+        best=progress.best_eval,
+        best_step=progress.best_step if progress.best_eval else None,
+        kept=kept,
+    )
 
 
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:

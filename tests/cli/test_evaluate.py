@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trainkit
 from classifierkit import ROWS, write_classifier_recipe
@@ -119,6 +120,22 @@ def test_a_gate_on_what_is_not_measured(cli: Callable, tmp_path: Path) -> None:
 
 def test_one_process_measures_what_several_trained(cli: Callable, recipe: Path) -> None:
     assert cli("evaluate", recipe, "launch.num_processes=2").code == 0
+
+
+def test_several_adapters(cli: Callable, recipe: Path) -> None:
+    folders = [recipe.parent / f"seed-{seed}" for seed in (1, 2)]
+    for seed, folder in enumerate(folders, start=1):
+        run_recipe(recipe, f"training.seed={seed}", f"training.output_dir={folder}")
+    named = [word for folder in folders for word in ("--adapter", folder)]
+    found = json.loads(cli("evaluate", recipe, *named, "--json").out)
+    best = min(found["adapters"], key=lambda row: row["eval"]["last"]["eval_loss"])
+    assert found["adapter"] == best["adapter"]
+    assert ["against_best" in row for row in found["adapters"]] == [row is not best for row in found["adapters"]]
+    values = [row["eval"]["last"]["eval_loss"] for row in found["adapters"]]
+    assert found["spread"]["eval_loss"]["deviation"] == pytest.approx(np.std(values, ddof=1))
+    lines = cli("evaluate", recipe, *named).out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == list(map(str, folders))
+    assert "over 2 seeds" in lines[3]
 
 
 @pytest.mark.parametrize("failed", [False, True])

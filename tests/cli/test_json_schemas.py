@@ -432,6 +432,8 @@ def test_a_run_may_lack_nothing_and_hold_nothing_else(recipe: Path) -> None:
         "bf16",
         "threads",
         "data.eval",
+        "comparison",
+        "comparison.skipped",
         "data.unit",
         "eval.main",
         "forgetting",

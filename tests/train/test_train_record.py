@@ -30,6 +30,8 @@ OPTIONAL = {
     "task",
     "bf16",
     "threads",
+    "comparison",
+    "comparison.skipped",
     "data.unit",
     "data.eval",
     "eval.main",

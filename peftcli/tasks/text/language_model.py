@@ -71,6 +71,7 @@ class LanguageModel(Task[Settings]):
     """A task whose examples are token ids with labels."""
 
     unit = "tokens"
+    sums_targets = True
     flags: ClassVar = {
         "truncated": Flag.TRUNCATED,
         "split": Flag.SPLIT,

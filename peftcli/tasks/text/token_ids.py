@@ -114,8 +114,8 @@ def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> Losses:
 
 def token_loss(losses: Losses) -> Loss:
     """Sum the losses of target tokens."""
-    total = losses[0].sum()
-    return Loss(total, {"loss": total.detach(), "correct": losses[1].sum()})
+    total, each = losses[0].sum(), {"loss": losses[0].detach(), "correct": losses[1]}
+    return Loss(total, {"loss": total.detach(), "correct": losses[1].sum()}, of_targets=each)
 
 
 def token_metrics(sums: Mapping[str, np.ndarray], num_targets: int) -> dict[str, float]:
