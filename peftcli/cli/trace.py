@@ -67,6 +67,6 @@ def _print(title: str, rows: list[dict[str, Any]]) -> None:
     columns = max(shutil.get_terminal_size().columns, 40) - width - 13
     console.out(f"{title:<{width}}  influence  row")
     for place, each in zip(places, rows, strict=True):
-        text = " | ".join(filter(None, [each["text"], each["label"]]))
+        text = " | ".join(filter(None, [each["label"], each["text"]]))
         short = text if len(text) <= columns else f"{text[: columns - 3]}..."
         console.out(f"{place:<{width}}  {each['deviations']:>+9.1f}  {console.clean(short)}")

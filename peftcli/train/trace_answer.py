@@ -19,6 +19,7 @@ from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError, UsageError
 from peftcli.schema import Source
 from peftcli.tasks import TASKS
+from peftcli.tasks.shown import Image, Text
 from peftcli.tasks.text.generation import GenerationSettings, generator_of
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.trace import By, TracedRun, influence, open_run
@@ -86,14 +87,15 @@ def rank_rows(name: str, question: Question, by: By, top: int, tell: OnEvent = l
 
 
 def _describe(run: TracedRun, rows: UsedRows, scores: np.ndarray, deviations: np.ndarray, at: int) -> dict[str, Any]:
-    shown = run.task.show(rows.view[int(rows.first[at])]).as_dict()
-    text = " ".join(str(shown.get("text") or shown.get("image", {}).get("source", "")).split())
+    shown = run.task.show(rows.view[int(rows.first[at])])
+    words = [token.text for part in shown.parts if isinstance(part, Text) for token in part.tokens if not token.special]
+    text = " ".join("".join(words).split()) or " ".join(part.source for part in shown.parts if isinstance(part, Image))
     return {
         "row": str(rows.place(at)),
         "influence": float(scores[at]),
         "deviations": round(float(deviations[at]), 2),
         "text": text[:_TEXT],
-        "label": shown.get("label"),
+        "label": shown.as_dict().get("label"),
     }
 
 
@@ -120,7 +122,7 @@ def _read(run: TracedRun, question: Question) -> tuple[dict[str, Any], list[list
         raise UsageError(f"{file} has no row on line {wanted}" if wanted else f"{file} has no rows", key="--row")
     columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
     table = Table(source, opened.name, columns, opened.class_names, rows[0].values)
-    return {"rows": [str(row.place) for row in rows]}, _examples(run, table, rows)
+    return {"rows": [str(row.place) for row in rows]}, encode_rows(run, table, rows)
 
 
 def _read_prompt(run: TracedRun, prompt: str, answer: str | None) -> tuple[dict[str, Any], list[list[Example]]]:
@@ -143,7 +145,7 @@ def _read_prompt(run: TracedRun, prompt: str, answer: str | None) -> tuple[dict[
         if not isinstance(asked, str):
             values = {"messages": [*asked, {"role": "assistant", "content": text}]}
         row = Row(values, Place("the prompt", 1))
-        return _examples(run, Table(Source(train=""), "the prompt", tuple(values), first=values), [row])
+        return encode_rows(run, Table(Source(train=""), "the prompt", tuple(values), first=values), [row])
 
     examples = encode(said)
     if answer is not None and isinstance(asked, str) and not (asked[-1:] + answer[:1]).isspace():
@@ -159,7 +161,7 @@ def _loss(run: TracedRun, rows: Sequence[Sequence[Example]]) -> float:
         return sum(float(run.loss(row)) for row in rows)
 
 
-def _examples(run: TracedRun, table: Table, rows: Sequence[Row]) -> list[list[Example]]:
+def encode_rows(run: TracedRun, table: Table, rows: Sequence[Row]) -> list[list[Example]]:
     """Encode rows as in training.
 
     Raises:
