@@ -34,6 +34,7 @@ from peftcli.tasks.base import require_extra
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.log_probability import Scored, TokenPair, score_continuations
 from peftcli.tasks.text.prompts import SLOT, prompt_ids, prompt_text
+from peftcli.tasks.text.spans import common_length
 from peftcli.tasks.text.token_ids import pad_token_id
 
 Tell = Callable[[str], None]
@@ -90,6 +91,15 @@ class Scorer:
         """Return the tokens of a text; a chat template has written its special ones."""
         chat = self.generator.form.chat
         return prompt_ids(text, self.generator.tokenizer, templated=chat, decoder_only=self.decoder_only)
+
+    def turn(self, before: str, after: str) -> TokenPair:
+        """Return the tokens of a conversation and of its answer, which begins where the template's text ends.
+
+        lm-eval would count the line break before an answer as a part of it.
+        """
+        whole = self.ids(before + after)
+        start = common_length(self.ids(before), whole)
+        return whole[:start], whole[start:]
 
     def asked(self, context: str) -> str:
         """Return a context in the form of the training rows. A conversation has it already."""
@@ -179,10 +189,12 @@ def harness_model(scorer: Scorer) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _encode_pair(self, context: str, continuation: str) -> Any:
+            if scorer.generator.form.chat and scorer.decoder_only:
+                return scorer.turn(context, continuation)
             return super()._encode_pair(scorer.asked(context), continuation)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            return [tuple(each) for each in scorer.scores([(before, after) for _, before, after in requests])]
+            return [(*each,) for each in scorer.scores([(before, after) for _, before, after in requests])]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             found = []
