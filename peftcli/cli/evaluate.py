@@ -47,9 +47,10 @@ def evaluate(
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a recipe's metrics on its evaluation rows, or an adapter on tasks of lm-eval.
+    """Measure a recipe's metrics on its evaluation rows.
 
     Fails if a gate of the recipe does not hold. For a run's folder, its own recipe.yaml is the recipe.
+    With --lm-eval, an adapter and its base model are measured on tasks of lm-eval instead.
     """
     if lm_eval is not None:
         return evaluate_tasks(
