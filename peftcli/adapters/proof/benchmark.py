@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,14 @@ def harness_model(scorer: Scorer) -> Any:
             return [(*each,) for each in scorer.scores([(before, after) for _, before, after in requests])]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            found = []
+            counts, pairs = list[int](), list[TokenPair]()
             for request in requests:
                 ids = self.tok_encode(request.args[0], add_special_tokens=False)
                 windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-                scores = scorer.scores(list(map(utils.make_disjoint_window, windows)))
-                found.append(math.fsum(each.log_probability for each in scores))
-            return found
+                pairs += map(utils.make_disjoint_window, windows)
+                counts.append(len(pairs))
+            scores = [each.log_probability for each in scorer.scores(pairs)]
+            return [math.fsum(scores[start:end]) for start, end in pairwise([0, *counts])]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             groups: dict[str, list[int]] = {}
@@ -314,13 +316,14 @@ def _task_record(name: str, base: dict[str, Any], adapter: dict[str, Any]) -> di
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        before, error = base["results"][name][key], f"{metric}_stderr,{kind}"
+        error, others = f"{metric}_stderr,{kind}", base["results"][name]
+        before, after = _number(others.get(key)), _number(value)
         metrics[metric if kind == "none" else key] = {
             "base": before,
-            "base_stderr": _number(base["results"][name].get(error)),
-            "adapter": value,
+            "base_stderr": _number(others.get(error)),
+            "adapter": after,
             "adapter_stderr": _number(own.get(error)),
-            "difference": value - before,
+            "difference": None if before is None or after is None else after - before,
             "difference_stderr": _paired_error(name, metric, kind, base, adapter),
         }
     return {
@@ -349,5 +352,5 @@ def _paired_error(name: str, metric: str, kind: str, base: dict[str, Any], adapt
 
 
 def _number(value: Any) -> float | None:
-    """Return a standard error; lm-eval writes N/A where it has none."""
+    """Return a number as JSON can hold it; None for NaN and Inf, and where lm-eval writes N/A."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
