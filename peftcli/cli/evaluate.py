@@ -66,12 +66,19 @@ def evaluate(
     if base is not None or limit is not None:
         raise UsageError("is for --lm-eval", key="--limit" if base is None else "--base")
     recipe, adapter = _of_run(recipe, adapter)
+    return _measure_recipe(recipe, overrides or [], adapter, as_json=as_json, junit=junit, quiet=quiet)
+
+
+def _measure_recipe(
+    recipe: Path, overrides: list[str], adapter: str | None, *, as_json: bool, junit: Path | None, quiet: bool
+) -> None:
+    """Measure an adapter, or the base model alone, on a recipe's evaluation rows; print the answer."""
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()
     progress_log(quiet or not is_main)
     with junit_report(junit if is_main else None, recipe) as result:
-        settings = load_recipe(recipe, overrides or [])
+        settings = load_recipe(recipe, overrides)
         if junit is not None and is_main:
             require_writable(junit)
 
@@ -93,7 +100,6 @@ def evaluate(
                 console.out(f"{name:<{width}} {measured[name]:.6g}")
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])
-    return None
 
 
 def _of_run(target: Path, adapter: str | None) -> tuple[Path, str | None]:

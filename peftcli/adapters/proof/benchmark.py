@@ -119,6 +119,18 @@ class Scorer:
 
         return self._in_batches(fitted, lambda pair: len(pair[0]) + len(pair[1]), score)
 
+    def answers(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """Answer contexts, each with the generation settings of its task."""
+        groups: dict[str, list[int]] = {}
+        for at, (_, given) in enumerate(requests):
+            groups.setdefault(repr(given), []).append(at)
+        found = dict[int, str]()
+        for places in groups.values():
+            settings, until = _generation(requests[places[0]][1])
+            contexts = [self.asked(requests[at][0]) for at in places]
+            found |= zip(places, self.texts(contexts, settings, until), strict=True)
+        return [found[at] for at in range(len(requests))]
+
     def texts(self, contexts: Sequence[str], settings: GenerationSettings, until: Sequence[str]) -> list[str]:
         """Answer contexts. An answer ends as in training, or before one of ``until``."""
         stops = self.generator.stop_tokens
@@ -170,13 +182,8 @@ def harness_model(scorer: Scorer) -> Any:
         max_length = scorer.max_length
         tokenizer_name = str(scorer.generator.tokenizer.name_or_path)
 
-        @property
-        def eot_token_id(self) -> int:
-            return pad_token_id(self.tokenizer) if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-
-        @property
-        def prefix_token_id(self) -> int:
-            return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        eot_token_id = pad_token_id(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        prefix_token_id = eot_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is None:
@@ -208,15 +215,7 @@ def harness_model(scorer: Scorer) -> Any:
             return [math.fsum(scores[start:end]) for start, end in pairwise([0, *counts])]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            groups: dict[str, list[int]] = {}
-            for at, request in enumerate(requests):
-                groups.setdefault(repr(request.args[1]), []).append(at)
-            found = dict[int, str]()
-            for places in groups.values():
-                settings, until = _generation(requests[places[0]].args[1])
-                contexts = [scorer.asked(requests[at].args[0]) for at in places]
-                found |= zip(places, scorer.texts(contexts, settings, until), strict=True)
-            return [found[at] for at in range(len(requests))]
+            return scorer.answers([request.args for request in requests])
 
     return _Model()
 
