@@ -40,6 +40,7 @@ ALLOWED = {
     "peftcli.cli.schema": 1,
     "peftcli.cli.status": 1,
     "peftcli.cli.sweep": 1,
+    "peftcli.cli.trace": 1,
     "peftcli.cli.train": 5,
     "peftcli.cli.train_together": 6,
     "peftcli.cli.verify": 1,

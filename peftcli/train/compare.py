@@ -366,10 +366,7 @@ def _choose(found: Comparison, task: Task[Any], main: str) -> dict[int, str]:
         measured.parts.metrics_of(measured.parts.values) for measured in (found.base, found.adapter)
     ]
     lower = is_lower_better(task, main)
-    gains = [
-        np.nan_to_num(one.get(name, np.zeros(1)) - other.get(name, np.zeros(1)))
-        for name, one, other in ((main, *each), ("loss", *each))
-    ]
+    gains = [np.nan_to_num(each[0].get(name, np.zeros(1)) - each[1].get(name, np.zeros(1))) for name in (main, "loss")]
     by_main, by_loss = (np.broadcast_to(gain, len(found.base.scores)) for gain in gains)
     order = np.lexsort((by_loss, by_main if lower else -by_main)).tolist()
     chosen = dict[int, str]()

@@ -20,7 +20,7 @@ from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
 from peftcli.adapters.proof.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.protocols import needs_base_weights
-from peftcli.core.weights import adapter_state, holds_its_file, load_state
+from peftcli.core.weights import adapter_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.recipe import to_yaml
@@ -34,6 +34,7 @@ from peftcli.train.devices.launch import TRAINING, report
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.evaluate import find_doubts, main_metric, no_learning
 from peftcli.train.events import Ready
+from peftcli.train.forgetting import forgetting_of, forgotten
 from peftcli.train.gates import check_gates
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, set_newer_aside, write_finite
@@ -63,7 +64,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     curve = drawing.submit(loss_curve, folder.metrics(), what, data.task.main_metric) if run.is_main else None
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
-    is_kept = _load_kept(state)
+    is_kept = state.take_kept()
     asked = verify and is_kept and (run.is_main or is_sharded(state.model))
     said = _said(run, data, state) if asked else {}
     state.prepared.gather_parameters()
@@ -73,6 +74,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
         (run.replaces or folder).keep_lock()
         own = _write_adapter(run, data, state, tensors, said if verify else None)
     comparison = compare_run(run, data, state.model, is_kept=is_kept)  # with the adapter written, which a kill keeps
+    record.forgetting = forgetting_of(run, data, state.model, is_kept=is_kept)
     if curve is None:
         return
     if comparison is not None:
@@ -96,7 +98,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
         kept=kept,
     )
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison)
+    share = forgotten(record.forgetting, record.comparison)
+    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, share)
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     run.write_record()
@@ -162,21 +165,6 @@ def _doubts(run: Run, data: RunData, state: State, kept: dict[str, float]) -> li
         return ["no evaluation was better than that before training, whose adapter is kept"]
     view = examples.train if examples.eval is None else examples.eval
     return find_doubts(data.task, view, progress.first_eval, kept, run.folder.metrics(), progress.step)
-
-
-def _load_kept(state: State) -> bool:
-    """Put the adapter that is kept into the model, which holds the last one. Returns whether that can be done.
-
-    All processes call this.
-    """
-    if state.best_adapter is None:
-        return True
-    if not holds_its_file(state.model):
-        return False
-    state.prepared.gather_parameters()
-    load_state(state.model, state.best_adapter)
-    state.prepared.sync_parameters()
-    return True
 
 
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:

@@ -434,6 +434,8 @@ def test_a_run_may_lack_nothing_and_hold_nothing_else(recipe: Path) -> None:
         "data.eval",
         "data.unit",
         "eval.main",
+        "forgetting",
+        "forgetting.skipped",
         "attempts.end_step",
         "attempts.reason",
     }

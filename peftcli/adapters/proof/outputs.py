@@ -22,7 +22,7 @@ from peftcli.system.secrets import redact
 from peftcli.tasks.base import PredictOptions, Predicts, Task
 from peftcli.tasks.shown import Label, Text
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.prompts import last_words, prompt_of
+from peftcli.tasks.text.prompts import PromptForm, last_words, prompt_of
 from peftcli.tasks.text.stop_tokens import stop_tokens
 
 _MAX_CHARACTERS = 600
@@ -88,15 +88,17 @@ def answers_of(model: nn.Module, task: Task[Any], rows: Sequence[Row], examples:
             options = PredictOptions(batch_size=len(rows) or 1, columns=columns, beside=Path(scratch) / "answers")
             return [_short(_in_words(each)) for each in task.predict(model.eval(), rows, options)] if rows else []
         prompts = [prompt_of(row, examples.columns, examples.format) for row in rows]
-        return [_short(each.text) for each in _generator(model, task).generate(prompts, _limits(task))]
+        return [_short(each.text) for each in _generator(model, task, examples.format).generate(prompts, _limits(task))]
     return []
 
 
-def _generator(model: Any, task: Any) -> TextGenerator:
+def _generator(model: Any, task: Any, format: str | None) -> TextGenerator:
     """The generator of a task whose answers are texts, as evaluation makes it."""
-    return TextGenerator(
-        model.eval(), task.processor, task.prompt_form, stop_tokens(task.processor, chat=task.prompt_form.chat)
-    )
+    form: PromptForm | None = getattr(task, "prompt_form", None)
+    if form is None:  # training rows were not read
+        one_way, templated = not model.config.is_encoder_decoder, bool(task.processor.chat_template)
+        form = PromptForm.of_rows(format or "messages", {}, has_template=templated, decoder_only=one_way)
+    return TextGenerator(model.eval(), task.processor, form, stop_tokens(task.processor, chat=form.chat))
 
 
 def _limits(task: Any) -> GenerationSettings:
