@@ -51,9 +51,10 @@ def evaluate(
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a recipe's metrics on its evaluation rows, or an adapter on tasks of lm-eval.
+    """Measure a recipe's metrics on its evaluation rows.
 
     Fails if a gate of the recipe does not hold. For a run's folder, its own recipe.yaml is the recipe.
+    With --lm-eval, an adapter and its base model are measured on tasks of lm-eval instead.
     """
     adapters = adapter or []
     if lm_eval is not None:
@@ -72,12 +73,19 @@ def evaluate(
     if base is not None or limit is not None:
         raise UsageError("is for --lm-eval", key="--limit" if base is None else "--base")
     recipe, adapters = _of_run(recipe, adapters)
+    return _measure_recipe(recipe, overrides or [], adapters, as_json=as_json, junit=junit, quiet=quiet)
+
+
+def _measure_recipe(
+    recipe: Path, overrides: list[str], adapters: list[str], *, as_json: bool, junit: Path | None, quiet: bool
+) -> None:
+    """Measure an adapter, or the base model alone, on a recipe's evaluation rows; print the answer."""
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()
     progress_log(quiet or not is_main)
     with junit_report(junit if is_main else None, recipe) as result:
-        settings = load_recipe(recipe, overrides or [])
+        settings = load_recipe(recipe, overrides)
         if junit is not None and is_main:
             require_writable(junit)
 
@@ -94,7 +102,6 @@ def evaluate(
         console.print_json(result) if as_json else _print_metrics(result)
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])
-    return None
 
 
 def _of_run(target: Path, adapters: list[str]) -> tuple[Path, list[str]]:

@@ -28,6 +28,7 @@ USES = {
     "optuna": "sweeps over ranges, or over more than 30 settings",
     "bitsandbytes": "base_model.quantization: nf4, fp4, int8",
     "torchao": "base_model.quantization: int8_weight_only, int4_weight_only",
+    "lm-eval": "evaluate --lm-eval",
     "liger": "training.use_liger_kernel",
     "deepspeed": "launch.strategy: zero2, zero3",
     **{name: f"training.report_to: {name}" for name in ("tensorboard", "wandb", "mlflow", "trackio")},

@@ -50,11 +50,12 @@ def evaluate_tasks(
 
 
 def _cells(values: dict[str, Any]) -> tuple[str, str, str]:
-    base, adapter, difference = (
-        _number(values[name], values[f"{name}_stderr"]) for name in ("base", "adapter", "difference")
-    )
+    names = ("base", "adapter", "difference")
+    base, adapter, difference = (_cell(values[name], values[f"{name}_stderr"]) for name in names)
     return base, adapter, difference if difference.startswith("-") else f"+{difference}"
 
 
-def _number(value: float, error: float | None) -> str:
+def _cell(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import trainkit
 from trainkit import PROMPTS, base_folder, run_recipe, scratch, write_recipe
 
 from peftcli.adapters.generate import load_generator
-from peftcli.adapters.proof.benchmark import Scorer
+from peftcli.adapters.proof.benchmark import Scorer, harness_model
 from peftcli.core.inject import disabled
 from peftcli.core.prompts.inputs import soft_prompt
 from peftcli.errors import DataError
@@ -121,3 +122,20 @@ def test_a_conversation_is_asked_as_in_training() -> None:
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     begun = asked.conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh"}], False)
     assert begun == f"{text}Oh"
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix_tuning"])
+def test_a_long_text_is_scored_in_windows_each_token_once(kind: str) -> None:
+    pytest.importorskip("lm_eval")
+    asked = scorer(kind)
+    texts = ["What follows tea 7? winter", "a river and the old mill " * 40]
+    found = harness_model(asked).loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts])
+    size, tokenizer = asked.max_length, asked.generator.tokenizer
+    for text, score in zip(texts, found, strict=True):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert (len(ids) > size) == (text is texts[1])
+        expected = by_hand(asked.generator.model, [tokenizer.eos_token_id], ids[:size])[0]
+        for start in range(size, len(ids), size):  # the last window has the most context that fits
+            end = min(start + size, len(ids))
+            expected += by_hand(asked.generator.model, ids[max(end - size - 1, 0) : start], ids[start:end])[0]
+        assert score == pytest.approx(expected, abs=1e-5 * len(ids) / 10)

@@ -141,11 +141,12 @@ FORGOTTEN: dict[str, Any] = {
     "texts": 200, "loss": 0.05, "low": 0.03, "high": 0.07, "kl": 0.04, "kept_tokens": 0.93,
     "groups": {"english": {"texts": 60, "loss": 0.04, "kl": 0.03, "kept_tokens": 0.94}},
 }  # fmt: skip
+PROVEN = {**RUN, "comparison": COMPARED, "forgetting": FORGOTTEN}
 
 
 def test_the_card_compares_with_the_base_model_and_says_what_was_forgotten() -> None:
     data = {**RUN["data"], "sha256": {"/home/someone/data/train.jsonl": "ab" * 32}}
-    run = {**RUN, "data": data, "comparison": COMPARED, "forgetting": FORGOTTEN}
+    run = {**PROVEN, "data": data}
     card = render_card(run)
     assert "| eval_loss | 3.3 | 2.26 | -1.04 | -1.2 to -0.9 | better |" in card
     assert "| eval_token_accuracy | 0.4 | 0.41 | 0.01 | -0.02 to 0.04 | no difference |" in card
@@ -453,10 +454,10 @@ def paths(values: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.grid(keep=8)
-@pytest.mark.parametrize("path", paths(RUN), ids=".".join)
+@pytest.mark.parametrize("path", paths(PROVEN), ids=".".join)
 def test_anything_may_stand_in_a_run_json(tmp_path: Path, path: tuple[str, ...]) -> None:
     for number, junk in enumerate(("x", 3, -1.5, True, None, [], ["x"], {"x": "y"}, 10**400)):
-        run = json.loads(json.dumps(RUN))
+        run = json.loads(json.dumps(PROVEN))
         within = run
         for key in path[:-1]:
             within = within[key]

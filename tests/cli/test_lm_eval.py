@@ -54,7 +54,9 @@ def test_without_the_package_the_extra_is_named(cli: Callable, adapter: Path, mo
 
 def test_a_runs_folder_is_measured_by_its_own_recipe(cli: Callable, tmp_path: Path) -> None:
     done = run_recipe(write_recipe(tmp_path), "training.max_steps=2", "training.eval_strategy=epoch")
+    trainkit.reset_accelerate()
     ran = cli("evaluate", done.folder, "--json")
+    assert ran.code == 0, ran.err
     assert json.loads(ran.out)["eval"]["last"] == pytest.approx(done.run["eval"]["last"], rel=1e-6)
     (done.folder / "recipe.yaml").unlink()
     ran = cli("evaluate", done.folder)

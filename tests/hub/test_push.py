@@ -17,6 +17,8 @@ from peftcli.adapters import push as hub_module
 from peftcli.adapters.benchmark_record import keep
 from peftcli.adapters.load import adapter_folder
 from peftcli.adapters.push import push
+from peftcli.cli import console
+from peftcli.cli.app import main
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
 from peftcli.system import hub_requests
 
@@ -130,6 +132,24 @@ def test_results_on_benchmarks_of_the_hub_are_pushed(hub: Hub, folder: Path) -> 
     assert "acc of the task arc of lm-eval 0.4.13, 0-shot" in str(entry.notes)
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(5))
     assert sorted(push(folder, REPO, dry_run=True).files) == PUSHED, "the results are of other weights"
+
+
+def test_a_dry_run_draws_the_card_on_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["push", str(folder), REPO, "--dry-run"]) == 0
+    plain = capsys.readouterr().out
+    assert plain.startswith("README.md\n") or plain.startswith("adapter_config.json\n")
+    monkeypatch.setattr(console, "is_terminal", lambda stream: True)
+    assert main(["push", str(folder), REPO, "--dry-run"]) == 0
+    drawn = capsys.readouterr().out
+    card = drawn.removesuffix(plain)
+    assert card != drawn
+    assert "base_model: acme/tiny-base" in card
+    assert "LoRA adapter for acme/tiny-base" in card
+    assert "| --- |" not in card
+    assert max(len(line.rstrip()) for line in card.splitlines()) <= 80
 
 
 def test_a_dry_run_asks_nothing(hub: Hub, folder: Path) -> None:

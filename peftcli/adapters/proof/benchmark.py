@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from peftcli.tasks.base import require_extra
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.log_probability import Scored, TokenPair, score_continuations
 from peftcli.tasks.text.prompts import SLOT, prompt_ids, prompt_text
+from peftcli.tasks.text.spans import common_length
 from peftcli.tasks.text.token_ids import pad_token_id
 
 Tell = Callable[[str], None]
@@ -91,6 +93,15 @@ class Scorer:
         chat = self.generator.form.chat
         return prompt_ids(text, self.generator.tokenizer, templated=chat, decoder_only=self.decoder_only)
 
+    def turn(self, before: str, after: str) -> TokenPair:
+        """Return the tokens of a conversation and of its answer, which begins where the template's text ends.
+
+        lm-eval would count the line break before an answer as a part of it.
+        """
+        whole = self.ids(before + after)
+        start = common_length(self.ids(before), whole)
+        return whole[:start], whole[start:]
+
     def asked(self, context: str) -> str:
         """Return a context in the form of the training rows. A conversation has it already."""
         form = self.generator.form
@@ -107,6 +118,18 @@ class Scorer:
                 return score_continuations(self.generator.model, batch, pad)
 
         return self._in_batches(fitted, lambda pair: len(pair[0]) + len(pair[1]), score)
+
+    def answers(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """Answer contexts, each with the generation settings of its task."""
+        groups: dict[str, list[int]] = {}
+        for at, (_, given) in enumerate(requests):
+            groups.setdefault(repr(given), []).append(at)
+        found = dict[int, str]()
+        for places in groups.values():
+            settings, until = _generation(requests[places[0]][1])
+            contexts = [self.asked(requests[at][0]) for at in places]
+            found |= zip(places, self.texts(contexts, settings, until), strict=True)
+        return [found[at] for at in range(len(requests))]
 
     def texts(self, contexts: Sequence[str], settings: GenerationSettings, until: Sequence[str]) -> list[str]:
         """Answer contexts. An answer ends as in training, or before one of ``until``."""
@@ -159,13 +182,8 @@ def harness_model(scorer: Scorer) -> Any:
         max_length = scorer.max_length
         tokenizer_name = str(scorer.generator.tokenizer.name_or_path)
 
-        @property
-        def eot_token_id(self) -> int:
-            return pad_token_id(self.tokenizer) if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-
-        @property
-        def prefix_token_id(self) -> int:
-            return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        eot_token_id = pad_token_id(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        prefix_token_id = eot_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is None:
@@ -179,31 +197,25 @@ def harness_model(scorer: Scorer) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _encode_pair(self, context: str, continuation: str) -> Any:
+            if scorer.generator.form.chat and scorer.decoder_only:
+                return scorer.turn(context, continuation)
             return super()._encode_pair(scorer.asked(context), continuation)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            found = scorer.scores([(before, after) for _, before, after in requests])
-            return [(each[0], each[1]) for each in found]
+            return [(*each,) for each in scorer.scores([(before, after) for _, before, after in requests])]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            found = []
+            counts, pairs = list[int](), list[TokenPair]()
             for request in requests:
                 ids = self.tok_encode(request.args[0], add_special_tokens=False)
                 windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-                scores = scorer.scores(list(map(utils.make_disjoint_window, windows)))
-                found.append(math.fsum(each.log_probability for each in scores))
-            return found
+                pairs += map(utils.make_disjoint_window, windows)
+                counts.append(len(pairs))
+            scores = [each.log_probability for each in scorer.scores(pairs)]
+            return [math.fsum(scores[start:end]) for start, end in pairwise([0, *counts])]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            groups: dict[str, list[int]] = {}
-            for at, request in enumerate(requests):
-                groups.setdefault(repr(request.args[1]), []).append(at)
-            found = dict[int, str]()
-            for places in groups.values():
-                settings, until = _generation(requests[places[0]].args[1])
-                contexts = [scorer.asked(requests[at].args[0]) for at in places]
-                found |= zip(places, scorer.texts(contexts, settings, until), strict=True)
-            return [found[at] for at in range(len(requests))]
+            return scorer.answers([request.args for request in requests])
 
     return _Model()
 
@@ -303,13 +315,14 @@ def _task_record(name: str, base: dict[str, Any], adapter: dict[str, Any]) -> di
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        before, error = base["results"][name][key], f"{metric}_stderr,{kind}"
+        error, others = f"{metric}_stderr,{kind}", base["results"][name]
+        before, after = _number(others.get(key)), _number(value)
         metrics[metric if kind == "none" else key] = {
             "base": before,
-            "base_stderr": _number(base["results"][name].get(error)),
-            "adapter": value,
+            "base_stderr": _number(others.get(error)),
+            "adapter": after,
             "adapter_stderr": _number(own.get(error)),
-            "difference": value - before,
+            "difference": None if before is None or after is None else after - before,
             "difference_stderr": _paired_error(name, metric, kind, base, adapter),
         }
     return {
@@ -338,5 +351,5 @@ def _paired_error(name: str, metric: str, kind: str, base: dict[str, Any], adapt
 
 
 def _number(value: Any) -> float | None:
-    """Return a standard error; lm-eval writes N/A where it has none."""
+    """Return a number as JSON can hold it; None for NaN and Inf, and where lm-eval writes N/A."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
