@@ -50,7 +50,7 @@ def chat(folder: Path) -> dict[str, Any]:
 def spam(folder: Path) -> dict[str, Any]:
     """An encoder with a new head on mails."""
     data = Path(os.environ.get("SPAM", "data/spam"))
-    read = [json.loads(line) for line in (data / "train.jsonl").open()][:260]
+    read = [json.loads(line) for line in (data / "train.jsonl").open()][:560]
     write(folder, {"train": read[:160], "eval": read[160:]})
     base = os.environ.get("MINILM", "models/MiniLM-L6")
     task = {"type": "sequence_classification", "max_length": 32}

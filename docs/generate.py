@@ -176,7 +176,9 @@ def metrics_page() -> str:
     """Every metric."""
     rows = [(f"`eval_{name}`", metric.summary, metric.scale) for name, metric in METRICS.items()]
     text = "# Metrics\n\nWhat evaluation reports, in `run.json`, `metrics.jsonl` and gates, where the task has it.\n"
-    text += "`peftcli explain NAME` prints a row.\n\n"
+    text += (
+        "`peftcli explain NAME` prints a row. The gate `forgetting` is of [what was forgotten](../forgetting.md).\n\n"
+    )
     return text + _table(("metric", "what it measures", "values"), rows)
 
 

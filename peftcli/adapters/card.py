@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from peftcli.adapters.load import AdapterSource
+from peftcli.adapters.load import AdapterSource, is_hub_id
 from peftcli.errors import AdapterError
 from peftcli.guard.adapter_folder import CONFIG_FILE, read_config, read_run
 from peftcli.guard.files import one_line, read_errors, read_small
@@ -42,6 +42,11 @@ _SETTINGS = (
 
 _NOT_SETTINGS = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 _COUNTS = ("rows", "used", "truncated", "tokens", "targets")
+_PROVEN = ("comparison", "forgetting")
+"""What run.json has where base model and adapter were compared. The cards of older runs stay as they are."""
+_LARGEST = 1e300
+_MAX_HASHES = 8
+"""Files of one split whose hashes the card lists."""
 _ADAPTER_PLACEHOLDER, _BASE_PLACEHOLDER = "path/to/this/adapter", "path/to/the/base/model"
 _MAX_CARD_BYTES, _MAX_HEAD = 1 << 24, 100_000
 """Bytes of a card that somebody wrote, and characters of its front matter."""
@@ -184,13 +189,15 @@ def render_card(
     loading = [line.replace(json.dumps(_BASE_PLACEHOLDER), json.dumps(name)) for line in lines]
     loading = loading or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)]
     sections = [
-        _front_matter(_head(kind, use, base, tags)),
+        _front_matter(_head(kind, use, base, tags) | _model_index(_title(kind, base), use, info)),
         _summary(kind, task, base, info),
         _usage(kind, use, adapter, loading, info.get("prompt")),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
         _results(info),
+        _comparison(mapping_at(info, "comparison")),
+        _forgetting(mapping_at(info, "forgetting")),
         "![Loss by step](loss.png)\n" if plot else "",
         _table("Versions", ("package", "version"), sorted(mapping_at(info, "versions").items())),
     ]
@@ -220,10 +227,92 @@ def _front_matter(head: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
+def _model_index(title: str, use: TaskRow | None, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the front matter's results on the held-out rows, not verified by anybody; empty without a comparison.
+
+    Rows of this machine's files are private; of the hub's datasets, the id is named.
+    """
+    measured = _measured(mapping_at(info, "comparison"))
+    if use is None or not measured:
+        return {}
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset, data = mapping_at(info, "recipe", "dataset"), mapping_at(info, "data")
+    source = str(dataset.get("eval") or dataset.get("train") or "")
+    is_private = not is_hub_id(source) or any(mapping_at(each, "sha256") for each in (data, data.get("eval")))
+    results = [
+        EvalResult(
+            task_type=use.pipeline_tag,
+            dataset_type="private" if is_private else source,
+            dataset_name="held-out rows" if is_private else source,
+            metric_type=name.removeprefix("eval_"),
+            metric_value=values["adapter"],
+            verified=False,
+        )
+        for name, values in measured.items()
+    ]
+    return {"model-index": ModelCardData(model_name=title, eval_results=results).to_dict()["model-index"]}
+
+
+def _measured(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics that were measured of base model and adapter, each with its numbers."""
+    numbers = ("base", "adapter", "difference", "low", "high")
+    found = {str(name): mapping_at(comparison, "metrics", name) for name in mapping_at(comparison, "metrics")}
+    return {name: each for name, each in found.items() if all(_is_number(each.get(key)) for key in numbers)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _comparison(comparison: Mapping[str, Any]) -> str:
+    """The table of base model and adapter on the same held-out rows."""
+    rows = [
+        (name, *(_value(float(each[key])) for key in ("base", "adapter", "difference")), _interval(each), verdict)
+        for name, each in _measured(comparison).items()
+        for verdict in [str(each.get("verdict", "")).replace("_", " ")]
+    ]
+    head = ("metric", "base model", "this adapter", "difference", "95 % interval", "verdict")
+    text = _table("Base model and adapter", head, rows)
+    if not text:
+        return ""
+    draws, units, drawn = comparison.get("draws"), comparison.get("units"), ""
+    if _is_number(draws) and _is_number(units):
+        drawn = f"; intervals by {draws:,} draws of {units:,} {_text(comparison.get('unit'))}"
+    guess = " The base model has no trained head, so it guesses." if comparison.get("base_head_is_new") is True else ""
+    return f"{text}\nBoth on the same held-out rows{drawn}.{guess}\n"
+
+
+def _forgetting(found: Mapping[str, Any]) -> str:
+    """The table of what a language model forgot, on texts that it was not trained on."""
+    names, head = ("texts", "loss", "kl", "kept_tokens"), ("texts of", "number", "loss", "KL", "tokens kept")
+    groups = {"all": dict(found), **{name: mapping_at(found, "groups", name) for name in mapping_at(found, "groups")}}
+    kept = {name: each for name, each in groups.items() if all(_is_number(each.get(key)) for key in names)}
+    rows = [(name, *(_value(each[key]) for key in names)) for name, each in kept.items()]
+    text = _table("What it forgot", head, rows)
+    if not text:
+        return ""
+    is_sure = _is_number(found.get("low")) and _is_number(found.get("high"))
+    span = f" (95 % interval {_interval(found)})" if is_sure else ""
+    return (
+        f"{text}\nOn texts that ship with peftcli: the rise of the cross-entropy{span} and the KL divergence from the"
+        " base model, in nats a token, and the share of the base model's first choices that are this adapter's too.\n"
+    )
+
+
+def _interval(values: Mapping[str, Any]) -> str:
+    return f"{_value(float(values['low']))} to {_value(float(values['high']))}"
+
+
+def _title(kind: str, base: str) -> str:
     name = METHODS[kind].title if kind in METHODS else _text(kind).replace("_", " ") or "unknown method"
     base = _last_part(base) if is_local(base) else base
-    title = f"{name} adapter" + (f" for {_text(base)}" if base else "")
+    return f"{name} adapter" + (f" for {_text(base)}" if base else "")
+
+
+def _summary(kind: str, task: str, base: str, info: Mapping[str, Any]) -> str:
+    name = METHODS[kind].title if kind in METHODS else _text(kind).replace("_", " ") or "unknown method"
+    title, base = _title(kind, base), _last_part(base) if is_local(base) else base
     text = f"# {title}\n\nThis is not a whole model: it is an adapter made with {name}, and it is loaded on top of "
     text += f"its base model, {_code(base)}." if base else "its base model."
     if task:
@@ -324,6 +413,12 @@ def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
         counts = {name: data.get(name) for name in _COUNTS}
         counts |= {f"dropped: {why}": count for why, count in mapping_at(data, "dropped").items()}
         rows += [(split, name, f"{count:,}") for name, count in counts.items() if isinstance(count, int)]
+        if any(each in info for each in _PROVEN):
+            hashes = list(mapping_at(data, "sha256").values())[:_MAX_HASHES]
+            rows += [
+                (split, "sha256" if len(hashes) == 1 else f"sha256 of file {at}", str(each))
+                for at, each in enumerate(hashes, 1)
+            ]
     return rows
 
 

@@ -5,7 +5,6 @@ run.json says them; of an adapter without one, task.json.
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,7 @@ import torch
 
 from peftcli.adapters.load import AdapterSource
 from peftcli.guard.typed_fields import mapping_at
-from peftcli.system.disk import write_file
-from peftcli.tasks import TASK_FILE
 
-_KEY = "number_format"
-"""The key of task.json."""
 _NAMED = ("float32", "bfloat16", "float16")
 
 
@@ -74,19 +69,12 @@ def number_format(source: AdapterSource, dtype: str | None = None) -> NumberForm
     return NumberFormat(getattr(torch, named), bf16)
 
 
-def add_to_task_file(folder: Path, *, bf16: bool, dtype: str) -> None:
-    """Add to task.json whether evaluations computed in bfloat16, and the recipe's ``base_model.dtype``."""
-    path = folder / TASK_FILE
-    values = json.loads(path.read_bytes()) | {_KEY: {"bf16": bf16, "dtype": dtype}}
-    write_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 def _recorded(source: AdapterSource) -> tuple[bool | None, Any, Any]:
     """Whether evaluations computed in bfloat16, and the recipe's ``training.bf16`` and ``base_model.dtype``."""
     if "bf16" in source.record:
         used, recipe = source.record["bf16"], mapping_at(source.record, "recipe")
         asked, dtype = mapping_at(recipe, "training").get("bf16"), mapping_at(recipe, "base_model").get("dtype")
     else:
-        found = mapping_at(source.task_values, _KEY)
+        found = mapping_at(source.task_values, "number_format")
         used, asked, dtype = found.get("bf16"), None, found.get("dtype")
     return used if isinstance(used, bool) else None, asked, dtype

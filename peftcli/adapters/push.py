@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters import card
+from peftcli.adapters.benchmark_record import hub_results
 from peftcli.adapters.load import SHARED_FILES, is_hub_id
 from peftcli.errors import HubError, UsageError
 from peftcli.guard.adapter_folder import CONFIG_FILE, find_weights, read_header, read_method_config
@@ -45,6 +46,8 @@ class Pushed:
     bytes: int
     private: bool
     """Whether the repository is private. An existing one keeps its visibility."""
+    card: str
+    """The model card, as it is uploaded."""
 
 
 def push(
@@ -65,7 +68,8 @@ def push(
     """Upload an adapter folder to the hub as one commit; the repository and the branch are made if missing.
 
     Args:
-        folder: Holds adapter_config.json and adapter_model.safetensors. Only ``SHARED_FILES`` leave it.
+        folder: Holds adapter_config.json and adapter_model.safetensors. Only ``SHARED_FILES`` leave it, and results
+            of lm-eval on datasets of the hub, as ``.eval_results`` files.
         repo_id: ``user/name`` on the hub.
         private: Visibility of a repository that this call creates.
         revision: Branch to push to; by default main.
@@ -88,7 +92,7 @@ def push(
     _check_repo_id(repo_id, "REPO_ID")
     for what, text in (("--revision", revision), ("--message", message), ("the description", description)):
         _refuse_secret(text or "", what)
-    contents = _contents(folder, repo_id, base_model_id, tags)
+    contents = _contents(folder, repo_id, base_model_id, tags) | hub_results(folder)
     for inside in subfolders:
         others = _contents(folder / inside, repo_id, base_model_id)
         contents |= {f"{inside}/{name}": content for name, content in others.items() if name != CARD_FILE}
@@ -195,7 +199,9 @@ class _Push:
 
     def result(self, url: str, commit: str | None, private: bool) -> Pushed:
         size = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.contents.values())
-        return Pushed(clean_line(url), commit, list(self.contents), size, private)
+        written = self.contents[CARD_FILE]
+        text = (written if isinstance(written, bytes) else written.read_bytes()).decode(errors="replace")
+        return Pushed(clean_line(url), commit, list(self.contents), size, private, text)
 
     def _head(self, api: HfApi) -> ModelInfo:
         """The state of the branch. Makes the repository and the branch if they are missing."""

@@ -38,6 +38,7 @@ from peftcli.cli import (
     skill,
     status,
     sweep,
+    trace,
     train,
     verify,
 )
@@ -127,7 +128,7 @@ app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=Fa
 
 _COMMANDS = {
     "Recipes": (demo, init, train, sweep, status, evaluate, inspect, check, import_, explain, schema, skill, cache),
-    "Adapters": (generate, predict, merge, verify, info, diff, combine, push),
+    "Adapters": (generate, predict, trace, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
 for _heading, _files in _COMMANDS.items():

@@ -148,6 +148,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         out("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def markdown(text: str, width: int = 80) -> None:
+    """Draw a Markdown page of the answer on a terminal, its front matter above it as it is written."""
+    from rich.markdown import Markdown
+    from rich.text import Text
+
+    head, mark, body = clean(text).partition("\n---\n")
+    drawn, width = rich_console(), min(width, rich_console().width)
+    if text.startswith("---\n") and mark:
+        drawn.print(Text(head.removeprefix("---\n"), style="dim"), width=width)
+    drawn.print(Markdown(body if mark else head, hyperlinks=False), width=width)
+    drawn.print()
+
+
 def rich_console(stderr: bool = False) -> Console:
     """Return a console of rich, for output that needs a terminal."""
     from rich.console import Console

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from peftcli.cli import console
+from peftcli.cli import completion, console
 from peftcli.cli.junit import Junit, junit_report
-from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
+from peftcli.cli.lm_eval import evaluate_tasks
+from peftcli.cli.options import Json, Overrides, Quiet, path, progress_log
 from peftcli.cli.progress import Progress, comparison_lines, in_order, table_of_adapters
-from peftcli.system.outputs import require_writable
+from peftcli.errors import UsageError
+from peftcli.system.outputs import expand_user, require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
+
+_Target = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE|ADAPTER", parser=path, autocompletion=completion.recipes, help="YAML recipe, or an adapter."
+    ),
+]
+_LmEval = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASKS",
+        help="Measure tasks of lm-eval instead: names with commas, a task file (.yaml), or rows (.jsonl).",
+    ),
+]
 
 
 def evaluate(
-    recipe: RecipeFile,
+    recipe: _Target,
     overrides: Overrides = None,
     adapter: Annotated[
         list[str] | None,
@@ -25,14 +43,34 @@ def evaluate(
             "By default the base model alone is evaluated."
         ),
     ] = None,
+    lm_eval: _LmEval = None,
+    base: Annotated[str | None, typer.Option(help="--lm-eval: base model to use instead of the adapter's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="--lm-eval: use only the first N rows of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="--lm-eval: rows per batch.")] = 8,
     as_json: Json = False,
     junit: Junit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a recipe's metrics on its evaluation rows.
+    """Measure a recipe's metrics on its evaluation rows, or an adapter on tasks of lm-eval.
 
-    Fails if a gate of the recipe does not hold.
+    Fails if a gate of the recipe does not hold. For a run's folder, its own recipe.yaml is the recipe.
     """
+    if lm_eval is not None:
+        if len(adapter or ()) > 1:
+            raise UsageError("takes one adapter", key="--lm-eval")
+        return evaluate_tasks(
+            recipe,
+            lm_eval,
+            adapter=next(iter(adapter or ()), None),
+            base=base,
+            limit=limit,
+            batch_size=batch_size,
+            as_json=as_json,
+            quiet=quiet,
+        )
+    if base is not None or limit is not None:
+        raise UsageError("is for --lm-eval", key="--limit" if base is None else "--base")
+    recipe, adapter = _of_run(recipe, adapter)
     from peftcli.recipe import load_recipe
 
     is_main = is_main_process()
@@ -55,6 +93,7 @@ def evaluate(
         console.print_json(result) if as_json else _print_metrics(result)
     finally:  # also where nobody reads the answer
         raise_failed_gates(result["gates"])
+    return None
 
 
 def _print_metrics(result: dict[str, Any]) -> None:
@@ -70,3 +109,14 @@ def _print_metrics(result: dict[str, Any]) -> None:
         console.out(f"{name:<{width}} {measured[name]:.6g}")
     for line in comparison_lines(result.get("comparison", {})):
         console.log(line)
+
+
+def _of_run(target: Path, adapter: list[str] | None) -> tuple[Path, list[str] | None]:
+    """Return the recipe and the adapter of a run's folder; those given for a recipe."""
+    folder = expand_user(target)
+    if not folder.is_dir():
+        return target, adapter
+    if not (folder / "recipe.yaml").is_file():
+        hint = f"peftcli evaluate RECIPE --adapter {target}"
+        raise UsageError("has no recipe.yaml, whose evaluation rows would be measured", file=str(target), hint=hint)
+    return folder / "recipe.yaml", adapter or [str(target)]

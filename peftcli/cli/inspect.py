@@ -22,6 +22,10 @@ _Row = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE:LINE|N", help="Show this row, or the example of this number; may be repeated."),
 ]
+_Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Finished run of this data: add findings from the gradients of its rows."),
+]
 _Html = Annotated[Path | None, typer.Option(metavar="FILE", parser=path, help="Write a page with rows and audit.")]
 
 
@@ -32,6 +36,7 @@ def inspect(
     row: _Row = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token ends.")] = False,
     html: _Html = None,
+    adapter: _Adapter = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,7 +56,7 @@ def inspect(
     for place in row or ():
         refuse_place(place)
     with Progress(quiet=quiet) as progress:
-        inspection = look(settings, progress.show)
+        inspection = look(settings, progress.show, adapter)
     asked = [found for place in row or () for found in inspection.find(place)]
     shown = asked or inspection.sample(_ROWS if rows is None else rows)
     if html is not None:

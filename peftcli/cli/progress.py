@@ -163,6 +163,8 @@ def summary(run: dict[str, Any], folder: str) -> str:
     lines += [f"  {line}" for line in comparison_lines(run.get("comparison", {}))]
     warnings = run.get("warnings", [])
     lines += [f"  warning     {text}" for text in warnings]
+    if "forgetting" in run:
+        lines.append(f"  forgotten   {_forgotten(run['forgetting'])}")
     for gate in run["gates"]:
         lines.append(f"  gate        {gate['metric']} {gate['gate']}: {'passed' if gate['passed'] else 'FAILED'}")
     held = f"{parameters['trainable']:,} parameters, {share:.3g} %; {console.format_size(size)}"
@@ -239,6 +241,16 @@ def _metrics_table(first: Mapping[str, float], kept: Mapping[str, float], main: 
         before = f"{first[name]:.4f}" if name in first else "-"
         lines.append(f"  {name:<{width}}{before:>10}{kept[name]:>10.4f}")
     return lines + [f"  and {len(names) - len(shown)} more in run.json"] * (len(names) > len(shown))
+
+
+def _forgotten(found: Mapping[str, Any]) -> str:
+    """Say in a line what was forgotten, or why it is not known."""
+    if "skipped" in found:
+        return f"not measured: {found['skipped']}"
+    return (
+        f"loss {found['loss']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}) on {found['texts']} other texts, "
+        f"{found['kept_tokens']:.0%} of the base's tokens kept"
+    )
 
 
 def _clock(seconds: float) -> str:

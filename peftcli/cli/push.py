@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ def push(
         str | None,
         typer.Option(metavar="USER/NAME", help="Hub id of the base model, if the adapter was trained from a folder."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card and the files; upload nothing.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -50,6 +51,8 @@ def push(
         console.print_json(asdict(pushed))
         return
     if dry_run:
+        if console.is_terminal(sys.stdout):
+            console.markdown(pushed.card)
         tell = console.out  # the list is the answer
     for name in pushed.files:
         tell(name)

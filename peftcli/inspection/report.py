@@ -21,6 +21,7 @@ from peftcli.data.rows import BAD, USED, count_of
 from peftcli.data.store import View
 from peftcli.errors import UsageError
 from peftcli.inspection.audit import audit, leaks
+from peftcli.inspection.influence import influence_findings
 from peftcli.models.open import open_base
 from peftcli.schema import Recipe
 from peftcli.system.secrets import secret_spans
@@ -32,6 +33,7 @@ from peftcli.train.devices.launch import total_processes
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.memory.fit import smallest
 from peftcli.train.plan import Plan
+from peftcli.train.trace import open_run
 
 _PLACE = re.compile(r"(.+?)(:| row )([0-9]{1,18})")
 _NUMBER = re.compile(r"\d{1,18}")
@@ -229,10 +231,13 @@ def refuse_place(place: str) -> None:
         raise UsageError(f"{place[:200]!r} is neither the number of an example nor FILE:LINE", key="--row")
 
 
-def inspect(recipe: Recipe, tell: OnEvent = lambda event: None) -> Inspection:
+def inspect(recipe: Recipe, tell: OnEvent = lambda event: None, adapter: str | None = None) -> Inspection:
     """Read and encode a recipe's data as training does, and audit all of it.
 
+    With ``adapter``, the folder of a finished run of the data, the gradients of the rows are looked at too.
+
     Raises:
+        UsageError: the run was trained on other data.
         DataError: the data cannot be read, or contains nothing to train on.
         ModelError: the base model's processor cannot be loaded.
         NetworkError: the hub cannot be reached.
@@ -243,6 +248,11 @@ def inspect(recipe: Recipe, tell: OnEvent = lambda event: None) -> Inspection:
     data = load_data(recipe, task, keep_bad_rows=True, tell=tell)
     tell(Message(f"looking at {count_of(len(data.train), 'example')}"))
     inspection = Inspection(recipe, data, total_processes(recipe.launch))
+    if adapter is not None:
+        run = open_run(adapter, tell)
+        if run.data.report["content"] != data.report["content"]:
+            raise UsageError(f"{adapter} was trained on other data than this recipe's", key="--adapter")
+        inspection.findings = worst_first([*inspection.findings, *influence_findings(run)])
     for text in (*data.notes, *inspection.plan.repeated(data.names)):
         tell(warning(text))
     return inspection

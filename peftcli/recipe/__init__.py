@@ -19,9 +19,11 @@ dump        Recipe -> YAML
 from __future__ import annotations
 
 from peftcli.recipe.checks import (
+    FORGETTING,
     LEARNT,
     MAX_REGRESSION,
     Bound,
+    forgetting_problem,
     gate_holds,
     parse_duration,
     parse_gate,
@@ -36,11 +38,13 @@ from peftcli.recipe.reference import Explanation, json_schema
 from peftcli.recipe.sources import recipes_and_overrides
 
 __all__ = [
+    "FORGETTING",
     "LEARNT",
     "MAX_REGRESSION",
     "Bound",
     "Explanation",
     "explain",
+    "forgetting_problem",
     "gate_holds",
     "help_on",
     "json_schema",

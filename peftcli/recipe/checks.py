@@ -20,11 +20,14 @@ from peftcli.recipe.names import closest, closest_file
 from peftcli.recipe.values import Report
 from peftcli.schema import USED_BY, Launch, Recipe
 from peftcli.system.outputs import expand_user
+from peftcli.tasks import TASKS
 
 LEARNT = "learnt"
 """The gate that is of no metric: whether the run has learnt anything."""
 MAX_REGRESSION = "max_regression"
 """The gate that compares with an earlier run."""
+FORGETTING = "forgetting"
+"""The gate of what was forgotten, which needs no evaluation data."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -305,10 +308,26 @@ def _gates(recipe: Recipe, report: Report) -> None:
                 parse_gate(str(text))
         except UsageError as error:
             report((key, "gates"), error.message)
+        if name == FORGETTING:
+            if message := forgetting_problem(recipe):
+                report((key, "gates", "task"), message)
+            if recipe.training.measure_forgetting is False:
+                report(
+                    (key, "training.measure_forgetting"), "needs the measure, but training.measure_forgetting is false"
+                )
+            continue
         if not ways_to_evaluate(recipe.dataset):
             report((key, "gates", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
         elif recipe.training.eval_strategy == "no":
             report((key, "gates", "training.eval_strategy"), "needs an evaluation, but training.eval_strategy is no")
+
+
+def forgetting_problem(recipe: Recipe) -> str | None:
+    """Return why nothing measures what the recipe's task forgets; None where it is measured, or the task not known."""
+    task = TASKS.get((recipe.task or {}).get("type", ""))
+    if task is None or task.writes_text:
+        return None
+    return f"is measured for tasks that write text: {', '.join(name for name, row in TASKS.items() if row.writes_text)}"
 
 
 def _launch(recipe: Recipe, report: Report) -> None:

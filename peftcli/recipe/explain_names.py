@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from peftcli.errors import PeftcliError, UsageError, exit_codes
+from peftcli.recipe.checks import FORGETTING
 from peftcli.recipe.messages import MESSAGES, Message, find_message
 from peftcli.recipe.names import REMEDIES, SAME, closest, find_alias, find_task_alias
 from peftcli.recipe.reference import Explanation, explained_settings
@@ -18,6 +19,11 @@ _NEAR = 0.65
 _CODE = re.compile(r"(?:exit |exit[ _-]?code |code )?([0-9]{1,3})", re.IGNORECASE)
 _LISTED = re.compile(r"\[[0-9]+\]")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*")
+_FORGETTING = (
+    "By how much the loss of the base model on texts that ship with peftcli (English, nine other languages, code, "
+    "conversations) has risen with the adapter. Of tasks that write text; see docs/forgetting.md."
+)
+_FORGETTING_GATE = f'gates:\n  {FORGETTING}: "<= 0.05"'
 _MAX_TEXT, _MAX_LINES = 10_000, 5
 """Characters of a message that are read, and lines of an error after which none is added."""
 
@@ -80,6 +86,7 @@ def _topics() -> Iterator[Explanation]:
     for code, meaning in exit_codes().items():
         yield Explanation(str(code), "exit code", meaning)
     yield from map(_explain_metric, METRICS.values())
+    yield Explanation(FORGETTING, "metric", _FORGETTING, "in nats a token; less is better", example=_FORGETTING_GATE)
     yield from map(_explain_message, MESSAGES.values())
 
 

@@ -65,6 +65,8 @@ class Loss:
 class Task(ABC, Generic[Settings]):
     """One task, bound to its settings and its processor."""
 
+    name: ClassVar[str]
+    """The task's in ``TASKS``."""
     unit: ClassVar[str] = "examples"
     """What ``Example.size`` counts, in the plural: tokens, frames, patches."""
     targets_in_size: ClassVar[bool] = True
@@ -89,6 +91,8 @@ class Task(ABC, Generic[Settings]):
     """Columns whose values make two inputs equal, by which ``inspect`` finds duplicates. None: it does not look."""
     method: AdapterConfig | None = None
     """The config of the method. ``open`` sets it."""
+    number_format: Mapping[str, Any] | None = None
+    """That of evaluations, which a run sets: ``bf16``, whether they compute in it, and ``dtype`` of the base model."""
     virtual_tokens: int = 0
     """How many tokens the method puts before those of a row, each at a position of its own. ``open`` sets it."""
     label_columns: ClassVar[Sequence[str]] = ()
@@ -325,6 +329,19 @@ class Task(ABC, Generic[Settings]):
         """Write the files that a reader needs besides adapter and base model, and return their names."""
         return []
 
+    def write_task(self, folder: Path, **parts: Any) -> str:
+        """Write task.json, by which an adapter's readers know its task, and return the file's name.
+
+        ``parts`` are dataclasses or mappings: ``settings`` of the task; ``config``, keys of the base model's config
+        that a reader must set; ``prompt``, the form of a prompt; ``generation``, limits of answers.
+        """
+        values = {"type": self.name, **parts}
+        if self.number_format is not None:
+            values["number_format"] = self.number_format
+        text = json.dumps(values, indent=2, ensure_ascii=False, default=asdict) + "\n"
+        write_file(folder / TASK_FILE, text.encode())
+        return TASK_FILE
+
     def show(self, example: Example) -> Shown:
         """Show an example as texts, labels, pictures and facts."""
         return Shown()
@@ -463,17 +480,6 @@ def in_batches(
         chosen = order[start : start + batch_size]
         found |= zip(chosen, compute([examples[at] for at in chosen]), strict=True)
     return [found[at] for at in range(len(examples))]
-
-
-def write_task(folder: Path, name: str, **parts: Any) -> str:
-    """Write task.json, by which an adapter's readers know its task, and return the file's name.
-
-    ``parts`` are dataclasses or mappings: ``settings`` of the task; ``config``, keys of the base model's config that a
-    reader must set; ``prompt``, the form of a prompt; ``generation``, limits of answers.
-    """
-    values = {"type": name, **parts}
-    write_file(folder / TASK_FILE, (json.dumps(values, indent=2, ensure_ascii=False, default=asdict) + "\n").encode())
-    return TASK_FILE
 
 
 def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:

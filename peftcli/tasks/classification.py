@@ -57,8 +57,6 @@ _TOP = 5
 class Classification(Task[Settings]):
     """A task whose rows have labels. A subclass reads and collates the model's other inputs."""
 
-    name: ClassVar[str]
-    """The task's name in ``TASKS``."""
     arguments: ClassVar[tuple[str, ...]]
     """The columns that texts or files on the command line fill, row after row."""
     lower_is_better = ("loss", "mse")

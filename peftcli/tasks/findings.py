@@ -151,4 +151,26 @@ PICTURES = by_name(
 )
 """Those of text_to_image."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | ANSWERS | MASKS | PICTURES | SOUND | EMBEDDINGS
+INFLUENCE = by_name(
+    Kind(
+        "looks_mislabelled",
+        "warning",
+        "look mislabelled: the adapter has not learnt them, and what they teach is against rows like them",
+        "Check their labels or answers, the first ones first.",
+    ),
+    Kind(
+        "hurts_evaluation",
+        "info",
+        "made the evaluation rows worse, far more than others",
+        "Check them, and train without them to see whether evaluation gets better.",
+    ),
+    Kind(
+        "without_influence",
+        "info",
+        "have nearly no gradient: what they say is known",
+        "They may be left out: the adapter would be nearly the same.",
+    ),
+)
+"""Those of ``inspect --adapter``, from the gradients of rows. None stops a run."""
+
+FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | ANSWERS | MASKS | PICTURES | SOUND | EMBEDDINGS | INFLUENCE

@@ -13,7 +13,7 @@ from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Example, Outcome
 from peftcli.models.tokens import save_processor
 from peftcli.tasks import PICTURES, settings
-from peftcli.tasks.base import Batch, write_task
+from peftcli.tasks.base import Batch
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.pictures import check_image, noise, open_image, pixels, shown_picture
@@ -56,7 +56,7 @@ class ImageClassification(Classification[settings.ImageClassificationSettings]):
 
     def save(self, folder: Path) -> list[str]:
         return [
-            write_task(folder, self.name, settings=self.settings, config={}),
+            self.write_task(folder, settings=self.settings, config={}),
             *save_processor(folder, self.processor),
         ]
 

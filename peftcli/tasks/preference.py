@@ -25,7 +25,7 @@ from peftcli.errors import DataError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss, Task, refuse_unread, write_task
+from peftcli.tasks.base import Batch, Loss, Task, refuse_unread
 from peftcli.tasks.shown import Label, Shown
 from peftcli.tasks.text.answer_inputs import AnswerInputs, Reference, pair_sums
 from peftcli.tasks.text.answers import PAIR, AnswerReader, answer_reader
@@ -111,7 +111,7 @@ class Preference(AnswerInputs, Task[settings.PreferenceSettings]):
         self.prompt_form = PromptForm.of_rows(format, shared, has_template=bool(self.processor.chat_template))
 
     def save(self, folder: Path) -> list[str]:
-        own = write_task(folder, self.name, settings=self.settings, config={}, prompt=self.prompt_form)
+        own = self.write_task(folder, settings=self.settings, config={}, prompt=self.prompt_form)
         return [own, *tokens.save_with_adapter(folder, self.processor, self.base.spec)]
 
     def stops(self, model: nn.Module) -> list[int]:

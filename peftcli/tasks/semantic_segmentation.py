@@ -35,7 +35,6 @@ from peftcli.tasks.base import (
     on_device,
     scores_of,
     table_of,
-    write_task,
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, errors_of_row, file_of
 from peftcli.tasks.findings import FINDINGS
@@ -123,7 +122,7 @@ class SemanticSegmentation(Task[settings.SemanticSegmentationSettings]):
     def save(self, folder: Path) -> list[str]:
         if hasattr(self.processor, "do_reduce_labels"):
             self.processor.do_reduce_labels = self.settings.reduce_labels
-        own = write_task(folder, self.name, settings=self.settings, config=self._config_options())
+        own = self.write_task(folder, settings=self.settings, config=self._config_options())
         return [own, *save_processor(folder, self.processor)]
 
     @property

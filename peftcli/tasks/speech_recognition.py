@@ -41,7 +41,6 @@ from peftcli.tasks.base import (
     on_device,
     refuse_unread,
     table_of,
-    write_task,
 )
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
 from peftcli.tasks.findings import SOUND as FINDINGS
@@ -381,7 +380,7 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
 
     def save(self, folder: Path) -> list[str]:
         self.generation.save_pretrained(folder)
-        own = [write_task(folder, self.name, settings=self.settings, config={}), "generation_config.json"]
+        own = [self.write_task(folder, settings=self.settings, config={}), "generation_config.json"]
         return own + tokens.save_processor(folder, self.processor)
 
 

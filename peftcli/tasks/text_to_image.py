@@ -39,7 +39,6 @@ from peftcli.tasks.base import (
     model_inputs,
     refuse_unread,
     table_of,
-    write_task,
 )
 from peftcli.tasks.diffusers_files import write_parts
 from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, read_file
@@ -268,7 +267,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
     def save(self, folder: Path) -> list[str]:
         """Write the same adapter as PEFT's folders of each part and, of a LoRA, as diffusers' file."""
         empty = self.pipeline.empty_model("DiffusionPipeline", **self.model_options())
-        return [write_task(folder, self.name, settings=self.settings, config={}), *write_parts(empty, folder)]
+        return [self.write_task(folder, settings=self.settings, config={}), *write_parts(empty, folder)]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
-from peftcli.recipe import LEARNT, MAX_REGRESSION, parse_regression
+from peftcli.recipe import FORGETTING, LEARNT, MAX_REGRESSION, forgetting_problem, parse_regression
 from peftcli.schema import Recipe, Training
 from peftcli.tasks import task_record
 from peftcli.tasks.base import Loss, Task, on_device
@@ -57,6 +57,7 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not, or it is not.
     """
+    _refuse_forgetting(recipe)
     if data.eval is None or recipe.training.eval_strategy == "no":
         return
     refuse_gates(recipe, data)
@@ -84,7 +85,8 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not.
     """
-    for name in recipe.gates.keys() - {LEARNT, MAX_REGRESSION}:
+    _refuse_forgetting(recipe)
+    for name in recipe.gates.keys() - {LEARNT, FORGETTING, MAX_REGRESSION}:
         _known(data, name, f"gates.{name}")
     if given := recipe.gates.get(MAX_REGRESSION):
         against, bounds = parse_regression(given)
@@ -92,6 +94,12 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
             _known(data, name, f"gates.{MAX_REGRESSION}.{name}")
         assert data.eval is not None
         EarlierRun.read(against).refuse_others(data.task, task_record(data.task, recipe), data.eval, list(bounds))
+
+
+def _refuse_forgetting(recipe: Recipe) -> None:
+    """Refuse the gate of a measure that the task does not have."""
+    if FORGETTING in recipe.gates and (problem := forgetting_problem(recipe)):
+        raise UsageError(problem, key=f"gates.{FORGETTING}")
 
 
 def _known(data: Data, name: str, key: str) -> list[str]:

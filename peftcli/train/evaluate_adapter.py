@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -23,7 +24,7 @@ from peftcli.models.parts import widen_heads
 from peftcli.recipe import LEARNT, MAX_REGRESSION, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
-from peftcli.tasks import open_task
+from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Begins, Task
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
@@ -32,12 +33,13 @@ from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator
 from peftcli.train.evaluate import evaluate, find_doubts, is_lower_better, main_metric, refuse_gates
 from peftcli.train.events import OnEvent, warning
+from peftcli.train.forgetting import forgotten, is_forced, measured_forgetting
 from peftcli.train.gates import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.resume import versions
-from peftcli.train.runs.typed_json import to_json
+from peftcli.train.runs.typed_json import ABSENT, to_json
 from peftcli.train.setup import load_base
 
 
@@ -125,7 +127,10 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
         comparison = compare(
             accelerator.unwrap_model(model), scorer, examples=examples_of(recipe, data), head_is_new=task.head_is_new
         )
-    gates = check_gates(recipe.gates, metrics, doubts, task, comparison)
+    forgetting = _forgetting(recipe, source, model, task, accelerator)
+    # the base model alone has forgotten nothing
+    share = forgotten(forgetting, comparison and comparison.record) if source is not None else 0.0
+    gates = check_gates(recipe.gates, metrics, doubts, task, comparison, share)
     result = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
@@ -135,6 +140,7 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
         "base_model": {"name": recipe.base_model.name, "revision": recipe.base_model.revision},
         "data": data.report,
         "eval": {"main": main_metric(task, metrics), "last": metrics},
+        **({"forgetting": to_json(forgetting)} if forgetting else {}),
         "gates": to_json(gates),
         "versions": versions(),
         "device": str(accelerator.device),
@@ -142,6 +148,15 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
     return result | ({"comparison": to_json(comparison.record)} if comparison else {}), comparison, task
+
+
+def _forgetting(
+    recipe: Recipe, source: AdapterSource | None, model: nn.Module, task: Task[Any], accelerator: Accelerator
+) -> Any:
+    """Measure what an adapter has forgotten, where the recipe asks for it."""
+    if source is None or not row_of(recipe).writes_text or not is_forced(recipe):
+        return ABSENT
+    return measured_forgetting(model, task, accelerator)
 
 
 def _evaluation_data(recipe: Recipe, source: AdapterSource | None, tell: OnEvent) -> Data:

@@ -18,16 +18,15 @@ import torch
 
 from peftcli.adapters.card import write_card
 from peftcli.adapters.diff import analyse
-from peftcli.adapters.number_format import add_to_task_file
 from peftcli.adapters.proof.verify import record_model, sample_rows, trained_outputs
 from peftcli.core.protocols import needs_base_weights
-from peftcli.core.weights import adapter_state, holds_its_file, load_state
+from peftcli.core.weights import adapter_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.recipe import to_yaml
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.disk import write_file
-from peftcli.tasks import TASK_FILE, task_record
+from peftcli.tasks import task_record
 from peftcli.train.compare import compare_run
 from peftcli.train.data import RunData
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
@@ -35,6 +34,7 @@ from peftcli.train.devices.launch import TRAINING, report
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.evaluate import find_doubts, main_metric, no_learning
 from peftcli.train.events import Ready
+from peftcli.train.forgetting import forgetting_of, forgotten
 from peftcli.train.gates import check_gates
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.checkpoint import State, prune, set_newer_aside, write_finite
@@ -64,7 +64,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     curve = drawing.submit(loss_curve, folder.metrics(), what, data.task.main_metric) if run.is_main else None
     drawing.shutdown(wait=False)
     verify = recipe.training.verify and not recipe.base_model.trust_remote_code  # which only a recipe may ask for
-    is_kept = _load_kept(state)
+    is_kept = state.take_kept()
     asked = verify and is_kept and (run.is_main or is_sharded(state.model))
     said = _said(run, data, state) if asked else {}
     state.prepared.gather_parameters()
@@ -74,6 +74,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
         (run.replaces or folder).keep_lock()
         own = _write_adapter(run, data, state, tensors, said if verify else None)
     comparison = compare_run(run, data, state.model, is_kept=is_kept)  # with the adapter written, which a kill keeps
+    record.forgetting = forgetting_of(run, data, state.model, is_kept=is_kept)
     if curve is None:
         return
     if comparison is not None:
@@ -90,7 +91,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
     record.eval = _evaluation_record(data, state, kept)
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison)
+    share = forgotten(record.forgetting, record.comparison)
+    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, share)
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     run.write_record()
@@ -113,9 +115,8 @@ def _write_adapter(
     """
     recipe, folder = run.recipe, run.folder
     write_finite(tensors, state.prepared.config, folder.path)
+    data.task.number_format = {"bf16": uses_bf16(run.pinned), "dtype": recipe.base_model.dtype}
     own = data.task.save(folder.path)
-    if TASK_FILE in own:
-        add_to_task_file(folder.path, bf16=uses_bf16(run.pinned), dtype=recipe.base_model.dtype)
     if said is not None:
         record_model(
             folder.path,
@@ -169,21 +170,6 @@ def _evaluation_record(data: RunData, state: State, kept: dict[str, float]) -> E
         best_step=progress.best_step if progress.best_eval else None,
         kept=kept,
     )
-
-
-def _load_kept(state: State) -> bool:
-    """Put the adapter that is kept into the model, which holds the last one. Returns whether that can be done.
-
-    All processes call this.
-    """
-    if state.best_adapter is None:
-        return True
-    if not holds_its_file(state.model):
-        return False
-    state.prepared.gather_parameters()
-    load_state(state.model, state.best_adapter)
-    state.prepared.sync_parameters()
-    return True
 
 
 def _said(run: Run, data: RunData, state: State) -> dict[str, Any]:

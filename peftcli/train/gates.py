@@ -8,7 +8,16 @@ from typing import Any
 
 from peftcli.adapters.proof.bootstrap import Interval, paired_intervals
 from peftcli.errors import GateFailed
-from peftcli.recipe import LEARNT, MAX_REGRESSION, Bound, gate_holds, parse_gate, parse_regression, why_failed
+from peftcli.recipe import (
+    FORGETTING,
+    LEARNT,
+    MAX_REGRESSION,
+    Bound,
+    gate_holds,
+    parse_gate,
+    parse_regression,
+    why_failed,
+)
 from peftcli.tasks.base import Task
 from peftcli.train.compare import Comparison
 from peftcli.train.evaluate import is_lower_better, no_learning
@@ -23,10 +32,12 @@ def check_gates(
     doubts: Sequence[str],
     task: Task[Any],
     comparison: Comparison | None = None,
+    forgotten: float | str | None = None,
 ) -> list[GateRecord]:
     """Compare the metrics with the recipe's gates.
 
-    ``doubts`` say why nothing seems to have been learnt; ``comparison`` has the rows for max_regression.
+    ``doubts`` say why nothing seems to have been learnt; ``comparison`` has the rows for max_regression; ``forgotten``
+    is what was forgotten, or why it is not known.
     """
     checked = []
     for name, text in gates.items():
@@ -40,9 +51,11 @@ def check_gates(
             checked += _check_regression(text, metrics, task, comparison)
             continue
         operator, bound = parse_gate(str(text))
-        value = metrics.get(name)
+        value, reason = metrics.get(name), ABSENT
+        if name == FORGETTING:
+            value, reason = (None, f"not measured: {forgotten}") if isinstance(forgotten, str) else (forgotten, ABSENT)
         passed = value is not None and gate_holds(operator, value, bound)
-        checked.append(GateRecord(metric=name, gate=str(text), value=value, passed=passed))
+        checked.append(GateRecord(metric=name, gate=str(text), value=value, passed=passed, reason=reason))
     return checked
 
 

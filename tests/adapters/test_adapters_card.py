@@ -119,6 +119,62 @@ def test_the_card_says_what_the_run_measured() -> None:
     assert "max_steps" not in card
 
 
+COMPARED: dict[str, Any] = {
+    "rows": 200,
+    "units": 180,
+    "unit": "groups",
+    "draws": 10000,
+    "seconds": 12.3,
+    "metrics": {
+        "eval_loss": {
+            "base": 3.3, "adapter": 2.26, "difference": -1.04, "low": -1.2, "high": -0.9, "verdict": "better"
+        },
+        "eval_token_accuracy": {
+            "base": 0.4, "adapter": 0.41, "difference": 0.01, "low": -0.02, "high": 0.04, "verdict": "no_difference"
+        },
+    },
+    "main": "eval_loss",
+    "base_head_is_new": False,
+    "outputs": [{"row": "/home/someone/data/eval.jsonl:1", "input": "secret", "base": "x", "adapter": "y"}],
+}  # fmt: skip
+FORGOTTEN: dict[str, Any] = {
+    "texts": 200, "loss": 0.05, "low": 0.03, "high": 0.07, "kl": 0.04, "kept_tokens": 0.93,
+    "groups": {"english": {"texts": 60, "loss": 0.04, "kl": 0.03, "kept_tokens": 0.94}},
+}  # fmt: skip
+
+
+def test_the_card_compares_with_the_base_model_and_says_what_was_forgotten() -> None:
+    data = {**RUN["data"], "sha256": {"/home/someone/data/train.jsonl": "ab" * 32}}
+    run = {**RUN, "data": data, "comparison": COMPARED, "forgetting": FORGOTTEN}
+    card = render_card(run)
+    assert "| eval_loss | 3.3 | 2.26 | -1.04 | -1.2 to -0.9 | better |" in card
+    assert "| eval_token_accuracy | 0.4 | 0.41 | 0.01 | -0.02 to 0.04 | no difference |" in card
+    assert "on the same held-out rows; intervals by 10,000 draws of 180 groups." in card
+    assert "| all | 200 | 0.05 | 0.04 | 0.93 |\n| english | 60 | 0.04 | 0.03 | 0.94 |" in card
+    assert "rise of the cross-entropy (95 % interval 0.03 to 0.07)" in card
+    assert f"| train | sha256 | {'ab' * 32} |" in card
+    assert "someone" not in card
+    assert "secret" not in card
+    assert render_card({**RUN, "data": data}) == render_card(RUN), "the card of an older run"
+    assert "so it guesses" in render_card({**run, "comparison": {**COMPARED, "base_head_is_new": True}})
+
+
+def test_results_on_held_out_rows_are_in_the_model_index_unverified() -> None:
+    from huggingface_hub import ModelCard
+
+    results = ModelCard(render_card({**RUN, "comparison": COMPARED})).data.eval_results
+    assert results is not None
+    assert [(each.metric_type, each.metric_value, each.verified) for each in results] == [
+        ("loss", 2.26, False),
+        ("token_accuracy", 0.41, False),
+    ]
+    assert {(each.dataset_type, each.task_type) for each in results} == {("private", "text-generation")}
+    of_hub = {**RUN, "recipe": {**RUN["recipe"], "dataset": {"train": "acme/rows"}}, "comparison": COMPARED}
+    assert "type: acme/rows" in render_card(of_hub)
+    local = {**of_hub, "data": {**RUN["data"], "sha256": {"acme/rows": "ab" * 32}}}
+    assert "type: acme/rows" not in render_card(local)
+
+
 def test_without_an_evaluation_before_training_no_column_is_empty() -> None:
     card = render_card({**RUN, "eval": {**RUN["eval"], "first": {}}})
     assert "| metric | this adapter |\n| --- | --- |\n| eval_loss | 1.23457 |\n| train_loss | 1.05 |\n" in card

@@ -436,6 +436,8 @@ def test_a_run_may_lack_nothing_and_hold_nothing_else(recipe: Path) -> None:
         "comparison.skipped",
         "data.unit",
         "eval.main",
+        "forgetting",
+        "forgetting.skipped",
         "attempts.end_step",
         "attempts.reason",
     }
@@ -463,7 +465,7 @@ def test_an_error_may_lack_nothing_and_hold_nothing_else(fails: Callable, recipe
 
 
 def test_a_push_may_lack_nothing_and_hold_nothing_else() -> None:
-    assert_closed("push", asdict(Pushed("https://hub/a/b", None, ["a"], 3, True)))
+    assert_closed("push", asdict(Pushed("https://hub/a/b", None, ["a"], 3, True, "# A card\n")))
 
 
 def assert_closed(

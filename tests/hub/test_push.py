@@ -4,14 +4,17 @@ import json
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hub_folders import REPO, make_folder, write_config
+import yaml
+from hub_folders import REPO, make_folder, safetensors_bytes, write_config
 from hub_server import TOKEN, Commit, Hub, Repo
 from models_tiny import ids, tiny
 
 import peftcli
 from peftcli.adapters import push as hub_module
+from peftcli.adapters.benchmark_record import keep
 from peftcli.adapters.load import adapter_folder
 from peftcli.adapters.push import push
 from peftcli.errors import AdapterError, HubError, NetworkError, UsageError
@@ -108,8 +111,30 @@ def test_a_push_to_a_pull_request_makes_no_branch(hub: Hub, folder: Path) -> Non
     assert not hub.asked("create_branch")
 
 
+def test_results_on_benchmarks_of_the_hub_are_pushed(hub: Hub, folder: Path) -> None:
+    from huggingface_hub import parse_eval_result_entries
+
+    def task(dataset: str | None) -> dict[str, Any]:
+        metric = {"base": 0.4, "adapter": 0.5, "difference": 0.1}
+        return {"dataset": dataset, "dataset_name": None, "fewshot": 0, "metrics": {"acc": metric}}
+
+    facts = {"base_model": {}, "lm_eval_version": "0.4.13", "chat": True}
+    names = {"arc": "acme/arc", "own": None, "file": "json", "../odd": "acme/odd"}
+    keep(folder, {**facts, "limit": 4, "tasks": {"part": task("acme/part")}})
+    keep(folder, {**facts, "limit": None, "tasks": {name: task(dataset) for name, dataset in names.items()}})
+    pushed = push(folder, REPO)
+    files = hub.repos[REPO].refs["main"][-1].files
+    assert sorted(files) == sorted(pushed.files) == [".eval_results/arc.yaml", *PUSHED]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/arc.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("acme/arc", "default", 0.5)
+    assert "acc of the task arc of lm-eval 0.4.13, 0-shot" in str(entry.notes)
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(5))
+    assert sorted(push(folder, REPO, dry_run=True).files) == PUSHED, "the results are of other weights"
+
+
 def test_a_dry_run_asks_nothing(hub: Hub, folder: Path) -> None:
     pushed = push(folder, REPO, dry_run=True)
+    assert pushed.card.startswith("---\nbase_model: acme/tiny-base\n")
     assert (sorted(pushed.files), pushed.commit, pushed.private) == (PUSHED, None, True)
     assert hub.requests == []
 

@@ -35,6 +35,8 @@ OPTIONAL = {
     "data.unit",
     "data.eval",
     "eval.main",
+    "forgetting",
+    "forgetting.skipped",
     "attempts.0.end_step",
     "attempts.0.reason",
 }

@@ -104,6 +104,17 @@ def test_layers_may_stay_whole_until_the_backward_pass(recipe: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_was_forgotten_is_measured_together(recipe: Path) -> None:
+    settings = (*SHORT, "training.learning_rate=0.05", "gates.forgetting=<= 9")
+    runs = [read_run(folder) for folder in (trained(recipe, "fsdp", *settings), in_one_process(recipe, *settings))]
+    divided, whole = (run["forgetting"] for run in runs)
+    assert divided["texts"] == 200
+    assert divided["kl"] > 1e-3
+    for name in ("base_loss", "adapter_loss", "kl"):
+        assert divided[name] == pytest.approx(whole[name], abs=1e-3)
+
+
+@pytest.mark.slow
 def test_parts_that_wait_in_the_memory_of_the_cpu(recipe: Path) -> None:
     """On a CPU nothing moves: this shows that such a run ends, and ends alike."""
     assert_same_bytes(recipe, SHORT, "launch.cpu_offload=true")

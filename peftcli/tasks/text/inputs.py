@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from peftcli.data.store import Column, Example
 from peftcli.errors import ModelError
 from peftcli.models import tokens
 from peftcli.models.open import OpenBase
-from peftcli.tasks.base import Batch, write_task
+from peftcli.tasks.base import Batch
 from peftcli.tasks.text.language_model import fit_tokens, tokenizer_fingerprint
 from peftcli.tasks.text.token_ids import pad_texts, pad_token_id, padded
 
@@ -22,8 +22,6 @@ from peftcli.tasks.text.token_ids import pad_texts, pad_token_id, padded
 class TextInputs:
     """Mixed into a ``Task`` whose settings have ``max_length``, and whose examples have these columns."""
 
-    name: ClassVar[str]
-    """The task's in ``TASKS``."""
     text_columns: ClassVar = {"input_ids": Column(), "token_type_ids": Column("int8")}
     unit = "tokens"
     identity: ClassVar[Sequence[str]] = ("input_ids",)
@@ -33,6 +31,7 @@ class TextInputs:
     processor: Any
     base: OpenBase
     virtual_tokens: int
+    write_task: Callable[..., str]
 
     @property
     def max_length(self) -> int:
@@ -77,5 +76,5 @@ class TextInputs:
 
     def save(self, folder: Path) -> list[str]:
         options = {"pad_token_id": self.processor.pad_token_id}  # what a reader must set in the base model's config
-        own = write_task(folder, self.name, settings=self.settings, config=options)
+        own = self.write_task(folder, settings=self.settings, config=options)
         return [own, *tokens.save_with_adapter(folder, self.processor, self.base.spec)]

@@ -28,7 +28,7 @@ from peftcli.models import tokens
 from peftcli.models.probe import deviation, probing
 from peftcli.schema import BaseModel
 from peftcli.system import date
-from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device, write_task
+from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device
 from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.settings import CausalLMSettings, Seq2SeqLMSettings
 from peftcli.tasks.shown import Description, Shown, Text
@@ -81,7 +81,6 @@ class LanguageModel(Task[Settings]):
     identity: ClassVar[Sequence[str]] = ("input_ids",)
     versions: ClassVar[Sequence[str]] = CHAT_PACKAGES
 
-    name: ClassVar[str]
     prompt_form: PromptForm
     """The form of the training rows' prompts. ``trained_on`` sets it."""
     encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
@@ -306,7 +305,7 @@ class LanguageModel(Task[Settings]):
 
     def save(self, folder: Path) -> list[str]:
         limits = {name: getattr(self.settings, name) for name in ("max_new_tokens", "num_beams")}
-        own = write_task(folder, self.name, generation=limits, prompt=self.prompt_form)
+        own = self.write_task(folder, generation=limits, prompt=self.prompt_form)
         return [own, *self.save_processor(folder)]
 
     def save_processor(self, folder: Path) -> list[str]:

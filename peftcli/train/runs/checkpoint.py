@@ -27,7 +27,15 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_adapter, write_tensor_file
-from peftcli.core.weights import adapter_state, load_training_state, named_tensors, training_state, unsaved_state
+from peftcli.core.weights import (
+    adapter_state,
+    holds_its_file,
+    load_state,
+    load_training_state,
+    named_tensors,
+    training_state,
+    unsaved_state,
+)
 from peftcli.errors import AdapterError, Diverged, PeftcliError, StorageError
 from peftcli.guard.files import read_small
 from peftcli.system.disk import remove_folder, sha256, sync_folder, write_file
@@ -88,6 +96,17 @@ class State:
     progress: Progress
     best_adapter: dict[str, torch.Tensor] | None = None
     """The adapter at the best evaluation, where the recipe keeps the best."""
+
+    def take_kept(self) -> bool:
+        """Load the adapter that the run keeps into the model. Returns False where the model cannot hold it."""
+        if self.best_adapter is None:  # the model has the last one, which is kept
+            return True
+        if not holds_its_file(self.model):
+            return False
+        self.prepared.gather_parameters()
+        load_state(self.model, self.best_adapter)
+        self.prepared.sync_parameters()
+        return True
 
 
 def save_checkpoint(folder: Path, state: State, keep: int, accelerator: Accelerator, made_by: dict[str, Any]) -> Path:

@@ -72,6 +72,7 @@ def comparable_settings(recipe: Recipe) -> dict[str, Any]:
         "dataloader_num_workers",
         "verify",
         "compare_with_base",
+        "measure_forgetting",
         "report_to",
         "run_name",
     )

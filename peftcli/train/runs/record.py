@@ -279,7 +279,7 @@ class GateRecord:
     passed: bool
     """Whether it holds."""
     reason: str = ABSENT
-    """Of learnt: why it does not hold."""
+    """Of learnt: why it does not hold; of forgetting: why it was not measured."""
 
 
 @dataclass(kw_only=True)
@@ -383,13 +383,13 @@ class ForgettingRecord:
     texts: Count = ABSENT
     """Texts."""
     tokens: Count = ABSENT
-    """Their tokens."""
+    """Their tokens but for each first one, which nothing predicts."""
     base_loss: float = ABSENT
     """Cross-entropy of the base model, in nats a token."""
     adapter_loss: float = ABSENT
     """Cross-entropy with the adapter, in nats a token."""
     loss: float = ABSENT
-    """By how much it rose."""
+    """By how much it rose: what the gate ``forgetting`` compares."""
     low: float = ABSENT
     """Where the 95 % interval of the rise begins."""
     high: float = ABSENT
@@ -401,7 +401,7 @@ class ForgettingRecord:
     seconds: float = ABSENT
     """What the measurement took."""
     groups: dict[str, ForgettingGroupRecord] = ABSENT
-    """Group of texts, as a language -> what was forgotten of it."""
+    """english, code, chat, other_languages or one of these languages -> what was forgotten of it."""
     skipped: str = ABSENT
     """Why it was not measured, instead of all of the above."""
 
