@@ -252,7 +252,7 @@ def _model_index(title: str, use: TaskRow | None, info: Mapping[str, Any]) -> di
         for name, values in measured.items()
     ]
     head = ModelCardData(model_name=title, eval_results=results)
-    return {"model-index": head.to_dict()["model-index"]}  # type: ignore[no-untyped-call]
+    return {"model-index": head.to_dict()["model-index"]}
 
 
 def _measured(comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

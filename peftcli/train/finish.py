@@ -95,12 +95,18 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, share)
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
+    _complete(run, state, own)
+
+
+def _complete(run: Run, state: State, own: list[str]) -> None:
+    """Write what is made of run.json, and that the run is complete. ``own``: files of the task and of the proof."""
+    folder, record = run.folder, run.record
     run.write_record()
     write_card(folder.path)  # from run.json
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
     record.artefacts = [ArtefactRecord.of(folder.path, name) for name in names]
-    prune(folder.checkpoints, recipe.training.save_total_limit)  # those that could not be deleted at their time
-    record.attempts[-1].end_step, record.attempts[-1].reason = progress.step, "complete"
+    prune(folder.checkpoints, run.recipe.training.save_total_limit)  # those that could not be deleted at their time
+    record.attempts[-1].end_step, record.attempts[-1].reason = state.progress.step, "complete"
     record.status, record.resumable, record.error = "complete", False, None
     record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
     run.write_record()
