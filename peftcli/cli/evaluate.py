@@ -10,7 +10,8 @@ import typer
 from peftcli.cli import console
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.options import Json, Overrides, Quiet, RecipeFile, progress_log
-from peftcli.cli.progress import Progress, in_order
+from peftcli.cli.progress import Progress
+from peftcli.reporting.blocks import in_order
 from peftcli.system.outputs import require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
 
