@@ -181,17 +181,12 @@ def render_card(
     """
     recipe, method = mapping_at(info, "recipe"), mapping_at(info, "recipe", "method")
     method.pop("type", None)
-    task = str(recipe.get("task") or "")
     kind, use, base = _subject(info)
-    name = base if base and not is_local(base) else _BASE_PLACEHOLDER
     use = use.filled(mapping_at(info, "task")) if use else None
-    lines = use.form_loading if use and form else use.loading if use else ()  # of a model that no class of PEFT loads
-    loading = [line.replace(json.dumps(_BASE_PLACEHOLDER), json.dumps(name)) for line in lines]
-    loading = loading or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)]
     sections = [
         _front_matter(_head(kind, use, base, tags) | _model_index(_title(kind, base), use, info)),
-        _summary(kind, task, base, info),
-        _usage(kind, use, adapter, loading, info.get("prompt")),
+        _summary(kind, str(recipe.get("task") or ""), base, info),
+        _use(info, adapter, processor, form),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
         _table("Training data", ("split", "count", "value"), _data_rows(info)),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
@@ -202,6 +197,27 @@ def render_card(
         _table("Versions", ("package", "version"), sorted(mapping_at(info, "versions").items())),
     ]
     return redact("\n".join(section for section in sections if section))
+
+
+def how_to_use(folder: Path, adapter: str | None = None) -> str:
+    """The card's section on how to use an adapter folder, by the name ``adapter``.
+
+    Raises:
+        AdapterError: a file of the folder cannot be read.
+    """
+    info = read_info(folder)
+    beside = _beside(folder, info)
+    return redact(_use(info, adapter or _ADAPTER_PLACEHOLDER, beside["processor"], beside["form"]))
+
+
+def _use(info: Mapping[str, Any], adapter: str, processor: bool, form: bool) -> str:
+    kind, use, base = _subject(info)
+    name = base if base and not is_local(base) else _BASE_PLACEHOLDER
+    use = use.filled(mapping_at(info, "task")) if use else None
+    lines = use.form_loading if use and form else use.loading if use else ()  # of a model that no class of PEFT loads
+    loading = [line.replace(json.dumps(_BASE_PLACEHOLDER), json.dumps(name)) for line in lines]
+    loading = loading or [*_model(info, use, name, adapter), *_loading(info, use, name, adapter, processor)]
+    return _usage(kind, use, adapter, loading, info.get("prompt"))
 
 
 def _subject(info: Mapping[str, Any]) -> tuple[str, TaskRow | None, str]:

@@ -34,6 +34,8 @@ from peftcli.cli import (
     merge,
     predict,
     push,
+    report,
+    runs,
     schema,
     skill,
     status,
@@ -127,7 +129,10 @@ def _usage(argument: Any) -> str:
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 _COMMANDS = {
-    "Recipes": (demo, init, train, sweep, status, evaluate, inspect, check, import_, explain, schema, skill, cache),
+    "Recipes": (
+        *(demo, init, train, sweep, status, runs, report, evaluate),
+        *(inspect, check, import_, explain, schema, skill, cache),
+    ),
     "Adapters": (generate, predict, trace, merge, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""

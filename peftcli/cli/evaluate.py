@@ -12,8 +12,9 @@ from peftcli.cli import completion, console
 from peftcli.cli.junit import Junit, junit_report
 from peftcli.cli.lm_eval import evaluate_tasks
 from peftcli.cli.options import Json, Overrides, Quiet, path, progress_log
-from peftcli.cli.progress import Progress, comparison_lines, in_order, table_of_adapters
+from peftcli.cli.progress import Progress, comparison_lines, table_of_adapters
 from peftcli.errors import UsageError
+from peftcli.reporting.blocks import in_order
 from peftcli.system.outputs import expand_user, require_writable
 from peftcli.train.devices.launch import is_main_process, leave_group_on_exit
 

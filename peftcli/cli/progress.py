@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console
 from peftcli.data.rows import count_of
 from peftcli.guard.files import command_word
+from peftcli.reporting.blocks import in_order
 from peftcli.train.events import Evaluated, Event, Message, Ready, RowsRead, Stepped
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def summary(run: dict[str, Any], folder: str) -> str:
     held = f"{parameters['trainable']:,} parameters, {share:.3g} %; {console.format_size(size)}"
     lines.append(f"  adapter     {folder} ({held})")
     word = command_word(folder)
+    if any(item["path"] == "report.html" for item in run["artefacts"]):
+        lines.append(f"  report      {folder.rstrip('/')}/report.html")
     if run["recipe"]["base_model"]["trust_remote_code"]:  # by the recipe's leave only
         use = f"peftcli evaluate {command_word(f'{folder}/recipe.yaml')} --adapter {word} dataset.eval=FILE"
     else:
@@ -224,11 +227,6 @@ def table_of_adapters(result: Mapping[str, Any]) -> list[str]:
             f"over {len(result['adapters'])} seeds: mean {spread['mean']:.6g}, deviation {spread['deviation']:.3g}"
         )
     return lines
-
-
-def in_order(metrics: Mapping[str, float], main: str) -> list[str]:
-    """Return the names of metrics: the task's main metric, the loss, then the others."""
-    return sorted(metrics, key=lambda name: (name != main, name != "eval_loss", name))
 
 
 def _metrics_table(first: Mapping[str, float], kept: Mapping[str, float], main: str) -> list[str]:

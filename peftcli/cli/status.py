@@ -13,8 +13,8 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.options import Json, path
-from peftcli.cli.progress import in_order
 from peftcli.data.rows import count_of
+from peftcli.reporting.blocks import in_order
 from peftcli.system.signals import check as check_signals
 
 _INTERVAL = 1.0

@@ -1,23 +1,16 @@
-"""An inspection as one self-contained HTML page: no network, no fonts, readable without JavaScript.
-
-A content security policy with the hashes of its own style and script forbids everything that is not in the page: even
-if foreign text got into it as markup, despite the escaping, it would load and run nothing.
-"""
+"""An inspection as one self-contained HTML page, readable without JavaScript."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
 from peftcli.data.findings import Finding
 from peftcli.errors import UsageError
-from peftcli.guard.files import escape_char, is_harmless
 from peftcli.inspection.report import (
     Inspection,
     ShownRow,
@@ -29,6 +22,7 @@ from peftcli.inspection.report import (
     shortened,
     what_is_wrong,
 )
+from peftcli.reporting.html import as_html, capital, document, table, visible
 from peftcli.system.outputs import storage_errors, write_output
 from peftcli.system.secrets import redact
 from peftcli.tasks.shown import Image, Label, Part, Text, TokenText, side_by_side
@@ -68,22 +62,9 @@ def refuse_name(path: Path) -> None:
         raise UsageError("does not name a page", file=str(path), key="--html", hint="name a file that ends in .html")
 
 
-def _head(data: str, style: str, script: str) -> str:
-    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
-    return f"""<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri 'none'; form-action 'none'">
-<link rel="icon" href="data:,">
-<title>peftcli inspect: {escape(ascii(data)[1:-1])}</title>
-<style>{style}</style>
-</head>"""
-
-
 def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> str:
     """Return the page's text."""
-    style, script = (files("peftcli.inspection").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    script = files("peftcli.inspection").joinpath("page.js").read_text("utf-8")
     named = {f"{row.split}-{row.index}": row for row in rows}
     shown, ids = _rows(named, borders)
     dataset = inspection.recipe.dataset
@@ -92,13 +73,9 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> str
     left_out = len(named) - len(shown)
     more = f" {left_out} more are left out, so that the page stays small." if left_out else ""
     joined = "\n".join(shown)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-{_head(data, style, script)}
-<body>
-<header>
+    body = f"""<header>
 <h1>What this recipe trains</h1>
-<p>{_html(data)}, as {_html(inspection.task_name)} for {_html(inspection.recipe.base_model.name)}</p>
+<p>{as_html(data)}, as {as_html(inspection.task_name)} for {as_html(inspection.recipe.base_model.name)}</p>
 <nav aria-label="Parts of this page"><a href="#rows">Rows</a>
 <a href="#findings">Findings: {_counted(inspection.findings)}</a> <a href="#audit">Audit</a></nav>
 </header>
@@ -124,11 +101,8 @@ def page(inspection: Inspection, rows: Sequence[ShownRow], borders: bool) -> str
 <h2>Audit of the whole dataset</h2>
 {_audit(inspection)}
 </section>
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+</main>"""
+    return document(f"peftcli inspect: {data}", body, script)
 
 
 def _counted(findings: Sequence[Finding]) -> str:
@@ -177,8 +151,8 @@ def _row(row: ShownRow, name: str, borders: bool) -> str:
         lost = f", {row.lost:,} of them trained" if row.lost else ""
         parts.append(f'<p class="cut">Cut here: {row.missing:,} {row.unit} are missing{lost}.</p>')
     return (
-        f'<article class="row" id="{name}"><h3>{_html(row.place)}</h3>\n'
-        f"<p>{_capital(row.title)}{_html(f': {row.size}' if row.size else '')}.</p>\n{''.join(parts)}</article>"
+        f'<article class="row" id="{name}"><h3>{as_html(row.place)}</h3>\n'
+        f"<p>{capital(row.title)}{as_html(f': {row.size}' if row.size else '')}.</p>\n{''.join(parts)}</article>"
     )
 
 
@@ -190,16 +164,16 @@ def _group(parts: Sequence[Part], borders: bool) -> str:
 
 def _part(part: Part, borders: bool) -> str:
     if isinstance(part, Text):
-        heading = f"<h4>{_html(_capital(part.title))}</h4>" if part.title else ""
+        heading = f"<h4>{as_html(capital(part.title))}</h4>" if part.title else ""
         return heading + _text(part, borders)
     if isinstance(part, Label):
-        return f"<p>{_html(_capital(part.title))}: <mark>{_html(part.text)}</mark></p>"
+        return f"<p>{as_html(capital(part.title))}: <mark>{as_html(part.text)}</mark></p>"
     if isinstance(part, Image):
         data = base64.b64encode(part.thumbnail).decode()
-        caption = f"{_html(part.source)}, {part.width:,} x {part.height:,}, {_html(part.mode)}"
-        picture = f'<img src="data:image/png;base64,{data}" alt="{_html(part.title)}">'
+        caption = f"{as_html(part.source)}, {part.width:,} x {part.height:,}, {as_html(part.mode)}"
+        picture = f'<img src="data:image/png;base64,{data}" alt="{as_html(part.title)}">'
         return f'<figure class="picture">{picture}<figcaption>{caption}</figcaption></figure>'
-    return _table("", [["", ""], *map(list, part.values.items())])
+    return table("", [["", ""], *map(list, part.values.items())])
 
 
 def _text(text: Text, borders: bool) -> str:
@@ -222,11 +196,11 @@ def _spans(text: Text, tokens: Sequence[TokenText], borders: bool) -> Iterable[s
         if borders or special:
             for token in run:
                 numbers = " ".join(map(str, token.ids))
-                yield f'<{tag}{classes} title="{numbers}">{_visible(token.text)}</{tag}>'
+                yield f'<{tag}{classes} title="{numbers}">{visible(token.text)}</{tag}>'
         else:
-            yield f"<{tag}{classes}>{_visible(''.join(token.text for token in run))}</{tag}>"
+            yield f"<{tag}{classes}>{visible(''.join(token.text for token in run))}</{tag}>"
         if label:
-            yield f'<sub class="{hue}">{_html(label)}</sub>'
+            yield f'<sub class="{hue}">{as_html(label)}</sub>'
 
 
 def _findings(inspection: Inspection, ids: _Ids) -> str:
@@ -237,34 +211,34 @@ def _findings(inspection: Inspection, ids: _Ids) -> str:
 
 
 def _finding(finding: Finding, number: int, ids: _Ids, allow: Sequence[str]) -> str:
-    links = [(ids.get((finding.split, place)), _html(place)) for place in finding.rows]
+    links = [(ids.get((finding.split, place)), as_html(place)) for place in finding.rows]
     places = [f'<a href="#{name}">{place}</a>' if name else f"<span>{place}</span>" for name, place in links]
     more = ", ..." if finding.count > len(places) > 0 else ""
     allowed = " (allowed)" if finding.level == "error" and finding.name in allow else ""
     return (
         f'<article class="finding {finding.level}" id="finding-{number}-{finding.name}">'
         f'<h3><span class="level">{finding.level}{allowed}</span> {finding.name}</h3>\n'
-        f"<p>{_html(finding.message)}. {_html(finding.advice)}</p>\n"
+        f"<p>{as_html(finding.message)}. {as_html(finding.advice)}</p>\n"
         f'<p class="places">{", ".join(places)}{more}</p></article>'
     )
 
 
 def _audit(inspection: Inspection) -> str:
     train, unit = inspection.audit["train"], inspection.task.unit
-    parts = [_table(title, rows) for title, rows in inspection.tables().items()]
+    parts = [table(title, rows) for title, rows in inspection.tables().items()]
     parts += [_chart(name, train[name]) for name in _COUNTED_BY_NAME if train.get(name)]
     if has_sizes(inspection.audit):
-        caption = f"<figcaption>{_capital(unit)} of the training rows, before any cut</figcaption>"
+        caption = f"<figcaption>{capital(unit)} of the training rows, before any cut</figcaption>"
         parts.append(f"<figure>{caption}\n{_histogram(bars(train), unit)}</figure>")
         longest = [[each["row"], f"{each['tokens']:,}", each["outcome"]] for each in train["longest"]]
-        parts.append(_table("longest rows", [["", unit, "outcome"], *longest]))
+        parts.append(table("longest rows", [["", unit, "outcome"], *longest]))
     for kind, facts in (("", train), ("evaluation ", inspection.audit["eval"] or {})):
         if pairs := facts.get("duplicates", {}).get("pairs"):
             listed = [[each["row"], each["like"], f"{each['alike']:.0%}"] for each in pairs]
-            parts.append(_table(f"{kind}rows that are near duplicates", [["row", "is like", "overlap"], *listed]))
+            parts.append(table(f"{kind}rows that are near duplicates", [["row", "is like", "overlap"], *listed]))
         if bad := facts.get("bad_rows"):
             listed = [[each["row"], what_is_wrong(each)] for each in bad]
-            parts.append(_table(f"{kind}rows that cannot be used", [["", "why"], *listed]))
+            parts.append(table(f"{kind}rows that cannot be used", [["", "why"], *listed]))
     return "\n".join(parts)
 
 
@@ -273,19 +247,8 @@ def _chart(name: str, counts: Mapping[str, int]) -> str:
     largest = sorted(counts.items(), key=lambda each: -each[1])[:_MAX_BARS]
     more = f", the {_MAX_BARS} largest of {len(counts):,}" if len(counts) > _MAX_BARS else ""
     short = [(label if len(label) <= 15 else f"{label[:14]}\u2026", count) for label, count in largest]
-    drawn = _histogram([(_html(label), count) for label, count in short], name)
-    return f"<figure><figcaption>{_capital(name)} of the training rows{more}</figcaption>\n{drawn}</figure>"
-
-
-def _table(title: str, rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{_html(cell)}</th>' for cell in rows[0])
-    body = "".join(
-        f'<tr><th scope="row">{_html(first)}</th>{"".join(f"<td>{_html(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows[1:]
-    )
-    top = f"<thead><tr>{head}</tr></thead>" if any(rows[0]) else ""
-    caption = f"<caption>{_capital(title)}</caption>" if title else ""
-    return f'<div class="wide"><table>{caption}{top}<tbody>{body}</tbody></table></div>'
+    drawn = _histogram([(as_html(label), count) for label, count in short], name)
+    return f"<figure><figcaption>{capital(name)} of the training rows{more}</figcaption>\n{drawn}</figure>"
 
 
 def _histogram(counted: list[tuple[str, int]], unit: str) -> str:
@@ -300,28 +263,5 @@ def _histogram(counted: list[tuple[str, int]], unit: str) -> str:
             f'<text x="{_LABEL + width + 5:.1f}" y="{y + 13}">{count:,}</text>'
         )
     height = len(counted) * _LINE
-    label = f"{_capital(unit)}, and the number of each"
+    label = f"{capital(unit)}, and the number of each"
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _visible(text: str) -> str:
-    """Escape a text, mark its newlines, and write out characters that could reorder or hide text."""
-    return _html(text).replace("\n", '<span class="n">\u23ce</span>\n')
-
-
-def _html(text: str) -> str:
-    if text.isascii() and text.isprintable():
-        return escape(text)
-    return "".join(escape(char) if char in "\n\t" or is_harmless(char) else _written_out(char) for char in text)
-
-
-def _written_out(char: str) -> str:
-    return f'<span class="e">{escape_char(char)}</span>'
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from peftcli.errors import Problem
 from peftcli.methods import METHODS
@@ -18,8 +20,13 @@ _FAR = 10.0
 
 def usual_rate(recipe: Recipe) -> float:
     """Return the usual learning rate of the recipe's method, its initialisation, and its task if that is known."""
-    task = TASKS.get((recipe.task or {}).get("type", ""))
-    settings = dict(recipe.method)
+    return usual_rate_of(recipe.method, (recipe.task or {}).get("type", ""))
+
+
+def usual_rate_of(method: Mapping[str, Any], task_name: str) -> float:
+    """Return the usual learning rate of a method, with its settings, for a task; "" if that is not known."""
+    task = TASKS.get(task_name)
+    settings = dict(method)
     config = METHODS[settings.pop("type")].config_class().unchecked(**settings)
     own, factor = config.learning_rate, task.rate_factor if task else 1
     return min(max(own, min(own * factor, _RAISED)), _FASTEST) if factor > 1 else own * factor

@@ -8,10 +8,11 @@ import logging
 import os
 import platform
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from peftcli.core.weights import adapter_state
 from peftcli.data.sources import eval_source
 from peftcli.errors import FolderBusy, GateFailed, Interrupted, PeftcliError, StorageError, UsageError, to_peftcli_error
 from peftcli.recipe import to_yaml
+from peftcli.reporting.write import REPORT_FILES, render, run_files
 from peftcli.system.addresses import notice_lost_machines, on_several_machines
 from peftcli.system.disk import write_file
 from peftcli.tasks import task_record
@@ -45,6 +47,7 @@ from peftcli.train.runs.record import (
     ErrorRecord,
     EvaluationRecord,
     MemoryRecord,
+    RunRecord,
     StepsRecord,
     ThreadsRecord,
 )
@@ -104,12 +107,28 @@ def _complete(run: Run, state: State, own: list[str]) -> None:
     run.write_record()
     write_card(folder.path)  # from run.json
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "recipe.yaml", *own)
-    record.artefacts = [ArtefactRecord.of(folder.path, name) for name in names]
+    artefacts = [ArtefactRecord.of(folder.path, name) for name in names]
     prune(folder.checkpoints, run.recipe.training.save_total_limit)  # those that could not be deleted at their time
     record.attempts[-1].end_step, record.attempts[-1].reason = state.progress.step, "complete"
+    exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
+    ended = replace(record, status="complete", resumable=False, error=None, exit_code=exit_code, artefacts=artefacts)
+    artefacts += [ArtefactRecord.of(folder.path, name) for name in _write_report(run, ended)]
     record.status, record.resumable, record.error = "complete", False, None
-    record.exit_code = 0 if all(gate.passed for gate in record.gates) else GateFailed.exit_code
+    record.exit_code, record.artefacts = exit_code, artefacts
     run.write_record()
+
+
+def _write_report(run: Run, ended: RunRecord) -> Sequence[str]:
+    """Write the report of the run as it will be recorded. Returns the files' names; if it fails, warns of it."""
+    path = run.folder.path
+    try:
+        made = render([run_files(path, ended.as_dict(), run.folder.metrics())])
+        for name in REPORT_FILES:
+            write_file(path / name, made[Path(name).suffix])
+    except Exception as error:
+        run.warn(f"no report was written ({type(error).__name__}: {error}); `peftcli report` makes it again")
+        return ()
+    return REPORT_FILES
 
 
 def _write_adapter(

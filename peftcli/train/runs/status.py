@@ -27,15 +27,11 @@ def status(path: Path) -> dict[str, Any]:
     record = folder.read() if os.path.lexists(folder.path / "run.json") else None
     if record is None:
         raise UsageError("holds no run", file=str(path), hint="name the training.output_dir of a recipe")
-    is_held = folder.is_locked()
     metrics, found = folder.metrics(), [path.name for path in reversed(checkpoints(folder.checkpoints))]
     steps: dict[str, Any] = to_json(record.steps) if record.steps else {"done": 0, "total": None}
-    state = record.status
+    state = state_of(folder, record)
     if state == "running":
-        if is_held and _may_be_alive(folder, record):
-            steps["done"] = max(steps["done"], metrics[-1]["step"] if metrics else 0)
-        else:
-            state = "interrupted"  # killed, before it could record so
+        steps["done"] = max(steps["done"], metrics[-1]["step"] if metrics else 0)
     return {
         "folder": str(path),
         "status": state,
@@ -53,6 +49,12 @@ def status(path: Path) -> dict[str, Any]:
         "attempts": to_json(record.attempts),
         "replacement": _replacement(folder),
     }
+
+
+def state_of(folder: RunFolder, record: RunRecord) -> str:
+    """Return the status of a run; interrupted, too, when it was killed before it could record so."""
+    is_dead = record.status == "running" and not (folder.is_locked() and _may_be_alive(folder, record))
+    return "interrupted" if is_dead else record.status
 
 
 def _may_be_alive(folder: RunFolder, record: RunRecord) -> bool:
