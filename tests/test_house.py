@@ -37,6 +37,8 @@ ALLOWED = {
     "peftcli.cli.predict": 1,
     "peftcli.cli.progress": 1,
     "peftcli.cli.push": 1,
+    "peftcli.cli.report": 1,
+    "peftcli.cli.runs": 1,
     "peftcli.cli.schema": 1,
     "peftcli.cli.status": 1,
     "peftcli.cli.sweep": 1,

@@ -20,7 +20,7 @@ _Output = Annotated[
 
 
 def report(runs: _Runs, output: _Output = None, as_json: Json = False) -> None:
-    """Write the report of a run again, or one page that compares several runs."""
+    """Write the report of a run again, or compare several on one page."""
     from peftcli.train.runs.listing import write_report
 
     files = [str(each) for each in write_report(runs, output)]

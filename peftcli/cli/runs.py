@@ -31,7 +31,7 @@ _FACTS = ("status", "base", "method", "task")
 
 
 def runs(folder: _Folder, sort: _Sort = None, plot: _Plot = None, as_json: Json = False) -> None:
-    """Compare every run below a folder: status, settings that differ, metrics, time and memory."""
+    """List the runs below a folder: what differs, and what came of it."""
     from peftcli.train.runs.listing import list_runs
 
     found = list_runs(folder, sort, plot)

@@ -21,7 +21,20 @@ from peftcli.errors import PeftWarning
 
 BRIEF = ("dataset.limit=1", "training.max_steps=30", "training.learning_rate=1e-2")
 """So that answers come to an end soon."""
-ALL = {"demo", "sweep", "train", "evaluate", "inspect", "generate", "predict", "merge", "combine", "push", "verify"}
+ALL = {
+    "demo",
+    "sweep",
+    "train",
+    "evaluate",
+    "inspect",
+    "generate",
+    "predict",
+    "merge",
+    "combine",
+    "push",
+    "verify",
+    "trace",
+}
 
 
 @pytest.fixture(scope="module")

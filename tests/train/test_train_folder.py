@@ -66,7 +66,8 @@ def assert_same(folder: Path, whole: trainkit.Trained) -> None:
 def test_what_stands_in_the_folder(uninterrupted: trainkit.Trained) -> None:
     folder = uninterrupted.folder
     assert {path.name for path in folder.iterdir()} == {
-        *PRODUCT, "README.md", "recipe.yaml", "run.json", "task.json", "checkpoints", ".lock"
+        *PRODUCT, "README.md", "report.html", "report.md",
+        "recipe.yaml", "run.json", "task.json", "checkpoints", ".lock"
     }  # fmt: skip
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "peftcli" in (folder / "README.md").read_text()

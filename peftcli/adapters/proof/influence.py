@@ -62,7 +62,7 @@ def precondition(
 def agreement(index: GradientIndex) -> np.ndarray:
     """Return how far each row's neighbours teach the same: the mean cosine with the gradients that are most like it.
 
-    Rows of like inputs have gradients along one line; of opposite labels, in opposite directions. So the nearest are
+    Rows of like inputs have gradients along one line; of opposite answers, in opposite directions. So the nearest are
     those of the largest cosine, whatever its sign, and a row whose label is wrong has a mean below 0.
     """
     count = len(index)
