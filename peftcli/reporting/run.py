@@ -164,7 +164,7 @@ def _gain(run: RunFiles) -> tuple[str, str]:
         figures = f"{main} is {number(found['adapter'])}, and {number(found['base'])} without it{guess}"
         return f"{start}: {figures} (difference {number(found['difference'], '+')}, {span}, {drawn}).", tone
     kept, first = (values.get("eval", {}).get(name) or {} for name in ("kept", "first"))
-    unknown = f"it was not compared with the base model{_because(compared)}"
+    unknown = "it was not compared with the base model"
     if main in kept and main in first:
         return f"{main} went from {number(first[main])} to {number(kept[main])} in training; {unknown}.", "plain"
     if main in kept:

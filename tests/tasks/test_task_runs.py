@@ -146,7 +146,7 @@ def test_a_merged_model_says_the_same(runs: Callable, cli: Callable, tmp_path: P
     _, run = runs(name)
     cli("merge", run.folder, "--output", tmp_path / "merged")
     expected = outputs(run.folder)[2]
-    torch.testing.assert_close(outputs(run.folder, tmp_path / "merged")[2], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs(run.folder, tmp_path / "merged")[2], expected, atol=2e-5, rtol=1e-4)
 
 
 @some_tasks

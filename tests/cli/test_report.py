@@ -1,0 +1,127 @@
+"""``peftcli report`` and ``peftcli runs``: the page of a run, of several, and the list of runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trainkit
+from jsonschema import Draft202012Validator
+
+from peftcli.output_schemas import output_schema
+
+EVIL = "<script>alert(1)</script> & done"
+DIFFERENCE = {"base": 3.25, "adapter": 2.5, "difference": -0.75, "low": -1.0, "high": -0.5, "verdict": "better"}
+COMPARISON = {
+    "rows": 40, "units": 30, "unit": "groups", "draws": 10_000, "seconds": 2.0, "main": "eval_loss",
+    "base_head_is_new": False, "metrics": {"eval_loss": DIFFERENCE},
+    "right": {"base": 20, "kept": 18, "lost": 2, "gained": 9},
+    "outputs": [{"row": "eval.jsonl:3", "chosen": "best", "input": EVIL, "wanted": "w", "base": "b", "adapter": "a"}],
+}  # fmt: skip
+FORGETTING = {
+    "texts": 200, "tokens": 12_000, "base_loss": 3.0, "adapter_loss": 3.07, "loss": 0.07, "low": 0.04, "high": 0.1,
+    "kl": 0.2, "kept_tokens": 0.8, "seconds": 3.0,
+    "groups": {"english": {"texts": 90, "loss": 0.07, "kl": 0.2, "kept_tokens": 0.8}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> trainkit.Trained:
+    recipe = trainkit.write_recipe(tmp_path_factory.mktemp("report"))
+    return trainkit.run_recipe(recipe, "training.max_steps=2")
+
+
+@pytest.fixture
+def folder(trained: trainkit.Trained, tmp_path: Path) -> Path:
+    """A run with a comparison and what was forgotten."""
+    copy = tmp_path / "runs" / "one"
+    shutil.copytree(trained.folder, copy)
+    change(copy, comparison=COMPARISON, forgetting=FORGETTING)
+    return copy
+
+
+def change(folder: Path, **values: Any) -> None:
+    record = json.loads((folder / "run.json").read_text()) | values
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def test_the_page_tells_the_run_and_stands_alone(folder: Path, cli: Callable) -> None:
+    assert cli("report", folder).code == 0
+    page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    verdict = "The adapter is better than the base model: eval_loss is 2.5000, and 3.2500 without it"
+    assert verdict in page
+    assert "on 200 other texts its loss changed by +0.0700 nats a token" in page
+    assert EVIL not in page
+    assert EVIL in unescape(page)
+    assert not [mark for mark in ("<script", "http://", "https://", "@import", "url(") if mark in page]
+    assert len(page) < 300_000
+    assert "better than the base model" in text
+
+
+def test_a_run_without_proof_has_a_page_too(trained: trainkit.Trained) -> None:
+    page = (trained.folder / "report.html").read_text()
+    assert "Verdict" in page
+    assert trained.run["artefacts"][-1]["path"] in ("report.html", "report.md")
+
+
+def test_several_runs_are_compared_and_listed(folder: Path, cli: Callable, tmp_path: Path) -> None:
+    other = folder.parent / "two"
+    shutil.copytree(folder, other)
+    record = json.loads((other / "run.json").read_text())
+    for recipe in (record["recipe"], record["identity"]["recipe"]):
+        recipe["training"]["learning_rate"] = 0.25
+    (other / "run.json").write_text(json.dumps(record))
+    (folder.parent / "broken").mkdir()
+    (folder.parent / "broken" / "run.json").write_text("{")
+    page = tmp_path / "both.html"
+    assert cli("report", folder, other, "--output", page).code == 0
+    assert "learning_rate" in page.read_text()
+    ran = cli("runs", folder.parent, "--sort", "-training.learning_rate", "--plot", tmp_path / "curves.png")
+    assert ran.code == 0
+    assert [line.split()[0] for line in ran.out.splitlines() if line.startswith(("one", "two"))] == ["two", "one"]
+    assert max(map(len, ran.out.splitlines()[:3])) <= 80
+    assert "broken is left out" in ran.err
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(cli("runs", folder.parent, "--json").out)
+    Draft202012Validator(output_schema("runs")).validate(found)
+    assert len(found["runs"]) == 2
+    assert len(found["damaged"]) == 1
+
+
+@pytest.mark.parametrize("command", ["report", "runs"])
+def test_a_folder_without_runs_is_one_error(command: str, tmp_path: Path, cli: Callable) -> None:
+    ran = cli(command, tmp_path / "nothing")
+    assert ran.code == 2
+    assert len(ran.err.splitlines()) <= 3
+
+
+def test_runs_are_listed_without_torch(folder: Path) -> None:
+    code = f"from peftcli.cli.app import main; import sys; main(['runs', {str(folder.parent)!r}]); " + (
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_in_a_browser_it_can_be_read(
+    folder: Path, cli: Callable, look: Callable, tmp_path: Path, scheme: str, width: int
+) -> None:
+    assert cli("report", folder).code == 0
+    shutil.copy(folder / "report.html", tmp_path / "page.html")
+    found = look(
+        "found.wide = page.documentElement.scrollWidth - page.documentElement.clientWidth;"
+        'found.contrast = Math.min(...all("h1, h2, p, td, th, a, pre, text").map(contrast)); tell();',
+        scheme,
+        width,
+    )
+    assert found["wide"] <= 0
+    assert found["contrast"] >= 4.5
