@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from peftcli.errors import PeftcliError, UsageError, exit_codes
-from peftcli.recipe.checks import FORGETTING
+from peftcli.recipe.checks import FORGETTING, MAX_REGRESSION
 from peftcli.recipe.messages import MESSAGES, Message, find_message
 from peftcli.recipe.names import REMEDIES, SAME, closest, find_alias, find_task_alias
 from peftcli.recipe.reference import Explanation, explained_settings
@@ -23,6 +23,11 @@ _FORGETTING = (
     "By how much the loss of the base model on texts that ship with peftcli (English, nine other languages, code, "
     "conversations) has risen with the adapter. Of tasks that write text; see docs/forgetting.md."
 )
+_REGRESSION = (
+    "By how much a metric may be worse than in an earlier run on the same evaluation rows, decided by the 95 % "
+    "interval of the difference where that is on one side. See docs/proof.md."
+)
+_REGRESSION_GATE = f"gates:\n  {MAX_REGRESSION}: {{against: outputs/last/run.json, eval_loss: 2%}}"
 _FORGETTING_GATE = f'gates:\n  {FORGETTING}: "<= 0.05"'
 _MAX_TEXT, _MAX_LINES = 10_000, 5
 """Characters of a message that are read, and lines of an error after which none is added."""
@@ -86,6 +91,8 @@ def _topics() -> Iterator[Explanation]:
     for code, meaning in exit_codes().items():
         yield Explanation(str(code), "exit code", meaning)
     yield from map(_explain_metric, METRICS.values())
+    bound = "a share of the earlier value, as 2%, or a number in the metric's unit"
+    yield Explanation(MAX_REGRESSION, "metric", _REGRESSION, bound, example=_REGRESSION_GATE)
     yield Explanation(FORGETTING, "metric", _FORGETTING, "in nats a token; less is better", example=_FORGETTING_GATE)
     yield from map(_explain_message, MESSAGES.values())
 

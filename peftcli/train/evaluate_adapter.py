@@ -129,8 +129,8 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
         )
     forgetting = _forgetting(recipe, source, model, task, accelerator)
     # the base model alone has forgotten nothing
-    share = forgotten(forgetting, comparison and comparison.record) if source is not None else 0.0
-    gates = check_gates(recipe.gates, metrics, doubts, task, comparison, share)
+    lost = forgotten(forgetting) if source is not None else 0.0
+    gates = check_gates(recipe.gates, metrics, doubts, task, comparison, lost)
     result = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",

@@ -94,8 +94,8 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
     record.eval = _evaluation_record(data, state, kept)
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    share = forgotten(record.forgetting, record.comparison)
-    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, share)
+    lost = forgotten(record.forgetting)
+    record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, lost)
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops
     _complete(run, state, own)
