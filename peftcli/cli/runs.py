@@ -50,7 +50,9 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     """Print what all runs share in a line, and a table of the rest; what differs below each row if it does not fit."""
     same = [key for key in _FACTS if len({row[key] for row in rows}) == 1]
     shared = ", ".join(f"{key} {rows[0][key]}" for key in same)
-    console.out(f"{count_of(len(rows), 'run')}{': ' if shared else ''}{shared}")
+    width = shutil.get_terminal_size((_WIDTH, 24)).columns if console.is_terminal(sys.stdout) else _WIDTH
+    head = f"{count_of(len(rows), 'run')}{': ' if shared else ''}{console.clean(shared)}"
+    console.out(textwrap.fill(head, width, subsequent_indent="    "))
     status = ["status"] if "status" not in same else []
     metrics = {row["main"] for row in rows}
     columns = ["run", *status, metrics.pop() if len(metrics) == 1 else "main metric", "time", "memory"]
@@ -58,7 +60,6 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     differ = _differing(rows, [key for key in _FACTS if key not in (*same, "status")])
     wide = [*columns[:-3], *differ, *columns[-3:]]
     drawn = [[*line[:-3], *(each[index] for each in differ.values()), *line[-3:]] for index, line in enumerate(cells)]
-    width = shutil.get_terminal_size((_WIDTH, 24)).columns if console.is_terminal(sys.stdout) else _WIDTH
     if _width(wide, drawn) <= width:
         console.table(wide, drawn)
         return

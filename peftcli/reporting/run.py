@@ -35,6 +35,8 @@ from peftcli.schema import BaseModel, Dataset, Launch, Training
 
 _MAX_TEXT = 2000
 """Characters of an input or output that are shown."""
+_MAX_SETTING = 300
+"""Characters of a setting; recipe.yaml has it whole."""
 _VERDICTS = {"better": "better", "worse": "worse", "no_difference": "no difference beyond chance"}
 _THREADS = {"environment": "as the environment says", "cores": "one for each usable core", "resumed": "as it began"}
 _SECTIONS: dict[str, Any] = {"base_model": BaseModel, "dataset": Dataset, "training": Training, "launch": Launch}
@@ -53,11 +55,18 @@ class RunFiles:
     """The lines of metrics.jsonl."""
     recipe: str = ""
     """The text of recipe.yaml."""
+    moves_to: Path | None = None
+    """The folder that this one becomes, of a run that replaces another; None: it stays."""
+
+    @property
+    def home(self) -> Path:
+        """The folder as its user names it."""
+        return self.moves_to or self.folder
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.resolve().name
+        return self.home.resolve().name
 
     @property
     def main(self) -> str:
@@ -367,7 +376,8 @@ def _not_default(section: str, cls: Any, given: Mapping[str, Any]) -> Iterator[t
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_SETTING else f"{text[:_MAX_SETTING]} ..."
 
 
 # --- memory, environment, use -----------------------------------------------------------------------------------------
@@ -410,9 +420,9 @@ def _use(run: RunFiles) -> list[Block]:
     """Commands and Python, as the card has them."""
     if not (run.folder / CONFIG_FILE).is_file():
         return []
-    word = command_word(run.folder)
+    word = command_word(run.home)
     try:
-        text = how_to_use(run.folder, str(run.folder) if word == str(run.folder) else None)
+        text = how_to_use(run.folder, str(run.home) if word == str(run.home) else None)
     except PeftcliError:
         return []
     blocks = list[Block]()
@@ -424,6 +434,6 @@ def _use(run: RunFiles) -> list[Block]:
     if run.values.get("mergeable"):
         blocks += [
             Note("As one model with its base:"),
-            Code(f"peftcli merge {word} --output {command_word(f'{run.folder}-merged')}"),
+            Code(f"peftcli merge {word} --output {command_word(f'{run.home}-merged')}"),
         ]
     return blocks

@@ -17,16 +17,21 @@ from peftcli.reporting.run import RunFiles, about, sections
 from peftcli.system.secrets import redact, redact_values
 
 REPORT_FILES = ("report.html", "report.md")
-_MAX_RECIPE = 1 << 20
-"""Bytes of recipe.yaml."""
+_MAX_RECIPE = 50_000
+"""Bytes of recipe.yaml; a longer one is not shown, so that the page stays small."""
 
 
-def run_files(folder: Path, values: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> RunFiles:
-    """Return what a folder says of its run, without secrets: ``values`` of run.json, ``metrics`` its lines."""
+def run_files(
+    folder: Path, values: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], moves_to: Path | None = None
+) -> RunFiles:
+    """Return what a folder says of its run, without secrets: ``values`` of run.json, ``metrics`` its lines.
+
+    ``moves_to`` is the folder that this one becomes, if it does not stay.
+    """
     recipe = ""
     with suppress(PeftcliError, OSError, ValueError):
         recipe = read_small(folder / "recipe.yaml", _MAX_RECIPE).decode()
-    return RunFiles(folder, redact_values(values), metrics, recipe)
+    return RunFiles(folder, redact_values(values), metrics, recipe, moves_to)
 
 
 def render(runs: Sequence[RunFiles]) -> dict[str, bytes]:

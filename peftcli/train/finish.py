@@ -120,9 +120,9 @@ def _complete(run: Run, state: State, own: list[str]) -> None:
 
 def _write_report(run: Run, ended: RunRecord) -> Sequence[str]:
     """Write the report of the run as it will be recorded. Returns the files' names; if it fails, warns of it."""
-    path = run.folder.path
+    path, moves_to = run.folder.path, run.replaces.path if run.replaces else None
     try:
-        made = render([run_files(path, ended.as_dict(), run.folder.metrics())])
+        made = render([run_files(path, ended.as_dict(), run.folder.metrics(), moves_to)])
         for name in REPORT_FILES:
             write_file(path / name, made[Path(name).suffix])
     except Exception as error:

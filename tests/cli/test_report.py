@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import trainkit
 from jsonschema import Draft202012Validator
 
 from peftcli.output_schemas import output_schema
+from peftcli.train.run import train
+from peftcli.train.runs.folder import StartOptions
 
 EVIL = "<script>alert(1)</script> & done"
 DIFFERENCE = {"base": 3.25, "adapter": 2.5, "difference": -0.75, "low": -1.0, "high": -0.5, "verdict": "better"}
@@ -71,6 +75,41 @@ def test_a_run_without_proof_has_a_page_too(trained: trainkit.Trained) -> None:
     assert trained.run["artefacts"][-1]["path"] in ("report.html", "report.md")
 
 
+def test_a_run_that_replaces_another_is_called_by_its_own_folder(trained: trainkit.Trained, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(trained.folder, out)
+    recipe = replace(trained.recipe, training=replace(trained.recipe.training, output_dir=str(out), max_steps=3))
+    trainkit.reset_accelerate()
+    train(recipe, StartOptions(overwrite=True))
+    page = (out / "report.html").read_text()
+    assert "<h1>Report of again</h1>" in page
+    assert f"peftcli merge {out} --output" in page
+    assert ".overwrite" not in page + (out / "report.md").read_text()
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcli.train.finish.render", lambda runs: 1 / 0)
+    ran = trainkit.run_recipe(trainkit.write_recipe(tmp_path), "training.max_steps=1")
+    assert (ran.run["status"], ran.run["exit_code"]) == ("complete", 0)
+    assert not {"report.html", "report.md"} & {each["path"] for each in ran.run["artefacts"]}
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut, scan = folder.parent / "shut", os.scandir
+    shut.mkdir()
+
+    def scandir(path: str) -> Any:
+        if Path(path) == shut:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    ran = cli("runs", folder.parent)
+    assert ran.code == 0
+    assert "shut is left out: cannot be read: Permission denied" in ran.err
+    assert "1 run" in ran.out
+
+
 def test_several_runs_are_compared_and_listed(folder: Path, cli: Callable, tmp_path: Path) -> None:
     other = folder.parent / "two"
     shutil.copytree(folder, other)
@@ -119,9 +158,17 @@ def test_in_a_browser_it_can_be_read(
     shutil.copy(folder / "report.html", tmp_path / "page.html")
     found = look(
         "found.wide = page.documentElement.scrollWidth - page.documentElement.clientWidth;"
-        'found.contrast = Math.min(...all("h1, h2, p, td, th, a, pre, text").map(contrast)); tell();',
+        'found.contrast = Math.min(...all("h1, h2, p, td, th, a, pre, summary").map(contrast));'
+        "const drawn = (name) => (each) => {"
+        "  const paint = rgb(frame.contentWindow.getComputedStyle(each)[name]);"
+        "  const [one, other] = [light(paint), light(behind(each))];"
+        "  return (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);"
+        "};"
+        'found.text = Math.min(...all("svg text").map(drawn("fill")));'
+        'found.curves = Math.min(...all(".curve").map(drawn("stroke")), ...all(".dot").map(drawn("fill"))); tell();',
         scheme,
         width,
     )
     assert found["wide"] <= 0
-    assert found["contrast"] >= 4.5
+    assert min(found["contrast"], found["text"]) >= 4.5
+    assert found["curves"] >= 3

@@ -12,7 +12,7 @@ from peftcli.reporting.comparing import differing, metrics_of, overlaid
 from peftcli.reporting.picture import draw_picture
 from peftcli.reporting.run import RunFiles
 from peftcli.reporting.write import render, run_files
-from peftcli.system.outputs import expand_user, storage_errors, write_output
+from peftcli.system.outputs import expand_user, write_output
 from peftcli.train.runs.folder import RunFolder
 from peftcli.train.runs.status import state_of
 
@@ -71,7 +71,7 @@ def list_runs(folder: Path, sort: str | None = None, plot: Path | None = None) -
 
     Raises:
         UsageError: there is no such folder, no run in it, nothing of the name ``sort``, or ``plot`` is no picture.
-        StorageError: a folder cannot be read, or the picture cannot be written.
+        StorageError: the picture cannot be written.
     """
     if plot is not None and plot.suffix.lower() not in _PLOTS:
         raise UsageError("does not name a picture", file=str(plot), key="--plot", hint="end it in .png or .svg")
@@ -79,7 +79,7 @@ def list_runs(folder: Path, sort: str | None = None, plot: Path | None = None) -
     if not top.is_dir():
         raise UsageError("is no folder", file=str(folder), hint="name a folder with run folders in it")
     runs, damaged = list[RunFiles](), list[dict[str, Any]]()
-    for path in _run_folders(top):
+    for path in _run_folders(top, damaged):
         try:
             runs.append(read_run_files(path))
         except PeftcliError as error:
@@ -95,18 +95,20 @@ def list_runs(folder: Path, sort: str | None = None, plot: Path | None = None) -
     return {"folder": str(folder), "runs": rows, "damaged": damaged, "plot": None if plot is None else str(plot)}
 
 
-def _run_folders(top: Path) -> Iterator[Path]:
-    """The folders with a run.json, sorted by path. Hidden folders and checkpoints are not looked into."""
+def _run_folders(top: Path, damaged: list[dict[str, Any]]) -> Iterator[Path]:
+    """The folders with a run.json, sorted by path. Hidden folders and checkpoints are not looked into.
 
-    def fail(error: OSError) -> None:
-        raise error
+    Folders that cannot be read are added to ``damaged``.
+    """
 
-    with storage_errors(top):
-        for path, inner, names in os.walk(top, onerror=fail):
-            if "run.json" in names:
-                yield Path(path)
-                inner[:] = [name for name in inner if name != "checkpoints"]
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
+    def note(error: OSError) -> None:
+        damaged.append({"folder": str(error.filename), "message": f"cannot be read: {error.strerror}"})
+
+    for path, inner, names in os.walk(top, onerror=note):
+        if "run.json" in names:
+            yield Path(path)
+            inner[:] = [name for name in inner if name != "checkpoints"]
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
 
 
 def _described(runs: Sequence[RunFiles], top: Path) -> list[dict[str, Any]]:
