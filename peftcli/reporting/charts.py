@@ -69,7 +69,7 @@ def _room(least: float, most: float, log: bool) -> tuple[float, float]:
 
 def _ticks(low: float, high: float) -> Sequence[float]:
     """About five round numbers between two."""
-    rough = (high - low) / 5
+    rough = (high - low) / 6
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     first = math.ceil(low / step - 1e-9)

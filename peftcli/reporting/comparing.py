@@ -149,7 +149,7 @@ def _metrics(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Block]:
             for name, each in zip(names, found, strict=True)
             if key in each
         ]
-        tables.append(Table(("run", "adapter", "base", "difference", "95 % interval"), rows, key))
+        tables.append(Table(("run", "adapter", "base", "difference", "95 % interval"), rows, f"metric {key}"))
     return tables
 
 
@@ -184,7 +184,7 @@ def overlaid(runs: Sequence[RunFiles], names: Sequence[str], key: str) -> Chart 
     named = zip(names, runs, strict=True)
     series = [Series(name, run.points(key), dots=key != "loss") for name, run in [*named][:_MOST_CURVES]]
     series = [each for each in series if each.points]
-    return Chart("training loss" if key == "loss" else key, series) if series else None
+    return Chart("Training loss" if key == "loss" else key, series) if series else None
 
 
 def _cost(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Block]:

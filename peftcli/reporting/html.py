@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -15,6 +16,10 @@ from importlib.resources import files
 from peftcli.guard.files import escape_char, is_harmless
 from peftcli.reporting.blocks import Block, Chart, Code, Note, Outputs, Section, Table
 from peftcli.reporting.charts import MAX_SERIES, draw_chart
+
+_MAX_WHOLE = 20
+"""Characters of a cell that is kept on one line."""
+_NUMBERS = re.compile(r"[-+]?[\d.,]+ to [-+]?[\d.,]+")
 
 
 def document(title: str, body: str, script: str = "") -> str:
@@ -88,19 +93,25 @@ def _figure(chart: Chart) -> str:
         if series.name
     ]
     legend = f"<br>{' '.join(keys)}" if keys else ""
-    return f"<figure><figcaption>{as_html(capital(chart.title))}{legend}</figcaption>\n{draw_chart(chart)}</figure>"
+    return f"<figure><figcaption>{as_html(chart.title)}{legend}</figcaption>\n{draw_chart(chart)}</figure>"
 
 
 def table(title: str, rows: Sequence[Sequence[str]]) -> str:
     """Return a table, whose first row is its head if it says anything."""
     head = "".join(f'<th scope="col">{as_html(cell)}</th>' for cell in rows[0])
     body = "".join(
-        f'<tr><th scope="row">{as_html(first)}</th>{"".join(f"<td>{as_html(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row"{_whole(first)}>{as_html(first)}</th>'
+        f"{''.join(f'<td{_whole(cell)}>{as_html(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows[1:]
     )
     top = f"<thead><tr>{head}</tr></thead>" if any(rows[0]) else ""
     caption = f"<caption>{as_html(capital(title))}</caption>" if title else ""
     return f'<div class="wide"><table>{caption}{top}<tbody>{body}</tbody></table></div>'
+
+
+def _whole(cell: str) -> str:
+    """The class of a cell that is not broken: a short word, or one or two numbers."""
+    return ' class="whole"' if len(cell) <= _MAX_WHOLE and (" " not in cell or _NUMBERS.fullmatch(cell)) else ""
 
 
 def capital(text: str) -> str:

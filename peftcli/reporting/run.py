@@ -204,9 +204,16 @@ def _lost(values: Mapping[str, Any]) -> str:
         return (
             f"on {forgetting['texts']:,} other texts its loss changed by {change} nats a token (95 % interval {span})"
         )
-    if right := (values.get("comparison") or {}).get("right"):
+    if (right := _known(values)) is not None:
         return f"of {right['base']:,} rows that the base model had right it gets {right['lost']:,} wrong"
     return ""
+
+
+def _known(values: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """What became of the rows that the base model had right; None where it had none, or only guessed."""
+    compared = values.get("comparison") or {}
+    right: Mapping[str, int] | None = compared.get("right")
+    return right if right and right["base"] and not compared.get("base_head_is_new") else None
 
 
 def _results(run: RunFiles) -> list[Block]:
@@ -223,7 +230,7 @@ def _results(run: RunFiles) -> list[Block]:
         blocks.append(Table(("metric", "first evaluation", "this adapter"), rows))
         if compared.get("skipped"):
             blocks.append(Note(f"Not compared with the base model{_because(compared)}."))
-    if right := compared.get("right"):
+    if (right := _known(values)) is not None:
         names = {"base": "right without it", "kept": "still right", "lost": "now wrong", "gained": "newly right"}
         blocks.append(Table(("rows", "count"), [(text, f"{right[key]:,}") for key, text in names.items()]))
     if gates := values.get("gates"):
@@ -247,10 +254,10 @@ def _gate(gate: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _curves(run: RunFiles) -> list[Block]:
-    loss = run.chart("loss per target", ("loss", "training"), ("eval_loss", "evaluation"))
+    loss = run.chart("Loss per target", ("loss", "training"), ("eval_loss", "evaluation"))
     main = run.chart(run.main, (run.main, "")) if run.main != "eval_loss" else None
-    rate = run.chart("learning rate", ("learning_rate", ""))
-    norm = run.chart("gradient norm", ("grad_norm", ""))
+    rate = run.chart("Learning rate", ("learning_rate", ""))
+    norm = run.chart("Gradient norm", ("grad_norm", ""))
     return [chart for chart in (loss, main, norm, rate) if chart is not None]
 
 

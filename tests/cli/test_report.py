@@ -69,6 +69,18 @@ def test_the_page_tells_the_run_and_stands_alone(folder: Path, cli: Callable) ->
     assert "better than the base model" in text
 
 
+def test_a_base_model_that_guesses_has_nothing_to_lose(folder: Path, cli: Callable) -> None:
+    lost = "of 20 rows that the base model had right it gets 2 wrong"
+    change(folder, forgetting={"skipped": "not a language model"})
+    cli("report", folder)
+    assert lost in (folder / "report.html").read_text()
+    change(folder, comparison=COMPARISON | {"base_head_is_new": True})
+    cli("report", folder)
+    page = (folder / "report.html").read_text()
+    assert lost not in page
+    assert "which has no trained head and guesses" in page
+
+
 def test_a_run_without_proof_has_a_page_too(trained: trainkit.Trained) -> None:
     page = (trained.folder / "report.html").read_text()
     assert "Verdict" in page
