@@ -1,6 +1,6 @@
-"""Take pictures of reports in Chromium: python docs/pictures/report.py NAME=RUN_FOLDER ...
+"""Take pictures of reports in Chromium: python docs/pictures/report.py NAME-light=RUN NAME-phone-dark=RUN ...
 
-Each is drawn anew from its run folder and becomes report-NAME-light.png, as wide as a laptop's window. The pictures in
+Each is drawn anew from its run folder, and becomes report-NAME-light.png or report-NAME-phone-dark.png. The pictures in
 docs are of `peftcli train configs/quickstart.yaml` and of the recipes that `peftcli demo` writes, trained with
 training.compare_with_base=true.
 """
@@ -18,36 +18,36 @@ from PIL import Image
 from peftcli.train.runs.listing import write_report
 
 HERE = Path(__file__).parent
-WIDTH, HEIGHT = 1200, 1800
-"""Of the window; the picture has two thirds of both, so that it stays small."""
+LOOKS = {"light": (1200, 1800, 1, 800), "phone-dark": (360, 1100, 0, 360)}
+"""Last part of the name -> width and height of the page, whether it is light, and the width of the picture."""
 
 
 def main() -> None:
     """Take the pictures that the command line names."""
     for word in sys.argv[1:]:
         name, _, run = word.partition("=")
+        width, height, light, shown = next(look for end, look in LOOKS.items() if name.endswith(f"-{end}"))
         with tempfile.TemporaryDirectory() as scratch:
-            page, shot = Path(scratch, "report.html"), Path(scratch, "shot.png")
-            write_report([Path(run)], page)
-            take(page, shot)
+            write_report([Path(run)], Path(scratch, "report.html"))
+            shot = take(Path(scratch), width, height, light)
             with Image.open(shot) as picture:
-                small = picture.convert("RGB").resize((WIDTH * 2 // 3, HEIGHT * 2 // 3), Image.Resampling.LANCZOS)
-            small.quantize(128, Image.Quantize.MAXCOVERAGE).save(HERE / f"report-{name}-light.png", optimize=True)
+                page = picture.convert("RGB").crop((0, 0, width, height))
+            small = page.resize((shown, height * shown // width), Image.Resampling.LANCZOS)
+            small.quantize(128, Image.Quantize.MAXCOVERAGE).save(HERE / f"report-{name}.png", optimize=True)
 
 
-def take(page: Path, shot: Path) -> None:
-    """Write the picture of a page."""
+def take(folder: Path, width: int, height: int, light: int) -> Path:
+    """Return the picture of report.html in a folder, in a frame: a window has at least 500 pixels."""
+    frame, shot = folder / "frame.html", folder / "shot.png"
+    size = f"border:0;width:{width}px;height:{height}px"
+    scheme = '<meta name="color-scheme" content="light dark">'
+    frame.write_text(f'{scheme}<body style="margin:0"><iframe src="report.html" style="{size}">')
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ]
-    options += ["--blink-settings=preferredColorScheme=1", f"--user-data-dir={page.parent}/browser"]
-    size = f"--window-size={WIDTH},{HEIGHT}"
-    subprocess.run([browser, *options, size, f"--screenshot={shot}", f"file://{page}"], check=True, capture_output=True)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/browser"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={light}"]
+    options += [f"--window-size={max(width, 500)},{height}", f"--screenshot={shot}"]
+    subprocess.run([browser, *options, f"file://{frame}"], check=True, capture_output=True)
+    return shot
 
 
 if __name__ == "__main__":
