@@ -78,7 +78,7 @@ def list_runs(folder: Path, sort: str | None = None, plot: Path | None = None) -
     top = expand_user(folder)
     if not top.is_dir():
         raise UsageError("is no folder", file=str(folder), hint="name a folder with run folders in it")
-    runs, damaged = list[RunFiles](), list[dict[str, Any]]()
+    runs, damaged = list[RunFiles](), list[dict[str, str]]()
     for path in _run_folders(top, damaged):
         try:
             runs.append(read_run_files(path))
@@ -95,7 +95,7 @@ def list_runs(folder: Path, sort: str | None = None, plot: Path | None = None) -
     return {"folder": str(folder), "runs": rows, "damaged": damaged, "plot": None if plot is None else str(plot)}
 
 
-def _run_folders(top: Path, damaged: list[dict[str, Any]]) -> Iterator[Path]:
+def _run_folders(top: Path, damaged: list[dict[str, str]]) -> Iterator[Path]:
     """The folders with a run.json, sorted by path. Hidden folders and checkpoints are not looked into.
 
     Folders that cannot be read are added to ``damaged``.
