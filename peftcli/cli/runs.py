@@ -53,11 +53,11 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     width = shutil.get_terminal_size((_WIDTH, 24)).columns if console.is_terminal(sys.stdout) else _WIDTH
     head = f"{count_of(len(rows), 'run')}{': ' if shared else ''}{console.clean(shared)}"
     console.out(textwrap.fill(head, width, subsequent_indent="    "))
-    status = ["status"] if "status" not in same else []
     metrics = {row["main"] for row in rows}
+    status = ["status"] if "status" not in same and len(metrics) == 1 else []  # beside names of metrics is no room
     columns = ["run", *status, metrics.pop() if len(metrics) == 1 else "main metric", "time", "memory"]
     cells = [[row["name"], *(row[key] for key in status), *_measured(row, bool(metrics))] for row in rows]
-    differ = _differing(rows, [key for key in _FACTS if key not in (*same, "status")])
+    differ = _differing(rows, [key for key in _FACTS if key not in (*same, *status)])
     wide = [*columns[:-3], *differ, *columns[-3:]]
     drawn = [[*line[:-3], *(each[index] for each in differ.values()), *line[-3:]] for index, line in enumerate(cells)]
     if _width(wide, drawn) <= width:
