@@ -173,7 +173,8 @@ def _gain(run: RunFiles) -> tuple[str, str]:
         figures = f"{main} is {number(found['adapter'])}, and {number(found['base'])} without it{guess}"
         return f"{start}: {figures} (difference {number(found['difference'], '+')}, {span}, {drawn}).", tone
     kept, first = (values.get("eval", {}).get(name) or {} for name in ("kept", "first"))
-    unknown = "it was not compared with the base model"
+    reason = f" ({compared['skipped'].partition(';')[0]})" if compared.get("skipped") else ""
+    unknown = f"it was not compared with the base model{reason}"
     if main in kept and main in first:
         return f"{main} went from {number(first[main])} to {number(kept[main])} in training; {unknown}.", "plain"
     if main in kept:
@@ -277,12 +278,17 @@ def _shortened(value: Any) -> str:
     return text if left_out <= 0 else f"{text[:_MAX_TEXT]}\n... ({left_out:,} more characters)"
 
 
+_GROUPS = ("chat", "code", "english", "other_languages")
+"""Groups of texts that stand before the single languages."""
+
+
 def _forgetting(run: RunFiles) -> list[Block]:
     found = run.values.get("forgetting") or {}
     if "loss" not in found:
         return [Note(f"Not measured{_because(found)}.")] if found else []
     columns = ("texts", "count", "change of the loss", "KL from the base", "same greedy tokens")
-    groups = [("all", found), *found.get("groups", {}).items()]
+    parts = found.get("groups", {})
+    groups = [("all", found), *sorted(parts.items(), key=lambda part: (part[0] not in _GROUPS, part[0]))]
     rows = [
         (name, f"{each['texts']:,}", number(each["loss"], "+"), number(each["kl"]), f"{each['kept_tokens']:.1%}")
         for name, each in groups

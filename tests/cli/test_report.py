@@ -32,7 +32,10 @@ COMPARISON = {
 FORGETTING = {
     "texts": 200, "tokens": 12_000, "base_loss": 3.0, "adapter_loss": 3.07, "loss": 0.07, "low": 0.04, "high": 0.1,
     "kl": 0.2, "kept_tokens": 0.8, "seconds": 3.0,
-    "groups": {"english": {"texts": 90, "loss": 0.07, "kl": 0.2, "kept_tokens": 0.8}},
+    "groups": {
+        "arabic": {"texts": 6, "loss": 0.1, "kl": 0.3, "kept_tokens": 0.7},
+        "english": {"texts": 90, "loss": 0.07, "kl": 0.2, "kept_tokens": 0.8},
+    },
 }  # fmt: skip
 
 
@@ -62,6 +65,7 @@ def test_the_page_tells_the_run_and_stands_alone(folder: Path, cli: Callable) ->
     verdict = "The adapter is better than the base model: eval_loss is 2.5000, and 3.2500 without it"
     assert verdict in page
     assert "on 200 other texts its loss changed by +0.0700 nats a token" in page
+    assert text.index("| english |") < text.index("| arabic |")
     assert EVIL not in page
     assert EVIL in unescape(page)
     assert not [mark for mark in ("<script", "http://", "https://", "@import", "url(") if mark in page]
@@ -154,8 +158,8 @@ def test_a_folder_without_runs_is_one_error(command: str, tmp_path: Path, cli: C
 
 
 def test_runs_are_listed_without_torch(folder: Path) -> None:
-    code = f"from peftcli.cli.app import main; import sys; main(['runs', {str(folder.parent)!r}]); " + (
-        "sys.exit('torch' in sys.modules)"
+    code = f"from peftcli.cli.app import main; import sys; code = main(['runs', {str(folder.parent)!r}]); " + (
+        "sys.exit(code or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
