@@ -231,7 +231,7 @@ def compare(
         if base is None or other is None:
             if base is not None or allowance.was_requested:
                 return _skipped("the run was asked to stop", how)
-            return _skipped(f"it would take about {allowance.needs:.2g} s, over a tenth of the run so far", how)
+            return _skipped(f"it would take about {allowance.needs:.0f} s, over a tenth of the run so far", how)
         if not scorer.accelerator.is_main_process:
             return Comparison(ComparisonRecord())
         found = _measured(scorer, base, other, head_is_new)
@@ -260,8 +260,8 @@ def compare_run(run: Run, data: RunData, model: nn.Module, *, is_kept: bool) -> 
     allowed = math.inf if forced else SHARE * (run.record.wall_seconds or 0.0) - seconds_of_draws(len(view))
     (seconds,) = broadcast_object_list([allowed])
     if seconds <= 0:
-        most = f"a tenth of the run's {run.record.wall_seconds or 0.0:.2g} s"
-        return _skipped(f"it would take about {2 * seconds_of_draws(len(view)):.2g} s or more, over {most}", how)
+        most = f"a tenth of the run's {run.record.wall_seconds or 0.0:.1f} s"
+        return _skipped(f"it would take about {2 * seconds_of_draws(len(view)):.1f} s or more, over {most}", how)
     run.tell(Message(f"comparing with the base model on {count_of(len(view), 'example')}"))
     scorer = Scorer(
         data.task, view, training.per_device_eval_batch_size, run.accelerator, num_workers(training, data.task)

@@ -114,11 +114,13 @@ def open_run(name: str, tell: OnEvent = lambda event: None) -> TracedRun:
         raise DataError(message, file=str(path), key="dataset", hint="train again, or restore the data")
     tell(Message(f"loading {recipe.base_model.name}"))
     numbers = number_format(source)
-    model = load_for_task(source, base, data.task, numbers.weights).model
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+    loaded: nn.Module = load_for_task(source, base, data.task, numbers.weights).model
+    model = loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
     set_trainable(model, True)
     tensors = {name: value for name, (_, _, value) in named_tensors(model).items() if value.is_floating_point()}
-    return TracedRun(source, recipe, data, model, RowGradients(tensors, list(model.modules())), numbers, tell)
+    rounded = numbers.bf16 or numbers.weights != torch.float32
+    gradients = RowGradients(tensors, list(model.modules()), rounded=rounded)
+    return TracedRun(source, recipe, data, model, gradients, numbers, tell)
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

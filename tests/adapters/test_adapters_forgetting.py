@@ -14,7 +14,7 @@ from trainkit import run_recipe, write_recipe
 from peftcli.adapters.load import find_adapter
 from peftcli.adapters.predict import load_for_task
 from peftcli.adapters.proof import forgetting
-from peftcli.adapters.proof.forgetting import measure_forgetting, paired_interval, shipped_texts
+from peftcli.adapters.proof.forgetting import measure_forgetting, shipped_texts
 from peftcli.core.inject import disabled
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
@@ -157,13 +157,3 @@ def test_auto_reads_as_many_texts_as_there_is_time_for(monkeypatch: pytest.Monke
     assert (whole["loss"], whole["low"], whole["high"], whole["kl"], whole["kept_tokens"]) == (0.1, 0.1, 0.1, 0.05, 0.9)
     assert whole["groups"]["other_languages"] == {"texts": 54, "loss": 0.1, "kl": 0.05, "kept_tokens": 0.9}
     assert whole["groups"]["german"]["texts"] == 6
-
-
-def test_the_interval_is_that_of_a_mean_over_texts() -> None:
-    """Of many texts of equal length it is the normal one; longer texts count more."""
-    drawn = np.random.default_rng(1).normal(0.3, 1.0, 400)
-    low, high = paired_interval(drawn, np.ones(400))
-    middle, half = drawn.mean(), 1.96 * drawn.std() / 20
-    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.01)
-    low, high = paired_interval(np.array([1.0, 30.0]), np.array([1.0, 10.0]))
-    assert (low, high) == (1.0, 3.0)

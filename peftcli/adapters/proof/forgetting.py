@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from peftcli.adapters.proof.bootstrap import paired_intervals
 from peftcli.tasks.base import Task
+from peftcli.tasks.parts import means
 from peftcli.tasks.text.drift import drift
 
 _TEXTS = Path(__file__).with_name("texts.jsonl")
@@ -27,9 +29,6 @@ OTHERS = "other_languages"
 """The group of all languages but English."""
 _FIRST, _FEWEST = 8, 24
 """Texts by which the time is estimated, and the fewest that are measured."""
-_DRAWS, _SEED = 10_000, 0
-_ENDS = (2.5, 97.5)
-"""Percentiles between which 95 % of the draws lie."""
 
 
 @cache
@@ -86,7 +85,8 @@ def measure_forgetting(
 
 def _summary(groups: Sequence[str], sums: np.ndarray, seconds: float) -> dict[str, Any]:
     """Describe the sums (N, 5) of ``drift``, of texts of these groups."""
-    low, high = paired_interval(sums[:, 2] - sums[:, 1], sums[:, 0])
+    base, adapter = (means(sums[:, 0], loss=sums[:, at]) for at in (1, 2))
+    interval = paired_intervals(base, adapter)["loss"]
     whole = _means(sums)
     members = {each: [at for at, group in enumerate(groups) if group == each] for each in dict.fromkeys(groups)}
     others = [at for at, group in enumerate(groups) if group not in _KINDS]
@@ -96,8 +96,8 @@ def _summary(groups: Sequence[str], sums: np.ndarray, seconds: float) -> dict[st
     keys = ("texts", "loss", "kl", "kept_tokens")
     return {
         **whole,
-        "low": round(low, 5),
-        "high": round(high, 5),
+        "low": round(interval.low, 5),
+        "high": round(interval.high, 5),
         "seconds": round(seconds, 2),
         "groups": {name: {key: means[key] for key in keys} for name, means in of_groups.items()},
     }
@@ -115,10 +115,3 @@ def _means(sums: np.ndarray) -> dict[str, Any]:
         "kl": round(kl / tokens, 5),
         "kept_tokens": round(kept / tokens, 5),
     }
-
-
-def paired_interval(differences: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of ``sum(differences) / sum(weights)``, both (N,), by drawing rows again and again."""
-    drawn = np.random.default_rng(_SEED).integers(len(weights), size=(_DRAWS, len(weights)), dtype=np.int32)
-    low, high = np.percentile(differences[drawn].sum(1) / weights[drawn].sum(1), _ENDS).tolist()
-    return low, high

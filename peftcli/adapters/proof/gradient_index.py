@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import zlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from peftcli.system.disk import sync_folder, write_file
+from peftcli.system.disk import sha256, write_file
 from peftcli.system.outputs import storage_errors
 
 FORMAT = 1
@@ -76,17 +76,14 @@ def _build(path: Path, about: Path, width: int, count: int, build: Callable[[int
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be making it
         if _is_whole(path, about):
             return
-        file.seek(0)
-        held = len(file.read()) // record.itemsize
+        held = file.seek(0, os.SEEK_END) // record.itemsize
         file.truncate(held * record.itemsize)
         for sketches in build(held) if held < count else ():
             file.write(_packed(sketches, record).tobytes())
             file.flush()
-        file.seek(0)
-        about_it = {"format": FORMAT, "rows": count, "crc32": zlib.crc32(file.read())}
-        sync_folder(part)
+        os.fsync(file.fileno())
         part.replace(path)
-        write_file(about, json.dumps(about_it).encode())
+        write_file(about, json.dumps({"format": FORMAT, "rows": count, "sha256": sha256(path)}).encode())
 
 
 def _record(width: int) -> np.dtype:
@@ -105,5 +102,5 @@ def _packed(sketches: np.ndarray, record: np.dtype) -> np.ndarray:
 def _is_whole(path: Path, about: Path) -> bool:
     """Return whether an index is complete and undamaged."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return bool(json.loads(about.read_bytes())["crc32"] == zlib.crc32(path.read_bytes()))
+        return bool(json.loads(about.read_bytes())["sha256"] == sha256(path))
     return False

@@ -20,9 +20,9 @@ from torch import nn
 _MAX_WIDTH = 2046
 """Numbers of a sketch: with its scale, 4 KiB in float16."""
 _MAX_BLOCKS = 32
-_TOLERANCE = 0.2
-"""Difference of a row's sketch in a batch from that of the row alone, relative to its length, that rounding explains:
-in bfloat16 0.05 was seen."""
+_EXACT, _ROUNDED = 0.01, 0.2
+"""Difference of a row's sketch in a batch from that of the row alone, relative to its length, that rounding explains,
+in float32 and in less: in bfloat16 0.05 was seen."""
 
 
 class Sketcher:
@@ -84,9 +84,9 @@ def _largest_prime(most: int) -> int:
 class RowGradients:
     """Computes the sketches of the gradients of rows, many rows at once where the model allows it."""
 
-    def __init__(self, tensors: Mapping[str, nn.Parameter], modules: Sequence[nn.Module]):
-        """``tensors`` are those that train, by name; ``modules`` all of the model's."""
-        self.tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, nn.Parameter], modules: Sequence[nn.Module], *, rounded: bool = False):
+        """``tensors`` are those that train, by name; ``modules`` all of the model's; ``rounded``: not in float32."""
+        self.tensors, self._tolerance = dict(tensors), _ROUNDED if rounded else _EXACT
         self.sketcher = Sketcher({name: value.numel() for name, value in tensors.items()})
         names = {value: name for name, value in tensors.items()}
         self._linears = {
@@ -112,7 +112,9 @@ class RowGradients:
         found = self._of_batch(together, len(losses))
         if self.at_once is None:
             tried = (0, len(losses) - 1)
-            self.at_once = found is not None and all(_like(found[at], self._of_one(losses[at])[0]) for at in tried)
+            self.at_once = found is not None and all(
+                self._is_like(found[at], self._of_one(losses[at])[0]) for at in tried
+            )
         if found is None or not self.at_once:
             return torch.cat([self._of_one(loss) for loss in losses])
         return found
@@ -155,7 +157,6 @@ class RowGradients:
                 self.sketcher.add(sketches, name, gradients)
         return sketches.cpu()
 
-
-def _like(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two sketches are the same but for rounding."""
-    return bool((one - other).norm() <= _TOLERANCE * other.norm())
+    def _is_like(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Return whether two sketches are the same but for rounding."""
+        return bool((one - other).norm() <= self._tolerance * other.norm())
