@@ -11,12 +11,15 @@ from typing import Any, Literal
 Points = Sequence[tuple[float, float]]
 
 
+Tone = Literal["", "good", "bad", "plain"]
+
+
 @dataclass(frozen=True)
 class Note:
     """A paragraph; with a tone, one that is marked."""
 
     text: str
-    tone: Literal["", "good", "bad", "plain"] = ""
+    tone: Tone = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Section:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """Return a figure as reports show it; empty where there is none."""
+    """Return a figure as reports show it: an empty text for None."""
     if value is None:
         return ""
     usual = value == 0 or 1e-3 <= abs(value) < 1e5

@@ -26,6 +26,7 @@ from peftcli.reporting.blocks import (
     Section,
     Series,
     Table,
+    Tone,
     clock,
     gib,
     in_order,
@@ -152,10 +153,10 @@ def _verdict(run: RunFiles) -> list[Block]:
         tone = "bad"
     lost = _lost(values)
     second = _gates_in_words(values.get("gates", []), failed) + (f", and {lost}" if lost else "")
-    return [Note(f"{learnt} {second}.", tone)]  # type: ignore[arg-type]
+    return [Note(f"{learnt} {second}.", tone)]
 
 
-def _gain(run: RunFiles) -> tuple[str, str]:
+def _gain(run: RunFiles) -> tuple[str, Tone]:
     """The sentence on what was learnt, and its tone."""
     values, main = run.values, run.main
     if warnings := values.get("warnings"):

@@ -304,7 +304,7 @@ class TokenClassification(TextInputs, Task[settings.TokenClassificationSettings]
         for at, (wanted, found) in enumerate(counted):
             for kind, those in enumerate((set(wanted) & set(found), wanted, found)):
                 for one in those:
-                    if one[-1] in places:  # of words that were cut there is none
+                    if one[-1] in places:  # words that were cut off have no place
                         counts[at, kind, places[one[-1]]] += 1
         return join(whole, Parts(counts.reshape(len(rows), -1), self._metrics_of_counts))
 

@@ -24,7 +24,7 @@ from peftcli.train.runs.resume import Run
 from peftcli.train.runs.typed_json import ABSENT, from_json
 
 _SHARE, _LEAST_SECONDS = 0.1, 0.5
-"""What ``auto`` spends: a share of the run, if it is at least so many seconds."""
+"""The share of a run's time that ``auto`` spends, and the fewest seconds for which it begins."""
 
 
 def forgetting_of(run: Run, data: RunData, model: nn.Module, *, is_kept: bool) -> Any:

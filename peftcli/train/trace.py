@@ -127,7 +127,7 @@ def open_run(name: str, tell: OnEvent = lambda event: None) -> TracedRun:
 
 
 def index_of(run: TracedRun, view: View, what: str = "training rows", weights: Path | None = None) -> GradientIndex:
-    """Return the index of a view's rows, made first if there is none of the same content.
+    """Return the index of a view's rows. It is made only if no index of the same content is kept.
 
     ``weights`` is the folder whose weights the model has; None: the adapter's own.
     """

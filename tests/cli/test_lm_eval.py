@@ -121,7 +121,7 @@ def test_a_task_file_and_choices_run_in_one_call(cli: Callable, adapter: Path, r
         ("gone.yaml", "task: t\ndataset_path: json\ndataset_kwargs: {data_files: nowhere.jsonl}\n", 3, "cannot run"),
         ("none.jsonl", None, 3, "no such file"),
         ("odd.jsonl", '{"prompt": "x"}\n', 3, "odd.jsonl:1: completion: must be a text"),
-        ("wrong.jsonl", '{"prompt": "x", "choices": ["a", "b"], "answer": "c"}\n', 3, "is none of the choices"),
+        ("wrong.jsonl", '{"prompt": "x", "choices": ["a", "b"], "answer": "c"}\n', 3, "is not one of the choices"),
     ],
 )
 def test_what_cannot_be_measured_is_one_error(

@@ -148,7 +148,7 @@ def _choice(row: Row) -> dict[str, Any]:
         answer = texts.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
         hint = "give the text of the right choice, or its number, counted from 0"
-        raise row.place.error("is none of the choices", key="answer", hint=hint)
+        raise row.place.error("is not one of the choices", key="answer", hint=hint)
     return {"prompt": _text(row, row.values.get("prompt"), "prompt"), "choices": texts, "answer": answer}
 
 

@@ -60,7 +60,7 @@ def measure_forgetting(
         stopping: Says whether to give up, from time to time, where ``seconds`` are given.
 
     Returns:
-        The ``forgetting`` of run.json: the values, or why there are none under ``skipped``.
+        The ``forgetting`` of run.json: the values, or under ``skipped`` the reason why nothing was measured.
     """
     texts, begun, parts = shipped_texts(), time.perf_counter(), list[torch.Tensor]()
     done, step = 0, _FIRST if seconds is not None else len(texts)
