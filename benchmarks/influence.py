@@ -111,7 +111,8 @@ def flips(folder: Path, rows: list[dict[str, Any]], base: str, task: str, method
         rows[at] = rows[at] | {"label": draw.choice([each for each in labels if each != rows[at]["label"]])}
     run = open_run(str(train(folder, base, rows, task, method, training)))
     index, wrong = index_of(run, run.data.train), np.isin(np.arange(len(rows)), flipped)
-    scores = {"finding": mislabelled_score(index), "length alone": lengths(index), "neighbours": -agreement(index)}
+    length, agrees = lengths(index), agreement(index)
+    scores = {"finding": mislabelled_score(agrees, length), "length alone": length, "neighbours": -agrees}
     for name, values in scores.items():
         print(f"{folder.name}: {name} {roc_auc_score(wrong, values):.3f}")
 

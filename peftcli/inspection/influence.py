@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peftcli.adapters.proof.influence import agreement, dot_products, lengths
+from peftcli.adapters.proof.influence import agreement, dot_products, lengths, mislabelled_score
 from peftcli.data.findings import Finding, Kind
 from peftcli.data.used_rows import UsedRows
 from peftcli.tasks.findings import INFLUENCE
@@ -22,7 +22,7 @@ def influence_findings(run: TracedRun) -> list[Finding]:
     length, agrees = lengths(index), agreement(index)
     mean = float(length.mean()) or 1.0
     marks = {
-        "looks_mislabelled": ((agrees < 0) & (length > _LONG * mean), -(1 - agrees) * length),
+        "looks_mislabelled": ((agrees < 0) & (length > _LONG * mean), -mislabelled_score(agrees, length)),
         "without_influence": (length < _NOTHING * mean, length),
     }
     if run.data.eval is not None:

@@ -163,11 +163,12 @@ def _gain(run: RunFiles) -> tuple[str, Tone]:
         return f"{warnings[0][:1].upper()}{warnings[0][1:]}.", "bad"
     compared = values.get("comparison") or {}
     if (found := compared.get("metrics", {}).get(main)) is not None:
-        start, tone = {
+        verdicts: dict[str, tuple[str, Tone]] = {
             "better": ("The adapter is better than the base model", "good"),
             "worse": ("The adapter is worse than the base model", "bad"),
             "no_difference": ("The adapter is not better than the base model by more than chance", "plain"),
-        }[found["verdict"]]
+        }
+        start, tone = verdicts[found["verdict"]]
         guess = ", which has no trained head and guesses" if compared.get("base_head_is_new") else ""
         drawn = f"{compared['units']:,} {compared.get('unit', 'rows')}"
         span = f"95 % interval {number(found['low'], '+')} to {number(found['high'], '+')}"

@@ -79,9 +79,12 @@ def agreement(index: GradientIndex) -> np.ndarray:
     return out
 
 
-def mislabelled_score(index: GradientIndex) -> np.ndarray:
-    """Return a number for each row that is the larger, the more the row looks mislabelled."""
-    return (1 - agreement(index)) * lengths(index)
+def mislabelled_score(agrees: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Return a number for each row that is the larger, the more the row looks mislabelled.
+
+    Both are (N,): ``agreement`` with the row's neighbours, and the length of its gradient.
+    """
+    return (1 - agrees) * length
 
 
 def _unit(sketches: np.ndarray) -> np.ndarray:
