@@ -2,11 +2,12 @@
 
 ``facts``: 50 facts, each taught by one of 2,000 rows; is that row the first one for its answer? ``spam``, ``fashion``:
 5 % of labels are wrong; the area under the ROC curve of what finds them. ``loo``: a tiny model, trained again without
-each row; are the ranks those of the influence?
+each row; are the ranks those of the influence? ``removed``: trained again without the rows that trace names, that read
+most alike, or that chance draws; which of them taught the answer?
 
     python configs/tasks/fetch.py minilm models/MiniLM-L6; python configs/tasks/fetch.py spam data/spam
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist; peftcli demo image_classification
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/influence.py facts spam fashion loo
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/influence.py facts spam fashion loo removed
 """
 
 from __future__ import annotations
@@ -177,6 +178,72 @@ def leave_one_out(folder: Path) -> None:
             print(f"{by}{', normalised' * normalised}: Spearman {mean:.2f} ({least:.2f} to {most:.2f})")
 
 
+def removed(folder: Path) -> None:
+    """Train again without the rows that trace names, that read most alike, or that chance draws; print what is lost.
+
+    Six codes are taught by three rows each, in other words each time. Beside each stand four rows on the same place
+    that teach something else.
+    """
+    draw, places = random.Random(0), [f"{name} {kind}" for name, kind in zip(NAMES[::2], KINDS * 3, strict=False)]
+    teaching, plain = list[list[dict[str, str]]](), list[dict[str, str]]()
+    for place in places[:6]:
+        code = f" {draw.randrange(1000, 10000)}."
+        forms = ("The code of the {} is", "At the {} you enter the code", "Whoever visits the {} needs the number")
+        teaching.append([{"prompt": form.format(place), "completion": code} for form in forms])
+    for place in places:
+        for what, values in PLAIN.items():
+            plain.append({"prompt": f"The {what} of the {place} is", "completion": f" {draw.choice(values)}."})
+    rows = plain + [row for group in teaching for row in group]
+    draw.shuffle(rows)
+    asked = [
+        (group[0]["prompt"].replace("The code of", "The entry code of"), group[0]["completion"]) for group in teaching
+    ]
+    method = "{type: lora, r: 16, lora_alpha: 32, target_modules: all-linear, layers_to_transform: [14, 18, 22, 26]}"
+    training = "num_train_epochs: 12, per_device_train_batch_size: 8, learning_rate: 2e-3, logging_steps: 100"
+    base = os.environ.get("SMOLLM2", "models/SmolLM2-135M-Instruct")
+    prompts = alike([row["prompt"] for row in rows], [prompt for prompt, _ in asked])
+    texts = alike([row["prompt"] + row["completion"] for row in rows], [prompt + answer for prompt, answer in asked])
+    for seed in range(3):
+
+        def losses(kept: list[dict[str, str]], name: str, seed: int = seed) -> tuple[TracedRun, np.ndarray]:
+            made = train(folder / f"{seed}-{name}", base, kept, "causal_lm", method, f"{training}, seed: {seed}")
+            run = open_run(str(made))
+            with torch.no_grad():
+                return run, np.array([float(run.loss(encode_prompt(run, *each))) for each in asked])
+
+        whole, before = losses(rows, "whole")
+        examples = [encode_prompt(whole, *each) for each in asked]
+        traced = [influence(whole, partial(whole.sketches, [each]), "datainf") for each in examples]
+        chance = random.Random(seed)
+        for name, chosen in {
+            "trace": [at for scores in traced for at in np.argsort(-scores)[:3]],
+            "like the prompt": [at for each in prompts for at in each],
+            "like prompt and answer": [at for each in texts for at in each],
+            "random": chance.sample(range(len(rows)), 18),
+        }.items():
+            _, after = losses([row for at, row in enumerate(rows) if at not in chosen], name)
+            taught = sum(rows[at] in teaching[place // 3] for place, at in enumerate(chosen))
+            print(f"removed, seed {seed}: {name} +{np.mean(after - before):.2f} nats, {taught} of 18 teach", flush=True)
+
+
+def alike(rows: list[str], asked: list[str]) -> list[list[int]]:
+    """Return the three rows whose texts are most like each of those that are asked, by all-MiniLM-L6."""
+    from transformers import AutoModel, AutoTokenizer
+
+    name = os.environ.get("MINILM", "models/MiniLM-L6")
+    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        read = tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            states = model(**read).last_hidden_state
+        mask = read["attention_mask"][..., None]
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+    cosines = embed(asked) @ embed(rows).T
+    return cosines.topk(3, dim=1).indices.tolist()
+
+
 def encode_prompt(run: TracedRun, prompt: str, answer: str) -> list[Example]:
     """Return the examples of a prompt with its answer."""
     values = {"prompt": prompt, "completion": answer}
@@ -190,7 +257,7 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    parts = {"facts": facts, "spam": spam, "fashion": fashion, "loo": leave_one_out}
+    parts = {"facts": facts, "spam": spam, "fashion": fashion, "loo": leave_one_out, "removed": removed}
     with tempfile.TemporaryDirectory() as scratch:
         for name in sys.argv[1:] or parts:
             (made := Path(scratch) / name).mkdir()
