@@ -317,7 +317,8 @@ class Training:
     model's. ``peftcli verify`` repeats this later."""
     compare_with_base: bool | Literal["auto"] = "auto"
     """At the end, measure the base model on the evaluation rows too, and report each metric's difference with a 95 %
-    interval. auto: if this takes less than a tenth of the run's time so far."""
+    interval. auto: if this takes less than a tenth of the run's time so far. The gates ``max_regression`` and, of tasks
+    that write no text, ``forgetting`` have it made."""
     measure_forgetting: bool | Literal["auto"] = "auto"
     """At the end, of tasks that write text: measure how much worse the adapter reads 200 texts that ship with peftcli
     than the base model does. auto: as many of them as fit a tenth of the run's time. The gate ``forgetting`` bounds it,

@@ -188,7 +188,7 @@ def render_card(
         _summary(kind, str(recipe.get("task") or ""), base, info),
         _use(info, adapter, processor, form),
         _processor_note(use, mapping_at(recipe, "base_model")) if processor else "",
-        _table("Training data", ("split", "count", "value"), _data_rows(info)),
+        _data(info),
         _table("Settings", ("setting", "value"), _setting_rows(method, recipe, info)),
         _results(info),
         _comparison(mapping_at(info, "comparison")),
@@ -297,7 +297,17 @@ def _comparison(comparison: Mapping[str, Any]) -> str:
     if _is_number(draws) and _is_number(units):
         drawn = f"; intervals by {draws:,} draws of {units:,} {_text(comparison.get('unit'))}"
     guess = " The base model has no trained head, so it guesses." if comparison.get("base_head_is_new") is True else ""
-    return f"{text}\nBoth on the same held-out rows{drawn}.{guess}\n"
+    chance = " A difference whose interval contains 0 may be chance."
+    return f"{text}\nBoth on the same held-out rows{drawn}.{chance}{guess}{_right(comparison)}\n"
+
+
+def _right(comparison: Mapping[str, Any]) -> str:
+    """What became of the rows that the base model had right; empty where it had none, or guesses."""
+    counts = [mapping_at(comparison, "right").get(name) for name in ("base", "lost", "gained")]
+    if not counts[0] or not all(map(_is_number, counts)) or comparison.get("base_head_is_new") is True:
+        return ""
+    base, lost, gained = counts
+    return f" Of {base:,} rows that the base model had right, this adapter has {lost:,} wrong; it gains {gained:,}."
 
 
 def _forgetting(found: Mapping[str, Any]) -> str:
@@ -424,6 +434,13 @@ def _processor_note(use: TaskRow | None, settings: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
+def _data(info: Mapping[str, Any]) -> str:
+    text = _table("Training data", ("rows", "what", "value"), _data_rows(info))
+    note = "train: the rows that it was trained on. eval: held-out rows, for measuring only. targets: what the loss "
+    note += "counts, as tokens of answers. truncated: rows that were too long. sha256: of the data's file."
+    return text and f"{text}\n{note}\n"
+
+
 def _data_rows(info: Mapping[str, Any]) -> list[_Row]:
     rows: list[_Row] = []
     for split, data in (("train", mapping_at(info, "data")), ("eval", mapping_at(info, "data", "eval"))):
@@ -458,7 +475,8 @@ def _results(info: Mapping[str, Any]) -> str:
     lines += [(name, _value(start), _value(end)) for name, start, end in values if end is not None]
     if not first:
         lines = [(name, end) for name, _, end in lines]
-    return _table("Results", lines[0], lines[1:])
+    text = _table("Results", lines[0], lines[1:])
+    return text and f"{text}\nMetrics that begin with eval_ are of the held-out rows; train_loss is the run's mean.\n"
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[_Row]) -> str:

@@ -27,7 +27,7 @@ LEARNT = "learnt"
 MAX_REGRESSION = "max_regression"
 """The gate that compares with an earlier run."""
 FORGETTING = "forgetting"
-"""The gate of what was forgotten, which needs no evaluation data."""
+"""The gate of what was forgotten: of texts that ship with peftcli, or of evaluation rows that the base had right."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -310,24 +310,33 @@ def _gates(recipe: Recipe, report: Report) -> None:
             report((key, "gates"), error.message)
         if name == FORGETTING:
             if message := forgetting_problem(recipe):
-                report((key, "gates", "task"), message)
-            if recipe.training.measure_forgetting is False:
-                report(
-                    (key, "training.measure_forgetting"), "needs the measure, but training.measure_forgetting is false"
-                )
-            continue
+                report((key, "gates"), message)
+            if not forgets_rows(recipe):
+                continue
         if not ways_to_evaluate(recipe.dataset):
             report((key, "gates", "dataset"), f"needs evaluation data: {_EVAL_KEYS}")
         elif recipe.training.eval_strategy == "no":
             report((key, "gates", "training.eval_strategy"), "needs an evaluation, but training.eval_strategy is no")
 
 
-def forgetting_problem(recipe: Recipe) -> str | None:
-    """Return why nothing measures what the recipe's task forgets; None where it is measured, or the task not known."""
+def forgets_rows(recipe: Recipe) -> bool:
+    """Whether the task writes no text, so that what is forgotten is rows of the evaluation data."""
     task = TASKS.get((recipe.task or {}).get("type", ""))
-    if task is None or task.writes_text:
+    return task is not None and not task.writes_text
+
+
+def needs_base(recipe: Recipe) -> bool:
+    """Whether a gate needs the comparison with the base model."""
+    gates = recipe.gates
+    return bool(gates.get(MAX_REGRESSION)) or (gates.get(FORGETTING, False) is not False and forgets_rows(recipe))
+
+
+def forgetting_problem(recipe: Recipe) -> str | None:
+    """Return which setting keeps the gate ``forgetting`` from being measured; None where none does."""
+    setting = "compare_with_base" if forgets_rows(recipe) else "measure_forgetting"
+    if recipe.task is None or getattr(recipe.training, setting) is not False:
         return None
-    return f"is measured for tasks that write text: {', '.join(name for name, row in TASKS.items() if row.writes_text)}"
+    return f"needs the measure, but training.{setting} is false"
 
 
 def _launch(recipe: Recipe, report: Report) -> None:

@@ -21,7 +21,8 @@ _LISTED = re.compile(r"\[[0-9]+\]")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*")
 _FORGETTING = (
     "By how much the loss of the base model on texts that ship with peftcli (English, nine other languages, code, "
-    "conversations) has risen with the adapter. Of tasks that write text; see docs/forgetting.md."
+    "conversations) has risen with the adapter, in nats a token. Of tasks that write no text: the share of the "
+    "evaluation rows that the base model has right and the adapter has wrong. See docs/forgetting.md."
 )
 _REGRESSION = (
     "By how much a metric may be worse than in an earlier run on the same evaluation rows, decided by the 95 % "
@@ -93,7 +94,7 @@ def _topics() -> Iterator[Explanation]:
     yield from map(_explain_metric, METRICS.values())
     bound = "a share of the earlier value, as 2%, or a number in the metric's unit"
     yield Explanation(MAX_REGRESSION, "metric", _REGRESSION, bound, example=_REGRESSION_GATE)
-    yield Explanation(FORGETTING, "metric", _FORGETTING, "in nats a token; less is better", example=_FORGETTING_GATE)
+    yield Explanation(FORGETTING, "metric", _FORGETTING, "less is better", example=_FORGETTING_GATE)
     yield from map(_explain_message, MESSAGES.values())
 
 

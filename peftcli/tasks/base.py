@@ -134,6 +134,14 @@ class Task(ABC, Generic[Settings]):
         """
         return not self.gathers
 
+    @property
+    def judges_rows(self) -> bool:
+        """Whether an answer is right or wrong, so that ``parts`` says it of each row. Of tasks that write no text.
+
+        The gate ``forgetting`` counts rows that are no longer right.
+        """
+        return True
+
     def sizes_with_targets(self, view: View) -> np.ndarray:
         """The size of each example, with its targets: what users read as its tokens."""
         return view.sizes if self.targets_in_size else view.sizes + view.targets

@@ -274,6 +274,10 @@ class Classification(Task[Settings]):
             **more,
         }
 
+    @property
+    def judges_rows(self) -> bool:
+        return self.settings.problem_type != "regression"
+
     def parts(self, rows: Sequence[RowScore]) -> Parts:
         wanted, found = (np.array(each) for each in zip(*(row.outputs[0] for row in rows), strict=True))
         loss, ones = loss_parts(rows), np.ones(len(rows))

@@ -280,6 +280,10 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
             )
         return {"loss": losses, **{f"recall_at_{most}": ranks <= most for most in _TOP}, "mrr": 1 / ranks}
 
+    @property
+    def judges_rows(self) -> bool:
+        return self.settings.loss != "cosine"
+
     def parts(self, rows: Sequence[RowScore]) -> Parts:
         """Of pairs the rank among the texts of all rows, which stay the same whichever rows are drawn."""
         outputs, ones = [row.outputs[0] for row in rows], np.ones(len(rows))

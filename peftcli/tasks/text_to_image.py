@@ -77,6 +77,10 @@ class TextToImage(Task[settings.TextToImageSettings]):
     input_packages = packages
     instead_of_texts = "makes pictures"
 
+    @property
+    def judges_rows(self) -> bool:
+        return False
+
     def __init__(self, settings: settings.TextToImageSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         if settings.class_prompt is None:

@@ -27,7 +27,7 @@ from peftcli.data.store import View
 from peftcli.data.used_rows import UsedRows
 from peftcli.errors import DataError
 from peftcli.guard.files import command_word
-from peftcli.recipe import MAX_REGRESSION
+from peftcli.recipe import needs_base
 from peftcli.schema import Recipe
 from peftcli.system.signals import wants_save
 from peftcli.tasks.base import Loss, Task
@@ -250,7 +250,7 @@ def compare_run(run: Run, data: RunData, model: nn.Module, *, is_kept: bool) -> 
     """
     training, view, recipe = run.recipe.training, data.examples.eval, run.pinned
     wanted = training.compare_with_base
-    forced = wanted is True or bool(run.recipe.gates.get(MAX_REGRESSION))
+    forced = wanted is True or needs_base(recipe)
     if view is None or not (forced or (wanted == "auto" and training.eval_strategy != "no")):
         return None
     folder = command_word(training.output_dir)

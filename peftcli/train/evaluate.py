@@ -22,7 +22,7 @@ from torch import nn
 
 from peftcli.data.store import View
 from peftcli.errors import PeftcliError, UsageError
-from peftcli.recipe import FORGETTING, LEARNT, MAX_REGRESSION, forgetting_problem, parse_regression
+from peftcli.recipe import FORGETTING, LEARNT, MAX_REGRESSION, forgets_rows, forgetting_problem, parse_regression
 from peftcli.schema import Recipe, Training
 from peftcli.tasks import task_record
 from peftcli.tasks.base import Loss, Task, on_device
@@ -57,7 +57,7 @@ def refuse_metrics(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not, or it is not.
     """
-    _refuse_forgetting(recipe)
+    _refuse_forgetting(recipe, data)
     if data.eval is None or recipe.training.eval_strategy == "no":
         return
     refuse_gates(recipe, data)
@@ -85,7 +85,7 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
     Raises:
         UsageError: it does not.
     """
-    _refuse_forgetting(recipe)
+    _refuse_forgetting(recipe, data)
     for name in recipe.gates.keys() - {LEARNT, FORGETTING, MAX_REGRESSION}:
         _known(data, name, f"gates.{name}")
     if given := recipe.gates.get(MAX_REGRESSION):
@@ -96,9 +96,17 @@ def refuse_gates(recipe: Recipe, data: Data) -> None:
         EarlierRun.read(against).refuse_others(data.task, task_record(data.task, recipe), data.eval, list(bounds))
 
 
-def _refuse_forgetting(recipe: Recipe) -> None:
-    """Refuse the gate of a measure that the task does not have."""
-    if FORGETTING in recipe.gates and (problem := forgetting_problem(recipe)):
+def _refuse_forgetting(recipe: Recipe, data: Data) -> None:
+    """Refuse the gate ``forgetting`` where nothing can measure it."""
+    if recipe.gates.get(FORGETTING, False) is False:
+        return
+    problem = forgetting_problem(recipe)
+    if forgets_rows(recipe) and not problem:
+        if data.eval is None:
+            problem = "compares evaluation rows, and there are none"
+        elif not data.task.judges_rows:
+            problem = "compares rows that are right or wrong, and an answer of this task is neither"
+    if problem:
         raise UsageError(problem, key=f"gates.{FORGETTING}")
 
 

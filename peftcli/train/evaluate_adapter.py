@@ -21,11 +21,11 @@ from peftcli.data.findings import refuse
 from peftcli.errors import GateFailed
 from peftcli.models.open import open_base
 from peftcli.models.parts import widen_heads
-from peftcli.recipe import LEARNT, MAX_REGRESSION, to_dict
+from peftcli.recipe import LEARNT, needs_base, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
 from peftcli.tasks import open_task, row_of
-from peftcli.tasks.base import Begins, Task
+from peftcli.tasks.base import Begins, Task, with_trained_head
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.compare import Comparison, Scorer, compare, differences, examples_of, intervals
@@ -122,14 +122,14 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
     assert metrics is not None  # nothing asks for less
     doubts = find_doubts(task, data.eval, before={}, after=metrics) if recipe.gates.get(LEARNT) else []
     comparison = None
-    if source is not None and (recipe.training.compare_with_base or recipe.gates.get(MAX_REGRESSION)):
+    if source is not None and (recipe.training.compare_with_base or needs_base(recipe)):
         scorer = Scorer(task, data.eval, batch_size, accelerator, workers)
         comparison = compare(
             accelerator.unwrap_model(model), scorer, examples=examples_of(recipe, data), head_is_new=task.head_is_new
         )
     forgetting = _forgetting(recipe, source, model, task, accelerator)
     # the base model alone has forgotten nothing
-    lost = forgotten(forgetting) if source is not None else 0.0
+    lost = forgotten(forgetting, comparison) if source is not None else 0.0
     gates = check_gates(recipe.gates, metrics, doubts, task, comparison, lost)
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -183,7 +183,7 @@ def _adapted_model(
     """Load the base model on the device, with the adapter in it."""
     set_seed(recipe.training.seed)  # a new head is the one that training starts from
     loaded = load_base(recipe, task)
-    task.head_is_new = bool(loaded.initialised)
+    task.head_is_new = bool(with_trained_head(loaded, task).initialised)  # as training sees it
     if source is None and loaded.initialised:
         new = ", ".join(sorted({name.rpartition(".")[0] or name for name in loaded.initialised}))
         untrained = f"{recipe.base_model.name} has a new and untrained {new}"

@@ -94,7 +94,7 @@ def finish(run: Run, data: RunData, state: State) -> None:
     record.train_loss = progress.loss_sum / progress.num_targets if progress.num_targets else None
     record.eval = _evaluation_record(data, state, kept)
     record.peak_memory_bytes = MemoryRecord(**peak_memory_bytes())
-    lost = forgotten(record.forgetting)
+    lost = forgotten(record.forgetting, comparison)
     record.gates = check_gates(recipe.gates, kept, doubts, data.task, comparison, lost)
     if stops := data.task.stops(state.model):
         record.eos_token_id = stops

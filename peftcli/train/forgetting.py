@@ -16,6 +16,7 @@ from peftcli.recipe import FORGETTING
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import Task
+from peftcli.train.compare import Comparison
 from peftcli.train.data import RunData
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.events import Message
@@ -72,6 +73,22 @@ def measured_forgetting(
         return ForgettingRecord(skipped=one_line(ours.message)[:200])
 
 
-def forgotten(record: Any) -> float | str | None:
-    """What a gate compares: the rise of the loss; or why it is not known; None where nothing was to be measured."""
-    return (record.skipped or record.loss) if record else None
+def forgotten(record: Any, comparison: Comparison | None) -> float | str | None:
+    """What a gate compares, or why it is not known; None where nothing was to be measured.
+
+    Of a task that writes text the rise of the loss, of another the share of rows that the base model had right and the
+    adapter has wrong.
+    """
+    if record:
+        value: float | str = record.skipped or record.loss
+        return value
+    if comparison is None:
+        return None
+    compared = comparison.record
+    if compared.base_head_is_new:
+        return "the base model has no trained head, so it guesses and has nothing to forget"
+    if not compared.right:
+        return compared.skipped or "an answer of this task is neither right nor wrong"
+    if not compared.right.base:
+        return "the base model has no row right, so it has nothing to forget"
+    return compared.right.lost / compared.right.base

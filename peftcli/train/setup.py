@@ -23,10 +23,11 @@ from peftcli.core.quantised import is_quantised, num_weights
 from peftcli.core.targets import expert_parameters
 from peftcli.core.weights import named_tensors
 from peftcli.data.store import View
+from peftcli.errors import UsageError
 from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import BaseWeights, LoadedModel
 from peftcli.models.parts import widen_heads
-from peftcli.recipe import method_config
+from peftcli.recipe import FORGETTING, forgets_rows, method_config
 from peftcli.schema import Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
@@ -84,6 +85,9 @@ def adapted_model(
     if source is None:
         loaded = with_trained_head(loaded, task)
     task.head_is_new = bool(loaded.initialised)
+    if task.head_is_new and recipe.gates.get(FORGETTING, False) is not False and forgets_rows(recipe):
+        message = f"{base.name} has no trained head for the task: it guesses, and has no right rows to forget"
+        raise UsageError(message, key=f"gates.{FORGETTING}", hint="remove the gate")
     model, notes = loaded.model, [loaded.note] if loaded.note else []
     if base.quantization and (note := unquantised_experts(model, base.quantization.type)):
         notes.append(note)

@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trainkit
-from classifierkit import write_classifier_recipe
-from trainkit import PRODUCT, read_run, run_recipe, write_recipe
+import transformers
+from classifierkit import classifier_base, write_classifier_recipe
+from trainkit import PRODUCT, read_run, run_recipe, tokenizer, write_recipe, write_rows
 
 from peftcli.adapters.proof import forgetting
 from peftcli.cli.app import main
 from peftcli.cli.progress import summary
 from peftcli.errors import DataError, GateFailed, PeftcliError, RecipeError, UsageError
 from peftcli.recipe import load_recipe
+from peftcli.train import compare
 from peftcli.train import forgetting as of_run
 from peftcli.train.evaluate_adapter import measure
 from peftcli.train.gates import raise_failed_gates
 
+GATE = "gates.forgetting=<= 0.05"
 TRUE, FALSE = ("training.measure_forgetting=true",), ("training.measure_forgetting=false",)
 
 
@@ -115,12 +119,66 @@ def test_a_recipe_that_cannot_be_measured_is_refused(tmp_path: Path, recipe: Pat
         load_recipe(recipe, ["gates.forgetting=<= 0.05", *FALSE])
     with pytest.raises(RecipeError, match=r"gates.forgetting: expected an operator"):
         load_recipe(recipe, ["gates.forgetting=0.05"])
-    classifier = write_classifier_recipe(tmp_path / "classes")
-    with pytest.raises(RecipeError, match=r"gates.forgetting: is measured for tasks that write text: causal_lm, seq2"):
-        load_recipe(classifier, ["gates.forgetting=<= 0.05"])
+    classifier, evaluates = write_classifier_recipe(tmp_path / "classes"), ("training.eval_strategy=epoch",)
+    uncompared = (*evaluates, "training.compare_with_base=false")
+    with pytest.raises(RecipeError, match=r"gates.forgetting: needs the measure, but training.compare_with_base is"):
+        load_recipe(classifier, [GATE, *uncompared])
+    with pytest.raises(RecipeError, match=r"gates.forgetting: needs evaluation data"):
+        load_recipe(classifier, [GATE, *evaluates, "dataset.eval=null"])
+    with pytest.raises(UsageError, match=r"gates.forgetting: .* has no trained head for the task: it guesses"):
+        run_recipe(classifier, GATE, *evaluates)
     classifier.write_text(classifier.read_text().replace("task:", "# task:"))
-    with pytest.raises(UsageError, match=r"gates.forgetting: is measured for tasks that write text"):
-        run_recipe(classifier, "gates.forgetting=<= 0.05")
+    with pytest.raises(UsageError, match=r"gates.forgetting: needs the measure, but training.compare_with_base is"):
+        run_recipe(classifier, GATE, *uncompared)
+    with pytest.raises(UsageError, match=r"gates.forgetting: compares evaluation rows, and there are none"):
+        run_recipe(classifier, GATE, "dataset.eval=null")
+    numbers = [{"text": f"sun {at}", "label": at / 7} for at in range(12)]
+    data = write_rows(tmp_path / "numbers.jsonl", numbers)
+    with pytest.raises(UsageError, match=r"gates.forgetting: compares rows that are right or wrong, and an answer of"):
+        run_recipe(classifier, GATE, *evaluates, f"dataset.train={data}", f"dataset.eval={data}")
+
+
+@pytest.mark.parametrize(
+    ("taught", "asked", "lost"),
+    [("good", "good", 0.0), ("bad", "good", 1.0), ("good", "bad", "the base model has no row right")],
+)
+def test_rows_that_the_base_model_had_right_are_counted(
+    tmp_path: Path,
+    taught: str,
+    asked: str,
+    lost: float | str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The base model calls every row good. What it is taught of them, and what they are, it keeps or loses."""
+    monkeypatch.setattr(compare, "_DRAW_SECONDS", 0.1)
+    folder, rows = tmp_path / "base", [{"text": f"sun tea {at}", "label": asked} for at in range(6)]
+    rows.append({"text": "winter stone", "label": "bad"})  # which the base model has wrong
+    classes = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(classifier_base("bert"), **classes)
+    base.classifier.weight.data.zero_()
+    base.classifier.bias.data.copy_(torch.tensor([0.1, -0.1]))
+    base.save_pretrained(folder)
+    tokenizer(chat=False).save_pretrained(folder)
+    recipe = write_classifier_recipe(tmp_path / "run", labels="[good, bad]")
+    held_out = write_rows(tmp_path / "eval.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", [row | {"label": taught} for row in rows])
+    settings = [
+        f"base_model={folder}", f"dataset.eval={held_out}", f"dataset.train={train}", "training.learning_rate=0.1",
+        "method.modules_to_save=[classifier]", "training.eval_strategy=epoch", "gates.forgetting=<= 0.05",
+    ]  # fmt: skip
+    done = run_recipe(recipe, *settings)
+    (gate,) = done.run["gates"]
+    if isinstance(lost, str):
+        assert gate["reason"].startswith(f"not measured: {lost}")
+    else:
+        assert gate["value"] == lost
+    assert gate["passed"] == (lost == 0.0)
+    assert main(["evaluate", str(done.folder), *settings, "--json"]) == done.run["exit_code"]
+    assert json.loads(capsys.readouterr().out)["gates"] == [gate]
+    report, card = ((done.folder / name).read_text() for name in ("report.md", "README.md"))
+    assert "forgetting | \\<= 0.05" in report
+    assert ("rows that the base model had right, this adapter has" in card) == isinstance(lost, float)
 
 
 def test_the_report_for_a_ci_server_has_the_gate(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
