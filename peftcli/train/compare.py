@@ -210,6 +210,7 @@ def compare(
     examples: Examples | None = None,
     head_is_new: bool = False,
     how: str = "",
+    base: list[RowScore] | None = None,
 ) -> Comparison:
     """Compare a model with its adapter with the same one without. All processes call this.
 
@@ -221,12 +222,14 @@ def compare(
         examples: From where a few rows come, to show them; None: none are shown.
         head_is_new: Whether the base model lacks the head that the adapter has.
         how: How to have the comparison, where it is not made.
+        base: The base model's scores of these rows, if they are known; in one process.
     """
     started = time.perf_counter()
     with _random_kept():
         allowance = Allowance(scorer, seconds, requested)
-        with disabled(model):
-            base = scorer.score(model, allowance)
+        if base is None:
+            with disabled(model):
+                base = scorer.score(model, allowance)
         other = None if base is None else scorer.score(model, lambda: _agreed(scorer.accelerator, requested()))
         if base is None or other is None:
             if base is not None or allowance.was_requested:

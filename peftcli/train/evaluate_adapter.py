@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -24,18 +25,21 @@ from peftcli.models.parts import widen_heads
 from peftcli.recipe import LEARNT, needs_base, to_dict
 from peftcli.schema import Launch, Recipe
 from peftcli.system import date
-from peftcli.tasks import open_task, row_of
+from peftcli.tasks import open_task, row_of, task_record
 from peftcli.tasks.base import Begins, Task, with_trained_head
+from peftcli.tasks.parts import RowScore
+from peftcli.tasks.shown_rows import Examples
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.compare import Comparison, Scorer, compare, differences, examples_of, intervals
 from peftcli.train.data import Data, load_data, refuse_few_eval_rows, with_task
 from peftcli.train.devices.accelerator import start_accelerator
 from peftcli.train.evaluate import evaluate, find_doubts, is_lower_better, main_metric, refuse_gates
-from peftcli.train.events import OnEvent, warning
+from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.forgetting import forgotten, is_forced, measured_forgetting
 from peftcli.train.gates import check_gates
 from peftcli.train.init_adapter import find_init_adapter, refuse_other_start
+from peftcli.train.kept_rows import hashes_of
 from peftcli.train.memory.fit import peak_memory_bytes
 from peftcli.train.runs.record import SCHEMA_VERSION
 from peftcli.train.runs.resume import versions
@@ -54,7 +58,7 @@ def measure(recipe: Recipe, adapter: str | None, tell: OnEvent = lambda event: N
         UsageError: a gate is of a metric that the task does not have.
         AdapterError: the adapter does not fit the recipe's base model.
     """
-    return _measure(recipe, adapter, tell)[0]
+    return _measure(recipe, adapter, tell, {})[0]
 
 
 def measure_several(recipe: Recipe, adapters: Sequence[str], tell: OnEvent = lambda event: None) -> dict[str, Any]:
@@ -67,7 +71,8 @@ def measure_several(recipe: Recipe, adapters: Sequence[str], tell: OnEvent = lam
         PeftcliError: as ``measure``.
     """
     recipe = replace(recipe, training=replace(recipe.training, compare_with_base=True))
-    measured = [_measure(recipe, adapter, tell) for adapter in adapters]
+    base = dict[str, list[RowScore]]()
+    measured = [_measure(recipe, adapter, tell, base) for adapter in adapters]
     task, main = measured[0][2], measured[0][0]["eval"]["main"]
     values = [result["eval"]["last"].get(main, math.nan) for result, *_ in measured]
     best = (np.nanargmin if is_lower_better(task, main) else np.nanargmax)(values)
@@ -105,8 +110,10 @@ def _spread(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float
     }
 
 
-def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[str, Any], Comparison | None, Task[Any]]:
-    """Measure, and return the comparison with its rows too."""
+def _measure(
+    recipe: Recipe, adapter: str | None, tell: OnEvent, base: dict[str, list[RowScore]]
+) -> tuple[dict[str, Any], Comparison | None, Task[Any]]:
+    """Measure, and return the comparison with its rows too. ``base`` keeps the scores of the base model."""
     started = time.perf_counter()
     recipe = with_task(recipe, tell)
     source = None if adapter is None else find_adapter(adapter)
@@ -124,9 +131,7 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
     comparison = None
     if source is not None and (recipe.training.compare_with_base or needs_base(recipe)):
         scorer = Scorer(task, data.eval, batch_size, accelerator, workers)
-        comparison = compare(
-            accelerator.unwrap_model(model), scorer, examples=examples_of(recipe, data), head_is_new=task.head_is_new
-        )
+        comparison = _compare(accelerator.unwrap_model(model), scorer, recipe, examples_of(recipe, data), base, tell)
     forgetting = _forgetting(recipe, source, model, task, accelerator)
     # the base model alone has forgotten nothing
     lost = forgotten(forgetting, comparison) if source is not None else 0.0
@@ -148,6 +153,30 @@ def _measure(recipe: Recipe, adapter: str | None, tell: OnEvent) -> tuple[dict[s
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
     return result | ({"comparison": to_json(comparison.record)} if comparison else {}), comparison, task
+
+
+def _compare(
+    model: nn.Module,
+    scorer: Scorer,
+    recipe: Recipe,
+    examples: Examples,
+    base: dict[str, list[RowScore]],
+    tell: OnEvent,
+) -> Comparison:
+    """Compare with the base model, which is measured once for all adapters that read the same rows alike."""
+    task, more = scorer.task, dict[str, Any](examples=examples, head_is_new=scorer.task.head_is_new)
+    if scorer.accelerator.num_processes > 1 or not scorer.rows_apart:
+        return compare(model, scorer, **more)
+    rows = hashlib.sha256(hashes_of(task, scorer.view).tobytes()).hexdigest()
+    # the model's config says how many tokens there are, which adapters may add
+    alike = (task_record(task, recipe), recipe.training.bf16, str(getattr(model, "config", "")), rows)
+    key = json.dumps(alike, default=str, sort_keys=True)
+    if key in base:
+        tell(Message("the base model was measured on these rows already: its scores are used again"))
+    found = compare(model, scorer, **more, base=base.get(key))
+    if found.base is not None:
+        base[key] = found.base.scores
+    return found
 
 
 def _forgetting(

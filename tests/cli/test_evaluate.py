@@ -127,7 +127,14 @@ def test_several_adapters(cli: Callable, recipe: Path) -> None:
     for seed, folder in enumerate(folders, start=1):
         run_recipe(recipe, f"training.seed={seed}", f"training.output_dir={folder}")
     named = [word for folder in folders for word in ("--adapter", folder)]
-    found = json.loads(cli("evaluate", recipe, *named, "--json").out)
+    ran = cli("evaluate", recipe, *named, "--json")
+    assert ran.err.count("the base model was measured on these rows already") == 1
+    found = json.loads(ran.out)
+    for folder, row in zip(folders, found["adapters"], strict=True):
+        alone = json.loads(
+            cli("evaluate", recipe, "--adapter", folder, "training.compare_with_base=true", "--json").out
+        )
+        assert row["comparison"]["metrics"] == alone["comparison"]["metrics"]
     best = min(found["adapters"], key=lambda row: row["eval"]["last"]["eval_loss"])
     assert found["adapter"] == best["adapter"]
     assert ["against_best" in row for row in found["adapters"]] == [row is not best for row in found["adapters"]]

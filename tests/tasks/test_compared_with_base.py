@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from taskkit import CASES
+from taskkit import CASES, UNPAIRED
 from test_predicted_metrics import MORE
 from trainkit import run_recipe
 
+from peftcli.tasks import TASKS
 from peftcli.train import compare
 
-KNOWN = CASES | MORE
+KTO = replace(CASES["preference"], task={"type": "preference", "loss": "kto"}, rows=lambda: UNPAIRED)
+KNOWN = CASES | MORE | {"kto": KTO}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in KNOWN.items()]
 COMPARES = ("training.compare_with_base=true", "training.eval_strategy=epoch", "training.eval_on_start=true")
 
@@ -37,7 +40,10 @@ def test_the_rows_of_a_task_add_up_to_its_metrics(name: str, tmp_path: Path, mon
     for each in found["metrics"].values():
         assert each["difference"] == pytest.approx(each["adapter"] - each["base"])
         assert (each["verdict"] == "no_difference") == (each["low"] <= 0 <= each["high"])
-    assert "eval_rows.safetensors" in [each["path"] for each in run["artefacts"]]
+    has_rows = "eval_rows.safetensors" in [each["path"] for each in run["artefacts"]]
+    assert has_rows == (name != "kto")  # which compares the rows of a batch
+    if not TASKS[run["task"]["type"]].writes_text:
+        assert task.judges_rows == ("right" in found)
     if right := found.get("right"):
         assert right["base"] == right["kept"] + right["lost"]
     for each in found.get("outputs", []):
