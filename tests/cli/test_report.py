@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import trainkit
 from jsonschema import Draft202012Validator
 
+from peftcli.errors import DataError
 from peftcli.output_schemas import output_schema
 from peftcli.train.run import train
 from peftcli.train.runs.folder import StartOptions
@@ -155,6 +158,44 @@ def test_a_folder_without_runs_is_one_error(command: str, tmp_path: Path, cli: C
     ran = cli(command, tmp_path / "nothing")
     assert ran.code == 2
     assert len(ran.err.splitlines()) <= 3
+
+
+GATE = {"metric": "eval_loss", "gate": "<= 1", "value": 2.5, "passed": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gates": [GATE]}, "1 of 1 gates failed (eval_loss is 2.5, expected <= 1)"),
+        ({"gates": [GATE | {"passed": True}]}, "Its gate holds"),
+        (
+            {"status": "interrupted", "resumable": True},
+            "interrupted after step 2 of 2. It can be resumed",
+        ),
+        (
+            {"status": "failed", "error": DataError("row 3 is damaged").as_dict()},
+            "not complete: failed after step 2 of 2: row 3 is damaged.",
+        ),
+    ],
+    ids=["a gate that fails", "a gate that holds", "a run to resume", "a failed run"],
+)
+def test_the_page_says_how_the_run_ended(folder: Path, cli: Callable, changes: dict[str, Any], said: str) -> None:
+    change(folder, **changes)
+    ran = cli("report", folder, "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    Draft202012Validator(output_schema("report")).validate(answer)
+    assert sorted(Path(path).name for path in answer["files"]) == ["report.html", "report.md"]
+    page = (folder / "report.html").read_text()
+    assert said in unescape(page)
+    cells = unescape(re.sub(r"\s*<[^<>]+>\s*", "|", page))
+    assert bool(re.search(r"\|eval_loss\|+<= 1\|+2.5000\|+(holds|FAILED)\|", cells)) == ("gates" in changes)
+
+
+def test_curves_are_drawn_as_svg(folder: Path, cli: Callable) -> None:
+    picture = folder.parent / "curves.svg"
+    assert cli("runs", folder.parent, "--plot", picture).code == 0
+    assert ElementTree.parse(picture).getroot().tag.endswith("}svg")
 
 
 def test_runs_are_listed_without_torch(folder: Path) -> None:
