@@ -7,16 +7,14 @@ to the rate that the model hears with soxr, when a batch needs them (arXiv:2212.
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,30 +40,30 @@ from peftcli.tasks.base import (
     refuse_unread,
     table_of,
 )
-from peftcli.tasks.files import FILE_COLUMNS, File, digest_of, errors_of_row, file_of
+from peftcli.tasks.files import FILE_COLUMNS
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.parts import Parts, RowScore, join, loss_parts
 from peftcli.tasks.shown import Description, Facts, Shown, Text
+from peftcli.tasks.sounds import (
+    AUDIO,
+    FRAMES,
+    PACKAGES,
+    as_computed,
+    describe_lengths,
+    facts_of,
+    features_of,
+    noise,
+    read_clip,
+    samples_of,
+)
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.generated import text_metrics, text_parts, with_texts
 from peftcli.tasks.text.language_model import tokenizer_fingerprint
-from peftcli.tasks.text.token_ids import inner_model, losses_of, padded, token_loss
+from peftcli.tasks.text.token_ids import losses_of, padded, token_loss
 from peftcli.tasks.text.token_text import TokenRenderer
-
-if TYPE_CHECKING:
-    from soundfile import SoundFile
 
 TOO_LONG = "longer than the model hears at once"
 _SILENT = 1
-_QUIET = 2.0**-10
-"""The largest sample of a clip without sound, where 1 is the loudest that a file can hold."""
-_LOUDEST = 32
-"""A larger sample is one of 16 or 24 bits as a whole number, and not a share of the loudest."""
-_UNKNOWN_SIZE = 2**31 - 2**16
-"""A WAV file that says to have more bytes was written into a pipe, when nobody knew how many there would be."""
-_FRAMES = 100
-"""Frames of a second."""
-_BLOCK = 1 << 16
 _TIME = re.compile(r"<\|\d+\.\d+\|>")
 _MODELS = ("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speech_to_text", "speecht5", "whisper")
 """Types of models that hear in an encoder, and whose answers begin with no prompt, or Whisper's."""
@@ -92,8 +90,8 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
     main_metric = "wer"
     advice: ClassVar = {TOO_LONG: FINDINGS["clips_too_long"].advice}
     versions = ("transformers", "tokenizers", "soundfile")
-    packages: ClassVar = {"soundfile": "audio", "soxr": "audio", "jiwer": "audio"}
-    input_packages: ClassVar = {"soundfile": "audio", "soxr": "audio"}
+    packages: ClassVar = {**PACKAGES, "jiwer": "audio"}
+    input_packages: ClassVar = PACKAGES
 
     def __init__(self, settings: settings.SpeechRecognitionSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
@@ -188,7 +186,7 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         return table.reader(
             "speech",
             optional=() if labelled else ("text",),
-            audio=("audio", "file_name", "path", "file", "audio_file_name"),
+            audio=AUDIO,
             text=TRANSCRIPTS,
         )
 
@@ -217,28 +215,15 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
 
     def _encode_sound(self, row: Row, reader: Reader, text: str = "", labels: Sequence[int] = ()) -> Outcome:
         """The example of a row, whose sound is read to the end if the model can hear it."""
-        with errors_of_row(row, reader.names["audio"]):
-            value = reader.value(row, "audio")
-            if isinstance(value, dict) and value.get("array") is not None:
-                content = _as_file(value)
-                file = File("", content, digest_of(content))
-            else:
-                file, content = file_of(row, reader, "audio", "a sound")
-            with opened_sound(content, file.path) as sound:
-                size = math.ceil(sound.frames / sound.samplerate * _FRAMES)
-                if labels and sound.frames > self.longest * sound.samplerate:
-                    return Outcome(reason=TOO_LONG, size=size)
-                loudest = [float(np.abs(block).max()) for block in sound.blocks(_BLOCK, dtype="float32")]
-            if not loudest or not math.isfinite(sum(loudest)):
-                raise DataError("has samples that are not numbers" if loudest else "has no samples", file=file.path)
-            if max(loudest) > _LOUDEST:
-                message = f"has samples up to {max(loudest):g}; those of a sound are from -1 to 1"
-                raise DataError(message, file=file.path, hint="Divide samples of 16 bits by 32768.")
-        arrays = {**file.arrays(), "labels": labels, "text": text}
-        return Outcome([Example(arrays, size, len(labels))], size=size, flags=_SILENT if max(loudest) <= _QUIET else 0)
+        clip = read_clip(row, reader, self.longest if labels else math.inf)
+        if labels and clip.samples > self.longest * clip.rate:
+            return Outcome(reason=TOO_LONG, size=clip.size)
+        arrays = {**clip.file.arrays(), "labels": labels, "text": text}
+        flags = _SILENT if clip.is_silent else 0
+        return Outcome([Example(arrays, clip.size, len(labels))], size=clip.size, flags=flags)
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
-        batch = self._features([self._sound(each) for each in examples])
+        batch = self._features([samples_of(each, self.rate) for each in examples])
         labels = [each.arrays["labels"] for each in examples]
         batch["labels"] = padded(labels, IGNORED)  # the end, which pads, counts
         if self.prompt:
@@ -253,27 +238,14 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
             "labels": padded([[IGNORED] * len(self.prompt) + list(row) for row in labels], IGNORED),
         }
 
-    def _sound(self, example: Example) -> np.ndarray:
-        """The samples of an example, at the rate that the model hears."""
-        import soxr
-
-        file = File.of(example)
-        with opened_sound(file.read(), file.path) as sound:
-            samples, given = sound.read(dtype="float32", always_2d=True).mean(axis=1), sound.samplerate
-        return samples if given == self.rate else soxr.resample(samples, given, self.rate)
-
     def _features(self, sounds: Sequence[np.ndarray], *, whole: bool = False) -> Batch:
         """What the model hears; with ``whole`` also what is beyond its limit."""
         limited = math.isfinite(self.longest) and not whole
         options: dict[str, Any] = {"padding": "max_length" if limited else "longest", "truncation": limited}
-        with torch.autocast("cpu", enabled=False):  # it makes numpy arrays, which have no bfloat16
-            found = self.extractor(
-                list(sounds), sampling_rate=self.rate, return_attention_mask=True, return_tensors="pt", **options
-            )
-        return dict(found)
+        return features_of(self.extractor, sounds, return_attention_mask=True, **options)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        inputs = _as_computed(model, model_inputs(batch))
+        inputs = as_computed(model, model_inputs(batch))
         logits, counts = model(**inputs, use_cache=False).logits, batch["labels"] != IGNORED
         found = token_loss(losses_of(logits[counts], batch["labels"][counts]))
         heard = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_input_ids")}
@@ -331,7 +303,7 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self._encode_sound(row, reader).examples[0] for row in rows]
-        limit, answers = self.longest * _FRAMES, partial(self._answers, model)
+        limit, answers = self.longest * FRAMES, partial(self._answers, model)
         short = iter(in_batches([each for each in examples if each.size <= limit], options.batch_size, answers))
         long = iter(in_batches([each for each in examples if each.size > limit], 1, answers))
         yield from (next(short if each.size <= limit else long) for each in examples)
@@ -339,9 +311,9 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
     @torch.inference_mode()
     def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """What ``predict`` says of examples; of one that is too long, what is said in all of it."""
-        long = examples[0].size > self.longest * _FRAMES
-        batch = self._features([self._sound(each) for each in examples], whole=long)
-        inputs = _as_computed(model, on_device(batch, next(model.parameters()).device))
+        long = examples[0].size > self.longest * FRAMES
+        batch = self._features([samples_of(each, self.rate) for each in examples], whole=long)
+        inputs = as_computed(model, on_device(batch, next(model.parameters()).device))
         answers = list[dict[str, Any]]()
         for ids in self._generate(model, inputs, **({"return_timestamps": True} if long else {})):
             answer: dict[str, Any] = {"text": self._text_of(ids)}
@@ -352,23 +324,20 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         return answers
 
     def show(self, example: Example) -> Shown:
-        ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / _FRAMES
-        facts = {"sound": example.arrays["path"] or "in the row", "length": f"{seconds:.2f} s"}
+        ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / FRAMES
+        facts = facts_of(example)
         facts |= {"prompt": self.settings.prompt} if self.settings.prompt else {}
         transcript = Text(TokenRenderer(self.tokenizer).render(ids), "transcript")
         return Shown([Facts(facts), transcript], {"labels": ids, "text": example.arrays["text"], "seconds": seconds})
 
     def describe(self, view: View) -> Description:
-        seconds = view.sizes / _FRAMES
-        words = f"{seconds.sum() / 60:.1f} minutes; a clip {seconds.min():.1f} to {seconds.max():.1f} s"
-        return Description({"seconds": float(seconds.sum())}, {"sound": words})
+        return describe_lengths(view.sizes)
 
     def probe(self) -> Batch:
         """Two clips of noise, and random tokens."""
         random = torch.Generator().manual_seed(0)
-        noise = torch.randn(2, self.rate, generator=random).numpy() / 10
-        ids = torch.randint(len(self.tokenizer), (2, 8), generator=random)
-        return {**self._features(list(noise)), "decoder_input_ids": ids}
+        sounds = self._features(noise(self.rate, random))
+        return {**sounds, "decoder_input_ids": torch.randint(len(self.tokenizer), (2, 8), generator=random)}
 
     def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
         """Let the model generate in the language and mode of the settings."""
@@ -382,60 +351,6 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         self.generation.save_pretrained(folder)
         own = [self.write_task(folder, settings=self.settings, config={}), "generation_config.json"]
         return own + tokens.save_processor(folder, self.processor)
-
-
-@contextmanager
-def opened_sound(content: bytes, path: str) -> Iterator[SoundFile]:
-    """Open a sound. Inside, what soundfile raises is about the sound.
-
-    Raises:
-        DataError: it cannot be read; ``path`` names it.
-    """
-    import soundfile
-
-    if len(content) < (end := _end_of_samples(content)):
-        raise DataError(f"is cut off: it has {len(content):,} bytes, and samples up to {end:,}", file=path or None)
-    try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            yield file
-    except (RuntimeError, TypeError, ValueError) as error:
-        message = str(error).partition(": ")[2] or str(error)
-        raise DataError(f"cannot be read as WAV, FLAC, OGG or MP3: {message}", file=path or None) from None
-
-
-def _end_of_samples(content: bytes) -> int:
-    """Where the samples of a WAV file end, as its header says; 0 for other files, and where that was not known."""
-    at = 12
-    while content[:4] == b"RIFF" and at + 8 <= len(content):
-        size = int.from_bytes(content[at + 4 : at + 8], "little")
-        if content[at : at + 4] == b"data":
-            return at + 8 + size if size < _UNKNOWN_SIZE else 0
-        at += 8 + size + size % 2
-    return 0
-
-
-def _as_file(value: Mapping[str, Any]) -> bytes:
-    """Samples as datasets decode them, ``{"array": ..., "sampling_rate": ...}``, as a file."""
-    import soundfile
-
-    file, rate = io.BytesIO(), value.get("sampling_rate")
-    try:
-        samples = np.asarray(value["array"], np.float32)
-        if samples.ndim not in (1, 2) or not isinstance(rate, int):
-            raise ValueError
-        soundfile.write(file, samples.T, rate, format="WAV", subtype="FLOAT")  # of several channels, (C, N)
-    except (ValueError, TypeError, RuntimeError):
-        raise DataError("expected samples in array, and sampling_rate") from None
-    return file.getvalue()
-
-
-def _as_computed(model: Any, batch: Batch) -> Batch:
-    """The batch with sounds in the model's number format."""
-    dtype = inner_model(model).dtype
-    return {
-        name: value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
-        for name, value in batch.items()
-    }
 
 
 TASK = SpeechRecognition

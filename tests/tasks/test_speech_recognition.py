@@ -44,6 +44,7 @@ from peftcli.schema import BaseModel, Source
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions
 from peftcli.tasks.pipelines import answers_of_both
+from peftcli.tasks.sounds import samples_of
 from peftcli.tasks.speech_recognition import TASK
 
 FORMATS = {"wav": {"subtype": "PCM_24"}, "flac": {}, "ogg": {"subtype": "VORBIS"}, "mp3": {}}
@@ -81,7 +82,7 @@ def test_sounds_of_each_format_rate_and_channel(tmp_path: Path, kind: str, rate:
     stereo = np.stack([tone(440.0, 1.0, rate), 0 * tone(440.0, 1.0, rate)], axis=1)
     path = clip(tmp_path / f"a.{kind}", stereo, rate, **FORMATS[kind])
     task = speech_task()
-    sound = task._sound(outcomes(task, [{"audio": path, "text": "a"}])[0].examples[0])
+    sound = samples_of(outcomes(task, [{"audio": path, "text": "a"}])[0].examples[0], task.rate)
     assert len(sound) == pytest.approx(RATE, rel=0.1)
     assert np.abs(np.fft.rfft(sound, RATE)).argmax() == pytest.approx(440, abs=2)
     assert np.abs(sound).max() == pytest.approx(0.25, rel=0.15)  # half of one channel
