@@ -157,6 +157,7 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
     if not hasattr(transformers, auto):
         raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
     if reader == "transformers":
+        _refuse_other_adapters(opened.empty_model(auto), source)
         options: dict[str, Any] = {"dtype": torch.float32, **source.recorded_options}
         if opened.spec.quantization:
             options["quantization_config"] = opened.quantization_config(auto, torch.float32, **source.recorded_options)
@@ -168,6 +169,13 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
     if source.has_tokenizer:
         tokens.fit_tokenizer(base, reader_of_texts(task.processor), source.folder)
     return importlib.import_module(reader).PeftModel.from_pretrained(base, source.folder)
+
+
+def _refuse_other_adapters(model: Any, source: AdapterSource) -> None:
+    """Raise UsageError for a class whose ``load_adapter`` loads something else than PEFT's adapters, as languages."""
+    if type(model).load_adapter is not importlib.import_module("transformers").PreTrainedModel.load_adapter:
+        message = f"transformers' {type(model).__name__} loads no adapters of PEFT: its own ones have their place"
+        raise UsageError(message, file=str(source.folder), key="--with transformers")
 
 
 def _compare_embeddings(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
