@@ -136,6 +136,51 @@ def outcomes(task: Any, values: Sequence[Mapping[str, Any]], **options: Any) -> 
 
 
 @functools.cache
+def hearing_base(kind: str) -> Path:
+    """A tiny model without a head that hears, with its feature extractor, as a folder.
+
+    Args:
+        kind: ``wav2vec2``, or ``wav2vec2-group`` with its norm over time; ``hubert``; ``ast``; ``w2v-bert``.
+    """
+    folder = scratch() / f"hearing-{kind}"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    still = {"hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (80, 8), "conv_stride": (40, 8), "num_feat_extract_layers": 2}
+    convolutions |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16}
+    options = {**sizes, **still, **convolutions, "feat_proj_dropout": 0.0, "final_dropout": 0.0}
+    options["apply_spec_augment"] = False
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        if kind == "ast":
+            quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config = transformers.ASTConfig(**sizes, **quiet, max_length=64, num_mel_bins=32, patch_size=16)
+            model: Any = transformers.ASTModel(config)
+            extractor: Any = transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=32)
+        elif kind == "w2v-bert":
+            model = transformers.Wav2Vec2BertModel(
+                transformers.Wav2Vec2BertConfig(
+                    **sizes,
+                    **still,
+                    feature_projection_input_dim=160,
+                    apply_spec_augment=False,
+                    conformer_conv_dropout=0.0,
+                    feat_proj_dropout=0.0,
+                    final_dropout=0.0,
+                )
+            )
+            extractor = transformers.SeamlessM4TFeatureExtractor()
+        else:
+            norm = "group" if kind == "wav2vec2-group" else "layer"
+            name = "Hubert" if kind == "hubert" else "Wav2Vec2"
+            config = getattr(transformers, f"{name}Config")(**options, feat_extract_norm=norm)
+            model = getattr(transformers, f"{name}Model")(config)
+            extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer")
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
 def moonshine_base() -> Path:
     """A tiny model of another kind, that hears samples and any length of them, as a folder."""
     from trainkit import tokenizer

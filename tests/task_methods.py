@@ -33,16 +33,20 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
 """What besides ``promises.METHOD_SETTINGS``: (method, task) patterns -> settings, of which all that match count."""
 
 _PICTURES = ("image_classification", "semantic_segmentation", "text_to_image")
+_SOUNDS = ("audio_classification", "speech_recognition")
+_OF_NO_TEXT = (*_PICTURES, "audio_classification")
 _SOFT_PROMPTS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")
 _NO_TEXT = "virtual tokens stand before those of a text; the model adapted here reads {}"
 NOT_FOR: dict[tuple[str, str], str] = {
     **{(method, task): _NO_TEXT.format("pictures") for method in _SOFT_PROMPTS for task in _PICTURES},
-    **{(method, "speech_recognition"): _NO_TEXT.format("sound") for method in _SOFT_PROMPTS},
-    **{("trainable_tokens", task): "the model adapted here has no rows of tokens" for task in _PICTURES},
-    **{("adaption_prompt", task): "no layer keeps keys and values, as those of language models" for task in _PICTURES},
+    **{(method, task): _NO_TEXT.format("sound") for method in _SOFT_PROMPTS for task in _SOUNDS},
+    **{("trainable_tokens", task): "the model adapted here has no rows of tokens" for task in _OF_NO_TEXT},
+    **{
+        ("adaption_prompt", task): "no layer keeps keys and values, as those of language models" for task in _OF_NO_TEXT
+    },
     **{
         ("xlora", task): "its classifier reads one state for each token of a text"
-        for task in (*_PICTURES, "speech_recognition", "seq2seq_lm")
+        for task in (*_PICTURES, *_SOUNDS, "seq2seq_lm")
     },
     **{
         ("cpt", task): "its loss is that of a causal language model"

@@ -17,7 +17,7 @@ import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
 from diffusionkit import picture_files, pipeline_base
 from PIL import Image
-from soundkit import tone_rows, whisper_base
+from soundkit import hearing_base, tone_rows, whisper_base
 from trainkit import MESSAGES, PAIRS, PROMPTS, base_folder, scratch, write_rows
 
 
@@ -380,6 +380,14 @@ CASES: dict[str, Case] = {
         metrics=frozenset({"loss", "wer", "cer"}),
         recompute=_words,
         has_head=False,
+    ),
+    "audio_classification": Case(
+        base=lambda: hearing_base("hubert"),
+        task={"type": "audio_classification"},
+        rows=lambda: [{"audio": row["audio"], "label": row["text"]} for row in tone_rows()],
+        found={"labels": ["low", "high", "low high", "high low"], "problem_type": "single_label"},
+        metrics=frozenset({"loss", "accuracy", "macro_f1", "micro_f1", "matthews"}),
+        recompute=of_classes,
     ),
     "text_to_image": _pictures_of_prompts("sd"),
     "a transformer and texts": _pictures_of_prompts("sd3", train_text_encoder=True),

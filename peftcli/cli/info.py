@@ -19,9 +19,9 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _MAX_ROWS = 8
 """Modules, or kinds of them, that are shown without --updates."""
 USES = {
-    "metrics": "sequence_classification, image_classification, token_classification; bleu, chrf, rouge_l",
+    "metrics": "classification of texts, words, pictures and sounds; bleu, chrf, rouge_l",
     "vision": "image_classification, semantic_segmentation",
-    "audio": "speech_recognition",
+    "audio": "speech_recognition, audio_classification",
     "diffusion": "text_to_image",
     "gguf": "base models in .gguf files",
     "excel": "rows in .xlsx files",

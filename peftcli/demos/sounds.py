@@ -34,6 +34,18 @@ def touch_tones(folder: Path) -> None:
     _write(folder / "asked.wav", tones(numbers[512], draw))
 
 
+def touch_keys(folder: Path) -> None:
+    """Clips of one tone each, with noise, in folders of their keys: train/KEY/000.wav and eval/KEY/000.wav."""
+    import numpy as np
+
+    draw = np.random.default_rng(SEED)
+    for part, count in (("train", 16), ("eval", 4)):
+        for key in "0123456789":
+            (folder / part / key).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                _write(folder / part / key / f"{number:03}.wav", tones(key, draw))
+
+
 def tones(number: str, draw: np.random.Generator) -> np.ndarray:
     """Dial a number: samples in [-1, 1]."""
     import numpy as np

@@ -121,6 +121,14 @@ DEMOS: dict[str, Demo] = {
         ),
         seconds=60,
     ),
+    "audio_classification": Demo(
+        summary="tell by its tone which key of a telephone is pressed",
+        model="whisper-tiny.en",
+        data=sounds.touch_keys,
+        asks=({"audio": "<folder>/eval/3/000.wav"}, {"audio": "<folder>/eval/8/001.wav"}),
+        seconds=270,
+        packages={"soundfile": "audio", "soxr": "audio", "sklearn": "metrics"},
+    ),
     "speech_recognition": Demo(
         summary="write down the numbers that touch tones dial",
         model="whisper-tiny.en",

@@ -185,7 +185,8 @@ def task_settings(found: Found, look: Look, base: Base | None, language: str | N
             settings["label_separator"] = (facts.separator, "stands between the names")
         elif facts.is_fractional:
             settings["problem_type"] = ("regression", facts.described_numbers())
-    if found.reading.families[0] == AUDIO and (base is None or base.knows_languages):
+    hears = found.reading.families[0] == AUDIO and "text" in found.columns
+    if hears and (base is None or base.knows_languages):
         settings["language"] = (language or "en", "of the transcripts" if language else "not found in the transcripts")
     return settings
 

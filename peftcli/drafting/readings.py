@@ -182,7 +182,7 @@ def find_one_hot(look: Look, task: str | None, family: str | None, given: Mappin
     return found
 
 
-_ONE_HOT = ("sequence_classification", "image_classification")
+_ONE_HOT = ("sequence_classification", "image_classification", "audio_classification")
 
 
 def _overlap(names: Sequence[str]) -> bool:
@@ -510,6 +510,9 @@ def _language(roles: tuple[Role, ...], format: str) -> list[Reading]:
 
 _TEXT = Role("text", ("text", "sentence"), _TEXT_NAMES, _any_text, _free)
 _LABEL = Role("label", LABELS, _LABEL_NAMES, _label, _classes, ranked=False)
+_SOUND = Role(
+    "audio", ("audio", "file_name", "path", "file", "audio_file_name"), ("wav", "clip", "filename"), _audio, _audio
+)
 _PROMPT = Role("prompt", ("prompt",), _PROMPTS, _answer, _free)
 _SYSTEM = Role("system", ("system",), (), _maybe_text, optional=True)
 _OPTIONAL_PROMPT = Role("prompt", ("prompt",), ("question", "query", "instruction", "input"), _answer, optional=True)
@@ -636,16 +639,11 @@ READINGS: tuple[Reading, ...] = (
         ),
         (VISION,),
     ),
+    Reading("audio_classification", (_SOUND, _LABEL), (AUDIO,)),
     Reading(
         "speech_recognition",
         (
-            Role(
-                "audio",
-                ("audio", "file_name", "path", "file", "audio_file_name"),
-                ("wav", "clip", "filename"),
-                _audio,
-                _audio,
-            ),
+            _SOUND,
             Role("text", TRANSCRIPTS, ("transcript_text", "normalized_text", "raw_text", "caption"), _any_text, _free),
         ),
         (AUDIO,),

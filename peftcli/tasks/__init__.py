@@ -160,6 +160,7 @@ _ANSWERED = (("prompt", "completion"), ("messages",), ("instruction", "output"),
 TOKENS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
+SOUNDS = ("audio", "file_name")
 CAPTIONS = ("text", "caption", "prompt")
 PICTURES = ("image", "file_name", "img", "image_file_name")
 LABELS = ("label", "labels")
@@ -336,13 +337,31 @@ TASKS: dict[str, TaskRow] = {
         ),
         rate_factor=4,
     ),
+    "audio_classification": TaskRow(
+        task_type=None,
+        auto_class="AutoModelForAudioClassification",
+        settings=settings.AudioClassificationSettings,
+        module="audio_classification",
+        processor="feature_extractor",
+        reads=tuple((audio, label) for audio in SOUNDS for label in LABELS),
+        pipeline_tag="audio-classification",
+        summary="put sounds into classes (wav2vec2, HuBERT, AST, Whisper's encoder)",
+        example="FILE",
+        usage=(
+            "# instead of numbers: the samples of a clip, as soundfile reads them",
+            'inputs = feature_extractor([0.1, -0.1] * 8000, sampling_rate=16000, return_tensors="pt").to(model.dtype)',
+            "logits = model(**inputs).logits[0]",
+            "print(model.config.id2label[int(logits.argmax())])",
+        ),
+        rate_factor=4,
+    ),
     "speech_recognition": TaskRow(
         task_type=None,
         auto_class="AutoModelForSpeechSeq2Seq",
         settings=settings.SpeechRecognitionSettings,
         module="speech_recognition",
         processor="processor",
-        reads=tuple((audio, text) for audio in ("audio", "file_name") for text in TRANSCRIPTS),
+        reads=tuple((audio, text) for audio in SOUNDS for text in TRANSCRIPTS),
         pipeline_tag="automatic-speech-recognition",
         summary="write down what is said, or what it means in English (Whisper)",
         example="FILE",

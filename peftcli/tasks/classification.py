@@ -91,6 +91,10 @@ class Classification(Task[Settings]):
     def collate_inputs(self, examples: Sequence[Example]) -> Batch:
         """Put the inputs of examples into one batch."""
 
+    def inputs_for(self, model: nn.Module, examples: Sequence[Example]) -> Batch:
+        """Put the inputs of examples into one batch for this model, whose number format they may need."""
+        return self.collate_inputs(examples)
+
     @property
     def found(self) -> str:
         if self.settings.problem_type == "regression":
@@ -348,7 +352,7 @@ class Classification(Task[Settings]):
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self.encode_inputs(row, reader).examples[0] for row in rows]
-        for logits in logits_of(model, examples, self.collate_inputs, options.batch_size):
+        for logits in logits_of(model, examples, partial(self.inputs_for, model), options.batch_size):
             yield self._answer(logits)
 
     def _answer(self, logits: torch.Tensor) -> dict[str, Any]:

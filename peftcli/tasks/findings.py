@@ -89,6 +89,16 @@ SOUND = by_name(
 )
 """Those of speech_recognition."""
 
+SOUND_CLASSES = by_name(
+    Kind(
+        "clips_without_sound",
+        "warning",
+        "are clips without sound, whose class nobody can hear",
+        "Remove these rows, unless silence is a class.",
+    ),
+)
+"""Those of audio_classification."""
+
 EMBEDDINGS = by_name(
     Kind(
         "positive_is_anchor",
@@ -173,4 +183,15 @@ INFLUENCE = by_name(
 )
 """Those of ``inspect --adapter``, from the gradients of rows. None stops a run."""
 
-FINDINGS = generic.FINDINGS | text.FINDINGS | CLASSES | ANSWERS | MASKS | PICTURES | SOUND | EMBEDDINGS | INFLUENCE
+FINDINGS = (
+    generic.FINDINGS
+    | text.FINDINGS
+    | CLASSES
+    | ANSWERS
+    | MASKS
+    | PICTURES
+    | SOUND
+    | SOUND_CLASSES
+    | EMBEDDINGS
+    | INFLUENCE
+)

@@ -72,7 +72,8 @@ def answers_of_both(
 
 def _pipeline(tag: str, model: Any, processor: Any) -> Any:
     """The pipeline of transformers of a kind, with an adapter's model and what makes the model's inputs."""
-    kind = "tokenizer" if hasattr(processor, "special_tokens_map") else "image_processor"
+    kinds = {"special_tokens_map": "tokenizer", "sampling_rate": "feature_extractor"}
+    kind = next((name for part, name in kinds.items() if hasattr(processor, part)), "image_processor")
     both = {name: getattr(processor, name, None) for name in ("tokenizer", "feature_extractor")}
     parts = both if both["feature_extractor"] else {kind: processor}
     return importlib.import_module("transformers").pipeline(tag, model=model, **parts)
@@ -137,6 +138,14 @@ def _read_scores(answer: Mapping[str, Any]) -> Answer:
     return scores if len(scores) > 1 else {"": next(iter(scores.values()))}
 
 
+def _ask_of_sound(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    return _scores(pipeline(_raw(values["audio"]), top_k=pipeline.model.config.num_labels))
+
+
+def _raw(sound: Mapping[str, Any]) -> dict[str, Any]:
+    return {"raw": sound["array"], "sampling_rate": sound["sampling_rate"]}
+
+
 def _ask_for_shares(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
     found = pipeline(_picture(values), subtask="semantic")
     return {each["label"]: float((np.asarray(each["mask"]) > 0).mean()) for each in found}
@@ -156,9 +165,7 @@ def _ask_for_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Ans
     if values["prompt"]:
         ids = pipeline.tokenizer.get_prompt_ids(values["prompt"], return_tensors="pt")
         options["prompt_ids"] = ids.to(pipeline.device)
-    sound = values["audio"]
-    heard = {"raw": sound["array"], "sampling_rate": sound["sampling_rate"]}
-    return [pipeline(heard, generate_kwargs=options)["text"].strip()]
+    return [pipeline(_raw(values["audio"]), generate_kwargs=options)["text"].strip()]
 
 
 _KINDS = {
@@ -167,6 +174,7 @@ _KINDS = {
         lambda _: [{"tokens": text.split()} for text in _TEXTS], lambda answer: answer["tags"], _ask_for_tags
     ),
     "image-classification": _Kind(_pictures, _read_scores, _ask_of_picture),
+    "audio-classification": _Kind(_sounds, _read_scores, _ask_of_sound),
     "image-segmentation": _Kind(_pictures, lambda answer: answer["shares"], _ask_for_shares),
     "automatic-speech-recognition": _Kind(_sounds, lambda answer: [answer["text"]], _ask_for_text),
 }

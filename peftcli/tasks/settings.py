@@ -151,6 +151,15 @@ class ImageClassificationSettings(ClassificationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AudioClassificationSettings(ClassificationSettings):
+    """Settings of audio_classification."""
+
+    max_seconds: float | None = field(default=None, metadata=MAY_DIFFER | ABOVE_0)
+    """Longest clip, in seconds; the end of a longer one is not heard. Unset: as long as the model hears, which for
+    Whisper is 30 seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenClassificationSettings(TaskSettings):
     """Settings of token_classification."""
 

@@ -218,6 +218,8 @@ def _preprocessor(folder: Path) -> str | None:
             inner["image_mean"] = [0.1, 0.2, 0.3]
         elif "hop_length" in inner:
             inner["hop_length"] //= 2
+        elif "do_normalize" in inner:
+            inner["do_normalize"] = not inner["do_normalize"]
         path.write_text(json.dumps(values))
         return "other inputs"
     return None

@@ -98,6 +98,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "binary_masks": ("warning", True),
         "clips_too_long": ("warning", True),
         "silent_clips": ("warning", True),
+        "clips_without_sound": ("warning", False),
         "unbalanced_masks": ("warning", False),
         "small_pictures": ("warning", False),
         "no_caption": ("warning", True),
