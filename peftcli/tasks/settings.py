@@ -77,6 +77,27 @@ class CausalLMSettings(GeneratedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageTextToTextSettings(TaskSettings):
+    """Settings of image_text_to_text. max_length, overlong and train_on may also stand under ``dataset``."""
+
+    max_length: int = 1024
+    """Maximum length of an example, in tokens, those of its pictures included."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with longer examples: truncate them at the end, drop them, or stop with an error. The tokens of a
+    picture are never cut: a row in which they do not fit is dropped."""
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    """Which tokens count in the loss. answers: the text of each assistant turn and its end-of-turn token; last_answer:
+    the same of the last assistant turn; all: every token but those of pictures."""
+    vision: Literal["frozen", "adapted"] = field(default="frozen", metadata=NOT_ENCODED)
+    """Whether the method adapts the vision tower too."""
+    connector: Literal["frozen", "trained", "adapted"] = field(default="frozen", metadata=NOT_ENCODED)
+    """What becomes of the layers between vision tower and language model: frozen, trained in full and saved with the
+    adapter, or adapted by the method."""
+    max_new_tokens: int = field(default=256, metadata=NOT_ENCODED | AT_LEAST_1)
+    """Longest generated answer, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Seq2SeqLMSettings(GeneratedSettings):
     """Settings of seq2seq_lm. max_length, overlong and train_on may also stand under ``dataset``."""
 

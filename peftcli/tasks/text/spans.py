@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -250,10 +250,17 @@ class Template:
         DataError: the template does not render a question and its answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        given: Callable[[list[Message]], list[Message]] | None = None,
+    ):
+        """``given`` changes messages into the form that the template reads, as contents into lists of parts."""
         self.tokenizer = tokenizer
         self._plain = _renders_plainly(tokenizer)
-        self.render = partial(render, tokenizer)
+        self.render: Callable[..., str] = partial(render, tokenizer)
+        if given is not None:
+            self.render = lambda messages, *more, **options: render(tokenizer, given(messages), *more, **options)
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Gemma's tokenizer has added tokens of line breaks, which end no turn.
         self._special = _any_of(token for token in tokens if token.strip())

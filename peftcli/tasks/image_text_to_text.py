@@ -1,0 +1,454 @@
+"""Image, text to text: answer a text with pictures, with a vision-language model (LLaVA, SmolVLM).
+
+A row: ``{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A cat."}],
+"images": ["cat.png"]}``. Contents may be lists of parts, and ``image``, ``prompt`` and ``completion`` make one turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftcli.core.config import AdapterConfig, TargetedConfig
+from peftcli.core.layer import base_modules
+from peftcli.core.prompts.generate import generate
+from peftcli.data.findings import Finding, Records
+from peftcli.data.rows import Reader, Row, Table
+from peftcli.data.store import Column, Example, Outcome
+from peftcli.errors import DataError, ModelError
+from peftcli.models.tokens import save_processor
+from peftcli.tasks import settings
+from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, in_batches, model_inputs, on_device, table_of
+from peftcli.tasks.files import File, errors_of_row, file_of
+from peftcli.tasks.parts import Parts, RowScore, parts_of_sums
+from peftcli.tasks.pictures import noise, open_image, opened_picture, orientation_of, shown_image
+from peftcli.tasks.shown import Facts, Shown, Text
+from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat
+from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
+from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
+from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
+from peftcli.tasks.text.spans import Template
+from peftcli.tasks.text.stop_tokens import all_stops, stop_tokens
+from peftcli.tasks.text.token_ids import inner_model, losses_of, next_tokens, pad_token_id, token_loss, token_metrics
+from peftcli.tasks.text.token_text import TokenRenderer
+
+MARK = "<image>"
+"""Stands in the text of a row for a picture."""
+_TURNED = 5
+"""EXIF orientations from this one exchange width and height."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A row as messages whose contents are texts with marks, and its pictures."""
+
+    messages: list[Message]
+    files: list[File]
+    sizes: list[tuple[int, int]]
+
+
+class ImageTextToText(Task[settings.ImageTextToTextSettings]):
+    """The task ``image_text_to_text``."""
+
+    name = "image_text_to_text"
+    arguments = ("image", "prompt")
+    unit = "tokens"
+    columns: ClassVar = {
+        "input_ids": Column(),
+        "labels": Column(),
+        "text": Column("str"),
+        "pictures": Column("str"),
+        "contents": Column("bytes"),
+    }
+    sums_targets = True
+    identity = ("input_ids", "pictures")
+    flags: ClassVar[Mapping[str, int]] = {"truncated": Flag.TRUNCATED}
+    versions = (*CHAT_PACKAGES, "pillow")
+    input_packages: ClassVar = {"PIL": "vision"}
+    reads_files = True
+    reports = ("loss", "perplexity", "token_accuracy")
+
+    def __init__(self, settings: settings.ImageTextToTextSettings, processor: Any, base: Any):
+        super().__init__(settings, processor, base)
+        missing = [name for name in ("tokenizer", "image_processor") if not hasattr(processor, name)]
+        if missing:
+            message = f"the processor of {base.name} has no {missing[0]}: it does not read pictures with texts"
+            raise ModelError(message, key="base_model")
+        processor.tokenizer = base.processor("tokenizer")  # with the recipe's template and new tokens
+        own = getattr(processor, "chat_template", None)
+        if base.spec.chat_template is None and own:
+            processor.tokenizer.chat_template = own
+        if not processor.tokenizer.chat_template:
+            raise ModelError("has no chat template", key="base_model", hint="give one: base_model.chat_template")
+        self._runs: dict[tuple[int, int], list[int]] = {}
+        self._compared = set[int]()
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes tokens of a text."""
+        return self.processor.tokenizer
+
+    @cached_property
+    def template(self) -> Template:
+        """The chat template, which gets contents as lists of parts."""
+        return Template(self.tokenizer, as_parts)
+
+    @cached_property
+    def mark(self) -> str:
+        """The token that the template writes for a picture, and the processor replaces.
+
+        Raises:
+            ModelError: there is none.
+        """
+        text = self.template.render([{"role": "user", "content": f"{MARK}?"}])
+        names = ("image_token", "boi_token", "start_image_token")
+        known = [str(getattr(self.processor, name, None) or "") for name in names]
+        found = next((each for each in known if each and text.count(each) == 1), None)
+        if found is None:
+            raise ModelError("its chat template writes no token for a picture", key="base_model")
+        return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "processor": json.loads(self.processor.to_json_string()),
+            "image_processor": json.loads(self.processor.image_processor.to_json_string()),
+        }
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        return dict.fromkeys((OVERLONG, CUT_OFF), f"Raise dataset.max_length, which is {self.settings.max_length}.")
+
+    def record_findings(self, records: Records) -> list[Finding]:
+        return record_findings(records)
+
+    def read(self, table: Table, *, answered: bool = True) -> Reader:
+        names: dict[str, Sequence[str]] = {
+            "messages": ("messages",),
+            "images": ("images", "image", "file_name"),
+            "prompt": ("prompt", "question"),
+            "completion": ("completion", "answer"),
+        }
+        found = table.reader("messages", optional=tuple(names), **names)
+        if "messages" not in found.names:
+            needed = ("prompt", "completion") if answered else ("prompt",)
+            optional = [name for name in names if name not in needed]
+            found = table.reader("messages", optional=optional, **names)
+        return found
+
+    def _read(self, row: Row, reader: Reader, *, answered: bool = True) -> _Read:
+        """Parse a row and look at its pictures.
+
+        Raises:
+            DataError: it has not as many marks as pictures, or one of them cannot be read.
+        """
+        beside = row.values.get(reader.names.get("images", ""))
+        given = [] if beside is None else beside if isinstance(beside, list) else [beside]
+        if "messages" in reader.names and row.values.get(reader.names["messages"]):
+            messages, pictures = _marked(reader.value(row, "messages"), given)
+        else:
+            text = reader.text(row, "prompt")
+            text = text if MARK in text else MARK * len(given) + text
+            messages, pictures = [{"role": "user", "content": text}], given
+            if answered:
+                messages.append({"role": "assistant", "content": reader.text(row, "completion", blank=False)})
+        if not answered:
+            while messages and messages[-1].get("role") == "assistant":
+                messages = messages[:-1]
+        # which checks roles and contents as those of texts; it looks for an answer
+        turns = messages if answered else [*messages, {"role": "assistant", "content": "."}]
+        example = ExampleReader("messages", {"messages": "messages"})(replace(row, values={"messages": turns}))
+        assert isinstance(example, ChatExample)
+        marks = sum(str(turn.get("content") or "").count(MARK) for turn in example.messages)
+        if marks != len(pictures):
+            message = f"has {marks} marks {MARK} and {len(pictures)} pictures; each picture has one mark"
+            raise row.place.error(message, key=reader.names.get("images", "messages"))
+        files, sizes = [], []
+        for picture in pictures:
+            one = Reader("picture", {"image": reader.names.get("images", "messages")})
+            file, content = file_of(replace(row, values={one.names["image"]: picture}), one, "image")
+            with errors_of_row(row, one.names["image"]), opened_picture(content, file.path) as image:
+                turned = orientation_of(image) >= _TURNED
+                sizes.append(image.size[::-1] if turned else image.size)
+                image.draft(None, (1, 1))
+                image.load()
+            files.append(file)
+        return _Read(example.messages if answered else example.messages[:-1], files, sizes)
+
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
+        read = self._read(row, reader)
+        try:
+            marked = mark_chat(ChatExample(read.messages), self.template, self.settings.train_on)
+        except DataError as error:
+            raise row.place.error(error.message, key=error.key, hint=error.hint) from None
+        ids, labels = self._expanded(marked, read.sizes, row)
+        return self._outcome(row, ids, labels, marked, read)
+
+    def _expanded(self, marked: MarkedText, sizes: Sequence[tuple[int, int]], row: Row) -> tuple[list[int], list[int]]:
+        """The tokens of a text, with those of pictures of these sizes in the place of their marks, and the labels."""
+        (encoded,) = encode_marked([marked], self.tokenizer)
+        number = self.tokenizer.convert_tokens_to_ids(self.mark)
+        if encoded.input_ids.count(number) != len(sizes):
+            raise row.place.error(f"its texts contain {self.mark}, which stands for a picture to the model")
+        ids, labels, rest = list[int](), list[int](), iter(sizes)
+        for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+            run = self._run(next(rest)) if token == number else [token]
+            ids += run
+            labels += [IGNORED] * len(run) if token == number else [label]
+        if sizes and len(sizes) not in self._compared:
+            self._compared.add(len(sizes))
+            if self._processed(marked.text, [_blank(size) for size in sizes])["input_ids"][0].tolist() != ids:
+                message = "its processor does not replace each picture's token alone, so answers cannot be located"
+                raise ModelError(message, key="base_model", hint="choose another base model")
+        return ids, labels
+
+    def _run(self, size: tuple[int, int]) -> list[int]:
+        """The tokens of a picture of this size."""
+        if size not in self._runs:
+            self._runs[size] = self._processed(self.mark, [_blank(size)])["input_ids"][0].tolist()
+        return self._runs[size]
+
+    def _processed(self, text: str, pictures: Sequence[Any]) -> Batch:
+        """What the processor makes of a text and its pictures: all that the model reads."""
+        options = {"images": list(pictures)} if pictures else {}
+        return dict(self.processor(text=[text], add_special_tokens=False, return_tensors="pt", **options))
+
+    def _outcome(self, row: Row, ids: list[int], labels: list[int], marked: MarkedText, read: _Read) -> Outcome:
+        limit = self.settings.max_length
+        outcome = Outcome(size=len(ids), flags=marked.flags)
+        if len(ids) > limit:
+            if self.settings.overlong == "error":
+                message = f"has {len(ids)} tokens, more than dataset.max_length: {limit}"
+                hint = "Raise dataset.max_length, or set dataset.overlong: truncate or drop."
+                raise row.place.error(message, hint=hint)
+            # one picture has its tokens before the cut or the row is left out
+            last = self._end_of_pictures(ids, read.sizes)
+            if self.settings.overlong == "drop" or last > limit:
+                outcome.reason = OVERLONG
+                return outcome
+            outcome.lost = sum(label != IGNORED for label in labels[limit:])
+            outcome.flags |= Flag.TRUNCATED | (Flag.ANSWER_CUT if outcome.lost else 0)
+            ids, labels = ids[:limit], labels[:limit]
+        targets = sum(label != IGNORED for label in labels[1:])
+        if not targets:
+            outcome.reason = CUT_OFF if outcome.lost else NO_TARGET
+            return outcome
+        arrays = {"input_ids": ids, "labels": labels, **_stored(read.files, marked.text)}
+        outcome.examples = [Example(arrays, len(ids), targets)]
+        return outcome
+
+    def _end_of_pictures(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> int:
+        """Where the tokens of the last picture end; 0 without one."""
+        if not sizes:
+            return 0
+        run = self._run(sizes[-1])
+        ends = (end for end in range(len(ids), len(run) - 1, -1) if ids[end - len(run) : end] == run)
+        return next(ends, len(ids))
+
+    def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
+        found = [self._inputs(each) for each in examples]
+        lengths = [len(each.arrays["input_ids"]) for each in examples]
+        for each, ids in zip(examples, found, strict=True):
+            own, wanted = ids["input_ids"][0], torch.as_tensor(np.asarray(each.arrays["input_ids"], np.int64))
+            if not torch.equal(own[: len(wanted)], wanted):
+                raise DataError("the processor gives other tokens than when the rows were read", key="base_model")
+        batch = self._joined(found, lengths, left=False)
+        rows = [torch.as_tensor(np.asarray(each.arrays["labels"], np.int64)) for each in examples]
+        batch["labels"] = torch.stack([F.pad(row, (0, max(lengths) - len(row)), value=IGNORED) for row in rows])
+        return batch
+
+    def _inputs(self, example: Example) -> Batch:
+        pictures = [open_image(file.read(), file.path).convert("RGB") for file in _files(example)]
+        return self._processed(str(example.arrays["text"]), pictures)
+
+    @cached_property
+    def _by_row(self) -> bool:
+        """Whether the processor puts the pictures of a row together, in a tensor whose first side is that of rows."""
+        found = self._processed(self.mark * 2, [_blank((32, 32))] * 2)
+        return next((len(value) == 1 for name, value in found.items() if name.startswith("pixel_values")), False)
+
+    def _joined(self, rows: Sequence[Batch], lengths: Sequence[int], *, left: bool) -> Batch:
+        """Put what the processor gives of each row into one batch.
+
+        What has the shape of ``input_ids`` is of tokens, and padded like them; all else is of pictures.
+        """
+        tokens = {name for row in rows for name, value in row.items() if value.shape == row["input_ids"].shape}
+        width, batch = max(lengths), Batch()
+        for name in sorted(tokens):
+            filler = pad_token_id(self.tokenizer) if name == "input_ids" else 0
+            values = [row[name][0, :length] for row, length in zip(rows, lengths, strict=True)]
+            gaps = [(width - len(each), 0) if left else (0, width - len(each)) for each in values]
+            batch[name] = torch.stack([F.pad(each, gap, value=filler) for each, gap in zip(values, gaps, strict=True)])
+        for name in sorted({name for row in rows for name in row} - tokens):
+            there = [row[name] for row in rows if name in row]
+            edges = tuple(max(each.shape[at] for each in there) for at in range(1, there[0].ndim))
+            if self._by_row:
+                there = [row.get(name, there[0].new_zeros(1, *there[0].shape[1:])) for row in rows]
+            batch[name] = torch.cat([_padded(each, edges) for each in there])
+        return batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        given = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
+        targets = next_tokens(batch["labels"])
+        logits = model(**_as_computed(model, given), use_cache=False).logits[:, -targets.shape[1] :]
+        counts = targets != IGNORED
+        return token_loss(losses_of(logits[counts], targets[counts]))
+
+    def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
+        return token_metrics(sums, num_targets)
+
+    def parts(self, rows: Sequence[RowScore]) -> Parts:
+        return parts_of_sums(rows, self.metrics)
+
+    def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
+        reader = self.read(table_of(rows, options.columns), answered=False)
+        examples = []
+        for row in rows:
+            read = self._read(row, reader, answered=False)
+            text = self.template.render(read.messages, prompt=True)
+            examples.append(Example(_stored(read.files, text), len(text), 0))
+        yield from in_batches(examples, options.batch_size, lambda some: self._answers(model, some))
+
+    @torch.inference_mode()
+    def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        rows = [self._inputs(each) for each in examples]
+        lengths = [row["input_ids"].shape[1] for row in rows]
+        inputs = on_device(self._joined(rows, lengths, left=True), next(model.parameters()).device)
+        stops = all_stops(stop_tokens(self.tokenizer, chat=True), model.generation_config.eos_token_id)
+        more = {"max_new_tokens": self.settings.max_new_tokens, "do_sample": False, "eos_token_id": stops or None}
+        found = generate(model, **_as_computed(model, inputs), **more, pad_token_id=pad_token_id(self.tokenizer))
+        texts = self.tokenizer.batch_decode(found[:, max(lengths) :], skip_special_tokens=True)
+        return [{"text": text.strip()} for text in texts]
+
+    def show(self, example: Example) -> Shown:
+        ids, labels = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "labels"))
+        files = _files(example)
+        images = [shown_image(open_image(file.read(), file.path), file.path) for file in files]
+        renderer = TokenRenderer(self.tokenizer)
+        text = Text(renderer.render(ids, [IGNORED, *labels[1:]]))
+        values = {"input_ids": ids, "labels": labels, "text": renderer.text(ids)}
+        return Shown([*images, Facts({"pictures": str(len(files))}), text], values, f"{example.num_targets:,} trained")
+
+    def probe(self) -> Batch:
+        """Two texts with a picture of noise each."""
+        rows = [self._processed(f"{self.mark} a picture", [picture]) for picture in noise()]
+        return self._joined(rows, [row["input_ids"].shape[1] for row in rows], left=False)
+
+    def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
+        if getattr(config, "is_prompt_learning", False):
+            message = "puts virtual tokens among those of pictures, for which models have no place"
+            raise ModelError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+        notes = fit_tokens(model, self.tokenizer, config, self.base.spec)
+        if isinstance(config, TargetedConfig):
+            vision, connector = _parts_of(model)
+            closed = (vision if self.settings.vision == "frozen" else []) + (
+                connector if self.settings.connector != "adapted" else []
+            )
+            config.unreached = closed
+            if config.target_modules not in (None, "all-linear") and hasattr(config, "exclude_modules"):
+                config.unreached = []
+            said = f"vision tower {self.settings.vision}, connector {self.settings.connector}"
+            notes.append(f"{said}; the language model is adapted")
+            if self.settings.connector == "trained":
+                tops = [name for name in connector if not any(name.startswith(f"{other}.") for other in connector)]
+                config.modules_to_save = [*(config.modules_to_save or ()), *tops]
+        return notes
+
+    def save(self, folder: Path) -> list[str]:
+        own = self.write_task(folder, settings=self.settings, config={})
+        return [own, *save_processor(folder, self.processor)]
+
+
+def as_parts(messages: list[Message]) -> list[Message]:
+    """Return messages whose contents, texts with marks, are lists of parts, as templates of such models read them."""
+
+    def parts(content: Any) -> Any:
+        if not isinstance(content, str):
+            return content
+        first, *others = content.split(MARK)
+        texts = [[{"type": "image"}, {"type": "text", "text": text}] for text in others]
+        found = [{"type": "text", "text": first}, *(part for pair in texts for part in pair)]
+        return [part for part in found if part["type"] == "image" or part["text"]]
+
+    return [message | {"content": parts(message.get("content"))} for message in messages]
+
+
+def _marked(messages: Any, given: list[Any]) -> tuple[list[Message], list[Any]]:
+    """Messages whose contents are texts with marks, and the pictures that their parts name, or those of ``given``."""
+    turns, pictures = list[Any](), list[Any]()
+    for turn in messages if isinstance(messages, list) else []:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            texts = []
+            for part in content:
+                if part.get("type") == "image":
+                    named = (part.get(key) for key in ("image", "path", "url"))
+                    pictures += [value for value in named if value is not None][:1]
+                texts.append(MARK if part.get("type") == "image" else part.get("text"))
+            if all(isinstance(text, str) for text in texts):
+                turn = turn | {"content": "".join(texts)}
+        turns.append(turn)
+    return (turns if isinstance(messages, list) else messages), pictures or given
+
+
+def _stored(files: Sequence[File], text: str) -> dict[str, Any]:
+    """A text and its pictures' files as columns of a store hold them."""
+    described = [[file.path, file.digest.hex(), len(file.held)] for file in files]
+    return {"text": text, "pictures": json.dumps(described), "contents": b"".join(file.held for file in files)}
+
+
+def _files(example: Example) -> list[File]:
+    """The files of an example's pictures."""
+    found, start, contents = list[File](), 0, bytes(example.arrays["contents"])
+    for path, digest, size in json.loads(str(example.arrays["pictures"])):
+        found.append(File(path, contents[start : start + size], bytes.fromhex(digest)))
+        start += size
+    return found
+
+
+def _blank(size: tuple[int, int]) -> Any:
+    """A black picture."""
+    from PIL import Image
+
+    return Image.new("RGB", size)
+
+
+def _padded(value: torch.Tensor, edges: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with zeros behind its values, up to these edges of all sides but the first."""
+    gaps = [gap for at in range(len(edges), 0, -1) for gap in (0, edges[at - 1] - value.shape[at])]
+    return F.pad(value, gaps)
+
+
+def _as_computed(model: Any, batch: Batch) -> Batch:
+    """The batch with pictures in the model's number format."""
+    dtype = inner_model(model).dtype
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in batch.items()}
+
+
+def _parts_of(model: Any) -> tuple[list[str], list[str]]:
+    """The names of the modules of the vision tower, and of those between it and the language model.
+
+    Outside of the decoder and the head, what is below another PreTrainedModel is a tower; the rest is the connector.
+    """
+    from transformers import PreTrainedModel
+
+    names = base_modules(model)
+    decoder, head = set(model.get_decoder().modules()), model.get_output_embeddings()
+    beside = {name: module for name, module in names.items() if name and module not in decoder and module is not head}
+    inner = set(model.base_model.modules()) - {model.base_model}
+    around = {name for name in beside if any(module in decoder for module in names[name].modules())}
+    towers = {name for name, each in beside.items() if isinstance(each, PreTrainedModel) and each in inner} - around
+    vision = [name for name in beside if any(f"{name}.".startswith(f"{tower}.") for tower in towers)]
+    return vision, [name for name in beside if name not in vision and name not in around]
+
+
+TASK = ImageTextToText

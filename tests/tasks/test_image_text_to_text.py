@@ -1,0 +1,118 @@
+"""Conversations with pictures: ids are the processor's, the loss is the model's own, pictures' tokens are not cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from trainkit import run_recipe, write_rows
+from visionkit import llava_base, picture_rows
+
+from peftcli.data.rows import Place, Row
+from peftcli.errors import DataError
+from peftcli.models.open import open_base
+from peftcli.schema import BaseModel
+from peftcli.tasks import TASKS
+from peftcli.tasks.base import PredictOptions, table_of
+from peftcli.tasks.text.findings import OVERLONG
+
+
+@pytest.fixture(scope="module")
+def task():
+    row = TASKS["image_text_to_text"]
+    return row.open(row.settings(max_new_tokens=4), open_base(BaseModel(name=str(llava_base()))))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return transformers.AutoModelForImageTextToText.from_pretrained(llava_base()).eval()
+
+
+def _rows(rows=None):
+    return [Row(values, Place("rows", at), llava_base()) for at, values in enumerate(rows or picture_rows(), 1)]
+
+
+def _encoded(task, rows):
+    return task.encode(rows, task.read(table_of(rows, {})))
+
+
+def test_ids_are_the_processors_and_the_loss_is_the_models(task, model):
+    outcomes = _encoded(task, _rows())
+    examples = [outcome.examples[0] for outcome in outcomes]
+    batch = task.collate(examples, training=True)
+    found = task.loss(model, batch)
+    for key in ("input_ids", "pixel_values", "attention_mask"):
+        assert key in batch
+    own = model(**batch).loss
+    assert found.total.item() / sum(each.num_targets for each in examples) == pytest.approx(own.item(), rel=1e-5)
+    trained = [id for id, label in zip(*(examples[0].arrays[name] for name in ("input_ids", "labels"))) if label >= 0]
+    assert task.tokenizer.decode(trained) == "It is red.<|im_end|>"
+
+
+def test_one_row_is_as_in_a_batch(task, model):
+    examples = [outcome.examples[0] for outcome in _encoded(task, _rows())]
+    together = task.loss(model, task.collate(examples, training=True)).total
+    alone = sum(task.loss(model, task.collate([each], training=True)).total for each in examples)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_marks_and_pictures_agree(task):
+    row = picture_rows()[0]
+    (error,) = _encoded(task, _rows([row | {"images": []}]))
+    assert isinstance(error, DataError)
+    assert "1 marks <image> and 0 pictures" in error.message
+
+
+def test_forms_of_columns_are_one(task):
+    row = picture_rows()[0]
+    parts = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": "Which colour?"}]
+    answer = row["messages"][1]
+    forms = [
+        [row],
+        [{"messages": [{"role": "user", "content": parts}, answer]}],
+        [{"image": row["images"][0], "prompt": "Which colour?", "completion": answer["content"]}],
+    ]
+    first, *others = (_encoded(task, _rows(form))[0].examples[0].arrays for form in forms)
+    assert all(other == first for other in others)
+
+
+def test_the_tokens_of_a_picture_are_never_cut(task):
+    short = TASKS["image_text_to_text"].open(replace(task.settings, max_length=6), task.base)
+    (outcome,) = _encoded(short, _rows(picture_rows()[:1]))
+    assert outcome.reason == OVERLONG
+    assert not outcome.examples
+
+
+def test_predict_is_transformers_generate(task, model):
+    rows = _rows(picture_rows()[:3])
+    answers = list(task.predict(model, rows, PredictOptions(batch_size=3)))
+    parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
+    text = task.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    from peftcli.tasks.pictures import open_image
+
+    with open(picture_rows()[0]["images"][0], "rb") as file:
+        picture = open_image(file.read()).convert("RGB")
+    inputs = task.processor(text=[text], images=[picture], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answers[0]["text"] == task.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("connector", ["frozen", "trained", "adapted"])
+def test_a_run_adapts_what_the_settings_say(tmp_path, connector):
+    rows = write_rows(tmp_path / "rows.jsonl", picture_rows())
+    (tmp_path / "recipe.yaml").write_text(f"""\
+base_model: {llava_base()}
+task: {{type: image_text_to_text, connector: {connector}}}
+method: {{type: lora, r: 4, target_modules: all-linear}}
+dataset: {{train: {rows}, eval: {rows}}}
+training: {{output_dir: {tmp_path}/out, max_steps: 2, bf16: false, per_device_train_batch_size: 4, verify: true}}
+""")
+    run_recipe(tmp_path / "recipe.yaml")
+    from safetensors.torch import load_file
+
+    names = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert not any("vision_tower" in name for name in names)
+    assert any("language_model" in name for name in names)
+    assert any("multi_modal_projector" in name for name in names) == (connector != "frozen")
