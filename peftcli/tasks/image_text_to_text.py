@@ -324,7 +324,11 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         lengths = [row["input_ids"].shape[1] for row in rows]
         inputs = on_device(self._joined(rows, lengths, left=True), next(model.parameters()).device)
         stops = all_stops(stop_tokens(self.tokenizer, chat=True), model.generation_config.eos_token_id)
-        more = {"max_new_tokens": self.settings.max_new_tokens, "do_sample": False, "eos_token_id": stops or None}
+        more: dict[str, Any] = {
+            "max_new_tokens": self.settings.max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": stops or None,
+        }
         found = generate(model, **_as_computed(model, inputs), **more, pad_token_id=pad_token_id(self.tokenizer))
         texts = self.tokenizer.batch_decode(found[:, max(lengths) :], skip_special_tokens=True)
         return [{"text": text.strip()} for text in texts]
@@ -350,6 +354,9 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         notes = fit_tokens(model, self.tokenizer, config, self.base.spec)
         if isinstance(config, TargetedConfig):
             vision, connector = _parts_of(model)
+            if not connector and self.settings.connector != "frozen":
+                message = f"{type(model).__name__} has no connector apart from its vision tower"
+                raise ModelError(message, key="task.connector", hint="set connector: frozen, or vision: adapted")
             closed = (vision if self.settings.vision == "frozen" else []) + (
                 connector if self.settings.connector != "adapted" else []
             )

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from trainkit import run_recipe, write_rows
-from visionkit import llava_base, picture_rows
+from visionkit import FAMILIES, family_base, llava_base, picture_rows
 
 from peftcli.data.rows import Place, Row
-from peftcli.errors import DataError
+from peftcli.errors import DataError, ModelError
+from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions, table_of
+from peftcli.tasks.pictures import open_image
 from peftcli.tasks.text.findings import OVERLONG
+
+
+def _task(name="llava"):
+    row = TASKS["image_text_to_text"]
+    return row.open(row.settings(max_new_tokens=4), open_base(BaseModel(name=str(family_base(name)))))
 
 
 @pytest.fixture(scope="module")
 def task():
-    row = TASKS["image_text_to_text"]
-    return row.open(row.settings(max_new_tokens=4), open_base(BaseModel(name=str(llava_base()))))
+    return _task()
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +46,25 @@ def _encoded(task, rows):
     return task.encode(rows, task.read(table_of(rows, {})))
 
 
-def test_ids_are_the_processors_and_the_loss_is_the_models(task, model):
-    outcomes = _encoded(task, _rows())
-    examples = [outcome.examples[0] for outcome in outcomes]
+@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+def test_ids_are_the_processors_and_the_loss_is_the_models(family):
+    if family.startswith("qwen"):
+        pytest.importorskip("torchvision")  # of its video processor
+    task = _task(family)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(family_base(family)).eval()
+    examples = [outcome.examples[0] for outcome in _encoded(task, _rows())]
     batch = task.collate(examples, training=True)
     found = task.loss(model, batch)
-    for key in ("input_ids", "pixel_values", "attention_mask"):
-        assert key in batch
     own = model(**batch).loss
     assert found.total.item() / sum(each.num_targets for each in examples) == pytest.approx(own.item(), rel=1e-5)
-    trained = [id for id, label in zip(*(examples[0].arrays[name] for name in ("input_ids", "labels"))) if label >= 0]
+    trained = [label for label in examples[0].arrays["labels"] if label >= 0]
     assert task.tokenizer.decode(trained) == "It is red.<|im_end|>"
+    one, *_ = picture_rows()
+    parts = [{"type": "image", "path": one["images"][0]}, {"type": "text", "text": "Which colour?"}]
+    messages = [{"role": "user", "content": parts}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "It is red."}]})
+    own_ids = task.processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
+    assert examples[0].arrays["input_ids"] == list(own_ids)
 
 
 def test_one_row_is_as_in_a_batch(task, model):
@@ -90,10 +106,7 @@ def test_predict_is_transformers_generate(task, model):
     answers = list(task.predict(model, rows, PredictOptions(batch_size=3)))
     parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
     text = task.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    from peftcli.tasks.pictures import open_image
-
-    with open(picture_rows()[0]["images"][0], "rb") as file:
-        picture = open_image(file.read()).convert("RGB")
+    picture = open_image(Path(picture_rows()[0]["images"][0]).read_bytes()).convert("RGB")
     inputs = task.processor(text=[text], images=[picture], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert answers[0]["text"] == task.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -110,9 +123,16 @@ dataset: {{train: {rows}, eval: {rows}}}
 training: {{output_dir: {tmp_path}/out, max_steps: 2, bf16: false, per_device_train_batch_size: 4, verify: true}}
 """)
     run_recipe(tmp_path / "recipe.yaml")
-    from safetensors.torch import load_file
-
     names = load_file(tmp_path / "out/adapter_model.safetensors")
     assert not any("vision_tower" in name for name in names)
     assert any("language_model" in name for name in names)
     assert any("multi_modal_projector" in name for name in names) == (connector != "frozen")
+
+
+def test_a_connector_inside_the_tower_is_refused():
+    pytest.importorskip("torchvision")
+    task = _task("qwen2_vl")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(family_base("qwen2_vl"))
+    task.settings = replace(task.settings, connector="trained")
+    with pytest.raises(ModelError, match="no connector"):
+        task.fit_model(model, LoraConfig())
