@@ -44,6 +44,7 @@ NOT_FOR: dict[tuple[str, str], str] = {
     **{
         ("adaption_prompt", task): "no layer keeps keys and values, as those of language models" for task in _OF_NO_TEXT
     },
+    **{(method, "image_text_to_text"): "virtual tokens have no place among those of pictures" for method in _SOFT_PROMPTS},
     **{
         ("xlora", task): "its classifier reads one state for each token of a text"
         for task in (*_PICTURES, *_SOUNDS, "seq2seq_lm")

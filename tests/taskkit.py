@@ -19,6 +19,7 @@ from diffusionkit import picture_files, pipeline_base
 from PIL import Image
 from soundkit import hearing_base, tone_rows, whisper_base
 from trainkit import MESSAGES, PAIRS, PROMPTS, base_folder, scratch, write_rows
+from visionkit import llava_base, picture_rows
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,15 @@ CASES: dict[str, Case] = {
     "sequence_classification": _classes("bert"),
     "a decoder": _classes("llama"),
     "image_classification": _classes("vit"),
+    "image_text_to_text": Case(
+        base=llava_base,
+        task={"type": "image_text_to_text", "max_new_tokens": 4},
+        rows=picture_rows,
+        found={},
+        metrics=frozenset({"loss", "perplexity", "token_accuracy"}),
+        recompute=lambda rows, answers: {},
+        has_head=False,
+    ),
     "norms with statistics": _classes("resnet"),
     "semantic_segmentation": Case(
         base=lambda: classifier_base("segformer"),

@@ -79,23 +79,27 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     def __init__(self, settings: settings.ImageTextToTextSettings, processor: Any, base: Any):
         super().__init__(settings, processor, base)
-        missing = [name for name in ("tokenizer", "image_processor") if not hasattr(processor, name)]
-        if missing:
-            message = f"the processor of {base.name} has no {missing[0]}: it does not read pictures with texts"
-            raise ModelError(message, key="base_model")
-        processor.tokenizer = base.processor("tokenizer")  # with the recipe's template and new tokens
-        own = getattr(processor, "chat_template", None)
-        if base.spec.chat_template is None and own:
-            processor.tokenizer.chat_template = own
-        if not processor.tokenizer.chat_template:
-            raise ModelError("has no chat template", key="base_model", hint="give one: base_model.chat_template")
         self._runs: dict[tuple[int, int], list[int]] = {}
         self._compared = set[int]()
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """What makes tokens of a text."""
-        return self.processor.tokenizer
+        """What makes tokens of a text: the processor's own, with the recipe's template and new tokens.
+
+        Raises:
+            ModelError: the processor does not read pictures with texts, or has no chat template.
+        """
+        missing = [name for name in ("tokenizer", "image_processor") if not hasattr(self.processor, name)]
+        if missing:
+            message = f"the processor of {self.base.name} has no {missing[0]}: it does not read pictures with texts"
+            raise ModelError(message, key="base_model")
+        found, own = self.base.processor("tokenizer"), getattr(self.processor, "chat_template", None)
+        if self.base.spec.chat_template is None and own:
+            found.chat_template = own
+        if not found.chat_template:
+            raise ModelError("has no chat template", key="base_model", hint="give one: base_model.chat_template")
+        self.processor.tokenizer, self.processor.chat_template = found, found.chat_template
+        return found
 
     @cached_property
     def template(self) -> Template:
@@ -220,6 +224,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def _processed(self, text: str, pictures: Sequence[Any]) -> Batch:
         """What the processor makes of a text and its pictures: all that the model reads."""
         options = {"images": list(pictures)} if pictures else {}
+        self.tokenizer  # noqa: B018  # which the processor gets there
         return dict(self.processor(text=[text], add_special_tokens=False, return_tensors="pt", **options))
 
     def _outcome(self, row: Row, ids: list[int], labels: list[int], marked: MarkedText, read: _Read) -> Outcome:
