@@ -29,6 +29,7 @@ from peftcli.tasks import TASKS
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     # its layers share a matrix, and SegFormer's stages differ in size
     ("frod", "semantic_segmentation"): {"target_modules": ["stages.1.blocks.0.attention.q_proj"]},
+    ("trainable_tokens", "image_text_to_text"): {"token_indices": [1, 2]},  # which each row has
 }
 """What besides ``promises.METHOD_SETTINGS``: (method, task) patterns -> settings, of which all that match count."""
 
@@ -44,7 +45,10 @@ NOT_FOR: dict[tuple[str, str], str] = {
     **{
         ("adaption_prompt", task): "no layer keeps keys and values, as those of language models" for task in _OF_NO_TEXT
     },
-    **{(method, "image_text_to_text"): "virtual tokens have no place among those of pictures" for method in _SOFT_PROMPTS},
+    **{
+        (method, "image_text_to_text"): "virtual tokens have no place among those of pictures"
+        for method in _SOFT_PROMPTS
+    },
     **{
         ("xlora", task): "its classifier reads one state for each token of a text"
         for task in (*_PICTURES, *_SOUNDS, "seq2seq_lm")
@@ -76,7 +80,8 @@ def experts(task: str) -> dict[str, str]:
     for number in range(2):
         opened = open_base(BaseModel(name=str(CASES[task].base())))
         base = opened.model(TASKS[task].auto_class, torch.float32).model
-        config = LoraConfig(r=2 + number, init_lora_weights=False)
+        beside = {"target_modules": r".*language_model.*_proj"} if task == "image_text_to_text" else {}  # no pictures
+        config = LoraConfig(r=2 + number, init_lora_weights=False, **beside)
         inject(base, config)
         found[str(number)] = str(scratch() / f"expert {number} of {task}")
         save_adapter(base, config, Path(found[str(number)]))

@@ -24,7 +24,7 @@ from peftcli.core.prompts.generate import generate
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome
-from peftcli.errors import DataError, ModelError
+from peftcli.errors import AdapterError, DataError, ModelError
 from peftcli.models.tokens import save_processor
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, in_batches, model_inputs, on_device, table_of
@@ -355,7 +355,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
         if getattr(config, "is_prompt_learning", False):
             message = "puts virtual tokens among those of pictures, for which models have no place"
-            raise ModelError(message, key="method.type", hint="Use a method that changes layers, as lora.")
+            raise AdapterError(message, key="method.type", hint="Use a method that changes layers, as lora.")
         notes = fit_tokens(model, self.tokenizer, config, self.base.spec)
         if isinstance(config, TargetedConfig):
             vision, connector = _parts_of(model)

@@ -335,8 +335,11 @@ def _hashes_again(folder: Path) -> None:
     path.write_text(json.dumps(record))
 
 
-WITHOUT_PIPELINE = ("AutoModelForSeq2SeqLM", "AutoModelForQuestionAnswering", "AutoModel")
-"""Classes of tasks of which transformers 5 has no pipeline."""
+WITHOUT_PIPELINE = (
+    *("AutoModelForSeq2SeqLM", "AutoModelForQuestionAnswering", "AutoModel"),
+    "AutoModelForImageTextToText",  # its pipeline asks a chat, and is not compared
+)
+"""Classes of tasks of which transformers 5 has no pipeline that ``verify`` compares with."""
 
 
 @pytest.mark.parametrize("name", CASES)
