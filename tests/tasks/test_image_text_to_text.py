@@ -136,3 +136,14 @@ def test_a_connector_inside_the_tower_is_refused():
     task.settings = replace(task.settings, connector="trained")
     with pytest.raises(ModelError, match="no connector"):
         task.fit_model(model, LoraConfig())
+
+
+@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+def test_answers_do_not_depend_on_the_batch(family):
+    if family.startswith("qwen"):
+        pytest.importorskip("torchvision")
+    task = _task(family)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(family_base(family)).eval()
+    rows = _rows(picture_rows()[:6])
+    alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 6))
+    assert alone == together
