@@ -84,6 +84,12 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def resident_with_workers() -> int:
+    """Resident memory of this process and its workers, in bytes."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in ("self", *children)) * 4096
+
+
 def start(folder: Path) -> None:
     """When the first step is done: with an empty cache, then with what the first run left there."""
     import accelerate  # noqa: F401  # before the clock
@@ -118,13 +124,9 @@ def memory(folder: Path) -> None:
     images, base = write_images(folder / "images", IMAGES, SIDE), write_base(folder / "base", 32, 32)
     found = list[int]()
 
-    def resident() -> int:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in ("self", *children)) * 4096
-
     def note(event: Any) -> None:
         if isinstance(event, Stepped):
-            found.append(resident())
+            found.append(resident_with_workers())
 
     train(base, images, note, max_steps=400, per_device_train_batch_size=16)
     thirds = [statistics.median(found[at : at + 100]) for at in (100, 200, 300)]

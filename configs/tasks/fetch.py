@@ -4,6 +4,7 @@
     python configs/tasks/fetch.py spam data/spam                     # 20 MB, with npm
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py garments data/garments             # the same 31 MB
+    python configs/tasks/fetch.py garment-words data/garment-words   # the same 31 MB
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py translations data/translations     # 5 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py pronunciations data/pronunciations # 33 MB, with pip
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 SEED = 0
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 TRAIN_IMAGES, EVAL_IMAGES = 4000, 2000
+TRAIN_NAMED, EVAL_NAMED = 2000, 500
 KINDS = {
     "top": ("t-shirt", "pullover", "coat", "shirt"),
     "trousers": ("trouser",),
@@ -91,6 +93,7 @@ def main() -> None:
         "spam": spam,
         "fashion-mnist": fashion_mnist,
         "garments": garments,
+        "garment-words": garment_words,
         "kjv": kjv,
         "translations": translations,
         "pronunciations": pronunciations,
@@ -209,6 +212,27 @@ def garments(scratch: Path, target: Path) -> None:
             rows.append(json.dumps(row) + "\n")
         (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
         print(f"fetch: {part}.jsonl: {scenes} scenes; labels: background, {', '.join(KINDS)}")
+
+
+def garment_words(scratch: Path, target: Path) -> None:
+    """Fetch Fashion-MNIST (MIT) as conversations about a picture: train.jsonl and eval.jsonl.
+
+    The pictures are among those that ``fashion_mnist`` trains on and evaluates with.
+    """
+    from PIL import Image
+
+    for part, images, labels, order in clothes(scratch):
+        count, rows = {"train": TRAIN_NAMED, "eval": EVAL_NAMED}[part], []
+        (target / part).mkdir()
+        for index in order[:count]:
+            file = f"{part}/{index:05}.png"
+            Image.fromarray(images[index]).save(target / file)
+            asked = [{"type": "image", "image": file}, {"type": "text", "text": "What is this?"}]
+            answer = CLASSES[labels[index]].replace("ankle-", "ankle ")
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            rows.append(json.dumps({"messages": turns}) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {count} pictures with their names")
 
 
 def clothes(scratch: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:

@@ -4,7 +4,8 @@
 
 The base model, rows, method, batches, learning rate, schedule and number formats are the recipe's. The order of the
 rows and what dropout leaves out are Trainer's own. ``docs/tasks.py`` compares the adapter with that of ``peftcli
-train``. peft must be installed, for preferences and rewards trl, and for embeddings sentence-transformers.
+train``. peft must be installed, for preferences, rewards and pictures in conversations trl, and for embeddings
+sentence-transformers.
 """
 
 from __future__ import annotations
@@ -325,6 +326,38 @@ class Chats(Side):
         return dict(transformers.DataCollatorForSeq2Seq(self.tokenizer)(rows))
 
 
+class Descriptions(Side):
+    """Conversations about pictures, with TRL's SFT: LoRA in the language model, and the connector."""
+
+    auto, head, task_type = "AutoModelForImageTextToText", "multi_modal_projector", "CAUSAL_LM"
+
+    def prepare(self) -> None:
+        self.tokenizer = transformers.AutoProcessor.from_pretrained(self.name, backend="pil")
+
+    def lora(self) -> LoraConfig:
+        linear = "|".join(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+        config = super().lora()
+        config.target_modules = rf".*language_model.*\.({linear})"
+        return config
+
+    def trainer(self, folder: Path) -> Any:
+        from datasets import Dataset, Image, List
+        from trl import SFTConfig, SFTTrainer
+
+        rows = []
+        for *asked, answer in (row["messages"] for row in self.rows()):
+            parts = [part for turn in asked for part in turn["content"]]
+            files = [str(self.place / part.pop("image")) for part in parts if part["type"] == "image"]
+            rows.append({"prompt": asked, "completion": [answer], "images": files})
+        return SFTTrainer(
+            self.load(),
+            args=SFTConfig(**self.common(folder), gradient_checkpointing=False, max_length=self.length),
+            train_dataset=Dataset.from_list(rows).cast_column("images", List(Image())),
+            processing_class=self.tokenizer,
+            peft_config=self.lora(),
+        )
+
+
 class Rewritten(Side):
     """Texts and what is to be made of them, for an encoder-decoder."""
 
@@ -489,6 +522,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "semantic_segmentation": Masks,
     "speech_recognition": Clips,
     "causal_lm": Chats,
+    "image_text_to_text": Descriptions,
     "seq2seq_lm": Rewritten,
     "preference": Pairs,
     "reward": Rewards,
