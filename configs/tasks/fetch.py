@@ -172,7 +172,7 @@ def readable_text(mail: Message) -> str:
 
 
 def fashion_mnist(scratch: Path, target: Path) -> None:
-    """Fetch Fashion-MNIST (MIT) as PNG files: train/CLASS/, eval/CLASS/; the rest unlabelled in rest.npz.
+    """Fetch Fashion-MNIST (MIT) as PNG files: train/CLASS/, eval/CLASS/; the rest as arrays in rest.npz.
 
     Training pictures are drawn from the data set's training part, evaluation pictures from its test part.
     """
@@ -187,7 +187,7 @@ def fashion_mnist(scratch: Path, target: Path) -> None:
             Image.fromarray(images[index]).save(folder / f"{index:05}.png")
         print(f"fetch: {name}/: {count} pictures of {len(CLASSES)} classes")
         if name == "train":
-            np.savez_compressed(target / "rest.npz", images=images[order[count:]])
+            np.savez_compressed(target / "rest.npz", images=images[order[count:]], labels=labels[order[count:]])
 
 
 def garments(scratch: Path, target: Path) -> None:
