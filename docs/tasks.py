@@ -38,6 +38,7 @@ RECIPES = {
     "translation": "eval_bleu",
     "pronunciation": "eval_exact_match",
     "bags": "eval_loss",
+    "garment_words": "eval_exact_match",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""
 LOWER_IS_BETTER = ("eval_wer", "eval_loss")
@@ -61,15 +62,16 @@ tools (`make setup`), and `pip install trl sentence-transformers`. `python docs/
 TRAINER = """
 *Within*: the two means are no further apart than the seeds of one side are. Otherwise ours is *better* or *worse*.
 
-`configs/tasks/train_with_trainer.py` is Trainer's side; for preferences and rewards it is TRL's, for embeddings
-sentence-transformers', and for pictures the loss of diffusers' scripts. Base model, rows, method, batches, learning
-rate, warm-up, schedule, clipping and number formats are the recipe's. Both sides make equally many steps and train
-equally many parameters, or else the script stops. What Trainer wrote is measured by `peftcli evaluate`. Each side has
-its own order of the rows and its own dropout. Known differences:
+`configs/tasks/train_with_trainer.py` is Trainer's side; for preferences, rewards and pictures in conversations it is
+TRL's, for embeddings sentence-transformers', and to make pictures the loss of diffusers' scripts. Base model, rows,
+method, batches, learning rate, warm-up, schedule, clipping and number formats are the recipe's. Both sides make equally
+many steps and train equally many parameters, or else the script stops. What Trainer wrote is measured by `peftcli
+evaluate`. Each side has its own order of the rows and its own dropout. Known differences:
 
 - code_questions: the loss of transformers takes padding for a possible answer, that of peftcli does not.
 - code_search: peftcli does not count a text as wrong that is right for an equal anchor in the batch.
 - bags: peftcli draws a picture of the class prompt for each picture and step; diffusers' script has fixed pairs.
+- garment_words: TRL also trains the line break that the chat template writes after the end of an answer.
 """
 INTERVALS = f"""\
 ## Word error rates
