@@ -29,12 +29,13 @@ from peftcli.models.tokens import save_processor
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, in_batches, model_inputs, on_device, table_of
 from peftcli.tasks.files import File, errors_of_row, file_of
-from peftcli.tasks.parts import Parts, RowScore, parts_of_sums
+from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.pictures import noise, open_image, opened_picture, orientation_of, shown_image
 from peftcli.tasks.shown import Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat
 from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
+from peftcli.tasks.text.generated import PACKAGES, text_metrics, text_parts, with_texts
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
 from peftcli.tasks.text.spans import Template
 from peftcli.tasks.text.stop_tokens import all_stops, stop_tokens
@@ -62,25 +63,35 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     name = "image_text_to_text"
     arguments = ("image", "prompt")
     unit = "tokens"
-    columns: ClassVar = {
-        "input_ids": Column(),
-        "labels": Column(),
-        "text": Column("str"),
-        "pictures": Column("str"),
-        "contents": Column("bytes"),
-    }
     sums_targets = True
     identity = ("input_ids", "pictures")
     flags: ClassVar[Mapping[str, int]] = {"truncated": Flag.TRUNCATED}
     versions = (*CHAT_PACKAGES, "pillow")
     input_packages: ClassVar = {"PIL": "vision"}
     reads_files = True
-    reports = ("loss", "perplexity", "token_accuracy")
 
     def __init__(self, settings: settings.ImageTextToTextSettings, processor: Any, base: Any):
         super().__init__(settings, processor, base)
         self._runs: dict[tuple[int, int], list[int]] = {}
         self._compared = set[int]()
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        texts = ("text", "pictures", *(("asked", "answer") if self.settings.generate_metrics else ()))
+        own = {"input_ids": Column(), "labels": Column(), "contents": Column("bytes")}
+        return own | dict.fromkeys(texts, Column("str"))
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        return {PACKAGES[name]: "metrics" for name in self.settings.generate_metrics if name in PACKAGES}
+
+    @property
+    def reports(self) -> Sequence[str]:
+        return ("loss", "perplexity", "token_accuracy", *self.settings.generate_metrics)
+
+    @property
+    def main_metric(self) -> str:
+        return next(iter(self.settings.generate_metrics), "loss")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -126,6 +137,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "processor": json.loads(self.processor.to_json_string()),
             "image_processor": json.loads(self.processor.image_processor.to_json_string()),
+            **({"answers": "generated"} if self.settings.generate_metrics else {}),
         }
 
     @property
@@ -248,8 +260,22 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             outcome.reason = CUT_OFF if outcome.lost else NO_TARGET
             return outcome
         arrays = {"input_ids": ids, "labels": labels, **_stored(read.files, marked.text)}
+        if self.settings.generate_metrics:
+            arrays |= self._asked(row, read)
         outcome.examples = [Example(arrays, len(ids), targets)]
         return outcome
+
+    def _asked(self, row: Row, read: _Read) -> dict[str, str]:
+        """The text of a row up to its last answer, and that answer, which evaluation compares.
+
+        Raises:
+            DataError: the last turn is no answer.
+        """
+        *asked, last = read.messages
+        if last.get("role") != "assistant":
+            message = f"ends with a turn of {last.get('role')}: there is no answer to compare"
+            raise row.place.error(message, key="task.generate_metrics")
+        return {"asked": self.template.render(asked, prompt=True), "answer": str(last.get("content") or "")}
 
     def _end_of_pictures(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> int:
         """Where the tokens of the last picture end; 0 without one."""
@@ -269,6 +295,9 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         batch = self._joined(found, lengths, left=False)
         rows = [torch.as_tensor(np.asarray(each.arrays["labels"], np.int64)) for each in examples]
         batch["labels"] = torch.stack([F.pad(row, (0, max(lengths) - len(row)), value=IGNORED) for row in rows])
+        if not training and self.settings.generate_metrics:
+            batch["_answer"] = [str(each.arrays["answer"]) for each in examples]
+            batch["_asked"] = [replace(each, arrays=each.arrays | {"text": each.arrays["asked"]}) for each in examples]
         return batch
 
     def _inputs(self, example: Example) -> Batch:
@@ -306,13 +335,19 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         targets = next_tokens(batch["labels"])
         logits = model(**_as_computed(model, given), use_cache=False).logits[:, -targets.shape[1] :]
         counts = targets != IGNORED
-        return token_loss(losses_of(logits[counts], targets[counts]))
+        found = token_loss(losses_of(logits[counts], targets[counts]))
+        return with_texts(
+            found, batch.get("_answer"), lambda: [each["text"] for each in self._answers(model, batch["_asked"])]
+        )
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        return token_metrics(sums, num_targets)
+        return token_metrics(sums, num_targets) | text_metrics(self.settings.generate_metrics, outputs)
 
     def parts(self, rows: Sequence[RowScore]) -> Parts:
-        return parts_of_sums(rows, self.metrics)
+        found = parts_of_sums(rows, lambda sums, outputs, num_targets: token_metrics(sums, num_targets))
+        if not self.settings.generate_metrics:
+            return found
+        return join(found, text_parts(self.settings.generate_metrics, [row.outputs[0] for row in rows]))
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         reader = self.read(table_of(rows, options.columns), answered=False)

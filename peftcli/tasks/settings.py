@@ -93,8 +93,12 @@ class ImageTextToTextSettings(TaskSettings):
     connector: Literal["frozen", "trained", "adapted"] = field(default="frozen", metadata=NOT_ENCODED)
     """What becomes of the layers between vision tower and language model: frozen, trained in full and saved with the
     adapter, or adapted by the method."""
+    generate_metrics: list[Literal["exact_match", "bleu", "chrf", "rouge_l"]] = field(
+        default_factory=list, metadata=NOT_ENCODED
+    )
+    """Metrics of generated answers in each evaluation: the share that equals the row's answer, BLEU, chrF, ROUGE-L."""
     max_new_tokens: int = field(default=256, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Longest generated answer, in tokens."""
+    """Longest generated answer, in tokens, in ``predict`` too."""
 
 
 @dataclass(frozen=True, kw_only=True)
