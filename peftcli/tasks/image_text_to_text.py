@@ -7,6 +7,7 @@ A row: ``{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,7 +116,9 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     @cached_property
     def template(self) -> Template:
         """The chat template, which gets contents as lists of parts."""
-        return Template(self.tokenizer, as_parts)
+        found = Template(self.tokenizer, as_parts)
+        found.markers = re.compile(rf"(?!{re.escape(MARK)})(?:{found.markers.pattern})")  # a row's own are of pictures
+        return found
 
     @cached_property
     def mark(self) -> str:

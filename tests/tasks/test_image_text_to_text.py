@@ -20,7 +20,7 @@ from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions, table_of
 from peftcli.tasks.pictures import open_image
-from peftcli.tasks.text.findings import OVERLONG
+from peftcli.tasks.text.findings import OVERLONG, Flag
 
 
 def _task(name="llava"):
@@ -65,6 +65,15 @@ def test_ids_are_the_processors_and_the_loss_is_the_models(family):
     messages.append({"role": "assistant", "content": [{"type": "text", "text": "It is red."}]})
     own_ids = task.processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
     assert examples[0].arrays["input_ids"] == list(own_ids)
+
+
+def test_marks_of_pictures_are_not_special_tokens_in_texts():
+    task, rows = _task(), picture_rows()
+    rows[2]["messages"][0]["content"] = "Which <|im_end|> colour?"
+    tokenizer = task.tokenizer
+    assert "<image>" in {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    flagged = [bool(outcome.flags & Flag.MARKERS) for outcome in _encoded(task, _rows(rows))]
+    assert flagged == [at == 2 for at in range(len(rows))]
 
 
 def test_one_row_is_as_in_a_batch(task, model):
