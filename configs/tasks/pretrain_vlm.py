@@ -108,7 +108,7 @@ def seen(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
-def assemble(language: str, tower: nn.Module, features: torch.Tensor) -> tuple[Any, Any]:
+def assemble(language: str, tower: Any, features: torch.Tensor) -> tuple[Any, Any]:
     """Put a tower before a chat model, with a random connector; return the model and its processor.
 
     Args:
@@ -116,7 +116,7 @@ def assemble(language: str, tower: nn.Module, features: torch.Tensor) -> tuple[A
         tower: What sees.
         features: What it sees in some pictures (B, patches, D); the connector brings them to the scale of embeddings.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer: Any = AutoTokenizer.from_pretrained(language)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     chat = AutoModelForCausalLM.from_pretrained(language)
     chat.resize_token_embeddings(len(tokenizer))
@@ -133,7 +133,7 @@ def assemble(language: str, tower: nn.Module, features: torch.Tensor) -> tuple[A
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(chat.model.state_dict())
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    connector = model.model.multi_modal_projector
+    connector: Any = model.model.multi_modal_projector
     means, deviations = features.flatten(0, 1).mean(0), features.flatten(0, 1).std(0)
     connector.linear_1.weight.normal_(0, features.shape[-1] ** -0.5).div_(deviations)
     connector.linear_1.bias.copy_(-connector.linear_1.weight @ means)
