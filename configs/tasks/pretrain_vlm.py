@@ -118,7 +118,7 @@ def assemble(language: str, tower: Any, features: torch.Tensor) -> tuple[Any, An
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(language)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    chat = AutoModelForCausalLM.from_pretrained(language)
+    chat: Any = AutoModelForCausalLM.from_pretrained(language)
     chat.resize_token_embeddings(len(tokenizer))
     config = LlavaConfig(
         vision_config=tower.config,
@@ -129,7 +129,7 @@ def assemble(language: str, tower: Any, features: torch.Tensor) -> tuple[Any, An
         vision_feature_select_strategy="full",
         dtype=chat.dtype,
     )
-    model = LlavaForConditionalGeneration(config)
+    model: Any = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(chat.model.state_dict())
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
