@@ -59,6 +59,14 @@ MODELS = {
         "segformer",
         seconds=20,
     ),
+    "SmolLM2-135M-with-eyes": DemoModel(
+        "SmolLM2 behind a small vision tower that is trained now to tell 21 other characters apart",
+        "pretrain_vision",
+        "llava",
+        smollm2.WHEEL,
+        seconds=60,
+        packages={"gguf": "gguf", "PIL": "vision"},
+    ),
     "tiny-diffusion": DemoModel(
         "a Stable Diffusion in miniature that is trained now on pictures of signs",
         "pretrain_diffusion",

@@ -24,6 +24,7 @@ OTHER_CHARACTERS = "LMNPQRTUVWYZ234567&?%"
 """What the small base model of letters knows."""
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSans-Oblique")
 HELD_OUT_FONTS = ("STIXGeneral", "STIXGeneralBol", "DejaVuSansMono-Oblique")
+QUESTION = "What does the picture show?"
 SIGNS = {
     **{"star": "★", "sun": "☀", "snowman": "☃", "umbrella": "☂", "phone": "☎", "plane": "✈", "note": "♫"},
     **{"knight": "♞", "rook": "♜", "anchor": "⚓", "spade": "♠", "club": "♣", "diamond": "♦", "heart": "♥"},
@@ -74,6 +75,21 @@ def letters(folder: Path) -> None:
         for letter in CLASSES:
             pictures = [picture(letter, str(draw.choice(fonts)), draw) for _ in range(count)]
             _save(folder / part / letter, pictures)
+
+
+def letters_in_words(folder: Path) -> None:
+    """The same pictures, with a question and its answer each: train.jsonl, eval.jsonl."""
+    letters(folder)
+    for part in ("train", "eval"):
+        rows = [
+            {
+                "image": str(path.relative_to(folder)),
+                "prompt": QUESTION,
+                "completion": f"The letter {path.parent.name}.",
+            }
+            for path in sorted((folder / part).glob("*/*.png"))
+        ]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def scenes(folder: Path) -> None:

@@ -145,6 +145,14 @@ DEMOS: dict[str, Demo] = {
         seconds=30,
         packages={"PIL": "vision", "sklearn": "metrics"},
     ),
+    "image_text_to_text": Demo(
+        summary="say in words which of ten letters a picture shows, in fonts that it has not seen",
+        model="SmolLM2-135M-with-eyes",
+        data=pictures.letters_in_words,
+        asks=tuple({"image": f"<folder>/eval/{name}.png", "prompt": pictures.QUESTION} for name in ("A/000", "K/001")),
+        seconds=240,
+        packages={"PIL": "vision"},
+    ),
     "semantic_segmentation": Demo(
         summary="find hearts, diamonds and clubs in pictures, pixel by pixel",
         model="tiny-segformer",

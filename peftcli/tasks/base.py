@@ -101,6 +101,8 @@ class Task(ABC, Generic[Settings]):
     """Whether ``Loss.of_targets`` says what each target adds to the sums, so that rows in a batch can be told apart."""
     origins: ClassVar[Sequence[str]] = ("path", "mask_path", "row")
     """Columns that say where an example is from, and not what it holds."""
+    adapts: str = ""
+    """Which parts of the model are changed, for the user, where it has several. ``fit_model`` sets it."""
     head_is_new: bool = False
     """Whether the base model lacks weights that the task needs, as a head's. Whoever loads it sets it."""
     shares: ClassVar[Sequence[str]] = ()

@@ -22,6 +22,7 @@ from torch import nn
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.layer import base_modules
 from peftcli.core.prompts.generate import generate
+from peftcli.core.targets import find_targets
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome
@@ -403,11 +404,12 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             closed = (vision if self.settings.vision == "frozen" else []) + (
                 connector if self.settings.connector != "adapted" else []
             )
-            config.unreached = closed
-            if config.target_modules not in (None, "all-linear") and hasattr(config, "exclude_modules"):
-                config.unreached = []
+            config.unreached = []
+            if config.target_modules not in (None, "all-linear"):
+                config.target_modules = _less(find_targets(model, config), closed) or config.target_modules
             said = f"vision tower {self.settings.vision}, connector {self.settings.connector}"
-            notes.append(f"{said}; the language model is adapted")
+            config.unreached = closed
+            self.adapts = f"language model adapted, {said}"
             if self.settings.connector == "trained":
                 tops = [name for name in connector if not any(name.startswith(f"{other}.") for other in connector)]
                 config.modules_to_save = [*(config.modules_to_save or ()), *tops]
@@ -482,6 +484,19 @@ def _as_computed(model: Any, batch: Batch) -> Batch:
     """The batch with pictures in the model's number format."""
     dtype = inner_model(model).dtype
     return {name: each.to(dtype) if each.is_floating_point() else each for name, each in batch.items()}
+
+
+def _less(named: list[str], closed: list[str]) -> list[str] | None:
+    """Those that may be adapted of the modules that ``target_modules`` names; None: all of them.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    kept = [name for name in named if name not in {*closed}]
+    if not kept:
+        message = f"matches only modules that task.vision and task.connector leave alone, as {named[0]}"
+        raise AdapterError(message, key="method.target_modules")
+    return kept if len(kept) < len(named) else None
 
 
 def _parts_of(model: Any) -> tuple[list[str], list[str]]:

@@ -280,6 +280,8 @@ def _start_adapter(
         refuse_other_base(source, recipe, base_hash)
     for note in notes:
         run.warn(note)
+    if data.task.adapts:
+        run.tell(Message(data.task.adapts))
     if config.modules_to_save:
         run.tell(Message(f"training in full: {', '.join(config.modules_to_save)}"))
     if needs_batches(config):

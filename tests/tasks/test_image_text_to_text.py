@@ -121,13 +121,16 @@ def test_predict_is_transformers_generate(task, model):
     assert answers[0]["text"] == task.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("connector", ["frozen", "trained", "adapted"])
-def test_a_run_adapts_what_the_settings_say(tmp_path, connector):
+@pytest.mark.parametrize(
+    ("connector", "targets"),
+    [("frozen", "all-linear"), ("trained", "all-linear"), ("adapted", "all-linear"), ("frozen", "[q_proj, v_proj]")],
+)
+def test_a_run_adapts_what_the_settings_say(tmp_path, connector, targets):
     rows = write_rows(tmp_path / "rows.jsonl", picture_rows())
     (tmp_path / "recipe.yaml").write_text(f"""\
 base_model: {llava_base()}
 task: {{type: image_text_to_text, connector: {connector}}}
-method: {{type: lora, r: 4, target_modules: all-linear}}
+method: {{type: lora, r: 4, target_modules: {targets}}}
 dataset: {{train: {rows}, eval: {rows}}}
 training: {{output_dir: {tmp_path}/out, max_steps: 2, bf16: false, per_device_train_batch_size: 4, verify: true}}
 """)
