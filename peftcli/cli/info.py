@@ -20,7 +20,7 @@ _MAX_ROWS = 8
 """Modules, or kinds of them, that are shown without --updates."""
 USES = {
     "metrics": "classification of texts, words, pictures and sounds; bleu, chrf, rouge_l",
-    "vision": "image_classification, semantic_segmentation",
+    "vision": "image_classification, semantic_segmentation, image_text_to_text",
     "audio": "speech_recognition, audio_classification",
     "diffusion": "text_to_image",
     "gguf": "base models in .gguf files",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from peftcli.tasks.pictures import noise, open_image, opened_picture, orientatio
 from peftcli.tasks.shown import Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat
 from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
-from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
+from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message, turns_in
 from peftcli.tasks.text.generated import PACKAGES, text_metrics, text_parts, with_texts
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
 from peftcli.tasks.text.spans import Template
@@ -57,6 +58,9 @@ class _Read:
     messages: list[Message]
     files: list[File]
     sizes: list[tuple[int, int]]
+    tools: list[Any] | None = None
+    untrained: frozenset[int] = frozenset()
+    """Positions of messages that say ``train: false``."""
 
 
 class ImageTextToText(Task[settings.ImageTextToTextSettings]):
@@ -157,6 +161,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             "images": ("images", "image", "file_name"),
             "prompt": ("prompt", "question"),
             "completion": ("completion", "answer"),
+            "system": ("system",),
+            "tools": ("tools",),
         }
         found = table.reader("messages", optional=tuple(names), **names)
         if "messages" not in found.names:
@@ -171,8 +177,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         Raises:
             DataError: it has not as many marks as pictures, or one of them cannot be read.
         """
-        beside = row.values.get(reader.names.get("images", ""))
-        given = [] if beside is None else beside if isinstance(beside, list) else [beside]
+        found = row.values.get(reader.names.get("images", ""))
+        given = [] if found is None else found if isinstance(found, list) else [found]
         if "messages" in reader.names and row.values.get(reader.names["messages"]):
             messages, pictures = _marked(reader.value(row, "messages"), given)
         else:
@@ -186,7 +192,12 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
                 messages = messages[:-1]
         # which checks roles and contents as those of texts; it looks for an answer
         turns = messages if answered else [*messages, {"role": "assistant", "content": "."}]
-        example = ExampleReader("messages", {"messages": "messages"})(replace(row, values={"messages": turns}))
+        own = [name for name in ("system", "tools") if name in reader.names]
+        beside: dict[str, Any] = {name: row.values.get(reader.names[name]) for name in own}
+        names = {name: reader.names.get(name, name) for name in ("messages", *beside)}
+        values = {"messages": turns, **beside}
+        values = {names[name]: value for name, value in values.items()}
+        example = ExampleReader("messages", names)(replace(row, values=values))
         assert isinstance(example, ChatExample)
         marks = sum(str(turn.get("content") or "").count(MARK) for turn in example.messages)
         if marks != len(pictures):
@@ -202,12 +213,15 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
                 image.draft(None, (1, 1))
                 image.load()
             files.append(file)
-        return _Read(example.messages if answered else example.messages[:-1], files, sizes)
+        read = example.messages if answered else example.messages[:-1]
+        return _Read(read, files, sizes, example.tools, example.untrained)
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         read = self._read(row, reader)
         try:
-            marked = mark_chat(ChatExample(read.messages), self.template, self.settings.train_on)
+            marked = mark_chat(
+                ChatExample(read.messages, read.tools, read.untrained), self.template, self.settings.train_on
+            )
         except DataError as error:
             raise row.place.error(error.message, key=error.key, hint=error.hint) from None
         ids, labels = self._expanded(marked, read.sizes, row)
@@ -358,7 +372,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         examples = []
         for row in rows:
             read = self._read(row, reader, answered=False)
-            text = self.template.render(read.messages, prompt=True)
+            text = self.template.render(read.messages, read.tools, prompt=True)
             examples.append(Example(_stored(read.files, text), len(text), 0))
         yield from in_batches(examples, options.batch_size, lambda some: self._answers(model, some))
 
@@ -435,21 +449,33 @@ def as_parts(messages: list[Message]) -> list[Message]:
 
 
 def _marked(messages: Any, given: list[Any]) -> tuple[list[Message], list[Any]]:
-    """Messages whose contents are texts with marks, and the pictures that their parts name, or those of ``given``."""
-    turns, pictures = list[Any](), list[Any]()
-    for turn in messages if isinstance(messages, list) else []:
+    """Messages whose contents are texts with marks, and their pictures in order.
+
+    A part may name its picture; other parts and marks stand for those of ``given``.
+    """
+    with suppress(ValueError):  # the reader of messages says what is wrong
+        messages = turns_in(messages)
+    if not isinstance(messages, list):
+        return messages, given
+    turns, named = list[Any](), list[Any]()  # None: one of the given pictures
+    for turn in messages:
         content = turn.get("content") if isinstance(turn, dict) else None
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             texts = []
             for part in content:
-                if part.get("type") == "image":
-                    named = (part.get(key) for key in ("image", "path", "url"))
-                    pictures += [value for value in named if value is not None][:1]
-                texts.append(MARK if part.get("type") == "image" else part.get("text"))
+                is_image = part.get("type") == "image"
+                texts.append(MARK if is_image else part.get("text"))
+                names = (part.get(key) for key in ("image", "path", "url") if is_image)
+                named += [next((name for name in names if name is not None), None)] * is_image
+                named += [None] * (0 if is_image else str(texts[-1]).count(MARK))
             if all(isinstance(text, str) for text in texts):
                 turn = turn | {"content": "".join(texts)}
+        elif isinstance(content, str):
+            named += [None] * content.count(MARK)
         turns.append(turn)
-    return (turns if isinstance(messages, list) else messages), pictures or given
+    rest = iter(given)
+    pictures = [next(rest, None) if name is None else name for name in named]
+    return turns, [*(picture for picture in pictures if picture is not None), *rest]
 
 
 def _stored(files: Sequence[File], text: str) -> dict[str, Any]:

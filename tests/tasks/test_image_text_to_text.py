@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,32 @@ def test_forms_of_columns_are_one(task):
     ]
     first, *others = (_encoded(task, _rows(form))[0].examples[0].arrays for form in forms)
     assert all(other == first for other in others)
+
+
+def test_parts_take_the_given_pictures_in_order(task):
+    one, two = (row["images"][0] for row in picture_rows()[:2])
+    parts = [{"type": "image", "image": one}, {"type": "image"}, {"type": "text", "text": "Or?"}]
+    row = {"messages": [{"role": "user", "content": parts}, picture_rows()[0]["messages"][1]]}
+    right, none, many = _encoded(task, _rows([row | {"images": images} for images in ([two], [], [two, one])]))
+    assert [Path(path).name for path, *_ in json.loads(right.examples[0].arrays["pictures"])] == [
+        Path(one).name,
+        Path(two).name,
+    ]
+    assert "2 marks <image> and 1 pictures" in none.message
+    assert "2 marks <image> and 3 pictures" in many.message
+
+
+def test_turns_that_say_so_are_not_trained_and_system_and_tools_are_read(task):
+    row = picture_rows()[0]
+    asked, answer = row["messages"]
+    more = [asked, answer | {"train": False}, {"role": "user", "content": "Sure?"}, answer | {"content": "Yes."}]
+    tools = [{"type": "function", "function": {"name": "zoom"}}]
+    (outcome,) = _encoded(task, _rows([row | {"messages": more, "system": "Be brief.", "tools": tools}]))
+    (example,) = outcome.examples
+    trained = [label for label in example.arrays["labels"] if label >= 0]
+    assert task.tokenizer.decode(trained) == "Yes.<|im_end|>"
+    assert "Be brief." in example.arrays["text"]
+    assert outcome.flags & Flag.UNSEEN  # this template has no words for tools
 
 
 def test_the_tokens_of_a_picture_are_never_cut(task):
