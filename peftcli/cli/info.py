@@ -19,7 +19,8 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _MAX_ROWS = 8
 """Modules, or kinds of them, that are shown without --updates."""
 USES = {
-    "metrics": "classification of texts, words, pictures and sounds; bleu, chrf, rouge_l",
+    "metrics": "sequence_classification, token_classification, image_classification, audio_classification; "
+    "bleu, chrf, rouge_l",
     "vision": "image_classification, semantic_segmentation, image_text_to_text",
     "audio": "speech_recognition, audio_classification",
     "diffusion": "text_to_image",

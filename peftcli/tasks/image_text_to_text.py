@@ -293,7 +293,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         if last.get("role") != "assistant":
             message = f"ends with a turn of {last.get('role')}: there is no answer to compare"
             raise row.place.error(message, key="task.generate_metrics")
-        return {"asked": self.template.render(asked, prompt=True), "answer": str(last.get("content") or "")}
+        return {"asked": self.template.render(asked, read.tools, prompt=True), "answer": str(last.get("content") or "")}
 
     def _end_of_pictures(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> int:
         """Where the tokens of the last picture end; 0 without one."""
