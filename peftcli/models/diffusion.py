@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
 from peftcli.errors import ModelError
+from peftcli.models.diffusion_families import Family, Tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Tensors = dict[str, torch.Tensor]
 _CACHE_BYTES = 2 << 30
 """The size of each cache: of latents, and of the texts' embeddings. The others are computed each time."""
 _COPIED = (".json", ".txt", ".model", ".safetensors")
-_GUIDANCE = 3.5
-"""The guidance scale that Flux trains with, as in its published recipes."""
 
 
 @dataclass(frozen=True)
@@ -52,121 +50,10 @@ class Denoised(ModelOutput):
     """(B, C, h, w): the noise, the velocity or the flow, as the scheduler is set."""
 
 
-class Family(ABC):
-    """Pipelines of one kind: which parts they have, and how their denoisers are called."""
-
-    name: ClassVar[str]
-    """Of the class in diffusers."""
-    denoiser: ClassVar[str] = "unet"
-    """The part that is trained."""
-    adapted_texts: ClassVar[Sequence[str]] = ("text_encoder",)
-    """The encoders of texts that may be trained, those of CLIP."""
-    longest: ClassVar[int] = 512
-    """Tokens of a prompt at most, for an encoder that is not CLIP's."""
-
-    @abstractmethod
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
-        """Encode prompts into the tensors (B, ...) that condition the denoiser."""
-
-    @abstractmethod
-    def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the denoiser's prediction (B, C, h, w).
-
-        Args:
-            model: Has it.
-            noisy: Latents (B, C, h, w).
-            steps: Of the scheduler (B,).
-            texts: The tensors of ``encode``.
-            sizes: Of the pictures (B, 6): height and width before they were cut, top and left of the cut, and height
-                and width.
-        """
-
-
-class _StableDiffusion(Family):
-    name = "StableDiffusionPipeline"
-
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
-        return {"states": pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0]}
-
-    def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
-    ) -> torch.Tensor:
-        return model.get_submodule("unet")(noisy, steps, texts["states"]).sample
-
-
-class _StableDiffusionXL(Family):
-    name = "StableDiffusionXLPipeline"
-    adapted_texts = ("text_encoder", "text_encoder_2")
-
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
-        states, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts), device=pipeline.device, do_classifier_free_guidance=False
-        )
-        return {"states": states, "pooled": pooled}
-
-    def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
-    ) -> torch.Tensor:
-        more = {"text_embeds": texts["pooled"], "time_ids": sizes.to(noisy.dtype)}
-        return model.get_submodule("unet")(noisy, steps, texts["states"], added_cond_kwargs=more).sample
-
-
-class _StableDiffusion3(Family):
-    name = "StableDiffusion3Pipeline"
-    denoiser = "transformer"
-    longest = 256
-    adapted_texts = ("text_encoder", "text_encoder_2")
-
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
-        states, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts), None, None, device=pipeline.device, do_classifier_free_guidance=False
-        )
-        return {"states": states, "pooled": pooled}
-
-    def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
-    ) -> torch.Tensor:
-        return model.get_submodule("transformer")(noisy, texts["states"], texts["pooled"], steps).sample
-
-
-class _Flux(Family):
-    name = "FluxPipeline"
-    denoiser = "transformer"
-
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
-        states, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.device)
-        return {"states": states, "pooled": pooled}
-
-    def predict(
-        self, model: DiffusionModel, noisy: torch.Tensor, steps: torch.Tensor, texts: Tensors, sizes: torch.Tensor
-    ) -> torch.Tensor:
-        pipeline, (count, channels, height, width) = model.pipeline, noisy.shape
-        like: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
-        packed = model.get_submodule("transformer")(
-            pipeline._pack_latents(noisy, count, channels, height, width),
-            texts["states"],
-            texts["pooled"],
-            steps / 1000,
-            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **like),
-            txt_ids=torch.zeros(texts["states"].shape[1], 3, **like),
-            guidance=torch.full((count,), _GUIDANCE, **like) if model.guided else None,
-        ).sample
-        scale = pipeline.vae_scale_factor
-        return pipeline._unpack_latents(packed, height * scale, width * scale, scale)
-
-
-FAMILIES: dict[str, Family] = {
-    each.name: each for each in (_StableDiffusion(), _StableDiffusionXL(), _StableDiffusion3(), _Flux())
-}
-"""By the name of the class in diffusers."""
-
-
 class DiffusionModel(nn.Module):
     """A pipeline's denoiser and maybe its texts' encoders, as one module; the other parts stay frozen beside it."""
 
-    usual_targets = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+    usual_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(
         self,
@@ -186,13 +73,10 @@ class DiffusionModel(nn.Module):
             self.add_module(name, part)
         denoiser: Any = trained[family.denoiser]
         self.compute_dtype: torch.dtype = denoiser.dtype
-        self.guided = bool(getattr(denoiser.config, "guidance_embeds", False))
         self._latents, self._texts = _Cache(), _Cache()
         if pipeline is not None:
             self._noise = noise_of(pipeline.scheduler)
-            if isinstance(family, _StableDiffusionXL) and getattr(pipeline.vae.config, "latents_mean", None):
-                message = "scales latents by latents_mean and latents_std, which is not supported"
-                raise ModelError(message, file="vae", key="base_model")
+            self._mean, self._std = family.statistics(pipeline.vae)
 
     @property
     def device(self) -> torch.device:
@@ -218,9 +102,19 @@ class DiffusionModel(nn.Module):
         """
         clean, noise = self._draw_latents(pictures, seeds)
         noisy, steps, target = self._noise(clean, noise, times.to(self.device))
-        texts = {name: value.to(self.compute_dtype) for name, value in self._encode_cached(prompts).items()}
-        sample = self.family.predict(self, noisy.to(self.compute_dtype), steps, texts, sizes)
+        given = {"sizes": sizes.to(self.device), **self._encode_cached(prompts)}
+        sample = self.predict(noisy, steps, given)
         return Denoised(sample.float(), target)
+
+    def predict(self, noisy: torch.Tensor, steps: torch.Tensor, given: Tensors) -> torch.Tensor:
+        """Return the denoiser's prediction (B, C, h, w) of noisy latents at steps (B,) of the scheduler.
+
+        ``given`` conditions it: see ``Family.predict``.
+        """
+        dtype = self.compute_dtype
+        values = {name: each.to(dtype) if each.is_floating_point() else each for name, each in given.items()}
+        denoiser = self.get_submodule(self.family.denoiser)
+        return self.family.predict(self.pipeline, denoiser, noisy.to(self.compute_dtype), steps, values)
 
     def _draw_latents(self, pictures: Sequence[Picture], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return latents and noise (B, C, h, w) of pictures, drawn on the CPU: they depend on the seeds alone."""
@@ -228,24 +122,23 @@ class DiffusionModel(nn.Module):
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         means, logs = (torch.stack([each[name] for each in found]) for name in ("mean", "log"))
         extra, noise = (torch.stack([torch.randn(means.shape[1:], generator=draw) for draw in draws]) for _ in range(2))
-        config = self.pipeline.vae.config
         latents = means + torch.exp(0.5 * logs) * extra
-        shifted = latents - (getattr(config, "shift_factor", None) or 0.0)
-        return (shifted * config.scaling_factor).to(self.device), noise.to(self.device)
+        return ((latents - self._mean) / self._std).to(self.device), noise.to(self.device)
 
     @torch.no_grad()
     def _moments(self, picture: Picture) -> Tensors:
         """Return the mean of a picture's latents and the logarithm of their variance, (C, h, w) each."""
         pixels = picture.read()[None].to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            found = self.pipeline.vae.encode(pixels).latent_dist
-        return {"mean": found.mean[0].cpu(), "log": found.logvar[0].cpu()}
+            found = self.family.moments(self.pipeline, pixels)
+        return dict(zip(("mean", "log"), (each[0].cpu() for each in found), strict=True))
 
     def _encode_cached(self, prompts: Sequence[str]) -> Tensors:
         if len(self.trained) > 1:
             return self._encode(prompts)
         found = [self._texts.get(each, partial(self._encode_one, each)) for each in prompts]
-        return {name: torch.stack([each[name] for each in found]).to(self.device) for name in found[0]}
+        padded = {name: pad_sequence([each[name] for each in found], batch_first=True) for name in found[0]}
+        return {name: value.to(self.device) for name, value in padded.items()}
 
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> Tensors:
@@ -265,7 +158,8 @@ class DiffusionModel(nn.Module):
         self.eval()
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.autocast(self.device.type, self.compute_dtype if mixed else torch.bfloat16, enabled=mixed):
-            made = self.pipeline(prompt=list(prompts), generator=draws, height=side, width=side, **options)
+            given = self.family.options(prompts, options)
+            made = self.pipeline(prompt=list(prompts), generator=draws, height=side, width=side, **given)
         self.train(was_training)
         images: list[Image] = made.images
         return images
@@ -359,6 +253,9 @@ def noise_of(scheduler: Any) -> _Noise:
     """
     import diffusers
 
+    if scheduler.config.get("use_flow_sigmas"):
+        shift = scheduler.config.get("flow_shift", 1.0)
+        return partial(_flow, diffusers.FlowMatchEulerDiscreteScheduler(shift=shift))
     if not hasattr(scheduler, "alphas_cumprod"):
         name = type(scheduler).__name__
         if not name.startswith("FlowMatch"):

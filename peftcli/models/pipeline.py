@@ -15,7 +15,8 @@ from peftcli.guard.adapter_folder import DTYPES
 from peftcli.guard.files import first_of, short_repr
 from peftcli.models import hub_files, validate
 from peftcli.models.base import LoadedModel, OpenBase
-from peftcli.models.diffusion import FAMILIES, DiffusionModel, Family, quiet_diffusers
+from peftcli.models.diffusion import DiffusionModel, quiet_diffusers
+from peftcli.models.diffusion_families import FAMILIES, Family
 from peftcli.models.find import FoundBase
 from peftcli.models.guarded import translated_errors
 from peftcli.models.hub_files import PIPELINE_FILE
@@ -31,6 +32,10 @@ _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that are not loaded: they read pictures."""
 _DEFAULT_SAMPLE_SIZE = 128
 """Of a transformer that takes pictures of any size, as Flux: pictures of 1024 pixels."""
+
+
+_STAGES = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+"""Where the config of an autoencoder lists its stages; between two, the sides of a picture are halved."""
 
 
 class OpenPipeline(OpenBase):
@@ -95,7 +100,9 @@ class OpenPipeline(OpenBase):
     @property
     def pixels_per_latent(self) -> int:
         """How many pixels of a picture's side one latent stands for."""
-        return int(2 ** (len(self._config_of("vae").get("block_out_channels", [0])) - 1))
+        config = self._config_of("vae")
+        stages = next((config[name] for name in _STAGES if name in config), [0])
+        return int(2 ** (len(stages) - 1))
 
     @property
     def resolution(self) -> int:
@@ -105,8 +112,8 @@ class OpenPipeline(OpenBase):
 
     @property
     def resolution_step(self) -> int:
-        """The side of a picture is a multiple of these pixels: transformers read patches of two by two latents."""
-        return self.pixels_per_latent * (1 if self.family.denoiser == "unet" else 2)
+        """The side of a picture is a multiple of these pixels, because transformers read patches of latents."""
+        return self.pixels_per_latent * self.family.patch
 
     def _config_of(self, part: str) -> dict[str, Any]:
         return validate.read_config(self.folder / part / "config.json")
@@ -205,6 +212,9 @@ class OpenPipeline(OpenBase):
         import torch
 
         texts = [name for name in self.family.adapted_texts if train_text_encoder]
+        if train_text_encoder and not texts:
+            message = f"{self.family.name} reads prompts with a language model, which is not adapted here"
+            raise ModelError(message, key="task.train_text_encoder", hint="leave it out")
         with translated_errors(self.name), quiet_diffusers(), torch.device("meta"):
             parts = {name: self._build(name) for name in (self.family.denoiser, *texts)}
         return DiffusionModel(self.family, parts)

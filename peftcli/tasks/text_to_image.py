@@ -105,7 +105,8 @@ class TextToImage(Task[settings.TextToImageSettings]):
         """Those of the pipeline's encoders of texts."""
         encoders = [name for name in self.pipeline.parts if name.startswith("text_encoder")]
         names = [name.replace("text_encoder", "tokenizer") for name in encoders]
-        return [self.pipeline.part(name) for name in names if name in self.pipeline.parts]
+        found = [self.pipeline.part(name) for name in names if name in self.pipeline.parts]
+        return [getattr(each, "tokenizer", each) for each in found]  # the tokenizer of a processor
 
     @cached_property
     def resolution(self) -> int:
