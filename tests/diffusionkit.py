@@ -429,14 +429,16 @@ def pipeline_base(kind: str) -> Path:
 
 
 @functools.cache
-def picture_files(count: int = 6) -> list[Path]:
-    """Small pictures of noise around a colour."""
-    draw, folder = np.random.default_rng(0), scratch() / "text-to-image"
+def picture_files(count: int = 6, shapes: tuple[tuple[int, int], ...] = ((SIDE, SIDE + 8),)) -> list[Path]:
+    """Small pictures of noise around a colour, of these heights and widths in turn."""
+    draw, folder = np.random.default_rng(0), scratch() / f"text-to-image-{count}-{len(shapes)}"
     folder.mkdir()
     files = []
     for number in range(count):
         colour = [(230, 40, 40), (40, 40, 230)][number % 2]
-        pixels = np.clip(np.array(colour) + draw.normal(0, 20, (SIDE, SIDE + 8, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(np.array(colour) + draw.normal(0, 20, (*shapes[number % len(shapes)], 3)), 0, 255).astype(
+            np.uint8
+        )
         files.append(folder / f"{number}.png")
         Image.fromarray(pixels).save(files[-1])
     return files

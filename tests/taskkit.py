@@ -259,14 +259,14 @@ def _generated(task: str, kind: str, rows: Sequence[dict[str, Any]], **own: Any)
     )
 
 
-def _pictures_of_prompts(kind: str, **settings: Any) -> Case:
+def _pictures_of_prompts(kind: str, shapes: tuple[tuple[int, int], ...] = ((32, 40),), **settings: Any) -> Case:
     """text_to_image over a kind of pipeline."""
     return Case(
         base=lambda: pipeline_base(kind),
         task={"type": "text_to_image", "num_inference_steps": 2, **settings},
         rows=lambda: [
             {"image": str(path), "text": ("a red dog", "a blue cat")[number % 2]}
-            for number, path in enumerate(picture_files(12))
+            for number, path in enumerate(picture_files(12, shapes))
         ],
         found={"num_inference_steps": 2},
         metrics=frozenset({"loss"}),
@@ -401,4 +401,13 @@ CASES: dict[str, Case] = {
     ),
     "text_to_image": _pictures_of_prompts("sd"),
     "a transformer and texts": _pictures_of_prompts("sd3", train_text_encoder=True),
+    "pictures of several shapes": _pictures_of_prompts(
+        "sd",
+        ((32, 32), (32, 64), (32, 32), (64, 32)),
+        resolution=32,
+        buckets=True,
+        caption_dropout=0.3,
+        snr_gamma=5.0,
+        cache_latents=True,
+    ),
 }

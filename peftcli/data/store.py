@@ -480,6 +480,11 @@ class View:
         part = bisect_right(self._starts, index) - 1
         return self.parts[part].store, int(self._chosen[part][index - self._starts[part]])
 
+    def scalars(self, column: str) -> np.ndarray:
+        """Return one column of all examples, whose values are scalars."""
+        pairs = [each for each in zip(self.parts, self._chosen, strict=True) if len(each[1])]
+        return _joined(part.store.values(column, 0, len(part.store))[0][chosen] for part, chosen in pairs)
+
     def place(self, index: int) -> Place:
         """Return the place of an example's row."""
         store, position = self.locate(index)

@@ -5,22 +5,26 @@ Latent diffusion: https://arxiv.org/abs/2112.10752; flow matching: https://arxiv
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import ModelOutput
 
 from peftcli.errors import ModelError
 from peftcli.models.diffusion_families import Family, Tensors
+from peftcli.system.disk import write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +40,7 @@ class Picture:
 
     read: Callable[[], torch.Tensor]
     """Returns its pixels (3, H, W), from -1 to 1."""
-    key: Hashable | None = None
+    key: str | None = None
     """Pictures of one key have the same pixels, whose latents are kept. None: they are not."""
 
 
@@ -48,6 +52,8 @@ class Denoised(ModelOutput):
     """(B, C, h, w)."""
     target: torch.Tensor | None = None
     """(B, C, h, w): the noise, the velocity or the flow, as the scheduler is set."""
+    weights: torch.Tensor | None = None
+    """(B,): how much the error of each counts, by its step; None: alike."""
 
 
 class DiffusionModel(nn.Module):
@@ -90,6 +96,7 @@ class DiffusionModel(nn.Module):
         seeds: Sequence[int],
         times: torch.Tensor,
         sizes: torch.Tensor,
+        snr_gamma: float | None = None,
     ) -> Denoised:
         """Add noise to pictures and predict it.
 
@@ -99,12 +106,26 @@ class DiffusionModel(nn.Module):
             seeds: What the noise of each is drawn by, and what the autoencoder draws.
             times: (B,), from 0 to 1: which share of all steps is less noisy, as training draws them.
             sizes: See ``Family.predict``.
+            snr_gamma: Weigh the errors by the signal-to-noise ratio of their steps, clipped here.
         """
         clean, noise = self._draw_latents(pictures, seeds)
         noisy, steps, target = self._noise(clean, noise, times.to(self.device))
         given = {"sizes": sizes.to(self.device), **self._encode_cached(prompts)}
         sample = self.predict(noisy, steps, given)
-        return Denoised(sample.float(), target)
+        if snr_gamma is None:
+            return Denoised(sample.float(), target)
+        assert isinstance(self._noise, Discrete)
+        return Denoised(sample.float(), target, self._noise.weights(steps, snr_gamma))
+
+    def keep_latents(self, folder: Path) -> None:
+        """Keep latents of pictures with a key in a folder: one for each autoencoder, by its content."""
+        assert self.folder is not None
+        digest = hashlib.sha256()
+        for path in sorted((self.folder / "vae").iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        self._latents.folder = folder / digest.hexdigest()
 
     def predict(self, noisy: torch.Tensor, steps: torch.Tensor, given: Tensors) -> torch.Tensor:
         """Return the denoiser's prediction (B, C, h, w) of noisy latents at steps (B,) of the scheduler.
@@ -131,7 +152,7 @@ class DiffusionModel(nn.Module):
         pixels = picture.read()[None].to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             found = self.family.moments(self.pipeline, pixels)
-        return dict(zip(("mean", "log"), (each[0].cpu() for each in found), strict=True))
+        return dict(zip(("mean", "log"), (each[0].cpu().contiguous() for each in found), strict=True))
 
     def _encode_cached(self, prompts: Sequence[str]) -> Tensors:
         if len(self.trained) > 1:
@@ -203,21 +224,33 @@ class DiffusionModel(nn.Module):
 
 
 class _Cache:
-    """Tensors that are computed once, up to a number of bytes."""
+    """Tensors that are computed once, up to a number of bytes; with a folder, once for all runs."""
 
     def __init__(self) -> None:
-        self._values: dict[Hashable, Tensors] = {}
+        self._values: dict[str, Tensors] = {}
         self._free_bytes = _CACHE_BYTES
+        self.folder: Path | None = None
 
-    def get(self, key: Hashable | None, make: Callable[[], Tensors]) -> Tensors:
+    def get(self, key: str | None, make: Callable[[], Tensors]) -> Tensors:
         """Return the value of a key, computed by ``make`` if it is not cached. None is never cached."""
         if key in self._values:
             return self._values[key]
-        value = make()
+        value = self._read(key, make)
         size = sum(each.numel() * each.element_size() for each in value.values())
         if key is not None and size <= self._free_bytes:
             self._free_bytes -= size
             self._values[key] = value
+        return value
+
+    def _read(self, key: str | None, make: Callable[[], Tensors]) -> Tensors:
+        """Read a value from the folder, or compute it and write it there."""
+        if self.folder is None or key is None:
+            return make()
+        path = self.folder / f"{key}.safetensors"
+        with suppress(OSError, SafetensorError):  # it is not there, or damaged
+            return load_file(path)
+        value = make()
+        write_file(path, save(value))
         return value
 
 
@@ -241,12 +274,56 @@ def quiet_diffusers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_Noise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""From latents, noise (B, C, h, w) and times (B,): noisy latents, steps (B,) and what is to be predicted."""
+@dataclass(frozen=True)
+class Discrete:
+    """Noise of schedulers with betas."""
+
+    scheduler: Any
+    kind: str
+    """What is predicted: epsilon, v_prediction or sample."""
+
+    def __call__(
+        self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return noisy latents (B, C, h, w), steps (B,) and what is to be predicted (B, C, h, w), for times (B,)."""
+        count = self.scheduler.config.num_train_timesteps
+        steps = (times * count).long().clamp(max=count - 1)
+        noisy = self.scheduler.add_noise(clean, noise, steps)
+        if self.kind == "v_prediction":
+            return noisy, steps, self.scheduler.get_velocity(clean, noise, steps)
+        return noisy, steps, noise if self.kind == "epsilon" else clean
+
+    def weights(self, steps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Return the Min-SNR weights (B,) of steps (https://arxiv.org/abs/2303.09556)."""
+        alphas = self.scheduler.alphas_cumprod.to(steps.device)[steps].float()
+        ratio = alphas / (1 - alphas)
+        if self.kind == "epsilon":
+            return (gamma / ratio).clamp(max=1)
+        return ratio.clamp(max=gamma) / (ratio + 1 if self.kind == "v_prediction" else 1)
 
 
-def noise_of(scheduler: Any) -> _Noise:
-    """Return the function that adds noise as a scheduler's settings say, and gives the target of the prediction.
+@dataclass(frozen=True)
+class Flow:
+    """Noise on straight lines: flow matching."""
+
+    scheduler: Any
+
+    def __call__(
+        self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what ``Discrete`` returns.
+
+        The middle of the way from noise to picture is trained most: times are those of a logit-normal.
+        """
+        count = len(self.scheduler.timesteps)
+        spread = torch.sigmoid(torch.special.ndtri(times.double().clamp(1e-6, 1 - 1e-6)))
+        at = (spread * count).long().clamp(max=count - 1)
+        sigmas = self.scheduler.sigmas.to(clean.device)[at][:, None, None, None]
+        return (1 - sigmas) * clean + sigmas * noise, self.scheduler.timesteps.to(clean.device)[at], noise - clean
+
+
+def noise_of(scheduler: Any) -> Discrete | Flow:
+    """Return what adds noise as a scheduler's settings say, and gives the target of the prediction.
 
     Raises:
         ModelError: they say something that is not known.
@@ -255,38 +332,16 @@ def noise_of(scheduler: Any) -> _Noise:
 
     if scheduler.config.get("use_flow_sigmas"):
         shift = scheduler.config.get("flow_shift", 1.0)
-        return partial(_flow, diffusers.FlowMatchEulerDiscreteScheduler(shift=shift))
+        return Flow(diffusers.FlowMatchEulerDiscreteScheduler(shift=shift))
     if not hasattr(scheduler, "alphas_cumprod"):
         name = type(scheduler).__name__
         if not name.startswith("FlowMatch"):
             message = f"is {name}, which adds noise in a way that is not known"
             hint = "known are flow matching (FlowMatch...) and schedulers with betas, such as EulerDiscreteScheduler"
             raise ModelError(message, file="scheduler", key="base_model", hint=hint)
-        flow: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        return partial(_flow, flow)
+        return Flow(diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config))
     discrete: Any = diffusers.DDPMScheduler.from_config(scheduler.config)
     kind = discrete.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(f"predicts {kind}, which is not known", file="scheduler", key="base_model")
-    return partial(_discrete, discrete, kind)
-
-
-def _discrete(
-    scheduler: Any, kind: str, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    count = scheduler.config.num_train_timesteps
-    steps = (times * count).long().clamp(max=count - 1)
-    noisy = scheduler.add_noise(clean, noise, steps)
-    if kind == "v_prediction":
-        return noisy, steps, scheduler.get_velocity(clean, noise, steps)
-    return noisy, steps, noise if kind == "epsilon" else clean
-
-
-def _flow(
-    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The middle of the way from noise to picture is trained most: times are those of a logit-normal."""
-    spread = torch.sigmoid(torch.special.ndtri(times.double().clamp(1e-6, 1 - 1e-6)))
-    at = (spread * len(scheduler.timesteps)).long().clamp(max=len(scheduler.timesteps) - 1)
-    sigmas = scheduler.sigmas.to(clean.device)[at][:, None, None, None]
-    return (1 - sigmas) * clean + sigmas * noise, scheduler.timesteps.to(clean.device)[at], noise - clean
+    return Discrete(discrete, kind)

@@ -408,7 +408,7 @@ TASKS: dict[str, TaskRow] = {
         processor=None,
         reads=tuple((image, text) for image in PICTURES for text in CAPTIONS),
         pipeline_tag="text-to-image",
-        summary="make pictures from texts: DreamBooth and captioned pictures (Stable Diffusion, Flux, Qwen-Image and others)",
+        summary="make pictures from texts: DreamBooth, captioned pictures (Stable Diffusion, Flux, Qwen-Image)",
         example='"<instance_prompt: a photo of sks dog>"',
         loading=(
             "from pathlib import Path",

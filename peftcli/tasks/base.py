@@ -312,6 +312,10 @@ class Task(ABC, Generic[Settings]):
             DataError: the base model cannot read it.
         """
 
+    def groups(self, view: View) -> np.ndarray | None:
+        """Return a number for each example: a batch has examples of one number. None: of any."""
+        return None
+
     def refuse_rows(self, examples: View, count: int, *, training: bool) -> None:
         """Check, for a loss that compares rows, that there are enough of them, for ``training`` or evaluation.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE
 
 if TYPE_CHECKING:
     from typing import Self
@@ -384,6 +384,16 @@ class TextToImageSettings(TaskSettings):
     """Crop squares from the middle; false: from a random place at each step."""
     random_flip: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
     """Mirror a random half of the pictures at each step."""
+    buckets: bool = False
+    """Keep each picture's shape instead of a square: it is cut to the size that is nearest to its shape, of about the
+    area of ``resolution`` squared. A batch has pictures of one size."""
+    caption_dropout: float = field(default=0.0, metadata=NOT_ENCODED | MAY_DIFFER | SHARE)
+    """Share of captions that are left out in training, so that pictures can be made with guidance."""
+    snr_gamma: float | None = field(default=None, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
+    """Min-SNR weighting (https://arxiv.org/abs/2303.09556): steps with little noise count less in the loss. 5 is usual.
+    Of base models that predict a flow it is refused."""
+    cache_latents: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
+    """Keep the pictures' latents in the cache on disk, for later runs with the same autoencoder, pictures and size."""
     sample_prompts: list[str] = field(default_factory=list, metadata=NOT_ENCODED | MAY_DIFFER)
     """Prompts for sample pictures at each evaluation, always from the same noise; they are in ``samples/`` of the run
     folder."""

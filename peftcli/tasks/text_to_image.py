@@ -8,11 +8,12 @@ DreamBooth: https://arxiv.org/abs/2208.12242.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,9 +25,9 @@ from peftcli.core.inject import disabled
 from peftcli.data.cache import root
 from peftcli.data.media import is_media
 from peftcli.data.rows import Reader, Row, Table
-from peftcli.data.store import Column, Example, Outcome
+from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError
-from peftcli.models.diffusion import Picture
+from peftcli.models.diffusion import Flow, Picture, noise_of
 from peftcli.models.open import OpenBase
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.system.disk import write_file
@@ -86,6 +87,11 @@ class TextToImage(Task[settings.TextToImageSettings]):
         if settings.class_prompt is None:
             of_class = ("class_data_dir", "num_class_images", "prior_loss_weight")
             refuse_unread(settings, of_class, "is a setting of the pictures of task.class_prompt, which is missing")
+        if not settings.center_crop:
+            refuse_unread(settings, ("cache_latents",), "has no use where task.center_crop: false draws a new crop")
+        if settings.snr_gamma is not None and isinstance(noise_of(self.pipeline.part("scheduler")), Flow):
+            message = f"weighs the steps of noise; {self.pipeline.family.name} predicts a flow. Leave it out"
+            raise DataError(message, key="task.snr_gamma")
         self.priors: list[_Stored] = []
         """Pictures of the class prompt."""
 
@@ -135,7 +141,8 @@ class TextToImage(Task[settings.TextToImageSettings]):
         file, image = picture_of(row, reader)
         width, height = image.size
         arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
-        flags = _SMALL * (min(image.size) < self.resolution) | _NO_CAPTION * (not prompt)
+        size = self._size(width, height)
+        flags = _SMALL * (width < size[0] or height < size[1]) | _NO_CAPTION * (not prompt)
         flags |= _CUT * all(
             len(each(prompt, verbose=False)["input_ids"]) > min(each.model_max_length, self.pipeline.family.longest)
             for each in self.tokenizers
@@ -147,9 +154,25 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, from_adapter: bool) -> None:
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height to which a picture of these is cut."""
+        if not self.settings.buckets:
+            return self.resolution, self.resolution
+        sizes, shape = bucket_sizes(self.resolution, self.pipeline.resolution_step), math.log(width / height)
+        return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+
+    def groups(self, view: View) -> np.ndarray | None:
+        if not self.settings.buckets:
+            return None
+        sides = zip(view.scalars("width").tolist(), view.scalars("height").tolist(), strict=True)
+        sizes = {size: at for at, size in enumerate(bucket_sizes(self.resolution, self.pipeline.resolution_step))}
+        return np.array([sizes[self._size(*each)] for each in sides], np.int64)
+
+    def begin(self, model: Any, from_adapter: bool) -> None:
         """Find the pictures of the class prompt, or let the base model make those that the cache lacks."""
         given = self.settings
+        if given.cache_latents:
+            model.keep_latents(root() / "latents")
         if given.class_prompt is None:
             return
         if given.class_data_dir is not None:
@@ -181,32 +204,39 @@ class TextToImage(Task[settings.TextToImageSettings]):
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         seeds = [_seed(each.draw, each.arrays["digest"]) for each in examples]
         stored = [_Stored(File.of(each), int(each.arrays["width"]), int(each.arrays["height"])) for each in examples]
+        sizes = [self._size(each.width, each.height) for each in stored]
         prompts, weights = [each.arrays["prompt"] for each in examples], [1.0] * len(examples)
+        if training and (share := self.settings.caption_dropout):
+            left_out = [np.random.default_rng(seed + 2).random() < share for seed in seeds]
+            prompts = ["" if out else prompt for prompt, out in zip(prompts, left_out, strict=True)]
         if training and self.priors:
             stored += [self.priors[seed % len(self.priors)] for seed in seeds]
             seeds += [_seed(seed, b"prior") for seed in seeds]
             prompts += [str(self.settings.class_prompt)] * len(examples)
             weights += [self.settings.prior_loss_weight] * len(examples)
-        cuts = [self._cut(each, seed, training) for each, seed in zip(stored, seeds, strict=True)]
-        kept = not training or (self.settings.center_crop and not self.settings.random_flip)
+            sizes *= 2  # of the picture that each one stands beside
+        cuts = [self._cut(*each, training) for each in zip(stored, sizes, seeds, strict=True)]
+        kept = not training or self.settings.center_crop
         return {
-            "pictures": [Picture(cut, cut.stored.file.digest if kept else None) for cut in cuts],
+            "pictures": [Picture(cut, cut.key if kept else None) for cut in cuts],
             "prompts": prompts,
             "seeds": seeds,
             "times": torch.tensor([float(np.random.default_rng(seed).random()) for seed in seeds]),
             "sizes": torch.tensor([cut.sizes for cut in cuts]),
+            "snr_gamma": self.settings.snr_gamma if training else None,
             "_weights": torch.tensor(weights),
         }
 
-    def _cut(self, stored: _Stored, seed: int, training: bool) -> _Cut:
+    def _cut(self, stored: _Stored, size: tuple[int, int], seed: int, training: bool) -> _Cut:
         """Where a picture is cut, and whether it is mirrored."""
         draw, given = np.random.default_rng(seed + 1), self.settings
         places = draw.random(2) if training and not given.center_crop else np.array([0.5, 0.5])
         flipped = bool(training and given.random_flip and draw.random() < 0.5)
-        scale = self.resolution / min(stored.width, stored.height)
-        wide, high = (max(self.resolution, round(side * scale)) for side in (stored.width, stored.height))
-        left, top = (int(place * (side - self.resolution)) for place, side in zip(places, (wide, high), strict=True))
-        return _Cut(stored, (wide, high), left, top, self.resolution, flipped)
+        sides = stored.width, stored.height
+        scale = max(cut / side for cut, side in zip(size, sides, strict=True))
+        wide, high = (max(cut, round(side * scale)) for cut, side in zip(size, sides, strict=True))
+        left, top = (int(place * room) for place, room in zip(places, (wide - size[0], high - size[1]), strict=True))
+        return _Cut(stored, (wide, high), left, top, size, flipped)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The squared error of what is predicted, a mean over each picture's latents.
@@ -287,20 +317,27 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The square of a picture that the model sees."""
+    """The part of a picture that the model sees."""
 
     stored: _Stored
     scaled: tuple[int, int]
     """Width and height to which the picture is scaled."""
     left: int
     top: int
-    side: int
+    size: tuple[int, int]
+    """Width and height of the part."""
     flipped: bool
+
+    @property
+    def key(self) -> str:
+        """Equal for equal pixels."""
+        place = (self.stored.file.digest, self.scaled, self.left, self.top, self.size, self.flipped)
+        return hashlib.sha256(repr(place).encode()).hexdigest()
 
     @property
     def sizes(self) -> list[int]:
         """What Stable Diffusion XL is told: height and width of the file's picture, the cut, and what is left."""
-        return [self.stored.height, self.stored.width, self.top, self.left, self.side, self.side]
+        return [self.stored.height, self.stored.width, self.top, self.left, *self.size[::-1]]
 
     def __call__(self) -> torch.Tensor:
         """Return the pixels (3, H, W), from -1 to 1."""
@@ -308,15 +345,40 @@ class _Cut:
 
         file = self.stored.file
         resized = open_image(file.read(), file.path).convert("RGB").resize(self.scaled, Image.Resampling.LANCZOS)
-        cut = resized.crop((self.left, self.top, self.left + self.side, self.top + self.side))
+        cut = resized.crop((self.left, self.top, self.left + self.size[0], self.top + self.size[1]))
         values = np.asarray(ImageOps.mirror(cut) if self.flipped else cut, np.float32)
         return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)
 
 
+@cache
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """Return widths and heights of about the area of a square of ``resolution``, from 1:4 to 4:1.
+
+    Sides are multiples of ``step``, and of a sixteenth of ``resolution``.
+    """
+    step *= max(1, resolution // (16 * step))
+    longer = range(-(-resolution // step) * step, 2 * resolution + 1, step)
+    wide = [(side, resolution**2 // (side * step) * step) for side in longer]
+    return [*wide, *((width, height) for height, width in wide if height != width)]
+
+
 def _errors(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The mean squared error of each picture (B,), float32."""
-    found = model(**inputs)
-    return (found.sample.float() - found.target.float()).square().flatten(1).mean(1)
+    """The mean squared error of each picture (B,), float32. Pictures of one size go through the model together."""
+    sizes = [tuple(each) for each in inputs["sizes"][:, 4:].tolist()]
+    errors = inputs["times"].new_zeros(len(sizes))
+    for size in dict.fromkeys(sizes):
+        at = [place for place, each in enumerate(sizes) if each == size]
+        found = model(**{name: _chosen(value, at) for name, value in inputs.items()})
+        error = (found.sample.float() - found.target.float()).square().flatten(1).mean(1)
+        errors[at] = error if found.weights is None else error * found.weights
+    return errors
+
+
+def _chosen(values: Any, at: Sequence[int]) -> Any:
+    """Some pictures of a batch."""
+    if isinstance(values, list):
+        return [values[place] for place in at]
+    return values[at] if isinstance(values, torch.Tensor) else values
 
 
 def _seed(draw: int, name: bytes) -> int:

@@ -293,6 +293,7 @@ def plan_of(recipe: Recipe, data: Data, num_processes: int) -> Plan:
         weights=weights or None,
         max_length=recipe.dataset.max_length if recipe.dataset.packing else None,
         divides=data.task.divides,
+        groups=data.task.groups(data.train),
     )
 
 

@@ -31,23 +31,27 @@ from peftcli.train.data import Data
 from peftcli.train.devices.launch import MEASURING, report
 from peftcli.train.devices.sharding import is_sharded
 from peftcli.train.kept_rows import EarlierRun
+from peftcli.train.plan import chunks
 
 _LOOK_SECONDS = 0.02
 _evaluations = count()
 """Numbers the evaluations of this process, equally in all processes."""
 
 
-def _batches(examples: View, batch_size: int, accelerator: Accelerator, sharded: bool) -> list[tuple[list[int], bool]]:
+def _batches(
+    examples: View, groups: np.ndarray | None, batch_size: int, accelerator: Accelerator, sharded: bool
+) -> list[tuple[list[int], bool]]:
     """Return what this process computes in each round of all processes: rows of like sizes, and whether they count.
 
     A process without a batch counts one example zero times: where it has none at all, and where the model is divided,
     so that the others need its part of the weights.
     """
-    order = np.argsort(examples.sizes, kind="stable").tolist()
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = np.argsort(examples.sizes, kind="stable")
+    groups = np.zeros_like(order) if groups is None else groups
+    parts = [part.tolist() for part in chunks(order, groups, batch_size)]
     mine = parts[accelerator.process_index :: accelerator.num_processes]
     rounds = -(-len(parts) // accelerator.num_processes)
-    idle = order[:1] if sharded or not mine else []
+    idle = order[:1].tolist() if sharded or not mine else []
     return [*((batch, True) for batch in mine), *[(idle, False)] * (rounds - len(mine))]
 
 
@@ -133,7 +137,7 @@ def losses_of_batches(
     was_training = model.training
     model.eval()
     inner = accelerator.unwrap_model(model)  # no gradients to synchronise, and the processes' batch counts may differ
-    rounds = _batches(examples, batch_size, accelerator, is_sharded(inner))
+    rounds = _batches(examples, task.groups(examples), batch_size, accelerator, is_sharded(inner))
     make, computed = partial(collate, task, examples, training=False), [indices for indices, _ in rounds if indices]
     try:
         with closing(batches(make, computed, num_workers)) as ahead:

@@ -41,6 +41,7 @@ class Plan:
         weights: Sequence[float] | None = None,
         max_length: int | None = None,
         divides: bool = True,
+        groups: np.ndarray | None = None,
     ):
         """``counts`` and ``weights`` mix, ``max_length`` packs.
 
@@ -52,10 +53,11 @@ class Plan:
             weights: how many examples of an epoch come from each source, relative to the others. None: all it has.
             max_length: Size of a packed row. None: every example has a row to itself.
             divides: As the task says: its loss does not compare the rows that are in the model at once.
+            groups: The group of each training example; the rows of a step are of one. None: of any.
         """
         self.sizes = np.asarray(sizes, np.int64)
         self.training, self.num_processes, self.max_length = training, num_processes, max_length
-        self.divides = divides
+        self.divides, self.groups = divides, groups
         self.counts = list(counts or [len(self.sizes)])
         self.draws = self.counts if weights is None else _shares(weights, len(self.sizes))
         """Examples of an epoch that come from each source."""
@@ -70,13 +72,22 @@ class Plan:
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of one step, over all processes and micro-batches."""
+        """Rows of one step, over all processes and micro-batches; with groups, at most so many."""
         return self.rows_at_once * self.training.gradient_accumulation_steps
 
     @property
     def rows_at_once(self) -> int:
         """Rows that all processes have in the model at once."""
         return self.training.rows_at_once * self.num_processes
+
+    @property
+    def _is_joined(self) -> bool:
+        """Whether a row of an epoch is several examples: a packed one, or with groups a whole step."""
+        return self.packs or self.groups is not None
+
+    @property
+    def _rows_of_step(self) -> int:
+        return self.global_batch_size if self.groups is None else 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,6 +120,8 @@ class Plan:
 
         Where a model takes packed rows joined into one, nothing is padded at all.
         """
+        if self.groups is not None:
+            return 1.0
         rows = self._epoch(0).row_sizes(self.sizes)
         whole = len(rows) // self.global_batch_size * self.global_batch_size
         padded = self._padded(rows[:whole].reshape(-1, self.global_batch_size)) + self._padded(rows[None, whole:])
@@ -131,7 +144,7 @@ class Plan:
 
     def epoch(self, step: int) -> float:
         """Passes over the data after ``step`` steps."""
-        if not self.packs:
+        if not self._is_joined:
             return step / self._steps_until(1)
         epoch, position = self._locate(step)
         if not position:
@@ -186,7 +199,7 @@ class Plan:
 
     def _locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and how many steps of it come before."""
-        if not self.packs:
+        if not self._is_joined:
             return divmod(step, self._steps_until(1))
         while step > (self._epoch_ends[-1] if self._epoch_ends else 0):
             self._steps_until(len(self._epoch_ends) + 1)
@@ -195,17 +208,18 @@ class Plan:
 
     def _steps_until(self, epochs: int) -> int:
         """Steps of the first ``epochs`` epochs."""
-        if not self.packs:
+        if not self._is_joined:
             return epochs * math.ceil(len(self.sizes) / self.global_batch_size)
         for epoch in range(len(self._epoch_ends), epochs):
-            steps = math.ceil(len(self._epoch(epoch)) / self.global_batch_size)
+            steps = math.ceil(len(self._epoch(epoch)) / self._rows_of_step)
             self._epoch_ends.append(steps + (self._epoch_ends[-1] if epoch else 0))
         return self._epoch_ends[epochs - 1] if epochs else 0
 
     def _rows(self, step: int) -> list[list[int]]:
         epoch, position = self._locate(step)
-        start = position * self.global_batch_size
-        return self._epoch(epoch).rows(start, start + self.global_batch_size)
+        start = position * self._rows_of_step
+        rows = self._epoch(epoch).rows(start, start + self._rows_of_step)
+        return rows if self.groups is None else [[index] for index in rows[0]]
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._built:
@@ -219,10 +233,13 @@ class Plan:
         order = self._drawn(number)
         if strategy != "sequential":
             order = order[_permutation(len(order), generator)]
-        epoch = _Epoch(order) if self.max_length is None else _packed(order, self.sizes, self.max_length)
-        if strategy != "sequential" and self.packs:
+        if self.groups is not None:
+            epoch = _Epoch.of(chunks(order, self.groups, self.global_batch_size))
+        else:
+            epoch = _Epoch(order) if self.max_length is None else _packed(order, self.sizes, self.max_length)
+        if strategy != "sequential" and self._is_joined:
             epoch = epoch.reordered(_permutation(len(epoch), generator))
-        if strategy == "group_by_length":
+        if strategy == "group_by_length" and self.groups is None:
             epoch = epoch.reordered(self._by_length(epoch.row_sizes(self.sizes), generator))
         return epoch
 
@@ -272,6 +289,11 @@ class _Epoch:
     bounds: np.ndarray | None = None
     """Where in ``members`` each row begins, and where the last one ends. None: every row is one example."""
 
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> _Epoch:
+        """Return the epoch of rows of several examples each."""
+        return cls(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
     def __len__(self) -> int:
         return len(self.members) if self.bounds is None else len(self.bounds) - 1
 
@@ -295,6 +317,18 @@ class _Epoch:
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         shift = np.repeat(self.bounds[:-1][order] - bounds[:-1], sizes)
         return _Epoch(self.members[np.arange(len(self.members)) + shift], bounds)
+
+
+def chunks(order: np.ndarray, groups: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an order of examples into chunks of one group each, of at most ``size`` examples.
+
+    Chunks stand in the order of their first examples.
+    """
+    found = list[np.ndarray]()
+    for group in np.unique(groups[order]):
+        places = np.flatnonzero(groups[order] == group)
+        found += [places[start : start + size] for start in range(0, len(places), size)]
+    return [order[places] for places in sorted(found, key=lambda places: int(places[0]))]
 
 
 def _packed(order: np.ndarray, lengths: np.ndarray, max_length: int) -> _Epoch:

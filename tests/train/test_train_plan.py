@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ LENGTHS = [(7 * n) % 31 + 1 for n in range(57)]
 
 
 def plan(lengths: list[int] = LENGTHS, processes: int = 1, **settings: Any) -> Plan:
-    names = ("counts", "weights", "max_length", "divides")
+    names = ("counts", "weights", "max_length", "divides", "groups")
     own = {name: settings.pop(name) for name in names if name in settings}
     training = Training(output_dir="out", **{"per_device_train_batch_size": 4, **settings})
     return Plan(lengths, training, processes, **own)
@@ -40,6 +41,28 @@ def test_an_epoch_sees_each_example_once(strategy: str) -> None:
     ]
     assert all(Counter(epoch) == Counter(range(57)) for epoch in epochs)
     assert (epochs[0] == epochs[1]) == (strategy == "sequential")
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_rows_of_a_step_are_of_one_group(strategy: str, processes: int) -> None:
+    groups = np.array([(3 * n) % 5 for n in range(57)])
+    settings: dict[str, Any] = {"train_sampling_strategy": strategy, "gradient_accumulation_steps": 2 // processes}
+    made = plan([1] * 57, processes, groups=groups, num_train_epochs=2, **settings)
+    steps = range(made.steps_per_epoch)
+    of_processes = [[made.micro_batches(step, process) for step in steps] for process in range(processes)]
+    each = [[index for row in rows for index in row] for parts in chain(*of_processes) for rows in parts]
+    assert Counter(chain(*each)) == Counter(range(57))
+    assert max(map(len, each)) == 4
+    assert all(len({*groups[made.global_batch(step)]}) == 1 for step in steps)
+    assert {len({len(parts[step]) for parts in of_processes}) for step in steps} == {1}, "as many in each process"
+    seen = [index for step in range(made.total_steps) for index in made.global_batch(step)]
+    assert Counter(seen) == Counter(dict.fromkeys(range(57), 2))
+    assert (seen[:57] == seen[57:]) == (strategy == "sequential")
+    whole: dict[str, Any] = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 8}
+    other = plan([1] * 57, groups=groups, num_train_epochs=2, **whole)
+    at = range(made.total_steps - 1, -1, -1)
+    assert [other.global_batch(step) for step in at] == [made.global_batch(step) for step in at], "however it is split"
 
 
 def test_group_by_length_saves_padding() -> None:
