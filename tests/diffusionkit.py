@@ -166,10 +166,11 @@ def _sd3() -> Any:
     )
 
 
-def _flux() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def _flux(kind: str = "FluxPipeline") -> Any:
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-    tokenizer = _clip_tokenizer(scratch() / "clip-tokenizer-flux")
+    tokenizer = _clip_tokenizer(scratch() / f"clip-tokenizer-{kind}")
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -182,7 +183,7 @@ def _flux() -> Any:
         axes_dims_rope=(2, 2, 4),
         guidance_embeds=True,
     )
-    return FluxPipeline(
+    return getattr(diffusers, kind)(
         vae=_vae(4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(len(tokenizer)),
         text_encoder_2=_t5(),
@@ -415,6 +416,7 @@ _KINDS = {
     "sdxl": _sdxl,
     "sd3": _sd3,
     "flux": _flux,
+    "flux_kontext": functools.partial(_flux, "FluxKontextPipeline"),
 }
 
 
@@ -432,7 +434,7 @@ def pipeline_base(kind: str) -> Path:
 def picture_files(count: int = 6, shapes: tuple[tuple[int, int], ...] = ((SIDE, SIDE + 8),)) -> list[Path]:
     """Small pictures of noise around a colour, of these heights and widths in turn."""
     draw, folder = np.random.default_rng(0), scratch() / f"text-to-image-{count}-{len(shapes)}"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     files = []
     for number in range(count):
         colour = [(230, 40, 40), (40, 40, 230)][number % 2]

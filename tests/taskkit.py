@@ -411,3 +411,17 @@ CASES: dict[str, Case] = {
         cache_latents=True,
     ),
 }
+EDITED = Case(
+    base=lambda: pipeline_base("flux_kontext"),
+    task={"type": "text_to_image", "num_inference_steps": 2, "resolution": 32, "random_flip": True},
+    rows=lambda: [
+        {"image": str(picture_files(12)[at - 1]), "instruction": "change it", "target": str(picture_files(12)[at])}
+        for at in range(12)
+    ],
+    found={"num_inference_steps": 2},
+    metrics=frozenset({"loss"}),
+    recompute=lambda rows, answers: {},
+    targets="null",
+    has_head=False,
+)
+"""text_to_image of a base model that edits; its card shows no source."""

@@ -96,6 +96,7 @@ class DiffusionModel(nn.Module):
         seeds: Sequence[int],
         times: torch.Tensor,
         sizes: torch.Tensor,
+        sources: Sequence[Picture] | None = None,
         snr_gamma: float | None = None,
     ) -> Denoised:
         """Add noise to pictures and predict it.
@@ -106,11 +107,14 @@ class DiffusionModel(nn.Module):
             seeds: What the noise of each is drawn by, and what the autoencoder draws.
             times: (B,), from 0 to 1: which share of all steps is less noisy, as training draws them.
             sizes: See ``Family.predict``.
+            sources: B of one size, that the pictures are made from, for a kind that edits.
             snr_gamma: Weigh the errors by the signal-to-noise ratio of their steps, clipped here.
         """
         clean, noise = self._draw_latents(pictures, seeds)
         noisy, steps, target = self._noise(clean, noise, times.to(self.device))
         given = {"sizes": sizes.to(self.device), **self._encode_cached(prompts)}
+        if sources is not None:
+            given["source"] = self._normalised(torch.stack([each["mean"] for each in self._found(sources)]))
         sample = self.predict(noisy, steps, given)
         if snr_gamma is None:
             return Denoised(sample.float(), target)
@@ -139,12 +143,18 @@ class DiffusionModel(nn.Module):
 
     def _draw_latents(self, pictures: Sequence[Picture], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return latents and noise (B, C, h, w) of pictures, drawn on the CPU: they depend on the seeds alone."""
-        found = [self._latents.get(each.key, partial(self._moments, each)) for each in pictures]
+        found = self._found(pictures)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         means, logs = (torch.stack([each[name] for each in found]) for name in ("mean", "log"))
         extra, noise = (torch.stack([torch.randn(means.shape[1:], generator=draw) for draw in draws]) for _ in range(2))
         latents = means + torch.exp(0.5 * logs) * extra
-        return ((latents - self._mean) / self._std).to(self.device), noise.to(self.device)
+        return self._normalised(latents), noise.to(self.device)
+
+    def _found(self, pictures: Sequence[Picture]) -> list[Tensors]:
+        return [self._latents.get(each.key, partial(self._moments, each)) for each in pictures]
+
+    def _normalised(self, latents: torch.Tensor) -> torch.Tensor:
+        return ((latents - self._mean) / self._std).to(self.device)
 
     @torch.no_grad()
     def _moments(self, picture: Picture) -> Tensors:
@@ -169,18 +179,25 @@ class DiffusionModel(nn.Module):
         with quiet_diffusers():  # prompts that are cut were found with the rows
             return self.family.encode(self.pipeline, prompts)
 
-    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], side: int, **options: Any) -> list[Image]:
+    def pictures(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        side: int,
+        sources: Sequence[Image] | None = None,
+        **options: Any,
+    ) -> list[Image]:
         """Make a picture of each prompt. What it is depends on its seed, and not on the others.
 
-        ``seeds`` draw the noise of each; ``side`` is in pixels; ``options`` are the pipeline's: num_inference_steps,
-        guidance_scale.
+        ``seeds`` draw the noise of each; ``side`` is in pixels; ``sources`` are squares to make them from; ``options``
+        are the pipeline's: num_inference_steps, guidance_scale.
         """
         was_training, mixed = self.training, self.compute_dtype != torch.float32
         self.eval()
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.autocast(self.device.type, self.compute_dtype if mixed else torch.bfloat16, enabled=mixed):
-            given = self.family.options(prompts, options)
-            made = self.pipeline(prompt=list(prompts), generator=draws, height=side, width=side, **given)
+            more = {} if sources is None else {"image": [*sources]}
+            made = self.pipeline(generator=draws, **more, **self.family.arguments(prompts, side, options))
         self.train(was_training)
         images: list[Image] = made.images
         return images

@@ -31,6 +31,8 @@ class Family(ABC):
     """Maximum number of tokens of a prompt, for a text encoder other than CLIP's; without the words around it."""
     patch: ClassVar[int] = 2
     """The latents' sides are multiples of it."""
+    edits: ClassVar[bool] = False
+    """Whether pictures are made from others, and what should change on them."""
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Tensors:
@@ -50,13 +52,16 @@ class Family(ABC):
             denoiser: The part to call.
             noisy: Latents (B, C, h, w).
             steps: Of the scheduler (B,).
-            given: The tensors of ``encode``, and ``sizes`` of the pictures (B, 6): height and width before they were
-                cut, top and left of the cut, and height and width.
+            given: The tensors of ``encode``; ``sizes`` of the pictures (B, 6): height and width before they were cut,
+                top and left of the cut, and height and width; if the kind edits, the latents of each ``source``.
         """
 
-    def options(self, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments by which the pipeline takes ``options``: num_inference_steps, guidance_scale."""
-        return dict(options)
+    def arguments(self, prompts: Sequence[str], side: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for squares of ``side`` pixels.
+
+        ``options``: num_inference_steps, guidance_scale.
+        """
+        return {"prompt": [*prompts], "height": side, "width": side, **options}
 
     def moments(self, pipeline: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log-variance (B, C, h, w) of the latents of pixels (B, 3, H, W)."""
@@ -139,19 +144,31 @@ class _Flux(Family):
     def predict(
         self, pipeline: Any, denoiser: Any, noisy: torch.Tensor, steps: torch.Tensor, given: Tensors
     ) -> torch.Tensor:
-        count, channels, height, width = noisy.shape
         like: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
-        packed = denoiser(
-            pipeline._pack_latents(noisy, count, channels, height, width),
+        seen = [noisy, given["source"]] if self.edits else [noisy]
+        tokens = [pipeline._pack_latents(each, *each.shape) for each in seen]
+        sides = [(each.shape[2] // 2, each.shape[3] // 2) for each in seen]
+        places = [pipeline._prepare_latent_image_ids(len(noisy), *each, **like) for each in sides]
+        places[-1][:, 0] = len(places) - 1  # a source is told apart by its first number
+        found = denoiser(
+            torch.cat(tokens, 1),
             given["states"],
             given["pooled"],
             steps / 1000,
-            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **like),
+            img_ids=torch.cat(places),
             txt_ids=torch.zeros(given["states"].shape[1], 3, **like),
             guidance=_guidance(denoiser, noisy),
         ).sample
-        scale = pipeline.vae_scale_factor
-        return pipeline._unpack_latents(packed, height * scale, width * scale, scale)
+        scale, (height, width) = pipeline.vae_scale_factor, noisy.shape[2:]
+        return pipeline._unpack_latents(found[:, : tokens[0].shape[1]], height * scale, width * scale, scale)
+
+
+class _FluxKontext(_Flux):
+    name = "FluxKontextPipeline"
+    edits = True
+
+    def arguments(self, prompts: Sequence[str], side: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().arguments(prompts, side, options), "max_area": side**2, "_auto_resize": False}
 
 
 class _Flux2(Family):
@@ -198,9 +215,10 @@ class _QwenImage(Family):
         states, mask = pipeline.encode_prompt(list(prompts), pipeline.device, max_sequence_length=longest)
         return {"states": states, "mask": torch.ones_like(states[..., 0]).bool() if mask is None else mask.bool()}
 
-    def options(self, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-        guided = {"true_cfg_scale" if name == "guidance_scale" else name: value for name, value in options.items()}
-        return {"negative_prompt": [" "] * len(prompts), **guided}  # without one it is not guided
+    def arguments(self, prompts: Sequence[str], side: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        given = {"true_cfg_scale" if name == "guidance_scale" else name: value for name, value in options.items()}
+        given["negative_prompt"] = [" "] * len(prompts)  # without one it is not guided
+        return super().arguments(prompts, side, given)
 
     def predict(
         self, pipeline: Any, denoiser: Any, noisy: torch.Tensor, steps: torch.Tensor, given: Tensors
@@ -252,8 +270,8 @@ class _Sana(Family):
         )
         return {"states": states, "mask": mask}
 
-    def options(self, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-        return {"use_resolution_binning": False, **options}
+    def arguments(self, prompts: Sequence[str], side: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().arguments(prompts, side, options), "use_resolution_binning": False}
 
     def predict(
         self, pipeline: Any, denoiser: Any, noisy: torch.Tensor, steps: torch.Tensor, given: Tensors
@@ -287,6 +305,7 @@ _ROWS = (
     _StableDiffusionXL(),
     _StableDiffusion3(),
     _Flux(),
+    _FluxKontext(),
     _Flux2(),
     _Flux2Klein(),
     _QwenImage(),

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.methods import METHODS
@@ -162,6 +163,9 @@ TAGS = ("ner_tags", "tags", "labels", "pos_tags", "upos")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 SOUNDS = ("audio", "file_name")
 CAPTIONS = ("text", "caption", "prompt")
+INSTRUCTIONS = ("instruction", "edit_prompt", "edit")
+SOURCE_PICTURES = ("source", "input_image", "original_image")
+EDITED_PICTURES = ("target", "edited_image", "output_image")
 PICTURES = ("image", "file_name", "img", "image_file_name")
 LABELS = ("label", "labels")
 PAIRS = (
@@ -406,7 +410,10 @@ TASKS: dict[str, TaskRow] = {
         settings=settings.TextToImageSettings,
         module="text_to_image",
         processor=None,
-        reads=tuple((image, text) for image in PICTURES for text in CAPTIONS),
+        reads=(
+            *((image, text) for image in PICTURES for text in CAPTIONS),
+            *product((*PICTURES, *SOURCE_PICTURES), (*INSTRUCTIONS, *CAPTIONS), EDITED_PICTURES),
+        ),
         pipeline_tag="text-to-image",
         summary="make pictures from texts: DreamBooth, captioned pictures (Stable Diffusion, Flux, Qwen-Image)",
         example='"<instance_prompt: a photo of sks dog>"',
@@ -430,7 +437,7 @@ TASKS: dict[str, TaskRow] = {
             'pipeline.load_lora_weights("path/to/this/adapter")',
         ),
         usage=(
-            'picture = pipeline("<instance_prompt: a photo of sks dog>").images[0]',
+            'picture = pipeline(prompt="<instance_prompt: a photo of sks dog>").images[0]',
             'picture.save("picture.png")',
             "print(picture)",
         ),

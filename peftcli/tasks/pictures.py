@@ -126,9 +126,9 @@ def picture_of(row: Row, reader: Reader, column: str = "image") -> tuple[File, I
         return file, open_image(content, file.path)
 
 
-def shown_picture(example: Example) -> shown.Image:
-    """The picture of an example as ``inspect`` shows it."""
-    file = File.of(example)
+def shown_picture(example: Example, prefix: str = "") -> shown.Image:
+    """The picture that an example holds in columns with this prefix, as ``inspect`` shows it."""
+    file = File.of(example, prefix)
     return shown_image(open_image(file.read(), file.path), file.path)
 
 

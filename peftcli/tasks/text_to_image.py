@@ -1,6 +1,7 @@
 """Text to image: teach a diffusion model a thing (DreamBooth), or a style, from pictures and what is on them.
 
-A row: ``{"image": "dog/1.jpg", "text": "a dog on a sofa"}``; with ``task.instance_prompt`` the picture is enough.
+A row: ``{"image": "dog/1.jpg", "text": "a dog on a sofa"}``; with ``task.instance_prompt`` the picture is enough. For a
+base model that edits pictures: ``{"image": "day.jpg", "instruction": "make it night", "target": "night.jpg"}``.
 
 DreamBooth: https://arxiv.org/abs/2208.12242.
 """
@@ -31,7 +32,7 @@ from peftcli.models.diffusion import Flow, Picture, noise_of
 from peftcli.models.open import OpenBase
 from peftcli.models.pipeline import OpenPipeline
 from peftcli.system.disk import write_file
-from peftcli.tasks import CAPTIONS, PICTURES, settings
+from peftcli.tasks import CAPTIONS, EDITED_PICTURES, INSTRUCTIONS, PICTURES, SOURCE_PICTURES, settings
 from peftcli.tasks.base import (
     Batch,
     Loss,
@@ -53,6 +54,10 @@ if TYPE_CHECKING:
 
 _SMALL, _NO_CAPTION, _CUT = 1, 2, 4
 """Flags of rows: the picture is smaller than the resolution; nothing says what is on it; no encoder reads all of it."""
+_SOURCE = "source_"
+"""Prefix of the columns of the picture that is edited."""
+_EDITS = {"image": (*SOURCE_PICTURES, *PICTURES), "text": (*INSTRUCTIONS, *CAPTIONS)}
+"""What an editing model is asked: column of the task -> usual names."""
 _TIMES = (0.125, 0.375, 0.625, 0.875)
 """Where in time evaluation measures each picture: how hard the noise is to see depends on it more than on the model."""
 
@@ -62,12 +67,6 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     name = "text_to_image"
     arguments = ("text",)
-    columns: ClassVar = {
-        **FILE_COLUMNS,
-        "prompt": Column("str"),
-        "width": Column("int64", ()),
-        "height": Column("int64", ()),
-    }
     reads_files = True
     versions = ("transformers", "pillow")
     unit = "pictures"
@@ -77,6 +76,13 @@ class TextToImage(Task[settings.TextToImageSettings]):
     packages: ClassVar = {"diffusers": "diffusion", "PIL": "diffusion"}
     input_packages = packages
     instead_of_texts = "makes pictures"
+    origins = (*Task.origins, f"{_SOURCE}path")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        own = {**FILE_COLUMNS, "width": Column("int64", ()), "height": Column("int64", ())}
+        sources = {f"{_SOURCE}{name}": column for name, column in own.items()}
+        return {**own, "prompt": Column("str"), **(sources if self.pipeline.family.edits else {})}
 
     @property
     def judges_rows(self) -> bool:
@@ -92,6 +98,10 @@ class TextToImage(Task[settings.TextToImageSettings]):
         if settings.snr_gamma is not None and isinstance(noise_of(self.pipeline.part("scheduler")), Flow):
             message = f"weighs the steps of noise; {self.pipeline.family.name} predicts a flow. Leave it out"
             raise DataError(message, key="task.snr_gamma")
+        for name in ("class_prompt", "sample_prompts"):
+            if getattr(settings, name) and self.pipeline.family.edits:
+                message = f"makes pictures without a source, and {self.pipeline.family.name} edits them. Leave it out"
+                raise DataError(message, key=f"task.{name}")
         self.priors: list[_Stored] = []
         """Pictures of the class prompt."""
 
@@ -134,13 +144,19 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     def read(self, table: Table) -> Reader:
         optional = () if self.settings.instance_prompt is None else ("text",)
-        return table.reader("pictures", optional=optional, image=PICTURES, text=CAPTIONS)
+        if not self.pipeline.family.edits:
+            return table.reader("pictures", optional=optional, image=PICTURES, text=CAPTIONS)
+        return table.reader("pairs of pictures", optional=optional, **_EDITS, target=EDITED_PICTURES)
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
-        file, image = picture_of(row, reader)
+        edits = self.pipeline.family.edits
+        file, image = picture_of(row, reader, "target" if edits else "image")
         width, height = image.size
-        arrays = {**file.arrays(), "prompt": prompt, "width": width, "height": height}
+        arrays = {**_Stored(file, width, height).arrays(), "prompt": prompt}
+        if edits:
+            source, original = picture_of(row, reader)
+            arrays |= _Stored(source, *original.size).arrays(_SOURCE)
         size = self._size(width, height)
         flags = _SMALL * (width < size[0] or height < size[1]) | _NO_CAPTION * (not prompt)
         flags |= _CUT * all(
@@ -150,7 +166,8 @@ class TextToImage(Task[settings.TextToImageSettings]):
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
 
     def show(self, example: Example) -> Shown:
-        return Shown([shown_picture(example), Text([TokenText(example.arrays["prompt"])], "prompt")])
+        sources = [shown_picture(example, _SOURCE)] if self.pipeline.family.edits else []
+        return Shown([*sources, shown_picture(example), Text([TokenText(example.arrays["prompt"])], "prompt")])
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +220,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         seeds = [_seed(each.draw, each.arrays["digest"]) for each in examples]
-        stored = [_Stored(File.of(each), int(each.arrays["width"]), int(each.arrays["height"])) for each in examples]
+        stored = [_Stored.of(each) for each in examples]
         sizes = [self._size(each.width, each.height) for each in stored]
         prompts, weights = [each.arrays["prompt"] for each in examples], [1.0] * len(examples)
         if training and (share := self.settings.caption_dropout):
@@ -216,14 +233,18 @@ class TextToImage(Task[settings.TextToImageSettings]):
             weights += [self.settings.prior_loss_weight] * len(examples)
             sizes *= 2  # of the picture that each one stands beside
         cuts = [self._cut(*each, training) for each in zip(stored, sizes, seeds, strict=True)]
+        others = [_Stored.of(each, _SOURCE) for each in examples] if self.pipeline.family.edits else []
+        sources = [self._cut(*each, training) for each in zip(others, sizes, seeds, strict=False)]
         kept = not training or self.settings.center_crop
-        return {
+        more: Batch = {"sources": [Picture(cut, cut.key if kept else None) for cut in sources]} if sources else {}
+        if training and self.settings.snr_gamma is not None:
+            more["snr_gamma"] = self.settings.snr_gamma
+        return more | {
             "pictures": [Picture(cut, cut.key if kept else None) for cut in cuts],
             "prompts": prompts,
             "seeds": seeds,
             "times": torch.tensor([float(np.random.default_rng(seed).random()) for seed in seeds]),
             "sizes": torch.tensor([cut.sizes for cut in cuts]),
-            "snr_gamma": self.settings.snr_gamma if training else None,
             "_weights": torch.tensor(weights),
         }
 
@@ -261,8 +282,12 @@ class TextToImage(Task[settings.TextToImageSettings]):
         given = {name: getattr(self.settings, name) for name in ("num_inference_steps", "guidance_scale")}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _make(self, model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        return model.pictures(prompts, seeds, self.resolution, **self._making)
+    def _make(
+        self, model: Any, prompts: Sequence[str], seeds: Sequence[int], sources: Sequence[_Stored] | None = None
+    ) -> list[Image]:
+        square = (self.resolution, self.resolution)
+        cut = None if sources is None else [self._cut(each, square, 0, training=False).image() for each in sources]
+        return model.pictures(prompts, seeds, self.resolution, sources=cut, **self._making)
 
     def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
         for number, prompt in enumerate(self.settings.sample_prompts):
@@ -271,8 +296,10 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Make a picture of each row's text, by its seed: that of the row, else its number."""
-        columns = {name: column for name, column in options.columns.items() if name == "text"}
-        reader = table_of(rows, columns).reader("prompts", text=CAPTIONS)
+        edits = self.pipeline.family.edits
+        asked: dict[str, Sequence[str]] = dict(_EDITS) if edits else {"text": CAPTIONS}
+        columns = {name: column for name, column in options.columns.items() if name in asked}
+        reader = table_of(rows, columns).reader("prompts", **asked)
         folder = options.beside.with_name(f"{options.beside.name}.images")
         for start in range(0, len(rows), options.batch_size):
             chosen = rows[start : start + options.batch_size]
@@ -281,7 +308,9 @@ class TextToImage(Task[settings.TextToImageSettings]):
             if "" in prompts:
                 raise chosen[prompts.index("")].place.error("is empty", key=reader.names["text"])
             seeds = [_given_seed(row, number) for row, number in zip(chosen, numbers, strict=True)]
-            made = self._make(model, prompts, seeds)
+            found = [picture_of(row, reader) for row in chosen] if edits else None
+            sources = None if found is None else [_Stored(file, *image.size) for file, image in found]
+            made = self._make(model, prompts, seeds, sources)
             for number, image, prompt, seed in zip(numbers, made, prompts, seeds, strict=True):
                 path = folder / f"{number:05}.png"
                 write_file(path, png(image))
@@ -289,8 +318,10 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     def probe(self) -> Batch:
         noise = torch.rand(2, 3, self.resolution, self.resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return {
-            "pictures": [Picture(partial(noise.__getitem__, at)) for at in range(2)],
+        pictures = [Picture(partial(noise.__getitem__, at)) for at in range(2)]
+        more = {"sources": pictures[::-1]} if self.pipeline.family.edits else {}
+        return more | {
+            "pictures": pictures,
             "prompts": ["a photo", "a drawing of a house"],
             "seeds": [0, 1],
             "times": torch.tensor([0.3, 0.7]),
@@ -313,6 +344,16 @@ class _Stored:
     width: int
     """In pixels, upright, as is ``height``."""
     height: int
+
+    @classmethod
+    def of(cls, example: Example, prefix: str = "") -> _Stored:
+        """Return the picture that an example holds in columns with this prefix."""
+        width, height = (int(example.arrays[f"{prefix}{side}"]) for side in ("width", "height"))
+        return cls(File.of(example, prefix), width, height)
+
+    def arrays(self, prefix: str = "") -> dict[str, Any]:
+        """Return the values of these columns."""
+        return {**self.file.arrays(prefix), f"{prefix}width": self.width, f"{prefix}height": self.height}
 
 
 @dataclass(frozen=True)
@@ -341,13 +382,17 @@ class _Cut:
 
     def __call__(self) -> torch.Tensor:
         """Return the pixels (3, H, W), from -1 to 1."""
+        values = np.asarray(self.image(), np.float32)
+        return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)
+
+    def image(self) -> Image:
+        """Return it as a picture."""
         from PIL import Image, ImageOps
 
         file = self.stored.file
         resized = open_image(file.read(), file.path).convert("RGB").resize(self.scaled, Image.Resampling.LANCZOS)
         cut = resized.crop((self.left, self.top, self.left + self.size[0], self.top + self.size[1]))
-        values = np.asarray(ImageOps.mirror(cut) if self.flipped else cut, np.float32)
-        return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)
+        return ImageOps.mirror(cut) if self.flipped else cut
 
 
 @cache

@@ -184,8 +184,8 @@ def test_without_an_evaluation_before_training_no_column_is_empty() -> None:
 @pytest.mark.parametrize(
     ("settings", "command", "call"),
     [
-        ({}, "'a photo of sks dog'", 'pipeline("a photo of sks dog")'),
-        ({"instance_prompt": 'my "cat"\n$HOME'}, """'my "cat" $HOME'""", r'pipeline("my \"cat\"\n$HOME")'),
+        ({}, "'a photo of sks dog'", 'pipeline(prompt="a photo of sks dog")'),
+        ({"instance_prompt": 'my "cat"\n$HOME'}, """'my "cat" $HOME'""", r'pipeline(prompt="my \"cat\"\n$HOME")'),
     ],
 )
 def test_the_prompt_of_pictures_is_that_of_training(settings: dict[str, Any], command: str, call: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusionkit import LARGE, SIDE, pipeline_base
-from taskkit import CASES
+from diffusionkit import LARGE, SIDE, picture_files, pipeline_base
+from PIL import Image
+from taskkit import CASES, EDITED
 from trainkit import run_recipe
 
 from peftcli.adapters.load import apply_adapter, find_adapter
@@ -22,8 +23,8 @@ from peftcli.schema import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # a scheduler's
 PROMPTS = ["a red dog", "a drawing of a large house"]
-KINDS = [*LARGE, "sd", "sdxl", "sd3", "flux"]
-GUIDED = {"flux": 3.5, "flux2": 3.5, "z_image": 0.0}
+KINDS = [*LARGE, "sd", "sdxl", "sd3", "flux", "flux_kontext"]
+GUIDED = {"flux": 3.5, "flux_kontext": 3.5, "flux2": 3.5, "z_image": 0.0}
 """Guidance scale of a loop that calls the denoiser once a step, where it is not 1."""
 
 
@@ -33,7 +34,7 @@ def opened(kind: str) -> Any:
 
 def packed(kind: str, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
     """Latents as the pipeline's own loop holds them."""
-    if kind in ("flux", "qwen_image"):
+    if kind in ("flux", "flux_kontext", "qwen_image"):
         return pipeline._pack_latents(latents, *latents.shape)
     return pipeline._pack_latents(latents) if kind.startswith("flux2") else latents
 
@@ -63,11 +64,14 @@ def test_prediction_and_latents_are_those_of_the_pipeline(kind: str, monkeypatch
         clean, _ = drawn(given, [0, 1])
         options = {"guidance_scale": GUIDED.get(kind, 1.0), "num_inference_steps": 2, "output_type": "pt"}
         latents = clean if kind.startswith("flux2") else packed(kind, pipeline, clean)
-        given = model.family.options(PROMPTS, options)
-        made = pipeline(prompt=[*PROMPTS], latents=latents, height=SIDE, width=SIDE, **given).images
+        source = {}
+        if model.family.edits:
+            options["image"] = pixels.flip(0) / 2 + 0.5
+            source = {"source": drawn([*reversed(given)], [0, 1])[0]}
+        made = pipeline(latents=latents, **model.family.arguments(PROMPTS, SIDE, options)).images
         sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 2)
         for predicted, step in seen:
-            ours = model.predict(clean, step.expand(2), {"sizes": sizes, **model._encode_cached(PROMPTS)})
+            ours = model.predict(clean, step.expand(2), {"sizes": sizes, **source, **model._encode_cached(PROMPTS)})
             assert ours.abs().max() > 1e-3
             torch.testing.assert_close(packed(kind, pipeline, ours), predicted, rtol=1e-4, atol=1e-5)
         assert len(seen) == 2
@@ -87,19 +91,26 @@ def without_noise(moments: Callable[..., diffusion.Tensors]) -> Callable[..., di
 
 def picture(pipeline: Any, family: Any) -> np.ndarray:
     draw = torch.Generator().manual_seed(3)
-    given = family.options(["a red dog"], {"num_inference_steps": 2})
-    made = pipeline(prompt=["a red dog"], generator=draw, height=SIDE, width=SIDE, output_type="np", **given)
+    given = family.arguments(["a red dog"], SIDE, {"num_inference_steps": 2})
+    if family.edits:
+        given["image"] = Image.open(picture_files(12)[0]).crop((0, 0, SIDE, SIDE))
+    made = pipeline(generator=draw, output_type="np", **given)
     return made.images[0]
 
 
 @pytest.mark.parametrize(
-    "kind", [*list(LARGE)[:1], *(pytest.param(k, marks=pytest.mark.slow) for k in list(LARGE)[1:])]
+    "kind",
+    [
+        "qwen_image",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*LARGE, "flux_kontext") if kind != "qwen_image"),
+    ],
 )
 def test_diffusers_loads_the_adapter_at_the_trained_strength(kind: str, tmp_path: Path) -> None:
     import diffusers
 
     settings = (f"base_model={pipeline_base(kind)}", f"task.resolution={SIDE}", "training.learning_rate=0.05")
-    done = run_recipe(CASES["text_to_image"].write(tmp_path), *settings, "method.use_rslora=true")
+    case = EDITED if kind == "flux_kontext" else CASES["text_to_image"]
+    done = run_recipe(case.write(tmp_path), *settings, "method.use_rslora=true")
     source = find_adapter(str(done.folder))
     loaded: Any = open_base(source.base).model("", torch.float32, **source.recorded_options)
     apply_adapter(loaded, source)

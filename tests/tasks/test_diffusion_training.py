@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusionkit import picture_files, pipeline_base
-from taskkit import CASES
-from trainkit import run_recipe
+from PIL import Image
+from taskkit import CASES, EDITED
+from trainkit import resumed_and_whole, run_recipe, write_rows
 
 from peftcli.data.rows import Place, Row, Table
 from peftcli.data.store import Example
@@ -197,3 +199,55 @@ def test_latents_of_random_crops_are_not_kept() -> None:
     with pytest.raises(DataError, match=r"task\.center_crop: false draws a new crop") as caught:
         open_task(cache_latents=True, center_crop=False)
     assert caught.value.key == "task.cache_latents"
+
+
+# --- editing ----------------------------------------------------------------------------------------------------------
+
+
+def edits(task: Any, paths: Sequence[Path]) -> list[Example]:
+    names = ("input_image", "instruction", "target")
+    rows = [Row(dict(zip(names, (str(paths[0]), "do it", str(path)), strict=True)), Place("a", 1)) for path in paths]
+    reader = task.read(Table(Source(train=""), "rows", names))
+    return [example for outcome in task.encode(rows, reader) for example in outcome.examples]
+
+
+def test_an_edit_is_cut_as_its_source() -> None:
+    task, paths = open_task("flux_kontext", random_flip=True, center_crop=False), picture_files(12)[:2]
+    [same, _] = edits(task, paths)
+    for same.draw in range(1, 9):
+        batch = task.collate([same], training=True)
+        assert (batch["sources"][0].read() == batch["pictures"][0].read()).all(), "at the same place, mirrored together"
+    assert [part.source for part in task.show(same).parts[:2]] == [str(paths[0])] * 2
+
+
+def test_what_is_edited_decides_what_is_predicted() -> None:
+    task, paths = open_task("flux_kontext"), picture_files(12)[:2]
+    model = loaded(task).eval()
+    [_, example] = edits(task, paths)
+    batch = task.collate([example], training=False)
+    assert (batch["sources"][0].read() != batch["pictures"][0].read()).any()
+    batch["times"] = torch.tensor([0.5])
+    inputs = {name: value for name, value in batch.items() if name != "_weights"}
+    given, other = model(**inputs), model(**{**inputs, "sources": batch["pictures"]})
+    torch.testing.assert_close(given.target, other.target)
+    assert (given.sample - other.sample).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_edits_are_resumed_exactly_and_predicted(tmp_path: Path, cli: Callable[..., str]) -> None:
+    resumed, whole = resumed_and_whole(EDITED.write(tmp_path), "training.eval_strategy=steps", "training.eval_steps=3")
+    assert resumed.losses == whole.losses
+    assert resumed.run["eval"]["last"] == whole.run["eval"]["last"]
+    asked = write_rows(
+        tmp_path / "asked.jsonl", [{"source": str(path), "text": "do it", "seed": 1} for path in picture_files(12)[:2]]
+    )
+    cli("predict", whole.folder, "--input", asked, "--output", tmp_path / "answers.jsonl")
+    one, other = (json.loads(line)["image"] for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert Image.open(one).tobytes() != Image.open(other).tobytes()
+
+
+def test_an_editing_model_makes_no_pictures_without_a_source() -> None:
+    for name, value in (("class_prompt", "a dog"), ("sample_prompts", ["a dog"])):
+        with pytest.raises(DataError, match="FluxKontextPipeline edits them") as caught:
+            open_task("flux_kontext", **{name: value})
+        assert caught.value.key == f"task.{name}"
