@@ -65,7 +65,23 @@ class Outputs:
     texts: Mapping[str, str]
 
 
-Block = Note | Table | Chart | Code | Outputs
+@dataclass(frozen=True)
+class Picture:
+    """A small picture, as JPEG."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one thing, side by side."""
+
+    title: str
+    pictures: Sequence[Picture]
+
+
+Block = Note | Table | Chart | Code | Outputs | Pictures
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from html import escape
 from importlib.resources import files
 
 from peftcli.guard.files import escape_char, is_harmless
-from peftcli.reporting.blocks import Block, Chart, Code, Note, Outputs, Section, Table
+from peftcli.reporting.blocks import Block, Chart, Code, Note, Outputs, Picture, Pictures, Section, Table
 from peftcli.reporting.charts import MAX_SERIES, draw_chart
 
 _MAX_WHOLE = 20
@@ -84,6 +84,15 @@ def _block(block: Block) -> str:
             ]
             joined = "\n".join(parts)
             return f'<article><h3>{as_html(block.title)}</h3>\n<div class="outputs">{joined}</div></article>'
+        case Pictures():
+            drawn = "\n".join(_picture(block.title, each) for each in block.pictures)
+            return f'<article><h3>{as_html(block.title)}</h3>\n<div class="grid">{drawn}</div></article>'
+
+
+def _picture(title: str, picture: Picture) -> str:
+    data, name = base64.b64encode(picture.content).decode(), as_html(picture.name)
+    image = f'<img src="data:image/jpeg;base64,{data}" alt="{as_html(title)}, {name}">'
+    return f'<figure class="picture">{image}<figcaption>{name}</figcaption></figure>'
 
 
 def _figure(chart: Chart) -> str:

@@ -6,14 +6,17 @@ import re
 from collections.abc import Sequence
 
 from peftcli.guard.files import escape_char, is_harmless
-from peftcli.reporting.blocks import Block, Chart, Code, Note, Outputs, Section, Table
+from peftcli.reporting.blocks import Block, Chart, Code, Note, Outputs, Pictures, Section, Table
 
 _MAX_TEXT = 400
 """Characters of an output; the page has more."""
 
 
 def report_text(title: str, about: str, sections: Sequence[Section]) -> str:
-    """Return a report as Markdown: what a reviewer needs first, the rest folded. The curves are on the page alone."""
+    """Return a report as Markdown: what a reviewer needs first, the rest folded.
+
+    Curves and pictures are on the page alone.
+    """
     parts = [f"# {_line(title)}\n\n{_line(about)}\n"]
     for section in sections:
         if text := "\n".join(filter(None, map(_block, section.blocks))):
@@ -32,7 +35,7 @@ def _block(block: Block) -> str:
             lines = [block.columns, ["---"] * len(block.columns), *block.rows]
             title = f"**{_line(block.title)}**\n\n" if block.title else ""
             return title + "".join(f"| {' | '.join(map(_line, line))} |\n" for line in lines)
-        case Chart():
+        case Chart() | Pictures():
             return ""
         case Code():
             return "" if block.folded else _fenced(block.text)

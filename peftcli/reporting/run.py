@@ -32,6 +32,7 @@ from peftcli.reporting.blocks import (
     in_order,
     number,
 )
+from peftcli.reporting.samples import sample_pictures
 from peftcli.schema import BaseModel, Dataset, Launch, Training
 
 _MAX_TEXT = 2000
@@ -124,6 +125,7 @@ def sections(run: RunFiles) -> list[Section]:
         "Verdict": _verdict(run),
         "Results": _results(run),
         "Curves": _curves(run),
+        "Samples": sample_pictures(run.folder),
         "Before and after": _outputs(run),
         "Forgetting": _forgetting(run),
         "Data": _data(run),

@@ -139,10 +139,14 @@ def shown_image(image: Image, path: str, drawn: Image | None = None) -> shown.Im
     return shown.Image(path, *image.size, image.mode, png(small.convert("RGB")))
 
 
-def png(image: Image) -> bytes:
-    """A picture as a PNG file holds it."""
-    content = io.BytesIO()
-    image.save(content, "PNG")
+def png(image: Image, description: str = "") -> bytes:
+    """A picture as a PNG file holds it, with a text that says what it is."""
+    from PIL.PngImagePlugin import PngInfo
+
+    content, info = io.BytesIO(), PngInfo()
+    if description:
+        info.add_itxt("Description", description)
+    image.save(content, "PNG", pnginfo=info)
     return content.getvalue()
 
 

@@ -292,7 +292,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
     def illustrate(self, model: nn.Module, folder: Path, step: int) -> None:
         for number, prompt in enumerate(self.settings.sample_prompts):
             path = folder / "samples" / f"step-{step:06}-{number}.png"
-            write_file(path, png(self._make(model, [prompt], [number])[0]))
+            write_file(path, png(self._make(model, [prompt], [number])[0], prompt))
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Make a picture of each row's text, by its seed: that of the row, else its number."""

@@ -21,8 +21,10 @@ from jsonschema import Draft202012Validator
 
 from peftcli.errors import DataError
 from peftcli.output_schemas import output_schema
+from peftcli.reporting.write import render
 from peftcli.train.run import train
 from peftcli.train.runs.folder import StartOptions
+from peftcli.train.runs.listing import read_run_files
 
 EVIL = "<script>alert(1)</script> & done"
 DIFFERENCE = {"base": 3.25, "adapter": 2.5, "difference": -0.75, "low": -1.0, "high": -0.5, "verdict": "better"}
@@ -229,3 +231,18 @@ def test_in_a_browser_it_can_be_read(
     assert found["wide"] <= 0
     assert min(found["contrast"], found["text"]) >= 4.5
     assert found["curves"] >= 3
+
+
+def test_sample_pictures_of_a_folder_are_shown_if_they_can_be_read(trained: trainkit.Trained, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    folder = shutil.copytree(trained.folder, tmp_path / "run")
+    (folder / "samples").mkdir()
+    for step in range(20):
+        image.new("RGB", (400, 300), (step, 0, 0)).save(folder / f"samples/step-{step:06}-0.png")
+    (folder / "samples/step-000001-1.png").write_bytes(b"no picture")
+    (folder / "samples/step-000001-2.png").symlink_to("/dev/zero")
+    page = render([read_run_files(folder)])[".html"].decode()
+    assert re.findall(r'alt="Sample 0, step (\d+)"', page) == ["0", "4", "8", "11", "15", "19"]
+    assert "Sample 1" not in page
+    assert "Sample 2" not in page
+    assert len(page) < 100_000 + len(render([read_run_files(trained.folder)])[".html"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -373,6 +376,12 @@ def test_a_run_learns_and_evaluation_makes_the_sample_pictures(run: Trained) -> 
     first, last = (np.asarray(Image.open(run.folder / "samples" / name), np.int64) for name in names)
     assert first.shape == (SIDE, SIDE, 3)
     assert np.abs(first - last).max() > 0
+    page = (run.folder / "report.html").read_text()
+    pictures = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="a red dog, step ([36])">', page)
+    assert [step for _, step in pictures] == ["3", "6"]
+    shown = Image.open(io.BytesIO(base64.b64decode(pictures[1][0])))
+    assert np.corrcoef(np.asarray(shown).ravel(), last.ravel())[0, 1] > 0.6
+    assert "Samples" not in (run.folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize("header", [True, pytest.param(False, marks=pytest.mark.slow)])
