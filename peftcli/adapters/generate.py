@@ -6,27 +6,77 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, load_for_task, other_base
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, device_format, number_format
+from peftcli.data.rows import Place, Row
 from peftcli.errors import UsageError
 from peftcli.models import tokens
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel, Quantization
 from peftcli.tasks import TASKS
+from peftcli.tasks.base import AsksRows, require_extra
+from peftcli.tasks.files import read_file
+from peftcli.tasks.pictures import check_image
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
-from peftcli.tasks.text.prompts import Prompt
+from peftcli.tasks.text.prompts import Prompt, prompt_of, with_system
 
 _WORTH_MERGING = 64
 """Tokens after which a merged model has made up for the time that merging takes: SmolLM2-135M on a CPU needs 50."""
 
 
+def find_asked(adapter: str, base: str | None = None, *, pictures: bool = False) -> AdapterSource:
+    """Find an adapter that prompts are for, or with ``pictures`` one that is asked about these.
+
+    Raises:
+        UsageError: its task answers no prompts, or reads no pictures.
+        AdapterError: it cannot be read.
+    """
+    source = find_adapter(adapter, base)
+    row = TASKS[source.task] if source.task is not None else None
+    if row and not (row.writes_text or row.sees):
+        hint = f"peftcli predict {adapter} answers rows of any task"
+        raise UsageError(f"is an adapter of {source.task}, which answers no prompts", file=adapter, hint=hint)
+    if pictures and not (row and row.sees):
+        seeing = " or ".join(name for name, each in TASKS.items() if each.sees)
+        hint = f"Leave --image out, or give an adapter of {seeing}."
+        message = f"is an adapter of {source.task or 'a language model'}, which reads no pictures"
+        raise UsageError(message, file=adapter, key="--image", hint=hint)
+    return source
+
+
+def as_prompt(source: AdapterSource, asked: Row | str, images: Sequence[Path], system: str | None) -> Prompt:
+    """Return what an adapter is asked: a row of a file, or a text with pictures, after a system prompt.
+
+    Raises:
+        DataError: the row asks nothing.
+    """
+    if source.task is None or not TASKS[source.task].sees:
+        return with_system(prompt_of(asked, columns={}) if isinstance(asked, Row) else asked, system)
+    if isinstance(asked, str):
+        asked = Row({"prompt": asked, "images": list(map(str, images))}, Place("the command line", 1))
+    return with_system(asked, system)
+
+
+def check_images(images: Sequence[Path]) -> None:
+    """Check that pictures can be read, before a model is loaded.
+
+    Raises:
+        DataError: one cannot.
+    """
+    if images:
+        require_extra("PIL", "vision", "--image")
+    for each in images:
+        check_image(read_file(str(each), [Path.cwd()]), str(each))
+
+
 def load_generator(
-    adapter: str,
+    adapter: str | AdapterSource,
     base: str | None = None,
     *,
     with_adapter: bool = True,
@@ -47,11 +97,9 @@ def load_generator(
     Raises:
         AdapterError: the adapter cannot be read or does not fit.
         ModelError: the base model cannot be loaded.
+        UsageError: the adapter's task answers no prompts.
     """
-    source = find_adapter(adapter, base)
-    if source.task is not None and not TASKS[source.task].writes_text:
-        hint = f"peftcli predict {adapter} answers rows of any task"
-        raise UsageError(f"is an adapter of {source.task}, which writes no text", file=adapter, hint=hint)
+    source = find_asked(adapter, base) if isinstance(adapter, str) else adapter
     spec = source.base
     if quantization is not None:
         wanted = None if quantization == "none" else Quantization(type=quantization)  # type: ignore[arg-type]
@@ -79,15 +127,21 @@ def first_batch(prompts: Sequence[Prompt], settings: GenerationSettings, batch_s
 
 def _load(source: AdapterSource, spec: BaseModel, numbers: NumberFormat, with_adapter: bool) -> TextGenerator:
     """Load a base model with the adapter beside its weights."""
-    folder, cuda = source.folder, torch.cuda.is_available()
+    folder, device = source.folder, "cuda" if torch.cuda.is_available() else "cpu"
     with open_base(spec, processors=folder) as opened:
+        task = source.open_task(opened) if source.task is not None and TASKS[source.task].sees else None
+        if isinstance(task, AsksRows):
+            model: Any = load_for_task(source, opened, task, numbers.weights, with_adapter=with_adapter).model
+            generator = task.generator(model.to(device).eval(), source.trained_columns)
+            loaded_from = describe(source, spec, model, numbers, with_adapter)
+            return replace(generator, loaded_from=loaded_from, bf16=numbers.bf16)
         loaded = opened.model(source.auto_class(lambda: opened.config), numbers.weights)
         tokenizer = opened.processor("tokenizer")
     if with_adapter:
         apply_adapter(loaded, source)
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
-    model = loaded.model.to("cuda" if cuda else "cpu").eval()  # type: ignore[arg-type]
+    model = loaded.model.to(device).eval()  # type: ignore[arg-type]
     loaded_from = describe(source, spec, model, numbers, with_adapter)
     return generator_of(model, tokenizer, source.prompt_form, loaded_from, bf16=numbers.bf16)
 

@@ -33,6 +33,7 @@ from peftcli.tasks.found import task_of_class
 from peftcli.tasks.text.prompts import PromptForm
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
     from peftcli.core.config import AdapterConfig
@@ -201,6 +202,12 @@ class AdapterSource:
         return PromptForm.of_rows(format, shared, has_template=has_template, decoder_only=decoder_only)
 
     @property
+    def trained_columns(self) -> dict[str, str]:
+        """The names that the training rows gave the task's columns, where run.json says it."""
+        found = mapping_at(self.record, "recipe", "dataset", "columns") or mapping_at(self.record, "data", "columns")
+        return {name: column for name, column in found.items() if isinstance(column, str)}
+
+    @property
     def answer_limits(self) -> dict[str, int]:
         """The limits of answers in the evaluations of training: max_new_tokens and num_beams, where they are known."""
         given = self.task_values.get("generation") or mapping_at(self.record, "task")
@@ -344,6 +351,25 @@ def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
         prepare=lambda header: tokens.fit_adapter(model, config, header),
         rename=conversions.renaming_of_older(model),
     )
+
+
+def load_for_task(
+    source: AdapterSource, base: OpenBase, task: Task[Any], dtype: torch.dtype, *, with_adapter: bool = True
+) -> LoadedModel:
+    """Load the base model as a task needs it, with the adapter in it.
+
+    Raises:
+        AdapterError: the adapter does not fit the base model.
+        ModelError: the base model cannot be loaded.
+    """
+    from peftcli.models.parts import widen_heads
+
+    loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
+    task.fit_model(loaded.model, None)
+    if with_adapter:
+        apply_adapter(loaded, source)
+    widen_heads(loaded.model)
+    return loaded
 
 
 def adapter_folder(

@@ -14,19 +14,17 @@ import torch
 
 from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.generate import describe, first_batch, load_generator, longest_first
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter
+from peftcli.adapters.load import AdapterSource, find_adapter, load_for_task
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import Place, Row, add_keys, listed
 from peftcli.data.sources import read_rows
 from peftcli.errors import AdapterError, UsageError
-from peftcli.guard.typed_fields import mapping_at
-from peftcli.models.open import LoadedModel, OpenBase, open_base
-from peftcli.models.parts import widen_heads
+from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import exists
 from peftcli.system.outputs import expand_user, is_stream
-from peftcli.tasks.base import PredictOptions, Predicts, Task
+from peftcli.tasks.base import PredictOptions, Predicts
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import Prompt, prompt_of
@@ -150,7 +148,7 @@ def load_predictor(
     with open_base(source.base, processors=source.folder) as opened:
         task = source.open_task(opened)
         if not isinstance(task, Predicts):
-            ask = partial(prompt_of, columns=_columns(source), trained_on=source.trained_format)
+            ask = partial(prompt_of, columns=source.trained_columns, trained_on=source.trained_format)
             settings = GenerationSettings(**source.answer_limits)  # those of the evaluations of training
             prompts = list(map(ask, merge_for))
             generator = load_generator(
@@ -181,7 +179,7 @@ def _load(
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     unpad(model, source.config if with_adapter else None)
-    columns = _columns(source)
+    columns = source.trained_columns
 
     def answer(rows: Sequence[Row], **files: Any) -> list[dict[str, Any]]:
         for row in rows:
@@ -193,23 +191,6 @@ def _load(
 
     loaded_from = describe(source, source.base, model, numbers, with_adapter)
     return Predictor(answer, task.arguments, batch_size * _BATCHES, loaded_from, model)
-
-
-def load_for_task(
-    source: AdapterSource, base: OpenBase, task: Task[Any], dtype: torch.dtype, *, with_adapter: bool = True
-) -> LoadedModel:
-    """Load the base model as a task needs it, with the adapter in it.
-
-    Raises:
-        AdapterError: the adapter does not fit the base model.
-        ModelError: the base model cannot be loaded.
-    """
-    loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
-    task.fit_model(loaded.model, None)
-    if with_adapter:
-        apply_adapter(loaded, source)
-    widen_heads(loaded.model)
-    return loaded
 
 
 def predict_file(
@@ -239,12 +220,6 @@ def predict_file(
         progress=progress,
         order=longest_first(asked) if predictor.ask else None,
     )
-
-
-def _columns(source: AdapterSource) -> dict[str, str]:
-    """The names that the training rows gave the task's columns, where run.json is there to say it."""
-    columns = mapping_at(source.record, "recipe", "dataset", "columns") or mapping_at(source.record, "data", "columns")
-    return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
 def text_predictor(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.chat import chat, is_text, streamed_output
 from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
 from peftcli.errors import UsageError
-from peftcli.system.secrets import safe_length
 
 if TYPE_CHECKING:
     from peftcli.data.rows import Row
-    from peftcli.tasks.text.formats import Message
     from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
     from peftcli.tasks.text.prompts import Prompt
 
@@ -45,6 +43,10 @@ _System = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="System prompt, instead of the training rows'; a row of --input keeps its own."),
 ]
+_Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", parser=path, metavar="FILE", help="Picture to ask about, also in a chat; may be repeated."),
+]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")]
 _Quantization = Annotated[
     Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "int4_weight_only"] | None,
@@ -56,6 +58,7 @@ def generate(
     adapter: Adapter,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     system: _System = None,
+    image: _Images = None,
     source: _Source = None,
     target: _Target = None,
     base: Base = None,
@@ -71,22 +74,25 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate text: for one prompt, a file of prompts, or in a chat."""
+    images = image or []
     _check(prompt, system, source, target, temperature, top_p, as_json)
+    if images and source is not None:
+        raise UsageError("is for --prompt or a chat; rows of --input name their pictures", key="--image")
     tell = progress_log(quiet)
-    from peftcli.adapters.generate import first_batch, load_generator
+    from peftcli.adapters.generate import as_prompt, check_images, find_asked, first_batch, load_generator
     from peftcli.adapters.predict import predict_file, read_input, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
-    from peftcli.tasks.text.prompts import prompt_of, with_system
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    rows = read_input(source)
+    rows, found = read_input(source), find_asked(adapter, base, pictures=bool(images))
+    check_images(images)
 
-    def ask(row: Row) -> Prompt:
-        return with_system(prompt_of(row, columns={}), system)
+    def ask(asked: Row | str) -> Prompt:
+        return as_prompt(found, asked, images, system)
 
-    prompts = list(map(ask, rows)) if source else [with_system(_FIRST_OF_A_CHAT if prompt is None else prompt, system)]
+    prompts = [ask(_FIRST_OF_A_CHAT if prompt is None else prompt)] if source is None else list(map(ask, rows))
     generator = load_generator(
-        adapter,
+        found,
         base,
         with_adapter=not no_adapter,
         quantization=quantization,
@@ -100,14 +106,14 @@ def generate(
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         return print_count(target, count, tell, as_json=as_json)
     if prompt is None:
-        return _chat(generator, settings, system)
+        return chat(generator, settings, system, images)
     return _answer(generator, prompts, settings, as_json)
 
 
 def _answer(generator: TextGenerator, prompts: Sequence[Prompt], settings: GenerationSettings, as_json: bool) -> None:
     if as_json:
         return console.print_json(asdict(generator.generate(prompts, settings)[0]))
-    with _streamed_output() as write:
+    with streamed_output() as write:
         generator.generate(prompts, settings, stream=write)
     return None
 
@@ -136,55 +142,7 @@ def _check(
     if math.isnan(top_p):  # older versions of typer let it pass their bounds
         raise UsageError("must be a number from 0 to 1", key="--top-p")
     for key, text in (("--prompt", prompt), ("--system", system)):
-        if text is not None and not _is_text(text):
+        if text is not None and not is_text(text):
             raise UsageError("is not UTF-8 text", key=key)
     if target is not None:
         check_target(target, source, as_json=as_json)
-
-
-def _chat(generator: TextGenerator, settings: GenerationSettings, system: str | None) -> None:
-    """Chat on a terminal until an empty line or the end of the input."""
-    from peftcli.tasks.text.prompts import with_system
-
-    console.log("an empty line ends the chat")
-    messages: list[Message] = generator.form.opening(system)
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            line = None
-        if line is None or not _is_text(line):
-            console.log("the input is not UTF-8 text")
-            continue
-        if not line.strip():
-            return
-        asked = generator.form.ask(line, system="")
-        messages += [] if isinstance(asked, str) else asked
-        with _streamed_output() as write:
-            said = with_system(line, system) if isinstance(asked, str) else messages
-            answer = generator.generate([said], settings, stream=write)[0]
-        messages.append({"role": "assistant", "content": answer.text})
-
-
-def _is_text(text: str) -> bool:
-    """Return whether the text was UTF-8 before Python decoded it."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-@contextmanager
-def _streamed_output() -> Iterator[Callable[[str], None]]:
-    """Yield a function that prints growing text, and holds back what may become a secret."""
-    held = ""
-
-    def write(text: str) -> None:
-        nonlocal held
-        held += text
-        end = safe_length(held)
-        sys.stdout.write(console.clean(held[:end]))
-        sys.stdout.flush()
-        held = held[end:]
-
-    yield write
-    console.out(held)

@@ -100,6 +100,11 @@ class TaskRow:
         """Whether the model continues or answers a text: ``peftcli generate``."""
         return self.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model answers a text with pictures: ``peftcli generate --image``."""
+        return self.auto_class == "AutoModelForImageTextToText"
+
     def settings_of(self, recipe: Recipe) -> Any:
         """The settings that a recipe gives, under ``task`` or under ``dataset``."""
         given = {name: value for name, value in (recipe.task or {}).items() if name != "type"}

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from peftcli.core.config import AdapterConfig
     from peftcli.data.findings import Finding, Records
     from peftcli.models.open import LoadedModel, OpenBase
+    from peftcli.tasks.text.generation import TextGenerator
 
 _MAX_SHOWN = 12
 """Labels that a note names."""
@@ -418,6 +419,14 @@ class Predicts(Protocol):
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Answer rows that have the columns of training, but for the label: one JSON object a row, in order."""
+
+
+@runtime_checkable
+class AsksRows(Protocol):
+    """Answers rows in words, and may be asked for one, as ``generate`` and a chat do."""
+
+    def generator(self, model: nn.Module, columns: Mapping[str, str]) -> TextGenerator:
+        """Return what answers rows with a model, whose ``columns`` may have other names."""
 
 
 @runtime_checkable

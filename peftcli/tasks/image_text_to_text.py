@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +21,12 @@ from torch import nn
 
 from peftcli.core.config import AdapterConfig, TargetedConfig
 from peftcli.core.layer import base_modules
-from peftcli.core.prompts.generate import generate
 from peftcli.core.targets import find_targets
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome
 from peftcli.errors import AdapterError, DataError, ModelError
-from peftcli.models.tokens import save_processor
+from peftcli.models.tokens import save_processor, settle_pad
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, in_batches, model_inputs, on_device, table_of
 from peftcli.tasks.files import File, errors_of_row, file_of
@@ -37,16 +35,17 @@ from peftcli.tasks.pictures import noise, open_image, opened_picture, orientatio
 from peftcli.tasks.shown import Facts, Shown, Text
 from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat
 from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
-from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message, turns_in
+from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
 from peftcli.tasks.text.generated import PACKAGES, text_metrics, text_parts, with_texts
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
+from peftcli.tasks.text.pictured import MARK, marked_turns
+from peftcli.tasks.text.prompts import PromptForm
 from peftcli.tasks.text.spans import Template
-from peftcli.tasks.text.stop_tokens import all_stops, stop_tokens
+from peftcli.tasks.text.stop_tokens import stop_tokens
 from peftcli.tasks.text.token_ids import inner_model, losses_of, next_tokens, pad_token_id, token_loss, token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 
-MARK = "<image>"
-"""Stands in the text of a row for a picture."""
 _TURNED = 5
 """EXIF orientations from this one exchange width and height."""
 
@@ -180,7 +179,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         found = row.values.get(reader.names.get("images", ""))
         given = [] if found is None else found if isinstance(found, list) else [found]
         if "messages" in reader.names and row.values.get(reader.names["messages"]):
-            messages, pictures = _marked(reader.value(row, "messages"), given)
+            messages, pictures = marked_turns(reader.value(row, "messages"), given)
         else:
             text = reader.text(row, "prompt")
             text = text if MARK in text else MARK * len(given) + text
@@ -368,28 +367,43 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         return join(found, text_parts(self.settings.generate_metrics, [row.outputs[0] for row in rows]))
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
-        reader = self.read(table_of(rows, options.columns), answered=False)
-        examples = []
+        examples, _ = self._asking(rows, options.columns)
+        yield from in_batches(examples, options.batch_size, lambda some: self._answers(model, some))
+
+    def generator(self, model: nn.Module, columns: Mapping[str, str]) -> TextGenerator:
+        def read(rows: Sequence[Row]) -> tuple[Batch, list[str]]:
+            there = {name for row in rows for name in row.values}
+            examples, asked = self._asking(rows, {name: each for name, each in columns.items() if each in there})
+            return self._asked_inputs(model, examples), asked
+
+        return replace(self._generator(model), read_rows=read)
+
+    def _generator(self, model: Any) -> TextGenerator:
+        settle_pad(self.tokenizer, model)
+        return TextGenerator(model, self.tokenizer, PromptForm(chat=True), stop_tokens(self.tokenizer, chat=True))
+
+    def _asking(self, rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[list[Example], list[str]]:
+        """Rows less the answer as examples, and the last words of each."""
+        reader = self.read(table_of(rows, columns), answered=False)
+        examples, asked = list[Example](), list[str]()
         for row in rows:
             read = self._read(row, reader, answered=False)
             text = self.template.render(read.messages, read.tools, prompt=True)
             examples.append(Example(_stored(read.files, text), len(text), 0))
-        yield from in_batches(examples, options.batch_size, lambda some: self._answers(model, some))
+            asked.append(str(read.messages[-1].get("content") or "").replace(MARK, "").strip() if read.messages else "")
+        return examples, asked
+
+    def _asked_inputs(self, model: Any, examples: Sequence[Example]) -> Batch:
+        """The model's inputs of examples that are asked, padded on the left."""
+        rows = [self._inputs(each) for each in examples]
+        joined = self._joined(rows, [row["input_ids"].shape[1] for row in rows], left=True)
+        return _as_computed(model, on_device(joined, next(model.parameters()).device))
 
     @torch.inference_mode()
     def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        rows = [self._inputs(each) for each in examples]
-        lengths = [row["input_ids"].shape[1] for row in rows]
-        inputs = on_device(self._joined(rows, lengths, left=True), next(model.parameters()).device)
-        stops = all_stops(stop_tokens(self.tokenizer, chat=True), model.generation_config.eos_token_id)
-        more: dict[str, Any] = {
-            "max_new_tokens": self.settings.max_new_tokens,
-            "do_sample": False,
-            "eos_token_id": stops or None,
-        }
-        found = generate(model, **_as_computed(model, inputs), **more, pad_token_id=pad_token_id(self.tokenizer))
-        texts = self.tokenizer.batch_decode(found[:, max(lengths) :], skip_special_tokens=True)
-        return [{"text": text.strip()} for text in texts]
+        settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens)
+        found = self._generator(model).answered(self._asked_inputs(model, examples), settings)
+        return [{"text": text} for text, _, _ in found]
 
     def show(self, example: Example) -> Shown:
         ids, labels = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "labels"))
@@ -446,36 +460,6 @@ def as_parts(messages: list[Message]) -> list[Message]:
         return [part for part in found if part["type"] == "image" or part["text"]]
 
     return [message | {"content": parts(message.get("content"))} for message in messages]
-
-
-def _marked(messages: Any, given: list[Any]) -> tuple[list[Message], list[Any]]:
-    """Messages whose contents are texts with marks, and their pictures in order.
-
-    A part may name its picture; other parts and marks stand for those of ``given``.
-    """
-    with suppress(ValueError):  # the reader of messages says what is wrong
-        messages = turns_in(messages)
-    if not isinstance(messages, list):
-        return messages, given
-    turns, named = list[Any](), list[Any]()  # None: one of the given pictures
-    for turn in messages:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            texts = []
-            for part in content:
-                is_image = part.get("type") == "image"
-                texts.append(MARK if is_image else part.get("text"))
-                names = (part.get(key) for key in ("image", "path", "url") if is_image)
-                named += [next((name for name in names if name is not None), None)] * is_image
-                named += [None] * (0 if is_image else str(texts[-1]).count(MARK))
-            if all(isinstance(text, str) for text in texts):
-                turn = turn | {"content": "".join(texts)}
-        elif isinstance(content, str):
-            named += [None] * content.count(MARK)
-        turns.append(turn)
-    rest = iter(given)
-    pictures = [next(rest, None) if name is None else name for name in named]
-    return turns, [*(picture for picture in pictures if picture is not None), *rest]
 
 
 def _stored(files: Sequence[File], text: str) -> dict[str, Any]:

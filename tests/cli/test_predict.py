@@ -182,7 +182,7 @@ def test_what_would_be_lost_or_meant_otherwise_is_refused(
     ran = cli("predict", texts, rows)
     assert (ran.code, "give it as --input" in ran.err) == (2, True)
     ran = cli("generate", texts, "--prompt", "sun")
-    assert (ran.code, "which writes no text" in ran.err, "peftcli predict" in ran.err) == (2, True, True)
+    assert (ran.code, "which answers no prompts" in ran.err, "peftcli predict" in ran.err) == (2, True, True)
 
 
 def test_a_row_that_cannot_be_answered(cli: Callable, texts: Path, tmp_path: Path) -> None:

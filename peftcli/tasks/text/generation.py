@@ -17,8 +17,8 @@ from peftcli.core.layer import model_ends
 from peftcli.core.prompts.config import max_positions
 from peftcli.core.prompts.generate import generate
 from peftcli.core.prompts.inputs import position_tables, soft_prompt
-from peftcli.data.rows import Place
-from peftcli.errors import DataError
+from peftcli.data.rows import Place, Row
+from peftcli.errors import DataError, UsageError
 from peftcli.models import tokens
 from peftcli.tasks.text.prompts import Prompt, PromptForm, TextWithSystem, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, stop_tokens
@@ -68,6 +68,9 @@ class TextGenerator:
     """What it was loaded from, as JSON: an interrupted file is resumed only by an equal generator."""
     bf16: bool = False
     """Whether ``generate`` computes in bfloat16, whatever the weights are."""
+    read_rows: Callable[[Sequence[Row]], tuple[dict[str, Any], list[str]]] | None = None
+    """Makes the model's inputs of prompts that are rows, and says of each what is asked in words; None: prompts are
+    texts alone."""
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings, stream: Callable[[str], None] | None = None
@@ -82,13 +85,25 @@ class TextGenerator:
         if not prompts:
             return []
         set_seed(settings.seed)
+        if self.read_rows is not None:
+            inputs, asked = self.read_rows([prompt for prompt in prompts if isinstance(prompt, Row)])
+        else:
+            inputs, asked = self._inputs(prompts, settings), list(map(last_words, prompts))
+        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            answers = self.answered(inputs, settings, stream)
+        return [GeneratedText(words, *answer) for words, answer in zip(asked, answers, strict=True)]
+
+    def _inputs(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> dict[str, Any]:
+        """The model's inputs of prompts that are texts.
+
+        Raises:
+            DataError: the model has too few positions for one.
+        """
         rows = list(map(self._ids, prompts))
         for prompt, ids in zip(prompts, rows, strict=True):
             if problem := self._too_long(ids, settings):
                 raise DataError(f"{last_words(prompt)!r:.40}: {problem}", hint=_SHORTER)
-        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            answers = self.continued(rows, settings, stream)
-        return [GeneratedText(last_words(prompt), *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return self._padded(rows)
 
     def refuse_long(self, prompts: Sequence[Prompt], places: Sequence[Place], settings: GenerationSettings) -> None:
         """Check that the model has positions for prompts and their answers.
@@ -96,7 +111,7 @@ class TextGenerator:
         Raises:
             DataError: it has too few for one, which the error names.
         """
-        if self._positions is None:
+        if self._positions is None or self.read_rows is not None:
             return
         for prompt, place in zip(prompts, places, strict=True):
             if problem := self._too_long(self._ids(prompt), settings):
@@ -125,10 +140,18 @@ class TextGenerator:
         self, rows: Sequence[list[int]], settings: GenerationSettings, stream: Callable[[str], None] | None = None
     ) -> list[tuple[str, int, str]]:
         """The answers to rows of tokens, in one batch: text, tokens and finish_reason of each."""
+        return self.answered(self._padded(rows), settings, stream)
+
+    def _padded(self, rows: Sequence[list[int]]) -> dict[str, Any]:
         # an answer follows its prompt; but an encoder is trained on rows that begin at position 0
         side = "left" if self._decoder_only else "right"
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
-        inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def answered(
+        self, inputs: dict[str, Any], settings: GenerationSettings, stream: Callable[[str], None] | None = None
+    ) -> list[tuple[str, int, str]]:
+        """The answers to a batch of the model's inputs: text, tokens and finish_reason of each."""
         options = self._options(settings)
         if stream is not None:
             options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens, strip=self.form.chat)
@@ -147,6 +170,8 @@ class TextGenerator:
             prompt = self.form.ask(prompt.text, prompt.system)
         elif isinstance(prompt, str):
             prompt = self.form.ask(prompt)
+        if isinstance(prompt, Row):
+            raise UsageError("the model answers texts alone")
         text, templated = prompt_text(prompt, self.tokenizer, decoder_only=self._decoder_only)
         return prompt_ids(text, self.tokenizer, templated=templated, decoder_only=self._decoder_only)
 

@@ -43,8 +43,9 @@ class TextWithSystem:
 CompletePrompt = str | list[Message] | AlpacaExample | ChatExample
 """A text; a conversation that ends with a turn to answer, the second with the tools that may be called; an
 instruction."""
-Prompt = CompletePrompt | TextWithSystem
-"""The same, or a text that a ``PromptForm`` completes, as it does with a ``str``."""
+Prompt = CompletePrompt | TextWithSystem | Row
+"""The same, or a text that a ``PromptForm`` completes, as it does with a ``str``; or a row of a task whose prompts are
+more than text."""
 
 SLOT = "{prompt}"
 """Stands in a template for the text that is asked."""
@@ -305,6 +306,8 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
     """Return a prompt after a system prompt, in place of the one that training rows share; one of its own stays."""
     if system is None:
         return prompt
+    if isinstance(prompt, Row):
+        return replace(prompt, values={"system": system} | prompt.values)
     if isinstance(prompt, str):
         return TextWithSystem(prompt, system)
     if isinstance(prompt, TextWithSystem):
@@ -323,6 +326,8 @@ def last_words(prompt: Prompt) -> str:
         return prompt
     if isinstance(prompt, TextWithSystem):
         return prompt.text
+    if isinstance(prompt, Row):
+        return str(prompt.place)
     if isinstance(prompt, AlpacaExample):
         return prompt.request()
     messages = prompt if isinstance(prompt, list) else prompt.messages
