@@ -33,7 +33,7 @@ from peftcli.errors import StorageError, UsageError
 from peftcli.system.disk import sync_folder
 from peftcli.system.outputs import expand_user, is_at, storage_errors
 
-DATA_PATH_VERSION = 16
+DATA_PATH_VERSION = 17
 """To be raised with every change after which the same rows and settings give other examples or records."""
 
 _ROOT = "PEFTCLI_CACHE"

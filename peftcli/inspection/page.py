@@ -146,7 +146,12 @@ def _rows(rows: dict[str, ShownRow], borders: bool) -> tuple[list[str], _Ids]:
 
 
 def _row(row: ShownRow, name: str, borders: bool) -> str:
-    parts = [_group(group, borders) for group in side_by_side(row.shown.parts)]
+    pictures = [part for part in row.shown.parts if isinstance(part, Image)]
+    beside = pictures if any(isinstance(part, Text) for part in row.shown.parts) else []
+    parts = [_group(group, borders) for group in side_by_side([p for p in row.shown.parts if p not in beside])]
+    if beside:
+        drawn = "".join(_part(each, borders) for each in beside)
+        parts = [f'<div class="seen"><div>{drawn}</div><div>{"".join(parts)}</div></div>']
     if row.missing:
         lost = f", {row.lost:,} of them trained" if row.lost else ""
         parts.append(f'<p class="cut">Cut here: {row.missing:,} {row.unit} are missing{lost}.</p>')

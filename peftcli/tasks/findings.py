@@ -161,6 +161,31 @@ PICTURES = by_name(
 )
 """Those of text_to_image."""
 
+SEEN = by_name(
+    Kind(
+        "pictures_too_long",
+        "warning",
+        "have pictures of more tokens than max_length, and are left out",
+        "Raise dataset.max_length, or make the pictures smaller.",
+        error_above=0.5,
+    ),
+    # Several captions of a picture are as good as one.
+    Kind(
+        "answers_differ",
+        "info",
+        "have the same pictures and the same question as another row, and another answer",
+        "Check which answer is right, unless the question has several, as a picture has captions.",
+        warning_above=0.05,
+    ),
+    Kind(
+        "no_picture",
+        "info",
+        "have no picture",
+        "Nothing needs to be done, if answers to texts alone should be learnt too.",
+    ),
+)
+"""Those of image_text_to_text."""
+
 INFLUENCE = by_name(
     Kind(
         "looks_mislabelled",
@@ -193,5 +218,6 @@ FINDINGS = (
     | SOUND
     | SOUND_CLASSES
     | EMBEDDINGS
+    | SEEN
     | INFLUENCE
 )

@@ -24,28 +24,30 @@ from peftcli.core.layer import base_modules
 from peftcli.core.targets import find_targets
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
-from peftcli.data.store import Column, Example, Outcome
+from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, ModelError
 from peftcli.models.tokens import save_processor, settle_pad
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, in_batches, model_inputs, on_device, table_of
 from peftcli.tasks.files import File, errors_of_row, file_of
+from peftcli.tasks.findings import SEEN
 from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.pictures import noise, open_image, opened_picture, orientation_of, shown_image
-from peftcli.tasks.shown import Facts, Shown, Text
+from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat
 from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
 from peftcli.tasks.text.generated import PACKAGES, text_metrics, text_parts, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
-from peftcli.tasks.text.pictured import MARK, marked_turns
+from peftcli.tasks.text.pictured import MARK, PictureAudit, fold_pictures, marked_turns
 from peftcli.tasks.text.prompts import PromptForm
 from peftcli.tasks.text.spans import Template
 from peftcli.tasks.text.stop_tokens import stop_tokens
 from peftcli.tasks.text.token_ids import inner_model, losses_of, next_tokens, pad_token_id, token_loss, token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 
+_PICTURES_OVERLONG = "pictures longer than max_length"
 _TURNED = 5
 """EXIF orientations from this one exchange width and height."""
 
@@ -69,7 +71,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     arguments = ("image", "prompt")
     unit = "tokens"
     sums_targets = True
-    identity = ("input_ids", "pictures")
+    identity = ("input_ids", "seen")
     flags: ClassVar[Mapping[str, int]] = {"truncated": Flag.TRUNCATED}
     versions = (*CHAT_PACKAGES, "pillow")
     input_packages: ClassVar = {"PIL": "vision"}
@@ -79,11 +81,12 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         super().__init__(settings, processor, base)
         self._runs: dict[tuple[int, int], list[int]] = {}
         self._compared = set[int]()
+        self._audit: PictureAudit | None = None
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        texts = ("text", "pictures", *(("asked", "answer") if self.settings.generate_metrics else ()))
-        own = {"input_ids": Column(), "labels": Column(), "contents": Column("bytes")}
+        texts = ("text", "pictures", "seen", *(("asked", "answer") if self.settings.generate_metrics else ()))
+        own = {"input_ids": Column(), "labels": Column(), "contents": Column("bytes"), "image_tokens": Column(shape=())}
         return own | dict.fromkeys(texts, Column("str"))
 
     @property
@@ -149,10 +152,25 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     @property
     def advice(self) -> Mapping[str, str]:
-        return dict.fromkeys((OVERLONG, CUT_OFF), f"Raise dataset.max_length, which is {self.settings.max_length}.")
+        return dict.fromkeys(
+            (OVERLONG, _PICTURES_OVERLONG, CUT_OFF), f"Raise dataset.max_length, which is {self.settings.max_length}."
+        )
 
     def record_findings(self, records: Records) -> list[Finding]:
-        return record_findings(records)
+        more = records.findings(SEEN["pictures_too_long"], records.with_outcome(_PICTURES_OVERLONG))
+        return record_findings(records) + more
+
+    def findings(self, view: View) -> list[Finding]:
+        return self._audited(view).findings()
+
+    def describe(self, view: View) -> Description:
+        return self._audited(view).describe()
+
+    def _audited(self, view: View) -> PictureAudit:
+        """The audit of a view; that of the last one is kept."""
+        if self._audit is None or self._audit.view is not view:
+            self._audit = PictureAudit(view, self.tokenizer)
+        return self._audit
 
     def read(self, table: Table, *, answered: bool = True) -> Reader:
         names: dict[str, Sequence[str]] = {
@@ -250,6 +268,10 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             self._runs[size] = self._processed(self.mark, [_blank(size)])["input_ids"][0].tolist()
         return self._runs[size]
 
+    def _image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """How many tokens pictures of these sizes have together."""
+        return sum(len(self._run(size)) for size in sizes)
+
     def _processed(self, text: str, pictures: Sequence[Any]) -> Batch:
         """What the processor makes of a text and its pictures: all that the model reads."""
         options = {"images": list(pictures)} if pictures else {}
@@ -267,7 +289,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             # one picture has its tokens before the cut or the row is left out
             last = self._end_of_pictures(ids, read.sizes)
             if self.settings.overlong == "drop" or last > limit:
-                outcome.reason = OVERLONG
+                outcome.reason = _PICTURES_OVERLONG if self._image_tokens(read.sizes) > limit else OVERLONG
                 return outcome
             outcome.lost = sum(label != IGNORED for label in labels[limit:])
             outcome.flags |= Flag.TRUNCATED | (Flag.ANSWER_CUT if outcome.lost else 0)
@@ -276,7 +298,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         if not targets:
             outcome.reason = CUT_OFF if outcome.lost else NO_TARGET
             return outcome
-        arrays = {"input_ids": ids, "labels": labels, **_stored(read.files, marked.text)}
+        counted = {"image_tokens": self._image_tokens(read.sizes)}
+        arrays = {"input_ids": ids, "labels": labels, **counted, **_stored(read.files, marked.text)}
         if self.settings.generate_metrics:
             arrays |= self._asked(row, read)
         outcome.examples = [Example(arrays, len(ids), targets)]
@@ -408,11 +431,14 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def show(self, example: Example) -> Shown:
         ids, labels = (np.asarray(example.arrays[name]).tolist() for name in ("input_ids", "labels"))
         files = _files(example)
-        images = [shown_image(open_image(file.read(), file.path), file.path) for file in files]
+        opened = [open_image(file.read(), file.path) for file in files]
+        images = [shown_image(each, file.path) for each, file in zip(opened, files, strict=True)]
         renderer = TokenRenderer(self.tokenizer)
-        text = Text(renderer.render(ids, [IGNORED, *labels[1:]]))
+        runs = [self._run(each.size) for each in opened]
+        text = Text(fold_pictures(renderer.render(ids, [IGNORED, *labels[1:]]), runs))
         values = {"input_ids": ids, "labels": labels, "text": renderer.text(ids)}
-        return Shown([*images, Facts({"pictures": str(len(files))}), text], values, f"{example.num_targets:,} trained")
+        values |= {"images": [each.as_dict() for each in images]}
+        return Shown([*images, text], values, f"{example.num_targets:,} trained")
 
     def probe(self) -> Batch:
         """Two texts with a picture of noise each."""
@@ -465,7 +491,12 @@ def as_parts(messages: list[Message]) -> list[Message]:
 def _stored(files: Sequence[File], text: str) -> dict[str, Any]:
     """A text and its pictures' files as columns of a store hold them."""
     described = [[file.path, file.digest.hex(), len(file.held)] for file in files]
-    return {"text": text, "pictures": json.dumps(described), "contents": b"".join(file.held for file in files)}
+    return {
+        "text": text,
+        "pictures": json.dumps(described),
+        "seen": json.dumps([digest for _, digest, _ in described]),
+        "contents": b"".join(file.held for file in files),
+    }
 
 
 def _files(example: Example) -> list[File]:

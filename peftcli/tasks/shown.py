@@ -62,6 +62,10 @@ class Image:
     """A small copy, as PNG."""
     title: str = "image"
 
+    def as_dict(self) -> dict[str, Any]:
+        """The picture as ``inspect --json`` prints it."""
+        return {name: getattr(self, name) for name in ("source", "width", "height", "mode")}
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -92,8 +96,8 @@ class Shown:
         for part in self.parts:
             if isinstance(part, Label):
                 found.setdefault("label", part.text)
-            elif isinstance(part, Image):
-                found["image"] = {name: getattr(part, name) for name in ("source", "width", "height", "mode")}
+            elif isinstance(part, Image) and "images" not in found:
+                found["image"] = part.as_dict()
             elif isinstance(part, Facts):
                 found.setdefault("facts", {}).update(part.values)
         return found

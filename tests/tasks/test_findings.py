@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,53 @@ def _judged(kind: str, *answers: str) -> Rows:
     return [{**row, "text": f"Ada {kind}{at}", "answer": answer} for at, answer in enumerate(answers)]
 
 
+def _asked(*rows: tuple[str, str]) -> tuple[Rows, Rows]:
+    """Questions about pictures, whose names stand in brackets, and their answers."""
+
+    def row(asked: str, answer: str) -> dict[str, Any]:
+        names = re.findall(r"\[(.*?)\]", asked)
+        return {"prompt": re.sub(r"\[.*?\]", "<image>", asked), "completion": answer, "images": [*map(_picture, names)]}
+
+    return [row(*each) for each in rows], [row("[eval] What?", "A tree.")]
+
+
 FOUND = {
+    "two answers to a question about a picture": Odd(
+        "image_text_to_text",
+        lambda: _asked(("[a] Who?", "Ada"), ("[b] Who?", "Kurt"), ("[a] Who?", "Emmy"), ("[a] Where?", "There")),
+        "answers_differ",
+        "warning",
+        "2 of 4 rows have the same pictures and the same question as another row, and another answer",
+        ("train.jsonl:1", "train.jsonl:3"),
+    ),
+    "rows without a picture": Odd(
+        "image_text_to_text",
+        lambda: _asked(("[a] Who?", "Ada"), ("Who?", "Kurt"), ("Who?", "Emmy")),
+        "no_picture",
+        "info",
+        "2 of 3 rows have no picture",
+        ("train.jsonl:2", "train.jsonl:3"),
+    ),
+    "more pictures than tokens": Odd(
+        "image_text_to_text",
+        lambda: _asked(("[a] Who?", "Ada"), ("[b] Who?", "Kurt"), ("[a]" * 16 + "Who?", "Emmy")),
+        "pictures_too_long",
+        "warning",
+        "1 of 3 rows have pictures of more tokens than max_length, and are left out",
+        ("train.jsonl:3",),
+        {"max_length": 60},
+    ),
+    "pictures without a mark, and none for a mark": Odd(
+        "image_text_to_text",
+        lambda: (
+            [{"prompt": "<image>?", "completion": "Ada", "images": [_picture("a")] * at} for at in range(3)],
+            _asked()[1],
+        ),
+        "bad_rows",
+        "error",
+        "2 of 3 rows cannot be used",
+        ("train.jsonl:1", "train.jsonl:3"),
+    ),
     "labels that are joined in a text": Odd(
         "sequence_classification",
         lambda: (
@@ -360,5 +407,6 @@ def test_inspect_finds_it_and_names_its_rows(cli: Callable, tmp_path: Path, name
     assert found["rows"] == [f"{tmp_path}/{line}" for line in odd.lines]
     assert f"{odd.finding}: {odd.says}" in cli("inspect", recipe, *settings, code=code)
     also = {"exact_duplicates", "chat_model_without_template"} - {odd.finding}
-    assert {each["name"] for each in findings.values() if each["level"] != "info"} - also == {odd.finding}
+    loud = {each["name"] for each in findings.values() if each["level"] != "info"} - also
+    assert loud == {odd.finding} - {each["name"] for each in findings.values() if each["level"] == "info"}
     assert code or answer["audit"]["train"]["duplicates"]["exact"] == odd.exact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 
 from peftcli.data.findings import Finding
 from peftcli.data.store import View
-from peftcli.data.used_rows import Ragged, UsedRows
+from peftcli.data.used_rows import Ragged, UsedRows, scatter
 from peftcli.tasks.shown import Description, Shared
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.findings import FINDINGS, Flag
@@ -29,13 +30,23 @@ _LISTED_ENDS = 5
 class TextAudit:
     """All examples of a language task, examined once.
 
-    ``aligned``: labels belong to the input's tokens, as in a causal model, and are no text of their own.
+    ``aligned``: labels belong to the input's tokens, as in a causal model, and are no text of their own. ``beside``:
+    columns of what is asked besides the text, as pictures. ``unread``: tokens of each example that are no text.
     """
 
-    def __init__(self, view: View, tokenizer: PreTrainedTokenizerBase, *, aligned: bool):
+    def __init__(
+        self,
+        view: View,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        aligned: bool,
+        beside: Sequence[str] = (),
+        unread: np.ndarray | None = None,
+    ):
         self.rows = rows = UsedRows(view)
         self._tokens = _Tokens(tokenizer)
         self._sizes = rows.sums(view.sizes if aligned else view.sizes + view.targets)
+        self._texts = self._sizes if unread is None else self._sizes - rows.sums(unread)
         self._targets = rows.sums(view.targets)
         self._prompts = np.zeros(len(rows), np.uint64)
         self._without_text, self._all_trained = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
@@ -46,6 +57,8 @@ class TextAudit:
             self._without_text[some] = chunk.answers_without_text(self._tokens)
             self._all_trained[some] = chunk.all_trained(self._tokens)
             self._ends.update(chunk.ends())
+        if beside:
+            self._prompts = np.where(self._prompts, scatter(self._prompts ^ rows.hashes(*beside)), self._prompts)
 
     @cached_property
     def _flags(self) -> np.ndarray:
@@ -57,9 +70,14 @@ class TextAudit:
             "empty_answers": self._without_text & (self._flags & Flag.ANSWER_CUT == 0),
             # Where all of every row is trained, a row is a text, and has no prompt to be empty.
             "empty_prompts": self._all_trained & (not self._all_trained.all()),
-            "low_trained_share": self._targets < _LOW_SHARE * self._sizes,
+            "low_trained_share": self._targets < _LOW_SHARE * self._texts,
         }
         return self.rows.findings((FINDINGS[name], mask) for name, mask in masks.items())
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """A hash of what each row asks; 0: nothing."""
+        return self._prompts
 
     def describe(self) -> Description:
         """Return what ``inspect`` also reports of the rows."""
