@@ -15,6 +15,7 @@ from peftcli.schema import BaseModel
 
 ENCODER, DECODER, ENCODER_DECODER = "encoder", "decoder", "encoder-decoder"
 VISION, AUDIO, DIFFUSION = "vision model", "speech model", "diffusion pipeline"
+SEEING = "vision-language model"
 _MAX_CONFIG = 4 << 20
 _PACKAGES = 600 << 20
 """Bytes of Python with its packages, on a CPU."""
@@ -41,8 +42,11 @@ class Proposal:
     """Tokens that it reads, at most; of pictures and sounds: what one has."""
 
 
+PICTURE_TOKENS = 1200
+"""Tokens of a large picture in the smallest model that is proposed: 17 tiles of 64, and marks between them."""
 _TEXT = ("sequence_classification", "token_classification", "question_answering", "reward")
 _CHAT = ("causal_lm", "preference")
+_SEES = ("image_text_to_text",)
 PROPOSALS = (
     Proposal("distilbert/distilroberta-base", "Apache-2.0", 82, 6, 768, 50265, _TEXT),
     Proposal("answerdotai/ModernBERT-base", "Apache-2.0", 149, 22, 768, 50368, _TEXT, positions=8192),
@@ -69,6 +73,9 @@ PROPOSALS = (
     Proposal("openai/whisper-tiny", "Apache-2.0", 38, 8, 384, 51865, ("speech_recognition",), True, 1500),
     Proposal("openai/whisper-base", "Apache-2.0", 73, 12, 512, 51865, ("speech_recognition",), True, 1500),
     Proposal("openai/whisper-small", "Apache-2.0", 242, 24, 768, 51865, ("speech_recognition",), True, 1500),
+    Proposal("HuggingFaceTB/SmolVLM-256M-Instruct", "Apache-2.0", 256, 30, 576, 49280, _SEES, positions=8192),
+    Proposal("HuggingFaceTB/SmolVLM-500M-Instruct", "Apache-2.0", 507, 32, 960, 49280, _SEES, positions=8192),
+    Proposal("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0", 2209, 28, 1536, 151936, _SEES, True, 32768),
     Proposal("segmind/tiny-sd", "CreativeML OpenRAIL-M", 530, 16, 640, 0, ("text_to_image",), positions=4096),
     Proposal(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M", 1066, 25, 640, 0, ("text_to_image",),
@@ -102,6 +109,7 @@ class Base:
     def positions(self) -> int | None:
         """How many tokens the model can read, as far as its config says."""
         config = self.config or {}
+        config = {**config, **(config.get("text_config") or {})} if self.family == SEEING else config
         found = next((config[key] for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)
         return found if isinstance(found, int) and found > 1 else None
 
@@ -183,6 +191,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _family(config: Mapping[str, Any], architecture: str) -> str | None:
     """The kind of model, by the ending of its class's name and its config's keys."""
     kind = str(config.get("model_type", ""))
+    if config.get("vision_config") and architecture.endswith(_WRITERS):
+        return SEEING
     if any(key in config for key in _SOUND_KEYS) or kind.startswith(_SOUNDS):
         return AUDIO
     is_picture = any(key in config for key in _PICTURE_KEYS) or kind.startswith(_PICTURES)
@@ -190,7 +200,7 @@ def _family(config: Mapping[str, Any], architecture: str) -> str | None:
         return VISION
     if config.get("is_encoder_decoder"):
         return ENCODER_DECODER
-    if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    if architecture.endswith(_WRITERS):
         return DECODER
     return DECODER if "num_key_value_heads" in config and not architecture.endswith(_ENCODERS) else ENCODER
 
@@ -204,6 +214,7 @@ _PICTURES = (
     *("pvt", "hiera"),
 )
 """Beginnings of the ``model_type`` of models for sounds and for pictures, whose config may say no more."""
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -220,6 +231,6 @@ def memory_of(model: Proposal, rows: int, tokens: int, *, on_gpu: bool) -> int:
     weights = model.millions * 1e6 * size
     states = rows * each * model.layers * model.width * _STATES * 2
     attention = 0 if on_gpu else rows * each * each * model.layers * 4
-    writes = bool(model.vocabulary) and bool({*model.tasks} & {*_CHAT, "seq2seq_lm", "speech_recognition"})
+    writes = bool(model.vocabulary) and bool({*model.tasks} & {*_CHAT, *_SEES, "seq2seq_lm", "speech_recognition"})
     scores = rows * min(each, 448 if "speech_recognition" in model.tasks else each) * model.vocabulary * 4 * writes
     return int(weights + states + attention + scores + (0 if on_gpu else _PACKAGES))

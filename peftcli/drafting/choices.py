@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from peftcli.data.rows import count_of
-from peftcli.drafting.bases import AUDIO, DIFFUSION, VISION, Base, Proposal, memory_of
+from peftcli.drafting.bases import AUDIO, DIFFUSION, PICTURE_TOKENS, VISION, Base, Proposal, memory_of
 from peftcli.drafting.facts import ColumnFacts, count_words
 from peftcli.drafting.language import language_of
 from peftcli.drafting.look import Look
@@ -20,7 +20,7 @@ _WINDOW = 384
 """The usual length of a question with a part of its context."""
 _PASSES = ((100, 10), (1000, 5), (20_000, 3), (100_000, 2))
 """Pairs of a number of rows and the passes over data of at most that many rows."""
-_WRITERS = ("causal_lm", "seq2seq_lm", "preference", "reward")
+_WRITERS = ("causal_lm", "seq2seq_lm", "preference", "reward", "image_text_to_text")
 _MEDIA = (VISION, AUDIO, DIFFUSION)
 _KEY_NAMES = (
     *("user", "speaker", "author", "patient", "session", "conversation", "dialog", "doc", "document", "thread"),
@@ -35,8 +35,7 @@ def language_in(found: Found, look: Look) -> str | None:
     texts = [text for name in found.names() for text in look.columns[name].texts if not look.columns[name].media]
     if not texts:
         turns = (turn for name in found.names() for turn in look.columns[name].items if isinstance(turn, dict))
-        contents = (turn.get("content", turn.get("value")) for turn in turns)
-        texts = [each for each in contents if isinstance(each, str)]
+        texts = list(filter(None, map(_text_of, turns)))
     return language_of(texts)
 
 
@@ -53,12 +52,14 @@ def tokens_of(found: Found, look: Look, language: str | None, positions: int | N
         longest = max(answers) + sum(words) - sum(answers)
     else:
         longest = sum(words)
-    needed = needed_tokens(found, longest, language)
+    needed, pictures = needed_tokens(found, longest, language), sum(each.most_pictures for each in facts)
+    needed += PICTURE_TOKENS * pictures
     length = next((each for each in _LENGTHS if each >= needed), _LENGTHS[-1])
     if "context" in found.columns:
         length = max(length, _WINDOW)  # room for windows of the context, which overlap
-    length = min(length, 2048 if found.reading.task in _WRITERS else 1024)
-    why = f"99 of 100 rows have at most {longest:,} words; longer ones are cut, and counted"
+    length = min(length, _LENGTHS[-1] if pictures else 2048 if found.reading.task in _WRITERS else 1024)
+    seen = f" and {count_of(pictures, 'picture')}, of {PICTURE_TOKENS:,} tokens at most" if pictures else ""
+    why = f"99 of 100 rows have at most {longest:,} words{seen}; longer ones are cut, and counted"
     if positions and length > positions:
         return positions, f"{why}; the base model reads {positions:,} tokens", min(needed, positions)
     return length, why, min(needed, length)
@@ -75,15 +76,17 @@ def _long(facts: ColumnFacts) -> int:
         return facts.long_words
     sizes = []
     for each in facts.parsed_list or []:
-        texts = [
-            next((t[k] for k in ("content", "value") if isinstance(t.get(k), str)), "")
-            if isinstance(t, dict)
-            else str(t)
-            for t in each
-        ]
+        texts = [_text_of(turn) if isinstance(turn, dict) else str(turn) for turn in each]
         sizes.append(sum(map(count_words, texts)) + 4 * sum(isinstance(turn, dict) for turn in each))
     sizes.sort()
     return sizes[min(len(sizes) - 1, int(len(sizes) * 0.99))] if sizes else 0
+
+
+def _text_of(turn: dict[str, Any]) -> str:
+    """The text of a turn: its content, or those parts of it that are texts."""
+    content = turn.get("content", turn.get("value"))
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return " ".join(str(part["text"]) for part in parts if isinstance(part, dict) and part.get("text"))
 
 
 def batch_of(found: Found, tokens: int) -> tuple[int, str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from peftcli.data.media import is_media
 from peftcli.data.rows import Row, count_of, truth_in
+from peftcli.tasks.text.formats import PICTURE_PARTS
 
 MOST = 0.9
 """Share of a column's values that must be of a kind."""
@@ -216,6 +217,30 @@ class ColumnFacts:
         return None
 
     @cached_property
+    def pictured_turns(self) -> int:
+        """How many of its conversations have a part that is a picture."""
+        return sum(any(map(_pictures_of_turn, each)) for each in self.parsed_list or ())
+
+    @cached_property
+    def most_pictures(self) -> int:
+        """Pictures of a value, at most: of a file one, of a list its files, of a conversation its parts."""
+        if self.media == "image":
+            return 1
+        if self.turns:
+            return max((sum(map(_pictures_of_turn, each)) for each in self.parsed_list or ()), default=0)
+        return max(map(len, self.parsed_list or ()), default=0) if self.has_pictures else 0
+
+    @cached_property
+    def has_pictures(self) -> bool:
+        """Whether its values are pictures, or lists of pictures, of which some may be empty."""
+        if self.media is not None or self.turns or not self.items:
+            return self.media == "image"
+        folders = [folder for value, folder in zip(self.values, self.folders, strict=False) if value is not None]
+        pairs = zip(self.parsed_list or (), folders, strict=False)
+        some = [(item, folder) for value, folder in pairs for item in value][:200]
+        return _share(some, lambda pair: _media_kind(*pair) == "image") >= MOST
+
+    @cached_property
     def keys(self) -> list[str]:
         """The keys of its objects that hold texts, where it holds objects."""
         objects = [each for each in self.given if isinstance(each, dict)]
@@ -324,6 +349,13 @@ def _is_span(item: Any) -> bool:
         return False
     starts = any(isinstance(item.get(key), int) for key in ("start", "start_offset", "begin"))
     return starts and any(isinstance(item.get(key), str | list) for key in ("label", "type", "labels", "entity"))
+
+
+def _pictures_of_turn(turn: Any) -> int:
+    """How many parts of a turn's content are pictures."""
+    content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+    parts = content if isinstance(content, list) else []
+    return sum(isinstance(part, dict) and part.get("type") in PICTURE_PARTS for part in parts)
 
 
 def _media_kind(value: Any, folder: Path) -> str | None:

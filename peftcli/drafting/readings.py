@@ -14,7 +14,7 @@ from itertools import islice, product
 from typing import Any
 
 from peftcli.data.rows import is_true_or_false, truth_in
-from peftcli.drafting.bases import AUDIO, DECODER, DIFFUSION, ENCODER, ENCODER_DECODER, VISION
+from peftcli.drafting.bases import AUDIO, DECODER, DIFFUSION, ENCODER, ENCODER_DECODER, SEEING, VISION
 from peftcli.drafting.facts import ColumnFacts
 from peftcli.drafting.look import Look
 from peftcli.tasks import CAPTIONS, LABELS, PICTURES, TAGS, TOKENS, TRANSCRIPTS
@@ -236,7 +236,7 @@ def _unread(names: Sequence[str], look: Look, given: Mapping[str, str]) -> int:
             continue
         if facts.is_constant or _is_metadata(name):
             continue
-        if facts.media:
+        if facts.media or facts.has_pictures:
             cost += _UNREAD_MEDIA
         elif facts.is_free:
             cost += _UNREAD_TEXT * (facts.words >= _SIDE * max(texts, default=0))
@@ -322,10 +322,33 @@ def _sharegpt(facts: ColumnFacts) -> str | None:
 
 
 def _turns(facts: ColumnFacts, kind: str) -> str | None:
-    if facts.turns != kind:
+    """Turns of texts alone."""
+    return None if facts.pictured_turns else _any_turns(facts, kind)
+
+
+def _any_turns(facts: ColumnFacts, kind: str | None) -> str | None:
+    if kind is None or facts.turns != kind:
         return None
     keys = "role and content" if kind == "messages" else "from and value"
     return f"{len(facts.given):,} {facts.of()} are lists of turns with {keys}"
+
+
+def _turns_about_pictures(facts: ColumnFacts) -> str | None:
+    """Turns of which some may be about pictures: in parts, or by marks in their texts."""
+    found = _any_turns(facts, facts.turns)
+    return found and found + (f"; {facts.pictured_turns:,} have pictures" if facts.pictured_turns else "")
+
+
+def _turns_with_pictures(facts: ColumnFacts) -> str | None:
+    return _turns_about_pictures(facts) if facts.pictured_turns else None
+
+
+def _pictures(facts: ColumnFacts) -> str | None:
+    """Pictures, or lists of them."""
+    if not facts.has_pictures or facts.media:
+        return _image(facts)
+    none = sum(not each for each in facts.parsed_list or ())
+    return f"{len(facts.given):,} {facts.of()} are lists of pictures that exist{f', {none:,} empty' if none else ''}"
 
 
 def _answer(facts: ColumnFacts) -> str | None:
@@ -521,7 +544,42 @@ _TWO_ANSWERS = (
     *(Role("rejected", ("rejected",), _BAD, _answer), _SYSTEM),
 )
 
+_PICTURES = Role(
+    "images",
+    ("images", "image", "file_name"),
+    ("img", "picture", "pictures", "photo", "path", "file", "filename", "image_path", "image_paths", "image_file_name"),
+    _pictures,
+    _pictures,
+)
+_TURNS = ("messages", "conversations"), ("conversation", "chat", "dialog", "dialogue", "turns")
+_ASKED_OF_PICTURES = (
+    Role("messages", *_TURNS, _turns_about_pictures, _turns_about_pictures),
+    Role("prompt", ("prompt", "question"), ("instruction", "query", "input", "text", "problem"), _any_text, _free),
+    Role(
+        "completion",
+        ("completion", "answer"),
+        ("answers", "response", "output", "target", "caption", "solution", "reply", "label"),
+        _any_text,
+        _free,
+    ),
+)
+
+
+def _seeing() -> Iterator[Reading]:
+    """The readings of rows about pictures; where the base model reads pictures, rows may have none."""
+    turns, *pair = _ASKED_OF_PICTURES
+    for asked in ((turns,), tuple(pair)):
+        yield Reading("image_text_to_text", (_PICTURES, *asked, _SYSTEM), (SEEING,))
+        yield Reading("image_text_to_text", (*asked, _SYSTEM), (SEEING,), only_asked=(None,))
+    yield Reading(
+        "image_text_to_text",
+        (replace(turns, named=_turns_with_pictures, values=_turns_with_pictures), _SYSTEM),
+        (SEEING,),
+    )
+
+
 READINGS: tuple[Reading, ...] = (
+    *_seeing(),
     Reading("sequence_classification", (_TEXT, _LABEL), _CLASSIFIERS),
     Reading(
         "sequence_classification",

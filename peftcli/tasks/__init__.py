@@ -329,8 +329,12 @@ TASKS: dict[str, TaskRow] = {
         module="image_text_to_text",
         processor="processor",
         reads=(
-            ("messages", "images"),
-            *((image, "prompt", "completion") for image in ("image", "images")),
+            *((turns, image) for turns in ("messages", "conversations") for image in ("images", "image")),
+            *(
+                (image, *asked)
+                for image in ("image", "images")
+                for asked in (("prompt", "completion"), ("question", "answer"))
+            ),
         ),
         pipeline_tag="image-text-to-text",
         summary="answer a text with pictures (LLaVA, SmolVLM)",

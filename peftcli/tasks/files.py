@@ -99,6 +99,9 @@ def read_file(path: str, folders: Sequence[Path] = ()) -> bytes:
         shown = path if len(path) < _MAX_NAME else f"{path[:_MAX_NAME]}..."
         if len(path) < _MAX_NAME and file.is_dir():
             raise DataError("is a folder, and no file", file=shown)
+        if "://" in path:
+            hint = "Download it, and name the file in its place."
+            raise DataError("is an address, and only files are read", file=shown, hint=hint)
         places = " or ".join(dict.fromkeys(map(str, folders)))
         raise DataError(f"no such file in {places}" if places else "no such file", file=shown)
     try:

@@ -40,7 +40,7 @@ from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
 from peftcli.tasks.text.generated import PACKAGES, text_metrics, text_parts, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
-from peftcli.tasks.text.pictured import MARK, PictureAudit, fold_pictures, marked_turns
+from peftcli.tasks.text.pictured import MARK, PictureAudit, fold_pictures, marked_turns, pictures_of
 from peftcli.tasks.text.prompts import PromptForm
 from peftcli.tasks.text.spans import Template
 from peftcli.tasks.text.stop_tokens import stop_tokens
@@ -174,7 +174,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     def read(self, table: Table, *, answered: bool = True) -> Reader:
         names: dict[str, Sequence[str]] = {
-            "messages": ("messages",),
+            "messages": ("messages", "conversations"),
             "images": ("images", "image", "file_name"),
             "prompt": ("prompt", "question"),
             "completion": ("completion", "answer"),
@@ -195,7 +195,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             DataError: it has not as many marks as pictures, or one of them cannot be read.
         """
         found = row.values.get(reader.names.get("images", ""))
-        given = [] if found is None else found if isinstance(found, list) else [found]
+        given = pictures_of(found)
         if "messages" in reader.names and row.values.get(reader.names["messages"]):
             messages, pictures = marked_turns(reader.value(row, "messages"), given)
         else:

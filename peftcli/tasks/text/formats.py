@@ -365,7 +365,7 @@ def _history(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 SYSTEM_ROLES = ("system", "developer")
 _ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
+SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -377,16 +377,20 @@ _SHAREGPT_ROLES = {
 }
 
 
+PICTURE_PARTS = ("image", "image_url")
+"""Types of the parts of a content that are pictures: those of templates, and OpenAI's."""
+
+
 def _sharegpt(row: dict[str, Any]) -> ParsedRow:
     given, turns = _turns(row, "conversations"), []
     if given and all("role" in turn and not {"from", "value"} & {*turn} for turn in given):  # messages
         return _conversation(row, "conversations", given)
     for index, turn in enumerate(given):
         where = f"conversations[{index}]."
-        role = _role(turn, "role" if "role" in turn and "from" not in turn else "from", _SHAREGPT_ROLES, where)
+        role = _role(turn, "role" if "role" in turn and "from" not in turn else "from", SHAREGPT_ROLES, where)
         others = {key: value for key, value in turn.items() if key not in ("from", "value")}
         content = turn.get("content") if turn.get("value") is None else turn["value"]
-        turns.append({**others, "role": _SHAREGPT_ROLES[role], "content": content})
+        turns.append({**others, "role": SHAREGPT_ROLES[role], "content": content})
     return _conversation(row, "conversations", turns, content="value")
 
 

@@ -16,46 +16,60 @@ from peftcli.data.used_rows import repeats
 from peftcli.tasks.findings import SEEN
 from peftcli.tasks.shown import Description, TokenText
 from peftcli.tasks.text.audit import TextAudit
-from peftcli.tasks.text.formats import Message, turns_in
+from peftcli.tasks.text.formats import PICTURE_PARTS, SHAREGPT_ROLES, Message, turns_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARK = "<image>"
 """Stands in the text of a row for a picture."""
-_PICTURES = ("image", "image_url")
-"""Types of parts that are pictures: ours, and OpenAI's."""
 _DATA, _FILE = "data:", "file://"
 
 
-def marked_turns(messages: Any, given: list[Any], key: str = "content") -> tuple[list[Message], list[Any]]:
+def pictures_of(value: Any) -> list[Any]:
+    """The pictures of a column: a list, also one that is written as text, one picture, or none."""
+    with suppress(ValueError):  # the name of a file
+        value = turns_in(value)
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def marked_turns(messages: Any, given: list[Any]) -> tuple[list[Message], list[Any]]:
     """Return messages whose contents are texts with marks, and their pictures in order.
 
-    A part may name its picture; other parts and marks stand for those of ``given``. ``key`` is that of a turn's
-    content.
+    Turns of ``from`` and ``value`` become messages. A part may name its picture; other parts and marks stand for those
+    of ``given``.
     """
     with suppress(ValueError):  # the reader of messages says what is wrong
         messages = turns_in(messages)
     if not isinstance(messages, list):
         return messages, given
     turns, named = list[Any](), list[Any]()  # None: one of the given pictures
-    for turn in messages:
-        content = turn.get(key) if isinstance(turn, dict) else None
+    for turn in map(_message, messages):
+        content = turn.get("content") if isinstance(turn, dict) else None
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             texts = []
             for part in content:
-                is_image = part.get("type") in _PICTURES
+                is_image = part.get("type") in PICTURE_PARTS
                 texts.append(MARK if is_image else part.get("text"))
                 named += [_picture(part)] * is_image
                 named += [None] * (0 if is_image else str(texts[-1]).count(MARK))
             if all(isinstance(text, str) for text in texts):
-                turn = turn | {key: "".join(texts)}
+                turn = turn | {"content": "".join(texts)}
         elif isinstance(content, str):
             named += [None] * content.count(MARK)
         turns.append(turn)
     rest = iter(given)
     pictures = [next(rest, None) if name is None else name for name in named]
     return turns, [_content(picture) for picture in [*pictures, *rest] if picture is not None]
+
+
+def _message(turn: Any) -> Any:
+    """A turn of ``from`` and ``value`` as a message; any other value as it is."""
+    if not isinstance(turn, dict) or "role" in turn or not {"from", "value"} <= turn.keys():
+        return turn
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    role = SHAREGPT_ROLES.get(str(turn["from"]), turn["from"])
+    return {**others, "role": role, "content": turn["value"]}
 
 
 def _picture(part: Mapping[str, Any]) -> Any:
