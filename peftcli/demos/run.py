@@ -22,6 +22,8 @@ from peftcli.train.runs.folder import StartOptions
 from peftcli.train.start import start
 
 Tell = Callable[[str], None]
+_SHORT = 80
+"""Characters of each value of a row of several that a command line repeats."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,6 @@ def run_demo(task: str, folder: Path, tell: Tell, on_event: Callable[[Any], None
     assert run is not None  # of one process
     asked = _ask(demo, folder, recipe.training.output_dir)
     metric, word, place = next(iter(recipe.gates)), command_word(recipe.training.output_dir), command_word(str(folder))
-    ask = TASKS[task].filled(run["task"]).command(word)
-    if len(demo.asks[0]) == 1:  # else it is more than a line
-        ask = f"peftcli predict {word} {shlex.quote(next(iter(asked[0].row.values())))}"
     return DemoResult(
         task=task,
         folder=str(folder),
@@ -99,9 +98,16 @@ def run_demo(task: str, folder: Path, tell: Tell, on_event: Callable[[Any], None
         next=[
             f"peftcli train {place}/recipe.yaml training.output_dir={place}/again",
             f"peftcli inspect {place}/recipe.yaml",
-            ask,
+            asking(task, run["task"], word, list(asked[0].row.values())),
         ],
     )
+
+
+def asking(task: str, settings: Mapping[str, Any], adapter: str, row: Sequence[str]) -> str:
+    """Return a command that asks an adapter for a row, or for another one where its values are long."""
+    if len(row) == 1 or max(map(len, row)) < _SHORT:
+        return f"peftcli predict {adapter} {' '.join(map(shlex.quote, row))}"
+    return TASKS[task].filled(settings).command(adapter)
 
 
 def _write(demo: Demo, task: str, model: Path, folder: Path) -> None:

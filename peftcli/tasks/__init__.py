@@ -93,6 +93,8 @@ class TaskRow:
         """A command line that uses an adapter of the task once."""
         if self.pipeline_tag == "text-generation":
             return f'peftcli generate {adapter} --prompt "Hello"'
+        if self.sees:
+            return f'peftcli generate {adapter} --image FILE --prompt "Hello"'
         return f"peftcli predict {adapter} {self.example}"
 
     @property

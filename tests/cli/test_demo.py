@@ -111,6 +111,18 @@ def test_a_demo(tiny: Path, cli: Callable[..., Any], tmp_path: Path) -> None:
     assert "r: 4" in recipe.read_text()
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "command"),
+    [
+        ("image_text_to_text", ["eval/a b.png", "What is it?"], "predict out 'eval/a b.png' 'What is it?'"),
+        ("reward", ["x" * 99, "y"], 'predict out "Hello"'),
+        ("image_text_to_text", ["a.png", "x" * 99], 'generate out --image FILE --prompt "Hello"'),
+    ],
+)
+def test_the_last_command_asks_for_a_row(task: str, row: list[str], command: str) -> None:
+    assert run.asking(task, {}, "out", row) == f"peftcli {command}"
+
+
 def test_without_a_task_the_demos_are_listed(cache: Path, cli: Callable[..., Any]) -> None:
     listed = cli("demo")
     assert listed.code == 0
