@@ -390,7 +390,8 @@ def _model(info: Mapping[str, Any], use: TaskRow | None, name: str, adapter: str
         return []
     names = list(options.get("id2label", {}).values())
     quoted = json.dumps(names).replace("`", "\\u0060")
-    head = f"id2label=dict(enumerate({quoted}))" if names else f"num_labels={options['num_labels']}"
+    others = ", ".join(f"{name}={value!r}" for name, value in options.items() if isinstance(value, int))
+    head = f"id2label=dict(enumerate({quoted}))" if names else others
     return [
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted([use.auto_class, _processor_class(_processor(use))]))}",

@@ -265,7 +265,8 @@ class AdapterSource:
         import transformers
 
         if self.task is not None:
-            return TASKS[self.task].auto_class
+            row = TASKS[self.task]
+            return row.of(base_config()).auto_class if row.variants else row.auto_class
         name = self._noted_class
         if not hasattr(getattr(transformers, name, None), "from_pretrained"):
             name = (base_config().architectures or ["AutoModel"])[0]

@@ -408,12 +408,12 @@ def _write_companions(job: _Job, output: Path, untied: bool) -> None:
     if isinstance(rope, dict) and "rope_theta" in rope:  # readers that know only the older key
         described.setdefault("rope_theta", rope["rope_theta"])
     _write_json(path, described)
-    processor = None
+    processor: Any = None
     if job.task is not None:
         processor = job.task.processor
     elif _reads_tokens(empty) or job.source.has_tokenizer or job.base.file("tokenizer_config.json"):
         processor = job.base.processor()
-    if processor is not None and "pad_token_id" in job.options and processor.pad_token_id is None:
+    if hasattr(processor, "pad_token") and "pad_token_id" in job.options and processor.pad_token_id is None:
         processor.pad_token = processor.convert_ids_to_tokens(job.options["pad_token_id"])
     with storage_errors(output):
         if processor is not None:

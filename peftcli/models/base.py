@@ -34,7 +34,8 @@ _PROCESSORS: dict[ProcessorKind, tuple[str, str, dict[str, Any]]] = {
     "processor": ("AutoProcessor", "processor_config.json", {}),
 }
 """transformers' auto class, its file, and its options: torchvision's image processors differ from PIL's."""
-_LABELS = {"num_labels", "id2label", "label2id"}
+_LABELS = {"num_labels", "id2label", "label2id", "vocab_size"}
+"""Options by which a task sizes the head."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class OpenBase:
         if not self._is_gguf:
             # ignored: find_initialised names what differs
             arguments |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
-            self.check_weights(self.empty_model(auto_class))
+            missing = {name: value for name, value in options.items() if getattr(self.config, name, value) is None}
+            self.check_weights(self.empty_model(auto_class, **missing))
         with translated_errors(self.name):
             build = getattr(transformers, auto_class).from_pretrained
             model, info = build(**self._where, **arguments, output_loading_info=True)

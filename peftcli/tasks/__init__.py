@@ -32,6 +32,18 @@ PIPELINE_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What is different in a task's row for base models that another auto class of transformers loads."""
+
+    auto_class: str
+    setting: str
+    """A setting of the task that the adapters of such base models have, and no others."""
+    module: str
+    processor: ProcessorKind
+    usage: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TaskRow:
     """One row of the table."""
 
@@ -73,6 +85,8 @@ class TaskRow:
     """Sets of ``reads`` -> the settings that rows of these columns need."""
     rate_factor: float = 1.0
     """What ``learning_rate: auto`` multiplies a method's rate with; see ``recipe.rates``."""
+    variants: tuple[Variant, ...] = ()
+    """For base models that ``auto_class`` does not load, and the task trains too."""
 
     @property
     def peft_class(self) -> str:
@@ -83,8 +97,23 @@ class TaskRow:
             self.auto_class == "AutoModel"
         )
 
+    @property
+    def auto_classes(self) -> tuple[str, ...]:
+        """Every auto class that loads base models of the task."""
+        return (self.auto_class, *(each.auto_class for each in self.variants))
+
+    def of(self, config: Any) -> TaskRow:
+        """The row for the base model of this config: that of the first auto class that knows its type."""
+        return next((self._as(each) for each in self.variants if loads(each.auto_class, config)), self)
+
+    def _as(self, variant: Variant) -> TaskRow:
+        given = {each.name: getattr(variant, each.name) for each in fields(variant) if each.name != "setting"}
+        return replace(self, **given, variants=())
+
     def filled(self, settings: Mapping[str, Any]) -> TaskRow:
-        """The row with the values of settings in ``usage`` and ``example``."""
+        """The row of an adapter with these settings, with their values in ``usage`` and ``example``."""
+        if variant := next((each for each in self.variants if settings.get(each.setting)), None):
+            return self._as(variant).filled(settings)
         lines = [_filled(line, settings, partial(json.dumps, ensure_ascii=False)) for line in self.usage]
         example = _filled(self.example, settings, lambda value: shlex.quote(" ".join(str(value).split())))
         return replace(self, usage=tuple(line for line in lines if line is not None), example=example or "")
@@ -119,10 +148,19 @@ class TaskRow:
 
         Virtual tokens of the method leave fewer of the base model's positions to a row.
         """
-        task = cast("type[Task[Any]]", importlib.import_module(f"peftcli.tasks.{self.module}").TASK)
-        opened = task(settings, base.processor(self.processor) if self.processor else None, base)
+        row = self.of(base.config) if self.variants else self
+        task = cast("type[Task[Any]]", importlib.import_module(f"peftcli.tasks.{row.module}").TASK)
+        opened = task(settings, base.processor(row.processor) if row.processor else None, base)
         opened.method, opened.virtual_tokens = method, int(getattr(method, "num_virtual_tokens", 0))
         return opened
+
+
+def loads(auto_class: str, config: Any) -> bool:
+    """Whether an auto class of transformers builds a model of this config."""
+    import transformers
+
+    mapping = getattr(getattr(transformers, auto_class, None), "_model_mapping", None)
+    return mapping is not None and type(config) in mapping
 
 
 def _filled(line: str, settings: Mapping[str, Any], quote: Callable[[Any], str]) -> str | None:

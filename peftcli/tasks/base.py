@@ -106,6 +106,8 @@ class Task(ABC, Generic[Settings]):
     """Which parts of the model are changed, for the user, where it has several. ``fit_model`` sets it."""
     head_is_new: bool = False
     """Whether the base model lacks weights that the task needs, as a head's. Whoever loads it sets it."""
+    outputs_are_new: bool = False
+    """Whether the model's outputs mean something else than the base model's, also where they are as many."""
     shares: ClassVar[Sequence[str]] = ()
     """Columns of rows that hold a part of the input which other rows may have too, with another answer: a premise, a
     context. ``dataset.eval_fraction`` keeps such rows together."""
@@ -505,19 +507,23 @@ def in_batches(
     return [found[at] for at in range(len(examples))]
 
 
-def refuse_other_classes(options: Mapping[str, Any], recorded: Mapping[str, Any], folder: Path) -> None:
+def refuse_other_classes(task: Task[Any], options: Mapping[str, Any], settings: Any, folder: Path) -> None:
     """Check that a head that goes on training keeps the meaning of its outputs.
 
-    ``options`` are the task's ``model_options``, and ``recorded`` those of the adapter that holds the head; empty where
-    it does not say them.
+    ``options`` and ``settings`` are those that the adapter that holds the head records; empty where it does not say
+    them.
 
     Raises:
-        DataError: the classes are others, or in another order.
+        DataError: the classes or letters are others, or in another order.
     """
-    before, now = (list(each.get("id2label", {}).values()) for each in (recorded, options))
-    if before and now and before != now:
-        hint = f"task: {{labels: [{', '.join(map(str, before))}]}}"
-        raise DataError(f"are {now}, and {before} in {folder}", key="task.labels", hint=hint)
+    both: dict[str, list[Any]] = {
+        "labels": [list(each.get("id2label", {}).values()) for each in (options, task.model_options())],
+        "vocabulary": [getattr(each, "vocabulary", None) for each in (settings, task.settings)],
+    }
+    for name, (before, now) in both.items():
+        if before and now and before != now:
+            hint = f"task: {{{name}: {json.dumps(before, ensure_ascii=False)}}}"
+            raise DataError(f"are {now}, and {before} in {folder}", key=f"task.{name}", hint=hint)
 
 
 def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
@@ -525,18 +531,21 @@ def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
     stored: dict[Any, Any] = getattr(task.base.config, "id2label", None) or {}
     wanted: dict[Any, Any] = task.model_options().get("id2label", {})
     before, now = ([str(names[key]) for key in sorted(names, key=int)] for names in (stored, wanted))
-    if len(before) != len(now) or before == now or all(name.startswith("LABEL_") for name in before):
+    is_same = len(before) != len(now) or before == now or all(name.startswith("LABEL_") for name in before)
+    if is_same and not task.outputs_are_new:
         return loaded
+    count = len(now) or task.model_options().get("vocab_size")
     known = {name: loaded.model.get_parameter(name) for name in parameters_of_heads(loaded.model)}
     last = [
         name
         for name, value in known.items()
-        if value.ndim and value.shape[0] == len(now) and name not in loaded.initialised
+        if value.ndim and value.shape[0] == count and name not in loaded.initialised
     ]
     if not last:
         return loaded
     modules, others = sorted({name.rpartition(".")[0] for name in last}), ", ".join(before[:_MAX_SHOWN])
-    note = f"{', '.join(modules)} of {task.base.name} was made for other labels ({others}), and is trained too"
+    others = f" ({others})" if not task.outputs_are_new else ""
+    note = f"{', '.join(modules)} of {task.base.name} was made for other labels{others}, and is trained too"
     return replace(loaded, initialised=(*loaded.initialised, *last), note=note)
 
 

@@ -68,18 +68,19 @@ def task_of_class(name: str) -> str | None:
     """The first task whose auto class builds the transformers class of this name; None: a model without a head."""
     import transformers
 
-    for task, row in TASKS.items():
-        mapping = getattr(getattr(transformers, row.auto_class, None), "_model_mapping", None)
-        known = mapping._model_mapping.values() if mapping is not None and row.auto_class != _HEADLESS else ()
+    for task, auto_class in ((task, each) for task, row in TASKS.items() for each in row.auto_classes):
+        mapping = getattr(getattr(transformers, auto_class, None), "_model_mapping", None)
+        known = mapping._model_mapping.values() if mapping is not None and auto_class != _HEADLESS else ()
         if any(name in each if isinstance(each, (list, tuple)) else name == each for each in known):
             return task
     return None
 
 
 def _classes(row: TaskRow, config: Any) -> Collection[str]:
-    """The classes of transformers that the task's auto class builds for this kind of model."""
+    """The classes of transformers that the task's auto classes build for this kind of model."""
     import transformers
 
+    row = row.of(config)
     if row.auto_class in (config.architectures or ()):  # of a pipeline, which has no architecture of transformers
         return {row.auto_class}
     mapping = getattr(getattr(transformers, row.auto_class, None), "_model_mapping", None)

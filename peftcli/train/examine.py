@@ -133,11 +133,13 @@ class _Examination:
     def _open_model(self, base: OpenBase, task: Task[Any] | None, config: AdapterConfig | None) -> Any:
         """Return the model without values; with the adapter in it, if there is no error."""
         recipe, options = self.recipe, self.data.task.model_options() if self.data is not None else {}
-        model = self._attempt("base_model", lambda: base.empty_model(row_of(recipe).auto_class, **options))
+        model = self._attempt(
+            "base_model", lambda: base.empty_model(row_of(recipe).of(base.config).auto_class, **options)
+        )
         if model is None or config is None:
             return model
         self._attempt("base_model", lambda: base.check_weights(model, fetch=False))
-        self._attempt("base_model", lambda: base.check_groups(row_of(recipe).auto_class, model))
+        self._attempt("base_model", lambda: base.check_groups(row_of(recipe).of(base.config).auto_class, model))
         if recipe.launch.strategy in DIVIDED and self.processes > 1:
             self._attempt("launch.strategy", partial(check_divisible, model, recipe.launch.strategy))
         if task is not None:
@@ -149,8 +151,9 @@ class _Examination:
         source = find_init_adapter(recipe)
 
         def adapted() -> Injection:
+            if source is not None and task is not None:
+                refuse_other_classes(task, source.recorded_options, source.recorded_settings, source.folder)
             if source is not None:
-                refuse_other_classes(options, source.recorded_options, source.folder)
                 with its_base_named(source, recipe):
                     check_begin(model, config, source.header, find_weights(source.folder), new)
             injection = inject(model, config, initialised=new)

@@ -62,7 +62,7 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
     """
 
     def load(dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
-        return task.base.model(row_of(recipe).auto_class, dtype, **task.model_options())
+        return task.base.model(row_of(recipe).of(task.base.config).auto_class, dtype, **task.model_options())
 
     refuse_attention(recipe)
     by_first = is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading
@@ -100,7 +100,7 @@ def adapted_model(
     config.base_model_name_or_path, config.revision = base.name, base.revision
     prepare_config(config, task.base)
     if source is not None:
-        refuse_other_classes(task.model_options(), source.recorded_options, source.folder)
+        refuse_other_classes(task, source.recorded_options, source.recorded_settings, source.folder)
         with its_base_named(source, recipe):
             injection = begin_from_adapter(model, config, source.folder, initialised=loaded.initialised)
     else:

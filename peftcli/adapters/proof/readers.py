@@ -157,7 +157,7 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
     if not hasattr(transformers, auto):
         raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
     if reader == "transformers":
-        _refuse_other_adapters(opened.empty_model(auto), source)
+        _refuse_other_adapters(opened.empty_model(auto, **source.recorded_options), source)
         options: dict[str, Any] = {"dtype": torch.float32, **source.recorded_options}
         if opened.spec.quantization:
             options["quantization_config"] = opened.quantization_config(auto, torch.float32, **source.recorded_options)
@@ -166,8 +166,8 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
         return model
     base = opened.model(auto, torch.float32, **source.recorded_options).model
     keep_layout(base)
-    if source.has_tokenizer:
-        tokens.fit_tokenizer(base, reader_of_texts(task.processor), source.folder)
+    if source.has_tokenizer and hasattr(reads := reader_of_texts(task.processor), "get_vocab"):
+        tokens.fit_tokenizer(base, reads, source.folder)
     return importlib.import_module(reader).PeftModel.from_pretrained(base, source.folder)
 
 

@@ -207,7 +207,7 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
     weights_divide = supports_quantization("fsdp", base.weight_type) and not base.is_stored_quantised
     if num_processes == 1 or not (may_divide(data.task) and weights_divide):
         return ["replicate"]
-    model = base.empty_model(row_of(recipe).auto_class, **data.task.model_options())
+    model = base.empty_model(row_of(recipe).of(base.config).auto_class, **data.task.model_options())
     return ["replicate", "fsdp"] if any(stacks(model)) else ["replicate"]
 
 
@@ -250,7 +250,7 @@ def _adapted(recipe: Recipe, base: OpenBase, data: Data) -> tuple[Any, AdapterCo
     config, task = method_config(recipe), data.task
     prepare_config(config, base)
     options = task.model_options()
-    model = base.empty_model(row_of(recipe).auto_class, **options)
+    model = base.empty_model(row_of(recipe).of(base.config).auto_class, **options)
     task.fit_model(model, config)
     config.task_type = row_of(recipe).task_type
     inject(model, config, initialised=parameters_of_heads(model) if options else [])
