@@ -391,6 +391,14 @@ CASES: dict[str, Case] = {
         recompute=_words,
         has_head=False,
     ),
+    "letters of sounds": Case(
+        base=lambda: hearing_base("hubert"),
+        task={"type": "speech_recognition"},
+        rows=tone_rows,
+        found={"vocabulary": ["<pad>", "|", *sorted({*"lowhigh"})]},
+        metrics=frozenset({"loss", "wer", "cer"}),
+        recompute=_words,
+    ),
     "audio_classification": Case(
         base=lambda: hearing_base("hubert"),
         task={"type": "audio_classification"},

@@ -439,7 +439,7 @@ TASKS: dict[str, TaskRow] = {
         processor="processor",
         reads=tuple((audio, text) for audio in SOUNDS for text in TRANSCRIPTS),
         pipeline_tag="automatic-speech-recognition",
-        summary="write down what is said, or what it means in English (Whisper)",
+        summary="write down what is said, or what it means in English (Whisper, wav2vec2)",
         example="FILE",
         usage=(
             "from transformers import GenerationConfig",
@@ -452,6 +452,23 @@ TASKS: dict[str, TaskRow] = {
             "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
         ),
         rate_factor=2,
+        variants=(
+            Variant(
+                auto_class="AutoModelForCTC",
+                setting="vocabulary",
+                module="ctc",
+                processor="feature_extractor",
+                usage=(
+                    "from transformers import AutoTokenizer",
+                    "",
+                    "# instead of numbers: the samples of a clip, as soundfile reads them",
+                    'inputs = feature_extractor([0.1, -0.1] * 8000, sampling_rate=16000, return_tensors="pt")',
+                    "letters = model(**inputs.to(model.dtype)).logits[0].argmax(-1)",
+                    'text = AutoTokenizer.from_pretrained("path/to/this/adapter").decode(letters)',
+                    'print({"text": text})',
+                ),
+            ),
+        ),
     ),
     "text_to_image": TaskRow(
         task_type=None,

@@ -29,15 +29,13 @@ from peftcli.tasks.sounds import (
     as_computed,
     describe_lengths,
     facts_of,
-    features_of,
     noise,
+    padded_features,
     read_clip,
     samples_of,
 )
 
 _TRUNCATED, _SILENT = 1, 2
-_SHORTEST = 0.25
-"""Seconds. Silence follows a shorter clip: models hear windows, and SpecAugment masks some of them."""
 
 
 class AudioClassification(Classification[settings.AudioClassificationSettings]):
@@ -82,12 +80,9 @@ class AudioClassification(Classification[settings.AudioClassificationSettings]):
         return self._features([samples_of(each, self.rate, end=self.longest) for each in examples])
 
     def _features(self, sounds: Sequence[np.ndarray]) -> Batch:
-        shortest = int(_SHORTEST * self.rate)
-        sounds = [np.pad(each, (0, max(0, shortest - len(each)))) for each in sounds]
         limited = hasattr(self.processor, "n_samples")
         options: dict[str, Any] = {"padding": "max_length" if limited else "longest", "truncation": limited}
-        masked = "attention_mask" in self.processor.model_input_names
-        return features_of(self.processor, sounds, return_attention_mask=masked, **options)
+        return padded_features(self.processor, sounds, **options)
 
     def inputs_for(self, model: nn.Module, examples: Sequence[Example]) -> Batch:
         return as_computed(model, self.collate_inputs(examples))

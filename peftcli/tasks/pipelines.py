@@ -54,7 +54,7 @@ def answers_of_both(
     ``model`` is peftcli's with the adapter, ``other`` transformers'; ``form_of`` is that of ``generator_of``.
     """
     tag = TASKS[name].pipeline_tag
-    pipeline = _pipeline(tag, other, task.processor)
+    pipeline = _pipeline(tag, other, task.processor, getattr(task, "tokenizer", None))
     if tag == _GENERATES:
         return _continued(pipeline, generator_of(model, task.processor, form_of))
     kind = _KINDS[tag]
@@ -70,12 +70,17 @@ def answers_of_both(
     return [kind.read(answer) for answer in expected], [kind.ask(pipeline, values, folder) for values in asked]
 
 
-def _pipeline(tag: str, model: Any, processor: Any) -> Any:
-    """The pipeline of transformers of a kind, with an adapter's model and what makes the model's inputs."""
+def _pipeline(tag: str, model: Any, processor: Any, tokenizer: Any) -> Any:
+    """The pipeline of transformers of a kind, with an adapter's model and what makes the model's inputs.
+
+    ``tokenizer`` reads the outputs of a model that hears, where the processor does not.
+    """
     kinds = {"special_tokens_map": "tokenizer", "sampling_rate": "feature_extractor"}
     kind = next((name for part, name in kinds.items() if hasattr(processor, part)), "image_processor")
     both = {name: getattr(processor, name, None) for name in ("tokenizer", "feature_extractor")}
     parts = both if both["feature_extractor"] else {kind: processor}
+    if kind == "feature_extractor":
+        parts["tokenizer"] = tokenizer
     return importlib.import_module("transformers").pipeline(tag, model=model, **parts)
 
 
@@ -160,6 +165,8 @@ def _ask_for_tags(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Ans
 
 
 def _ask_for_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    if not pipeline.model.can_generate():
+        return [" ".join(pipeline(_raw(values["audio"]))["text"].split())]
     settings = importlib.import_module("transformers").GenerationConfig.from_pretrained(folder)
     options = {"generation_config": settings}
     if values["prompt"]:

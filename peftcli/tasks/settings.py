@@ -19,6 +19,8 @@ NOT_ENCODED: dict[str, Any] = {"encodes": False}
 MAY_DIFFER: dict[str, Any] = {"may_differ": True}
 TASK_FILE = "task.json"
 """Beside an adapter: its task and the settings that the training data completed."""
+CTC_BLANK = "<pad>"
+"""In a complete ``vocabulary``: the output that stands for no letter."""
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
 
@@ -357,6 +359,14 @@ class SpeechRecognitionSettings(TaskSettings):
     normalize_text: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
     """In evaluation, compare texts as Whisper's authors do: in lower case, without punctuation, English numbers and
     spellings in one form. Training uses the texts unchanged."""
+    vocabulary: list[str] | None = None
+    """The letters that a CTC model writes, as wav2vec2 does, without the blank; other models write tokens of their own.
+    Unset: those of the base model, where it writes letters already, else those in the training rows."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained`` for the letters: as many outputs, of which one stands for no letter."""
+        known = self.vocabulary or []
+        return {"vocab_size": len(known), "pad_token_id": known.index(CTC_BLANK)} if CTC_BLANK in known else {}
 
 
 @dataclass(frozen=True, kw_only=True)

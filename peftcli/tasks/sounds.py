@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ _LOUDEST = 32
 _UNKNOWN_SIZE = 2**31 - 2**16
 """A WAV file that says to have more bytes was written into a pipe, when nobody knew how many there would be."""
 _BLOCK = 1 << 16
+_SHORTEST = 0.25
+"""Seconds. Silence follows a shorter clip: models hear windows, and SpecAugment masks some of them."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,32 @@ def read_clip(row: Row, reader: Reader, longest: float = math.inf) -> Clip:
 
 def samples_of(example: Example, rate: int, start: float = 0, end: float = math.inf) -> np.ndarray:
     """Return the samples of an example from one second to another, of all channels together, at this rate."""
+    return next(windows_of(example, rate, [(start, end)]))
+
+
+def windows_of(example: Example, rate: int, spans: Iterable[tuple[float, float]]) -> Iterator[np.ndarray]:
+    """Yield the samples of an example in spans of seconds, one after another, as ``samples_of`` returns those of one.
+
+    No more than one span is held as samples.
+    """
     import soxr
 
     file = File.of(example)
     with opened_sound(file.read(), file.path) as sound:
         given = sound.samplerate
-        sound.seek(round(start * given))
-        count = -1 if math.isinf(end) else round(end * given) - round(start * given)
-        samples = sound.read(count, dtype="float32", always_2d=True).mean(axis=1)
-    return samples if given == rate else soxr.resample(samples, given, rate)
+        for start, end in spans:
+            sound.seek(round(start * given))
+            count = -1 if math.isinf(end) else round(end * given) - round(start * given)
+            samples = sound.read(count, dtype="float32", always_2d=True).mean(axis=1)
+            yield samples if given == rate else soxr.resample(samples, given, rate)
+
+
+def padded_features(extractor: Any, sounds: Sequence[np.ndarray], **options: Any) -> Batch:
+    """Return ``features_of`` with a mask, if the extractor makes one. Silence follows very short sounds."""
+    shortest = int(_SHORTEST * extractor.sampling_rate)
+    sounds = [np.pad(each, (0, max(0, shortest - len(each)))) for each in sounds]
+    masked = "attention_mask" in extractor.model_input_names
+    return features_of(extractor, sounds, return_attention_mask=masked, **options)
 
 
 def features_of(extractor: Any, sounds: Sequence[np.ndarray], **options: Any) -> Batch:

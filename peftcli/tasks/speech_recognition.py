@@ -95,15 +95,21 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
 
     def __init__(self, settings: settings.SpeechRecognitionSettings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
-        if any(name.endswith("ForCTC") for name in base.config.architectures or ()):
-            raise ModelError(
-                f"{base.name} labels each moment (CTC), another task; choose a model that writes the text, as Whisper",
-                key="base_model",
-            )
-        if (kind := base.config.model_type) not in _MODELS:
-            message = f"{base.name} is of type {kind}, which this task does not train: it knows Whisper's prompts alone"
-            hint = "choose Whisper, Moonshine, Speech2Text, SpeechT5 or a speech-encoder-decoder"
+        self.check_base()
+
+    def check_base(self) -> None:
+        """Check that the base model is of a kind that the task trains, and the settings that they are of that kind.
+
+        Raises:
+            ModelError: the model is of another kind.
+            DataError: a setting is for another kind of model.
+        """
+        if (kind := self.base.config.model_type) not in _MODELS:
+            name = self.base.name
+            message = f"{name} is of type {kind}, which this task does not train: it knows Whisper's prompts alone"
+            hint = "choose Whisper, Moonshine, Speech2Text, SpeechT5, a speech-encoder-decoder, or a CTC model"
             raise ModelError(message, key="base_model", hint=hint)
+        refuse_unread(self.settings, ("vocabulary",), "is a setting of CTC models, as wav2vec2")
 
     @cached_property
     def extractor(self) -> Any:
@@ -126,6 +132,11 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
     def longest(self) -> float:
         """Seconds that it hears at once: Whisper 30, other models what there is memory for."""
         return getattr(self.extractor, "n_samples", math.inf) / self.rate
+
+    @property
+    def at_once(self) -> float:
+        """Seconds that it hears at once in ``predict``."""
+        return self.longest
 
     @property
     def positions(self) -> int | None:
@@ -249,12 +260,12 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         logits, counts = model(**inputs, use_cache=False).logits, batch["labels"] != IGNORED
         found = token_loss(losses_of(logits[counts], batch["labels"][counts]))
         heard = {name: value for name, value in inputs.items() if name not in ("labels", "decoder_input_ids")}
-        return with_texts(found, batch.get("_texts"), lambda: map(self._text_of, self._generate(model, heard)))
+        return with_texts(found, batch.get("_texts"), lambda: map(self._text_of, self._generate(model, heard).tolist()))
 
-    def _generate(self, model: Any, inputs: Batch, **options: Any) -> list[list[int]]:
+    def _generate(self, model: Any, inputs: Batch, **options: Any) -> Any:
         if self.prompt:
             options["prompt_ids"] = torch.tensor(self.prompt, device=inputs["input_features"].device)
-        return model.generate(**inputs, **options).tolist()
+        return model.generate(**inputs, **options)
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -303,7 +314,7 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         """Answer rows in their order; those of similar size share a batch, and one that is too long stands alone."""
         reader = self.read(table_of(rows, options.columns), labelled=False)
         examples = [self._encode_sound(row, reader).examples[0] for row in rows]
-        limit, answers = self.longest * FRAMES, partial(self._answers, model)
+        limit, answers = self.at_once * FRAMES, partial(self._answers, model)
         short = iter(in_batches([each for each in examples if each.size <= limit], options.batch_size, answers))
         long = iter(in_batches([each for each in examples if each.size > limit], 1, answers))
         yield from (next(short if each.size <= limit else long) for each in examples)
@@ -314,14 +325,28 @@ class SpeechRecognition(Task[settings.SpeechRecognitionSettings]):
         long = examples[0].size > self.longest * FRAMES
         batch = self._features([samples_of(each, self.rate) for each in examples], whole=long)
         inputs = as_computed(model, on_device(batch, next(model.parameters()).device))
-        answers = list[dict[str, Any]]()
-        for ids in self._generate(model, inputs, **({"return_timestamps": True} if long else {})):
-            answer: dict[str, Any] = {"text": self._text_of(ids)}
-            if self.settings.timestamps:
-                parts = self.tokenizer.decode(ids, skip_special_tokens=True, output_offsets=True)["offsets"]
-                answer["chunks"] = [{"timestamp": list(part["timestamp"]), "text": part["text"]} for part in parts]
-            answers.append(answer)
-        return answers
+        if not self.settings.timestamps:
+            found = self._generate(model, inputs, **({"return_timestamps": True} if long else {}))
+            return [{"text": self._text_of(ids)} for ids in found.tolist()]
+        # a text of several parts does not say where each begins: its times are those within its part
+        found = self._generate(model, inputs, return_timestamps=True, return_segments=True)
+        both = zip(found["sequences"].tolist(), found["segments"], strict=True)
+        return [{"text": self._text_of(ids), "chunks": [*map(self._chunk, parts)]} for ids, parts in both]
+
+    def _chunk(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """What is said from one second to another.
+
+        Where what was heard at once is one part, transformers has it begin there, whatever its own first time is.
+        """
+        step, ids = self.extractor.chunk_length / self.base.config.max_source_positions, part["tokens"].tolist()
+        zero = self.generation.no_timestamps_token_id + 1
+        start, end = (float(part[name]) for name in ("start", "end"))
+        if len(own := [(each - zero) * step for each in ids if each >= zero]) > 1:
+            start = end - own[1] + own[0]
+        return {
+            "timestamp": [round(start, 2), round(end, 2)],
+            "text": self.tokenizer.decode(ids, skip_special_tokens=True),
+        }
 
     def show(self, example: Example) -> Shown:
         ids, seconds = np.asarray(example.arrays["labels"]).tolist(), example.size / FRAMES

@@ -231,6 +231,8 @@ def _of_tokenizer(key: str, value: str) -> Plant:
         if path is None:
             return None
         values = _read(path)
+        if "CTC" in str(values.get("tokenizer_class")):
+            return None  # whose texts are not padded
         before = values.get(key, "right")
         _edit(path, **{key: value if before != value else "left"})
         return key

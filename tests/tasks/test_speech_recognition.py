@@ -128,7 +128,7 @@ def test_what_cannot_be_heard_is_an_error_of_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (transformers.Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]), r".*labels each moment \(CTC\), another task;"),
+        (transformers.LasrCTCConfig(), ".* is of type lasr_ctc, of which it is not known how many frames it labels"),
         (transformers.CanaryConfig(), ".* is of type canary, which this task does not train"),
         (transformers.VoxtralConfig(), ".* is of type voxtral, which this task does not train"),
     ],
@@ -367,6 +367,33 @@ def test_a_clip_that_is_longer_than_the_model_hears_is_predicted_whole(tmp_path:
     assert len(heard) >= 4, "and three parts follow"
     (alone,) = task.predict(model, rows[1:2], PredictOptions())
     assert alone == answers[1]
+
+
+def test_times_of_a_long_clip_are_those_of_the_whole(tmp_path: Path) -> None:
+    task = speech_task(timestamps=True)
+    model, known = model_of(task), task.tokenizer.get_vocab()
+    said = [
+        [*ids("0.50"), known["l"], *ids("1.00", "endoftext")],
+        [*ids("1.40"), known["h"], *ids("1.80", "endoftext")],
+    ]
+    starts = len(task.prefix) + 1
+
+    def say(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        at = input_ids.shape[1] - starts
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, said[0][at]] = 0
+        if at + 1 == len(said[0]):
+            said.pop(0)
+        return chosen
+
+    generate = model.generate
+    model.generate = lambda **options: generate(**options, logits_processor=[say])
+    rows = table_of([{"audio": clip(tmp_path / "long.wav", tone(440.0, 2.0 * SECONDS))}])[1]
+    (answer,) = task.predict(model, rows, PredictOptions())
+    assert answer["chunks"] == [
+        {"timestamp": [0.5, 1.0], "text": "l"},
+        {"timestamp": [SECONDS + 1.4, SECONDS + 1.8], "text": "h"},
+    ]
 
 
 def test_beams() -> None:

@@ -155,7 +155,9 @@ def test_peft_says_the_same(runs: Callable, name: str, recwarn: pytest.WarningsR
 
     _, run = runs(name)
     source, task, expected = outputs(run.folder)
-    base = load(Path(run.recipe.base_model.name), source.auto_class(lambda: None), **source.recorded_options)
+    base = load(
+        Path(run.recipe.base_model.name), source.auto_class(lambda: task.base.config), **source.recorded_options
+    )
     model = peft.PeftModel.from_pretrained(base, run.folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(scores_of(model(**task.probe())), expected, atol=1e-5, rtol=1e-4)

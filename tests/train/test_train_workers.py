@@ -38,7 +38,9 @@ def same(one: Trained, other: Trained) -> bool:
 
 
 @pytest.mark.grid(keep=1)
-@pytest.mark.parametrize("name", ["image_classification", "semantic_segmentation", "speech_recognition"])
+@pytest.mark.parametrize(
+    "name", ["image_classification", "semantic_segmentation", "speech_recognition", "letters of sounds"]
+)
 def test_the_result_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
