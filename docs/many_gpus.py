@@ -16,9 +16,15 @@ KEPT = 24_200 / 576
 R = 16
 SPEED = 400e12
 """Floating-point operations in a second of one GPU: 40 % of an H100's in bfloat16. Assumed."""
+MACHINE = 8
+"""GPUs of a machine."""
 NEAR, FAR = 300e9, 40e9
 """Bytes in a second that each GPU gathers from those of its machine of 8, and from other machines. Assumed."""
 GB = 1e9
+
+
+ROWS = {"replicate": (1, 2, 8, 64, 512), "hybrid": (64, 512), "fsdp": (2, 8, 64, 512)}
+"""Strategy -> numbers of GPUs. With 8 or fewer hybrid is fsdp."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +62,26 @@ SHAPES = (
 )
 
 
-def memory(shape: Shape, gpus: int, *, fsdp: bool) -> float:
+def group_size(strategy: str, gpus: int) -> int:
+    """GPUs that divide a base model among them."""
+    return {"replicate": 1, "hybrid": min(gpus, MACHINE), "fsdp": gpus}[strategy]
+
+
+def memory(shape: Shape, gpus: int, strategy: str) -> float:
     """Bytes on a GPU: weights, adapter with gradients and AdamW's averages, what is kept, one chunk of logits."""
-    layers = 2 * shape.layers * shape.of_layer
-    weights = 2 * shape.outside + (layers / gpus + 3 * 2 * shape.of_layer if fsdp else layers)
+    layers, size = 2 * shape.layers * shape.of_layer, group_size(strategy, gpus)
+    weights = 2 * shape.outside + (layers / size + 3 * 2 * shape.of_layer if size > 1 else layers)
     kept = TOKENS * shape.width * (2 * shape.layers + KEPT)  # inputs of layers, and one layer computed again
     return weights + 16 * shape.adapter + kept + 1024 * shape.vocabulary * (2 + 4 + 2)
 
 
-def seconds(shape: Shape, gpus: int, *, fsdp: bool) -> tuple[float, float]:
+def seconds(shape: Shape, gpus: int, strategy: str) -> tuple[float, float]:
     """Seconds of a step, and how many of them are spent waiting for other GPUs."""
     products = 2 * (shape.layers * shape.of_layer + shape.outside / 2 + shape.adapter)
     computing = 3 * products * TOKENS / SPEED  # forward, again, and backward to the inputs alone
-    others = (gpus - 1) / gpus
-    speed = NEAR if gpus <= 8 else FAR
-    summing = 2 * 4 * shape.adapter * others / speed
-    gathering = 2 * 2 * shape.layers * shape.of_layer * others / speed if fsdp else 0.0
+    size = group_size(strategy, gpus)
+    summing = 2 * 4 * shape.adapter * (gpus - 1) / gpus / (NEAR if gpus <= MACHINE else FAR)
+    gathering = 2 * 2 * shape.layers * shape.of_layer * (size - 1) / size / (NEAR if size <= MACHINE else FAR)
     waiting = max(gathering - computing, 0.0) + summing  # layers are gathered while others compute
     return computing + waiting, waiting
 
@@ -83,16 +93,14 @@ def table() -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for shape in SHAPES:
-        for fsdp in (False, True):
-            for gpus in (1, 2, 8, 64, 512):
-                if fsdp and gpus == 1:
-                    continue
-                took, waited = seconds(shape, gpus, fsdp=fsdp)
-                share = seconds(shape, 1, fsdp=False)[0] / took
-                size = memory(shape, gpus, fsdp=fsdp) / GB
+        for strategy, counts in ROWS.items():
+            for gpus in counts:
+                took, waited = seconds(shape, gpus, strategy)
+                share = seconds(shape, 1, "replicate")[0] / took
+                size = memory(shape, gpus, strategy) / GB
                 fits = "" if size < 76 else " (too much for 80)"
                 lines.append(
-                    f"| {shape.name} | {'fsdp' if fsdp else 'replicate'} | {gpus} | {size:.0f}{fits} | {took:.2f} | "
+                    f"| {shape.name} | {strategy} | {gpus} | {size:.0f}{fits} | {took:.2f} | "
                     f"{waited:.2f} | {gpus * TOKENS / took:,.0f} | {share:.0%} |"
                 )
     return "\n".join(lines)

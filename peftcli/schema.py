@@ -331,12 +331,15 @@ class Training:
         return self.per_device_train_batch_size
 
 
-DIVIDED = ("fsdp", "zero3")
+SHARDED = ("fsdp", "hybrid")
+"""Values of launch.strategy that divide the base model by FSDP2."""
+DIVIDED = (*SHARDED, "zero3")
 """Values of launch.strategy that divide the base model."""
 USED_BY = {
     "cpu_offload": DIVIDED,
     "cpu_ram_efficient_loading": DIVIDED,
-    "reshard_after_forward": ("fsdp",),
+    "reshard_after_forward": SHARDED,
+    "shard_size": ("hybrid",),
     "zero_optimization": ("zero2", "zero3"),
 }
 """Setting of launch -> the values of launch.strategy that it is for."""
@@ -358,19 +361,23 @@ class Launch:
     """Port of machine 0. auto: a free port; required with several machines."""
     max_restarts: int = field(default=3, metadata=AT_LEAST_0)
     """Number of times the processes of several machines are restarted when a process or a machine is lost."""
-    strategy: Literal["auto", "replicate", "ddp", "fsdp", "zero2", "zero3"] = "replicate"
+    strategy: Literal["auto", "replicate", "ddp", "fsdp", "hybrid", "zero2", "zero3"] = "replicate"
     """What each process holds of the base model. replicate: all of it. ddp: the same, and PyTorch's DDP adds up the
-    gradients. fsdp: a part of each layer, and a whole layer only while it computes. zero2: all of it, and a part of the
-    optimizer's state, by DeepSpeed. zero3: a part of both. auto: all of it if that fits into memory, otherwise fsdp."""
+    gradients. fsdp: a part of each layer, and a whole layer only while it computes. hybrid: the same, divided among the
+    processes of a machine, and whole on each machine. zero2: all of it, and a part of the optimizer's state, by
+    DeepSpeed. zero3: a part of both. auto: the first of replicate, hybrid and fsdp that fits into memory."""
+    shard_size: NumberOrAuto = field(default="auto", metadata={"least": 2, "most": 1024})
+    """hybrid: number of processes that divide a base model among them, the same on each machine, of whose processes it
+    must be a divisor. auto: those of a machine."""
     cpu_offload: bool = False
-    """Keep the base model's parts of fsdp and zero3 in the CPU's memory until they are needed."""
+    """Keep the base model's parts of fsdp, hybrid and zero3 in the CPU's memory until they are needed."""
     reshard_after_forward: bool = True
-    """fsdp: free the other processes' parts of a layer after the forward pass, and gather them again for the backward
-    pass. false: keep them, which halves the communication and needs memory for all layers at once."""
+    """fsdp and hybrid: free the other processes' parts of a layer after the forward pass, and gather them again for the
+    backward pass. false: keep them, which halves the communication and needs memory for all layers at once."""
     cpu_ram_efficient_loading: bool = False
-    """fsdp and zero3: only the first process reads the base model's files, and sends the others their parts. false, or
-    if the adapter starts from data: each process maps the files, and needs memory for a whole model if they are in
-    another number format."""
+    """fsdp, hybrid and zero3: only the first process, with hybrid the first of each group that divides a base model,
+    reads the model's files, and sends the others their parts. false, or if the adapter starts from data: each process
+    maps the files, and needs memory for a whole model if they are in another number format."""
     accelerate_config: str | None = None
     """A file of ``accelerate config``: it sets processes, machines, FSDP and DeepSpeed unless this section sets them,
     and the precision if training.bf16 is auto."""

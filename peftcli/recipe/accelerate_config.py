@@ -42,11 +42,10 @@ _OTHER_VARIABLES = {
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
     "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
 }
 """The same without FSDP and DeepSpeed, too. By default they are unset, or ``no``."""
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("fp8_config", "megatron_lm_config", "parallelism_config"), ({}, None)),
+    **dict.fromkeys(("fp8_config", "megatron_lm_config"), ({}, None)),
     **dict.fromkeys(("dynamo_config", "mpirun_config", "tpu_env", "commands", "command_file"), ({}, [], None)),
     "compute_environment": ("LOCAL_MACHINE", None),
     "enable_cpu_affinity": (False, None),
@@ -54,16 +53,21 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "dynamo_backend": (None,),
 }
 """Key -> the values that ask for nothing."""
+_OF_FSDP1 = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 _ONLY_FSDP: dict[str, tuple[Any, ...]] = {
     "fsdp_version": (2,),
-    "fsdp_reshard_after_forward": (True, False, "FULL_SHARD", "SHARD_GRAD_OP", None),
-    "fsdp_sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP", 1, 2, None),
+    "fsdp_reshard_after_forward": (True, False, *_OF_FSDP1, None),
+    "fsdp_sharding_strategy": (*_OF_FSDP1, 1, 2, 4, 5, None),
     "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
     "fsdp_ignored_modules": (None,),
 }
 """Key -> the values that are what peftcli does."""
-_KEEPS_WHOLE = (False, "SHARD_GRAD_OP", 2)
+_KEEPS_WHOLE = (False, "SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2", 2, 5)
 """Values of the two that let layers stay whole until the backward pass."""
+_HYBRID = ("HYBRID_SHARD", "HYBRID_SHARD_ZERO2", 4, 5)
+"""Those that divide the base model within a machine."""
+_GROUPS, _GROUP_SIZE, _OTHER_SIZES = "dp_replicate_size", "dp_shard_size", ("tp_size", "cp_size", "sp_size")
+"""Keys of ``parallelism_config``, behind a prefix of this name; variables of ``accelerate launch`` in capitals."""
 _READ_FSDP = (*_ONLY_FSDP, "fsdp_offload_params", "fsdp_cpu_ram_efficient_loading", "fsdp_activation_checkpointing")
 """Keys of ``fsdp_config`` that are looked at; variables of ``accelerate launch`` have their names in capitals."""
 _ONLY_ZERO: dict[str, tuple[Any, ...]] = {
@@ -142,6 +146,27 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
     for kind, name in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
         if variables.pop(name, "") == "true":
             variables[_REQUEST] = kind
+    variables.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)
+    said, more = _read_variables(variables, recipe.training)
+    found, problems = _settings(said, recipe), more + _problems(said, recipe)
+    if _REQUEST not in variables:
+        del found["strategy"]
+    elif recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
+        problems.append(f"{found['strategy']}, and the recipe for {recipe.launch.strategy}")
+    if recipe.launch.shard_size not in ("auto", size := found.get("shard_size", recipe.launch.shard_size)):
+        problems.append(f"groups of {size}, and the recipe for launch.shard_size {recipe.launch.shard_size}")
+    if problems:
+        hint = "start accelerate without it; the recipe has launch.strategy, training.bf16 and training.torch_compile"
+        raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch", hint=hint)
+    either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
+    either["zero_optimization"] = found.get("zero_optimization", {}) | recipe.launch.zero_optimization
+    either["reshard_after_forward"] = found.get("reshard_after_forward", True) and recipe.launch.reshard_after_forward
+    others = {name: found[name] for name in ("strategy", "bf16", "shard_size") if name in found}
+    return _with_launch(recipe, either | others)
+
+
+def _read_variables(variables: MutableMapping[str, str], training: Training) -> tuple[dict[str, Any], list[str]]:
+    """Return what ``accelerate launch`` requests, as its file would; and what of a file that it names is in vain."""
     engine, more = variables.get(_REQUEST), list[str]()
     variables.pop(_ZERO_FIELDS, None)
     said: dict[str, Any] = {"distributed_type": engine or "NO"}
@@ -152,25 +177,16 @@ def with_accelerate_launch(recipe: Recipe, variables: MutableMapping[str, str]) 
         said["deepspeed_config"] = {key: value for key, value in read if value is not None}
         if (path := _value(variables, _ZERO_FILE, str)) is not None:
             try:
-                asked, more = read_deepspeed(path, recipe.training)
+                asked, more = read_deepspeed(path, training)
             except _WRONG as error:
                 text = f"accelerate launch names {path}, no configuration of DeepSpeed: {str(error)[:200]}"
                 raise UsageError(text, key="launch") from None
             said |= asked | {"deepspeed_config": said["deepspeed_config"] | asked["deepspeed_config"]}
     others = ((key, _value(variables, name, str.lower)) for name, key in _OTHER_VARIABLES.items())
     said = {key: value for key, value in others if value not in (None, False)} | said
-    found, problems = _settings(said, recipe), more + _problems(said, recipe)
-    if engine is None:
-        del found["strategy"]
-    elif recipe.launch.strategy not in ("auto", "replicate", found["strategy"]):
-        problems.append(f"{found['strategy']}, and the recipe for {recipe.launch.strategy}")
-    if problems:
-        hint = "start accelerate without it; the recipe has launch.strategy, training.bf16 and training.torch_compile"
-        raise UsageError(f"accelerate launch asks for {problems[0]}", key="launch", hint=hint)
-    either = {name: found.get(name) or getattr(recipe.launch, name) for name in _OF_DIVIDED}
-    either["zero_optimization"] = found.get("zero_optimization", {}) | recipe.launch.zero_optimization
-    either["reshard_after_forward"] = found.get("reshard_after_forward", True) and recipe.launch.reshard_after_forward
-    return _with_launch(recipe, either | {name: found[name] for name in ("strategy", "bf16") if name in found})
+    sizes = (f"parallelism_config_{key}" for key in (_GROUPS, _GROUP_SIZE, *_OTHER_SIZES))
+    said["parallelism_config"] = {key: _value(variables, key.upper(), str.lower) for key in sizes}
+    return said, more
 
 
 def _value(variables: Mapping[str, str], name: str, spelled: Callable[[str], str]) -> Any:
@@ -231,6 +247,11 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
         found["cpu_ram_efficient_loading"] = bool(fsdp.get("fsdp_cpu_ram_efficient_loading"))
         asked = (fsdp.get("fsdp_reshard_after_forward"), fsdp.get("fsdp_sharding_strategy"))
         found["reshard_after_forward"] = not any(value in _KEEPS_WHOLE for value in asked)
+        groups, size = _groups(said)
+        if groups > 1 and size > 1:
+            found["shard_size"] = size
+        if groups > 1 or recipe.launch.strategy == "hybrid" or any(value in _HYBRID for value in asked):
+            found["strategy"] = "hybrid"
     if "mixed_precision" in said:
         found["bf16"] = said["mixed_precision"] == "bf16"
     if said.get("main_process_ip"):
@@ -240,10 +261,32 @@ def _settings(said: Any, recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def _groups(said: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many groups of how many processes a file's ``parallelism_config`` asks for; 1 and 1: for none."""
+    sizes = said.get("parallelism_config") or {}
+    groups, size = (int(sizes.get(f"parallelism_config_{key}") or 1) for key in (_GROUPS, _GROUP_SIZE))
+    return groups, size
+
+
+def _problems_of_groups(said: Mapping[str, Any]) -> list[str]:
+    """Describe what a file's ``parallelism_config`` asks for in vain."""
+    (groups, size), processes = _groups(said), int(said.get("num_processes") or -1)
+    sizes = said.get("parallelism_config") or {}
+    keys = [f"parallelism_config_{key}" for key in _OTHER_SIZES]
+    problems = [f"{key}: {sizes[key]}; 1 can be had" for key in keys if (sizes.get(key) or 1) != 1]
+    if groups * size > 1 and said["distributed_type"] != "FSDP":
+        problems.append("parallelism_config without FSDP")
+    elif groups > 1 and size == 1:
+        problems.append("groups of one process; distributed_type: MULTI_GPU does the same")
+    elif groups * size > 1 and processes > 0 and groups * size != processes:
+        problems.append(f"{groups} groups of {size}, and num_processes: {processes}")
+    return problems
+
+
 def _problems(said: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Describe each request of the file that a run would not fulfil."""
     kind, fsdp, zero = said["distributed_type"], said.get("fsdp_config") or {}, said.get("deepspeed_config") or {}
-    problems = [key for key, values in _NOTHING.items() if said.get(key) not in values]
+    problems = [key for key, values in _NOTHING.items() if said.get(key) not in values] + _problems_of_groups(said)
     known = {**_STRATEGIES, "DEEPSPEED": None}
     if kind not in known:
         problems.append(f"distributed_type: {kind}; {', '.join(known)} can be had")

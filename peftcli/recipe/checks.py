@@ -347,10 +347,15 @@ def _launch(recipe: Recipe, report: Report) -> None:
             f"must be below launch.num_machines ({launch.num_machines}), not {launch.machine_rank}",
         )
     for name, strategies in USED_BY.items():
-        may_be_chosen = launch.strategy == "auto" and "fsdp" in strategies
+        may_be_chosen = launch.strategy == "auto" and "hybrid" in strategies
         if getattr(launch, name) != getattr(Launch(), name) and launch.strategy not in strategies and not may_be_chosen:
-            text = f"is for {' and '.join(strategies)}, not {launch.strategy}"
+            *first, last = strategies
+            text = f"is for {', '.join(first)}{' and ' * bool(first)}{last}, not {launch.strategy}"
             report((f"launch.{name}", "launch.strategy"), text)
+    count, size = launch.num_processes, launch.shard_size
+    if isinstance(count, int) and isinstance(size, int) and count % size:
+        keys = ("launch.shard_size", "launch.num_processes")
+        report(keys, f"must divide the {count} processes of a machine, and is {size}")
     for name, value in launch.zero_optimization.items():
         if (problem := zero_problem(name, value)) is not None:
             report(("launch.zero_optimization",), f"is wrong: {problem}")

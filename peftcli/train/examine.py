@@ -28,7 +28,7 @@ from peftcli.train.checked import DeepCheck
 from peftcli.train.data import RunData, load_data, plan_of, prepare_method, refuse_few_rows, with_task
 from peftcli.train.devices.accelerator import refuse_attention
 from peftcli.train.devices.launch import total_processes
-from peftcli.train.devices.sharding import check_divisible, refuse_strategy
+from peftcli.train.devices.sharding import check_divisible, refuse_groups, refuse_strategy
 from peftcli.train.evaluate import refuse_metrics
 from peftcli.train.events import Event, Message
 from peftcli.train.forward import add_embedding_noise, check_liger_kernel, checkpoint_activations
@@ -115,6 +115,7 @@ class _Examination:
         if config is not None:
             self._attempt("method", partial(config.check_steps, plan.total_steps))
             self._attempt("launch.strategy", partial(refuse_strategy, recipe, data.task, config, self.processes))
+            self._attempt("launch.shard_size", partial(refuse_groups, recipe.launch, self.processes))
         unfinished = unfinished_warmup(recipe.training, plan.total_steps)
         warnings = notes + data.warnings + plan.repeated(data.names) + unfinished
         self.found.would |= {"data": data.report, "steps": plan.total_steps, "warnings": warnings}

@@ -28,13 +28,21 @@ from peftcli.models.conversions import warn_of_peft
 from peftcli.models.open import BaseWeights, LoadedModel
 from peftcli.models.parts import widen_heads
 from peftcli.recipe import FORGETTING, forgets_rows, method_config
-from peftcli.schema import Recipe
+from peftcli.schema import SHARDED, Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import Data, RunData, prepare_config
 from peftcli.train.devices.accelerator import base_dtype, refuse_attention
-from peftcli.train.devices.sharding import STAGES, is_dividing, load_by_first, refuse_strategy, shard
+from peftcli.train.devices.sharding import (
+    STAGES,
+    group_size,
+    is_dividing,
+    load_by_first,
+    refuse_groups,
+    refuse_strategy,
+    shard,
+)
 from peftcli.train.devices.zero import ZeroModel, start_engine
 from peftcli.train.events import Message
 from peftcli.train.forward import change_forward, checkpoint_activations, use_liger_kernel
@@ -66,7 +74,7 @@ def load_base(recipe: Recipe, task: Task[Any]) -> LoadedModel:
 
     refuse_attention(recipe)
     by_first = is_dividing(recipe) and recipe.launch.cpu_ram_efficient_loading
-    return load_by_first(load, base_dtype(recipe)) if by_first else load(base_dtype(recipe))
+    return load_by_first(load, base_dtype(recipe), recipe.launch) if by_first else load(base_dtype(recipe))
 
 
 def adapted_model(
@@ -241,8 +249,11 @@ def build(run: Run, data: RunData, host: RunResources) -> BuiltModel:
     run.tell(Message(f"loading {recipe.base_model.name}"))
     source = find_init_adapter(recipe)
     model, injection = _start_adapter(run, recipe, config, data, source, host)
-    if recipe.launch.strategy == "fsdp" and is_dividing(recipe):
-        run.tell(Message(f"dividing the base model's layers among {run.accelerator.num_processes} processes"))
+    if recipe.launch.strategy in SHARDED and is_dividing(recipe):
+        count = run.accelerator.num_processes
+        size = group_size(recipe.launch, count)
+        each = f", and the same in {count // size} groups" if size < count else ""
+        run.tell(Message(f"dividing the base model's layers among {size} processes{each}"))
         shard(model, run.accelerator.device, recipe.launch)
     prepared = prepare(model, config, recipe, data.plan, run.accelerator)
     data.task.check_model(model)
@@ -259,8 +270,11 @@ def _checked_recipe(run: Run, data: RunData, config: AdapterConfig) -> Recipe:
     recipe, num_processes = run.pinned, run.accelerator.num_processes
     refuse_strategy(recipe, data.task, config, num_processes)
     check_optimizer(recipe.training)
-    if recipe.launch.strategy in ("fsdp", *STAGES) and num_processes == 1:
-        run.warn(f"launch.strategy: {recipe.launch.strategy} divides nothing, since there is one process")
+    refuse_groups(recipe.launch, num_processes)
+    strategy, divide = recipe.launch.strategy, group_size(recipe.launch, num_processes)
+    if (strategy in SHARDED and divide == 1) or (strategy in STAGES and num_processes == 1):
+        where = "" if num_processes == 1 else " on each machine"
+        run.warn(f"launch.strategy: {strategy} divides nothing, since there is one process{where}")
     if recipe.launch.cpu_ram_efficient_loading and needs_batches(config):
         run.warn("each process reads the base model, to start the adapter from data")
         recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))

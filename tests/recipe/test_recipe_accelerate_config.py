@@ -39,6 +39,11 @@ def fsdp(**more: Any) -> dict[str, Any]:
     return {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], **more}}
 
 
+def grouped(groups: int, size: int, **sizes: int) -> dict[str, Any]:
+    named = {"dp_replicate_size": groups, "dp_shard_size": size, "tp_size": 1, "cp_size": 1, **sizes}
+    return {**FSDP, "parallelism_config": {f"parallelism_config_{name}": value for name, value in named.items()}}
+
+
 def zero(**more: Any) -> dict[str, Any]:
     return {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": more}
 
@@ -97,6 +102,27 @@ def test_layers_stay_whole_until_the_backward_pass_if_it_says_so(
     recipe = read(written(tmp_path, fsdp(**asked)), ["training.bf16=true"]).recipe
     assert recipe is not None
     assert recipe.launch.reshard_after_forward is expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), ("hybrid", "auto", True)),
+        (fsdp(fsdp_reshard_after_forward="HYBRID_SHARD_ZERO2"), ("hybrid", "auto", False)),
+        (fsdp(fsdp_sharding_strategy=4), ("hybrid", "auto", True)),
+        (grouped(2, 4), ("hybrid", 4, True)),
+        (grouped(4, 2), ("hybrid", 2, True)),
+        (grouped(1, 8), ("fsdp", "auto", True)),
+        (grouped(1, 1), ("fsdp", "auto", True)),
+    ],
+)
+def test_the_base_is_divided_within_groups_if_it_says_so(
+    said: dict[str, Any], expected: tuple[str, int | str, bool], tmp_path: Path
+) -> None:
+    recipe = read(written(tmp_path, said), ["training.bf16=true"]).recipe
+    assert recipe is not None
+    launch = recipe.launch
+    assert (launch.strategy, launch.shard_size, launch.reshard_after_forward) == expected
 
 
 AUTO: dict[str, Any] = {
@@ -229,7 +255,11 @@ def test_the_recipe_comes_before_it(tmp_path: Path) -> None:
     ("said", "settings", "problem"),
     [
         ({**FSDP, "fsdp_config": {}}, ["training.bf16=true"], "fsdp_version: 1; 2 can be had"),
-        (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), ["training.bf16=true"], "fsdp_sharding_strategy: HYBRID_SHARD"),
+        (fsdp(fsdp_sharding_strategy="NO_SHARD"), ["training.bf16=true"], "fsdp_sharding_strategy: NO_SHARD"),
+        (grouped(2, 4, cp_size=2), ["training.bf16=true"], "parallelism_config_cp_size: 2; 1 can be had"),
+        (grouped(8, 1), ["training.bf16=true"], "groups of one process"),
+        (grouped(2, 2), ["training.bf16=true"], "2 groups of 2, and num_processes: 8"),
+        ({**grouped(2, 4), "distributed_type": "MULTI_GPU"}, ["training.bf16=true"], "parallelism_config without FSDP"),
         (fsdp(fsdp_activation_checkpointing=True), ["training.bf16=true"], "training.gradient_checkpointing: true"),
         ({"distributed_type": "NO", "num_processes": 1, "enable_cpu_affinity": True}, [], "enable_cpu_affinity"),
         ({"distributed_type": "NO", "compute_environment": "AMAZON_SAGEMAKER"}, [], "compute_environment"),
@@ -321,6 +351,8 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
 
 
 FSDP2 = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "true")
+GROUPS = (*FSDP2, "--use_parallelism_config", "--parallelism_config_dp_replicate_size", "2")
+GROUPS += ("--parallelism_config_dp_shard_size", "2")
 ZERO3 = ("--use_deepspeed", "--zero_stage", "3")
 SINGLE = (
     "--num_processes",
@@ -352,13 +384,17 @@ def test_what_accelerate_launch_is_told_is_the_strategy(tmp_path: Path) -> None:
         (FSDP2, (), ("fsdp", False, True)),  # as accelerate launch has it, if it is told no more
         ((*FSDP2, *offload), ("launch.strategy=auto",), ("fsdp", True, False)),
         (FSDP2, ("launch.strategy=fsdp", "launch.cpu_offload=true"), ("fsdp", True, True)),
+        (FSDP2, ("launch.strategy=hybrid",), ("hybrid", False, True)),
+        (GROUPS, (), ("hybrid", False, True)),
+        (GROUPS, ("launch.strategy=hybrid", "launch.shard_size=2"), ("hybrid", False, True)),
         ((*ZERO3, "--offload_param_device", "cpu"), (), ("zero3", True, False)),
         (("--use_deepspeed",), (), ("zero2", False, False)),
     ):
         recipe, variables = launched(tmp_path, *words, settings=settings)
         launch = recipe.launch
         assert (launch.strategy, launch.cpu_offload, launch.cpu_ram_efficient_loading) == expected, words
-        assert not {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & variables.keys()
+        engines = {f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")}
+        assert not engines & variables.keys()
         again = with_accelerate_launch(read(trainkit.write_recipe(tmp_path), list(settings)).recipe, variables)
         assert again.launch == launch, "another run of the process has it too"
 
@@ -385,6 +421,8 @@ def test_accelerates_usual_precision_asks_for_nothing(
     ("words", "settings", "problem"),
     [
         (FSDP2, ("launch.strategy=zero2",), "fsdp, and the recipe for zero2"),
+        (GROUPS, ("launch.strategy=fsdp",), "hybrid, and the recipe for fsdp"),
+        (GROUPS, ("launch={strategy: hybrid, shard_size: 4}",), "groups of 2, and the recipe for launch.shard_size 4"),
         (("--use_fsdp",), (), "fsdp_version: 1; 2 can be had"),
         ((*ZERO3, "--gradient_clipping", "0.3"), (), "gradient_clipping: 0.3, and the recipe has 1.0"),
         ((*ZERO3, "--offload_optimizer_device", "cpu"), (), "offload_optimizer_device: cpu"),

@@ -66,7 +66,13 @@ from peftcli.recipe import gate_holds, parse_gate
             "is not for weights that are quantised while they are loaded",
         ),
         (["launch.num_machines=2"], "launch.num_machines", "above 1 needs launch.main_process_port"),
-        (["launch.cpu_offload=true"], "launch.cpu_offload", "is for fsdp and zero3, not replicate"),
+        (["launch.cpu_offload=true"], "launch.cpu_offload", "is for fsdp, hybrid and zero3, not replicate"),
+        (["launch={strategy: fsdp, shard_size: 2}"], "launch.shard_size", "is for hybrid, not fsdp"),
+        (
+            ["launch={strategy: hybrid, num_processes: 8, shard_size: 3}"],
+            "launch.shard_size",
+            "must divide the 8 processes of a machine, and is 3",
+        ),
         (["launch.zero_optimization={overlap_comm: true}"], "launch.zero_optimization", "is for zero2 and zero3, not"),
         (
             ["launch={strategy: zero2, zero_optimization: {stage: 2}}"],

@@ -77,10 +77,13 @@ def test_the_model_is_divided_only_where_it_must_be(fit, monkeypatch: pytest.Mon
     assert found["strategy"] == "replicate"
     monkeypatch.setattr(
         "peftcli.train.memory.estimate._held_by_others",
-        lambda model, recipe, count, saved: 1 if (recipe.launch.strategy == "fsdp") else 0,
+        lambda model, count, saved: count.bit_length() - 1,
     )  # of two small layers nothing is saved
     found, divided = fit(STRATEGY, processes=8, memory=whole - 1)
-    assert (found["strategy"], divided) == ("fsdp", whole - 1)
+    assert (found["strategy"], divided) == ("fsdp", whole - 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for memory, expected in ((whole, "replicate"), (whole - 2, "hybrid"), (whole - 3, "fsdp")):
+        assert fit(STRATEGY, processes=8, memory=memory)[0]["strategy"] == expected
 
 
 def test_a_run_with_chosen_settings_learns_the_same_and_keeps_them(
@@ -144,14 +147,19 @@ def test_what_cannot_be_chosen_is_refused(fit, tmp_path: Path, monkeypatch: pyte
 
 
 def test_it_says_what_was_chosen_and_why(recipe: Path, fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(strategy: str, processes: int, *settings: str) -> str:
+    def said(strategy: str, processes: int, *settings: str, needs: Estimate | None = None) -> str:
         asked = load_recipe(recipe, [STRATEGY, *settings])
         chosen = replace(asked, launch=replace(asked.launch, strategy=strategy))
-        return module._account(asked, chosen, None, 2.0**30, processes)
+        return module._account(asked, chosen, needs, 2.0**30, processes)
 
     assert said("replicate", 1).endswith("the base model whole in each process, since there is only one")
     assert said("replicate", 2).endswith("the base model whole in each process, since it cannot be divided")
+    assert "the base model whole in each process, since it fits: about" in said("replicate", 2, needs=NEEDS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert said("fsdp", 2).endswith("the base model divided, since it does not fit whole")
+    assert said("fsdp", 4).endswith("does not fit whole nor within a machine: every layer crosses the network")
+    groups = "the base model divided among each 2 processes, since it does not fit whole: only the adapter's gradients"
+    assert said("hybrid", 4).endswith(f"{groups} leave such a group")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(module, "free_memory", lambda: 8.0)
     monkeypatch.setattr(module, "resident_memory", lambda: 0.0)

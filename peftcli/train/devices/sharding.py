@@ -4,10 +4,14 @@ A layer is whole in a process while it computes, forward and backward. Embedding
 the adapter are whole in every process. So what trains are tensors like those of a run without it, and so are the sum of
 gradients, the optimizer and the checkpoints. All processes must run the model equally often, since each needs the
 others' parts.
+
+With ``hybrid`` the processes form groups, as those of a machine are. The base model is divided within a group, and the
+same in each. Between groups only the adapter's gradients are sent, which the loop adds up.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, gather_object
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -27,20 +31,20 @@ from peftcli.core.quantised import in_four_bits, is_quantised, keep_scales
 from peftcli.errors import ModelError, UsageError
 from peftcli.models.base import LoadedModel
 from peftcli.models.parts import stacks
-from peftcli.schema import DIVIDED, Launch, Recipe
+from peftcli.schema import DIVIDED, SHARDED, Launch, Recipe
 from peftcli.system.memory import give_back_freed
 from peftcli.tasks.base import Begins, Task, require_extra
 
 _KEY = "launch.strategy"
 
 
-def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> LoadedModel:
-    """Load a model in the first process, and in the others one of zeros, until ``shard`` or DeepSpeed sends the values.
+def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype, launch: Launch) -> LoadedModel:
+    """Load a model in a group's first process, and one of zeros in the others, until ``shard`` or DeepSpeed sends it.
 
     ``load`` loads it in a number format: the first process in ``dtype``, to compute in; the others in that of the
     files, ``auto``, which maps them, so that nobody reads them there.
     """
-    is_first = torch.distributed.get_rank() == 0
+    is_first = torch.distributed.get_rank() % group_size(launch, torch.distributed.get_world_size()) == 0
     loaded = load(dtype if is_first else "auto")
     parameters, buffers = dict(loaded.model.named_parameters()), dict(loaded.model.named_buffers())
     (dtypes,) = broadcast_object_list([{name: value.dtype for name, value in (parameters | buffers).items()}])
@@ -53,10 +57,10 @@ def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype) -> Loa
 
 
 def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
-    """Divide the layers of a model among all processes, in place. An adapter in it stays whole.
+    """Divide the layers of a model among the processes of each group, in place. An adapter in it stays whole.
 
     The model is on the CPU, and computes on ``device``. With ``cpu_offload`` the parts are in the CPU's memory until
-    they are gathered; with ``cpu_ram_efficient_loading`` the first process's model is that of all.
+    they are gathered; with ``cpu_ram_efficient_loading`` the model of a group's first process is that of the group.
 
     Raises:
         ModelError: it has no stack of layers, quantised weights that cannot be split, or, if the first process
@@ -64,12 +68,13 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
 
-    found, send = check_divisible(model, "fsdp"), launch.cpu_ram_efficient_loading
+    found, send = check_divisible(model, launch.strategy), launch.cpu_ram_efficient_loading
     if device.type == "cpu":  # where layers are allocated and freed all the time
         give_back_freed()
     for each in filter(in_four_bits, model.modules()):
         keep_scales(each)
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = _mesh(device, launch)
+    group = mesh.get_group(mesh.ndim - 1)
     if send:
         _refuse_other_shapes(model)
     whole = _whole(model, [layer for _, layers in found for layer in layers])
@@ -77,7 +82,7 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
     for value in (*(each for each in model.parameters() if each in whole), *model.buffers()):
         value.data = value.data.to(device, copy=True)
         if send:
-            torch.distributed.broadcast(value.data, 0)
+            torch.distributed.broadcast(value.data, group=group, group_src=0)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=launch.reshard_after_forward,
@@ -89,7 +94,7 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
             for value in each.parameters() if send and each is not module else ():
                 if value not in whole:
                     value.data = value.data.to(device)
-                    torch.distributed.broadcast(value.data, 0)
+                    torch.distributed.broadcast(value.data, group=group, group_src=0)
             fully_shard(each, mesh=mesh, ignored_params=whole, **options)
     # a change in place may lose a hook that gathers, and torch warns; what holds the layers has nothing to gather
     for module, _ in found:
@@ -99,6 +104,18 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
             vars(part)["_is_fsdp_managed_module"] = True  # generates until the last process is ready
             # by its class, of which fully_shard has made another
             _CAN_RECORD_REGISTRY.update({str(type(part)): part._can_record_outputs})
+
+
+def _mesh(device: torch.device, launch: Launch) -> DeviceMesh:
+    """The processes that divide a model, in the last dimension; with hybrid in the first one those that have one part.
+
+    Processes are numbered machine by machine.
+    """
+    count = torch.distributed.get_world_size()
+    size = group_size(launch, count)
+    if launch.strategy != "hybrid":
+        return init_device_mesh(device.type, (count,))
+    return init_device_mesh(device.type, (count // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def _refuse_other_shapes(model: nn.Module) -> None:
@@ -118,7 +135,7 @@ def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, li
     found = list(stacks(model))
     if not isinstance(model, PreTrainedModel) or not found:
         raise ModelError(f"{strategy} divides the layers of a stack, which this model does not have", key=_KEY)
-    divides = in_four_bits if strategy == "fsdp" else lambda module: False
+    divides = in_four_bits if strategy in SHARDED else lambda module: False
     if any(is_quantised(module) and not divides(module) for module in model.modules()):
         raise ModelError(f"{strategy} cannot divide these quantised weights", key=_KEY)
     if any(getattr(model.config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):
@@ -144,7 +161,7 @@ def _whole(model: nn.Module, layers: list[nn.Module]) -> set[nn.Parameter]:
 STAGES = {"zero2": 2, "zero3": 3}
 """launch.strategy -> the stage of ZeRO."""
 _ENGINES = ("ddp", "zero2", "zero3")
-_QUANTISED = {"fsdp": ("nf4", "fp4"), "zero3": ()}
+_QUANTISED = {**dict.fromkeys(SHARDED, ("nf4", "fp4")), "zero3": ()}
 """launch.strategy -> the quantised weights that it can divide: their scales stand beside them, whole."""
 _NOT_WHOLE = {"zero2": ("int8_weight_only", "int4_weight_only", "torchao")}
 """launch.strategy -> those that it cannot even hold whole."""
@@ -154,8 +171,43 @@ _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 def is_dividing(recipe: Recipe) -> bool:
     """Whether this process and others divide the base model among them."""
-    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return several and recipe.launch.strategy in DIVIDED
+    return torch.distributed.is_initialized() and group_size(recipe.launch, torch.distributed.get_world_size()) > 1
+
+
+def processes_here(launch: Launch, num_processes: int) -> int:
+    """Return how many of all processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes // launch.num_machines))
+
+
+def group_size(launch: Launch, num_processes: int) -> int:
+    """Return how many of all processes divide a base model among them; 1: each has a whole one."""
+    if launch.strategy == "hybrid":
+        return processes_here(launch, num_processes) if launch.shard_size == "auto" else launch.shard_size
+    return num_processes if launch.strategy in DIVIDED else 1
+
+
+def refuse_groups(launch: Launch, num_processes: int) -> None:
+    """Check that the groups of ``hybrid`` are of one size and none is on several machines. All processes check at once.
+
+    Raises:
+        UsageError: they are not.
+    """
+    if launch.strategy != "hybrid":
+        return
+    here, size, key = processes_here(launch, num_processes), group_size(launch, num_processes), "launch.shard_size"
+    places = [(here, size, 0)]
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        places = gather_object([(here, size, (rank - int(os.environ.get("LOCAL_RANK", rank))) % size)])
+    for here, size, _ in places:
+        if here % size:
+            raise UsageError(f"must divide the {here} processes of a machine, and is {size}", key=key)
+    if len({size for _, size, _ in places}) > 1:
+        hint = "set it to a number that divides the processes of each machine"
+        raise UsageError("is needed, since the machines have different numbers of processes", key=key, hint=hint)
+    if any(shift for _, _, shift in places):
+        hint = "let the launcher number processes machine by machine, as srun --distribution=block does"
+        raise UsageError("would put processes of different machines into one group", key=key, hint=hint)
 
 
 def may_divide(task: Task[Any]) -> bool:
@@ -191,7 +243,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
         if strategy in strategies and is_so:
             hint = "launch.strategy: replicate"
             raise UsageError(f"{strategy} {text}", key="launch.strategy", hint=hint)
-    if strategy in DIVIDED and recipe.launch.cpu_offload and num_processes == 1:
+    if strategy in DIVIDED and recipe.launch.cpu_offload and group_size(recipe.launch, num_processes) == 1:
         raise UsageError("one process has no part of the model to offload", key="launch.cpu_offload")
     if strategy in STAGES and recipe.training.optim not in _ELEMENTWISE:
         text = f"{strategy} divides what adamw_torch and sgd remember, and no other optimizer"

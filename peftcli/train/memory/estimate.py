@@ -29,7 +29,7 @@ from peftcli.errors import Interrupted
 from peftcli.models.base import OpenBase
 from peftcli.models.parts import stacks
 from peftcli.models.quantization import bytes_of_weight
-from peftcli.schema import DIVIDED, Recipe, Training
+from peftcli.schema import Recipe, Training
 from peftcli.system.cores import bytes_of_kernels
 from peftcli.system.memory import resident_memory
 from peftcli.tasks.base import on_device
@@ -38,6 +38,7 @@ from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
+from peftcli.train.devices.sharding import group_size
 from peftcli.train.evaluate import import_packages
 from peftcli.train.optim import state_bytes
 from peftcli.train.plan import MicroBatch, Plan
@@ -147,7 +148,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
     values = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     saved = _saved_by_quantization(model, recipe)
     whole = counter.live - values - sum(saved.values())
-    elsewhere = _held_by_others(model, recipe, plan.num_processes, saved)
+    elsewhere = _held_by_others(model, group_size(recipe.launch, plan.num_processes), saved)
     in_step = recipe.launch.strategy != "replicate" and plan.num_processes > 1
     if not (in_step and recipe.launch.strategy == "zero3"):
         unpad(model, config, try_out=False)
@@ -245,9 +246,9 @@ def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> dict[nn.Paramete
     return {each: int(each.numel() * (each.element_size() - bytes_of_weight(quantization))) for each in frozen}
 
 
-def _held_by_others(model: nn.Module, recipe: Recipe, count: int, saved: Mapping[nn.Parameter, int]) -> int:
+def _held_by_others(model: nn.Module, count: int, saved: Mapping[nn.Parameter, int]) -> int:
     """Bytes of the layers' weights that other processes hold, less two whole layers: one computes, one is gathered."""
-    if recipe.launch.strategy not in DIVIDED or count == 1:
+    if count == 1:
         return 0
     adapters = {id(each) for _, _, each in named_tensors(model).values()}
     layers = [layer for _, found in stacks(model) for layer in found]

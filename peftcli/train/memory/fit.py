@@ -7,7 +7,6 @@ None of them changes the batch of a step, or what is learned, rounding aside. A 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,7 +34,7 @@ from peftcli.tasks import open_task, row_of
 from peftcli.tasks.base import Task
 from peftcli.train.checked import refuse_full_disk
 from peftcli.train.data import Data, load_data, plan_of, prepare_config
-from peftcli.train.devices.sharding import may_divide, supports_quantization
+from peftcli.train.devices.sharding import group_size, may_divide, processes_here, supports_quantization
 from peftcli.train.events import Message, OnEvent, warning
 from peftcli.train.forward import checkpoint_activations
 from peftcli.train.memory.estimate import Estimate, bytes_written, estimate
@@ -208,7 +207,10 @@ def _strategies(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) 
     if num_processes == 1 or not (may_divide(data.task) and weights_divide):
         return ["replicate"]
     model = base.empty_model(row_of(recipe).of(base.config).auto_class, **data.task.model_options())
-    return ["replicate", "fsdp"] if any(stacks(model)) else ["replicate"]
+    if not any(stacks(model)):
+        return ["replicate"]
+    groups = 1 < group_size(replace(recipe.launch, strategy="hybrid"), num_processes) < num_processes
+    return ["replicate", "hybrid", "fsdp"] if groups else ["replicate", "fsdp"]
 
 
 def _in_step(needs: Estimate) -> int:
@@ -221,8 +223,7 @@ def _memory(recipe: Recipe, num_processes: int) -> float:
     """Bytes that a process of this machine may fill, one of ``num_processes`` on all machines."""
     if torch.cuda.is_available():
         return _USED * torch.cuda.mem_get_info()[0]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes // recipe.launch.num_machines))
-    return _USED * (free_memory() / here + resident_memory())
+    return _USED * (free_memory() / processes_here(recipe.launch, num_processes) + resident_memory())
 
 
 def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) -> Estimate | None:
@@ -262,15 +263,27 @@ def _account(asked: Recipe, chosen: Recipe, needs: Estimate | None, there: float
     training = chosen.training
     examples = f"{training.rows_at_once} of {training.rows_at_once * training.gradient_accumulation_steps} examples"
     again = ", activations computed again" if training.gradient_checkpointing else ""
-    model = ""
-    if chosen.launch.strategy in DIVIDED:
-        why = ", since it does not fit whole" if asked.launch.strategy == "auto" else ""
-        model = f", the base model divided{why}"
-    elif asked.launch.strategy == "auto":
-        why = "" if needs else ", since there is only one" if num_processes == 1 else ", since it cannot be divided"
-        model = f", the base model whole in each process{why}"
+    model = _placement(asked, chosen, num_processes, fits=needs is not None)
     known = f": about {_in_step(needs) / 2**30:.1f} of {there / 2**30:.1f} GiB" if needs else ""
     return f"memory: {examples} at once{again}{model}{known}"
+
+
+def _placement(asked: Recipe, chosen: Recipe, num_processes: int, *, fits: bool) -> str:
+    """What each process holds of the base model, and if that was chosen, why."""
+    strategy, size = chosen.launch.strategy, group_size(chosen.launch, num_processes)
+    here = processes_here(chosen.launch, num_processes)
+    if strategy in DIVIDED:
+        model = f", the base model divided{f' among each {size} processes' if strategy == 'hybrid' else ''}"
+        why = ", since it does not fit whole"
+        if strategy == "hybrid":
+            why += ": only the adapter's gradients leave such a group"
+        elif here < num_processes:
+            why += f"{' nor within a machine' if here > 1 else ''}: every layer crosses the network"
+        return f"{model}{why}" if asked.launch.strategy == "auto" else model
+    if asked.launch.strategy != "auto":
+        return ""
+    why = "it fits" if fits else "there is only one" if num_processes == 1 else "it cannot be divided"
+    return f", the base model whole in each process, since {why}"
 
 
 _TO_GO_ON = ". To go on at the last checkpoint, add --allow-change KEY"
