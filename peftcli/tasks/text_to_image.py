@@ -82,7 +82,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
     def columns(self) -> dict[str, Column]:
         own = {**FILE_COLUMNS, "width": Column("int64", ()), "height": Column("int64", ())}
         sources = {f"{_SOURCE}{name}": column for name, column in own.items()}
-        return {**own, "prompt": Column("str"), **(sources if self.pipeline.family.edits else {})}
+        return {**own, "prompt": Column("str"), **(sources if self.edits else {})}
 
     @property
     def judges_rows(self) -> bool:
@@ -99,7 +99,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
             message = f"weighs the steps of noise; {self.pipeline.family.name} predicts a flow. Leave it out"
             raise DataError(message, key="task.snr_gamma")
         for name in ("class_prompt", "sample_prompts"):
-            if getattr(settings, name) and self.pipeline.family.edits:
+            if getattr(settings, name) and self.edits:
                 message = f"makes pictures without a source, and {self.pipeline.family.name} edits them. Leave it out"
                 raise DataError(message, key=f"task.{name}")
         self.priors: list[_Stored] = []
@@ -115,6 +115,11 @@ class TextToImage(Task[settings.TextToImageSettings]):
         if not isinstance(self.base, OpenPipeline):
             raise DataError(f"{self.base.name} is not a pipeline of diffusers: it has no model_index.json", key="task")
         return self.base
+
+    @property
+    def edits(self) -> bool:
+        """Whether the base model makes pictures from others."""
+        return isinstance(self.base, OpenPipeline) and self.base.family.edits
 
     @cached_property
     def tokenizers(self) -> list[Any]:
@@ -144,17 +149,16 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     def read(self, table: Table) -> Reader:
         optional = () if self.settings.instance_prompt is None else ("text",)
-        if not self.pipeline.family.edits:
+        if not self.edits:
             return table.reader("pictures", optional=optional, image=PICTURES, text=CAPTIONS)
         return table.reader("pairs of pictures", optional=optional, **_EDITS, target=EDITED_PICTURES)
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         prompt = _prompt(row, reader) or self.settings.instance_prompt or ""
-        edits = self.pipeline.family.edits
-        file, image = picture_of(row, reader, "target" if edits else "image")
+        file, image = picture_of(row, reader, "target" if self.edits else "image")
         width, height = image.size
         arrays = {**_Stored(file, width, height).arrays(), "prompt": prompt}
-        if edits:
+        if self.edits:
             source, original = picture_of(row, reader)
             arrays |= _Stored(source, *original.size).arrays(_SOURCE)
         size = self._size(width, height)
@@ -166,7 +170,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
         return Outcome([Example(arrays, 1, 1)], size=1, flags=flags)
 
     def show(self, example: Example) -> Shown:
-        sources = [shown_picture(example, _SOURCE)] if self.pipeline.family.edits else []
+        sources = [shown_picture(example, _SOURCE)] if self.edits else []
         return Shown([*sources, shown_picture(example), Text([TokenText(example.arrays["prompt"])], "prompt")])
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
             weights += [self.settings.prior_loss_weight] * len(examples)
             sizes *= 2  # of the picture that each one stands beside
         cuts = [self._cut(*each, training) for each in zip(stored, sizes, seeds, strict=True)]
-        others = [_Stored.of(each, _SOURCE) for each in examples] if self.pipeline.family.edits else []
+        others = [_Stored.of(each, _SOURCE) for each in examples] if self.edits else []
         sources = [self._cut(*each, training) for each in zip(others, sizes, seeds, strict=False)]
         kept = not training or self.settings.center_crop
         more: Batch = {"sources": [Picture(cut, cut.key if kept else None) for cut in sources]} if sources else {}
@@ -296,8 +300,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
 
     def predict(self, model: nn.Module, rows: Sequence[Row], options: PredictOptions) -> Iterator[dict[str, Any]]:
         """Make a picture of each row's text, by its seed: that of the row, else its number."""
-        edits = self.pipeline.family.edits
-        asked: dict[str, Sequence[str]] = dict(_EDITS) if edits else {"text": CAPTIONS}
+        asked: dict[str, Sequence[str]] = dict(_EDITS) if self.edits else {"text": CAPTIONS}
         columns = {name: column for name, column in options.columns.items() if name in asked}
         reader = table_of(rows, columns).reader("prompts", **asked)
         folder = options.beside.with_name(f"{options.beside.name}.images")
@@ -308,7 +311,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
             if "" in prompts:
                 raise chosen[prompts.index("")].place.error("is empty", key=reader.names["text"])
             seeds = [_given_seed(row, number) for row, number in zip(chosen, numbers, strict=True)]
-            found = [picture_of(row, reader) for row in chosen] if edits else None
+            found = [picture_of(row, reader) for row in chosen] if self.edits else None
             sources = None if found is None else [_Stored(file, *image.size) for file, image in found]
             made = self._make(model, prompts, seeds, sources)
             for number, image, prompt, seed in zip(numbers, made, prompts, seeds, strict=True):
@@ -319,7 +322,7 @@ class TextToImage(Task[settings.TextToImageSettings]):
     def probe(self) -> Batch:
         noise = torch.rand(2, 3, self.resolution, self.resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
         pictures = [Picture(partial(noise.__getitem__, at)) for at in range(2)]
-        more = {"sources": pictures[::-1]} if self.pipeline.family.edits else {}
+        more = {"sources": pictures[::-1]} if self.edits else {}
         return more | {
             "pictures": pictures,
             "prompts": ["a photo", "a drawing of a house"],
