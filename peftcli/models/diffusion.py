@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -49,11 +51,11 @@ class Denoised(ModelOutput):
     """A denoiser's prediction for noisy latents, and its target."""
 
     sample: torch.Tensor | None = None
-    """(B, C, h, w)."""
+    """(B, C, h, w); where pictures differ in size, zeros follow the smaller ones, as in the target."""
     target: torch.Tensor | None = None
     """(B, C, h, w): the noise, the velocity or the flow, as the scheduler is set."""
-    weights: torch.Tensor | None = None
-    """(B,): how much the error of each counts, by its step; None: alike."""
+    errors: torch.Tensor | None = None
+    """(B,): the mean squared error of each picture, times its weight."""
 
 
 class DiffusionModel(nn.Module):
@@ -99,27 +101,54 @@ class DiffusionModel(nn.Module):
         sources: Sequence[Picture] | None = None,
         snr_gamma: float | None = None,
     ) -> Denoised:
-        """Add noise to pictures and predict it.
+        """Add noise to pictures and predict it. Those of one size are computed together.
 
         Args:
-            pictures: B of one size.
+            pictures: B.
             prompts: What is on them.
             seeds: What the noise of each is drawn by, and what the autoencoder draws.
             times: (B,), from 0 to 1: which share of all steps is less noisy, as training draws them.
             sizes: See ``Family.predict``.
-            sources: B of one size, that the pictures are made from, for a kind that edits.
+            sources: B, of the same sizes, that the pictures are made from, for a kind that edits.
             snr_gamma: Weigh the errors by the signal-to-noise ratio of their steps, clipped here.
         """
+        of_size = defaultdict[tuple[int, ...], list[int]](list)
+        for at, size in enumerate(sizes[:, 4:].tolist()):
+            of_size[tuple(size)].append(at)
+
+        lists: dict[str, Any] = {"pictures": pictures, "prompts": prompts, "seeds": seeds}
+        if sources is not None:
+            lists["sources"] = sources
+
+        def part(places: list[int]) -> Denoised:
+            some = {name: [values[at] for at in places] for name, values in lists.items()}
+            return self._denoise(times=times[places], sizes=sizes[places], snr_gamma=snr_gamma, **some)
+
+        return _in_order(
+            [part(places) for places in of_size.values()], [at for each in of_size.values() for at in each]
+        )
+
+    def _denoise(
+        self,
+        pictures: Sequence[Picture],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        times: torch.Tensor,
+        sizes: torch.Tensor,
+        sources: Sequence[Picture] | None = None,
+        snr_gamma: float | None = None,
+    ) -> Denoised:
         clean, noise = self._draw_latents(pictures, seeds)
         noisy, steps, target = self._noise(clean, noise, times.to(self.device))
         given = {"sizes": sizes.to(self.device), **self._encode_cached(prompts)}
         if sources is not None:
             given["source"] = self._normalised(torch.stack([each["mean"] for each in self._found(sources)]))
-        sample = self.predict(noisy, steps, given)
-        if snr_gamma is None:
-            return Denoised(sample.float(), target)
-        assert isinstance(self._noise, Discrete)
-        return Denoised(sample.float(), target, self._noise.weights(steps, snr_gamma))
+        sample = self.predict(noisy, steps, given).float()
+        errors = (sample - target.float()).square().flatten(1).mean(1)
+        if snr_gamma is not None:
+            assert isinstance(self._noise, Discrete)
+            errors = errors * self._noise.weights(steps, snr_gamma)
+        return Denoised(sample, target, errors)
 
     def keep_latents(self, folder: Path) -> None:
         """Keep latents of pictures with a key in a folder: one for each autoencoder, by its content."""
@@ -238,6 +267,21 @@ class DiffusionModel(nn.Module):
             if isinstance(part, nn.Module) and name not in self.trained:
                 part._apply(fn)
         return self
+
+
+def _in_order(parts: Sequence[Denoised], places: Sequence[int]) -> Denoised:
+    """Join parts of a batch, whose pictures have these places in it."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(places).tolist()
+
+    def joined(name: str) -> torch.Tensor:
+        each = [value for part in parts for value in part[name]]
+        high, wide = (max(value.shape[axis] for value in each) for axis in (1, 2))
+        padded = [nn.functional.pad(value, (0, wide - value.shape[2], 0, high - value.shape[1])) for value in each]
+        return torch.stack([padded[at] for at in order])
+
+    return Denoised(joined("sample"), joined("target"), torch.cat([part["errors"] for part in parts])[order])
 
 
 class _Cache:

@@ -270,10 +270,10 @@ class TextToImage(Task[settings.TextToImageSettings]):
         """
         inputs = model_inputs(batch)
         if model.training:
-            total = (_errors(model, inputs) * batch["_weights"]).sum()
+            total = (model(**inputs).errors * batch["_weights"]).sum()
         else:
             at = [inputs | {"times": torch.full_like(batch["times"], time)} for time in _TIMES]
-            total = torch.stack([_errors(model, each).sum() for each in at]).mean()
+            total = torch.stack([model(**each).errors.sum() for each in at]).mean()
         return Loss(total, {"loss": total.detach()})
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
@@ -408,25 +408,6 @@ def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
     longer = range(-(-resolution // step) * step, 2 * resolution + 1, step)
     wide = [(side, resolution**2 // (side * step) * step) for side in longer]
     return [*wide, *((width, height) for height, width in wide if height != width)]
-
-
-def _errors(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The mean squared error of each picture (B,), float32. Pictures of one size go through the model together."""
-    sizes = [tuple(each) for each in inputs["sizes"][:, 4:].tolist()]
-    errors = inputs["times"].new_zeros(len(sizes))
-    for size in dict.fromkeys(sizes):
-        at = [place for place, each in enumerate(sizes) if each == size]
-        found = model(**{name: _chosen(value, at) for name, value in inputs.items()})
-        error = (found.sample.float() - found.target.float()).square().flatten(1).mean(1)
-        errors[at] = error if found.weights is None else error * found.weights
-    return errors
-
-
-def _chosen(values: Any, at: Sequence[int]) -> Any:
-    """Some pictures of a batch."""
-    if isinstance(values, list):
-        return [values[place] for place in at]
-    return values[at] if isinstance(values, torch.Tensor) else values
 
 
 def _seed(draw: int, name: bytes) -> int:
