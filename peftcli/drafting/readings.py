@@ -54,6 +54,8 @@ class Role:
     values: Test | None = None
     """What a column of any other name must hold; None: the name is needed."""
     optional: bool = False
+    may_be_one: bool = False
+    """Whether all rows may have the same value, as one question about many pictures."""
     ranked: bool = True
     """Whether of two known names the one that is listed first is meant, and not either."""
 
@@ -198,7 +200,7 @@ def _candidates(role: Role, look: Look, given: Mapping[str, str]) -> Iterator[_C
         return
     found, order = list[_Chosen](), {name: at for at, name in enumerate((*role.usual, *role.others))}
     for name, facts in look.columns.items():
-        if facts.is_constant and not (facts.media or facts.parsed_list or role.optional):
+        if facts.is_constant and not (facts.media or facts.parsed_list or role.optional or role.may_be_one):
             continue
         plain = _plain(name)
         last = plain.rpartition("_")[2] if role.values else plain
@@ -554,7 +556,14 @@ _PICTURES = Role(
 _TURNS = ("messages", "conversations"), ("conversation", "chat", "dialog", "dialogue", "turns")
 _ASKED_OF_PICTURES = (
     Role("messages", *_TURNS, _turns_about_pictures, _turns_about_pictures),
-    Role("prompt", ("prompt", "question"), ("instruction", "query", "input", "text", "problem"), _any_text, _free),
+    Role(
+        "prompt",
+        ("prompt", "question"),
+        ("instruction", "query", "input", "text", "problem"),
+        _any_text,
+        _free,
+        may_be_one=True,
+    ),
     Role(
         "completion",
         ("completion", "answer"),

@@ -170,6 +170,14 @@ def test_without_a_base_one_is_proposed(form: str, write: Callable, tmp_path: Pa
     assert yaml.safe_load(recipe.read_text())["dataset"]["max_length"] == 2048
 
 
+def test_all_pictures_may_have_one_question(write: Callable, tmp_path: Path, cli: Callable) -> None:
+    write("columns")
+    rows = [{"image": _name(at), "prompt": "Which colour?", "completion": _COLOURS[at % 4]} for at in range(_COUNT)]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = cli("init", tmp_path / "one.jsonl", "--output", tmp_path / "recipe.yaml", "--json")
+    assert json.loads(ran.out)["task"] == "image_text_to_text"
+
+
 def test_texts_alone_are_for_such_a_base_too(tmp_path: Path, cli: Callable) -> None:
     rows = [{"prompt": _asked(at), "completion": _answer(at)} for at in range(_COUNT)]
     data = tmp_path / "rows.jsonl"
