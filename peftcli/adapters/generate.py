@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, load_for_task, other_base
+from peftcli.adapters.load import AdapterSource, apply_adapter, find_adapter, other_base
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, device_format, number_format
 from peftcli.data.rows import Place, Row
 from peftcli.errors import UsageError
 from peftcli.models import tokens
-from peftcli.models.open import open_base
+from peftcli.models.open import LoadedModel, OpenBase, open_base
+from peftcli.models.parts import widen_heads
 from peftcli.schema import BaseModel, Quantization
 from peftcli.tasks import TASKS
-from peftcli.tasks.base import AsksRows, require_extra
+from peftcli.tasks.base import AsksRows, Task, require_extra
 from peftcli.tasks.files import read_file
 from peftcli.tasks.pictures import check_image
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator, generator_of
@@ -144,6 +145,23 @@ def _load(source: AdapterSource, spec: BaseModel, numbers: NumberFormat, with_ad
     model = loaded.model.to(device).eval()  # type: ignore[arg-type]
     loaded_from = describe(source, spec, model, numbers, with_adapter)
     return generator_of(model, tokenizer, source.prompt_form, loaded_from, bf16=numbers.bf16)
+
+
+def load_for_task(
+    source: AdapterSource, base: OpenBase, task: Task[Any], dtype: torch.dtype, *, with_adapter: bool = True
+) -> LoadedModel:
+    """Load the base model as a task needs it, with the adapter in it.
+
+    Raises:
+        AdapterError: the adapter does not fit the base model.
+        ModelError: the base model cannot be loaded.
+    """
+    loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
+    task.fit_model(loaded.model, None)
+    if with_adapter:
+        apply_adapter(loaded, source)
+    widen_heads(loaded.model)
+    return loaded
 
 
 def describe(

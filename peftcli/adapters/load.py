@@ -33,7 +33,6 @@ from peftcli.tasks.found import task_of_class
 from peftcli.tasks.text.prompts import PromptForm
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
     from peftcli.core.config import AdapterConfig
@@ -352,25 +351,6 @@ def apply_adapter(loaded: LoadedModel, source: AdapterSource) -> None:
         prepare=lambda header: tokens.fit_adapter(model, config, header),
         rename=conversions.renaming_of_older(model),
     )
-
-
-def load_for_task(
-    source: AdapterSource, base: OpenBase, task: Task[Any], dtype: torch.dtype, *, with_adapter: bool = True
-) -> LoadedModel:
-    """Load the base model as a task needs it, with the adapter in it.
-
-    Raises:
-        AdapterError: the adapter does not fit the base model.
-        ModelError: the base model cannot be loaded.
-    """
-    from peftcli.models.parts import widen_heads
-
-    loaded = base.model(source.auto_class(lambda: base.config), dtype, **source.model_options(base))
-    task.fit_model(loaded.model, None)
-    if with_adapter:
-        apply_adapter(loaded, source)
-    widen_heads(loaded.model)
-    return loaded
 
 
 def adapter_folder(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from peftcli.adapters.answer_file import content_key, write_answers
-from peftcli.adapters.generate import describe, first_batch, load_generator, longest_first
-from peftcli.adapters.load import AdapterSource, find_adapter, load_for_task
+from peftcli.adapters.generate import describe, first_batch, load_for_task, load_generator, longest_first
+from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.data.readers import kind_of

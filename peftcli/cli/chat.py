@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from peftcli.adapters.generate import check_images
 from peftcli.cli import console
+from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError
-from peftcli.system.secrets import safe_length
-
-if TYPE_CHECKING:
-    from peftcli.tasks.text.formats import Message
-    from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-    from peftcli.tasks.text.prompts import Prompt
+from peftcli.tasks.text.formats import Message
+from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
+from peftcli.tasks.text.pictured import MARK
+from peftcli.tasks.text.prompts import Prompt, with_system
 
 _SHOW = "/image"
 """Begins a line that names a picture."""
@@ -35,7 +32,7 @@ def chat(
             return
         except UnicodeDecodeError:
             line = None
-        if line is None or not is_text(line):
+        if line is None or not console.is_text(line):
             console.log("the input is not UTF-8 text")
             continue
         if not line.strip():
@@ -46,7 +43,7 @@ def chat(
                 talk.show(rest.strip())
                 continue
             said = talk.ask(line)
-            with streamed_output() as write:
+            with console.streamed_output() as write:
                 answer = generator.generate([said], settings, stream=write)[0]
         except DataError as error:
             if not sees:
@@ -71,8 +68,6 @@ class _Talk:
         Raises:
             DataError: it cannot be read.
         """
-        from peftcli.adapters.generate import check_images
-
         if self._generator.read_rows is None:
             return console.log("the model reads no pictures")
         check_images([Path(name)])
@@ -81,10 +76,6 @@ class _Talk:
 
     def ask(self, line: str) -> Prompt:
         """Return what the model is asked: the chat so far, and a line."""
-        from peftcli.data.rows import Place, Row
-        from peftcli.tasks.text.pictured import MARK
-        from peftcli.tasks.text.prompts import with_system
-
         if self._generator.read_rows is not None:
             content = line if MARK in line else MARK * len(self._next) + line
             self._asked = [{"role": "user", "content": content}]
@@ -98,25 +89,3 @@ class _Talk:
         """Keep the last question with its answer."""
         self._turns += [*self._asked, {"role": "assistant", "content": text}]
         self._images, self._next = [*self._images, *self._next], []
-
-
-def is_text(text: str) -> bool:
-    """Return whether the text was UTF-8 before Python decoded it."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-@contextmanager
-def streamed_output() -> Iterator[Callable[[str], None]]:
-    """Yield a function that prints growing text, and holds back what may become a secret."""
-    held = ""
-
-    def write(text: str) -> None:
-        nonlocal held
-        held += text
-        end = safe_length(held)
-        sys.stdout.write(console.clean(held[:end]))
-        sys.stdout.flush()
-        held = held[end:]
-
-    yield write
-    console.out(held)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from peftcli.errors import PeftcliError, PeftWarning, StorageError
 from peftcli.guard.files import escape_char, is_harmless
 from peftcli.system.outputs import StdoutClosed
-from peftcli.system.secrets import redact, redact_values
+from peftcli.system.secrets import redact, redact_values, safe_length
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -328,3 +328,25 @@ def _finite(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {str(key): _finite(value) for key, value in data.items()}
     return [_finite(item) for item in data] if isinstance(data, (list, tuple)) else data
+
+
+def is_text(text: str) -> bool:
+    """Return whether the text was UTF-8 before Python decoded it."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+@contextmanager
+def streamed_output() -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints growing text, and holds back what may become a secret."""
+    held = ""
+
+    def write(text: str) -> None:
+        nonlocal held
+        held += text
+        end = safe_length(held)
+        sys.stdout.write(clean(held[:end]))
+        sys.stdout.flush()
+        held = held[end:]
+
+    yield write
+    out(held)

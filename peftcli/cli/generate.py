@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftcli.cli import console
-from peftcli.cli.chat import chat, is_text, streamed_output
 from peftcli.cli.options import Adapter, Base, Dtype, Json, NoAdapter, Quiet, output_path, path, progress_log
 from peftcli.cli.predict import check_target, print_count
 from peftcli.errors import UsageError
@@ -74,11 +73,8 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate text: for one prompt, a file of prompts, or in a chat."""
-    images = image or []
-    _check(prompt, system, source, target, temperature, top_p, as_json)
-    if images and source is not None:
-        raise UsageError("is for --prompt or a chat; rows of --input name their pictures", key="--image")
-    tell = progress_log(quiet)
+    images, tell = image or [], progress_log(quiet)
+    _check(prompt, system, images, source, target, temperature, top_p, as_json)
     from peftcli.adapters.generate import as_prompt, check_images, find_asked, first_batch, load_generator
     from peftcli.adapters.predict import predict_file, read_input, text_predictor
     from peftcli.tasks.text.generation import GenerationSettings
@@ -106,6 +102,8 @@ def generate(
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         return print_count(target, count, tell, as_json=as_json)
     if prompt is None:
+        from peftcli.cli.chat import chat
+
         return chat(generator, settings, system, images)
     return _answer(generator, prompts, settings, as_json)
 
@@ -113,7 +111,7 @@ def generate(
 def _answer(generator: TextGenerator, prompts: Sequence[Prompt], settings: GenerationSettings, as_json: bool) -> None:
     if as_json:
         return console.print_json(asdict(generator.generate(prompts, settings)[0]))
-    with streamed_output() as write:
+    with console.streamed_output() as write:
         generator.generate(prompts, settings, stream=write)
     return None
 
@@ -121,6 +119,7 @@ def _answer(generator: TextGenerator, prompts: Sequence[Prompt], settings: Gener
 def _check(
     prompt: str | None,
     system: str | None,
+    images: Sequence[Path],
     source: Path | None,
     target: Path | None,
     temperature: float,
@@ -130,6 +129,8 @@ def _check(
     """Raise an error for options that do not go together, or for an output that cannot be written."""
     if (source is None) != (target is None) or (prompt is not None and source is not None):
         raise UsageError("give --prompt, or --input with --output, or neither for a chat")
+    if images and source is not None:
+        raise UsageError("is for --prompt or a chat; rows of --input name their pictures", key="--image")
     chats = prompt is None and source is None
     if chats and as_json:
         raise UsageError("cannot print a chat as JSON", hint="give --prompt, or --input with --output", key="--json")
@@ -142,7 +143,7 @@ def _check(
     if math.isnan(top_p):  # older versions of typer let it pass their bounds
         raise UsageError("must be a number from 0 to 1", key="--top-p")
     for key, text in (("--prompt", prompt), ("--system", system)):
-        if text is not None and not is_text(text):
+        if text is not None and not console.is_text(text):
             raise UsageError("is not UTF-8 text", key=key)
     if target is not None:
         check_target(target, source, as_json=as_json)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftcli.adapters.load import AdapterSource, find_adapter, load_for_task
+from peftcli.adapters.generate import load_for_task
+from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.adapters.proof.gradient_index import FORMAT, GradientIndex, open_index
 from peftcli.adapters.proof.influence import dot_products, lengths, precondition

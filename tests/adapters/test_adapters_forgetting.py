@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import trainkit
 from trainkit import run_recipe, write_recipe
 
-from peftcli.adapters.load import find_adapter, load_for_task
+from peftcli.adapters.generate import load_for_task
+from peftcli.adapters.load import find_adapter
 from peftcli.adapters.proof import forgetting
 from peftcli.adapters.proof.forgetting import measure_forgetting, shipped_texts
 from peftcli.core.inject import disabled

@@ -21,7 +21,8 @@ from typing import Any, TypedDict, get_args
 import torch
 from torch import nn
 
-from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter, load_for_task, read_settings
+from peftcli.adapters.generate import load_for_task
+from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter, read_settings
 from peftcli.adapters.merge import open_trained_base
 from peftcli.adapters.proof.readers import compare_reader, require_readers
 from peftcli.adapters.proof.sketches import Sketch, difference, hash_of, sketch
