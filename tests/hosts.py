@@ -6,6 +6,7 @@ Linux only, and as root.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -42,6 +43,11 @@ class Host:
     def plug(self) -> None:
         """Put the cable back."""
         _ip("-n", self.name, "link", "set", self.cable, "up")
+
+    def sent(self) -> int:
+        """Bytes that have left it by the cable."""
+        (cable,) = json.loads(_ip("-n", self.name, "-s", "-j", "link", "show", self.cable))
+        return int(cable["stats64"]["tx"]["bytes"])
 
     def start(self, command: list[str], hidden: Path, **options: Any) -> subprocess.Popen[str]:
         """Start a command on this host, which sees nothing of what is in the folder ``hidden``."""

@@ -372,6 +372,12 @@ _LLAMA_FACTORY = "llamafactory-cli train --stage rm --model_name_or_path a/b --d
             {"fsdp_config.other", "val_set_size"},
         ),
         (
+            "a.yml",
+            f"{_AXOLOTL}adapter: lora\nfsdp_config: {{sharding_strategy: HYBRID_SHARD}}\n",
+            {"launch.strategy": "hybrid"},
+            {"fsdp_config.sharding_strategy"},
+        ),
+        (
             "a.yaml",
             "model: a/b\nfine_tune_type: lora\niters: 7\nhf_dataset: {path: c/d, text_feature: body}\n",
             {"dataset.columns": {"text": "body"}, "method.lora_alpha": 160, "training.max_steps": 7},

@@ -83,14 +83,15 @@ def test_padding_is_not_computed(bf16: str, recipe: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
-def test_one_gpu_computes_with_layers_that_fsdp_gathers(cpu_offload: bool) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "hybrid"])
+def test_one_gpu_computes_with_layers_that_fsdp_gathers(strategy: str, cpu_offload: bool) -> None:
     """It has all of each layer as its part."""
-    device = torch.device("cuda", 0)
-    expected, found = (gradients(sharded, device, cpu_offload=cpu_offload) for sharded in (False, True))
+    device, launch = torch.device("cuda", 0), Launch(strategy=strategy, cpu_offload=cpu_offload)
+    expected, found = (gradients(device, each) for each in (None, launch))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def gradients(sharded: bool, device: torch.device, *, cpu_offload: bool) -> dict[str, torch.Tensor]:
+def gradients(device: torch.device, sharded: Launch | None) -> dict[str, torch.Tensor]:
     """Those of LoRA on a tiny Llama."""
     model = tiny("llama")
     torch.manual_seed(0)
@@ -99,7 +100,7 @@ def gradients(sharded: bool, device: torch.device, *, cpu_offload: bool) -> dict
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         if sharded:
-            shard(model, device, Launch(strategy="fsdp", cpu_offload=cpu_offload))
+            shard(model, device, sharded)
         else:
             model.to(device)
         model(**{name: value.to(device) for name, value in labelled("llama").items()}).loss.backward()
@@ -110,7 +111,7 @@ def gradients(sharded: bool, device: torch.device, *, cpu_offload: bool) -> dict
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("strategy", ["replicate", "ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["replicate", "ddp", "fsdp", "hybrid"])
 def test_two_gpus_give_the_series_of_one(strategy: str, recipe: Path) -> None:
     one = run_recipe(recipe)
     folder = recipe.parent / "two"

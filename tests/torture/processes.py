@@ -131,7 +131,8 @@ def _living(marks: Path) -> list[int]:
 def _settings(count: int, strategy: str) -> tuple[str, ...]:
     # the same global batch, however many processes
     of_launch = f"launch.num_processes={count}", f"launch.strategy={strategy}"
-    return (*FULL, "training.per_device_train_batch_size=1", *of_launch)
+    groups = ("launch.shard_size=2",) if strategy == "hybrid" else ()
+    return (*FULL, "training.per_device_train_batch_size=1", *of_launch, *groups)
 
 
 def _faulty(fault: str, number: int, count: int, strategy: str, folder: Path) -> None:
@@ -216,18 +217,18 @@ def _undisturbed(strategy: str) -> Path:
 
 
 def _long(strategy: str, recipe: Path, marks: Path) -> Child:
-    """Start a run of two processes with more steps than others here, each of which is logged."""
-    settings = (*_settings(2, strategy), "training.max_steps=24", "training.logging_steps=1")
+    """Start a run of two processes, or groups, with more steps than others here, each of which is logged."""
+    count = 4 if strategy == "hybrid" else 2
+    settings = (*_settings(count, strategy), "training.max_steps=24", "training.logging_steps=1")
     return Child(recipe.parent, "train", recipe, *settings, before=Launcher("-", -1, marks))
 
 
-def _at_any_time(seed: int, strategy: str, folder: Path) -> None:
-    """The command ends one to three times on the way; started again, it ends as if it had not."""
+def _at_any_time(seed: int, strategy: str, ends: Sequence[str], folder: Path) -> None:
+    """The command ends so on the way, once or more often; started again, it ends as if it had not."""
     chance, recipe, marks = random.Random(f"{strategy} {seed}"), write_recipe(folder), folder / "marks"
     marks.mkdir()
     metrics = folder / "out/metrics.jsonl"
-    for end in range(1 + seed % 3):
-        how = _ENDS[(seed // 3 + end) % len(_ENDS)]
+    for end, how in enumerate(ends):
         child = _long(strategy, recipe, marks)
         lines = _lines(metrics)
         _wait_for_lines(child, metrics, chance.randint(lines + 1, 18) if lines < 18 else lines + 1)
@@ -253,6 +254,10 @@ def _at_any_time(seed: int, strategy: str, folder: Path) -> None:
     again = _long(strategy, recipe, marks)
     assert again.wait(150) == 0, again.err
     assert_same(folder / "out", _undisturbed(strategy))
+
+
+def _ends(seed: int) -> list[str]:
+    return [_ENDS[(seed // 3 + end) % len(_ENDS)] for end in range(1 + seed % 3)]
 
 
 def _wait_for_lines(child: Child, metrics: Path, count: int) -> None:
@@ -301,8 +306,15 @@ CAMPAIGNS = [
     Campaign(
         "groups that end at any time, the base model divided",
         "Whatever ends a group, once or more often, no process is left, and the same command ends byte-identical.",
-        lambda: [Trial(f"seed {seed}", partial(_at_any_time, seed, "fsdp")) for seed in range(SEEDS)],
+        lambda: [Trial(f"seed {seed}", partial(_at_any_time, seed, "fsdp", _ends(seed))) for seed in range(SEEDS)],
         least=30,
+        sample=0,
+    ),
+    Campaign(
+        "groups of two processes that each divide the base model",
+        "Whichever process is lost at any time, no process is left, and the same command ends byte-identical.",
+        lambda: [Trial(f"seed {seed}", partial(_at_any_time, seed, "hybrid", _ENDS[2:3])) for seed in range(20)],
+        least=20,
         sample=0,
     ),
 ]

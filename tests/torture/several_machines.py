@@ -28,6 +28,8 @@ _LOSSES = (
 )
 SEEDS = 3
 """Trials at random steps, of each loss and each strategy."""
+_PROCESSES = {"hybrid": 2}
+"""Strategy -> processes on each host, if more than one."""
 _STARTED_AGAIN = 3
 """How often a trial starts both hosts."""
 
@@ -37,9 +39,15 @@ def _undisturbed(strategy: str) -> bytes:
     folder = trainkit.scratch() / f"hosts-{strategy}"
     folder.mkdir()
     with made_pair(trainkit.write_recipe(folder)) as pair:
-        codes, said = _ended(pair.both(*_SETTINGS, f"launch.strategy={strategy}"))
+        codes, said = _ended(pair.both(*_settings(strategy)))
         assert codes == [0, 0], said
         return pair.adapter()
+
+
+def _settings(strategy: str) -> tuple[str, ...]:
+    count = _PROCESSES.get(strategy, 1)
+    size = f"training.per_device_train_batch_size={2 // count}"  # the same global batch
+    return (*_SETTINGS, f"launch.strategy={strategy}", f"launch.num_processes={count}", size)
 
 
 def _ended(running: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
@@ -49,7 +57,7 @@ def _ended(running: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
 
 def _loses(loss: str, strategy: str, seed: int, folder: Path) -> None:
     """Something is lost at a step; both hosts, started again where they ended, end as if it had not been."""
-    wanted, settings = _undisturbed(strategy), (*_SETTINGS, f"launch.strategy={strategy}")
+    wanted, settings = _undisturbed(strategy), _settings(strategy)
     step = random.Random(f"{loss} {strategy} {seed}").randint(1, 25)
     with made_pair(trainkit.write_recipe(folder)) as pair:
         running = pair.both(*settings)
@@ -79,16 +87,23 @@ def _loses(loss: str, strategy: str, seed: int, folder: Path) -> None:
         assert not any(left), f"orphans: {left}"
 
 
-_CAMPAIGN = Campaign(
-    "two hosts of which one is lost",
-    "The others wait for what was lost, or end with 75 or 10; all end byte-identical to hosts that lost nothing.",
-    lambda: [
-        Trial(f"{loss}, {strategy}, seed {seed}", partial(_loses, loss, strategy, seed))
-        for seed in range(SEEDS)
-        for loss in _LOSSES
-        for strategy in ("replicate", "fsdp")
-    ],
-    least=36,
-    sample=0,
-)
-CAMPAIGNS = [_CAMPAIGN] if can_make_hosts() else []
+def _campaign(name: str, strategies: tuple[str, ...], losses: tuple[str, ...], seeds: int) -> Campaign:
+    return Campaign(
+        name,
+        "The others wait for what was lost, or end with 75 or 10; all end byte-identical to hosts that lost nothing.",
+        lambda: [
+            Trial(f"{loss}, {strategy}, seed {seed}", partial(_loses, loss, strategy, seed))
+            for seed in range(seeds)
+            for loss in losses
+            for strategy in strategies
+        ],
+        least=len(strategies) * len(losses) * seeds,
+        sample=0,
+    )
+
+
+_CAMPAIGNS = [
+    _campaign("two hosts of which one is lost", ("replicate", "fsdp"), _LOSSES, SEEDS),
+    _campaign("two hosts of two processes, the base model divided on each", ("hybrid",), _LOSSES[2:4], 10),
+]
+CAMPAIGNS = _CAMPAIGNS if can_make_hosts() else []

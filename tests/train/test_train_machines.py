@@ -14,8 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trainkit
 from hosts import PORT, Pair, can_make_hosts, ended, made_pair, processes_of
+from safetensors.torch import load_file
 from torch.distributed import HashStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -53,6 +55,30 @@ def test_two_hosts_give_the_series_of_one_process(strategy: str, pair: Pair) -> 
     assert '"status": "complete"' in answer
     assert not nothing
     assert not pair.folder(1).exists()
+
+
+def in_twos(pair: Pair, strategy: str) -> tuple[list[float], int]:
+    """The losses of a run of two processes on each host, and the bytes that one host has sent to the other."""
+    before = pair.hosts[0].sent()
+    size = "training.per_device_train_batch_size=1"
+    for process in pair.both(*STEPS[:1], STEPS[-1], "launch.num_processes=2", size, f"launch.strategy={strategy}"):
+        ended(process)
+    found = [entry["loss"] for entry in pair.lines() if "loss" in entry]
+    pair.folder(0).rename(pair.folder(0).with_name(strategy))
+    return found, pair.hosts[0].sent() - before
+
+
+@pytest.mark.slow
+def test_only_gradients_of_the_adapter_go_from_host_to_host(pair: Pair) -> None:
+    one = run_recipe(pair.recipe, STEPS[0], STEPS[-1])
+    sent = dict[str, int]()
+    for strategy in ("replicate", "hybrid", "fsdp"):
+        found, sent[strategy] = in_twos(pair, strategy)
+        assert found == pytest.approx(one.losses, rel=1e-5)
+        adapter = load_file(pair.folder(0).with_name(strategy) / "adapter_model.safetensors")
+        torch.testing.assert_close(adapter, load_file(one.folder / "adapter_model.safetensors"), atol=1e-5, rtol=1e-5)
+    assert sent["hybrid"] < 1.1 * sent["replicate"]
+    assert sent["fsdp"] > 3 * sent["hybrid"]
 
 
 @pytest.mark.slow

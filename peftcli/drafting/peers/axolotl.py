@@ -412,7 +412,8 @@ def _schedule(draft: Draft) -> None:
 
 def _machines(draft: Draft) -> None:
     if found := [key for key in draft.values if key.partition(".")[0] in ("fsdp", "fsdp_config") and draft.get(key)]:
-        draft.put("launch.strategy", "fsdp", found[0])
+        within_machine = any("hybrid" in str(draft.get(key)).lower() for key in found)
+        draft.put("launch.strategy", "hybrid" if within_machine else "fsdp", found[0])
     deepspeed(draft)
     liger = [key for key in draft.carried if key.startswith("liger_")]
     if any(truth(draft.get(key)) for key in liger):
