@@ -173,7 +173,7 @@ def test_a_run_goes_on_in_groups_of_more_processes(recipe: Path) -> None:
     ("processes", "said"),
     [
         ([(4, 3, 0)], "must divide the 4 processes of a machine, and is 3"),
-        ([(4, 4, 0), (2, 2, 0)], "the machines have different numbers of processes"),
+        ([(4, 4, 0), (2, 2, 0)], "is 2 on one machine and 4 on another"),
         ([(4, 2, 0), (4, 2, 1)], "processes of different machines into one group"),
         ([(4, 2, 0), (2, 2, 0)], None),
     ],

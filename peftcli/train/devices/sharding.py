@@ -202,9 +202,9 @@ def refuse_groups(launch: Launch, num_processes: int) -> None:
     for here, size, _ in places:
         if here % size:
             raise UsageError(f"must divide the {here} processes of a machine, and is {size}", key=key)
-    if len({size for _, size, _ in places}) > 1:
-        hint = "set it to a number that divides the processes of each machine"
-        raise UsageError("is needed, since the machines have different numbers of processes", key=key, hint=hint)
+    if len(sizes := sorted({size for _, size, _ in places})) > 1:
+        hint = "set it to one number that divides the processes of each machine"
+        raise UsageError(f"is {sizes[0]} on one machine and {sizes[1]} on another", key=key, hint=hint)
     if any(shift for _, _, shift in places):
         hint = "let the launcher number processes machine by machine, as srun --distribution=block does"
         raise UsageError("would put processes of different machines into one group", key=key, hint=hint)
