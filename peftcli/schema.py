@@ -258,9 +258,10 @@ class Training:
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16. auto: if the device is fast with it. The adapter stays float32, and so do linear heads for
     classes and numbers."""
-    gradient_checkpointing: bool | Literal["auto"] = False
+    gradient_checkpointing: bool | Literal["auto", "offload"] = False
     """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: only
-    if the memory is not enough otherwise. transformers 6 calls it activation_checkpointing; both names are read."""
+    if the memory is not enough otherwise. offload: keep the layers' inputs, which that needs, in the CPU's memory and
+    not on the GPU: for very long examples. transformers 6 calls it activation_checkpointing; both names are read."""
     torch_compile: bool = False
     """Compile the model's layers. The first step takes longer; on a CPU later steps were not faster."""
     use_liger_kernel: bool = False
@@ -329,6 +330,11 @@ class Training:
         """per_device_train_batch_size, once it is a number: see ``train.memory.fit``."""
         assert self.per_device_train_batch_size != "auto"
         return self.per_device_train_batch_size
+
+    @property
+    def offloads(self) -> bool:
+        """Whether kept activations wait in the CPU's memory."""
+        return self.gradient_checkpointing == "offload"
 
 
 SHARDED = ("fsdp", "hybrid")

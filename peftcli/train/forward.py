@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from peftcli.train.data import RunData
 from peftcli.train.devices.sharding import is_dividing
 
 _COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
+_CHECKPOINTING = "training.gradient_checkpointing"
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -64,8 +67,10 @@ def use_liger_kernel(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Let a model compute its activations again in the backward pass.
+def checkpoint_activations(model: Any, *, offload: bool = False) -> None:
+    """Let a model compute its activations again in the backward pass, from the inputs of its layers.
+
+    With ``offload`` these wait in the CPU's memory.
 
     Raises:
         ModelError: it cannot.
@@ -75,7 +80,21 @@ def checkpoint_activations(model: Any) -> None:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise ModelError(str(error), key="training.gradient_checkpointing") from None
+        raise ModelError(str(error), key=_CHECKPOINTING) from None
+    if not offload:
+        return
+    layers = [each for each in model.modules() if "_gradient_checkpointing_func" in vars(each)]
+    if not layers:
+        raise ModelError(
+            "offload is not for this model, whose code computes activations again by itself", key=_CHECKPOINTING
+        )
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(_with_inputs_on_cpu, layer._gradient_checkpointing_func)
+
+
+def _with_inputs_on_cpu(compute: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):  # what the layer itself saves, checkpoints drop
+        return compute(*given, **more)
 
 
 def add_embedding_noise(model: nn.Module, alpha: float) -> None:

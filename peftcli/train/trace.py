@@ -150,7 +150,9 @@ def index_of(run: TracedRun, view: View, what: str = "training rows", weights: P
 def _sketches(run: TracedRun, rows: UsedRows, order: np.ndarray, what: str, start: int) -> Iterator[np.ndarray]:
     """Yield the sketches of the rows from ``start`` on, in order, a batch at a time."""
     given, frugal = run.recipe.training.per_device_train_batch_size, run.recipe.training.gradient_checkpointing
-    batch_size = 1 if frugal is True else given if isinstance(given, int) else _AT_ONCE  # what training had room for
+    batch_size = (
+        1 if frugal in (True, "offload") else given if isinstance(given, int) else _AT_ONCE
+    )  # what training had room for
     began = told = time.monotonic()
     for at in range(start, len(order), batch_size):
         some = order[at : at + batch_size]

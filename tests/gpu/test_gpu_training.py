@@ -14,6 +14,7 @@ import torch
 import trainkit
 from models_tiny import labelled, tiny
 from trainkit import at_step, run_recipe
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcli.core.inject import inject
 from peftcli.core.weights import named_tensors
@@ -22,6 +23,7 @@ from peftcli.methods.lora import LoraConfig
 from peftcli.schema import Launch
 from peftcli.tasks.text.fast import segments
 from peftcli.train.devices.sharding import shard
+from peftcli.train.forward import checkpoint_activations
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +39,7 @@ def recipe(tmp_path: Path) -> Path:
     [
         ("training.bf16=true", None),
         ("training.gradient_checkpointing=true", None),
+        ("training.gradient_checkpointing=offload", None),
         ("base_model.attn_implementation=flash_attention_2", "flash_attn"),
         ("base_model.quantization=nf4", "bitsandbytes"),
         ("training.optim=paged_adamw_8bit", "bitsandbytes"),
@@ -108,6 +111,24 @@ def gradients(device: torch.device, sharded: Launch | None) -> dict[str, torch.T
         if sharded:
             torch.distributed.destroy_process_group()
     return {name: value.grad.cpu() for name, (_, _, value) in named_tensors(model).items()}
+
+
+def test_inputs_of_layers_leave_the_gpu_until_the_backward_pass() -> None:
+    """After the forward pass of eight layers less is there, by what seven of their inputs take at least."""
+    kept, found = dict[bool, int](), dict[bool, dict[str, torch.Tensor]]()
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=256, num_hidden_layers=8, vocab_size=100)).cuda()
+        inject(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        checkpoint_activations(model.train(), offload=offload)
+        ids = torch.zeros(4, 512, dtype=torch.long, device="cuda")
+        loss = model(input_ids=ids, labels=ids).loss
+        kept[offload] = torch.cuda.memory_allocated()
+        loss.backward()
+        found[offload] = {name: value.grad.cpu() for name, (_, _, value) in named_tensors(model).items()}
+        del model, loss
+    torch.testing.assert_close(found[True], found[False], rtol=0, atol=0)
+    assert kept[False] - kept[True] >= 7 * 4 * 512 * 256 * 4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -37,7 +37,7 @@ def test_both_are_refused_where_they_differ(problem: Callable[..., Problem]) -> 
     assert found.key == "training.activation_checkpointing"
     assert found.message.startswith("is another name of training.gradient_checkpointing, and differs from it")
     wrong = problem("  activation_checkpointing: perhaps\n")
-    assert wrong.message.startswith("expected true, false or auto")
+    assert wrong.message.startswith("expected true, false, auto or offload")
 
 
 def test_it_is_explained() -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import trainkit
-from models_tiny import VOCABULARY, ids, tiny
+from models_tiny import VOCABULARY, ids, labelled, tiny
 from trainkit import run_recipe, stopped_copy
 
 from peftcli.core.inject import inject
 from peftcli.errors import ModelError, UsageError
 from peftcli.methods import METHODS
+from peftcli.methods.lora import LoraConfig
 from peftcli.tasks.text.fast.unpadded import unpad
-from peftcli.train.forward import add_embedding_noise, compile_layers
+from peftcli.train.forward import add_embedding_noise, checkpoint_activations, compile_layers
 
 COMPILED = "training.torch_compile=true"
 
@@ -32,6 +33,43 @@ def test_the_layers_of_each_stack_are_compiled(monkeypatch: pytest.MonkeyPatch) 
         assert compiled == expected
     with pytest.raises(ModelError, match="no stack of layers"):
         compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_the_inputs_of_layers_wait_in_the_memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else. The CPU stands for a GPU here, and what would be moved is noted."""
+    moved = list[tuple[int, ...]]()
+
+    class Moved(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool):
+            assert pin_memory
+            super().__init__(lambda value: (moved.append(tuple(value.shape)), value.clone())[1], lambda value: value)
+
+    def gradients(**options: bool) -> dict[str, torch.Tensor]:
+        model = tiny("llama")
+        torch.manual_seed(0)
+        inject(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        checkpoint_activations(model.train(), **options)
+        model(**labelled("llama")).loss.backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Moved)
+    plain = gradients()
+    assert not moved
+    torch.testing.assert_close(gradients(offload=True), plain, rtol=0, atol=0)
+    config = tiny("llama").config
+    assert moved == [(*labelled("llama")["input_ids"].shape, config.hidden_size)] * config.num_hidden_layers
+    own = torch.nn.Linear(2, 2)
+    own.gradient_checkpointing_enable = lambda options: None
+    with pytest.raises(ModelError, match="offload is not for this model"):
+        checkpoint_activations(own, offload=True)
+
+
+def test_on_a_cpu_nothing_is_moved_and_that_is_said(recipe: Path, tmp_path: Path) -> None:
+    wanted = "training.gradient_checkpointing"
+    plain = run_recipe(recipe, f"{wanted}=true", f"training.output_dir={tmp_path}/plain")
+    found = run_recipe(recipe, f"{wanted}=offload")
+    assert any("offload is as true on a CPU" in each for each in found.warnings)
+    assert found.weights == plain.weights
 
 
 @pytest.mark.slow

@@ -341,7 +341,7 @@ class MemoryCounter(TorchDispatchMode):
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._known or tensor.device.type != self.device.type:
             return
         self._known.add(key)
         self.live += size

@@ -230,7 +230,7 @@ def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) ->
     """Estimate the memory of a recipe whose data is loaded."""
     model, config = _adapted(recipe, base, data)
     if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, offload=recipe.training.offloads and torch.cuda.is_available())
     return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))
 
 
@@ -333,6 +333,8 @@ def _cheapest(recipe: Recipe, task: Task[Any], at_once: int) -> str:
         # a task that compares the rows of a batch learns less from fewer
         same if task.divides else fewer: parts > 1,
         "training.gradient_checkpointing: true, about a third slower": not training.gradient_checkpointing,
+        "training.gradient_checkpointing: offload": training.gradient_checkpointing is True
+        and torch.cuda.is_available(),
         "training.bf16: true": training.bf16 is False,
         "a smaller dataset.max_length": task.unit == "tokens",
         "base_model.quantization: nf4": recipe.base_model.quantization is None,
