@@ -126,8 +126,8 @@ class CTC(SpeechRecognition):
 
     @property
     def vocabulary(self) -> list[str]:
-        """The model's outputs, in order."""
-        return self.settings.vocabulary or []
+        """The model's outputs, in order: those of the settings, which adapters of other tools lack, or the base's."""
+        return self.settings.vocabulary or self.base_vocabulary
 
     @cached_property
     def letters(self) -> Mapping[str, int]:
@@ -136,7 +136,13 @@ class CTC(SpeechRecognition):
 
     @cached_property
     def blank(self) -> int:
-        """The output that stands for no letter. It is what pads, too."""
+        """The output that stands for no letter. It is what pads, too.
+
+        Raises:
+            DataError: neither settings nor base model say what the outputs are.
+        """
+        if BLANK not in self.vocabulary:
+            raise DataError(f"is missing: {self.base.name} does not say what its outputs are", key="task.vocabulary")
         return self.vocabulary.index(BLANK)
 
     @property

@@ -17,6 +17,7 @@ from soundkit import RATE, clip, hearing_base, outcomes, tone, tone_rows, whispe
 from taskkit import CASES
 from trainkit import run_recipe, scratch
 
+from peftcli.adapters.predict import load_predictor
 from peftcli.cli.app import main
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import open_base
@@ -208,3 +209,14 @@ def test_an_adapter_goes_on_with_its_letters_alone(tmp_path: Path) -> None:
     with pytest.raises((DataError, ModelError), match=r"task\.vocabulary"):
         run_recipe(recipe, *again, "task={type: speech_recognition, vocabulary: [g, h, i, l, w, o]}")
     run_recipe(recipe, *again)
+
+
+def test_an_adapter_of_another_tool_writes_the_letters_of_its_base_model(tmp_path: Path) -> None:
+    run = run_recipe(CASES["letters of sounds"].write(tmp_path), f"base_model={finetuned()}")
+    rows, answers = table_of([{"audio": tone_rows()[0]["audio"]}])[1], []
+    for _ in range(2):
+        answers.append(load_predictor(str(run.folder)).answer(rows))
+        for name in ("task.json", "run.json"):
+            (run.folder / name).unlink(missing_ok=True)
+    assert answers[0] == answers[1]
+    assert answers[0][0]["text"].isupper()
