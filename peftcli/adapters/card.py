@@ -396,7 +396,7 @@ def _model(info: Mapping[str, Any], use: TaskRow | None, name: str, adapter: str
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted([use.auto_class, _processor_class(_processor(use))]))}",
         "",
-        f"base = {use.auto_class}.from_pretrained({json.dumps(name)}, {head})",
+        f"base = {use.auto_class}.from_pretrained({json.dumps(name)}, {head}, ignore_mismatched_sizes=True)",
         f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)})",
     ]
 

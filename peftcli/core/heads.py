@@ -84,6 +84,8 @@ def _new_modules(model: nn.Module, initialised: Collection[str], saved: list[str
         if not left or any(f"{name}.".startswith(f"{one}.") for one in found):
             continue
         below = {each for each in known if each.startswith(f"{name}.".lstrip("."))}
+        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+            continue  # nothing calls it: the modules in it are found
         if (name and below and below <= left) or (below == {*parameters} and left.intersection(below)):
             found.append(name)
         elif mixed := left.intersection(parameters):

@@ -230,7 +230,11 @@ def find_initialised(
     missing, loaded = set(info["missing_keys"]), names - set(info["missing_keys"])
     new = [head for head in heads if not any(key.startswith(f"{head}.") for key in loaded)]
     sizes = {key: (tuple(stored), tuple(needed)) for key, stored, needed in info["mismatched_keys"]}
-    replaced = {key for key in sizes if new_labels and any(key.startswith(f"{head}.") for head in heads)}
+    replaced = {
+        key
+        for key, (stored, needed) in sizes.items()
+        if new_labels and (any(key.startswith(f"{head}.") for head in heads) or _is_for_labels(model, stored, needed))
+    }
     initialised = {key for key in missing if any(key.startswith(f"{head}.") for head in new)}
     # what the body itself holds, as Wav2Vec2's mask embedding, is for pretraining
     lost = {key for key in missing - initialised if key.rpartition(".")[0] != body or body is None}
@@ -243,7 +247,14 @@ def find_initialised(
         )
     heads_replaced = sorted({key.rpartition(".")[0] for key in replaced})
     note = f"{', '.join(heads_replaced)} of {name} was made for other labels; a new one replaces it"
-    return tuple(sorted((initialised | replaced) & names)), note if replaced else None
+    every = dict(model.named_parameters(remove_duplicate=False))
+    shared = {id(value) for key, value in every.items() if key in initialised | replaced}
+    return tuple(sorted(key for key in every if id(every[key]) in shared)), note if replaced else None
+
+
+def _is_for_labels(model: Any, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    """Return whether a weight inside the body has an output for each label, as detectors that score all places have."""
+    return needed[:1] == (model.config.num_labels,) and stored[1:] == needed[1:]
 
 
 def find_heads(model: nn.Module) -> tuple[str | None, list[str]]:

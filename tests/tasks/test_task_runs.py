@@ -70,7 +70,7 @@ def outputs(folder: Path, merged: Path | None = None) -> tuple[Any, Any, torch.T
 def load(folder: Path, auto: str, **options: Any) -> Any:
     """A model of transformers, or the adapted parts of a pipeline as one module."""
     if hasattr(transformers, auto):
-        return getattr(transformers, auto).from_pretrained(folder, **options)
+        return getattr(transformers, auto).from_pretrained(folder, ignore_mismatched_sizes=True, **options)
     return open_base(BaseModel(name=str(folder))).model(auto, torch.float32, **options).model
 
 
