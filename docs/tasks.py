@@ -32,6 +32,7 @@ RECIPES = {
     "asterisk": "eval_wer",
     "fashion_mnist": "eval_accuracy",
     "garments": "eval_mean_iou",
+    "garment_boxes": "eval_map",
     "docstring_dpo": "eval_reward_accuracy",
     "docstring_reward": "eval_reward_accuracy",
     "code_search": "eval_mrr",

@@ -29,11 +29,14 @@ from peftcli.tasks import TASKS
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     # its layers share a matrix, and SegFormer's stages differ in size
     ("frod", "semantic_segmentation"): {"target_modules": ["stages.1.blocks.0.attention.q_proj"]},
+    **{  # the last layer of its boxes has 4 outputs
+        (method, "object_detection"): {"target_modules": ["query", "value"]} for method in ("vblora", "c3a", "road")
+    },
     ("trainable_tokens", "image_text_to_text"): {"token_indices": [1, 2]},  # which each row has
 }
 """What besides ``promises.METHOD_SETTINGS``: (method, task) patterns -> settings, of which all that match count."""
 
-_PICTURES = ("image_classification", "semantic_segmentation", "text_to_image")
+_PICTURES = ("image_classification", "semantic_segmentation", "object_detection", "text_to_image")
 _SOUNDS = ("audio_classification", "speech_recognition")
 _OF_NO_TEXT = (*_PICTURES, "audio_classification")
 _SOFT_PROMPTS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
+from detectionkit import boxed_scenes, detector_base
 from diffusionkit import picture_files, pipeline_base
 from PIL import Image
 from soundkit import hearing_base, tone_rows, whisper_base
@@ -222,6 +224,40 @@ def _mean_iou(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]])
     }
 
 
+def coco_map(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What pycocotools says of rows and their answers."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    names = sorted(
+        {*(name for row in rows for name in row["objects"]["category"])}
+        | {each["label"] for answer in answers for each in answer["objects"]}
+    )
+    wanted, marks, found = COCO(), list[dict[str, Any]](), list[dict[str, Any]]()
+    for at, (row, answer) in enumerate(zip(rows, answers, strict=True), start=1):
+        objects = row["objects"]
+        crowd = objects.get("iscrowd", [0] * len(objects["bbox"]))
+        for box, name, many in zip(objects["bbox"], objects["category"], crowd, strict=True):
+            place = {"image_id": at, "category_id": names.index(name), "bbox": box, "area": box[2] * box[3]}
+            marks.append({"id": len(marks) + 1, "iscrowd": many, **place})
+        for each in answer["objects"]:
+            place = {"image_id": at, "category_id": names.index(each["label"]), "bbox": each["box"]}
+            found.append({**place, "score": each["score"]})
+    wanted.dataset = {
+        "info": {},
+        "images": [{"id": at} for at in range(1, len(rows) + 1)],
+        "annotations": marks,
+        "categories": [{"id": at, "name": name} for at, name in enumerate(names)],
+    }
+    with contextlib.redirect_stdout(None):
+        wanted.createIndex()
+        judge = COCOeval(wanted, wanted.loadRes(found) if found else COCO(), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return dict(zip(("map", "map_50", "map_75"), judge.stats[:3].tolist(), strict=True))
+
+
 def _words(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     import jiwer
 
@@ -335,6 +371,14 @@ CASES: dict[str, Case] = {
         ),
         recompute=_mean_iou,
         splits=lambda: (f"base_model={_with_a_head()}", "method.modules_to_save=[decode_head.classifier]"),
+    ),
+    "object_detection": Case(
+        base=lambda: detector_base("yolos"),
+        task={"type": "object_detection", "threshold": 0.0},  # the metrics see all that is found
+        rows=boxed_scenes,
+        found={"labels": ["red", "blue"], "box_format": "xywh"},
+        metrics=frozenset({"loss", "map", "map_50", "map_75"}),
+        recompute=coco_map,
     ),
     "question_answering": Case(
         base=lambda: classifier_base("bert"),

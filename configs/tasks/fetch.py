@@ -4,6 +4,7 @@
     python configs/tasks/fetch.py spam data/spam                     # 20 MB, with npm
     python configs/tasks/fetch.py fashion-mnist data/fashion-mnist   # 31 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py garments data/garments             # the same 31 MB
+    python configs/tasks/fetch.py garment-boxes data/garment-boxes   # the same 31 MB
     python configs/tasks/fetch.py garment-words data/garment-words   # the same 31 MB
     python configs/tasks/fetch.py kjv data/kjv                       # 3 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py translations data/translations     # 5 MB, with apt-get and dpkg-deb
@@ -45,7 +46,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.demos import minilm as encoder
 from peftcli.demos import whisper as tiny_en
 from peftcli.demos.library import EVAL_SHARE, documented, modules, part_of
-from peftcli.demos.pictures import SIDE, scene
+from peftcli.demos.pictures import SIDE, boxed, scene
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +94,7 @@ def main() -> None:
         "spam": spam,
         "fashion-mnist": fashion_mnist,
         "garments": garments,
+        "garment-boxes": garment_boxes,
         "garment-words": garment_words,
         "kjv": kjv,
         "translations": translations,
@@ -212,6 +214,27 @@ def garments(scratch: Path, target: Path) -> None:
             rows.append(json.dumps(row) + "\n")
         (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
         print(f"fetch: {part}.jsonl: {scenes} scenes; labels: background, {', '.join(KINDS)}")
+
+
+def garment_boxes(scratch: Path, target: Path) -> None:
+    """Make the same scenes, with the box of each garment in place of a mask."""
+    import numpy as np
+    from PIL import Image
+
+    kinds = [next((name for name, names in KINDS.items() if each in names), "") for each in CLASSES]
+    for part, images, labels, order in clothes(scratch):
+        pictures, scenes = {"train": (TRAIN_IMAGES, TRAIN_SCENES), "eval": (EVAL_IMAGES, EVAL_SCENES)}[part]
+        draw, rows = np.random.default_rng(SEED), []
+        (target / part).mkdir()
+        for number in range(scenes):
+            chosen = draw.choice(order[:pictures], 4)
+            picture, boxes = boxed(images[chosen], draw, DARK)
+            objects = {"bbox": [*boxes.values()], "category": [kinds[labels[chosen[at]]] for at in boxes]}
+            row = {"image": f"{part}/{number:05}.png", "objects": objects}
+            Image.fromarray(picture).save(target / row["image"])
+            rows.append(json.dumps(row) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {scenes} scenes; labels: {', '.join(KINDS)}")
 
 
 def garment_words(scratch: Path, target: Path) -> None:

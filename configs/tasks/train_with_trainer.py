@@ -272,6 +272,51 @@ class Masks(Pictures):
         return encoded
 
 
+class Boxes(Pictures):
+    """Pictures with boxes."""
+
+    auto = "AutoModelForObjectDetection"
+    rows = Side.rows
+
+    def load(self) -> Any:
+        model = transformers.AutoModelForObjectDetection.from_pretrained(
+            self.name,
+            dtype=base_dtype(self.recipe),
+            num_labels=len(self.labels),
+            num_denoising=0,
+            ignore_mismatched_sizes=True,
+        )
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # whose statistics PEFT does not save
+                module.eval()
+                module.train = lambda mode, module=module: module
+        return model
+
+    def lora(self) -> LoraConfig:
+        config = super().lora()
+        layers = range(transformers.AutoConfig.from_pretrained(self.name).decoder_layers)
+        config.modules_to_save = [*(f"model.decoder.class_embed.{at}" for at in layers), "model.enc_score_head"]
+        return config
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = list(dict.fromkeys(name for row in rows for name in row["objects"]["category"]))
+        encoded = []
+        for row in rows:
+            objects = zip(row["objects"]["bbox"], row["objects"]["category"], strict=True)
+            marks = [
+                {"bbox": box, "category_id": self.labels.index(name), "area": box[2] * box[3], "iscrowd": 0}
+                for box, name in objects
+            ]
+            image = Image.open(self.place / row["image"]).convert("RGB")
+            found = self.processor(image, annotations={"image_id": 0, "annotations": marks}, return_tensors="pt")
+            encoded.append({"pixel_values": found["pixel_values"][0], "labels": found["labels"][0]})
+        return encoded
+
+    def collate(self, rows: Rows) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
+
+
 class Clips(Side):
     """Clips with transcripts, for Whisper."""
 
@@ -520,6 +565,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "question_answering": Answers,
     "image_classification": Pictures,
     "semantic_segmentation": Masks,
+    "object_detection": Boxes,
     "speech_recognition": Clips,
     "causal_lm": Chats,
     "image_text_to_text": Descriptions,

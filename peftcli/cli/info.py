@@ -21,7 +21,7 @@ _MAX_ROWS = 8
 USES = {
     "metrics": "sequence_classification, token_classification, image_classification, audio_classification; "
     "bleu, chrf, rouge_l",
-    "vision": "image_classification, semantic_segmentation, image_text_to_text",
+    "vision": "image_classification, semantic_segmentation, object_detection, image_text_to_text",
     "audio": "speech_recognition, audio_classification",
     "diffusion": "text_to_image",
     "gguf": "base models in .gguf files",

@@ -166,7 +166,7 @@ def read_file(
         elif kind == ".json" and is_squad(start):
             yield from read_squad(text)
         elif kind == ".json" and _COCO.match(start) and any(key in start for key in _COCO_KEYS):
-            hint = "peftcli init draws masks of its outlines; or write a row for each image, with its file in image."
+            hint = "peftcli init makes rows of its boxes, or masks of its outlines."
             raise DataError("is COCO's JSON, which no task reads", file=source, hint=hint)
         elif kind == ".json" and re.match(rb"\{\s*?\n", start):
             line = head[: head.index(b"{")].count(b"\n") + 1

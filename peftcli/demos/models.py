@@ -59,6 +59,13 @@ MODELS = {
         "segformer",
         seconds=20,
     ),
+    "tiny-rt-detr": DemoModel(
+        "an RT-DETR that is trained now to find other signs",
+        "pretrain_pictures",
+        "rt_detr",
+        seconds=60,
+        packages={"scipy": "vision"},
+    ),
     "SmolLM2-135M-with-eyes": DemoModel(
         "SmolLM2 behind a small vision tower that is trained now to tell 21 other characters apart",
         "pretrain_vision",

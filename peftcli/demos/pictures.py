@@ -6,6 +6,7 @@ The fonts of the evaluation pictures draw no training picture, where a demo says
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +108,38 @@ def scenes(folder: Path) -> None:
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def boxed_scenes(folder: Path) -> None:
+    """Pictures of up to four hearts, diamonds and clubs, and the box of each: train.jsonl and eval.jsonl."""
+    import numpy as np
+
+    for part, fonts, count in (("train", FONTS, 320), ("eval", SUIT_FONTS, 40)):
+        draw, rows, drawn = np.random.default_rng([SEED, count]), [], []
+        for number in range(count):
+            kinds = draw.integers(0, len(SUITS), 4)
+            image, boxes = boxed([picture(SIGNS[SUITS[kind]], str(draw.choice(fonts)), draw) for kind in kinds], draw)
+            drawn.append(image)
+            objects = {"bbox": [*boxes.values()], "category": [SUITS[kinds[at]] for at in boxes]}
+            rows.append({"image": f"{part}/{number:03}.png", "objects": objects})
+        _save(folder / part, drawn)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def boxed(
+    images: Sequence[np.ndarray] | np.ndarray, draw: np.random.Generator, dark: int = DARK
+) -> tuple[np.ndarray, dict[int, list[int]]]:
+    """Make a scene of four pictures; return it, and the boxes [left, top, width, height] of those that are on it."""
+    import numpy as np
+
+    image, mask = scene(np.stack(images), np.arange(1, 5), draw, dark)
+    boxes = dict[int, list[int]]()
+    for at in range(4):
+        if len(places := np.argwhere(mask == at + 1)):
+            (top, left), (high, wide) = places.min(axis=0), np.ptp(places, axis=0) + 1
+            boxes[at] = [int(each) for each in (left, top, wide, high)]
+    return image, boxes
 
 
 def _any_scene(fonts: tuple[str, ...], draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,12 @@
 """Small models of pictures that are trained on other characters and signs than those of the demos.
 
 The ResNet learns which character a picture shows, the SegFormer which sign is where. Their heads are thrown away, so
-the folders hold encoders.
+the folders hold encoders. The RT-DETR finds boxes of signs, and is saved whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,17 @@ from torch.nn import functional as F
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessorPil,
+    RTDetrResNetConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessorPil,
     ViTImageProcessorPil,
 )
 
-from peftcli.demos.pictures import FONTS, OTHER_CHARACTERS, SCENE, SEED, SIDE, SIGNS, SUITS, picture, scene, sign
+from peftcli.demos.pictures import FONTS, OTHER_CHARACTERS, SCENE, SEED, SIDE, SIGNS, SUITS, boxed, picture, scene, sign
 from peftcli.demos.pretrain import fit
 
 _LARGER = 2
@@ -114,6 +118,75 @@ def fit_segformer(
     model.segformer.save_pretrained(folder)
     processor = SegformerImageProcessorPil(
         size={"height": SCENE, "width": SCENE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+
+
+def rt_detr(scratch: Path, folder: Path) -> None:
+    """Train an RT-DETR to find other signs than the demo's, and save it with an image processor."""
+    draw = np.random.default_rng(SEED)
+    names = [name for name in SIGNS if name not in SUITS]
+    values = draw.integers(0, len(names), 2000)
+    pictures = [sign(names[each], draw, SIDE) for each in values]
+
+    def any_scene() -> tuple[np.ndarray, list[list[int]], list[int]]:
+        chosen = draw.integers(0, len(pictures), 4)
+        image, boxes = boxed([pictures[each] for each in chosen], draw)
+        return image, [*boxes.values()], [int(values[chosen[at]]) for at in boxes]
+
+    fit_rt_detr(any_scene, names, folder, steps=250, batch=16)
+
+
+def fit_rt_detr(
+    any_scene: Callable[[], tuple[np.ndarray, list[list[int]], list[int]]],
+    names: Sequence[str],
+    folder: Path,
+    steps: int,
+    batch: int,
+    side: int = SCENE,
+    width: int = 64,
+    tell: Callable[[str], None] | None = None,
+) -> None:
+    """Train a small RT-DETR on scenes, and save it with an image processor.
+
+    Args:
+        any_scene: Draws a grey picture (side, side), its boxes [left, top, width, height], and their classes.
+        names: Those of the classes.
+        folder: Where the model is saved.
+        steps: Number of steps.
+        batch: Scenes per step.
+        side: That of a picture, in pixels.
+        width: That of the layers.
+        tell: As in ``fit``.
+    """
+    torch.manual_seed(SEED)
+    sizes = [width // 4, width // 2, 3 * width // 4, width]
+    backbone = RTDetrResNetConfig(
+        embedding_size=width // 4, hidden_sizes=sizes, depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = RTDetrConfig(
+        backbone_config=backbone, freeze_backbone_batch_norms=False, encoder_in_channels=sizes[1:], d_model=width,
+        encoder_hidden_dim=width, encoder_ffn_dim=2 * width, decoder_in_channels=[width] * 3,
+        decoder_ffn_dim=2 * width, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        hidden_expansion=0.5, num_queries=10, num_denoising=0, dropout=0.0, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    model = RTDetrForObjectDetection(config)
+
+    def loss() -> torch.Tensor:
+        images, boxes, kinds = zip(*(any_scene() for _ in range(batch)), strict=True)
+        labels = []
+        for some, classes in zip(boxes, kinds, strict=True):
+            begins, sides = (torch.tensor(some).view(-1, 4) / side).split(2, dim=1)
+            labels.append(
+                {"boxes": torch.cat([begins + sides / 2, sides], dim=1), "class_labels": torch.tensor(classes)}
+            )
+        return model(pixel_values=pixels(np.stack(images)), labels=labels).loss
+
+    fit(model.parameters(), loss, steps, 2e-3, tell=tell)
+    model.save_pretrained(folder)
+    processor = RTDetrImageProcessorPil(
+        size={"height": side, "width": side}, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     processor.save_pretrained(folder)
 

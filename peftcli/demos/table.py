@@ -161,6 +161,14 @@ DEMOS: dict[str, Demo] = {
         seconds=45,
         packages={"PIL": "vision"},
     ),
+    "object_detection": Demo(
+        summary="find hearts, diamonds and clubs in pictures, each with its box",
+        model="tiny-rt-detr",
+        data=pictures.boxed_scenes,
+        asks=({"image": "<folder>/eval/000.png"},),
+        seconds=60,
+        packages={"PIL": "vision", "scipy": "vision"},
+    ),
     "text_to_image": Demo(
         summary="make pictures of hearts, from 20 pictures; it knows stars, umbrellas and other signs",
         model="tiny-diffusion",

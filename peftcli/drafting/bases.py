@@ -69,6 +69,7 @@ PROPOSALS = (
         "nvidia/segformer-b0-finetuned-ade-512-512", "NVIDIA, not commercial", 4, 8, 256, 0, ("semantic_segmentation",),
         positions=1500,  # as much memory as its windows of attention take
     ),
+    Proposal("hustvl/yolos-tiny", "Apache-2.0", 6, 12, 192, 0, ("object_detection",), positions=1124),
     Proposal("MIT/ast-finetuned-audioset-10-10-0.4593", "BSD-3", 87, 12, 768, 0, ("audio_classification",), True, 1214),
     Proposal("openai/whisper-tiny", "Apache-2.0", 38, 8, 384, 51865, ("speech_recognition",), True, 1500),
     Proposal("openai/whisper-base", "Apache-2.0", 73, 12, 512, 51865, ("speech_recognition",), True, 1500),

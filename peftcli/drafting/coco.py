@@ -1,4 +1,4 @@
-"""COCO's JSON: the masks of its outlines, drawn beside the recipe, or its captions."""
+"""COCO's JSON: its boxes, its captions, or the masks of its outlines, drawn beside the recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FromCoco:
 
     rows: list[dict[str, Any]]
     labels: list[str]
-    """Names of the classes by their values in the masks; none for captions."""
+    """Names of the classes, of masks by their values; none for captions."""
     says: str
 
 
@@ -51,11 +51,13 @@ def _is_coco(path: Path) -> bool:
     return False
 
 
-def read_coco(path: Path, folder: Path) -> FromCoco | None:
+def read_coco(path: Path, folder: Path, *, boxes: bool = False) -> FromCoco | None:
     """Draw the masks of a COCO file into ``folder``, one for each picture that is there; None: it is no COCO file.
 
+    With ``boxes``, and of a file without outlines, the rows have its boxes instead; of captions, texts.
+
     Raises:
-        DataError: its pictures are nowhere near, or it has boxes or key points alone.
+        DataError: its pictures are nowhere near, or it has nothing of these.
     """
     try:
         whole = json.loads(read_small(path, _MOST_BYTES))
@@ -67,12 +69,16 @@ def read_coco(path: Path, folder: Path) -> FromCoco | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     files = {key: _find(path, str(each.get("file_name", ""))) for key, each in pictures.items()}
-    there = {key: file for key, file in files.items() if file is not None and marks[key]}
+    stored = {key: file for key, file in files.items() if file is not None}
+    there = {key: file for key, file in stored.items() if marks[key]}
     if not there:
         hint = "Unpack them beside the file, or into a folder images beside it."
         raise DataError(f"none of its {count_of(len(files), 'picture')} is in its folder", file=str(path), hint=hint)
     lost = f"; {count_of(len(files) - len(there), 'picture')} left out" if len(files) > len(there) else ""
-    if any("caption" in each for each in marks[next(iter(there))]):
+    is_captions = any("caption" in each for each in marks[next(iter(there))])
+    if boxes or not (is_captions or any(each.get("segmentation") for key in there for each in marks[key])):
+        return _with_boxes(path, folder, stored, marks, names)
+    if is_captions:
         rows = [
             {"image": os.path.relpath(file, folder.parent), "text": str(each.get("caption", "")).strip()}
             for key, file in there.items()
@@ -92,11 +98,36 @@ def read_coco(path: Path, folder: Path) -> FromCoco | None:
             _save(drawn[0], target)
             rows.append({"image": os.path.relpath(file, folder.parent), "annotation": f"{folder.name}/{target.name}"})
     if not rows:
-        hint = "Boxes, key points and compressed masks are for no task that peftcli has."
+        hint = "Its masks are compressed. For its boxes: peftcli init --task object_detection."
         raise DataError("has no outlines from which masks could be drawn", file=str(path), hint=hint)
     lost += f"; {count_of(unread, 'annotation')} without an outline left out" if unread else ""
+    lost += (
+        "; for boxes: --task object_detection" if any(each.get("bbox") for key in there for each in marks[key]) else ""
+    )
     says = f"masks of {count_of(len(rows), 'picture')} were drawn into {folder}{lost}"
     return FromCoco(rows, [_BACKGROUND, *(names[key] for key in values)], says)
+
+
+def _with_boxes(
+    path: Path, folder: Path, files: Mapping[Any, Path], marks: Mapping[Any, Any], names: Mapping[Any, str]
+) -> FromCoco:
+    """The rows of boxes, also those of pictures without any; a box without area is left out."""
+    rows, used, flat = list[dict[str, Any]](), set[str](), 0
+    for key, file in files.items():
+        found = [each for each in marks[key] if each.get("category_id") in names and len(each.get("bbox") or ()) == 4]
+        kept = [each for each in found if each["bbox"][2] > 0 and each["bbox"][3] > 0]
+        flat += len(found) - len(kept)
+        kinds = [names[each["category_id"]] for each in kept]
+        used.update(kinds)
+        objects: dict[str, Any] = {"bbox": [each["bbox"] for each in kept], "category": kinds}
+        if any(each.get("iscrowd") for each in kept):
+            objects["iscrowd"] = [int(bool(each.get("iscrowd"))) for each in kept]
+        rows.append({"image": os.path.relpath(file, folder.parent), "objects": objects})
+    if not used:
+        raise DataError("has neither outlines nor boxes nor captions", file=str(path))
+    says = f"boxes of {count_of(len(rows), 'picture')} of COCO"
+    says += f"; {flat:,} without area left out" if flat else ""
+    return FromCoco(rows, [each for each in names.values() if each in used], says)
 
 
 def _find(path: Path, name: str) -> Path | None:

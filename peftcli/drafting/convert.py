@@ -52,11 +52,11 @@ class Converted:
     notes: list[str] = field(default_factory=list)
     """What was converted."""
     labels: list[str] = field(default_factory=list)
-    """Names of the classes of masks, by their values."""
+    """Names of the classes of masks, by their values, or of boxes."""
 
 
-def converted(names: Sequence[str], output: Path) -> Converted:
-    """Convert files and folders that no reader takes as they are.
+def converted(names: Sequence[str], output: Path, task: str | None = None) -> Converted:
+    """Convert files and folders that no reader takes as they are. ``task`` is the one that was asked for.
 
     Raises:
         DataError: an archive is damaged, or leads out of its folder; a COCO file cannot be used.
@@ -72,7 +72,8 @@ def converted(names: Sequence[str], output: Path) -> Converted:
             found.notes.append(f"{name} was unpacked into {path}")
             name = str(path)
         coco = find_coco(path)
-        made = read_coco(coco, output.parent.absolute() / f"{output.stem}.masks") if coco else None
+        masks, boxes = output.parent.absolute() / f"{output.stem}.masks", task == "object_detection"
+        made = read_coco(coco, masks, boxes=boxes) if coco else None
         if made is not None:
             rows, found.labels = (made.rows, made.says), made.labels
         else:

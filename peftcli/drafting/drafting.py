@@ -95,7 +95,7 @@ def draft(request: Request, ask: Ask | None = None) -> Draft:
     if request.task is not None and request.task not in TASKS:
         raise UsageError(f"no task {request.task!r}", key="--task", hint=f"known: {', '.join(TASKS)}")
     require_writable(output)
-    made = converted(request.data, output)
+    made = converted(request.data, output, request.task)
     base = read_base(request.base) if request.base else None
     if base and base.problem:
         made.notes.append(f"the config of {base.name} cannot be read ({base.problem}); the data alone decide")

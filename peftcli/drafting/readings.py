@@ -315,6 +315,18 @@ def _audio(facts: ColumnFacts) -> str | None:
     return f"{len(facts.given):,} {facts.of()} are sounds that exist" if facts.media == "audio" else None
 
 
+def _objects(facts: ColumnFacts) -> str | None:
+    from peftcli.tasks.boxes import objects_of
+
+    boxes = 0
+    try:
+        for each in facts.given:
+            boxes += len(objects_of(each).boxes)
+    except ValueError:
+        return None
+    return f"{len(facts.given):,} {facts.of()} hold {boxes:,} boxes with categories" if boxes else None
+
+
 def _messages(facts: ColumnFacts) -> str | None:
     return _turns(facts, "messages")
 
@@ -703,6 +715,14 @@ READINGS: tuple[Reading, ...] = (
                 ("masks", "seg", "segmentation", "seg_mask", "mask_path", "annotation_path", "target", "gt", "labels"),
                 _image,
             ),
+        ),
+        (VISION,),
+    ),
+    Reading(
+        "object_detection",
+        (
+            Role("image", PICTURES, ("path", "file", "photo", "input"), _image, _image),
+            Role("objects", ("objects",), ("annotations", "boxes", "annotation", "labels"), _objects, _objects),
         ),
         (VISION,),
     ),

@@ -70,6 +70,16 @@ MASKS = by_name(
 )
 """Those of semantic segmentation."""
 
+BOXES = by_name(
+    Kind(
+        "boxes_are_corners",
+        "error",
+        "have boxes that fit as left, top, right, bottom too; those of other rows fit only so",
+        "Set task.box_format: xyxy, unless the boxes are left, top, width, height.",
+    ),
+)
+"""Those of object_detection."""
+
 SOUND = by_name(
     # Without the words that are cut off with the sound, the rows would be right; nobody knows where they end.
     Kind(
@@ -214,6 +224,7 @@ FINDINGS = (
     | CLASSES
     | ANSWERS
     | MASKS
+    | BOXES
     | PICTURES
     | SOUND
     | SOUND_CLASSES

@@ -58,6 +58,9 @@ mean_iou share For each class, the pixels that mask and answer share, as a share
 mean_accuracy share For each class, the share of its pixels that are found; the mean of all.
 overall_accuracy share The share of all pixels whose class is right.
 iou_* share The pixels of one class that mask and answer share, as a share of those in either.
+map share The precision of boxes, averaged over recalls, classes and ten overlaps from 0.5 to 0.95, as COCO defines it.
+map_50 share The same where half of their union must be shared by a box and its object.
+map_75 share The same where three quarters of their union must be shared.
 reward_accuracy share The share of pairs whose chosen answer gets the higher reward; 0.5 is guessing.
 reward_margin up By how much the chosen answer's reward exceeds the rejected one's, on average.
 reward_chosen up The mean reward of chosen answers: how much likelier training made them than the reference does.

@@ -115,6 +115,18 @@ def check_image(content: bytes, path: str = "") -> None:
             _grey(np.asarray(image), of_16_bits=False)
 
 
+def size_of(content: bytes, path: str = "") -> tuple[int, int]:
+    """Return width and height of a picture as it is shown, after the turn that its EXIF asks for.
+
+    Raises:
+        DataError: it cannot be read; ``path`` names it.
+    """
+    with opened_picture(content, path) as image:
+        if image.format == "TIFF":
+            image.load()  # which turns it
+        return image.size if orientation_of(image) < 5 else image.size[::-1]
+
+
 def picture_of(row: Row, reader: Reader, column: str = "image") -> tuple[File, Image]:
     """The file that a row names, and its picture.
 

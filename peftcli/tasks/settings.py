@@ -279,6 +279,30 @@ class SemanticSegmentationSettings(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectDetectionSettings(TaskSettings):
+    """Settings of object_detection."""
+
+    labels: list[str] | None = None
+    """Names of the classes, in the order of the model's outputs. Unset: the names in the training rows, in the order of
+    COCO's categories or of their ClassLabel, else of first appearance."""
+    box_format: Literal["xywh", "xyxy"] = "xywh"
+    """The numbers of a row's box, in pixels. xywh: left, top, width, height, as in COCO; xyxy: left, top, right,
+    bottom."""
+    resolution: int | None = field(default=None, metadata=NOT_ENCODED | AT_LEAST_1)
+    """Side of the square into which a picture is scaled, in pixels. Unset: the height and width of the base model's
+    image processor; where that has none, a square of its shortest edge."""
+    augment: list[Literal["flip", "crop"]] = field(default_factory=list, metadata=NOT_ENCODED | MAY_DIFFER)
+    """How training pictures are changed at each step, with their boxes. flip: mirror a random half of them; crop: cut a
+    random part out of a random half of them, without the objects whose middle is outside."""
+    threshold: float = field(default=0.5, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0 | {"below": 1.0})
+    """Score above which predict reports an object. The metrics look at all of them."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained`` for these classes."""
+        return _label_options(self.labels or [])
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceSettings(TaskSettings):
     """Settings of preference. Recipes may also give max_length and overlong under ``dataset``."""
 

@@ -448,7 +448,7 @@ def test_masks_of_coco_are_drawn_and_binary_ones_known(tmp_path: Path, base: Cal
         images.append({"id": at, "file_name": f"{at}.png", "width": 20, "height": 10})
         outline = {"category_id": 7, "image_id": at, "area": 50, "segmentation": [[0, 0, 9, 0, 9, 4, 0, 4]]}
         runs = {"category_id": 3, "image_id": at, "area": 20, "segmentation": {"counts": [100, 20, 80]}}
-        marks += [outline, runs, {"category_id": 3, "image_id": at, "bbox": [0, 0, 2, 2]}]
+        marks += [outline, runs, {"category_id": 3, "image_id": at, "bbox": [0, 0, 2, 2 + at % 3]}]
     names = [{"id": 3, "name": "car"}, {"id": 7, "name": "cat"}, {"id": 9, "name": "none"}]
     coco = tmp_path / "instances.json"
     coco.write_text(json.dumps({"images": images, "annotations": marks, "categories": names}))
@@ -459,6 +459,20 @@ def test_masks_of_coco_are_drawn_and_binary_ones_known(tmp_path: Path, base: Cal
     assert load_recipe(recipe).task == {"type": "semantic_segmentation", "labels": ["background", "car", "cat"]}
     mask = Image.open(tmp_path / "recipe.masks" / "0-0.png")
     assert [mask.getpixel(place) for place in ((5, 2), (10, 9), (19, 9))] == [2, 1, 0]
+
+    ran = cli("init", coco, "--output", recipe, "--json", "--base", vision, "--overwrite", "--task", "object_detection")
+    assert ran.code == 0, ran.err
+    made = json.loads(ran.out)
+    assert load_recipe(recipe).task == {"type": "object_detection", "labels": ["car"]}
+    assert made["notes"][0].endswith("boxes of 12 pictures of COCO")
+    row = json.loads(Path(made["train"][0]).read_text().splitlines()[0])
+    assert row == {"image": "images/0.png", "objects": {"bbox": [[0, 0, 2, 2]], "category": ["car"]}}
+    boxes = [each for each in marks if "bbox" in each]
+    boxes[0] = {**boxes[0], "bbox": [0, 0, 0, 2]}
+    coco.write_text(json.dumps({"images": images, "annotations": boxes, "categories": names}))
+    made = json.loads(cli("init", coco, "--output", recipe, "--json", "--base", vision, "--overwrite").out)
+    assert (made["task"], made["rows"]) == ("object_detection", 12)
+    assert "1 without area left out" in made["notes"][0]
 
     (tmp_path / "masks").mkdir()
     for at in range(12):
