@@ -39,7 +39,7 @@ def main() -> None:
         image, boxes = boxed(rotated, draw, DARK)
         return image, [*boxes.values()], [int(turns[at]) for at in boxes]
 
-    fit_rt_detr(turned, TURNS, folder, steps=400, batch=16, tell=partial(print, "pretrain:", flush=True))
+    fit_rt_detr(turned, TURNS, folder, steps=300, batch=16, tell=partial(print, "pretrain:", flush=True))
     print(f"pretrain: ready in {folder}")
 
 

@@ -134,7 +134,7 @@ def rt_detr(scratch: Path, folder: Path) -> None:
         image, boxes = boxed([pictures[each] for each in chosen], draw)
         return image, [*boxes.values()], [int(values[chosen[at]]) for at in boxes]
 
-    fit_rt_detr(any_scene, names, folder, steps=250, batch=16)
+    fit_rt_detr(any_scene, names, folder, steps=300, batch=16)
 
 
 def fit_rt_detr(

@@ -61,6 +61,13 @@ _SAID: Mapping[str, Callable[[_Answer, _Answer], str]] = {
     "answer": lambda answer, _: f"{answer['answer']} ({answer['score']:.0%})",
     "reward": lambda answer, _: f"reward {answer['reward']:.2f}",
     "shares": lambda answer, _: ", ".join(f"{name} {share:.0%}" for name, share in answer["shares"].items()),
+    "objects": lambda answer, _: (
+        ", ".join(
+            f"{each['label']} ({each['score']:.0%}) at {[round(part) for part in each['box']]}"
+            for each in answer["objects"]
+        )
+        or "(nothing)"
+    ),
     "image": lambda answer, _: str(answer["image"]),
     "embedding": _similarity,
     "text": lambda answer, _: " ".join(str(answer["text"]).split()) or "(nothing)",
