@@ -24,7 +24,7 @@ from transformers import AutoModelForObjectDetection
 
 from peftcli.core.layer import cast
 from peftcli.data.findings import Finding, Records
-from peftcli.data.rows import BAD, USED, Reader, Row, Table, listed, of_all_rows
+from peftcli.data.rows import BAD, Reader, Row, Table, listed, of_all_rows
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import DataError, ModelError
 from peftcli.models.open import OpenBase
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from peftcli.core.config import AdapterConfig
 
-_CORNERS = 1
-"""The flag of a row whose boxes lie in the picture in the other form too."""
+_CORNERS, _BOXES = 1, 2
+"""The flag of a row whose boxes lie in the picture in the other form too, and of one with boxes."""
 _NEARLY_ALL = 0.95
 _ALIKE = 1e-3
 """By how much, relatively, the loss of two pictures may differ from the sum of theirs."""
@@ -105,7 +105,7 @@ class ObjectDetection(Task[settings.ObjectDetectionSettings]):
         found: Any = model
         if not isinstance(found.loss_function, _LossOfProcess):
             found.loss_function = _LossOfProcess(found.loss_function)
-        if config:
+        if config and not self._is_fixed:
             height, width = self._canvas
             how = "scaled into, and padded to," if self._pads else "stretched to"
             notes.append(f"pictures are {how} {width} x {height} pixels")
@@ -163,8 +163,8 @@ class ObjectDetection(Task[settings.ObjectDetectionSettings]):
     def record_findings(self, records: Records) -> list[Finding]:
         """Find corners that are given as widths: some boxes leave their picture, and the others may be corners too."""
         found, masks = super().record_findings(records), records.with_flag(_CORNERS)
-        used = records.count(records.with_outcome(USED))
-        likely = records.count(masks) >= max(1, _NEARLY_ALL * used) and records.count(records.with_outcome(BAD))
+        boxed, bad = (records.count(each) for each in (records.with_flag(_BOXES), records.with_outcome(BAD)))
+        likely = records.count(masks) >= max(1, _NEARLY_ALL * boxed) and bad > (1 - _NEARLY_ALL) * boxed
         return [*found, *(records.findings(BOXES["boxes_are_corners"], masks, of_used=True) if likely else [])]
 
     def read(self, table: Table, *, labelled: bool = True) -> LabelReader:
@@ -203,7 +203,7 @@ class ObjectDetection(Task[settings.ObjectDetectionSettings]):
             "crowd": np.array(objects.crowd, bool),
         }
         may_be_other = form == "xywh" and lie_in(objects.boxes, size, other)
-        return Outcome([Example(arrays, 1, 1)], size=1, flags=_CORNERS * may_be_other)
+        return Outcome([Example(arrays, 1, 1)], size=1, flags=_CORNERS * may_be_other + _BOXES * bool(len(boxes)))
 
     # --- batches ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,9 @@ import transformers
 from classifierkit import encoded, open_task, table_of
 from detectionkit import KINDS, SIDE, boxed_scenes, detector_base, open_detection
 from PIL import Image
-from taskkit import coco_map
+from safetensors.torch import load_file
+from taskkit import CASES, coco_map
+from trainkit import run_recipe, write_rows
 
 from peftcli.errors import DataError, ModelError
 from peftcli.tasks.average_precision import average_precision, match_boxes
@@ -193,7 +195,20 @@ def test_corners_given_as_widths_are_found_by_counts(tmp_path: Path) -> None:
     outcomes = task.encode(rows, task.read(table))
     assert isinstance(outcomes[1], DataError)
     assert "As xyxy, all boxes of the row lie in the picture: see task.box_format." in str(outcomes[1].hint)
-    assert [getattr(each, "flags", None) for each in outcomes] == [1, None, 1, None]
+    assert [getattr(each, "flags", None) for each in outcomes] == [3, None, 3, None]
+
+
+def test_corners_given_as_widths_stop_a_run(tmp_path: Path) -> None:
+    recipe = CASES["object_detection"].write(tmp_path)
+    rows = []
+    for each in boxed_scenes():
+        boxes = [[left, top, left + wide, top + high] for left, top, wide, high in each["objects"]["bbox"]]
+        rows.append({**each, "objects": {"bbox": boxes[:1], "category": each["objects"]["category"][:1]}})
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"leaves the picture(.|\n)*As xyxy, all boxes of the row lie in the picture"):
+        run_recipe(recipe)
+    with pytest.raises(DataError, match="boxes_are_corners"):
+        run_recipe(recipe, "dataset.on_bad_row=skip", "task.labels=[red, blue]")
 
 
 # --- augmentation -------------------------------------------------------------------------------------------------
@@ -297,6 +312,16 @@ def test_answers_are_in_pixels_of_the_picture(tmp_path: Path, kind: str) -> None
         widths = sorted(each["box"][2] for each in answer["objects"])
         assert widths == pytest.approx(sorted((found["boxes"][:, 2] - found["boxes"][:, 0]).tolist()), abs=1e-3)
     assert open_image((tmp_path / "out.jsonl.boxes/00001.png").read_bytes()).size == (40, 20)
+
+
+@pytest.mark.parametrize("kind", ["deformable_detr", "rt_detr"])
+def test_heads_inside_the_body_and_shared_ones_train(tmp_path: Path, kind: str) -> None:
+    recipe = replace(CASES["object_detection"], base=lambda: detector_base(kind)).write(tmp_path)
+    run = run_recipe(recipe, "training.verify=true", "training.max_steps=2")
+    heads = {name for name in load_file(run.folder / "adapter_model.safetensors") if "lora_" not in name}
+    layers = [f"{'class_embed' if kind == 'deformable_detr' else 'model.decoder.class_embed'}.{at}" for at in range(2)]
+    named = [*layers, *(["model.enc_score_head"] if kind == "rt_detr" else [])]
+    assert heads == {f"base_model.model.{name}.{leaf}" for name in named for leaf in ("weight", "bias")}
 
 
 def test_the_saved_processor_prepares_pictures_as_training_did(tmp_path: Path) -> None:
