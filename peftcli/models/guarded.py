@@ -47,6 +47,9 @@ def translated_errors(name: str) -> Iterator[None]:
         hint = ALLOW_CODE if _OWN_CODE in text else None
         if hint:
             text = "it needs Python code that comes with the model"
+        elif needs := _NEEDS.search(text):
+            package = next(filter(None, needs.groups())).lower()
+            text, hint = f"it needs the package {package}", f"pip install {package}"
         raise ModelError(f"cannot load {name}: {one_line(text)}", key="base_model", hint=hint) from error
 
 
@@ -56,6 +59,11 @@ ALLOW_CODE = (
 )
 _OWN_CODE = "contains custom code which must be executed"
 """In transformers' message that it must not run a model's code."""
+_NEEDS = re.compile(
+    r"requires the (Torchvision|timm) library but it was not found|Missing optional dependencies: ([\w-]+)|"
+    r"Package `([\w-]+)` is required"
+)
+"""In transformers' messages that a package is not installed, which a processor of pictures or videos asks for."""
 _NO_FORM = re.compile(r"Unrecognized configuration class <class '[\w.]*?(?P<config>\w+)'> .*?: (?P<form>\w+)\.")
 """The beginning of transformers' message that an auto class has no model for a config. A list of all follows."""
 _OF_NEW_HEADS = re.compile(r"LOAD REPORT from|^You passed `num_labels=")

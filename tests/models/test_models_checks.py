@@ -255,6 +255,21 @@ RAISED: dict[str, tuple[BaseException, type[BaseException], str]] = {
         ModelError,
         "cannot load x: it needs Python code that comes with the model\nonly a recipe can allow",
     ),
+    "a missing package": (
+        ImportError("PixtralProcessor requires the Torchvision library but it was not found in your environment."),
+        ModelError,
+        "cannot load x: it needs the package torchvision\npip install torchvision",
+    ),
+    "one of several": (
+        ValueError("None of these classes could be imported. Missing optional dependencies: torchvision. Please"),
+        ModelError,
+        "pip install torchvision",
+    ),
+    "a package for numbers": (
+        ImportError("Package `num2words` is required to run SmolVLM processor."),
+        ModelError,
+        "pip install num2words",
+    ),
     "no network": (ConnectionError("refused"), NetworkError, "cannot load x: the hub cannot be reached"),
 }
 
