@@ -178,7 +178,7 @@ def _load(
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-    unpad(model, source.config if with_adapter else None)
+    unpad(model, source.config if with_adapter else None, probe=task.padded_probe(model))
     columns = source.trained_columns
 
     def answer(rows: Sequence[Row], **files: Any) -> list[dict[str, Any]]:

@@ -86,6 +86,8 @@ class Task(ABC, Generic[Settings]):
     """What a model does that reads no text, in words: virtual tokens have no place in it."""
     reads_files: ClassVar[bool] = False
     """Whether ``encode`` and ``collate`` read files. Worker processes then call both, ahead of the loop."""
+    skips_parts: ClassVar[bool] = False
+    """Whether some batches run a part of the model alone, as those without pictures do not run a vision tower."""
     gathers: ClassVar[bool] = False
     """Whether ``loss`` compares the rows of all processes: each must take part each time."""
     identity: ClassVar[Sequence[str]] = ()
@@ -307,6 +309,13 @@ class Task(ABC, Generic[Settings]):
         Raises:
             ModelError: it cannot be trained for the task.
         """
+
+    def padded_probe(self, model: nn.Module) -> Batch | None:
+        """Return a padded batch by which a model shows whether it may leave out padding; None: texts alone show it.
+
+        It is on the model's device, of a task whose model reads more than texts.
+        """
+        return None
 
     def refuse_size(self, largest: int, *, of_target: bool = False) -> None:
         """Check the size of the largest example, or of the largest target where that is apart.

@@ -227,5 +227,5 @@ def _adapted_model(
         apply_adapter(loaded, source)
     widen_heads(loaded.model)
     model: nn.Module = loaded.model.to(device)
-    unpad(model, None if source is None else source.config)
+    unpad(model, None if source is None else source.config, probe=task.padded_probe(model))
     return model

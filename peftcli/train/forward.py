@@ -167,17 +167,29 @@ def _refusal(model: Any) -> ModelError:
 
 
 def change_forward(
-    model: nn.Module, config: AdapterConfig, recipe: Recipe, data: RunData, accelerator: Accelerator
-) -> None:
-    """Let the model leave out padding where it can, add noise and be compiled where the recipe says so."""
+    model: Any, config: AdapterConfig, recipe: Recipe, data: RunData, accelerator: Accelerator
+) -> str | None:
+    """Let the model leave out padding where it can, add noise and be compiled where the recipe says so.
+
+    Returns whether rows are padded, and why, for a task whose model reads more than texts.
+    """
     # of a module that DeepSpeed divides, each call is one of all processes, whatever their rows
     may_unpad = not (recipe.launch.strategy == "zero3" and is_dividing(recipe))
     # what a GPU computes in half precision is tried out in it
     with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
-        unpadded = may_unpad and unpad(model, config)
+        probe = data.task.padded_probe(model) if may_unpad else None
+        unpadded = may_unpad and unpad(model, config, probe=probe)
     if data.plan.packs and not unpadded:
         refuse_contamination(model, data.task, accelerator)
     if recipe.training.neftune_noise_alpha is not None:
         add_embedding_noise(model, recipe.training.neftune_noise_alpha)
     if recipe.training.torch_compile:
         compile_layers(model)
+    if probe is None:
+        return None
+    name = f"{type(model).__name__} with {model.config._attn_implementation} attention"
+    return (
+        "rows are computed without padding"
+        if unpadded
+        else f"rows are padded: {name} does not answer the same without padding"
+    )

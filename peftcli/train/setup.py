@@ -254,12 +254,13 @@ def build(run: Run, data: RunData, host: RunResources) -> BuiltModel:
         size = group_size(recipe.launch, count)
         each = f", and the same in {count // size} groups" if size < count else ""
         run.tell(Message(f"dividing the base model's layers among {size} processes{each}"))
-        shard(model, run.accelerator.device, recipe.launch)
+        shard(model, run.accelerator.device, recipe.launch, only_decoder=data.task.skips_parts)
     prepared = prepare(model, config, recipe, data.plan, run.accelerator)
     data.task.check_model(model)
     if isinstance(data.task, Begins):
         data.task.begin(model, from_adapter=source is not None)
-    change_forward(model, config, recipe, data, run.accelerator)
+    if note := change_forward(model, config, recipe, data, run.accelerator):
+        run.tell(Message(note))
     form = BatchForm.of(model, data.task, config, data.plan, in_step=prepared.in_step)
     parameters = ParametersRecord(trainable=injection.trainable, all=injection.total)
     return BuiltModel(prepared, parameters, form.efficiency(data.plan, data.examples.train), source)

@@ -56,11 +56,13 @@ def load_by_first(load: Callable[[Any], LoadedModel], dtype: torch.dtype, launch
     return loaded
 
 
-def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
+def shard(model: nn.Module, device: torch.device, launch: Launch, *, only_decoder: bool = False) -> None:
     """Divide the layers of a model among the processes of each group, in place. An adapter in it stays whole.
 
     The model is on the CPU, and computes on ``device``. With ``cpu_offload`` the parts are in the CPU's memory until
     they are gathered; with ``cpu_ram_efficient_loading`` the model of a group's first process is that of the group.
+    With ``only_decoder`` what stands beside the decoder stays whole: processes would wait there for one whose batch
+    does not run it.
 
     Raises:
         ModelError: it has no stack of layers, quantised weights that cannot be split, or, if the first process
@@ -68,7 +70,8 @@ def shard(model: nn.Module, device: torch.device, launch: Launch) -> None:
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
 
-    found, send = check_divisible(model, launch.strategy), launch.cpu_ram_efficient_loading
+    found = check_divisible(model, launch.strategy, only_decoder=only_decoder)
+    send = launch.cpu_ram_efficient_loading
     if device.type == "cpu":  # where layers are allocated and freed all the time
         give_back_freed()
     for each in filter(in_four_bits, model.modules()):
@@ -126,8 +129,10 @@ def _refuse_other_shapes(model: nn.Module) -> None:
         raise ModelError(text, key="launch.cpu_ram_efficient_loading")
 
 
-def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Return the stacks of layers to divide.
+def check_divisible(
+    model: nn.Module, strategy: str, *, only_decoder: bool = False
+) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Return the stacks of layers to divide: all, or those of the decoder.
 
     Raises:
         ModelError: the model has no stack, drops layers at random, or has quantised weights that cannot be divided.
@@ -140,7 +145,8 @@ def check_divisible(model: nn.Module, strategy: str) -> list[tuple[nn.Module, li
         raise ModelError(f"{strategy} cannot divide these quantised weights", key=_KEY)
     if any(getattr(model.config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):
         raise ModelError(f"{strategy} is not for models of which each process drops layers of its own", key=_KEY)
-    return found
+    within = set(model.get_decoder().modules()) if only_decoder else {module for module, _ in found}
+    return [(module, layers) for module, layers in found if module in within]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -235,6 +241,7 @@ def refuse_strategy(recipe: Recipe, task: Task[Any], config: AdapterConfig, num_
         ((*_QUANTISED, *_NOT_WHOLE), not weights_fit, f"is not for {weight_type}"),
         (DIVIDED, not may_divide(task), "divides models of texts, whose task does not compare the rows of a batch"),
         (_ENGINES, task.gathers, "is not for tasks that compare the rows of all processes"),
+        (("zero3",), task.skips_parts, "is not for tasks of which some batches run a part of the model alone"),
         (("zero3",), isinstance(task, Begins), "is not for tasks that compare the model with what it was"),
         (("zero3",), config.reads_past_calls(), "is for LoRA without its variants: other methods read divided weights"),
         (("zero2", "zero3"), "after_step" in vars(method), "leaves no gradients, which the method reads after a step"),

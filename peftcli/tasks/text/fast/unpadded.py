@@ -35,8 +35,10 @@ _EXACT, _ROUNDED = 1e-4, 0.3
 30 layers were 1e-5 and 0.1; where examples of a trained model saw each other, 0.15 and more."""
 _LEAKED = 0.02
 """How far they may be off in less than float32 beside other examples, in a row of the same shape: seen was 0."""
-_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
-_KNOWN = {*_BY_TOKEN, "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
+_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "visual_pos_masks")
+_OF_PICTURES = "deepstack_visual_embeds"
+"""What a decoder adds to the tokens of pictures: each has its own, so that rows share none."""
+_KNOWN = {*_BY_TOKEN, _OF_PICTURES, "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
 _OUTPUTS = ("hidden_states", "attentions", "router_logits")
 
 
@@ -52,7 +54,9 @@ class UnpaddedBatch(NamedTuple):
     """T"""
 
 
-def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = True) -> bool:
+def unpad(
+    model: Any, config: AdapterConfig | None = None, *, try_out: bool = True, probe: Mapping[str, Any] | None = None
+) -> bool:
     """Let a model on its device compute no padding, if it can and the outcome is the same. Returns whether it does.
 
     It does with flash attention and with SDPA.
@@ -61,6 +65,7 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
         model: An encoder or a decoder; of another kind, nothing is changed.
         config: Of the adapter in it, if there is one.
         try_out: Whether the model is asked if the outcome is the same; else it is taken to be.
+        probe: A padded batch of inputs, on the model's device, that are more than texts: asked of it too.
     """
     if config is not None and config.packing_problem():
         return False
@@ -83,7 +88,7 @@ def unpad(model: Any, config: AdapterConfig | None = None, *, try_out: bool = Tr
         if may_share or not shares
     ]
     if try_out:
-        ways = list(itertools.islice((way for way in ways if _agree(model.base_model, way)), 1))
+        ways = list(itertools.islice((way for way in ways if _agree(model.base_model, way, probe)), 1))
     else:  # of two, one within the other, the outer one computes no padding if it can, else the inner one
         ways = [way for way in ways if way.shares == may_share]
     for way in ways:
@@ -166,8 +171,9 @@ class _Unpadded:
                 counts = (inputs["input_ids"] != self.first - 1).long()
                 inputs["position_ids"] = counts * counts.cumsum(1) + self.first - 1
         for name in _BY_TOKEN:
-            if (value := inputs.get(name)) is not None:
-                inputs[name] = value.expand(rows, *value.shape[1:]).flatten(0, 1)[None, layout.computed]
+            if (value := _by_row(name, inputs)) is not None:
+                value = value.expand(rows, *value.shape[1:]).flatten(0, 1)[None, layout.computed]
+                inputs[name] = value.movedim(-1, 0) if _has_axes(name, value) else value
         return UnpaddedBatch(inputs, layout, rows, length)
 
     def compute(self, parts: Sequence[UnpaddedBatch]) -> Any:
@@ -175,7 +181,8 @@ class _Unpadded:
         inputs, rows = dict(parts[0].inputs), [row for part in parts for row in part.layout.rows]
         for name in _BY_TOKEN:
             if inputs.get(name) is not None and len(parts) > 1:
-                inputs[name] = torch.cat([part.inputs[name] for part in parts], dim=1)
+                joined = torch.cat([_by_row(name, part.inputs) for part in parts], dim=1)
+                inputs[name] = joined.movedim(-1, 0) if _has_axes(name, joined) else joined
         sizes = [len(part.layout.computed) for part in parts]
         everything = torch.arange(sum(sizes), device=parts[0].layout.computed.device)
         places = None
@@ -207,7 +214,8 @@ class _Unpadded:
         """Return the layout of a batch; None: all of it is computed as it is."""
         device, kept = kept.device, kept.cpu()  # or a GPU would be waited for many times
         sizes = kept.sum(1).tolist()
-        shared = _shared(inputs, kept) if self.shares else [(0, 0)] * len(sizes)
+        shares = self.shares and inputs.get(_OF_PICTURES) is None
+        shared = _shared(inputs, kept) if shares else [(0, 0)] * len(sizes)
         saved, whole = sum(count for _, count in shared), sum(sizes)
         prefix = self.prefix.count if self.prefix is not None and self.prefix.enabled else 0
         if whole - saved > _WORTHWHILE * kept.numel() or any(count < prefix for _, count in shared[1:]):
@@ -256,7 +264,7 @@ def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, in
     """
     if not bool((kept[:, :-1] >= kept[:, 1:]).all()):
         return [(0, 0)] * len(kept)
-    given = [value for name in _BY_TOKEN if (value := inputs.get(name)) is not None and len(value) == len(kept)]
+    given = [value for name in _BY_TOKEN if (value := _by_row(name, inputs)) is not None and len(value) == len(kept)]
     values = [value if value.ndim > kept.ndim else value.cpu() for value in given]
     counts = torch.zeros(len(kept), len(kept), dtype=torch.long)
     for at in range(1, len(kept)):
@@ -267,6 +275,17 @@ def _shared(inputs: Mapping[str, Any], kept: torch.Tensor) -> list[tuple[int, in
         counts[at, :at] = same.cummin(1).values.sum(1)
     most = counts.max(dim=1)
     return list(zip(most.indices.tolist(), most.values.tolist(), strict=True))
+
+
+def _has_axes(name: str, value: torch.Tensor) -> bool:
+    """Whether these are positions along several axes, as time, height and width of pictures."""
+    return name == "position_ids" and value.ndim == 3
+
+
+def _by_row(name: str, inputs: Mapping[str, Any]) -> Any:
+    """An argument (B, T, ...) of a model; positions along several axes (A, B, T) too. None: it is not given."""
+    value = inputs.get(name)
+    return value.movedim(0, -1) if value is not None and _has_axes(name, value) else value
 
 
 def _kept(inputs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -291,10 +310,11 @@ def example_lengths(device: torch.device) -> torch.Tensor | None:
     return torch.tensor(counts, device=device)
 
 
-def _agree(model: Any, unpadded: _Unpadded) -> bool:
+def _agree(model: Any, unpadded: _Unpadded, probe: Mapping[str, Any] | None) -> bool:
     """Let part of a model compute no padding if it can, and the model then says the same of rows of unequal length.
 
-    So it must whatever stands beside them. Returns whether it does. ``model`` is all below the head.
+    So it must whatever stands beside them, and of a ``probe``. Returns whether it does. ``model`` is all below the
+    head.
 
     Leaves the modules' modes and the random state as they were.
     """
@@ -315,10 +335,18 @@ def _agree(model: Any, unpadded: _Unpadded) -> bool:
             padded = model(input_ids=ids[0], attention_mask=mask, **options)
             inner.forward = unpadded
             found, beside = (model(input_ids=each, attention_mask=mask, **options) for each in ids)
+            same = [(found, padded, mask, _ROUNDED), (found, beside, second, _LEAKED)]
+            used = unpadded.used
+            if used and probe is not None:
+                unpadded.used = False
+                alone = model(**probe, **options)
+                used, inner.forward = unpadded.used, unpadded.forward
+                same.append((alone, model(**probe, **options), probe["attention_mask"], _ROUNDED))
+                inner.forward = unpadded
         rounded = is_half_precision(model) or torch.is_autocast_enabled(device.type)
-        agree = unpadded.used and all(
+        agree = used and all(
             agrees(one, other, limit if rounded else _EXACT)
-            for wanted, tokens, limit in ((padded, mask, _ROUNDED), (beside, second, _LEAKED))
+            for found, wanted, tokens, limit in same
             for one, other in zip(_said(found, tokens), _said(wanted, tokens), strict=True)
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
