@@ -6,11 +6,14 @@ A row: ``{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +29,9 @@ from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Reader, Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.errors import AdapterError, DataError, ModelError
+from peftcli.guard.files import one_line
 from peftcli.models.tokens import save_processor, settle_pad
+from peftcli.system.packages import installed_version
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, in_batches, model_inputs, on_device, table_of
 from peftcli.tasks.files import File, errors_of_row, file_of
@@ -34,20 +39,28 @@ from peftcli.tasks.findings import SEEN
 from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.pictures import noise, open_image, opened_picture, orientation_of, shown_image
 from peftcli.tasks.shown import Description, Shown, Text
-from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat
+from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat, mark_pair
+from peftcli.tasks.text.fast.losses import losses_under, output_head
 from peftcli.tasks.text.findings import CUT_OFF, NO_TARGET, OVERLONG, Flag, record_findings
-from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message
-from peftcli.tasks.text.generated import PACKAGES, text_metrics, text_parts, with_texts
+from peftcli.tasks.text.formats import ChatExample, ExampleReader, Message, PairExample
+from peftcli.tasks.text.generated import PACKAGES, generated_metrics, own_metric_of, text_parts, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
-from peftcli.tasks.text.language_model import CHAT_PACKAGES, fit_tokens, tokenizer_fingerprint
+from peftcli.tasks.text.language_model import (
+    CHAT_PACKAGES,
+    fit_tokens,
+    refuse_later_tokens,
+    tokenizer_fingerprint,
+)
 from peftcli.tasks.text.pictured import MARK, PictureAudit, fold_pictures, marked_turns, pictures_of
 from peftcli.tasks.text.prompts import PromptForm
 from peftcli.tasks.text.spans import Template
 from peftcli.tasks.text.stop_tokens import stop_tokens
-from peftcli.tasks.text.token_ids import inner_model, losses_of, next_tokens, pad_token_id, token_loss, token_metrics
+from peftcli.tasks.text.token_ids import inner_model, next_tokens, pad_token_id, plain_losses, token_loss, token_metrics
 from peftcli.tasks.text.token_text import TokenRenderer
 
 _PICTURES_OVERLONG = "pictures longer than max_length"
+_FEW = 8
+"""Tokens of text by which the model's head is looked for."""
 _TURNED = 5
 """EXIF orientations from this one exchange width and height."""
 
@@ -64,6 +77,20 @@ class _Read:
     """Positions of messages that say ``train: false``."""
 
 
+@dataclass(frozen=True)
+class _Expanded:
+    """The tokens of a row, those of its pictures included."""
+
+    ids: list[int]
+    labels: list[int]
+    end_of_pictures: int
+    """Where the tokens of the last picture end; 0 without one."""
+    text: str
+    """What the processor gets."""
+    suffix: str = ""
+    """The answer, where the processor gets it apart."""
+
+
 class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     """The task ``image_text_to_text``."""
 
@@ -76,18 +103,20 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     versions = (*CHAT_PACKAGES, "pillow")
     input_packages: ClassVar = {"PIL": "vision"}
     reads_files = True
+    skips_parts = True
 
     def __init__(self, settings: settings.ImageTextToTextSettings, processor: Any, base: Any):
         super().__init__(settings, processor, base)
         self._runs: dict[tuple[int, int], list[int]] = {}
         self._compared = set[int]()
+        self._own = own_metric_of(settings)
         self._audit: PictureAudit | None = None
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        texts = ("text", "pictures", "seen", *(("asked", "answer") if self.settings.generate_metrics else ()))
+        texts = ("text", "pictures", "seen", *(("asked", "answer") if self._generates else ()))
         own = {"input_ids": Column(), "labels": Column(), "contents": Column("bytes"), "image_tokens": Column(shape=())}
-        return own | dict.fromkeys(texts, Column("str"))
+        return own | dict.fromkeys((*texts, *(("suffix",) if self.takes_suffix else ())), Column("str"))
 
     @property
     def packages(self) -> Mapping[str, str]:
@@ -95,7 +124,13 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     @property
     def reports(self) -> Sequence[str]:
-        return ("loss", "perplexity", "token_accuracy", *self.settings.generate_metrics)
+        known = ("loss", "perplexity", "token_accuracy", *self.settings.generate_metrics)
+        return (*known, "*") if self._own else known
+
+    @property
+    def _generates(self) -> bool:
+        """Whether evaluation generates answers."""
+        return bool(self.settings.generate_metrics or self._own)
 
     @property
     def main_metric(self) -> str:
@@ -106,7 +141,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         """What makes tokens of a text: the processor's own, with the recipe's template and new tokens.
 
         Raises:
-            ModelError: the processor does not read pictures with texts, or has no chat template.
+            ModelError: the processor does not read pictures with texts.
         """
         missing = [name for name in ("tokenizer", "image_processor") if not hasattr(self.processor, name)]
         if missing:
@@ -115,39 +150,62 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         found, own = self.base.processor("tokenizer"), getattr(self.processor, "chat_template", None)
         if self.base.spec.chat_template is None and own:
             found.chat_template = own
-        if not found.chat_template:
-            raise ModelError("has no chat template", key="base_model", hint="give one: base_model.chat_template")
         self.processor.tokenizer, self.processor.chat_template = found, found.chat_template
         return found
 
+    @property
+    def plain(self) -> bool:
+        """Whether rows are a prompt and its answer in the processor's own form, since there is no chat template."""
+        return not self.tokenizer.chat_template
+
+    @cached_property
+    def takes_suffix(self) -> bool:
+        """Whether the processor takes the answer apart from a prompt, which the model reads in both directions."""
+        return self.plain and "suffix" in inspect.signature(type(self.processor).__call__).parameters
+
     @cached_property
     def template(self) -> Template:
-        """The chat template, which gets contents as lists of parts."""
-        found = Template(self.tokenizer, as_parts)
+        """The chat template, which gets contents as lists of parts, or as texts if it reads those alone."""
+        found = Template(self.tokenizer, self._form[1])
         found.markers = re.compile(rf"(?!{re.escape(MARK)})(?:{found.markers.pattern})")  # a row's own are of pictures
         return found
 
-    @cached_property
+    @property
     def mark(self) -> str:
-        """The token that the template writes for a picture, and the processor replaces.
+        """The token in the place of a picture, which the processor replaces.
 
         Raises:
             ModelError: there is none.
         """
-        text = self.template.render([{"role": "user", "content": f"{MARK}?"}])
+        return self._form[0]
+
+    @cached_property
+    def _form(self) -> tuple[str, Callable[[list[Message]], list[Message]]]:
+        """The token in the place of a picture, and how the chat template gets the contents of messages.
+
+        Raises:
+            ModelError: the processor has no such token, or the template does not write it.
+        """
         names = ("image_token", "boi_token", "start_image_token")
-        known = [str(getattr(self.processor, name, None) or "") for name in names]
-        found = next((each for each in known if each and text.count(each) == 1), None)
-        if found is None:
-            raise ModelError("its chat template writes no token for a picture", key="base_model")
-        return found
+        known = list(filter(None, (str(getattr(self.processor, name, None) or "") for name in names)))
+        ways = [(mark, way) for way in (as_parts, as_texts) for mark in known]
+        for mark, way in ways:
+            form = partial(way, mark=mark)
+            if self.plain:
+                return mark, form
+            with suppress(DataError):
+                text = Template(self.tokenizer, form).render([{"role": "user", "content": f"{MARK}?"}])
+                if text.count(mark) == 1:
+                    return mark, form
+        what = "its chat template writes" if known else "its processor has"
+        raise ModelError(f"{what} no token for a picture", key="base_model")
 
     def fingerprint(self) -> dict[str, Any]:
         return {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "processor": json.loads(self.processor.to_json_string()),
             "image_processor": json.loads(self.processor.image_processor.to_json_string()),
-            **({"answers": "generated"} if self.settings.generate_metrics else {}),
+            **({"answers": "generated"} if self._generates else {}),
         }
 
     @property
@@ -186,6 +244,11 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             needed = ("prompt", "completion") if answered else ("prompt",)
             optional = [name for name in names if name not in needed]
             found = table.reader("messages", optional=optional, **names)
+        chat = [found.names[name] for name in ("messages", "system", "tools") if name in found.names]
+        if chat and self.plain:
+            message = f"{chat[0]!r} needs a chat template, which {self.base.name} does not have"
+            hint = "Give rows with image, prompt and completion, or a template: base_model.chat_template."
+            raise DataError(message, file=table.described, key="base_model", hint=hint)
         return found
 
     def _read(self, row: Row, reader: Reader, *, answered: bool = True) -> _Read:
@@ -235,51 +298,94 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         read = self._read(row, reader)
+        if self.plain:
+            return self._plain_outcome(row, read)
         try:
             marked = mark_chat(
                 ChatExample(read.messages, read.tools, read.untrained), self.template, self.settings.train_on
             )
         except DataError as error:
             raise row.place.error(error.message, key=error.key, hint=error.hint) from None
-        ids, labels = self._expanded(marked, read.sizes, row)
-        return self._outcome(row, ids, labels, marked, read)
+        return self._outcome(row, self._expanded(marked, read.sizes, row), marked, read)
 
-    def _expanded(self, marked: MarkedText, sizes: Sequence[tuple[int, int]], row: Row) -> tuple[list[int], list[int]]:
+    def _plain_outcome(self, row: Row, read: _Read) -> Outcome:
+        """The outcome of a row that is a prompt and its answer.
+
+        Raises:
+            DataError: it has no picture, or its prompt cannot be trained.
+        """
+        *asked, last = read.messages
+        prompt, answer = self._prompt(asked, None), str(last["content"])
+        marked = mark_pair(PairExample(prompt, answer), self.settings.train_on)
+        if not self.takes_suffix:
+            return self._outcome(row, self._expanded(marked, read.sizes, row), marked, read)
+        if self.settings.train_on == "all":
+            message = f"the prompts of {self.base.name} are read in both directions and cannot be trained"
+            raise row.place.error(message, key="dataset.train_on", hint="Set dataset.train_on: answers.")
+        if not read.sizes:
+            raise row.place.error("has no picture, without which the base model's processor reads no text")
+        found = self._processed(prompt, list(map(_blank, read.sizes)), answer)
+        ids, of_answer = (found[name][0].tolist() for name in ("input_ids", "token_type_ids"))
+        number = self.tokenizer.convert_tokens_to_ids(self.mark)
+        last_picture = max(at for at, token in enumerate(ids) if token == number)
+        labels = [token if own else IGNORED for token, own in zip(ids, of_answer, strict=True)]
+        encoded = _Expanded(ids, labels, last_picture + 1, prompt, answer)
+        return self._outcome(row, encoded, marked, read)
+
+    def _expanded(self, marked: MarkedText, sizes: Sequence[tuple[int, int]], row: Row) -> _Expanded:
         """The tokens of a text, with those of pictures of these sizes in the place of their marks, and the labels."""
         (encoded,) = encode_marked([marked], self.tokenizer)
         number = self.tokenizer.convert_tokens_to_ids(self.mark)
         if encoded.input_ids.count(number) != len(sizes):
             raise row.place.error(f"its texts contain {self.mark}, which stands for a picture to the model")
-        ids, labels, rest = list[int](), list[int](), iter(sizes)
+        text = marked.text + (str(self.tokenizer.eos_token or "") if self.plain else "")
+        ids, labels, rest, end = list[int](), list[int](), iter(sizes), 0
         for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
             run = self._run(next(rest)) if token == number else [token]
             ids += run
             labels += [IGNORED] * len(run) if token == number else [label]
+            end = len(ids) if token == number else end
         if sizes and len(sizes) not in self._compared:
             self._compared.add(len(sizes))
-            if self._processed(marked.text, [_blank(size) for size in sizes])["input_ids"][0].tolist() != ids:
+            found = self._processed(text, list(map(_blank, sizes)))["input_ids"][0].tolist()
+            if found[: len(ids)] != ids:
                 message = "its processor does not replace each picture's token alone, so answers cannot be located"
                 raise ModelError(message, key="base_model", hint="choose another base model")
-        return ids, labels
+        return _Expanded(ids, labels, end, text)
 
     def _run(self, size: tuple[int, int]) -> list[int]:
         """The tokens of a picture of this size."""
         if size not in self._runs:
-            self._runs[size] = self._processed(self.mark, [_blank(size)])["input_ids"][0].tolist()
+            found = self._processed(self.mark, [_blank(size)], special=False)
+            self._runs[size] = found["input_ids"][0].tolist()
         return self._runs[size]
 
     def _image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
         """How many tokens pictures of these sizes have together."""
         return sum(len(self._run(size)) for size in sizes)
 
-    def _processed(self, text: str, pictures: Sequence[Any]) -> Batch:
-        """What the processor makes of a text and its pictures: all that the model reads."""
-        options = {"images": list(pictures)} if pictures else {}
-        self.tokenizer  # noqa: B018  # which the processor gets there
-        return dict(self.processor(text=[text], add_special_tokens=False, return_tensors="pt", **options))
+    def _processed(
+        self, text: str, pictures: Sequence[Any], suffix: str | None = None, *, special: bool | None = None
+    ) -> Batch:
+        """What the processor makes of a text and its pictures: all that the model reads.
 
-    def _outcome(self, row: Row, ids: list[int], labels: list[int], marked: MarkedText, read: _Read) -> Outcome:
-        limit = self.settings.max_length
+        The tokenizer adds ``special`` tokens to a text that no template has written, unless the processor does.
+        """
+        options: dict[str, Any] = {"images": list(pictures)} if pictures else {}
+        options |= {"suffix": [suffix]} if suffix else {}
+        options["add_special_tokens"] = self.plain and not self.takes_suffix if special is None else special
+        kind = "np" if self.takes_suffix else "pt"  # such a processor of transformers warns of its own way with tensors
+        found = self.processor(text=[text], return_tensors=kind, **options)
+        return {name: torch.as_tensor(value) for name, value in found.items() if name != "labels"}
+
+    def _prompt(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        """The text of turns up to the answer that the model gives."""
+        if not self.plain:
+            return self.template.render(list(messages), tools, prompt=True)
+        return str(messages[-1]["content"]).replace(MARK, self.mark)
+
+    def _outcome(self, row: Row, encoded: _Expanded, marked: MarkedText, read: _Read) -> Outcome:
+        limit, ids, labels = self.settings.max_length, encoded.ids, encoded.labels
         outcome = Outcome(size=len(ids), flags=marked.flags)
         if len(ids) > limit:
             if self.settings.overlong == "error":
@@ -287,8 +393,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
                 hint = "Raise dataset.max_length, or set dataset.overlong: truncate or drop."
                 raise row.place.error(message, hint=hint)
             # one picture has its tokens before the cut or the row is left out
-            last = self._end_of_pictures(ids, read.sizes)
-            if self.settings.overlong == "drop" or last > limit:
+            if self.settings.overlong == "drop" or encoded.end_of_pictures > limit:
                 outcome.reason = _PICTURES_OVERLONG if self._image_tokens(read.sizes) > limit else OVERLONG
                 return outcome
             outcome.lost = sum(label != IGNORED for label in labels[limit:])
@@ -299,8 +404,9 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
             outcome.reason = CUT_OFF if outcome.lost else NO_TARGET
             return outcome
         counted = {"image_tokens": self._image_tokens(read.sizes)}
-        arrays = {"input_ids": ids, "labels": labels, **counted, **_stored(read.files, marked.text)}
-        if self.settings.generate_metrics:
+        arrays = {"input_ids": ids, "labels": labels, **counted, **_stored(read.files, encoded.text)}
+        arrays |= {"suffix": encoded.suffix} if self.takes_suffix else {}
+        if self._generates:
             arrays |= self._asked(row, read)
         outcome.examples = [Example(arrays, len(ids), targets)]
         return outcome
@@ -315,15 +421,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         if last.get("role") != "assistant":
             message = f"ends with a turn of {last.get('role')}: there is no answer to compare"
             raise row.place.error(message, key="task.generate_metrics")
-        return {"asked": self.template.render(asked, read.tools, prompt=True), "answer": str(last.get("content") or "")}
-
-    def _end_of_pictures(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> int:
-        """Where the tokens of the last picture end; 0 without one."""
-        if not sizes:
-            return 0
-        run = self._run(sizes[-1])
-        ends = (end for end in range(len(ids), len(run) - 1, -1) if ids[end - len(run) : end] == run)
-        return next(ends, len(ids))
+        return {"asked": self._prompt(asked, read.tools), "answer": str(last.get("content") or "")}
 
     def collate(self, examples: Sequence[Example], *, training: bool) -> Batch:
         found = [self._inputs(each) for each in examples]
@@ -335,14 +433,18 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         batch = self._joined(found, lengths, left=False)
         rows = [torch.as_tensor(np.asarray(each.arrays["labels"], np.int64)) for each in examples]
         batch["labels"] = torch.stack([F.pad(row, (0, max(lengths) - len(row)), value=IGNORED) for row in rows])
-        if not training and self.settings.generate_metrics:
+        if not training and self._generates:
             batch["_answer"] = [str(each.arrays["answer"]) for each in examples]
-            batch["_asked"] = [replace(each, arrays=each.arrays | {"text": each.arrays["asked"]}) for each in examples]
+            changed = ({"text": each.arrays["asked"], "suffix": ""} for each in examples)
+            batch["_asked"] = [
+                replace(each, arrays=each.arrays | own) for each, own in zip(examples, changed, strict=True)
+            ]
         return batch
 
     def _inputs(self, example: Example) -> Batch:
         pictures = [open_image(file.read(), file.path).convert("RGB") for file in _files(example)]
-        return self._processed(str(example.arrays["text"]), pictures)
+        suffix = str(example.arrays["suffix"]) if "suffix" in example.arrays else None
+        return self._processed(str(example.arrays["text"]), pictures, suffix)
 
     @cached_property
     def _by_row(self) -> bool:
@@ -373,15 +475,19 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         given = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
         targets = next_tokens(batch["labels"])
-        logits = model(**_as_computed(model, given), use_cache=False).logits[:, -targets.shape[1] :]
-        counts = targets != IGNORED
-        found = token_loss(losses_of(logits[counts], targets[counts]))
+        inputs, text = _as_computed(model, given), torch.arange(_FEW, device=targets.device)[None]
+        head = output_head(inner_model(model), {"input_ids": text})  # for which no picture is cut
+        if head is None:
+            found = token_loss(plain_losses(model, inputs, targets))
+        else:
+            found = token_loss(losses_under(head, model, inputs, targets))
         return with_texts(
             found, batch.get("_answer"), lambda: [each["text"] for each in self._answers(model, batch["_asked"])]
         )
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        return token_metrics(sums, num_targets) | text_metrics(self.settings.generate_metrics, outputs)
+        found = token_metrics(sums, num_targets)
+        return generated_metrics(self.settings, self._own, outputs, found) if self._generates else found
 
     def parts(self, rows: Sequence[RowScore]) -> Parts:
         found = parts_of_sums(rows, lambda sums, outputs, num_targets: token_metrics(sums, num_targets))
@@ -403,7 +509,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     def _generator(self, model: Any) -> TextGenerator:
         settle_pad(self.tokenizer, model)
-        return TextGenerator(model, self.tokenizer, PromptForm(chat=True), stop_tokens(self.tokenizer, chat=True))
+        stops = stop_tokens(self.tokenizer, chat=not self.plain)
+        return TextGenerator(model, self.tokenizer, PromptForm(chat=True), stops)  # whose answers have no blanks around
 
     def _asking(self, rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[list[Example], list[str]]:
         """Rows less the answer as examples, and the last words of each."""
@@ -411,7 +518,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         examples, asked = list[Example](), list[str]()
         for row in rows:
             read = self._read(row, reader, answered=False)
-            text = self.template.render(read.messages, read.tools, prompt=True)
+            text = self._prompt(read.messages, read.tools)
             examples.append(Example(_stored(read.files, text), len(text), 0))
             asked.append(str(read.messages[-1].get("content") or "").replace(MARK, "").strip() if read.messages else "")
         return examples, asked
@@ -424,7 +531,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     @torch.inference_mode()
     def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens)
+        own = self.settings
+        settings = GenerationSettings(max_new_tokens=own.max_new_tokens, num_beams=own.num_beams)
         found = self._generator(model).answered(self._asked_inputs(model, examples), settings)
         return [{"text": text} for text, _, _ in found]
 
@@ -442,7 +550,25 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     def probe(self) -> Batch:
         """Two texts with a picture of noise each."""
-        rows = [self._processed(f"{self.mark} a picture", [picture]) for picture in noise()]
+        return self._rows(f"{self.mark} a picture", f"{self.mark} a picture")
+
+    def padded_probe(self, model: nn.Module) -> Batch:
+        second = f"{self.mark} or" if self.takes_suffix else "a text"  # which has always a picture
+        probe = self._rows(f"{self.mark} a picture", second, f"{self.mark} another picture")
+        return _as_computed(model, on_device(probe, inner_model(model).device))
+
+    def check_model(self, model: nn.Module) -> None:
+        try:
+            refuse_later_tokens(model, _as_computed(model, self.probe()))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            name = f"{type(model).__name__} of transformers {installed_version('transformers')}"
+            message = f"{name} fails on a text with a picture: {one_line(str(error))}"
+            raise ModelError(message, key="base_model", hint="try another release of transformers") from error
+
+    def _rows(self, *texts: str) -> Batch:
+        """A batch of texts with pictures of noise in the place of their marks."""
+        rest, suffix = cycle(noise()), "an answer" if self.takes_suffix else None
+        rows = [self._processed(text, [next(rest)] * text.count(self.mark), suffix) for text in texts]
         return self._joined(rows, [row["input_ids"].shape[1] for row in rows], left=False)
 
     def fit_model(self, model: Any, config: AdapterConfig | None) -> list[str]:
@@ -470,11 +596,21 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         return notes
 
     def save(self, folder: Path) -> list[str]:
-        own = self.write_task(folder, settings=self.settings, config={})
+        found = {name: value for name, value in asdict(self.settings).items() if name not in settings.CODE}
+        own = self.write_task(folder, settings=found, config={})
         return [own, *save_processor(folder, self.processor)]
 
 
-def as_parts(messages: list[Message]) -> list[Message]:
+def as_texts(messages: list[Message], mark: str) -> list[Message]:
+    """Return messages whose contents are texts with the processor's own mark."""
+
+    def text(content: Any) -> Any:
+        return content.replace(MARK, mark) if isinstance(content, str) else content
+
+    return [message | {"content": text(message.get("content"))} for message in messages]
+
+
+def as_parts(messages: list[Message], mark: str = MARK) -> list[Message]:
     """Return messages whose contents, texts with marks, are lists of parts, as templates of such models read them."""
 
     def parts(content: Any) -> Any:

@@ -23,6 +23,8 @@ CTC_BLANK = "<pad>"
 """In a complete ``vocabulary``: the output that stands for no letter."""
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
+CODE = ("metric_code", "trust_metric_code")
+"""Settings that are neither recorded nor read with an adapter, which names no code to run."""
 
 
 class TaskSettings:
@@ -79,7 +81,7 @@ class CausalLMSettings(GeneratedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTextToTextSettings(TaskSettings):
+class ImageTextToTextSettings(GeneratedSettings):
     """Settings of image_text_to_text. max_length, overlong and train_on may also stand under ``dataset``."""
 
     max_length: int = 1024
@@ -95,12 +97,6 @@ class ImageTextToTextSettings(TaskSettings):
     connector: Literal["frozen", "trained", "adapted"] = field(default="frozen", metadata=NOT_ENCODED)
     """What becomes of the layers between vision tower and language model: frozen, trained in full and saved with the
     adapter, or adapted by the method."""
-    generate_metrics: list[Literal["exact_match", "bleu", "chrf", "rouge_l"]] = field(
-        default_factory=list, metadata=NOT_ENCODED
-    )
-    """Metrics of generated answers in each evaluation: the share that equals the row's answer, BLEU, chrF, ROUGE-L."""
-    max_new_tokens: int = field(default=256, metadata=NOT_ENCODED | AT_LEAST_1)
-    """Longest generated answer, in tokens, in ``predict`` too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from trainkit import run_recipe, write_rows
-from visionkit import FAMILIES, family_base, llava_base, picture_rows
+from visionkit import CHATS, PLAIN, family_base, llava_base, picture_rows, plain_rows
 
+from peftcli.adapters.proof.verify import verify_adapter
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError, ModelError
 from peftcli.methods.lora import LoraConfig
@@ -21,12 +22,18 @@ from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions, table_of
 from peftcli.tasks.pictures import open_image
+from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.tasks.text.findings import OVERLONG, Flag
+from peftcli.train.events import Message
 
 
-def _task(name="llava"):
+def _task(name="llava", **base):
     row = TASKS["image_text_to_text"]
-    return row.open(row.settings(max_new_tokens=4), open_base(BaseModel(name=str(family_base(name)))))
+    return row.open(row.settings(max_new_tokens=4), open_base(BaseModel(name=str(family_base(name)), **base)))
+
+
+def _model(name):
+    return transformers.AutoModelForImageTextToText.from_pretrained(family_base(name)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def model():
-    return transformers.AutoModelForImageTextToText.from_pretrained(llava_base()).eval()
+    return _model("llava")
 
 
 def _rows(rows=None):
@@ -47,12 +54,9 @@ def _encoded(task, rows):
     return task.encode(rows, task.read(table_of(rows, {})))
 
 
-@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+@pytest.mark.parametrize("family", CHATS)
 def test_ids_are_the_processors_and_the_loss_is_the_models(family):
-    if family.startswith("qwen"):
-        pytest.importorskip("torchvision")  # of its video processor
-    task = _task(family)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(family_base(family)).eval()
+    task, model = _task(family), _model(family)
     examples = [outcome.examples[0] for outcome in _encoded(task, _rows())]
     batch = task.collate(examples, training=True)
     found = task.loss(model, batch)
@@ -137,15 +141,79 @@ def test_the_tokens_of_a_picture_are_never_cut(task):
     assert not outcome.examples
 
 
-def test_predict_is_transformers_generate(task, model):
-    rows = _rows(picture_rows()[:3])
-    answers = list(task.predict(model, rows, PredictOptions(batch_size=3)))
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of a processor of transformers
+@pytest.mark.parametrize(("family", "beams"), [*((family, 1) for family in (*CHATS, *PLAIN)), ("llava", 2)])
+def test_predict_is_transformers_generate(family, beams):
+    task, model = _task(family), _model(family)
+    task.settings = replace(task.settings, num_beams=beams)
+    rows = plain_rows() if family in PLAIN else picture_rows()
+    answers = list(task.predict(model, _rows(rows[:2]), PredictOptions(batch_size=2)))
     parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
-    text = task.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    picture = open_image(Path(picture_rows()[0]["images"][0]).read_bytes()).convert("RGB")
-    inputs = task.processor(text=[text], images=[picture], return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert answers[0]["text"] == task.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    if family in PLAIN:
+        text = f"{task.mark}Which colour?"
+    else:
+        text = task.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    inputs = task.processor(text=[text], images=[_picture()], return_tensors="pt")
+    inputs.pop("labels", None)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert answers[0]["text"] == task.tokenizer.decode(ids, skip_special_tokens=True).strip() != ""
+
+
+def _picture():
+    """The picture of the first row."""
+    return open_image(Path(picture_rows()[0]["images"][0]).read_bytes()).convert("RGB")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of a processor of transformers
+@pytest.mark.parametrize("family", PLAIN)
+def test_without_a_chat_template_rows_have_the_processors_own_form(family):
+    task, model = _task(family), _model(family)
+    examples = [outcome.examples[0] for outcome in _encoded(task, _rows(plain_rows()))]
+    batch = task.collate(examples, training=True)
+    found, own = task.loss(model, batch), model(**batch).loss
+    assert found.total.item() / sum(each.num_targets for each in examples) == pytest.approx(own.item(), rel=1e-5)
+    text, answer = f"{task.mark}Which colour?", "It is red."
+    apart = {"suffix": [answer]} if task.takes_suffix else {}
+    whole = text if apart else f"{text}{answer}<|im_end|>"
+    inputs = task.processor(text=[whole], images=[_picture()], return_tensors="pt", **apart)
+    assert examples[0].arrays["input_ids"] == inputs["input_ids"][0].tolist()
+    trained = [label for label in examples[0].arrays["labels"] if label >= 0]
+    assert task.tokenizer.decode(trained) == "It is red.<|im_end|>"
+    task.check_model(model)
+
+
+def test_messages_need_a_chat_template():
+    with pytest.raises(DataError, match="'messages' needs a chat template") as caught:
+        _encoded(_task("llava_plain"), _rows())
+    assert "base_model.chat_template" in caught.value.hint
+    assert not isinstance(_encoded(_task("llava_plain", chat_template="chatml"), _rows())[0], DataError)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of a processor of transformers
+def test_a_model_that_reads_answers_in_both_directions_is_refused():
+    with pytest.raises(ModelError, match="sees the tokens that it would have to predict"):
+        _task("paligemma", chat_template="chatml").check_model(_model("paligemma"))
+
+
+def test_a_model_that_fails_on_pictures_is_refused():
+    with pytest.raises(ModelError, match=r"Llama4ForConditionalGeneration .* fails on a text with a picture"):
+        _task("llama4").check_model(_model("llama4"))
+
+
+@pytest.mark.parametrize("family", [*CHATS, *PLAIN])
+def test_padding_is_left_out_where_nothing_changes(family):
+    task, model = _task(family), _model(family)
+    examples = [each.examples[0] for each in _encoded(task, _rows(plain_rows() if family in PLAIN else picture_rows()))]
+    batch, found = task.collate(examples, training=True), []
+    for way in ("padded", "unpadded"):
+        if way == "unpadded":
+            # in these two the tokens of a picture, or of a prompt, see those behind them
+            assert unpad(model, probe=task.padded_probe(model)) == (family not in ("gemma3", "paligemma"))
+        model.zero_grad()
+        task.loss(model, batch).total.backward()
+        found.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -168,21 +236,48 @@ training: {{output_dir: {tmp_path}/out, max_steps: 2, bf16: false, per_device_tr
     assert any("multi_modal_projector" in name for name in names) == (connector != "frozen")
 
 
+def test_a_metric_of_ones_own_is_measured_and_not_saved(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", picture_rows())
+    (tmp_path / "own.py").write_text("def count(answers, wanted):\n    return len(answers) + len(wanted)\n")
+    own = f"metric_code: {tmp_path}/own.py:count, trust_metric_code: true"
+    (tmp_path / "recipe.yaml").write_text(f"""\
+base_model: {llava_base()}
+task: {{type: image_text_to_text, max_new_tokens: 2, {own}}}
+method: {{type: lora, r: 4, target_modules: all-linear}}
+dataset: {{train: {rows}, eval: {rows}}}
+training: {{output_dir: {tmp_path}/out, max_steps: 1, bf16: false, per_device_train_batch_size: 4}}
+""")
+    run = run_recipe(tmp_path / "recipe.yaml")
+    assert run.run["eval"]["last"]["eval_count"] == 2 * len(picture_rows())
+    assert "metric_code" not in (run.folder / "task.json").read_text()
+    verify_adapter(str(run.folder))
+
+
+@pytest.mark.parametrize(("family", "said"), [("qwen2_vl", "computed without padding"), ("gemma3", "padded: Gemma3")])
+def test_a_run_says_whether_rows_are_padded(tmp_path, family, said):
+    rows = write_rows(tmp_path / "rows.jsonl", picture_rows())
+    (tmp_path / "recipe.yaml").write_text(f"""\
+base_model: {family_base(family)}
+task: image_text_to_text
+method: {{type: lora, r: 4, target_modules: all-linear}}
+dataset: {{train: {rows}}}
+training: {{output_dir: {tmp_path}/out, max_steps: 2, bf16: false, per_device_train_batch_size: 4}}
+""")
+    run = run_recipe(tmp_path / "recipe.yaml")
+    assert any(f"rows are {said}" in event.text for event in run.events if isinstance(event, Message))
+    assert all(loss > 0 for loss in run.losses)
+
+
 def test_a_connector_inside_the_tower_is_refused():
-    pytest.importorskip("torchvision")
-    task = _task("qwen2_vl")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(family_base("qwen2_vl"))
+    task, model = _task("qwen2_vl"), _model("qwen2_vl")
     task.settings = replace(task.settings, connector="trained")
     with pytest.raises(ModelError, match="no connector"):
         task.fit_model(model, LoraConfig())
 
 
-@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+@pytest.mark.parametrize("family", [*CHATS, *PLAIN])
 def test_answers_do_not_depend_on_the_batch(family):
-    if family.startswith("qwen"):
-        pytest.importorskip("torchvision")
-    task = _task(family)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(family_base(family)).eval()
-    rows = _rows(picture_rows()[:6])
+    task, model = _task(family), _model(family)
+    rows = _rows((plain_rows() if family in PLAIN else picture_rows())[:6])
     alone, together = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (1, 6))
     assert alone == together

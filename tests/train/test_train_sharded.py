@@ -97,6 +97,13 @@ def test_it_trains_as_with_the_whole_model(divided: tuple[Path, Path]) -> None:
     assert_same_end(folder, in_one_process(recipe, *SHORT))
 
 
+def test_towers_stay_whole_which_batches_without_pictures_do_not_run(tmp_path: Path) -> None:
+    recipe = CASES["image_text_to_text"].write(tmp_path)
+    settings, size = ("training.verify=false", "task.connector=trained"), "training.per_device_train_batch_size"
+    divided = trained(recipe, "fsdp", *settings, f"{size}=1")  # in a third of the batches no picture
+    assert_same_end(divided, in_one_process(recipe, *settings, f"{size}=2"))
+
+
 @pytest.mark.slow
 def test_layers_may_stay_whole_until_the_backward_pass(recipe: Path) -> None:
     settings = (*SHORT, "training.eval_strategy=steps", "training.eval_steps=1", "training.verify=true")

@@ -45,6 +45,7 @@ from peftcli.system.secrets import redact_values
 from peftcli.tasks import TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor
 from peftcli.tasks.scores import scores_on
+from peftcli.tasks.settings import CODE
 from peftcli.tasks.text.fast.unpadded import unpad
 
 RECORD_FILE = "verification.json"
@@ -61,8 +62,6 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
 version of peftcli or torch may do in another order."""
 _ELSEWHERE = 0.002
 """The same for another kind of device."""
-_CODE = ("metric_code", "trust_metric_code")
-"""Settings of a task that are neither recorded nor read: an adapter names no code to run."""
 _BYTES = "bytes in base64"
 _HINT = "delete the file, and compare the adapter with PEFT: --with peft"
 
@@ -184,7 +183,7 @@ def record_model(
     """
     values = {
         "schema_version": _VERSION,
-        "task": {name: value for name, value in described.items() if name not in _CODE},
+        "task": {name: value for name, value in described.items() if name not in CODE},
         "config": {**describe(config, tensors), "inference_mode": True},
         "tensors": {name: hash_of(value) for name, value in sorted(tensors.items())},
         "files": {name: sha256(folder / name) for name in files},
@@ -244,7 +243,7 @@ def verify_adapter(
             model: Any = load_for_task(pushed, opened, task, dtype).model
     here = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(here).eval()
-    unpad(model, source.config)  # as in training, or bfloat16 rounds otherwise
+    unpad(model, source.config, probe=task.padded_probe(model))  # as in training, or bfloat16 rounds otherwise
     result: dict[str, Any] = {
         "adapter": name,
         "tensors": len(recorded.get("tensors", {})),
@@ -458,7 +457,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     for key, value in found.items():
         message = f"is nothing that training writes: {short_repr(value)}"
         raise AdapterError(message, file=str(path), key=key, hint=_HINT)
-    values["task"] = {name: value for name, value in values["task"].items() if name not in _CODE}  # once recorded
+    values["task"] = {name: value for name, value in values["task"].items() if name not in CODE}  # once recorded
     settings = dict(values["task"])
     read_settings(settings.pop("type"), settings, str(path), "task")
     return values

@@ -16,9 +16,11 @@ import regex
 from peftcli.errors import DataError
 from peftcli.tasks.base import Loss
 from peftcli.tasks.parts import Parts, join, means
+from peftcli.tasks.settings import GeneratedSettings
 from peftcli.tasks.text.answers import UNSPACED
 
 _KEY = "task.metric_code"
+OwnMetric = Callable[[list[str], list[str]], dict[str, float]]
 _LATIN, _LETTER = regex.compile(r"\p{Latin}"), regex.compile(r"\p{L}")
 _WORD = regex.compile(rf"{UNSPACED.pattern}\p{{M}}*|(?:(?!{UNSPACED.pattern})[[\w\p{{M}}]--_])+", regex.V1)
 """A word, or one letter of a script without blanks between words."""
@@ -41,7 +43,37 @@ def text_parts(names: Iterable[str], pairs: Sequence[tuple[str, str]]) -> Parts:
     return join(*(_PARTS[name](name, wanted, found) for name in names))
 
 
-def own_metric(name: str) -> Callable[[list[str], list[str]], dict[str, float]]:
+def own_metric_of(settings: GeneratedSettings) -> OwnMetric | None:
+    """The user's own metric that a task's settings name; None: they name none.
+
+    Raises:
+        DataError: the settings do not allow its code, or there is no such function.
+    """
+    if settings.metric_code is None:
+        return None
+    if not settings.trust_metric_code:
+        hint = "read that file, and set task.trust_metric_code: true"
+        raise DataError("runs code of yours, which has to be allowed", key=_KEY, hint=hint)
+    return own_metric(settings.metric_code)
+
+
+def generated_metrics(
+    settings: GeneratedSettings, own: OwnMetric | None, pairs: Sequence[tuple[str, str]], known: Mapping[str, float]
+) -> dict[str, float]:
+    """Compute the metrics of generated answers that settings name, beside those that are ``known``.
+
+    Raises:
+        DataError: the user's own function fails, or returns one under a name that is taken.
+    """
+    found = {**known, **text_metrics(settings.generate_metrics, pairs)}
+    added = own(*map(list, zip(*pairs, strict=True))) if own else {}
+    if taken := sorted(found.keys() & added.keys()):
+        message = f"returns {', '.join(taken)}, which the task measures itself"
+        raise DataError(message, key=_KEY, hint="return it under another name")
+    return found | added
+
+
+def own_metric(name: str) -> OwnMetric:
     """Load a function of the user's own file, named as ``metrics.py:score``, which compares like those of ``METRICS``.
 
     Raises:

@@ -38,7 +38,7 @@ from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, flag_unread
 from peftcli.tasks.text.fast.losses import losses_under, output_head
 from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ExampleReader
-from peftcli.tasks.text.generated import PACKAGES, own_metric, text_metrics, text_parts, with_texts
+from peftcli.tasks.text.generated import PACKAGES, generated_metrics, own_metric_of, text_parts, with_texts
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import PromptForm, prompt_and_answer, prompt_ids, prompt_start, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, configured_stops, has_token, missing_stops, stop_tokens
@@ -90,12 +90,9 @@ class LanguageModel(Task[Settings]):
         self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
         self._audit: TextAudit | None = None
         self._stops: dict[bool, StopTokens] = {}
-        if settings.metric_code is not None and not settings.trust_metric_code:
-            hint = "read that file, and set task.trust_metric_code: true"
-            raise DataError("runs code of yours, which has to be allowed", key="task.metric_code", hint=hint)
+        self._own = own_metric_of(settings)
         if self.generates and getattr(settings, "overlong", "") == "split":
             raise DataError("generated answers are those of whole rows; choose truncate, drop or error", key="overlong")
-        self._own = own_metric(settings.metric_code) if settings.metric_code is not None else None
 
     @property
     def generates(self) -> bool:
@@ -236,12 +233,7 @@ class LanguageModel(Task[Settings]):
         found = token_metrics(sums, num_targets)
         if not self.generates:
             return found
-        found |= text_metrics(self.settings.generate_metrics, outputs)
-        own = self._own(*map(list, zip(*outputs, strict=True))) if self._own else {}
-        if taken := sorted(found.keys() & own.keys()):
-            message = f"returns {', '.join(taken)}, which the task measures itself"
-            raise DataError(message, key="task.metric_code", hint="return it under another name")
-        return found | own
+        return generated_metrics(self.settings, self._own, outputs, found)
 
     def parts(self, rows: Sequence[RowScore]) -> Parts:
         found = parts_of_sums(rows, lambda sums, outputs, num_targets: token_metrics(sums, num_targets))
