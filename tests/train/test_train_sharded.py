@@ -100,6 +100,8 @@ def test_it_trains_as_with_the_whole_model(divided: tuple[Path, Path]) -> None:
 def test_towers_stay_whole_which_batches_without_pictures_do_not_run(tmp_path: Path) -> None:
     recipe = CASES["image_text_to_text"].write(tmp_path)
     settings, size = ("training.verify=false", "task.connector=trained"), "training.per_device_train_batch_size"
+    with pytest.raises(UsageError, match="run a part of the model alone"):
+        trainkit.run_recipe(recipe, "launch.strategy=zero3")
     divided = trained(recipe, "fsdp", *settings, f"{size}=1")  # in a third of the batches no picture
     assert_same_end(divided, in_one_process(recipe, *settings, f"{size}=2"))
 
