@@ -293,6 +293,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
                 image.draft(None, (1, 1))
                 image.load()
             files.append(file)
+        if not files and self._needs_pictures:
+            raise row.place.error("has no picture, without which the base model's processor reads no text")
         read = example.messages if answered else example.messages[:-1]
         return _Read(read, files, sizes, example.tools, example.untrained)
 
@@ -312,7 +314,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         """The outcome of a row that is a prompt and its answer.
 
         Raises:
-            DataError: it has no picture, or its prompt cannot be trained.
+            DataError: its prompt cannot be trained.
         """
         *asked, last = read.messages
         prompt, answer = self._prompt(asked, None), str(last["content"])
@@ -322,8 +324,6 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         if self.settings.train_on == "all":
             message = f"the prompts of {self.base.name} are read in both directions and cannot be trained"
             raise row.place.error(message, key="dataset.train_on", hint="Set dataset.train_on: answers.")
-        if not read.sizes:
-            raise row.place.error("has no picture, without which the base model's processor reads no text")
         found = self._processed(prompt, list(map(_blank, read.sizes)), answer)
         ids, of_answer = (found[name][0].tolist() for name in ("input_ids", "token_type_ids"))
         number = self.tokenizer.convert_tokens_to_ids(self.mark)
@@ -447,6 +447,15 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         return self._processed(str(example.arrays["text"]), pictures, suffix)
 
     @cached_property
+    def _needs_pictures(self) -> bool:
+        """Whether the processor reads no text without a picture."""
+        try:
+            self._processed("a text", [])
+        except (IndexError, KeyError, TypeError, ValueError):
+            return True
+        return False
+
+    @cached_property
     def _by_row(self) -> bool:
         """Whether the processor puts the pictures of a row together, in a tensor whose first side is that of rows."""
         found = self._processed(self.mark * 2, [_blank((32, 32))] * 2)
@@ -553,7 +562,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         return self._rows(f"{self.mark} a picture", f"{self.mark} a picture")
 
     def padded_probe(self, model: nn.Module) -> Batch:
-        second = f"{self.mark} or" if self.takes_suffix else "a text"  # which has always a picture
+        second = f"{self.mark} or" if self._needs_pictures else "a text"
         probe = self._rows(f"{self.mark} a picture", second, f"{self.mark} another picture")
         return _as_computed(model, on_device(probe, inner_model(model).device))
 

@@ -183,6 +183,14 @@ def test_without_a_chat_template_rows_have_the_processors_own_form(family):
     task.check_model(model)
 
 
+def test_a_row_without_the_picture_that_a_processor_needs_is_an_error():
+    row = {"images": [], "prompt": "Which colour?", "completion": "Red."}
+    for family, refused in (("paligemma", True), ("llava_plain", False)):
+        (found,) = _encoded(_task(family), _rows([row]))
+        assert isinstance(found, DataError) == refused
+    assert "has no picture" in _encoded(_task("paligemma"), _rows([row]))[0].message
+
+
 def test_messages_need_a_chat_template():
     with pytest.raises(DataError, match="'messages' needs a chat template") as caught:
         _encoded(_task("llava_plain"), _rows())
