@@ -17,7 +17,17 @@ from peftcli.data.rows import is_true_or_false, truth_in
 from peftcli.drafting.bases import AUDIO, DECODER, DIFFUSION, ENCODER, ENCODER_DECODER, SEEING, VISION
 from peftcli.drafting.facts import ColumnFacts
 from peftcli.drafting.look import Look
-from peftcli.tasks import CAPTIONS, LABELS, PICTURES, TAGS, TOKENS, TRANSCRIPTS
+from peftcli.tasks import (
+    CAPTIONS,
+    EDITED_PICTURES,
+    INSTRUCTIONS,
+    LABELS,
+    PICTURES,
+    SOURCE_PICTURES,
+    TAGS,
+    TOKENS,
+    TRANSCRIPTS,
+)
 
 _EXACT, _KNOWN, _BY_VALUES = 0, 1, 2
 _UNREAD_MEDIA, _UNREAD_CLASSES, _UNREAD_TEXT, _UNREAD_FRACTIONS = 4, 3, 3, 2
@@ -691,6 +701,15 @@ READINGS: tuple[Reading, ...] = (
             extra=extra,
         )
         for named, extra in ((_said_truth, 0), (_truth, _UNREAD_CLASSES))
+    ),
+    Reading(
+        "text_to_image",
+        (
+            Role("image", (*SOURCE_PICTURES, *PICTURES), (), _image),
+            Role("text", INSTRUCTIONS, (), _any_text),
+            Role("target", EDITED_PICTURES, (), _image),
+        ),
+        (DIFFUSION,),
     ),
     Reading(
         "text_to_image",
