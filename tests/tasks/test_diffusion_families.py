@@ -99,11 +99,7 @@ def picture(pipeline: Any, family: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "qwen_image",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*LARGE, "flux_kontext") if kind != "qwen_image"),
-    ],
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "qwen_image")) for kind in KINDS]
 )
 def test_diffusers_loads_the_adapter_at_the_trained_strength(kind: str, tmp_path: Path) -> None:
     import diffusers
