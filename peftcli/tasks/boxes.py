@@ -27,6 +27,8 @@ _LEAST_PART = 0.7
 """Of a side of the picture, what a crop keeps at least."""
 _LEAST_SIDE = 1.0
 """Of a box that is cut, in pixels."""
+_LEGIBLE = 480
+"""Pixels of the longer side of a picture on which names are drawn, about."""
 _GOLDEN = 0.618
 """Of the circle of hues, from one class to the next."""
 
@@ -173,14 +175,16 @@ class Cut:
 
 
 def draw_boxes(image: Image, boxes: np.ndarray, classes: Sequence[int], names: Sequence[str] = ()) -> Image:
-    """Return the picture with its boxes, each in the colour of its class, and their names."""
+    """Return the picture with its boxes, each in the colour of its class, and their names.
+
+    With names, a small picture is enlarged, so that they can be read.
+    """
     from PIL import ImageDraw
 
-    drawn = image.convert("RGB")
-    if drawn is image:
-        drawn = image.copy()
-    pen, width = ImageDraw.Draw(drawn), max(1, round(max(image.size) / 200))
-    for at, (left, top, wide, high) in enumerate(np.asarray(boxes).tolist()):
+    scale = max(1, _LEGIBLE // max(image.size)) if names else 1
+    drawn = image.convert("RGB").resize((image.width * scale, image.height * scale), 0)
+    pen, width = ImageDraw.Draw(drawn), max(1, round(max(drawn.size) / 200))
+    for at, (left, top, wide, high) in enumerate((np.asarray(boxes) * scale).tolist()):
         red, green, blue = colorsys.hsv_to_rgb(classes[at] * _GOLDEN % 1, 0.8, 1.0)
         colour = (round(red * 255), round(green * 255), round(blue * 255))
         pen.rectangle((left, top, max(left, left + wide), max(top, top + high)), outline=colour, width=width)

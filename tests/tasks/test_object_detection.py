@@ -311,7 +311,7 @@ def test_answers_are_in_pixels_of_the_picture(tmp_path: Path, kind: str) -> None
         )
         widths = sorted(each["box"][2] for each in answer["objects"])
         assert widths == pytest.approx(sorted((found["boxes"][:, 2] - found["boxes"][:, 0]).tolist()), abs=1e-3)
-    assert open_image((tmp_path / "out.jsonl.boxes/00001.png").read_bytes()).size == (40, 20)
+    assert open_image((tmp_path / "out.jsonl.boxes/00001.png").read_bytes()).size == (480, 240)
 
 
 @pytest.mark.parametrize("kind", ["deformable_detr", "rt_detr"])
@@ -342,6 +342,6 @@ def test_a_base_that_gives_no_boxes_is_refused() -> None:
 
 def test_boxes_are_drawn() -> None:
     image = Image.new("RGB", (64, 48))
-    drawn = np.asarray(draw_boxes(image, np.array([[10.0, 8.0, 30.0, 20.0]]), [0], ["red"]))
+    drawn = np.asarray(draw_boxes(image, np.array([[10.0, 8.0, 30.0, 20.0]]), [0]))
     assert not np.asarray(image).any(), "the picture stays as it is"
     assert [bool(drawn[place].any()) for place in ((8, 30), (28, 30), (20, 10), (40, 50))] == [True, True, True, False]
