@@ -183,13 +183,13 @@ def draw_boxes(image: Image, boxes: np.ndarray, classes: Sequence[int], names: S
 
     scale = max(1, _LEGIBLE // max(image.size)) if names else 1
     drawn = image.convert("RGB").resize((image.width * scale, image.height * scale), 0)
-    pen, width = ImageDraw.Draw(drawn), max(1, round(max(drawn.size) / 200))
+    pen, width, letters = ImageDraw.Draw(drawn), max(1, round(max(drawn.size) / 200)), max(10, max(drawn.size) // 25)
     for at, (left, top, wide, high) in enumerate((np.asarray(boxes) * scale).tolist()):
         red, green, blue = colorsys.hsv_to_rgb(classes[at] * _GOLDEN % 1, 0.8, 1.0)
         colour = (round(red * 255), round(green * 255), round(blue * 255))
         pen.rectangle((left, top, max(left, left + wide), max(top, top + high)), outline=colour, width=width)
         if names:
-            place = pen.textbbox((left + width, top + width), names[at])
+            place = pen.textbbox((left + width, top + width), names[at], font_size=letters)
             pen.rectangle(place, fill=colour)
-            pen.text(place[:2], names[at], fill=(0, 0, 0), anchor=None)
+            pen.text((left + width, top + width), names[at], fill=(0, 0, 0), font_size=letters)
     return drawn
