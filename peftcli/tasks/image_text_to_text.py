@@ -109,8 +109,8 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         super().__init__(settings, processor, base)
         self._runs: dict[tuple[int, int], list[int]] = {}
         self._compared = set[int]()
-        self._own = own_metric_of(settings)
         self._audit: PictureAudit | None = None
+        self._own = own_metric_of(settings)
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -356,8 +356,10 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def _run(self, size: tuple[int, int]) -> list[int]:
         """The tokens of a picture of this size."""
         if size not in self._runs:
-            found = self._processed(self.mark, [_blank(size)], special=False)
-            self._runs[size] = found["input_ids"][0].tolist()
+            run = self._processed(self.mark, [_blank(size)], special=False)["input_ids"][0].tolist()
+            number = self.tokenizer.convert_tokens_to_ids(self.mark)
+            # a processor that gets the answer apart also puts the start of a text, and its end, beside the picture
+            self._runs[size] = [token for token in run if token == number] if self.takes_suffix else run
         return self._runs[size]
 
     def _image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
@@ -519,7 +521,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def _generator(self, model: Any) -> TextGenerator:
         settle_pad(self.tokenizer, model)
         stops = stop_tokens(self.tokenizer, chat=not self.plain)
-        return TextGenerator(model, self.tokenizer, PromptForm(chat=True), stops)  # whose answers have no blanks around
+        return TextGenerator(model, self.tokenizer, PromptForm(chat=True), stops)
 
     def _asking(self, rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[list[Example], list[str]]:
         """Rows less the answer as examples, and the last words of each."""
@@ -540,8 +542,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
 
     @torch.inference_mode()
     def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        own = self.settings
-        settings = GenerationSettings(max_new_tokens=own.max_new_tokens, num_beams=own.num_beams)
+        settings = GenerationSettings(max_new_tokens=self.settings.max_new_tokens, num_beams=self.settings.num_beams)
         found = self._generator(model).answered(self._asked_inputs(model, examples), settings)
         return [{"text": text} for text, _, _ in found]
 
