@@ -230,9 +230,9 @@ def garment_boxes(scratch: Path, target: Path) -> None:
             chosen = draw.choice(order[:pictures], 4)
             picture, boxes = boxed(images[chosen], draw, DARK)
             objects = {"bbox": [*boxes.values()], "category": [kinds[labels[chosen[at]]] for at in boxes]}
-            row = {"image": f"{part}/{number:05}.png", "objects": objects}
-            Image.fromarray(picture).save(target / row["image"])
-            rows.append(json.dumps(row) + "\n")
+            file = f"{part}/{number:05}.png"
+            Image.fromarray(picture).save(target / file)
+            rows.append(json.dumps({"image": file, "objects": objects}) + "\n")
         (target / f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
         print(f"fetch: {part}.jsonl: {scenes} scenes; labels: {', '.join(KINDS)}")
 

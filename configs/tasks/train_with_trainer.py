@@ -289,7 +289,7 @@ class Boxes(Pictures):
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):  # whose statistics PEFT does not save
                 module.eval()
-                module.train = lambda mode, module=module: module
+                vars(module)["train"] = lambda mode, module=module: module
         return model
 
     def lora(self) -> LoraConfig:

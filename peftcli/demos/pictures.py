@@ -133,7 +133,7 @@ def boxed(
     """Make a scene of four pictures; return it, and the boxes [left, top, width, height] of those that are on it."""
     import numpy as np
 
-    image, mask = scene(np.stack(images), np.arange(1, 5), draw, dark)
+    image, mask = scene(np.stack([*images]), np.arange(1, 5), draw, dark)
     boxes = dict[int, list[int]]()
     for at in range(4):
         if len(places := np.argwhere(mask == at + 1)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,9 +162,9 @@ def fit_rt_detr(
     """
     torch.manual_seed(SEED)
     sizes = [width // 4, width // 2, 3 * width // 4, width]
+    read: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
     backbone = RTDetrResNetConfig(
-        embedding_size=width // 4, hidden_sizes=sizes, depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
+        embedding_size=width // 4, hidden_sizes=sizes, depths=[1, 1, 1, 1], layer_type="basic", **read
     )  # fmt: skip
     config = RTDetrConfig(
         backbone_config=backbone, freeze_backbone_batch_norms=False, encoder_in_channels=sizes[1:], d_model=width,
