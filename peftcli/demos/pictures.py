@@ -6,7 +6,6 @@ The fonts of the evaluation pictures draw no training picture, where a demo says
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +127,7 @@ def boxed_scenes(folder: Path) -> None:
 
 
 def boxed(
-    images: Sequence[np.ndarray] | np.ndarray, draw: np.random.Generator, dark: int = DARK
+    images: list[np.ndarray], draw: np.random.Generator, dark: int = DARK
 ) -> tuple[np.ndarray, dict[int, list[int]]]:
     """Make a scene of four pictures; return it, and the boxes [left, top, width, height] of those that are on it."""
     import numpy as np
