@@ -75,7 +75,7 @@ class Progress:
                 self._log(f"evaluation after step {event.step}: {metrics}{best}")
 
     def _show_rows(self, event: RowsRead) -> None:
-        text = f"{event.source}: {count_of(event.count, 'row')} read"
+        text = f"{event.source}: {count_of(event.count, 'row')} {event.what}"
         if self.redraws:
             if self.status is None:
                 self.status = console.rich_console(stderr=True).status("")

@@ -44,13 +44,17 @@ class Encodes(Protocol):
         """Turn rows into examples."""
         ...
 
+    def survey(self, reader: Reader, rows: Callable[[], Iterator[Row]], on_rows: Callable[[int, bool], None]) -> Reader:
+        """Look at all rows before the first one is encoded."""
+        ...
+
     def shared(self, row: Row, reader: Reader) -> Any:
         """The part of a row's input that other rows may have too, with another answer; empty: none."""
         ...
 
 
-OnRows = Callable[[str, int, bool], None]
-"""Is told a source's name, how many of its rows are encoded, and whether that is all."""
+OnRows = Callable[[str, int, bool, str], None]
+"""Is told a source's name, how many of its rows are done, whether that is all, and what is done: read, looked at."""
 
 _FIRST = 20
 """Rows of a source: where all of them have errors, the rows are not to blame."""
@@ -74,7 +78,7 @@ def prepare(
     *,
     stop_at_bad: bool,
     num_workers: int = 0,
-    on_rows: OnRows = lambda name, count, done: None,
+    on_rows: OnRows = lambda name, count, done, what: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Store:
     """The examples of a source: from the cache where the same content was encoded the same way before.
@@ -137,7 +141,7 @@ class _RowEncoder:
         except DataError as error:
             file = error.file or self.opened.name
             raise DataError(error.message, file=file, line=error.line, key=error.key, hint=error.hint) from error
-        self.on_rows(self.opened.name, self.writer.num_rows, True)
+        self.on_rows(self.opened.name, self.writer.num_rows, True, "read")
         names = [*(reader.names.values() if reader else ()), self.source.group_by or ""]
         read = {part for name in names for part in (name, name.partition(".")[0])}
         return {
@@ -158,6 +162,11 @@ class _RowEncoder:
             reader = self.task.read(table)
             if self.source.group_by is not None:
                 table.refuse_missing(self.source.group_by, "dataset.group_by")
+            reader = self.task.survey(
+                reader,
+                lambda: (row for row in self.opened.rows() if isinstance(row, Row)),
+                lambda count, done: self.on_rows(self.opened.name, count, done, "compared"),
+            )
             encode = partial(_encode, self.task, reader=reader, group_by=self.source.group_by)
             with closing(compute_ahead(encode, self._good_rows(batch, table, reader), num_workers)) as encoded:
                 for results in encoded:
@@ -184,7 +193,7 @@ class _RowEncoder:
                     first = outcomes[:_FIRST] if not self.writer.num_rows else ()
                     raise _stopping(outcome, [isinstance(each, DataError) for each in first])
         self.writer.add(places, outcomes)
-        self.on_rows(self.opened.name, self.writer.num_rows, False)
+        self.on_rows(self.opened.name, self.writer.num_rows, False, "read")
 
 
 def _encode(task: Encodes, rows: Sequence[Row], reader: Reader, group_by: str | None) -> list[Outcome | DataError]:

@@ -45,6 +45,8 @@ Settings = TypeVar("Settings", bound=TaskSettings)
 Batch = dict[str, Any]
 """Tensors by the names of the model's arguments, the first dimension B. What ``loss`` alone needs, of any kind, has a
 name that begins with an underscore: the model does not get it."""
+AnswerWith = Callable[[str, str, Sequence[Mapping[str, Any]]], Iterator[dict[str, Any]]]
+"""Takes the name of a model, a base or an adapter, that of a task, and rows; yields what ``predict`` answers."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Task(ABC, Generic[Settings]):
     """Whether ``Loss.of_targets`` says what each target adds to the sums, so that rows in a batch can be told apart."""
     origins: ClassVar[Sequence[str]] = ("path", "mask_path", "row")
     """Columns that say where an example is from, and not what it holds."""
+    answer_with: AnswerWith
+    """Answers rows with another model. Whoever encodes rows sets it."""
     adapts: str = ""
     """Which parts of the model are changed, for the user, where it has several. ``fit_model`` sets it."""
     head_is_new: bool = False
@@ -209,6 +213,18 @@ class Task(ABC, Generic[Settings]):
             except DataError as error:
                 found.append(error)
         return found
+
+    def survey(self, reader: Reader, rows: Callable[[], Iterator[Row]], on_rows: Callable[[int, bool], None]) -> Reader:
+        """Look at all rows of a source before the first one is encoded; return the reader with what is found of them.
+
+        ``rows`` returns those that can be read; ``on_rows`` is told how many rows are looked at, and whether that is
+        all.
+        """
+        return reader
+
+    def evaluation_task(self) -> Task[Any]:
+        """Return the task that encodes evaluation rows, where these are encoded in another way."""
+        return self
 
     def shared(self, row: Row, reader: Reader) -> Any:
         """The part of a row's input that other rows may have too, with another answer; empty: none."""
@@ -465,6 +481,9 @@ class Exports(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write such files beside a merged model."""
+
+    def ask_exported(self, folder: Path, texts: Sequence[str]) -> tuple[list[dict[str, Any]], Any]:
+        """Return rows made of texts, and the numbers that the other library's model in a folder answers to each."""
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

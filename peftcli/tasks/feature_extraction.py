@@ -120,6 +120,11 @@ class FeatureExtraction(TextInputs, Task[settings.FeatureExtractionSettings]):
         size = self.base.config.get_text_config().hidden_size
         write_modules(folder, pooling, size=size, max_length=self.max_length, base=self.base)
 
+    def ask_exported(self, folder: Path, texts: Sequence[str]) -> tuple[list[dict[str, Any]], Any]:
+        from sentence_transformers import SentenceTransformer
+
+        return [{"text": text} for text in texts], SentenceTransformer(str(folder), device="cpu").encode(list(texts))
+
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
+from peftcli.adapters.predict import answer_with
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
@@ -132,13 +133,13 @@ def load_data(
     dataset, notes = recipe.dataset, list(task.notes)
     task = _completed_task(recipe, task, tell)
     assert recipe.task is not None
-    key = encoding(recipe.task["type"], task)
+    task_name = recipe.task["type"]
 
-    def store_of(source: Source) -> Store:
+    def store_of(source: Source, task: Task[Any]) -> Store:
         return prepare(
             source,
             task,
-            key,
+            encoding(task_name, task),
             stop_at_bad=not keep_bad_rows and dataset.on_bad_row == "error",
             num_workers=num_workers(recipe.training, task),
             on_rows=lambda *read: tell(RowsRead(*read)),
@@ -148,9 +149,9 @@ def load_data(
     from_eval = eval_source(dataset)
     if only_eval and from_eval is None and dataset.eval_fraction is None:
         raise DataError("the recipe names no evaluation data", key="dataset.eval")
-    parts = [Selection(store_of(source)) for source in dataset.sources()] if not (only_eval and from_eval) else []
+    parts = [Selection(store_of(source, task)) for source in dataset.sources()] if not (only_eval and from_eval) else []
     try:
-        held = [Selection(store_of(from_eval))] if from_eval else []
+        held = [Selection(store_of(from_eval, task.evaluation_task()))] if from_eval else []
     except DataError as error:
         error.key = "dataset.eval_split" if error.key == "dataset.split" else error.key
         raise
@@ -177,6 +178,7 @@ def _completed_task(recipe: Recipe, task: Task[Any], tell: OnEvent) -> Task[Any]
         tell(Message(task.found))
     for package, extra in task.packages.items():
         require_extra(package, extra)
+    task.answer_with = answer_with
     return task
 
 

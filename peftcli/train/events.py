@@ -22,12 +22,14 @@ def warning(text: str) -> Message:
 
 @dataclass(frozen=True)
 class RowsRead:
-    """Rows of a dataset were encoded."""
+    """Rows of a dataset were encoded, or looked at before that."""
 
     source: str
     count: int
     """Rows so far."""
     done: bool
+    what: str = "read"
+    """What is done with them."""
 
 
 @dataclass(frozen=True)

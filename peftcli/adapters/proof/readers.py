@@ -82,7 +82,7 @@ def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: T
         UsageError: the library has no place for such adapters.
     """
     find = {
-        "sentence-transformers": _compare_embeddings,
+        "sentence-transformers": _compare_exported,
         "diffusers": _compare_pictures,
         "transformers-pipeline": _compare_answers,
     }.get(reader, _compare_pictures if opened.is_pipeline and reader == "peft" else _compare_outputs)
@@ -178,20 +178,22 @@ def _refuse_other_adapters(model: Any, source: AdapterSource) -> None:
         raise UsageError(message, file=str(source.folder), key="--with transformers")
 
 
-def _compare_embeddings(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
-    """Compare the embeddings of the merged model in sentence-transformers with those of ``predict``."""
+def _compare_exported(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
+    """Compare what the merged model answers in sentence-transformers with the answers of ``predict``."""
     if not (isinstance(task, Exports) and isinstance(task, Predicts)):
         message = f"the merged model of {source.task} is not one of {reader}"
         raise UsageError(message, file=str(source.folder), key=f"--with {reader}")
     with tempfile.TemporaryDirectory() as scratch:
         merged = Path(scratch) / "merged"
         merge_adapter(str(source.folder), merged, base=source.base_name, dtype="float32")
-        library = importlib.import_module("sentence_transformers")
-        now = library.SentenceTransformer(str(merged), device="cpu").encode(_TEXTS, convert_to_tensor=True)
-    rows = [Row({"text": text}, Place("made up", number)) for number, text in enumerate(_TEXTS, start=1)]
-    expected = torch.tensor([answer["embedding"] for answer in task.predict(model, rows, PredictOptions())])
-    blamed = str(source.folder / TASK_FILE), ": pooling or norm, since merging itself has compared the models"
-    return difference(sketch(now.float().cpu()), sketch(expected)), lambda: blamed
+        asked, now = task.ask_exported(merged, _TEXTS)
+    rows = [Row(values, Place("made up", number)) for number, values in enumerate(asked, start=1)]
+    expected = torch.tensor([next(iter(answer.values())) for answer in task.predict(model, rows, PredictOptions())])
+    blamed = (
+        str(source.folder / TASK_FILE),
+        ": pooling or norm, or the activation of scores, since merging itself has compared the models",
+    )
+    return difference(sketch(torch.as_tensor(now).float()), sketch(expected)), lambda: blamed
 
 
 def _compare_pictures(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
