@@ -345,6 +345,22 @@ def _ranks(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) ->
     return {"mrr": label_ranking_average_precision_score(wanted, cosines), **recalls}
 
 
+_SORTED = [{"query": row["anchor"], "positive": row["positive"], "negative": row["negative"]} for row in _RETOLD]
+
+
+def _sorting(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The metrics of rows whose positive is the first document asked."""
+    from sklearn.metrics import ndcg_score
+
+    lists = [sorted(answer["ranking"], key=lambda each: each["index"]) for answer in answers]
+    scores = np.array([[each["score"] for each in one] for one in lists])
+    places = 1 + np.array([[each["index"] for each in answer["ranking"]].index(0) for answer in answers])
+    right = np.zeros(scores.shape)
+    right[:, 0] = 1
+    gains = ndcg_score(right, scores, k=10)
+    return {"mrr": float((1 / places).mean()), "ndcg_at_10": gains, "recall_at_1": float((places == 1).mean())}
+
+
 CASES: dict[str, Case] = {
     "causal_lm": _generated("causal_lm", "llama", MESSAGES),
     "seq2seq_lm": _generated("seq2seq_lm", "t5", PROMPTS, num_beams=2),
@@ -397,6 +413,15 @@ CASES: dict[str, Case] = {
         recompute=_ranks,
         asked=_apart,
         has_head=False,
+    ),
+    "reranker": Case(
+        base=lambda: classifier_base("bert"),
+        task={"type": "reranker"},
+        rows=lambda: _SORTED,
+        found={"loss": "cross_entropy", "labelled": False},
+        metrics=frozenset({"loss", "mrr", "ndcg_at_10", "recall_at_1"}),
+        recompute=_sorting,
+        asked=lambda rows: [{"query": row["query"], "documents": [row["positive"], row["negative"]]} for row in rows],
     ),
     "preference": Case(
         base=base_folder,

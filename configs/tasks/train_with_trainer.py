@@ -4,8 +4,8 @@
 
 The base model, rows, method, batches, learning rate, schedule and number formats are the recipe's. The order of the
 rows and what dropout leaves out are Trainer's own. ``docs/tasks.py`` compares the adapter with that of ``peftcli
-train``. peft must be installed, for preferences, rewards and pictures in conversations trl, and for embeddings
-sentence-transformers.
+train``. peft must be installed, for preferences, rewards and pictures in conversations trl, and for embeddings and
+rerankers sentence-transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from peftcli.adapters.predict import answer_with
 from peftcli.recipe import load_recipe
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
+from peftcli.tasks import mining
+from peftcli.tasks.settings import RerankerSettings
 from peftcli.train.devices.accelerator import base_dtype, uses_bf16
 
 Rows = list[dict[str, Any]]
@@ -492,6 +495,56 @@ class Searches(Side):
         model[0].model.save_pretrained(str(folder))
 
 
+class Rankings(Side):
+    """Queries, each with its document and mined negatives, with sentence-transformers' CrossEncoderTrainer."""
+
+    task_type = "SEQ_CLS"
+
+    def mined(self) -> Rows:
+        """Return the rows with the negatives that peftcli mines: both sides learn from the same ones."""
+        rows, asked = self.rows(), RerankerSettings(**{k: v for k, v in self.task.items() if k != "type"})
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            answers = answer_with(asked.miner or self.name, "feature_extraction", [{"text": text} for text in texts])
+            return np.array([each["embedding"] for each in answers], np.float32)
+
+        pairs = mining.Pairs([row["anchor"] for row in rows], [row["positive"] for row in rows], set())
+        count, spread = asked.num_negatives, asked.mining == "spread"
+        found = mining.nearest_negatives(pairs, embed, count, asked.mining_margin, spread=spread)
+        for row in rows:
+            texts = found[row["anchor"], row["positive"]]
+            row |= {f"negative_{number}": text for number, text in enumerate(texts, start=1)}
+        return rows
+
+    def trainer(self, folder: Path) -> Any:
+        from datasets import Dataset
+        from sentence_transformers.cross_encoder import (
+            CrossEncoder,
+            CrossEncoderTrainer,
+            CrossEncoderTrainingArguments,
+            losses,
+        )
+
+        class OwnNegatives(losses.MultipleNegativesRankingLoss):  # type: ignore[misc]
+            """The cross-entropy of a row's positive among its own negatives, without those of other rows."""
+
+            def get_in_batch_negatives(self, *_: Any) -> Any:
+                return iter(())
+
+        options = {"dtype": base_dtype(self.recipe)}
+        model = CrossEncoder(self.name, num_labels=1, max_length=self.length, device="cpu", model_kwargs=options)
+        model[0].model = get_peft_model(model[0].model, self.lora())
+        return CrossEncoderTrainer(
+            model,
+            CrossEncoderTrainingArguments(**self.common(folder)),
+            Dataset.from_list(self.mined()),
+            loss=OwnNegatives(model, scale=1.0, activation_fn=torch.nn.Identity()),
+        )
+
+    def save(self, model: Any, folder: Path) -> None:
+        model[0].model.save_pretrained(str(folder))
+
+
 class Denoiser(torch.nn.Module):
     """The loss of diffusers' scripts: how far a UNet is from the noise that was added to latents."""
 
@@ -573,6 +626,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "preference": Pairs,
     "reward": Rewards,
     "feature_extraction": Searches,
+    "reranker": Rankings,
     "text_to_image": Bags,
 }
 

@@ -22,6 +22,13 @@ Noah Olga Pedro Ravi Sofia Tomas Ursula Viktor Wanda Yara Zain
 _HELD_OUT_NAMES = """
 Bruno Leila Akira Fatima Stefan Marta Kofi Ulrike Diego Hannah Igor Priya Sven Lucia Emil Naomi
 """
+VALUES = {
+    "name": (*_NAMES.split(), *_HELD_OUT_NAMES.split()),
+    "people": NUMBERS,
+    "day": DAYS,
+    "time": tuple(f"{hour}:{minutes} pm" for hour in range(5, 11) for minutes in ("00", "15", "30", "45")),
+}
+"""Field -> the texts that a message may have there."""
 _WORDINGS = (
     "Hi, this is [name]. A table for [people] on [day] at [time], please.",
     "Hello! We would like to come on [day] at [time], [people] of us. My name is [name].",

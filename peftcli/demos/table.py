@@ -70,6 +70,7 @@ _SAID: Mapping[str, Callable[[_Answer, _Answer], str]] = {
     ),
     "image": lambda answer, _: str(answer["image"]),
     "embedding": _similarity,
+    "score": lambda answer, _: f"score {answer['score']:.2f}",
     "text": lambda answer, _: " ".join(str(answer["text"]).split()) or "(nothing)",
 }
 """Key of an answer -> the answer in words; it takes the first row's answer too."""
@@ -190,6 +191,17 @@ DEMOS: dict[str, Demo] = {
         data=texts.booking_replies,
         asks=({"prompt": _BOOKING},),
         seconds=120,
+    ),
+    "reranker": Demo(
+        summary="find the message that says exactly what a booking says",
+        model="all-MiniLM-L6-v2",
+        data=texts.booking_searches,
+        asks=(
+            {"query": "Naomi, five people, Thursday, 8:15 pm", "document": _BOOKING},
+            {"query": "Naomi, five people, Friday, 8:15 pm", "document": _BOOKING},
+            {"query": "Naomi, two people, Thursday, 8:15 pm", "document": _BOOKING},
+        ),
+        seconds=240,
     ),
     "reward": Demo(
         summary="score how well a sentence describes a function",

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftcli.demos.bookings import SEED, Booking, bookings
+from peftcli.demos.bookings import SEED, VALUES, Booking, bookings
 from peftcli.demos.library import documented, messages
 
 _CODE_CHARACTERS = 240
@@ -91,6 +91,21 @@ def booking_questions(folder: Path) -> None:
         start, end = booking.places[field]
         answers = {"text": [booking.text[start:end]], "answer_start": [start]}
         return {"question": draw.choice(_QUESTIONS[field]), "context": booking.text, "answers": answers}
+
+    _write_bookings(folder, row, 800, 100)
+
+
+def booking_searches(folder: Path) -> None:
+    """What a booking says, the message that says it, and four messages that differ in one thing each."""
+    draw = random.Random(SEED)
+
+    def row(booking: Booking) -> dict[str, Any]:
+        query = f"{booking.name}, {booking.people} people, {booking.day}, {booking.time}"
+        others = []
+        for field, (start, end) in booking.places.items():
+            values = [each for each in VALUES[field] if each != booking.text[start:end]]
+            others.append(booking.text[:start] + draw.choice(values) + booking.text[end:])
+        return {"query": query, "positive": booking.text, "negative": others}
 
     _write_bookings(folder, row, 800, 100)
 

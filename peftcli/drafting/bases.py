@@ -54,6 +54,8 @@ PROPOSALS = (
     Proposal("distilbert/distilbert-base-multilingual-cased", "Apache-2.0", 135, 6, 768, 119547, _TEXT, True),
     Proposal("FacebookAI/xlm-roberta-base", "MIT", 278, 12, 768, 250002, _TEXT, True),
     Proposal("sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0", 23, 6, 384, 30522, ("feature_extraction",)),
+    Proposal("cross-encoder/ms-marco-MiniLM-L6-v2", "Apache-2.0", 23, 6, 384, 30522, ("reranker",)),
+    Proposal("cross-encoder/mmarco-mMiniLMv2-L12-H384-v1", "Apache-2.0", 118, 12, 384, 250002, ("reranker",), True),
     Proposal("BAAI/bge-small-en-v1.5", "MIT", 33, 12, 384, 30522, ("feature_extraction",)),
     Proposal("intfloat/multilingual-e5-small", "MIT", 118, 12, 384, 250037, ("feature_extraction",), True),
     Proposal("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", 135, 30, 576, 49152, _CHAT, positions=8192),

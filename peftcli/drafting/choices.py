@@ -208,7 +208,11 @@ def binary_masks(masks: ColumnFacts) -> int:
 
 _MASKS = 20
 """Masks that are opened."""
-_REASONS = {"labels": "by their values in the masks"}
+_REASONS = {
+    "labels": "by their values in the masks",
+    "negatives": "the rows have none: an embedding model finds them",
+    "miner": "the embedding model",
+}
 _KINDS = {"kto": "true for good answers, false for bad ones", "regression": "a number"}
 
 

@@ -23,6 +23,7 @@ from peftcli.tasks import (
     INSTRUCTIONS,
     LABELS,
     PICTURES,
+    SCORES,
     SOURCE_PICTURES,
     TAGS,
     TOKENS,
@@ -315,6 +316,11 @@ def _fraction(facts: ColumnFacts) -> str | None:
 
 def _number(facts: ColumnFacts) -> str | None:
     return facts.described_numbers() if facts.numbers and len(facts.counts) > 2 else None
+
+
+def _score(facts: ColumnFacts) -> str | None:
+    """A score, also one of 0 and 1."""
+    return _truth(facts) or (facts.described_numbers() if facts.numbers and not facts.is_constant else None)
 
 
 def _image(facts: ColumnFacts) -> str | None:
@@ -686,6 +692,32 @@ READINGS: tuple[Reading, ...] = (
             Role("score", ("score",), ("similarity", "similarity_score", "relatedness", "relatedness_score"), _number),
         ),
         (ENCODER, DECODER),
+    ),
+    Reading(
+        "reranker",
+        (
+            Role("query", ("query", "question"), (), _any_text),
+            Role("document", ("document", "passage"), ("doc", "text"), _any_text),
+            Role("label", SCORES, ("relevance", "relevant", "is_relevant"), _score),
+        ),
+        (ENCODER, DECODER),
+    ),
+    *(
+        Reading(
+            "reranker",
+            (
+                Role("query", ("query", "question", "anchor"), ("q",), _any_text),
+                Role("positive", ("positive",), ("pos", "document", "passage"), _any_text),
+                *negative,
+            ),
+            (ENCODER, DECODER),
+            settings,
+            only_asked=(ENCODER, DECODER, None),
+        )
+        for negative, settings in (
+            ((Role("negative", ("negative", "negative_1"), ("neg", "hard_negative"), _any_text),), {}),
+            ((), {"negatives": "mined", "miner": "sentence-transformers/all-MiniLM-L6-v2"}),
+        )
     ),
     Reading("preference", _TWO_ANSWERS, (DECODER,), joint=_common_start),
     *(

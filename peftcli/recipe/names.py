@@ -127,6 +127,7 @@ _OTHER_TASKS = {
     "sequence_classification": "text_classification",
     "token_classification": "ner",
     "feature_extraction": "sentence_similarity",
+    "reranker": "cross_encoder text_ranking rerank",
     "preference.loss: dpo": "dpo",
     "preference.loss: ipo": "ipo",
     "preference.loss: orpo": "orpo",

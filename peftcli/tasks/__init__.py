@@ -213,6 +213,7 @@ SOURCE_PICTURES = ("source", "input_image", "original_image")
 EDITED_PICTURES = ("target", "edited_image", "output_image")
 PICTURES = ("image", "file_name", "img", "image_file_name")
 LABELS = ("label", "labels")
+SCORES = ("label", "score")
 PAIRS = (
     *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
     *(("question", "sentence"), ("question", "passage")),
@@ -313,6 +314,22 @@ TASKS: dict[str, TaskRow] = {
             'pooled = ways["<pooling>"]',
             "print(pooled / pooled.norm())",
         ),
+    ),
+    "reranker": TaskRow(
+        task_type="SEQ_CLS",
+        auto_class="AutoModelForSequenceClassification",
+        settings=settings.RerankerSettings,
+        module="reranker",
+        processor="tokenizer",
+        reads=tuple(("query", "document", label) for label in SCORES),
+        pipeline_tag="text-ranking",
+        summary="score a document for a query, to sort what a search has found (BERT, MiniLM, Qwen)",
+        example='"Close a file." "def close(file): ..."',
+        usage=(
+            'inputs = tokenizer("Close a file.", "def close(file): ...", return_tensors="pt")',
+            "print(float(model(**inputs).logits[0, 0].sigmoid()))",
+        ),
+        rate_factor=4,
     ),
     "preference": TaskRow(
         task_type="CAUSAL_LM",

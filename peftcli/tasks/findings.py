@@ -147,6 +147,21 @@ EMBEDDINGS = by_name(
 )
 """Those of feature_extraction."""
 
+RANKED = by_name(
+    Kind(
+        "positive_is_negative",
+        "warning",
+        "have a positive that is also one of their negatives: its score is to be higher than itself",
+        "Give these rows other negatives.",
+    ),
+    Kind(
+        "documents_contradict",
+        "warning",
+        "have a document that is a positive of the query in one row and a negative of it in another",
+        "Decide which of the two it is, and remove it from the other row.",
+    ),
+)
+"""Those of reranker."""
 
 PICTURES = by_name(
     Kind(
@@ -230,5 +245,6 @@ FINDINGS = (
     | SOUND_CLASSES
     | EMBEDDINGS
     | SEEN
+    | RANKED
     | INFLUENCE
 )

@@ -52,6 +52,7 @@ recall_at_1 share The share of anchors whose own text is the nearest of all text
 recall_at_5 share The share of anchors whose own text is among the five nearest.
 recall_at_10 share The share of anchors whose own text is among the ten nearest.
 mrr share The mean of 1 / place of each anchor's own text, among all sorted by nearness.
+ndcg_at_10 share Of each query 1 / log2(1 + place) of its positive among its documents, 0 beyond ten; the mean.
 wer error Wrong, missing and surplus words, as a share of the words that were said; it can exceed 1.
 cer error Wrong, missing and surplus letters, as a share of the letters that were said; it can exceed 1.
 mean_iou share For each class, the pixels that mask and answer share, as a share of those in either; the mean of all.

@@ -358,6 +358,44 @@ class FeatureExtractionSettings(TaskSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RerankerSettings(TaskSettings):
+    """Settings of reranker."""
+
+    loss: Literal["cross_entropy", "bce", "mse"] | None = field(default=None, metadata=MAY_DIFFER)
+    """What is learnt from a row. cross_entropy: a query's positive has a higher score than its negatives; bce: each
+    document by itself, the positive as 1 and the negatives as 0, or as the row's label says; mse: the score, before the
+    sigmoid, is the label. Unset: cross_entropy where rows have a positive, bce where their labels are from 0 to 1,
+    else mse."""
+    labelled: bool | None = None
+    """Whether a row is one document with a label, and not a positive with its negatives. Unset: found in the columns of
+    the training rows."""
+    negatives: Literal["rows", "mined"] = field(default="rows", metadata=MAY_DIFFER)
+    """Where negatives are from. rows: the rows' own; mined: rows without one get those documents of all rows that an
+    embedding model finds nearest to their query."""
+    miner: str | None = field(default=None, metadata=MAY_DIFFER)
+    """mined: the embedding model, a base model or an adapter of feature_extraction. Unset: the base model."""
+    num_negatives: int = field(default=4, metadata=MAY_DIFFER | AT_LEAST_1)
+    """mined: the number of negatives of a training query."""
+    mining: Literal["spread", "nearest"] = field(default="spread", metadata=MAY_DIFFER)
+    """mined: which documents become a training query's negatives. spread: the nearest, the farthest, and some between,
+    most of them near; nearest: the nearest ones, of which only a model learns that ranks well already."""
+    eval_negatives: int = field(default=20, metadata=MAY_DIFFER | AT_LEAST_1)
+    """mined: the number of negatives of an evaluation query. They are the nearest documents whatever mining_margin
+    says: what a search by the miner would find, to be sorted."""
+    mining_margin: float | None = field(default=0.05, metadata=MAY_DIFFER | SHARE)
+    """mined: the share of the positive's cosine by which that of a training query's negative must be lower. What is
+    nearer is left out: it may be right as well. null: nothing is left out but what rows say is right, where each query
+    is sure to have one right document."""
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
+    """Longest query with its document, in tokens, within what the base model can read; the end of the longer of the two
+    is cut. May stand under ``dataset`` as well."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``: one number."""
+        return {"num_labels": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpeechRecognitionSettings(TaskSettings):
     """Settings of speech_recognition."""
 

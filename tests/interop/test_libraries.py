@@ -40,6 +40,11 @@ def test_embeddings_and_their_losses_are_those_of_sentence_transformers() -> Non
 
 
 @pytest.mark.slow
+def test_scores_of_rerankers_and_their_losses_are_those_of_sentence_transformers() -> None:
+    run("sentence_transformers", "scores_of_sentence_transformers.py")
+
+
+@pytest.mark.slow
 def test_pefts_guide_to_dreambooth() -> None:
     run("diffusers", "dreambooth.py")
 

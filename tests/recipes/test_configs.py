@@ -95,6 +95,7 @@ def test_a_recipe_trains_a_few_steps_of_a_tiny_model(path: Path, tmp_path: Path)
     settings += ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]
     settings += [] if path.parent.name == "tasks" else ["dataset.max_length=192"]
     settings += ["method.context=[{prompt: Say hello., completion: Hello.}]"] if "context" in recipe.method else []
+    settings += [f"task.miner={base}"] if "miner" in (recipe.task or {}) else []
     settings += ["method.adapter_layers=2"] if "adapter_layers" in recipe.method else []  # it has no more
     settings += ["gates={}", "training.load_best_model_at_end=false"]
     settings.append("dataset.allow=[answers_cut]")  # the tiny tokenizer makes several times as many tokens of a row

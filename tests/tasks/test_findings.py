@@ -332,6 +332,35 @@ FOUND = {
         "2 of 2 rows have a label or score, which is not read",
         ("train.jsonl:1", "train.jsonl:2"),
     ),
+    "a document that is right and wrong": Odd(
+        "reranker",
+        lambda: (
+            [
+                {"query": "a sun", "positive": "a tea", "negative": ["a moon", "a tea"]},
+                {"query": "a moon", "positive": "a mill", "negative": ["a stone"]},
+            ],
+            [{"query": "a mill", "positive": "a sun", "negative": ["a tea"]}],
+        ),
+        "positive_is_negative",
+        "warning",
+        "1 of 2 rows have a positive that is also one of their negatives",
+        ("train.jsonl:1",),
+    ),
+    "rows that contradict one another about a document": Odd(
+        "reranker",
+        lambda: (
+            [
+                {"query": "a sun", "positive": "a tea", "negative": ["a moon"]},
+                {"query": "a sun", "positive": "a mill", "negative": ["a tea", "a stone"]},
+                {"query": "a moon", "positive": "a tea", "negative": ["a mill"]},
+            ],
+            [{"query": "a mill", "positive": "a sun", "negative": ["a tea"]}],
+        ),
+        "documents_contradict",
+        "warning",
+        "2 of 3 rows have a document that is a positive of the query in one row and a negative of it in another",
+        ("train.jsonl:1", "train.jsonl:2"),
+    ),
     "a pair with two scores": Odd(
         "feature_extraction",
         lambda: (

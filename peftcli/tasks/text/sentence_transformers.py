@@ -111,6 +111,25 @@ def write_modules(folder: Path, pooling: Pooling, *, size: int, max_length: int,
         _write(folder / _ABOUT, about | {"default_prompt_name": None})  # rows were trained as they are
 
 
+def write_cross_encoder(folder: Path, max_length: int) -> None:
+    """Make a folder of a transformers model with one output a CrossEncoder, whose scores are the output's sigmoid.
+
+    Releases before 6 read ``config.json`` and the tokenizer's longest text; the later ones also read the other files,
+    without which they would put the texts of a model with a chat template into a chat.
+    """
+    sigmoid, scores = "torch.nn.modules.activation.Sigmoid", {"method": "forward", "method_output_name": "logits"}
+    config = _read(folder / "config.json")
+    config.pop("sbert_ce_default_activation_function", None)
+    _write(folder / "config.json", config | {"sentence_transformers": {"activation_fn": sigmoid}})
+    if (path := folder / "tokenizer_config.json").is_file():
+        _write(path, _read(path) | {"model_max_length": max_length})
+    kind = "sentence_transformers.base.modules.transformer.Transformer"
+    _write(folder / _MODULES, [{"idx": 0, "name": "0", "path": "", "type": kind}])
+    described = {"transformer_task": "sequence-classification", "modality_config": {"text": scores}}
+    _write(folder / _TEXTS, described | {"module_output_name": "scores", "max_seq_length": max_length})
+    _write(folder / _ABOUT, {"model_type": "CrossEncoder", "activation_fn": sigmoid})
+
+
 def _unknown(what: str) -> ModelError:
     return ModelError(
         f"{what}; known are Transformer, Pooling (mean, cls, last token, max) and Normalize",

@@ -106,6 +106,8 @@ def test_names_and_levels_are_a_promise() -> None:
         "positive_is_anchor": ("warning", False),
         "negative_is_positive": ("warning", False),
         "pairs_with_label": ("warning", False),
+        "positive_is_negative": ("warning", False),
+        "documents_contradict": ("warning", False),
         "repeated_texts": ("info", False),
         "anchors_in_eval": ("info", False),
     }
