@@ -240,6 +240,15 @@ def find_initialised(
     lost = {key for key in missing - initialised if key.rpartition(".")[0] != body or body is None}
     damage = [f"{key} is {sizes[key][0]}, not {sizes[key][1]}" for key in sorted(sizes.keys() - replaced)]
     damage += [f"{key} is missing" for key in sorted(lost)]
+    inner = getattr(model, "base_model_prefix", "")
+    has_body = hasattr(model, inner) and not any(key.startswith(f"{inner}.") for key in lost)
+    if body is None and lost and not sizes and has_body:
+        absent = ", ".join(first_of(sorted(lost)))
+        raise ModelError(
+            f"{name} has no trained {type(model).__name__} head: its checkpoint lacks {absent}",
+            key="base_model",
+            hint="name the model with that head, as it was pretrained; an adapter does not make up for it",
+        )
     if damage and complete:
         raise ModelError(
             f"the weights of {name} are not those of its config.json: {', '.join(first_of(damage))}",
