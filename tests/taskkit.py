@@ -18,6 +18,7 @@ import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
 from detectionkit import boxed_scenes, detector_base
 from diffusionkit import picture_files, pipeline_base
+from maskedkit import TEXTS, masked_base
 from PIL import Image
 from soundkit import hearing_base, tone_rows, whisper_base
 from trainkit import MESSAGES, PAIRS, PROMPTS, base_folder, scratch, write_rows
@@ -422,6 +423,16 @@ CASES: dict[str, Case] = {
         metrics=frozenset({"loss", "mrr", "ndcg_at_10", "recall_at_1"}),
         recompute=_sorting,
         asked=lambda rows: [{"query": row["query"], "documents": [row["positive"], row["negative"]]} for row in rows],
+    ),
+    "masked_lm": Case(
+        base=lambda: masked_base("bert"),
+        task={"type": "masked_lm", "mlm_probability": 0.3},
+        rows=lambda: [{"text": text} for text in TEXTS],
+        found={"mlm_probability": 0.3},
+        metrics=frozenset({"loss", "perplexity", "token_accuracy"}),
+        recompute=lambda rows, answers: {},  # whose masks are other ones
+        asked=lambda rows: [{"text": f"[MASK] {row['text']} [MASK]"} for row in rows],
+        has_head=False,
     ),
     "preference": Case(
         base=base_folder,

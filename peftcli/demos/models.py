@@ -43,6 +43,13 @@ MODELS = {
     "all-MiniLM-L6-v2": DemoModel(
         "an encoder of 22 million parameters (Apache-2.0)", "minilm", "make", minilm.WHEEL, 1
     ),
+    "all-MiniLM-L6-with-masks": DemoModel(
+        "the same encoder with a head that is trained now to fill masks in Python's language reference",
+        "pretrain_masks",
+        "make",
+        minilm.WHEEL,
+        seconds=90,
+    ),
     "whisper-tiny.en": DemoModel("a speech model of 38 million parameters (MIT)", "whisper", "make", whisper.WHEEL),
     "tiny-t5": DemoModel(
         "a T5 that is trained now to write English dates as 2024-03-09", "pretrain_dates", "make", seconds=60

@@ -59,6 +59,9 @@ _SAID: Mapping[str, Callable[[_Answer, _Answer], str]] = {
     ),
     "label": lambda answer, _: f"{answer['label']} ({answer['score']:.0%})",
     "answer": lambda answer, _: f"{answer['answer']} ({answer['score']:.0%})",
+    "fills": lambda answer, _: "; ".join(
+        ", ".join(f"{each['token']} {each['score']:.0%}" for each in found[:3]) for found in answer["fills"]
+    ),
     "reward": lambda answer, _: f"reward {answer['reward']:.2f}",
     "shares": lambda answer, _: ", ".join(f"{name} {share:.0%}" for name, share in answer["shares"].items()),
     "objects": lambda answer, _: (
@@ -127,6 +130,13 @@ DEMOS: dict[str, Demo] = {
             {"text": "def f(path): return path.rsplit('.', 1)[-1]"},
             {"text": "def f(path): return open(path).read()"},
         ),
+        seconds=60,
+    ),
+    "masked_lm": Demo(
+        summary="find masked words in the first lines of docstrings; it knows Python's language reference",
+        model="all-MiniLM-L6-with-masks",
+        data=texts.summaries,
+        asks=({"text": "[MASK] the extension of a file."}, {"text": "Raise an [MASK] if the file is [MASK]."}),
         seconds=60,
     ),
     "audio_classification": Demo(

@@ -169,6 +169,14 @@ def code_search(folder: Path) -> None:
     write_rows(folder, train=parts["train"][:1000], eval=parts["eval"][:200])
 
 
+def summaries(folder: Path) -> None:
+    """First lines of docstrings of Python's standard library; the evaluation rows are of modules of their own."""
+    draw = random.Random(SEED)
+    parts = {part: draw.sample(sorted(pairs), len(pairs)) for part, pairs in documented(draw).items()}
+    rows = {part: [{"text": text} for text in texts] for part, texts in parts.items()}
+    write_rows(folder, train=rows["train"][:1600], eval=rows["eval"][:300])
+
+
 def docstrings(folder: Path) -> None:
     """Functions of Python's standard library: chosen is the docstring's first line, rejected another function's.
 

@@ -45,14 +45,15 @@ class Proposal:
 PICTURE_TOKENS = 1200
 """Tokens of a large picture in the smallest model that is proposed: 17 tiles of 64, and marks between them."""
 _TEXT = ("sequence_classification", "token_classification", "question_answering", "reward")
+_MASKS = (*_TEXT, "masked_lm")
 _CHAT = ("causal_lm", "preference")
 _SEES = ("image_text_to_text",)
 PROPOSALS = (
-    Proposal("distilbert/distilroberta-base", "Apache-2.0", 82, 6, 768, 50265, _TEXT),
-    Proposal("answerdotai/ModernBERT-base", "Apache-2.0", 149, 22, 768, 50368, _TEXT, positions=8192),
+    Proposal("distilbert/distilroberta-base", "Apache-2.0", 82, 6, 768, 50265, _MASKS),
+    Proposal("answerdotai/ModernBERT-base", "Apache-2.0", 149, 22, 768, 50368, _MASKS, positions=8192),
     Proposal("microsoft/deberta-v3-small", "MIT", 141, 6, 768, 128100, _TEXT),
-    Proposal("distilbert/distilbert-base-multilingual-cased", "Apache-2.0", 135, 6, 768, 119547, _TEXT, True),
-    Proposal("FacebookAI/xlm-roberta-base", "MIT", 278, 12, 768, 250002, _TEXT, True),
+    Proposal("distilbert/distilbert-base-multilingual-cased", "Apache-2.0", 135, 6, 768, 119547, _MASKS, True),
+    Proposal("FacebookAI/xlm-roberta-base", "MIT", 278, 12, 768, 250002, _MASKS, True),
     Proposal("sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0", 23, 6, 384, 30522, ("feature_extraction",)),
     Proposal("cross-encoder/ms-marco-MiniLM-L6-v2", "Apache-2.0", 23, 6, 384, 30522, ("reranker",)),
     Proposal("cross-encoder/mmarco-mMiniLMv2-L12-H384-v1", "Apache-2.0", 118, 12, 384, 250002, ("reranker",), True),

@@ -824,5 +824,6 @@ READINGS: tuple[Reading, ...] = (
         (_PROMPT, Role("completion", ("completion",), _COMPLETIONS, _answer, _free), _SYSTEM), "prompt_completion"
     ),
     *_language((_TEXT,), "text"),
+    Reading("masked_lm", (_TEXT,), (ENCODER,), only_asked=(None,)),
 )
 """Every reading that is known."""

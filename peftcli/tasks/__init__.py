@@ -83,6 +83,8 @@ class TaskRow:
     """Columns of ``reads`` that hold true or false."""
     needs: Mapping[frozenset[str], Mapping[str, Any]] = field(default_factory=dict)
     """Sets of ``reads`` -> the settings that rows of these columns need."""
+    precedes_tasks: bool = False
+    """Whether a base model of the task's architectures is usually the beginning of another task."""
     rate_factor: float = 1.0
     """What ``learning_rate: auto`` multiplies a method's rate with; see ``recipe.rates``."""
     variants: tuple[Variant, ...] = ()
@@ -330,6 +332,24 @@ TASKS: dict[str, TaskRow] = {
             "print(float(model(**inputs).logits[0, 0].sigmoid()))",
         ),
         rate_factor=4,
+    ),
+    "masked_lm": TaskRow(
+        task_type=None,
+        auto_class="AutoModelForMaskedLM",
+        settings=settings.MaskedLMSettings,
+        module="masked_lm",
+        processor="tokenizer",
+        reads=(("text",),),
+        pipeline_tag="fill-mask",
+        summary="fill in masked words, to learn the language of a field (BERT, RoBERTa, ModernBERT, ESM)",
+        example='"Ada lives in [MASK]."',
+        usage=(
+            'inputs = tokenizer(f"Ada lives in {tokenizer.mask_token}", return_tensors="pt")',
+            "logits = model(**inputs).logits[0]",
+            'at = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id) - inputs["input_ids"].shape[1]',
+            "print(tokenizer.decode(logits[at].argmax()))",
+        ),
+        precedes_tasks=True,
     ),
     "preference": TaskRow(
         task_type="CAUSAL_LM",

@@ -163,6 +163,26 @@ RANKED = by_name(
 )
 """Those of reranker."""
 
+MASKED = by_name(
+    # A tokenizer of another language or alphabet, or texts in lower case where it knows capitals alone.
+    Kind(
+        "nothing_to_mask",
+        "warning",
+        "hold nothing but special tokens, and are left out",
+        "Check whether the base model's tokenizer knows these texts: it writes what it does not know as one token.",
+        error_above=0.5,
+    ),
+    Kind(
+        "unknown_tokens",
+        "warning",
+        "consist for a tenth or more of what the tokenizer does not know, which is never masked",
+        "Check the alphabet of these texts, and whether the tokenizer tells capitals from small letters.",
+        error_above=0.5,
+    ),
+)
+"""Those of masked_lm."""
+
+
 PICTURES = by_name(
     Kind(
         "small_pictures",
@@ -246,5 +266,6 @@ FINDINGS = (
     | EMBEDDINGS
     | SEEN
     | RANKED
+    | MASKED
     | INFLUENCE
 )

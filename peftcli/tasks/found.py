@@ -44,11 +44,13 @@ def find_task(
 def _find(config: Any, columns: Collection[str], truths: Collection[str]) -> Found:
     architecture = (config.architectures or [type(config).__name__])[0]
     classes = {name: _classes(row, config) for name, row in TASKS.items()}
-    by_model = [
-        name for name, known in classes.items() if architecture in known and TASKS[name].auto_class != _HEADLESS
-    ] or [name for name, known in classes.items() if known]
+    exact = [name for name, known in classes.items() if architecture in known and TASKS[name].auto_class != _HEADLESS]
+    every = [name for name, known in classes.items() if known]
     matches = {name: match for name, row in TASKS.items() if (match := _match(row, columns, truths))}
     by_columns = [name for name, match in matches.items() if not any(match < other for other in matches.values())]
+    by_model = exact
+    if not {*exact} & {*by_columns} and all(TASKS[name].precedes_tasks for name in exact):
+        by_model = every
     fitting = [name for name in by_model if name in by_columns]
     if len(fitting) == 1:
         name, match = fitting[0], matches[fitting[0]]

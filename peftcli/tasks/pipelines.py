@@ -25,7 +25,7 @@ Answer = Mapping[str, float] | Sequence[str]
 
 _TEXTS = ("Hello", "A longer text of a few words more")
 _GENERATES = "text-generation"
-_NEW_TOKENS = 8
+_NEW_TOKENS, _FILLS = 8, 5
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,10 @@ def _sounds(pipeline: Any) -> Sequence[dict[str, Any]]:
     return [{"audio": {"array": samples, "sampling_rate": rate}} for samples in noise]
 
 
+def _masks(pipeline: Any) -> Sequence[dict[str, Any]]:
+    return [{"text": f"{text} {pipeline.tokenizer.mask_token}"} for text in _TEXTS]
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +168,10 @@ def _ask_for_tags(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Ans
     return [next(str(piece["entity"]) for piece in pieces if piece["end"] > start) for start in starts]
 
 
+def _ask_for_fills(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
+    return {str(each["token_str"]): float(each["score"]) for each in pipeline(values["text"], top_k=_FILLS)}
+
+
 def _ask_for_text(pipeline: Any, values: Mapping[str, Any], folder: Path) -> Answer:
     if not pipeline.model.can_generate():
         return [" ".join(pipeline(_raw(values["audio"]))["text"].split())]
@@ -179,6 +187,9 @@ _KINDS = {
     "text-classification": _Kind(lambda _: [{"text": text} for text in _TEXTS], _read_scores, _ask_of_text),
     "token-classification": _Kind(
         lambda _: [{"tokens": text.split()} for text in _TEXTS], lambda answer: answer["tags"], _ask_for_tags
+    ),
+    "fill-mask": _Kind(
+        _masks, lambda answer: {each["token"]: each["score"] for each in answer["fills"][0]}, _ask_for_fills
     ),
     "image-classification": _Kind(_pictures, _read_scores, _ask_of_picture),
     "audio-classification": _Kind(_sounds, _read_scores, _ask_of_sound),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, INSIDE_0_1, SHARE
 
 if TYPE_CHECKING:
     from typing import Self
@@ -235,6 +235,20 @@ class QuestionAnsweringSettings(TaskSettings):
     """Number of most likely starts and ends that are combined."""
     null_threshold: float = field(default=0.0, metadata=NOT_ENCODED)
     """By how much the score of no answer must exceed the best answer's to be given, if answers may be missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLMSettings(TaskSettings):
+    """Settings of masked_lm."""
+
+    mlm_probability: float = field(default=0.15, metadata=MAY_DIFFER | INSIDE_0_1)
+    """Share of a text's tokens that the model has to find: of these, 80 % are replaced by the mask token, 10 % by a
+    random one, and 10 % stay. Which ones they are is drawn anew at each step, and in evaluation always the same."""
+    whole_words: bool = field(default=False, metadata=MAY_DIFFER)
+    """Mask all pieces of a word together, for which the tokenizer has to know places in the text."""
+    max_length: int = field(default=512, metadata=MAY_DIFFER)
+    """Longest example, in tokens, within what the base model can read; a longer text becomes several examples. May
+    stand under ``dataset`` as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

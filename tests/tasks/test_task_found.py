@@ -42,6 +42,9 @@ T5 = config(T5Config, "T5ForConditionalGeneration")
         (config(BertConfig, "BertModel"), ["anchor", "positive", "negative"], "feature_extraction"),
         (config(BertConfig, "BertModel"), ["sentence1", "sentence2", "score"], "feature_extraction"),
         (config(BertConfig, "BertModel"), ["tokens", "ner_tags"], "token_classification"),
+        (config(BertConfig, "BertForMaskedLM"), ["text"], "masked_lm"),
+        (config(BertConfig, "BertForMaskedLM"), ["text", "label"], "sequence_classification"),
+        (config(BertConfig, "BertForMaskedLM"), ["anchor", "positive"], "feature_extraction"),
     ],
 )
 def test_one_task_is_left(model: Any, columns: list[str], task: str) -> None:
@@ -87,7 +90,7 @@ def test_a_task_that_reads_more_of_the_columns_goes_before(monkeypatch: pytest.M
 
 
 def test_rows_say_of_their_tasks_what_is_true() -> None:
-    processor = SimpleNamespace(is_fast=True)
+    processor = SimpleNamespace(is_fast=True, mask_token_id=4)
     for name, row in TASKS.items():
         config = SimpleNamespace(architectures=None, model_type="whisper", is_encoder_decoder=name == "seq2seq_lm")
         base: Any = SimpleNamespace(processor=lambda kind: processor, config=config, file=lambda name: None)

@@ -99,6 +99,8 @@ def test_names_and_levels_are_a_promise() -> None:
         "clips_too_long": ("warning", True),
         "silent_clips": ("warning", True),
         "clips_without_sound": ("warning", False),
+        "nothing_to_mask": ("warning", True),
+        "unknown_tokens": ("warning", True),
         "unbalanced_masks": ("warning", False),
         "small_pictures": ("warning", False),
         "no_caption": ("warning", True),
