@@ -32,6 +32,19 @@ _STILL: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_p
 _BERT, _ROBERTA = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
+def choice_rows() -> list[dict[str, Any]]:
+    """Questions of what comes after some words, with two or three choices each."""
+    found = []
+    for number, text in enumerate(TEXTS):
+        first, _, right = text.partition(", ")
+        others = [other.partition(", ")[2] for other in TEXTS[number + 1 :] + TEXTS if not other.endswith(right)]
+        choices = [right, *others[: 1 + number % 2]]
+        place = number % len(choices)
+        choices[0], choices[place] = choices[place], choices[0]
+        found.append({"question": f"{first}?", "choices": choices, "label": place})
+    return found
+
+
 @functools.cache
 def masked_base(kind: str) -> Path:
     """A model with its head and tokenizer: ``bert``, ``roberta``, ``modernbert`` or ``esm``."""

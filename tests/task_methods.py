@@ -53,6 +53,9 @@ NOT_FOR: dict[tuple[str, str], str] = {
         for method in _SOFT_PROMPTS
     },
     **{
+        (method, "multiple_choice"): "virtual tokens have no place where texts are compared" for method in _SOFT_PROMPTS
+    },
+    **{
         ("xlora", task): "its classifier reads one state for each token of a text"
         for task in (*_PICTURES, *_SOUNDS, "seq2seq_lm")
     },

@@ -18,7 +18,7 @@ import transformers
 from classifierkit import ROWS, classifier_base, segformer_config, write_pictures, write_scene
 from detectionkit import boxed_scenes, detector_base
 from diffusionkit import picture_files, pipeline_base
-from maskedkit import TEXTS, masked_base
+from maskedkit import TEXTS, choice_rows, masked_base
 from PIL import Image
 from soundkit import hearing_base, tone_rows, whisper_base
 from trainkit import MESSAGES, PAIRS, PROMPTS, base_folder, scratch, write_rows
@@ -423,6 +423,16 @@ CASES: dict[str, Case] = {
         metrics=frozenset({"loss", "mrr", "ndcg_at_10", "recall_at_1"}),
         recompute=_sorting,
         asked=lambda rows: [{"query": row["query"], "documents": [row["positive"], row["negative"]]} for row in rows],
+    ),
+    "multiple_choice": Case(
+        base=lambda: masked_base("bert"),
+        task={"type": "multiple_choice"},
+        rows=choice_rows,
+        found={"max_length": 1024},
+        metrics=frozenset({"loss", "accuracy"}),
+        recompute=lambda rows, answers: {
+            "accuracy": float(np.mean([row["label"] == one["choice"] for row, one in zip(rows, answers, strict=True)]))
+        },
     ),
     "masked_lm": Case(
         base=lambda: masked_base("bert"),

@@ -59,6 +59,7 @@ _SAID: Mapping[str, Callable[[_Answer, _Answer], str]] = {
     ),
     "label": lambda answer, _: f"{answer['label']} ({answer['score']:.0%})",
     "answer": lambda answer, _: f"{answer['answer']} ({answer['score']:.0%})",
+    "choice": lambda answer, _: f"{answer['text']} ({answer['scores'][answer['choice']]:.0%})",
     "fills": lambda answer, _: "; ".join(
         ", ".join(f"{each['token']} {each['score']:.0%}" for each in found[:3]) for found in answer["fills"]
     ),
@@ -137,6 +138,18 @@ DEMOS: dict[str, Demo] = {
         model="all-MiniLM-L6-with-masks",
         data=texts.summaries,
         asks=({"text": "[MASK] the extension of a file."}, {"text": "Raise an [MASK] if the file is [MASK]."}),
+        seconds=90,
+    ),
+    "multiple_choice": Demo(
+        summary="choose which of several sentences says what a function does",
+        model="all-MiniLM-L6-v2",
+        data=texts.choices,
+        asks=(
+            {
+                "question": "def f(path):\n    return path.rsplit('.', 1)[-1]",
+                "choices": '["Close the connection.", "Return the extension of a file.", "Sort the names."]',
+            },
+        ),
         seconds=60,
     ),
     "audio_classification": Demo(

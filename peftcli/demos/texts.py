@@ -177,6 +177,23 @@ def summaries(folder: Path) -> None:
     write_rows(folder, train=rows["train"][:1600], eval=rows["eval"][:300])
 
 
+def choices(folder: Path) -> None:
+    """Functions of Python's standard library, each with three to five first lines of docstrings, one of them its own.
+
+    The evaluation rows are of modules of their own.
+    """
+    draw = random.Random(SEED)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for part, pairs in documented(draw).items():
+        short = {summary: code for summary, code in pairs.items() if len(code) <= _CODE_CHARACTERS}
+        parts[part] = []
+        for summary in draw.sample(sorted(short), len(short)):
+            those = [summary, *draw.sample(sorted({*short} - {summary}), draw.randint(2, 4))]
+            draw.shuffle(those)
+            parts[part].append({"question": short[summary], "choices": those, "label": those.index(summary)})
+    write_rows(folder, train=parts["train"][:320], eval=parts["eval"][:100])
+
+
 def docstrings(folder: Path) -> None:
     """Functions of Python's standard library: chosen is the docstring's first line, rejected another function's.
 

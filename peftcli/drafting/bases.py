@@ -44,7 +44,7 @@ class Proposal:
 
 PICTURE_TOKENS = 1200
 """Tokens of a large picture in the smallest model that is proposed: 17 tiles of 64, and marks between them."""
-_TEXT = ("sequence_classification", "token_classification", "question_answering", "reward")
+_TEXT = ("sequence_classification", "token_classification", "question_answering", "reward", "multiple_choice")
 _MASKS = (*_TEXT, "masked_lm")
 _CHAT = ("causal_lm", "preference")
 _SEES = ("image_text_to_text",)

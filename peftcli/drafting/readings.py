@@ -19,6 +19,8 @@ from peftcli.drafting.facts import ColumnFacts
 from peftcli.drafting.look import Look
 from peftcli.tasks import (
     CAPTIONS,
+    CHOICES,
+    CHOSEN,
     EDITED_PICTURES,
     INSTRUCTIONS,
     LABELS,
@@ -428,6 +430,19 @@ def _answers(facts: ColumnFacts) -> str | None:
     return f"{len(objects):,} {facts.of()} are answers with their places" if len(objects) == len(facts.given) else None
 
 
+def _choices(facts: ColumnFacts) -> str | None:
+    """Texts to choose from: lists of two or more, or what holds such a list under ``text``."""
+    objects = [each["text"] for each in facts.given if isinstance(each, dict) and isinstance(each.get("text"), list)]
+    lists = facts.parsed_list or objects
+    good = sum(len(each) > 1 and all(isinstance(text, str) for text in each) for each in lists)
+    return f"{good:,} {facts.of()} are lists of texts" if lists and good >= 0.95 * len(facts.given) else None
+
+
+def _chosen(facts: ColumnFacts) -> str | None:
+    """A place among choices, a letter, or the text of one."""
+    return f"{len(facts.given):,} {facts.of()} are places or texts" if facts.counts and not facts.media else None
+
+
 def _truth(facts: ColumnFacts) -> str | None:
     if not facts.is_zero_one or facts.is_constant:
         return None
@@ -669,6 +684,18 @@ READINGS: tuple[Reading, ...] = (
         ),
         (ENCODER,),
         joint=_answer_in_context,
+    ),
+    Reading(
+        "multiple_choice",
+        (
+            Role("question", ("question",), ("query", "q", "prompt", "stem", "startphrase", "sentence"), _any_text),
+            Role(
+                "context", ("context", "passage", "article"), ("paragraph", "text", "story"), _maybe_text, optional=True
+            ),
+            Role("choices", CHOICES, ("candidates", "answers", "alternatives"), _choices),
+            Role("label", CHOSEN, ("correct", "correct_answer", "target", "gold", "answer_index", "solution"), _chosen),
+        ),
+        (ENCODER,),
     ),
     *(
         Reading(

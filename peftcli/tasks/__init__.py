@@ -216,6 +216,8 @@ EDITED_PICTURES = ("target", "edited_image", "output_image")
 PICTURES = ("image", "file_name", "img", "image_file_name")
 LABELS = ("label", "labels")
 SCORES = ("label", "score")
+CHOICES = ("choices", "options", "endings")
+CHOSEN = ("label", "answer", "answerKey", "answer_key")
 PAIRS = (
     *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
     *(("question", "sentence"), ("question", "passage")),
@@ -350,6 +352,24 @@ TASKS: dict[str, TaskRow] = {
             "print(tokenizer.decode(logits[at].argmax()))",
         ),
         precedes_tasks=True,
+    ),
+    "multiple_choice": TaskRow(
+        task_type=None,
+        auto_class="AutoModelForMultipleChoice",
+        settings=settings.MultipleChoiceSettings,
+        module="multiple_choice",
+        processor="tokenizer",
+        reads=tuple(("question", choices, label) for choices in CHOICES for label in CHOSEN),
+        pipeline_tag="multiple-choice",
+        summary="choose one of several answers to a question (BERT, RoBERTa, DeBERTa)",
+        example='"Where is Turin?" \'["in Italy", "in Peru"]\'',
+        usage=(
+            'choices = ["in Italy", "in Peru"]',
+            'pairs = tokenizer(["Where is Turin?"] * len(choices), choices, padding=True, return_tensors="pt")',
+            "inputs = {name: each.unsqueeze(0) for name, each in pairs.items()}  # one row of two choices",
+            "print(choices[int(model(**inputs).logits[0].argmax())])",
+        ),
+        rate_factor=4,
     ),
     "preference": TaskRow(
         task_type="CAUSAL_LM",

@@ -183,6 +183,17 @@ MASKED = by_name(
 """Those of masked_lm."""
 
 
+CHOICES = by_name(
+    Kind(
+        "choice_twice",
+        "warning",
+        "have a choice that stands twice: one of the two is wrong to the loss, though both are the same",
+        "Remove one of them, and count the place of the right choice again.",
+    ),
+)
+"""Those of multiple_choice."""
+
+
 PICTURES = by_name(
     Kind(
         "small_pictures",
@@ -267,5 +278,6 @@ FINDINGS = (
     | SEEN
     | RANKED
     | MASKED
+    | CHOICES
     | INFLUENCE
 )

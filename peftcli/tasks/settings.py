@@ -75,9 +75,10 @@ class CausalLMSettings(GeneratedSettings):
     pieces that are separate examples. They are counted in any case."""
     packing: bool = field(default=False, metadata=NOT_ENCODED)
     """Put several examples into each row of a batch, up to max_length. Attention stays within an example."""
-    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    train_on: Literal["answers", "last_answer", "all", "middle"] = "answers"
     """Which tokens count in the loss. answers: the text of each assistant turn and its end-of-turn token; last_answer:
-    the same of the last assistant turn; all: every token."""
+    the same of the last assistant turn; all: every token; middle: a part of each text, which the model sees after the
+    text's beginning and end, between tokens of its own (fill-in-the-middle, for models of code)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,15 @@ class MaskedLMSettings(TaskSettings):
     max_length: int = field(default=512, metadata=MAY_DIFFER)
     """Longest example, in tokens, within what the base model can read; a longer text becomes several examples. May
     stand under ``dataset`` as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoiceSettings(TaskSettings):
+    """Settings of multiple_choice."""
+
+    max_length: int = field(default=1024, metadata=MAY_DIFFER)
+    """Longest choice with its question and context, in tokens, within what the base model can read; the end of a longer
+    context is cut, the same for all choices of a row. May stand under ``dataset`` as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "clips_without_sound": ("warning", False),
         "nothing_to_mask": ("warning", True),
         "unknown_tokens": ("warning", True),
+        "choice_twice": ("warning", False),
         "unbalanced_masks": ("warning", False),
         "small_pictures": ("warning", False),
         "no_caption": ("warning", True),
