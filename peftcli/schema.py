@@ -153,9 +153,10 @@ class Dataset:
     packing: bool = False
     """Put several examples into each row of a batch, up to max_length. Attention stays within an example.
     per_device_train_batch_size then counts these rows."""
-    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    train_on: Literal["answers", "last_answer", "all", "middle"] = "answers"
     """Which tokens count in the loss. answers: the text of each assistant turn and its end-of-turn token; last_answer:
-    the same of the last assistant turn; all: every token."""
+    the same of the last assistant turn; all: every token; middle: a part of each text, which the model sees after the
+    text's beginning and end, between tokens of its own (fill-in-the-middle, for models of code)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be used: stop with an error, or skip it. Skipped rows are counted and
     listed."""

@@ -6,18 +6,21 @@ A row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from peftcli.data.store import Example
+from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import CausalEncoder
-from peftcli.tasks.text.language_model import LanguageModel, refuse_later_tokens, target_losses
+from peftcli.tasks.text.language_model import Encoder, LanguageModel, refuse_later_tokens, target_losses
+from peftcli.tasks.text.middle import MiddleEncoder, middle_tokens
 from peftcli.tasks.text.token_ids import next_tokens, token_loss
 
 _SAMPLE = 8
@@ -29,6 +32,16 @@ class CausalLM(LanguageModel[settings.CausalLMSettings]):
 
     name = "causal_lm"
     encoder = CausalEncoder
+
+    def __init__(self, settings: settings.CausalLMSettings, processor: Any, base: OpenBase):
+        super().__init__(settings, processor, base)
+        if settings.train_on == "middle":
+            middle_tokens(processor, base.name)
+
+    def encoder_of(self, reader: Any) -> Encoder:
+        if self.settings.train_on != "middle":
+            return super().encoder_of(reader)
+        return MiddleEncoder(reader, self.processor, self.settings, self.base.name)
 
     def texts(self, ids: list[int], labels: list[int]) -> list[Text]:
         # a causal model never predicts the first token

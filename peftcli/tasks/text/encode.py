@@ -65,7 +65,7 @@ class CausalEncoder:
         self._may_be_raw = bool(written)
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        read, results = _read_each(rows, self._read)
+        read, results = read_each(rows, self._read)
         encoded = encode_marked([marked for _, marked, _ in read.values()], self.tokenizer) if read else []
         for (example, _, _), each in zip(read.values(), encoded, strict=True):
             if isinstance(example, ChatExample) and (kind := _kind(example)) not in self._compared:
@@ -111,7 +111,7 @@ class CausalEncoder:
         if len(ids) > limit:
             how = self.settings.overlong
             if how == "error":
-                return _too_long(row, len(ids), limit, self.settings.max_length)
+                return too_long(row, len(ids), limit, self.settings.max_length)
             if how == "drop":
                 outcome.reason = OVERLONG
                 return outcome
@@ -156,7 +156,7 @@ class Seq2SeqEncoder:
         self.rendered = bool(tokenizer.chat_template) and reader.name in ("messages", "sharegpt")
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome | DataError]:
-        pairs, results = _read_each(rows, self._read)
+        pairs, results = read_each(rows, self._read)
         if not pairs:
             return results
         texts, wanted, _ = map(list, zip(*pairs.values(), strict=True))
@@ -184,7 +184,7 @@ class Seq2SeqEncoder:
             outcome.flags |= Flag.OPEN
         if longest > limit:
             if self.settings.overlong == "error":
-                return _too_long(row, longest, limit, limit)
+                return too_long(row, longest, limit, limit)
             if self.settings.overlong == "drop":
                 outcome.reason = OVERLONG
                 return outcome
@@ -215,7 +215,7 @@ def flag_unread(
     return outcomes
 
 
-def _read_each(rows: Sequence[Row], read: Callable[[Row], T]) -> tuple[dict[int, T], list[Outcome | DataError]]:
+def read_each(rows: Sequence[Row], read: Callable[[Row], T]) -> tuple[dict[int, T], list[Outcome | DataError]]:
     """Return what ``read`` makes of each row, by its index, and an outcome of each: the error of one that it refuses.
 
     Raises:
@@ -247,7 +247,8 @@ def _with_place(error: Error, row: Row) -> Error:
     return type(error)(at.message, file=at.file, line=at.line, key=error.key, hint=error.hint)
 
 
-def _too_long(row: Row, length: int, limit: int, max_length: int) -> DataError:
+def too_long(row: Row, length: int, limit: int, max_length: int) -> DataError:
+    """Return the error of a row that is longer than ``max_length``, or than the ``limit`` of the base model."""
     if limit < max_length:
         return row.place.error(
             f"has {length} tokens, more than the {limit} that the base model reads",

@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
     from peftcli.models.open import OpenBase
 
+Encoder = Callable[[Sequence[Row]], list[Outcome | DataError]]
 Settings = TypeVar("Settings", bound=CausalLMSettings | Seq2SeqLMSettings)
 CHAT_PACKAGES = ("transformers", "tokenizers", "jinja2")
 """Packages whose version decides which ids a text or a conversation gets."""
@@ -87,7 +88,7 @@ class LanguageModel(Task[Settings]):
 
     def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
-        self._encoders: dict[Any, CausalEncoder | Seq2SeqEncoder] = {}
+        self._encoders: dict[Any, Encoder] = {}
         self._audit: TextAudit | None = None
         self._stops: dict[bool, StopTokens] = {}
         self._own = own_metric_of(settings)
@@ -143,9 +144,13 @@ class LanguageModel(Task[Settings]):
     def encode(self, rows: Sequence[Row], reader: Any) -> list[Outcome | DataError]:
         key = (reader.name, *reader.names.items())
         if key not in self._encoders:
-            self._encoders[key] = self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
+            self._encoders[key] = self.encoder_of(reader)
         outcomes = flag_unread(self._encoders[key](rows), rows, reader)
         return list(map(self._with_prompt, outcomes, rows, repeat(reader))) if self.generates else outcomes
+
+    def encoder_of(self, reader: Any) -> Encoder:
+        """What encodes the rows of a reader."""
+        return self.encoder(reader, self.processor, self.settings)  # type: ignore[arg-type]
 
     def shared(self, row: Row, reader: Any) -> Any:
         return prompt_start(reader(row))
