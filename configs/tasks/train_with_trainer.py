@@ -231,6 +231,56 @@ class Answers(Side):
         return dict(transformers.DataCollatorWithPadding(self.tokenizer)(rows))
 
 
+class MaskedTexts(Side):
+    """Texts, in which the collator of transformers masks tokens."""
+
+    auto, head = "AutoModelForMaskedLM", None
+
+    def encode(self, rows: Rows) -> Rows:
+        ids = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=self.length)["input_ids"]
+        return [{"input_ids": each} for each in ids]
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        share = self.task["mlm_probability"]
+        return dict(transformers.DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=share)(rows))
+
+
+class Choices(Side):
+    """Questions with choices, as many in each row of a batch: shorter rows get choices of padding."""
+
+    auto = "AutoModelForMultipleChoice"
+
+    def encode(self, rows: Rows) -> Rows:
+        encoded = []
+        for row in rows:
+            pairs = [row["question"]] * len(row["choices"]), row["choices"]
+            given = self.tokenizer(*pairs, truncation=True, max_length=self.length)
+            encoded.append({**given, "labels": row["label"]})
+        return encoded
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        most, labels = max(len(row["input_ids"]) for row in rows), [row["labels"] for row in rows]
+        flat = []
+        for row in rows:
+            each = [{name: row[name][at] for name in row if name != "labels"} for at in range(len(row["input_ids"]))]
+            flat += [*each, *each[:1] * (most - len(each))]
+        batch = self.tokenizer.pad(flat, return_tensors="pt")
+        counts = torch.tensor([len(row["input_ids"]) for row in rows])
+        shaped = {name: value.reshape(len(rows), most, -1) for name, value in batch.items()}
+        return {**shaped, "labels": torch.tensor(labels), "there": torch.arange(most) < counts[:, None]}
+
+    def trainer(self, folder: Path) -> Any:
+        trainer = super().trainer(folder)
+        trainer.compute_loss = self.loss  # the model's own takes padding for a choice
+        return trainer
+
+    def loss(self, model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+        """The cross-entropy over the choices that are there."""
+        labels, there = inputs.pop("labels"), inputs.pop("there")
+        scores = model(**inputs).logits.float().masked_fill(~there, -torch.inf)
+        return torch.nn.functional.cross_entropy(scores, labels)
+
+
 class Pictures(Side):
     """Classes of pictures in folders."""
 
@@ -613,6 +663,8 @@ class Bags(Side):
 
 
 SIDES: dict[str, Callable[[Recipe], Side]] = {
+    "masked_lm": MaskedTexts,
+    "multiple_choice": Choices,
     "sequence_classification": Texts,
     "token_classification": Entities,
     "question_answering": Answers,
