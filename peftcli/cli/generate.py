@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,7 +18,6 @@ from peftcli.cli.predict import check_target, print_count
 from peftcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from peftcli.data.rows import Row
     from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
     from peftcli.tasks.text.prompts import Prompt
 
@@ -77,15 +77,14 @@ def generate(
     _check(prompt, system, images, source, target, temperature, top_p, as_json)
     from peftcli.adapters.generate import as_prompt, check_images, find_asked, first_batch, load_generator
     from peftcli.adapters.predict import predict_file, read_input, text_predictor
+    from peftcli.cli.chat import chat
     from peftcli.tasks.text.generation import GenerationSettings
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     rows, found = read_input(source), find_asked(adapter, base, pictures=bool(images))
     check_images(images)
 
-    def ask(asked: Row | str) -> Prompt:
-        return as_prompt(found, asked, images, system)
-
+    ask = partial(as_prompt, found, images=images, system=system)
     prompts = [ask(_FIRST_OF_A_CHAT if prompt is None else prompt)] if source is None else list(map(ask, rows))
     generator = load_generator(
         found,
@@ -102,8 +101,6 @@ def generate(
         count = predict_file(predictor, rows, target, lambda done, total: tell(f"{done}/{total}"))
         return print_count(target, count, tell, as_json=as_json)
     if prompt is None:
-        from peftcli.cli.chat import chat
-
         return chat(generator, settings, system, images)
     return _answer(generator, prompts, settings, as_json)
 

@@ -161,18 +161,7 @@ def fit_rt_detr(
         tell: As in ``fit``.
     """
     torch.manual_seed(SEED)
-    sizes = [width // 4, width // 2, 3 * width // 4, width]
-    read: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
-    backbone = RTDetrResNetConfig(
-        embedding_size=width // 4, hidden_sizes=sizes, depths=[1, 1, 1, 1], layer_type="basic", **read
-    )  # fmt: skip
-    config = RTDetrConfig(
-        backbone_config=backbone, freeze_backbone_batch_norms=False, encoder_in_channels=sizes[1:], d_model=width,
-        encoder_hidden_dim=width, encoder_ffn_dim=2 * width, decoder_in_channels=[width] * 3,
-        decoder_ffn_dim=2 * width, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        hidden_expansion=0.5, num_queries=10, num_denoising=0, dropout=0.0, id2label=dict(enumerate(names)),
-    )  # fmt: skip
-    model = RTDetrForObjectDetection(config)
+    model = RTDetrForObjectDetection(_rt_detr_config(names, width))
 
     def loss() -> torch.Tensor:
         images, boxes, kinds = zip(*(any_scene() for _ in range(batch)), strict=True)
@@ -190,6 +179,20 @@ def fit_rt_detr(
         size={"height": side, "width": side}, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     processor.save_pretrained(folder)
+
+
+def _rt_detr_config(names: Sequence[str], width: int) -> RTDetrConfig:
+    sizes = [width // 4, width // 2, 3 * width // 4, width]
+    read: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
+    backbone = RTDetrResNetConfig(
+        embedding_size=width // 4, hidden_sizes=sizes, depths=[1, 1, 1, 1], layer_type="basic", **read
+    )
+    return RTDetrConfig(
+        backbone_config=backbone, freeze_backbone_batch_norms=False, encoder_in_channels=sizes[1:], d_model=width,
+        encoder_hidden_dim=width, encoder_ffn_dim=2 * width, decoder_in_channels=[width] * 3,
+        decoder_ffn_dim=2 * width, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        hidden_expansion=0.5, num_queries=10, num_denoising=0, dropout=0.0, id2label=dict(enumerate(names)),
+    )  # fmt: skip
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +79,7 @@ def read_coco(path: Path, folder: Path, *, boxes: bool = False) -> FromCoco | No
     if boxes or not (is_captions or any(each.get("segmentation") for key in there for each in marks[key])):
         return _with_boxes(path, folder, stored, marks, names)
     if is_captions:
-        rows = [
-            {"image": os.path.relpath(file, folder.parent), "text": str(each.get("caption", "")).strip()}
-            for key, file in there.items()
-            for each in marks[key]
-        ]
+        rows = list(_captions(there, marks, folder))
         return FromCoco(rows, [], f"{count_of(len(rows), 'caption')} of COCO{lost}")
     used = {each.get("category_id") for some in marks.values() for each in some}
     values = {key: at for at, key in enumerate((key for key in names if key in used), start=1)}
@@ -101,11 +97,19 @@ def read_coco(path: Path, folder: Path, *, boxes: bool = False) -> FromCoco | No
         hint = "Its masks are compressed. For its boxes: peftcli init --task object_detection."
         raise DataError("has no outlines from which masks could be drawn", file=str(path), hint=hint)
     lost += f"; {count_of(unread, 'annotation')} without an outline left out" if unread else ""
-    lost += (
-        "; for boxes: --task object_detection" if any(each.get("bbox") for key in there for each in marks[key]) else ""
-    )
+    has_boxes = any(each.get("bbox") for key in there for each in marks[key])
+    lost += "; for boxes: --task object_detection" if has_boxes else ""
     says = f"masks of {count_of(len(rows), 'picture')} were drawn into {folder}{lost}"
     return FromCoco(rows, [_BACKGROUND, *(names[key] for key in values)], says)
+
+
+def _captions(
+    there: Mapping[Any, Path], marks: Mapping[Any, Sequence[Mapping[str, Any]]], folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each caption of a picture that is there."""
+    for key, file in there.items():
+        for each in marks[key]:
+            yield {"image": os.path.relpath(file, folder.parent), "text": str(each.get("caption", "")).strip()}
 
 
 def _with_boxes(

@@ -31,6 +31,7 @@ from peftcli.tasks import (
     TOKENS,
     TRANSCRIPTS,
 )
+from peftcli.tasks.boxes import objects_of
 
 _EXACT, _KNOWN, _BY_VALUES = 0, 1, 2
 _UNREAD_MEDIA, _UNREAD_CLASSES, _UNREAD_TEXT, _UNREAD_FRACTIONS = 4, 3, 3, 2
@@ -334,8 +335,6 @@ def _audio(facts: ColumnFacts) -> str | None:
 
 
 def _objects(facts: ColumnFacts) -> str | None:
-    from peftcli.tasks.boxes import objects_of
-
     boxes = 0
     try:
         for each in facts.given:

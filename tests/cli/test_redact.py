@@ -227,9 +227,9 @@ def test_other_libraries_write_through_it(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_streamed_answer_hides_what_comes_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    from peftcli.cli.generate import _streamed_output
+    from peftcli.cli.console import streamed_output
 
-    with _streamed_output() as write:
+    with streamed_output() as write:
         for part in ("Say ", TOKEN[:9], TOKEN[9:], ", please\nor 你", "好", " not"):
             write(part)
     assert capsys.readouterr().out == "Say ***, please\nor 你好 not\n"
@@ -239,20 +239,20 @@ def test_a_streamed_answer_hides_what_comes_in_parts(capsys: pytest.CaptureFixtu
 def test_a_streamed_secret_with_spaces(
     size: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peftcli.cli.generate import _streamed_output
+    from peftcli.cli.console import streamed_output
 
     monkeypatch.setenv("APP_PASSWORD", "correct horse 7")
     text = "It is correct horse 7, or correct horse 8, or https://me:correct horse@x, or correct"
-    with _streamed_output() as write:
+    with streamed_output() as write:
         for start in range(0, len(text), size):
             write(text[start : start + size])
     assert capsys.readouterr().out == redact(text) + "\n"
 
 
 def test_what_is_streamed_is_shown_soon(capsys: pytest.CaptureFixture[str]) -> None:
-    from peftcli.cli.generate import _streamed_output
+    from peftcli.cli.console import streamed_output
 
-    with _streamed_output() as write:
+    with streamed_output() as write:
         write("One two three ")
         assert capsys.readouterr().out == "One two three "
         write("four")

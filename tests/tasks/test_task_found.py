@@ -90,10 +90,19 @@ def test_a_task_that_reads_more_of_the_columns_goes_before(monkeypatch: pytest.M
 
 
 def test_rows_say_of_their_tasks_what_is_true() -> None:
-    processor = SimpleNamespace(is_fast=True, mask_token_id=4)
+    template = "{{ messages }}"
+    processor = SimpleNamespace(is_fast=True, mask_token_id=4, chat_template=template, image_processor=None)
+    processor.tokenizer, processor.post_process_object_detection = processor, print
+    processor.size = {"height": 32, "width": 32}
     for name, row in TASKS.items():
         config = SimpleNamespace(architectures=None, model_type="whisper", is_encoder_decoder=name == "seq2seq_lm")
-        base: Any = SimpleNamespace(processor=lambda kind: processor, config=config, file=lambda name: None)
+        base: Any = SimpleNamespace(
+            processor=lambda kind: processor,
+            config=config,
+            file=lambda name: None,
+            name="base",
+            spec=SimpleNamespace(chat_template=None),
+        )
         task = row.open(row.settings(), base)
         assert task.columns
 

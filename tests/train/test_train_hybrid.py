@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ class Counted:
                 watch(name)
         shard = setup.shard
 
-        def watched(model: torch.nn.Module, *given: object) -> None:
-            shard(model, *given)
+        def watched(model: torch.nn.Module, *given: Any, **more: Any) -> None:
+            shard(model, *given, **more)
             parts = [getattr(each, "_local_tensor", each) for each in model.parameters()]
             note("held", "", sum(each.nbytes for each in parts), [])
 

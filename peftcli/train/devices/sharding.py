@@ -70,8 +70,7 @@ def shard(model: nn.Module, device: torch.device, launch: Launch, *, only_decode
     """
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # its own, so not where other runs need it
 
-    found = check_divisible(model, launch.strategy, only_decoder=only_decoder)
-    send = launch.cpu_ram_efficient_loading
+    found, send = check_divisible(model, launch.strategy, only_decoder=only_decoder), launch.cpu_ram_efficient_loading
     if device.type == "cpu":  # where layers are allocated and freed all the time
         give_back_freed()
     for each in filter(in_four_bits, model.modules()):

@@ -113,6 +113,10 @@ def test_names_and_levels_are_a_promise() -> None:
         "documents_contradict": ("warning", False),
         "repeated_texts": ("info", False),
         "anchors_in_eval": ("info", False),
+        "boxes_are_corners": ("error", True),
+        "pictures_too_long": ("warning", True),
+        "answers_differ": ("info", False),
+        "no_picture": ("info", False),
     }
 
 

@@ -68,7 +68,7 @@ def test_padded_parts_are_of_like_length(sizes: list[int]) -> None:
 @pytest.mark.parametrize("name", ["seq2seq_lm", "sequence_classification"])
 def test_a_padded_model_learns_the_same_in_parts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder-decoder, and a classifier that is made to compute padding."""
-    monkeypatch.setattr("peftcli.train.forward.unpad", lambda model, config: False)
+    monkeypatch.setattr("peftcli.train.forward.unpad", lambda model, config, probe: False)
     recipe, losses, shares = CASES[name].write(tmp_path), list[list[float]](), list[float]()
     settings = ("training.max_steps=3", "training.per_device_train_batch_size=4", "training.bf16=false")
     for cost in (0, 10**9):
