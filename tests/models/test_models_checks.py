@@ -168,7 +168,7 @@ def test_files_of_several_are_missed(tmp_path: Path) -> None:
 
 SPOILT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
-    "head": (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    "head": (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
     "shape": (
         lambda t: t.update({"model.norm.weight": torch.ones(7)}),
         r"model.norm.weight is \(7,\), not \(32,\)",

@@ -22,6 +22,7 @@ from peftcli.tasks import row_of
 
 ROOT = Path(__file__).parents[2]
 FETCHED = {
+    **{"docstring-texts": "masked_lm", "docstring-choices": "multiple_choice"},
     **{"garments": "semantic_segmentation", "kjv": "token_classification"},
     **{"questions": "question_answering", "docstrings": "reward", "pronunciations": "seq2seq_lm"},
     **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
