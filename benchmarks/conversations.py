@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
-import time
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from common import TOKENIZER
-from images import CLASSES, IMAGES, SIDE, cpu_seconds, resident_with_workers, write_images
+from images import CLASSES, IMAGES, SIDE, first_steps, resident_with_workers, train, write_images
 
 EARLY, LATE = 50, 500
 """Steps after which memory is measured."""
 IMAGE = "<image>"
+TASK = {"type": "image_text_to_text", "connector": "trained"}
 TEMPLATE = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{% for part in turn.content %}"
     "{% if part.type == 'image' %}" + IMAGE + "{% else %}{{ part.text }}{% endif %}"
@@ -76,46 +72,14 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, on_event: Callable[[Any], None], **training: Any) -> None:
-    """Train an adapter of the LLaVA."""
-    from peftcli.schema import BaseModel, Dataset, Recipe, Training
-    from peftcli.train.run import train
-
-    base, rows = write_base(folder / "llava"), write_rows(folder)
-    with tempfile.TemporaryDirectory() as out:
-        recipe = Recipe(
-            base_model=BaseModel(name=str(base)),
-            task={"type": "image_text_to_text", "connector": "trained"},
-            method={"type": "lora", "r": 4, "target_modules": "all-linear"},
-            dataset=Dataset(train=str(rows)),
-            training=Training(output_dir=f"{out}/run", bf16=False, save_strategy="no", **training),
-        )
-        train(recipe, on_event=on_event)
-
-
 def start(folder: Path) -> dict[str, float]:
     """When the first step is done: with an empty cache, then with what the first run left there."""
-    import accelerate  # noqa: F401  # before the clock
-    import transformers  # noqa: F401
-
-    from peftcli.train.events import Message, Stepped
-
-    write_base(folder / "llava"), write_rows(folder)
     figures = dict[str, float]()
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["PEFTCLI_CACHE"] = cache
-        for which in ("nothing cached", "cached"):
-            marks = [(time.perf_counter(), cpu_seconds())]
-
-            def note(event: Any, marks: list[tuple[float, float]] = marks) -> None:
-                loads = isinstance(event, Message) and event.text.startswith("loading")
-                if loads or (isinstance(event, Stepped) and event.result.step == 1):
-                    marks.append((time.perf_counter(), cpu_seconds()))
-
-            train(folder, note, max_steps=2, per_device_train_batch_size=8)
-            for name, (begin, end) in zip(("data read", "model loaded, first step"), pairwise(marks), strict=True):
-                for unit, before, after in zip(("s", "CPU s"), begin, end, strict=True):
-                    figures[f"{which}: {name}, {unit}"] = round(after - before, 1)
+    for which, spans in first_steps(write_base(folder / "llava"), write_rows(folder), TASK):
+        for name, span in zip(("data read", "model loaded, first step"), spans, strict=True):
+            figures |= {
+                f"{which}: {name}, {unit}": round(took, 1) for unit, took in zip(("s", "CPU s"), span, strict=True)
+            }
     return figures
 
 
@@ -129,7 +93,8 @@ def memory(folder: Path) -> dict[str, float]:
         if isinstance(event, Stepped) and event.result.step in (EARLY, LATE):
             figures[f"MiB after step {event.result.step}"] = round(resident_with_workers() / 2**20, 1)
 
-    train(folder, note, max_steps=LATE + 1, per_device_train_batch_size=8)
+    base, rows = write_base(folder / "llava"), write_rows(folder)
+    train(base, rows, note, TASK, max_steps=LATE + 1, per_device_train_batch_size=8)
     return figures
 
 

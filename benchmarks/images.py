@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,19 @@ def write_base(folder: Path, image_size: int, hidden_size: int) -> Path:
     return folder
 
 
-def train(base: Path, images: Path, on_event: Callable[[Any], None], **training: Any) -> None:
-    """Train an adapter of a ViT."""
+def train(
+    base: Path, rows: Path, on_event: Callable[[Any], None], task: dict[str, Any] | None = None, **training: Any
+) -> None:
+    """Train an adapter; of a ViT if no task is named."""
     from peftcli.schema import BaseModel, Dataset, Recipe, Training
     from peftcli.train.run import train
 
     with tempfile.TemporaryDirectory() as out:
         recipe = Recipe(
             base_model=BaseModel(name=str(base)),
-            task={"type": "image_classification"},
+            task=task or {"type": "image_classification"},
             method={"type": "lora", "r": 4, "target_modules": "all-linear"},
-            dataset=Dataset(train=str(images)),
+            dataset=Dataset(train=str(rows)),
             training=Training(output_dir=f"{out}/run", bf16=False, save_strategy="no", **training),
         )
         train(recipe, on_event=on_event)
@@ -92,12 +95,21 @@ def resident_with_workers() -> int:
 
 def start(folder: Path) -> None:
     """When the first step is done: with an empty cache, then with what the first run left there."""
-    import accelerate  # noqa: F401  # before the clock
-    import transformers  # noqa: F401
+    images, base = write_images(folder / "images", IMAGES, SIDE), write_base(folder / "base", 32, 32)
+    for which, spans in first_steps(base, images):
+        names = ("data read", "model loaded and first step done")
+        print(
+            which,
+            *(f"{name} in {wall:.1f} s ({cpu:.1f} CPU s)" for name, (wall, cpu) in zip(names, spans, strict=True)),
+        )
 
+
+def first_steps(base: Path, rows: Path, task: dict[str, Any] | None = None) -> Iterator[tuple[str, list[list[float]]]]:
+    """Seconds and CPU seconds to read the data, and from there to the end of step 1: without, then with a cache."""
     from peftcli.train.events import Message, Stepped
 
-    images, base = write_images(folder / "images", IMAGES, SIDE), write_base(folder / "base", 32, 32)
+    for name in ("accelerate", "transformers"):  # before the clock
+        import_module(name)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["PEFTCLI_CACHE"] = cache
         for which in ("nothing cached", "cached"):
@@ -108,13 +120,8 @@ def start(folder: Path) -> None:
                 if loads or (isinstance(event, Stepped) and event.result.step == 1):
                     marks.append((time.perf_counter(), cpu_seconds()))
 
-            train(base, images, note, max_steps=2, per_device_train_batch_size=8)
-            spans = [[end - begin for begin, end in zip(*pair, strict=True)] for pair in pairwise(marks)]
-            names = ("data read", "model loaded and first step done")
-            print(
-                which,
-                *(f"{name} in {wall:.1f} s ({cpu:.1f} CPU s)" for name, (wall, cpu) in zip(names, spans, strict=True)),
-            )
+            train(base, rows, note, task, max_steps=2, per_device_train_batch_size=8)
+            yield which, [[end - begin for begin, end in zip(*pair, strict=True)] for pair in pairwise(marks)]
 
 
 def memory(folder: Path) -> None:

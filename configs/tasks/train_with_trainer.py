@@ -575,21 +575,13 @@ class Rankings(Side):
             losses,
         )
 
-        class OwnNegatives(losses.MultipleNegativesRankingLoss):  # type: ignore[misc]
-            """The cross-entropy of a row's positive among its own negatives, without those of other rows."""
-
-            def get_in_batch_negatives(self, *_: Any) -> Any:
-                return iter(())
-
         options = {"dtype": base_dtype(self.recipe)}
         model = CrossEncoder(self.name, num_labels=1, max_length=self.length, device="cpu", model_kwargs=options)
         model[0].model = get_peft_model(model[0].model, self.lora())
-        return CrossEncoderTrainer(
-            model,
-            CrossEncoderTrainingArguments(**self.common(folder)),
-            Dataset.from_list(self.mined()),
-            loss=OwnNegatives(model, scale=1.0, activation_fn=torch.nn.Identity()),
-        )
+        loss = losses.MultipleNegativesRankingLoss(model, scale=1.0, activation_fn=torch.nn.Identity())
+        loss.get_in_batch_negatives = lambda *_: iter(())  # a row's positive is compared with its own negatives alone
+        arguments = CrossEncoderTrainingArguments(**self.common(folder))
+        return CrossEncoderTrainer(model, arguments, Dataset.from_list(self.mined()), loss=loss)
 
     def save(self, model: Any, folder: Path) -> None:
         model[0].model.save_pretrained(str(folder))

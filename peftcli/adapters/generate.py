@@ -128,12 +128,12 @@ def first_batch(prompts: Sequence[Prompt], settings: GenerationSettings, batch_s
 
 def _load(source: AdapterSource, spec: BaseModel, numbers: NumberFormat, with_adapter: bool) -> TextGenerator:
     """Load a base model with the adapter beside its weights."""
-    folder, device = source.folder, "cuda" if torch.cuda.is_available() else "cpu"
+    folder = source.folder
     with open_base(spec, processors=folder) as opened:
         task = source.open_task(opened) if source.task is not None and TASKS[source.task].sees else None
         if isinstance(task, AsksRows):
-            model: Any = load_for_task(source, opened, task, numbers.weights, with_adapter=with_adapter).model
-            generator = task.generator(model.to(device).eval(), source.trained_columns)
+            model = ready(load_for_task(source, opened, task, numbers.weights, with_adapter=with_adapter))
+            generator = task.generator(model, source.trained_columns)
             loaded_from = describe(source, spec, model, numbers, with_adapter)
             return replace(generator, loaded_from=loaded_from, bf16=numbers.bf16)
         loaded = opened.model(source.auto_class(lambda: opened.config), numbers.weights)
@@ -142,9 +142,15 @@ def _load(source: AdapterSource, spec: BaseModel, numbers: NumberFormat, with_ad
         apply_adapter(loaded, source)
     elif source.has_tokenizer:
         tokens.fit_tokenizer(loaded.model, tokenizer, folder)
-    model = loaded.model.to(device).eval()  # type: ignore[arg-type]
+    model = ready(loaded)
     loaded_from = describe(source, spec, model, numbers, with_adapter)
     return generator_of(model, tokenizer, source.prompt_form, loaded_from, bf16=numbers.bf16)
+
+
+def ready(loaded: LoadedModel) -> Any:
+    """Return a model on the GPU, if there is one, as it answers."""
+    model: Any = loaded.model
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def load_for_task(

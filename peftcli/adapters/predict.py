@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftcli.adapters.answer_file import content_key, write_answers
-from peftcli.adapters.generate import describe, first_batch, load_for_task, load_generator, longest_first
+from peftcli.adapters.generate import describe, first_batch, load_for_task, load_generator, longest_first, ready
 from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.adapters.merged import load_merged
 from peftcli.adapters.number_format import NumberFormat, number_format
@@ -180,7 +180,7 @@ def _load(
     if not with_adapter and loaded.initialised:
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
-    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+    model = ready(loaded)
     unpad(model, source.config if with_adapter else None, probe=task.padded_probe(model))
     columns = source.trained_columns
 
@@ -219,11 +219,11 @@ def answer_with(
         if loaded.initialised:
             raise ModelError(f"lacks weights that {task} needs: {listed(loaded.initialised)}", file=model)
         bound.fit_model(loaded.model, None)
-        ready = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-        unpad(ready, None)
+        answering = ready(loaded)
+        unpad(answering, None)
         for start in range(0, len(asked), batch_size * _BATCHES):
             some = asked[start : start + batch_size * _BATCHES]
-            yield from bound.predict(ready, some, PredictOptions(batch_size=batch_size))
+            yield from bound.predict(answering, some, PredictOptions(batch_size=batch_size))
 
 
 def predict_file(

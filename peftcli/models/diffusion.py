@@ -116,39 +116,23 @@ class DiffusionModel(nn.Module):
         for at, size in enumerate(sizes[:, 4:].tolist()):
             of_size[tuple(size)].append(at)
 
-        lists: dict[str, Any] = {"pictures": pictures, "prompts": prompts, "seeds": seeds}
-        if sources is not None:
-            lists["sources"] = sources
-
         def part(places: list[int]) -> Denoised:
-            some = {name: [values[at] for at in places] for name, values in lists.items()}
-            return self._denoise(times=times[places], sizes=sizes[places], snr_gamma=snr_gamma, **some)
+            clean, noise = self._draw_latents([pictures[at] for at in places], [seeds[at] for at in places])
+            noisy, steps, target = self._noise(clean, noise, times[places].to(self.device))
+            given = {"sizes": sizes[places].to(self.device), **self._encode_cached([prompts[at] for at in places])}
+            if sources is not None:
+                found = self._found([sources[at] for at in places])
+                given["source"] = self._normalised(torch.stack([each["mean"] for each in found]))
+            sample = self.predict(noisy, steps, given).float()
+            errors = (sample - target.float()).square().flatten(1).mean(1)
+            if snr_gamma is not None:
+                assert isinstance(self._noise, Discrete)
+                errors = errors * self._noise.weights(steps, snr_gamma)
+            return Denoised(sample, target, errors)
 
         return _in_order(
             [part(places) for places in of_size.values()], [at for each in of_size.values() for at in each]
         )
-
-    def _denoise(
-        self,
-        pictures: Sequence[Picture],
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        times: torch.Tensor,
-        sizes: torch.Tensor,
-        sources: Sequence[Picture] | None = None,
-        snr_gamma: float | None = None,
-    ) -> Denoised:
-        clean, noise = self._draw_latents(pictures, seeds)
-        noisy, steps, target = self._noise(clean, noise, times.to(self.device))
-        given = {"sizes": sizes.to(self.device), **self._encode_cached(prompts)}
-        if sources is not None:
-            given["source"] = self._normalised(torch.stack([each["mean"] for each in self._found(sources)]))
-        sample = self.predict(noisy, steps, given).float()
-        errors = (sample - target.float()).square().flatten(1).mean(1)
-        if snr_gamma is not None:
-            assert isinstance(self._noise, Discrete)
-            errors = errors * self._noise.weights(steps, snr_gamma)
-        return Denoised(sample, target, errors)
 
     def keep_latents(self, folder: Path) -> None:
         """Keep latents of pictures with a key in a folder: one for each autoencoder, by its content."""

@@ -112,8 +112,6 @@ class Task(ABC, Generic[Settings]):
     """Which parts of the model are changed, for the user, where it has several. ``fit_model`` sets it."""
     head_is_new: bool = False
     """Whether the base model lacks weights that the task needs, as a head's. Whoever loads it sets it."""
-    outputs_are_new: bool = False
-    """Whether the model's outputs mean something else than the base model's, also where they are as many."""
     shares: ClassVar[Sequence[str]] = ()
     """Columns of rows that hold a part of the input which other rows may have too, with another answer: a premise, a
     context. ``dataset.eval_fraction`` keeps such rows together."""
@@ -131,6 +129,11 @@ class Task(ABC, Generic[Settings]):
     @abstractmethod
     def columns(self) -> Mapping[str, Column]:
         """The arrays of an example. Most tasks have the same ones whatever their settings: a ``ClassVar``."""
+
+    @property
+    def outputs_are_new(self) -> bool:
+        """Whether the model's outputs mean something else than the base model's, also where they are as many."""
+        return False
 
     @property
     def packages(self) -> Mapping[str, str]:
@@ -564,15 +567,11 @@ def with_trained_head(loaded: LoadedModel, task: Task[Any]) -> LoadedModel:
         return loaded
     count = len(now) or task.model_options().get("vocab_size")
     known = {name: loaded.model.get_parameter(name) for name in parameters_of_heads(loaded.model)}
-    last = [
-        name
-        for name, value in known.items()
-        if value.ndim and value.shape[0] == count and name not in loaded.initialised
-    ]
+    last = [name for name, value in known.items() if value.shape[:1] == (count,) and name not in loaded.initialised]
     if not last:
         return loaded
-    modules, others = sorted({name.rpartition(".")[0] for name in last}), ", ".join(before[:_MAX_SHOWN])
-    others = f" ({others})" if not task.outputs_are_new else ""
+    modules = sorted({name.rpartition(".")[0] for name in last})
+    others = "" if task.outputs_are_new else f" ({', '.join(before[:_MAX_SHOWN])})"
     note = f"{', '.join(modules)} of {task.base.name} was made for other labels{others}, and is trained too"
     return replace(loaded, initialised=(*loaded.initialised, *last), note=note)
 

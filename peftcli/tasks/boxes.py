@@ -44,7 +44,7 @@ class Objects:
 
 
 def objects_of(value: Any) -> Objects:
-    """Return the objects that a row's value holds: lists by name, or a list of objects, also as JSON; None is none.
+    """Return the objects that a row's value holds: lists by name, or a list of objects, also as JSON text.
 
     Raises:
         ValueError: it holds something else.

@@ -121,7 +121,7 @@ class CTC(SpeechRecognition):
         return [ours.get(name, name) for name in found]
 
     @property
-    def outputs_are_new(self) -> bool:  # type: ignore[override]
+    def outputs_are_new(self) -> bool:
         return self.vocabulary != self.base_vocabulary
 
     @property

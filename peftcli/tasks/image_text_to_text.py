@@ -175,7 +175,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         """The token in the place of a picture, which the processor replaces.
 
         Raises:
-            ModelError: there is none.
+            ModelError: the processor has no such token.
         """
         return self._form[0]
 
@@ -677,7 +677,7 @@ def _less(named: list[str], closed: list[str]) -> list[str] | None:
     """Those that may be adapted of the modules that ``target_modules`` names; None: all of them.
 
     Raises:
-        AdapterError: there are none.
+        AdapterError: ``target_modules`` names no module that may be adapted.
     """
     kept = [name for name in named if name not in {*closed}]
     if not kept:

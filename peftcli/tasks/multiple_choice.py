@@ -92,7 +92,7 @@ class MultipleChoice(TextInputs, Task[settings.MultipleChoiceSettings]):
         return self.processor(first, second, verbose=False, **options)
 
     def _cut(self, context: str, surplus: int) -> str:
-        """A context without so many tokens at its end, so that the question after it stays whole."""
+        """A context without its last ``surplus`` tokens, so that the question after it stays whole."""
         if not self.processor.is_fast or not context:
             return context
         places = self.processor(context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -130,7 +130,7 @@ class MultipleChoice(TextInputs, Task[settings.MultipleChoiceSettings]):
         return join(loss_parts(rows), means(np.ones(len(rows)), right > 0, accuracy=right))
 
     def constant_metrics(self, view: View) -> dict[str, float]:
-        """What a guess reaches: one of so many choices."""
+        """What guessing reaches."""
         counts = self._counts(view)
         return {"accuracy": float((1 / counts).mean()), "loss": float(np.log(counts).mean())}
 

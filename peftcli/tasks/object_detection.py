@@ -177,7 +177,8 @@ class ObjectDetection(Task[settings.ObjectDetectionSettings]):
         )
         return LabelReader(found.name, found.names, classes=classes, labels=self.labels)
 
-    def encode_row(self, row: Row, reader: LabelReader) -> Outcome:  # type: ignore[override]
+    def encode_row(self, row: Row, reader: Reader) -> Outcome:
+        assert isinstance(reader, LabelReader)
         file, content = file_of(row, reader, "image")
         with errors_of_row(row, reader.names["image"]):
             check_image(content, file.path)
@@ -449,7 +450,7 @@ class _Normalised:
         return {name: value.float() for name, value in zip(_SUMS, values, strict=True)}
 
     def total(self, counts: torch.Tensor) -> torch.Tensor:
-        """Return the batch's part of the loss of pictures with so many objects each."""
+        """Return what the batch adds to the loss of a step, whose pictures have these numbers of objects."""
         own = self.sums()
         of_classes = own["classes"] / self.weights.of(counts).clamp(min=torch.finfo(torch.float32).tiny)
         return of_classes + own["boxes"] / counts.sum().clamp(min=1)

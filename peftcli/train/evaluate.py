@@ -107,7 +107,7 @@ def _refuse_forgetting(recipe: Recipe, data: Data) -> None:
     problem = forgetting_problem(recipe)
     if forgets_rows(recipe) and not problem:
         if data.eval is None:
-            problem = "compares evaluation rows, and there are none"
+            problem = "compares evaluation rows, which the recipe does not have"
         elif not data.task.judges_rows:
             problem = "compares rows that are right or wrong, and an answer of this task is neither"
     if problem:

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of one step, over all processes and micro-batches; with groups, at most so many."""
+        """Rows of one step, over all processes and micro-batches; with groups, a step may have fewer."""
         return self.rows_at_once * self.training.gradient_accumulation_steps
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftcli.adapters.generate import load_for_task
+from peftcli.adapters.generate import load_for_task, ready
 from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.adapters.proof.gradient_index import FORMAT, GradientIndex, open_index
@@ -114,8 +114,7 @@ def open_run(name: str, tell: OnEvent = lambda event: None) -> TracedRun:
         raise DataError(message, file=str(path), key="dataset", hint="train again, or restore the data")
     tell(Message(f"loading {recipe.base_model.name}"))
     numbers = number_format(source)
-    loaded: nn.Module = load_for_task(source, base, data.task, numbers.weights).model
-    model = loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = ready(load_for_task(source, base, data.task, numbers.weights))
     set_trainable(model, True)
     tensors = {name: value for name, (_, _, value) in named_tensors(model).items() if value.is_floating_point()}
     rounded = numbers.bf16 or numbers.weights != torch.float32

@@ -146,13 +146,13 @@ def test_a_loss_of_several_sizes_is_the_sum_of_those_of_each() -> None:
 
 def test_batches_of_a_run_have_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    forward = diffusion.DiffusionModel._denoise
+    predict = diffusion.DiffusionModel.predict
 
-    def record(model: Any, *args: Any, **inputs: Any) -> Any:
-        seen.append((model.training, {tuple(size) for size in inputs["sizes"][:, 4:].tolist()}, len(inputs["sizes"])))
-        return forward(model, *args, **inputs)
+    def record(model: Any, noisy: Any, steps: Any, given: Any) -> Any:
+        seen.append((model.training, {tuple(size) for size in given["sizes"][:, 4:].tolist()}, len(noisy)))
+        return predict(model, noisy, steps, given)
 
-    monkeypatch.setattr(diffusion.DiffusionModel, "_denoise", record)
+    monkeypatch.setattr(diffusion.DiffusionModel, "predict", record)
     recipe = CASES["pictures of several shapes"].write(tmp_path)
     done = run_recipe(recipe, "training.verify=false", "training.compare_with_base=false")
     trained = [each for each in seen if each[0]]

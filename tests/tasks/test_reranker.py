@@ -38,13 +38,11 @@ LISTS = {"labelled": False}
 def told(scores: list[float], *, training: bool = True) -> Any:
     """A model that answers with these scores."""
 
-    class Told:
-        def __call__(self, **inputs: Any) -> Any:
+    class Told(torch.nn.Module):
+        def forward(self, **inputs: Any) -> Any:
             return SimpleNamespace(logits=torch.tensor(scores)[:, None])
 
-    model = Told()
-    model.training = training  # type: ignore[attr-defined]
-    return model
+    return Told().train(training)
 
 
 # of sentence-transformers 6.3: tests/interop/libraries/scores_of_sentence_transformers.py

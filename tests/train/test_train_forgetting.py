@@ -130,7 +130,7 @@ def test_a_recipe_that_cannot_be_measured_is_refused(tmp_path: Path, recipe: Pat
     classifier.write_text(classifier.read_text().replace("task:", "# task:"))
     with pytest.raises(UsageError, match=r"gates.forgetting: needs the measure, but training.compare_with_base is"):
         run_recipe(classifier, GATE, *uncompared)
-    with pytest.raises(UsageError, match=r"gates.forgetting: compares evaluation rows, and there are none"):
+    with pytest.raises(UsageError, match=r"gates.forgetting: compares evaluation rows, which the recipe does not have"):
         run_recipe(classifier, GATE, "dataset.eval=null")
     numbers = [{"text": f"sun {at}", "label": at / 7} for at in range(12)]
     data = write_rows(tmp_path / "numbers.jsonl", numbers)

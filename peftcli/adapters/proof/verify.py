@@ -21,7 +21,7 @@ from typing import Any, TypedDict, get_args
 import torch
 from torch import nn
 
-from peftcli.adapters.generate import load_for_task
+from peftcli.adapters.generate import load_for_task, ready
 from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter, read_settings
 from peftcli.adapters.merge import open_trained_base
 from peftcli.adapters.proof.readers import compare_reader, require_readers
@@ -240,9 +240,7 @@ def verify_adapter(
         with open_trained_base(source, processors=pushed.folder) as opened:
             task = _open_task(pushed, opened, recorded)
             dtype = getattr(torch, recorded.get("dtype", "float32"))
-            model: Any = load_for_task(pushed, opened, task, dtype).model
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(here).eval()
+            model = ready(load_for_task(pushed, opened, task, dtype))
     unpad(model, source.config, probe=task.padded_probe(model))  # as in training, or bfloat16 rounds otherwise
     result: dict[str, Any] = {
         "adapter": name,
@@ -254,7 +252,7 @@ def verify_adapter(
     }
     if recorded:
         allowed = _TOLERANCE["bfloat16" if recorded["bf16"] else recorded["dtype"]]
-        allowed = allowed if here == recorded["device"] else max(allowed, _ELSEWHERE)
+        allowed = allowed if model.device.type == recorded["device"] else max(allowed, _ELSEWHERE)
         inputs = None
         try:
             inputs = _batch(task, recorded["rows"]) if recorded["rows"] else None
@@ -265,8 +263,7 @@ def verify_adapter(
         result["difference"] = _compare_model(source, opened, model, task, recorded, inputs, allowed)
     if readers and any(each.dtype != torch.float32 for each in model.parameters()):
         # readers round an adapter's weights to half precision where the base model is in it
-        model = load_for_task(source, opened, task, torch.float32).model
-        model = model.to(here).eval()
+        model = ready(load_for_task(source, opened, task, torch.float32))
     for reader in readers:
         result["readers"][reader] = compare_reader(reader, source, opened, task, model)
     return result
