@@ -197,7 +197,7 @@ DEMOS: dict[str, Demo] = {
         model="tiny-rt-detr",
         data=pictures.boxed_scenes,
         asks=({"image": "<folder>/eval/000.png"},),
-        seconds=60,
+        seconds=100,
         packages={"PIL": "vision", "scipy": "vision"},
     ),
     "text_to_image": Demo(
