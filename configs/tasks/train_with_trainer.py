@@ -23,7 +23,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from peftcli.adapters.predict import answer_with
+from peftcli.adapters.other_model import open_other
 from peftcli.recipe import load_recipe
 from peftcli.recipe.rates import with_rate
 from peftcli.schema import Recipe
@@ -555,7 +555,8 @@ class Rankings(Side):
         rows, asked = self.rows(), RerankerSettings(**{k: v for k, v in self.task.items() if k != "type"})
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            answers = answer_with(asked.miner or self.name, "feature_extraction", [{"text": text} for text in texts])
+            miner = open_other(asked.miner or self.name, "feature_extraction")
+            answers = miner.answers([{"text": text} for text in texts])
             return np.array([each["embedding"] for each in answers], np.float32)
 
         pairs = mining.Pairs([row["anchor"] for row in rows], [row["positive"] for row in rows], set())

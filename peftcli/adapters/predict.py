@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from peftcli.adapters.answer_file import content_key, write_answers
 from peftcli.adapters.generate import describe, first_batch, load_for_task, load_generator, longest_first, ready
@@ -20,19 +18,16 @@ from peftcli.adapters.number_format import NumberFormat, number_format
 from peftcli.data.readers import kind_of
 from peftcli.data.rows import Place, Row, add_keys, listed
 from peftcli.data.sources import read_rows
-from peftcli.errors import AdapterError, ModelError, UsageError
-from peftcli.guard.adapter_folder import CONFIG_FILE
+from peftcli.errors import AdapterError, UsageError
 from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import exists
-from peftcli.schema import BaseModel
 from peftcli.system.outputs import expand_user, is_stream
-from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions, Predicts
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import Prompt, prompt_of
 
-_BATCHES = 8
+BATCHES = 8
 """Batches that are answered together, so that rows of similar size can share one."""
 _WORTH_MERGING = 32
 """Batches after which a merged model has made up for the time that merging takes."""
@@ -193,37 +188,7 @@ def _load(
             return list(task.predict(model, rows, PredictOptions(batch_size=batch_size, columns=renamed, **files)))
 
     loaded_from = describe(source, source.base, model, numbers, with_adapter)
-    return Predictor(answer, task.arguments, batch_size * _BATCHES, loaded_from, model)
-
-
-def answer_with(
-    model: str, task: str, rows: Sequence[Mapping[str, Any]], batch_size: int = 32
-) -> Iterator[dict[str, Any]]:
-    """Answer rows with an adapter of a task, or with a base model that needs no new weights for it.
-
-    Raises:
-        AdapterError: the adapter is one of another task, or does not fit.
-        ModelError: the base model cannot be loaded, or lacks weights.
-    """
-    asked = [Row(dict(values), Place("the rows", number)) for number, values in enumerate(rows, start=1)]
-    if (expand_user(Path(model)) / CONFIG_FILE).is_file():
-        if (found := find_adapter(model).task) != task:
-            raise AdapterError(f"is an adapter of {found}, and one of {task} is needed", file=model)
-        yield from load_predictor(model, batch_size=batch_size).answers(asked)
-        return
-    with open_base(BaseModel(name=model)) as opened:
-        row = TASKS[task]
-        bound = row.open(row.settings(), opened)
-        assert isinstance(bound, Predicts)
-        loaded = opened.model(row.auto_class, torch.float32, **bound.model_options())
-        if loaded.initialised:
-            raise ModelError(f"lacks weights that {task} needs: {listed(loaded.initialised)}", file=model)
-        bound.fit_model(loaded.model, None)
-        answering = ready(loaded)
-        unpad(answering, None)
-        for start in range(0, len(asked), batch_size * _BATCHES):
-            some = asked[start : start + batch_size * _BATCHES]
-            yield from bound.predict(answering, some, PredictOptions(batch_size=batch_size))
+    return Predictor(answer, task.arguments, batch_size * BATCHES, loaded_from, model)
 
 
 def predict_file(

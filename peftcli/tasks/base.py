@@ -45,8 +45,28 @@ Settings = TypeVar("Settings", bound=TaskSettings)
 Batch = dict[str, Any]
 """Tensors by the names of the model's arguments, the first dimension B. What ``loss`` alone needs, of any kind, has a
 name that begins with an underscore: the model does not get it."""
-AnswerWith = Callable[[str, str, Sequence[Mapping[str, Any]]], Iterator[dict[str, Any]]]
-"""Takes the name of a model, a base or an adapter, that of a task, and rows; yields what ``predict`` answers."""
+
+
+class OtherModel(Protocol):
+    """Another model than the one that trains, a base or an adapter with its base. It is loaded when it is asked."""
+
+    @property
+    def content(self) -> str:
+        """A hash over its files; its name where it is one of the hub."""
+
+    @property
+    def processor(self) -> Any:
+        """What makes its inputs."""
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        """Load the model, frozen, on its device, with weights of this type."""
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Answer rows as ``predict`` does, in their order."""
+
+
+OpenOther = Callable[[str, str], OtherModel]
+"""Takes the name of a base model or of an adapter, and that of a task."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +126,8 @@ class Task(ABC, Generic[Settings]):
     """Whether ``Loss.of_targets`` says what each target adds to the sums, so that rows in a batch can be told apart."""
     origins: ClassVar[Sequence[str]] = ("path", "mask_path", "row")
     """Columns that say where an example is from, and not what it holds."""
-    answer_with: AnswerWith
-    """Answers rows with another model. Whoever encodes rows sets it."""
+    open_other: OpenOther
+    """Opens another model. ``ask_others`` sets it."""
     adapts: str = ""
     """Which parts of the model are changed, for the user, where it has several. ``fit_model`` sets it."""
     head_is_new: bool = False
@@ -224,6 +244,14 @@ class Task(ABC, Generic[Settings]):
         all.
         """
         return reader
+
+    def ask_others(self, open_other: OpenOther) -> None:
+        """Take what opens other models, before rows are encoded. A task that needs one checks it here.
+
+        Raises:
+            PeftcliError: the other model does not fit.
+        """
+        self.open_other = open_other
 
     def evaluation_task(self) -> Task[Any]:
         """Return the task that encodes evaluation rows, where these are encoded in another way."""

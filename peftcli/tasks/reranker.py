@@ -26,11 +26,19 @@ from peftcli.data.rows import Reader, Row, Table, listed, truth_in
 from peftcli.data.store import Column, Example, Outcome, View
 from peftcli.data.used_rows import Ragged, UsedRows
 from peftcli.errors import DataError, ModelError
-from peftcli.models.hub_files import base_hash
 from peftcli.models.open import OpenBase
-from peftcli.system.outputs import expand_user
 from peftcli.tasks import SCORES, settings
-from peftcli.tasks.base import Batch, Loss, PredictOptions, Task, logits_of, model_inputs, number_in, table_of
+from peftcli.tasks.base import (
+    Batch,
+    Loss,
+    OtherModel,
+    PredictOptions,
+    Task,
+    logits_of,
+    model_inputs,
+    number_in,
+    table_of,
+)
 from peftcli.tasks.classification import correlations
 from peftcli.tasks.findings import RANKED as FINDINGS
 from peftcli.tasks.mining import Pairs, cached_vectors, nearest_negatives
@@ -93,7 +101,7 @@ class Reranker(TextInputs, Task[settings.RerankerSettings]):
         return {_NONE_FOUND: "Lower task.mining_margin, or give more rows: other rows' positives become negatives."}
 
     def fingerprint(self) -> dict[str, Any]:
-        mined = {"miner": self._miner_content} if self.settings.negatives == "mined" else {}
+        mined = {"miner": self._asked.content} if self.settings.negatives == "mined" else {}
         return super().fingerprint() | mined
 
     def export(self, folder: Path) -> None:
@@ -148,7 +156,7 @@ class Reranker(TextInputs, Task[settings.RerankerSettings]):
         given = self.settings
         asked = replace(given, num_negatives=given.eval_negatives, mining_margin=None, mining="nearest")
         own = Reranker(asked, self.processor, self.base)
-        own.method, own.virtual_tokens, own.answer_with = self.method, self.virtual_tokens, self.answer_with
+        own.method, own.virtual_tokens, own.open_other = self.method, self.virtual_tokens, self.open_other
         return own
 
     @property
@@ -164,9 +172,9 @@ class Reranker(TextInputs, Task[settings.RerankerSettings]):
         return self.settings.miner or self.base.name
 
     @property
-    def _miner_content(self) -> str:
-        """A hash over the miner's files; its name where it is one of the hub."""
-        return base_hash(expand_user(Path(self.miner))) or self.miner
+    def _asked(self) -> OtherModel:
+        miner = self.miner
+        return self.open_other(miner, "feature_extraction")
 
     def survey(self, reader: Reader, rows: Callable[[], Iterator[Row]], on_rows: Callable[[int, bool], None]) -> Reader:
         if self.settings.negatives == "rows":
@@ -177,12 +185,12 @@ class Reranker(TextInputs, Task[settings.RerankerSettings]):
                 _collect(pairs, row, reader)
 
         def embed(texts: Sequence[str]) -> Iterator[Sequence[float]]:
-            answers = self.answer_with(self.miner, "feature_extraction", [{"text": text} for text in texts])
+            answers = self._asked.answers([{"text": text} for text in texts])
             for number, answer in enumerate(answers, start=1):
                 on_rows(number, False)
                 yield answer["embedding"]
 
-        vectors = partial(cached_vectors, embed=embed, model=self._miner_content, source=f"embeddings by {self.miner}")
+        vectors = partial(cached_vectors, embed=embed, model=self._asked.content, source=f"embeddings by {self.miner}")
         count, margin, spread = (
             self.settings.num_negatives,
             self.settings.mining_margin,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
-from peftcli.adapters.predict import answer_with
+from peftcli.adapters.other_model import open_other
 from peftcli.core.config import AdapterConfig
 from peftcli.data.findings import Finding, Records, find_in_records, refuse, worst_first
 from peftcli.data.prepare import prepare
@@ -178,7 +178,7 @@ def _completed_task(recipe: Recipe, task: Task[Any], tell: OnEvent) -> Task[Any]
         tell(Message(task.found))
     for package, extra in task.packages.items():
         require_extra(package, extra)
-    task.answer_with = answer_with
+    task.ask_others(open_other)
     return task
 
 

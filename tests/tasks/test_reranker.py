@@ -198,10 +198,10 @@ def test_negatives_are_mined_once(
     assert (first.run["data"]["rows"], first.run["data"]["used"]) == (len(rows), len(rows))
     assert first.run["eval"]["last"]["eval_recall_at_1"] <= first.run["eval"]["last"]["eval_mrr"]
 
-    def answer(*_: Any) -> Any:
+    def load(*_: Any) -> Any:
         raise AssertionError("the vectors are in the cache")
 
-    monkeypatch.setattr("peftcli.train.data.answer_with", answer)
+    monkeypatch.setattr("peftcli.adapters.other_model.FoundModel.answers", load)
     again = run_recipe(
         recipe, f"task={json.dumps(mined | {'num_negatives': 3})}", f"training.output_dir={tmp_path}/again"
     )
