@@ -15,7 +15,7 @@ from torch import nn
 from peftcli.data.store import Example
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss
+from peftcli.tasks.base import Batch, Loss, model_inputs
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import CausalEncoder
@@ -65,9 +65,9 @@ class CausalLM(LanguageModel[settings.CausalLMSettings]):
         rows = torch.randint(vocabulary, (2, _SAMPLE), generator=generator).tolist()
         return [Example({"input_ids": row, "labels": row}, _SAMPLE, _SAMPLE - 1) for row in rows]
 
-    def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
-        given = {key: value for key, value in inputs.items() if key != "labels"}
-        return token_loss(target_losses(model, given, next_tokens(inputs["labels"])))
+    def loss_of_targets(self, model: nn.Module, batch: Batch) -> Loss:
+        given = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
+        return token_loss(target_losses(model, given, next_tokens(batch["labels"])))
 
 
 TASK = CausalLM

@@ -15,7 +15,7 @@ from peftcli.data.rows import Table
 from peftcli.errors import DataError, ModelError
 from peftcli.models.tokens import save_processor
 from peftcli.tasks import settings
-from peftcli.tasks.base import Batch, Loss
+from peftcli.tasks.base import Batch, Loss, model_inputs
 from peftcli.tasks.shown import Text
 from peftcli.tasks.text.chat import IGNORED
 from peftcli.tasks.text.encode import Seq2SeqEncoder
@@ -58,7 +58,8 @@ class Seq2SeqLM(LanguageModel[settings.Seq2SeqLMSettings]):
         source = self.renderer.render(ids, [IGNORED] * len(ids))
         return [Text(source, "input"), Text(self.renderer.render(labels), "answer")]
 
-    def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
+    def loss_of_targets(self, model: nn.Module, batch: Batch) -> Loss:
+        inputs = model_inputs(batch)
         labels = inputs["labels"]
         given = {name: value for name, value in inputs.items() if name != "labels"}
         shift = getattr(inner_model(model), "prepare_decoder_input_ids_from_labels", None)

@@ -28,14 +28,14 @@ from peftcli.models import tokens
 from peftcli.models.probe import deviation, probing
 from peftcli.schema import BaseModel
 from peftcli.system import date
-from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device
+from peftcli.tasks.base import Batch, Loss, Task, on_device
 from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.settings import CausalLMSettings, Seq2SeqLMSettings
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.answers import text_reader
 from peftcli.tasks.text.audit import TextAudit
 from peftcli.tasks.text.encode import CausalEncoder, Seq2SeqEncoder, flag_unread
-from peftcli.tasks.text.fast.losses import losses_under, output_head
+from peftcli.tasks.text.fast.losses import Redo, losses_under, output_head, states_under
 from peftcli.tasks.text.findings import CUT_OFF, FINDINGS, OVERLONG, Flag, record_findings
 from peftcli.tasks.text.formats import ExampleReader
 from peftcli.tasks.text.generated import PACKAGES, generated_metrics, own_metric_of, text_parts, with_texts
@@ -50,6 +50,7 @@ from peftcli.tasks.text.token_ids import (
     pad_labelled,
     pad_token_id,
     plain_losses,
+    target_logits,
     token_metrics,
 )
 from peftcli.tasks.text.token_text import TokenRenderer
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
     from peftcli.models.open import OpenBase
 
+T = TypeVar("T")
 Encoder = Callable[[Sequence[Row]], list[Outcome | DataError]]
 Settings = TypeVar("Settings", bound=CausalLMSettings | Seq2SeqLMSettings)
 CHAT_PACKAGES = ("transformers", "tokenizers", "jinja2")
@@ -79,6 +81,7 @@ class LanguageModel(Task[Settings]):
         "pieces_left_out": Flag.PIECES_LEFT_OUT,
     }
 
+    target_reports: ClassVar[Sequence[str]] = ("loss", "perplexity", "token_accuracy")
     identity: ClassVar[Sequence[str]] = ("input_ids",)
     versions: ClassVar[Sequence[str]] = CHAT_PACKAGES
 
@@ -198,11 +201,11 @@ class LanguageModel(Task[Settings]):
         return batch | {f"_{name}": [each.arrays[name] for each in examples] for name in ("prompt", "answer", "chat")}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        found = self.loss_of_targets(model, model_inputs(batch))
+        found = self.loss_of_targets(model, batch)
         return with_texts(found, batch.get("_answer"), lambda: self._answers(model, batch))
 
     @abstractmethod
-    def loss_of_targets(self, model: nn.Module, inputs: Batch) -> Loss:
+    def loss_of_targets(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a batch over its target tokens."""
 
     def _answers(self, model: Any, batch: Batch) -> list[str]:
@@ -222,9 +225,13 @@ class LanguageModel(Task[Settings]):
             self._stops[chat] = stop_tokens(self.processor, chat=chat)
         return self._stops[chat]
 
+    def target_metrics(self, sums: Mapping[str, np.ndarray], num_targets: int) -> dict[str, float]:
+        """Compute the metrics of target tokens, those of ``target_reports``."""
+        return token_metrics(sums, num_targets)
+
     @property
     def reports(self) -> Sequence[str]:
-        known = ("loss", "perplexity", "token_accuracy", *self.settings.generate_metrics)
+        known = (*self.target_reports, *self.settings.generate_metrics)
         return (*known, "*") if self._own else known
 
     @property
@@ -235,13 +242,13 @@ class LanguageModel(Task[Settings]):
         return {"loss": math.log(self.base.config.get_text_config().vocab_size)}
 
     def metrics(self, sums: Mapping[str, np.ndarray], outputs: Sequence[Any], num_targets: int) -> dict[str, float]:
-        found = token_metrics(sums, num_targets)
+        found = self.target_metrics(sums, num_targets)
         if not self.generates:
             return found
         return generated_metrics(self.settings, self._own, outputs, found)
 
     def parts(self, rows: Sequence[RowScore]) -> Parts:
-        found = parts_of_sums(rows, lambda sums, outputs, num_targets: token_metrics(sums, num_targets))
+        found = parts_of_sums(rows, lambda sums, outputs, num_targets: self.target_metrics(sums, num_targets))
         if not self.settings.generate_metrics:
             return found
         return join(found, text_parts(self.settings.generate_metrics, [row.outputs[0] for row in rows]))
@@ -317,6 +324,23 @@ def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets:
     """Return the losses that ``plain_losses`` describes, by the fast way where the model's head lets it."""
     head = output_head(inner_model(model), inputs)
     return plain_losses(model, inputs, targets) if head is None else losses_under(head, model, inputs, targets)
+
+
+def with_states(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    targets: torch.Tensor,
+    compute: Callable[[torch.Tensor, Redo], T],
+) -> T:
+    """Run a model; return what ``compute`` makes of its states (N, ...) at the targets (B, T) that count, row by row.
+
+    It also gets what makes logits (n, V) of them. States are hidden ones (N, D), or the logits themselves where these
+    are not what a module makes of each position's hidden state.
+    """
+    head = output_head(inner_model(model), inputs)
+    if head is None:
+        return compute(target_logits(model, inputs, targets), lambda logits: logits)
+    return states_under(head, model, inputs, targets, lambda states, _: compute(states, head.logits))
 
 
 def fit_tokens(

@@ -77,6 +77,11 @@ def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: 
     ``model`` may be below a wrapper of accelerate's, and may have a soft prompt; ``targets`` (B, T) are those of its
     last T positions.
     """
+    return losses_of(target_logits(model, inputs, targets), targets[targets != IGNORED])
+
+
+def target_logits(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    """Run a model as ``plain_losses`` does; return the logits (N, V) of the targets that count, row after row."""
     given, counts = dict[str, Any](inputs), targets != IGNORED
     kept = counts.any(dim=0).nonzero().squeeze(1)
     if takes(inner_model(model), "logits_to_keep"):
@@ -85,7 +90,8 @@ def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: 
     logits = model(**given, **no_cache(model, inputs)).logits
     if "logits_to_keep" not in given:
         logits = logits[:, -targets.shape[1] :][:, kept]
-    return losses_of(logits[counts[:, kept]], targets[counts])
+    found: torch.Tensor = logits[counts[:, kept]]
+    return found
 
 
 def inner_model(model: nn.Module) -> Any:

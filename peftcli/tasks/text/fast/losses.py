@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,7 +38,9 @@ _ROWS = {"cpu": 128}
 """Rows of logits in a chunk, by device; on others, whose memory is slower beside their arithmetic, ``_MORE_ROWS``."""
 _MORE_ROWS = 1024
 
+T = TypeVar("T")
 Redo = Callable[[torch.Tensor], torch.Tensor]
+RowLosses = Callable[[torch.Tensor, torch.Tensor], Losses]
 Compute = Callable[[torch.Tensor, torch.Tensor, Redo], Losses]
 """Computes the losses of hidden states (N, D) and targets (N,) under a head, which makes logits (N, V) of them."""
 
@@ -157,12 +159,25 @@ def losses_under(
     head: OutputHead, model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor
 ) -> Losses:
     """Return what ``plain_losses`` does, under a head of the model that ``output_head`` has found."""
-    found = list[Losses]()
+    return states_under(head, model, inputs, targets, lambda states, each: chunked_losses(states, each, head.logits))
+
+
+def states_under(
+    head: OutputHead,
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    targets: torch.Tensor,
+    compute: Callable[[torch.Tensor, torch.Tensor], T],
+) -> T:
+    """Run a model and return what ``compute`` makes of the states (N, D) at the targets that count, and of these (N,).
+
+    It is called inside the model, in the place of its ``head``.
+    """
+    found = list[T]()
     counts = (targets != IGNORED).nonzero(as_tuple=True)  # before the model runs, since a GPU is waited for
 
     def instead(hidden: torch.Tensor) -> torch.Tensor:
-        chosen = hidden[:, -targets.shape[1] :][counts]
-        found.append(chunked_losses(chosen, targets[counts], head.logits))
+        found.append(compute(hidden[:, -targets.shape[1] :][counts], targets[counts]))
         return head.forward(hidden[:1, :0])  # the logits of no position
 
     with head.replaced(instead):
@@ -172,23 +187,38 @@ def losses_under(
 
 def chunked_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Redo) -> Losses:
     """Return the losses of hidden states (N, D) and targets (N,); ``head`` makes logits (N, V) of the former."""
-    if not head(hidden[:0].detach()).requires_grad:
-        return (_instead.get() or frozen_losses)(hidden, targets, head)
-    size = _ROWS.get(hidden.device.type, _MORE_ROWS)
-    # the head itself trains: its logits are computed again in the backward pass, by whatever it is made of
+    if is_trained(head, hidden):
+        return row_losses(hidden, targets, lambda part, wanted: losses_of(head(part), wanted), head_trains=True)
+    return (_instead.get() or frozen_losses)(hidden, targets, head)
 
-    def losses(part: torch.Tensor, wanted: torch.Tensor) -> Losses:
-        return losses_of(head(part), wanted)
 
-    parts = zip(hidden.split(size), targets.split(size), strict=True)
-    found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
-    return torch.cat([loss for loss, _ in found]), torch.cat([correct for _, correct in found])
+def is_trained(head: Redo, hidden: torch.Tensor) -> bool:
+    """Return whether a head of hidden states (N, D) itself trains."""
+    return head(hidden[:0].detach()).requires_grad
 
 
 def frozen_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Redo) -> Losses:
     """Return what ``chunked_losses`` does, under a head that does not train."""
+    return _by_chunks(hidden, targets, partial(_chunk, head))
+
+
+def row_losses(hidden: torch.Tensor, beside: torch.Tensor, compute: RowLosses, *, head_trains: bool) -> Losses:
+    """Return the losses of hidden states (N, D), and what is computed with them, a chunk of rows at a time.
+
+    ``compute`` takes a chunk (n, D), and the same rows of ``beside`` (N, ...), and returns losses (n,) with gradients
+    and (n, ...) without. A row's must depend on this row alone. ``head_trains``: it has parameters that train, so that
+    a chunk is computed again in the backward pass.
+    """
+    if not head_trains:
+        return _by_chunks(hidden, beside, partial(_chunk_of, compute))
     size = _ROWS.get(hidden.device.type, _MORE_ROWS)
-    return _Losses.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+    parts = zip(hidden.split(size), beside.split(size), strict=True)
+    found = [checkpoint(compute, *part, use_reentrant=False) for part in parts]
+    return torch.cat([losses for losses, _ in found]), torch.cat([more for _, more in found])
+
+
+def _by_chunks(hidden: torch.Tensor, beside: torch.Tensor, chunk: Any) -> Losses:
+    return _Losses.apply(hidden, beside, chunk, _ROWS.get(hidden.device.type, _MORE_ROWS))  # type: ignore[no-untyped-call]
 
 
 def frozen_losses_by(compute: Compute) -> AbstractContextManager[None]:
@@ -200,13 +230,13 @@ class _Losses(torch.autograd.Function):
     """The losses under a frozen head. A row's loss depends on this row alone, so its gradient is known with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, size: int) -> Losses:
+    def forward(ctx: Any, hidden: torch.Tensor, beside: torch.Tensor, chunk: Any, size: int) -> Losses:
         trains = ctx.needs_input_grad[0]
-        parts = zip(hidden.detach().split(size), targets.split(size), strict=True)
-        losses, correct, gradients = zip(*(_chunk(head, *part, trains) for part in parts), strict=True)
+        parts = zip(hidden.detach().split(size), beside.split(size), strict=True)
+        losses, more, gradients = zip(*(chunk(*part, trains) for part in parts), strict=True)
         if trains:
             ctx.save_for_backward(torch.cat(gradients))
-        found = torch.cat(losses), torch.cat(correct)
+        found = torch.cat(losses), torch.cat(more)
         ctx.mark_non_differentiable(found[1])
         return found
 
@@ -215,6 +245,16 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, weights: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         return (gradients * weights[:, None]).to(gradients.dtype), None, None, None
+
+
+def _chunk_of(
+    compute: RowLosses, hidden: torch.Tensor, beside: torch.Tensor, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return what ``compute`` gives of a chunk, and the gradient (n, D) of the losses."""
+    with torch.set_grad_enabled(trains):
+        losses, more = compute(hidden.requires_grad_(trains), beside)
+    gradient = torch.autograd.grad(losses.sum(), hidden)[0] if trains else None
+    return losses.detach(), more, gradient
 
 
 def _chunk(
