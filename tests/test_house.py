@@ -26,6 +26,7 @@ ALLOWED = {
     "peftcli.cli.diff": 1,
     "peftcli.cli.evaluate": 3,
     "peftcli.cli.explain": 1,
+    "peftcli.cli.export": 1,
     "peftcli.cli.generate": 4,
     "peftcli.cli.import_": 1,
     "peftcli.cli.info": 3,

@@ -6,23 +6,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from peftcli.adapters.export.programs import PROGRAMS, readings, traits
 from peftcli.adapters.load import AdapterSource, find_adapter
 from peftcli.core.config import AdapterConfig
-from peftcli.errors import AdapterError
+from peftcli.errors import AdapterError, UsageError
 from peftcli.guard.safetensors_header import TensorEntry
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import METHODS
 from peftcli.methods.lora import LoraConfig
 
-_BOTH = (
-    *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),
-    *("kasa_config", "alpha_pattern"),
-)
-_UNREAD = {
-    "vllm": (*_BOTH, "rank_pattern", "alora_invocation_tokens"),
-    "llama.cpp": (*_BOTH, "use_rslora"),
-}
-"""Servers -> settings of LoRA that they refuse or pass over, by their code."""
 _PAIR = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 _TENSORS = {"vllm": _PAIR, "llama.cpp": (*_PAIR, "base_layer.weight")}
 """Servers -> endings of the names of tensors that they read, or pass over rightly. At any other name they stop."""
@@ -56,6 +48,23 @@ def describe(adapter: str) -> dict[str, Any]:
     }
 
 
+def describe_readers(adapter: str) -> list[dict[str, Any]]:
+    """Return what each program does with an adapter folder or hub id: see ``programs.readings``.
+
+    Raises:
+        AdapterError: there is no adapter, it is not supported, or its files are damaged.
+        UsageError: it is no adapter of a language model.
+    """
+    source = find_adapter(adapter)
+    if source.config.task_type != "CAUSAL_LM":
+        kind = source.task or source.config.task_type or "no task that is known"
+        hint = f"peftcli verify {adapter} --with READER asks a library that loads it"
+        message = f"is an adapter of {kind}; these programs serve language models"
+        raise UsageError(message, file=adapter, key="--readers", hint=hint)
+    form = source.recorded_form
+    return readings(adapter, source.config, source.header, chat=form is not None and form.chat)
+
+
 def _parameters(source: AdapterSource) -> int:
     """Count the parameters that were trained, by run.json: shared ones once, no buffers; else those that are saved."""
     with suppress(AdapterError):  # run.json is damaged
@@ -70,10 +79,12 @@ def _servers(config: AdapterConfig, tensors: Iterable[str]) -> list[str]:
     if config.task_type != "CAUSAL_LM":
         return []
     if not isinstance(config, LoraConfig):
-        return [f"{server} reads no {config.peft_type}" for server in _UNREAD]
-    unread = {server: [name for name in names if getattr(config, name)] for server, names in _UNREAD.items()}
-    for server, names in unread.items():
-        other = [".".join(name.split(".")[-3:]) for name in tensors if not name.endswith(_TENSORS[server])]
+        return [f"{server} reads no {config.peft_type}" for server in _TENSORS]
+    own, unread = traits(config, ()), {}
+    for server, read in _TENSORS.items():
+        program = PROGRAMS[server]
+        names = [name for name in own if name in program.refuses or name in program.misreads]
+        other = [".".join(name.split(".")[-3:]) for name in tensors if not name.endswith(read)]
         unread[server] = names or other[:1]
     return [f"{server} reads no {' or '.join(names)}" for server, names in unread.items() if names]
 

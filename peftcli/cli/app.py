@@ -26,6 +26,7 @@ from peftcli.cli import (
     diff,
     evaluate,
     explain,
+    export,
     generate,
     import_,
     info,
@@ -133,7 +134,7 @@ _COMMANDS = {
         *(demo, init, train, sweep, status, runs, report, evaluate),
         *(inspect, check, import_, explain, schema, skill, cache),
     ),
-    "Adapters": (generate, predict, trace, merge, verify, info, diff, combine, push),
+    "Adapters": (generate, predict, trace, merge, export, verify, info, diff, combine, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
 for _heading, _files in _COMMANDS.items():

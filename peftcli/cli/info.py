@@ -12,6 +12,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.options import Json
+from peftcli.errors import UsageError
 from peftcli.methods import METHODS
 from peftcli.system.packages import Misfit, extras, installed_version, misfits
 
@@ -24,7 +25,7 @@ USES = {
     "vision": "image_classification, semantic_segmentation, object_detection, image_text_to_text",
     "audio": "speech_recognition, audio_classification",
     "diffusion": "text_to_image",
-    "gguf": "base models in .gguf files",
+    "gguf": "base models in .gguf files; export to llama.cpp and ollama",
     "excel": "rows in .xlsx files",
     "optuna": "sweeps over ranges, or over more than 30 settings",
     "bitsandbytes": "base_model.quantization: nf4, fp4, int8",
@@ -52,10 +53,15 @@ def info(
             help="Show how much an adapter changes each weight, or not at all; by default each kind of module.",
         ),
     ] = None,
+    readers: Annotated[
+        bool, typer.Option("--readers", help="Show what other programs do with the adapter, and what mends it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show an adapter, the methods, the tasks, or what is installed."""
     tables = {"methods": _methods, "tasks": _tasks}
+    if readers and what in ("env", *tables):
+        raise UsageError("needs an adapter: peftcli info ADAPTER --readers", key="--readers")
     if what == "env":
         _env(as_json)
     elif what in tables:
@@ -65,13 +71,15 @@ def info(
         else:
             console.table(list(rows[0]), [list(row.values()) for row in rows])
     else:
-        _adapter(what, updates, as_json)
+        _adapter(what, updates, readers, as_json)
 
 
-def _adapter(adapter: str, updates: bool | None, as_json: bool) -> None:
+def _adapter(adapter: str, updates: bool | None, readers: bool, as_json: bool) -> None:
     """Print an adapter's facts; those that need no torch come before its import, which takes seconds."""
-    from peftcli.adapters.info import describe
+    from peftcli.adapters.info import describe, describe_readers
 
+    if readers:
+        return _print_readers(adapter, describe_readers(adapter), as_json)
     facts = describe(adapter)
     if not as_json:
         _print_facts(_in_short(facts))
@@ -91,6 +99,21 @@ def _adapter(adapter: str, updates: bool | None, as_json: bool) -> None:
     if updates or len(found["modules"]) <= _MAX_ROWS:
         return console.table(["module", "r", "norm", "effective r"], list(map(_updates_of, found["modules"])))
     return _print_kinds(found["modules"])
+
+
+def _print_readers(adapter: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print a program a paragraph."""
+    if as_json:
+        return console.print_json({"adapter": adapter, "readers": rows})
+    for row in rows:
+        verdict = {"yes": "reads it", "wrongly": "reads it wrongly", "no": "does not read it"}[row["reads"]]
+        why = f": {'; '.join(row['why'])}" if row["why"] else ""
+        console.paragraph(f"{row['program']} {verdict}{why}")
+        if row["needs"]:
+            console.paragraph(f"  needs {row['needs']}")
+        if row["reads"] != "yes":
+            console.out(f"  mend: {row['mend'] or 'nothing does: peftcli generate and PEFT load it'}")
+    return None
 
 
 def _in_short(facts: dict[str, Any]) -> dict[str, Any]:

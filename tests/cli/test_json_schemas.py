@@ -320,7 +320,17 @@ def test_info(answer: Callable, fails: Callable, place: Path) -> None:
     assert answer("info", "methods")["methods"]
     assert answer("info", "tasks")["tasks"]
     assert answer("info", "env")["devices"]
+    assert answer("info", place / "lora", "--readers")["readers"]
     fails(4, "AdapterError", "info", place)
+    fails(2, "UsageError", "info", "env", "--readers")
+
+
+def test_export(answer: Callable, fails: Callable, place: Path, tmp_path: Path) -> None:
+    written = answer("export", place / "lora", "--for", "vllm", "--output", tmp_path / "a")
+    assert (written["form"], written["r"], written["error"]) == ("lora", 8, 0)
+    assert answer("export", place / "lora", "--for", "ollama", "--output", tmp_path / "b")["files"]["Modelfile"]
+    fails(4, "AdapterError", "export", place / "prompt", "--for", "vllm", "--output", tmp_path / "c")
+    fails(2, "UsageError", "export", place / "lora", "--output", tmp_path / "c")
 
 
 def test_diff(answer: Callable, fails: Callable, place: Path) -> None:

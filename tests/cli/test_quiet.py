@@ -30,6 +30,7 @@ ALL = {
     "generate",
     "predict",
     "merge",
+    "export",
     "combine",
     "push",
     "verify",
@@ -83,6 +84,10 @@ def test_generate(told: Callable, place: Path, tmp_path: Path) -> None:
 def test_merge(told: Callable, place: Path, tmp_path: Path) -> None:
     log = told("merge", place / "lora", new=tmp_path / "merged")
     assert [line.partition(" ")[0] for line in log] == ["merging", "shard", "verifying:", "verifying:"]
+
+
+def test_export(told: Callable, place: Path, tmp_path: Path) -> None:
+    assert told("export", place / "lora", "--for", "vllm", new=tmp_path / "plain")[0].startswith("computing")
 
 
 def test_combine_and_evaluate(told: Callable, place: Path, tmp_path: Path) -> None:
