@@ -30,6 +30,7 @@ from typing import Any
 
 import gradients
 import memory
+import operations
 import quickstart
 import scaling
 import train_cpu
@@ -79,6 +80,7 @@ def other_section(found: Found) -> Iterator[str]:
 
 PARTS: dict[str, Part] = {
     **train_cpu.PARTS,
+    **operations.PARTS,
     **gradients.PARTS,
     **memory.PARTS,
     "others": Part("", other_cells, other_section, 40),
