@@ -313,7 +313,7 @@ def _data(run: RunFiles) -> list[Block]:
     data = run.values.get("data") or {}
     if not data:
         return []
-    accounts = [("training", data)] + [("evaluation", data["eval"])] * bool(data.get("eval"))
+    accounts = [("training", data)] + ([("evaluation", data["eval"])] if data.get("eval") else [])
     counts = {name: [account[name] for _, account in accounts] for name in _COUNTS}
     shown = {name: each for name, each in counts.items() if any(each) or name in _COUNTS[:3]}
     reasons = sorted({reason for _, account in accounts for reason in account["dropped"]})

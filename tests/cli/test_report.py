@@ -96,6 +96,14 @@ def test_a_run_without_proof_has_a_page_too(trained: trainkit.Trained) -> None:
     assert trained.run["artefacts"][-1]["path"] in ("report.html", "report.md")
 
 
+def test_a_run_without_evaluation_rows_has_a_page(folder: Path, cli: Callable) -> None:
+    data = json.loads((folder / "run.json").read_text())["data"]
+    del data["eval"]
+    change(folder, data=data)
+    ran = cli("report", folder)
+    assert ran.code == 0, ran.err
+
+
 def test_a_run_that_replaces_another_is_called_by_its_own_folder(trained: trainkit.Trained, tmp_path: Path) -> None:
     out = tmp_path / "again"
     shutil.copytree(trained.folder, out)
