@@ -21,12 +21,12 @@ from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss
 from peftcli.tasks.classification import LABEL, Classification
 from peftcli.tasks.files import FILE_COLUMNS
+from peftcli.tasks.scores import as_computed
 from peftcli.tasks.shown import Description, Facts, Label, Shown
 from peftcli.tasks.sounds import (
     AUDIO,
     FRAMES,
     PACKAGES,
-    as_computed,
     describe_lengths,
     facts_of,
     noise,

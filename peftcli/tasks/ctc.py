@@ -28,9 +28,10 @@ from peftcli.errors import DataError, ModelError
 from peftcli.models import tokens
 from peftcli.tasks import settings, whisper
 from peftcli.tasks.base import Batch, Loss, Task, model_inputs, on_device, refuse_unread
+from peftcli.tasks.scores import as_computed
 from peftcli.tasks.settings import CTC_BLANK as BLANK
 from peftcli.tasks.shown import Facts, Shown, Text, TokenText
-from peftcli.tasks.sounds import FRAMES, as_computed, facts_of, noise, padded_features, samples_of, windows_of
+from peftcli.tasks.sounds import FRAMES, facts_of, noise, padded_features, samples_of, windows_of
 from peftcli.tasks.speech_recognition import SpeechRecognition
 from peftcli.tasks.text.generated import with_texts
 from peftcli.tasks.text.token_ids import padded

@@ -38,6 +38,7 @@ from peftcli.tasks.files import File, errors_of_row, file_of
 from peftcli.tasks.findings import SEEN
 from peftcli.tasks.parts import Parts, RowScore, join, parts_of_sums
 from peftcli.tasks.pictures import noise, open_image, opened_picture, orientation_of, shown_image
+from peftcli.tasks.scores import as_computed
 from peftcli.tasks.shown import Description, Shown, Text
 from peftcli.tasks.text.chat import IGNORED, MarkedText, encode_marked, mark_chat, mark_pair
 from peftcli.tasks.text.fast.losses import losses_under, output_head
@@ -486,7 +487,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         given = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
         targets = next_tokens(batch["labels"])
-        inputs, text = _as_computed(model, given), torch.arange(_FEW, device=targets.device)[None]
+        inputs, text = as_computed(model, given), torch.arange(_FEW, device=targets.device)[None]
         head = output_head(inner_model(model), {"input_ids": text})  # for which no picture is cut
         if head is None:
             found = token_loss(plain_losses(model, inputs, targets))
@@ -538,7 +539,7 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
         """The model's inputs of examples that are asked, padded on the left."""
         rows = [self._inputs(each) for each in examples]
         joined = self._joined(rows, [row["input_ids"].shape[1] for row in rows], left=True)
-        return _as_computed(model, on_device(joined, next(model.parameters()).device))
+        return as_computed(model, on_device(joined, next(model.parameters()).device))
 
     @torch.inference_mode()
     def _answers(self, model: Any, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -565,11 +566,11 @@ class ImageTextToText(Task[settings.ImageTextToTextSettings]):
     def padded_probe(self, model: nn.Module) -> Batch:
         second = f"{self.mark} or" if self._needs_pictures else "a text"
         probe = self._rows(f"{self.mark} a picture", second, f"{self.mark} another picture")
-        return _as_computed(model, on_device(probe, inner_model(model).device))
+        return as_computed(model, on_device(probe, inner_model(model).device))
 
     def check_model(self, model: nn.Module) -> None:
         try:
-            refuse_later_tokens(model, _as_computed(model, self.probe()))
+            refuse_later_tokens(model, as_computed(model, self.probe()))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             name = f"{type(model).__name__} of transformers {installed_version('transformers')}"
             message = f"{name} fails on a text with a picture: {one_line(str(error))}"
@@ -665,12 +666,6 @@ def _padded(value: torch.Tensor, edges: tuple[int, ...]) -> torch.Tensor:
     """A tensor with zeros behind its values, up to these edges of all sides but the first."""
     gaps = [gap for at in range(len(edges), 0, -1) for gap in (0, edges[at - 1] - value.shape[at])]
     return F.pad(value, gaps)
-
-
-def _as_computed(model: Any, batch: Batch) -> Batch:
-    """The batch with pictures in the model's number format."""
-    dtype = inner_model(model).dtype
-    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in batch.items()}
 
 
 def _less(named: list[str], closed: list[str]) -> list[str] | None:

@@ -10,9 +10,21 @@ import torch
 from torch import nn
 
 from peftcli.tasks.base import Batch, model_inputs, on_device, scores_of
+from peftcli.tasks.text.token_ids import inner_model
 
 _POSITIONS, _OF_HIDDEN_STATES = 32, 3
 """Places in a text whose logits are compared, and the dimensions of hidden states: rows, positions, width."""
+
+
+def as_computed(model: Any, batch: Batch) -> Batch:
+    """Return the batch with sounds and pictures in the model's number format, where the model has one."""
+    dtype = getattr(inner_model(model), "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        return batch
+    return {
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() and value.ndim > 1 else value
+        for name, value in batch.items()
+    }
 
 
 def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
@@ -22,7 +34,7 @@ def scores_on(model: Any, batch: Batch, *, bf16: bool) -> torch.Tensor:
     """
     model.eval()
     device = next(model.parameters()).device
-    inputs = model_inputs(on_device(batch, device))
+    inputs = as_computed(model, model_inputs(on_device(batch, device)))
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not decodes:
         inputs.pop("labels", None)  # whose decoder reads them

@@ -18,7 +18,6 @@ from peftcli.errors import DataError
 from peftcli.tasks.base import Batch
 from peftcli.tasks.files import File, digest_of, errors_of_row, file_of
 from peftcli.tasks.shown import Description
-from peftcli.tasks.text.token_ids import inner_model
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -124,15 +123,6 @@ def features_of(extractor: Any, sounds: Sequence[np.ndarray], **options: Any) ->
             **{"sampling_rate": extractor.sampling_rate, "padding": "longest", "return_tensors": "pt"} | options,
         )
     return dict(found)
-
-
-def as_computed(model: Any, batch: Batch) -> Batch:
-    """Return the batch with sounds in the model's number format."""
-    dtype = inner_model(model).dtype
-    return {
-        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() and value.ndim > 1 else value
-        for name, value in batch.items()
-    }
 
 
 def noise(rate: int, random: torch.Generator) -> list[np.ndarray]:

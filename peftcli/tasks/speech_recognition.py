@@ -43,12 +43,12 @@ from peftcli.tasks.base import (
 from peftcli.tasks.files import FILE_COLUMNS
 from peftcli.tasks.findings import SOUND as FINDINGS
 from peftcli.tasks.parts import Parts, RowScore, join, loss_parts
+from peftcli.tasks.scores import as_computed
 from peftcli.tasks.shown import Description, Facts, Shown, Text
 from peftcli.tasks.sounds import (
     AUDIO,
     FRAMES,
     PACKAGES,
-    as_computed,
     describe_lengths,
     facts_of,
     features_of,

@@ -25,6 +25,7 @@ from peftcli.schema import BaseModel
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import PredictOptions, in_batches, with_trained_head
 from peftcli.tasks.ctc import BLANK, WORDS
+from peftcli.tasks.scores import scores_on
 
 LETTERS = [BLANK, WORDS, *sorted({*"lowhigh"})]
 
@@ -84,6 +85,14 @@ def test_a_clip_alone_and_in_a_batch_has_the_same_text(kind: str) -> None:
     together, alone = (list(task.predict(model, rows, PredictOptions(batch_size=size))) for size in (6, 1))
     assert together == alone
     assert any(each["text"] for each in alone)
+
+
+def test_what_a_model_of_sixteen_bits_says_is_recorded() -> None:
+    task = open_task(hearing_base("w2v-bert"))
+    model = model_of(task)
+    expected = scores_on(model, task.probe(), bf16=False)
+    found = scores_on(model.to(torch.bfloat16), task.probe(), bf16=True)
+    assert (found - expected).abs().max() < 0.1 * expected.std()
 
 
 def test_texts_are_those_of_transformers_tokenizer() -> None:
