@@ -22,6 +22,7 @@ ALLOWED = {
     "peftcli.cli.combine": 3,
     "peftcli.cli.completion": 3,
     "peftcli.cli.console": 1,
+    "peftcli.cli.convert": 1,
     "peftcli.cli.demo": 3,
     "peftcli.cli.diff": 1,
     "peftcli.cli.evaluate": 3,

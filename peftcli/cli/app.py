@@ -22,6 +22,7 @@ from peftcli.cli import (
     check,
     combine,
     console,
+    convert,
     demo,
     diff,
     evaluate,
@@ -134,7 +135,7 @@ _COMMANDS = {
         *(demo, init, train, sweep, status, runs, report, evaluate),
         *(inspect, check, import_, explain, schema, skill, cache),
     ),
-    "Adapters": (generate, predict, trace, merge, export, verify, info, diff, combine, push),
+    "Adapters": (generate, predict, trace, merge, export, verify, info, diff, combine, convert, push),
 }
 """Heading of the help -> the files of its commands, each with a function of the file's name."""
 for _heading, _files in _COMMANDS.items():

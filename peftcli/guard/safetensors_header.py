@@ -55,11 +55,29 @@ def open_safetensors(
 
     Raises ``error`` if the file cannot be read, or its header does not describe all its bytes exactly.
     """
+    with _parsed(path, error) as (header, _, file):
+        yield header, file
+
+
+def read_notes(path: Path, error: type[PeftcliError] = AdapterError) -> dict[str, str]:
+    """Return the texts, by name, that the header of a safetensors file holds beside its tensors.
+
+    Raises ``error`` as ``open_safetensors`` does.
+    """
+    with _parsed(path, error) as (_, notes, _):
+        return notes
+
+
+@contextmanager
+def _parsed(
+    path: Path, error: type[PeftcliError]
+) -> Iterator[tuple[dict[str, TensorEntry], dict[str, str], BufferedReader]]:
+    """Open a safetensors file and yield its tensors by name, its notes, and the open file."""
     with read_errors(path, error):
         file = open_regular(path)
     with file:
         try:
-            header = _parse_header(file)
+            header, notes = _parse_header(file)
         except OSError as failure:
             raise error(f"cannot be read: {os_reason(failure)}", file=str(path)) from None
         except KeyError as failure:
@@ -72,11 +90,11 @@ def open_safetensors(
             raise error(f"damaged: its header is no JSON: {failure}", file=str(path)) from None
         except ValueError as failure:
             raise error(f"damaged: {failure}", file=str(path)) from None
-        yield header, file
+        yield header, notes, file
 
 
-def _parse_header(file: BufferedReader) -> dict[str, TensorEntry]:
-    """Parse and check the header of an open file."""
+def _parse_header(file: BufferedReader) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Parse and check the header of an open file: the entries of its tensors, and its notes."""
     room = os.fstat(file.fileno()).st_size - 8
     size = int.from_bytes(file.read(8), "little")
     if size > _MAX_BYTES:
@@ -85,6 +103,8 @@ def _parse_header(file: BufferedReader) -> dict[str, TensorEntry]:
         raise ValueError("it ends within its header")
     header = parse_json_object(file.read(size).decode())
     notes = header.pop("__metadata__", {})
+    if notes is None:  # as MLX writes it
+        notes = {}
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("its __metadata__ does not map names to texts")
     entries = {name: _entry(name, value, 8 + size) for name, value in header.items()}
@@ -96,7 +116,7 @@ def _parse_header(file: BufferedReader) -> dict[str, TensorEntry]:
         end += entry.size
     if end != 8 + room:
         raise ValueError(f"its header speaks of {end - 8 - size:,} bytes of tensors, the file holds {room - size:,}")
-    return found
+    return found, notes
 
 
 def _entry(name: str, value: Any, data: int) -> TensorEntry:

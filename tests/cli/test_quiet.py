@@ -32,6 +32,7 @@ ALL = {
     "merge",
     "export",
     "combine",
+    "convert",
     "push",
     "verify",
     "trace",
