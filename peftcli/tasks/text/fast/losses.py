@@ -253,7 +253,7 @@ def _chunk_of(
     """Return what ``compute`` gives of a chunk, and the gradient (n, D) of the losses."""
     with torch.set_grad_enabled(trains):
         losses, more = compute(hidden.requires_grad_(trains), beside)
-    gradient = torch.autograd.grad(losses.sum(), hidden)[0] if trains else None
+        gradient = torch.autograd.grad(losses.sum(), hidden)[0] if trains else None
     return losses.detach(), more, gradient
 
 
