@@ -5,24 +5,27 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
-from transformers import StoppingCriteria, TextStreamer
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from peftcli.core.layer import model_ends
 from peftcli.core.prompts.config import max_positions
 from peftcli.core.prompts.generate import generate
-from peftcli.core.prompts.inputs import position_tables, soft_prompt
+from peftcli.core.prompts.inputs import position_tables, soft_prompt, takes
 from peftcli.data.rows import Place, Row
 from peftcli.errors import DataError, UsageError
 from peftcli.models import tokens
 from peftcli.tasks.text.prompts import Prompt, PromptForm, TextWithSystem, last_words, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import StopTokens, all_stops, stop_tokens
 
+_OWN_DISTRIBUTION = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+"""Options of ``generate`` that let a model's distribution as it is."""
 _MARKS = 2
 """Tokens of a target without text, of a tokenizer that marks languages: the language and EOS."""
 _SHORTER = "Shorten the prompt, or ask for fewer new tokens (generate --max-new-tokens)."
@@ -53,6 +56,17 @@ class GeneratedText:
     """Number of generated tokens, the stop token included."""
     finish_reason: str
     """``stop``: the model ended its answer; ``length``: max_new_tokens was reached."""
+
+
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """An answer as tokens and as text."""
+
+    ids: list[int]
+    """Its tokens, the one that ends it included."""
+    text: str
+    ended: bool
+    """Whether the model ended it; else max_new_tokens did."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +169,38 @@ class TextGenerator:
         options = self._options(settings)
         if stream is not None:
             options["streamer"] = _streamer(self.tokenizer, stream, self.stop_tokens, strip=self.form.chat)
+        return list(map(self._answer, self._new_ids(inputs, options)))
+
+    def write(
+        self, rows: Sequence[list[int]], settings: GenerationSettings, draws: Sequence[int] = (), count: int = 1
+    ) -> list[list[WrittenAnswer]]:
+        """Answer rows of tokens in one batch, each ``count`` times.
+
+        Args:
+            rows: The prompts.
+            settings: With a temperature, answers are sampled from the model's own distribution at that temperature,
+                whatever the base model's generation config says.
+            draws: With a temperature, a number for each row, which decides its answers together with the model.
+            count: The number of answers to each row.
+        """
+        inputs, options = self._padded(rows), self._options(replace(settings, temperature=0.0))
+        if settings.temperature > 0:
+            drawn = [np.random.default_rng(draw).random((count, settings.max_new_tokens)) for draw in draws]
+            uniform = torch.from_numpy(np.concatenate(drawn)).to(self.model.device)
+            options |= _OWN_DISTRIBUTION | {"logits_processor": [_DrawnTokens(uniform, settings.temperature)]}
+        found = self._new_ids(_read_once(self.model, inputs, count), options)
+        answers = []
+        for ids in found:
+            text, size, reason = self._answer(ids)
+            answers.append(WrittenAnswer(ids[:size], text, reason == "stop"))
+        return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+    def _new_ids(self, inputs: dict[str, Any], options: dict[str, Any]) -> list[list[int]]:
+        """The tokens after each row of a batch, some of which may stand behind the end of the answer."""
         with _contiguous_states(self.model):
             output = generate(self.model, **inputs, **options)
         start = inputs["input_ids"].shape[1] if self._decoder_only else 1  # the decoder's start token
-        return [self._answer(ids) for ids in output[:, start:].tolist()]
+        return list(output[:, start:].tolist())
 
     @property
     def _decoder_only(self) -> bool:
@@ -217,6 +259,46 @@ class TextGenerator:
     def _says_end(self, ids: list[int]) -> bool:
         """Whether the text of the ids contains an end of the template that is not a token."""
         return bool(self.stop_tokens.texts) and _before(self.tokenizer.decode(ids), self.stop_tokens.texts)[1]
+
+
+class _DrawnTokens(LogitsProcessor):
+    """Leaves each row one token, drawn from its distribution by a number of its own.
+
+    So what is sampled for a row does not depend on the rows beside it, nor on the global random state.
+    """
+
+    def __init__(self, uniform: torch.Tensor, temperature: float):
+        """Take numbers from 0 to 1, (B, T): one for each token."""
+        self.uniform, self.temperature, self.done = uniform, temperature, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        summed = (scores.float() / self.temperature).softmax(-1).double().cumsum(-1)
+        wanted = self.uniform[:, self.done, None] * summed[:, -1:]
+        chosen = torch.searchsorted(summed, wanted, right=True).clamp(max=scores.shape[1] - 1)
+        self.done += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def _read_once(model: Any, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for each row of a batch ``count`` times.
+
+    The model reads a row once where its cache can be repeated.
+    """
+    repeated = {name: value.repeat_interleave(count, dim=0) for name, value in inputs.items()}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if count == 1 or ids.shape[1] == 1 or soft_prompt(model) is not None or not takes(model, "past_key_values"):
+        return repeated
+    given = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
+    if takes(model, "position_ids"):
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+    if takes(model, "logits_to_keep"):
+        given["logits_to_keep"] = 1
+    with torch.no_grad():
+        cache = model(**given).past_key_values
+    if not isinstance(cache, DynamicCache):
+        return repeated
+    cache.batch_repeat_interleave(count)
+    return repeated | {"past_key_values": cache}
 
 
 def generator_of(
