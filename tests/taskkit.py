@@ -364,6 +364,15 @@ def _sorting(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) 
 
 CASES: dict[str, Case] = {
     "causal_lm": _generated("causal_lm", "llama", MESSAGES),
+    "distillation": Case(
+        base=base_folder,
+        task={"type": "distillation", "context": "Answer in capital letters."},
+        rows=lambda: MESSAGES,
+        found={},
+        metrics=frozenset({"loss", "kl", "top1_agreement"}),
+        recompute=lambda rows, answers: {},  # which compare with the teacher
+        has_head=False,
+    ),
     "seq2seq_lm": _generated("seq2seq_lm", "t5", PROMPTS, num_beams=2),
     "sequence_classification": _classes("bert"),
     "a decoder": _classes("llama"),

@@ -42,7 +42,7 @@ class FoundModel:
     def processor(self) -> Any:
         """What makes its inputs."""
         with self._open() as opened:
-            return opened.processor(self._row.processor or "tokenizer")
+            return opened.processor() if self._row.processor is None else opened.processor(self._row.processor)
 
     def model(self, dtype: torch.dtype) -> torch.nn.Module:
         """Load the model, frozen, on its device, with weights of this type unless they are quantised.

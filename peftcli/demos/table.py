@@ -89,6 +89,16 @@ DEMOS: dict[str, Demo] = {
         asks=({"prompt": _BOOKING},),
         seconds=100,
     ),
+    "distillation": Demo(
+        summary="put a system prompt into an adapter: answer without it as the model does after it",
+        model="SmolLM2-135M-Instruct",
+        data=texts.booking_forms,
+        asks=(
+            {"prompt": _BOOKING},
+            {"prompt": "This is Omar. We are three and would like to come on Sunday at 7 pm, if you have a table."},
+        ),
+        seconds=120,
+    ),
     "seq2seq_lm": Demo(
         summary="write German dates as 2024-03-09; it knows English ones",
         model="tiny-t5",

@@ -236,6 +236,18 @@ TASKS: dict[str, TaskRow] = {
         asking=_ASK,
         usage=_GENERATE,
     ),
+    "distillation": TaskRow(
+        task_type="CAUSAL_LM",
+        auto_class="AutoModelForCausalLM",
+        settings=settings.DistillationSettings,
+        module="distillation",
+        processor="tokenizer",
+        reads=(),
+        pipeline_tag="text-generation",
+        summary="answer as a teacher does: a larger model, an adapter, or the model itself after a prompt",
+        asking=_ASK,
+        usage=_GENERATE,
+    ),
     "seq2seq_lm": TaskRow(
         task_type="SEQ_2_SEQ_LM",
         auto_class="AutoModelForSeq2SeqLM",

@@ -6,7 +6,7 @@ A row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,17 +23,18 @@ from peftcli.tasks.text.language_model import Encoder, LanguageModel, refuse_lat
 from peftcli.tasks.text.middle import MiddleEncoder, middle_tokens
 from peftcli.tasks.text.token_ids import next_tokens, token_loss
 
+Settings = TypeVar("Settings", bound=settings.CausalLMSettings)
 _SAMPLE = 8
 """Tokens of the examples that the packing check compares."""
 
 
-class CausalLM(LanguageModel[settings.CausalLMSettings]):
+class CausalLM(LanguageModel[Settings]):
     """The task ``causal_lm``."""
 
     name = "causal_lm"
     encoder = CausalEncoder
 
-    def __init__(self, settings: settings.CausalLMSettings, processor: Any, base: OpenBase):
+    def __init__(self, settings: Settings, processor: Any, base: OpenBase):
         super().__init__(settings, processor, base)
         if settings.train_on == "middle":
             middle_tokens(processor, base.name)

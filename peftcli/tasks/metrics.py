@@ -67,7 +67,8 @@ reward_margin up By how much the chosen answer's reward exceeds the rejected one
 reward_chosen up The mean reward of chosen answers: how much likelier training made them than the reference does.
 reward_rejected down The mean reward of rejected answers.
 nll error The loss of the chosen answers as texts, which orpo adds to that of the pairs.
-kl error How far the model's answers are from the reference's, as kto estimates it.
+kl error How far the model's answers are from the reference's, as kto estimates it; in distillation the forward KL.
+top1_agreement share The share of trained tokens at which student and teacher have the same likeliest token.
 kl_chosen near How far the model has moved from the reference on the chosen answers.
 """
 METRICS = {

@@ -82,6 +82,32 @@ class CausalLMSettings(GeneratedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationSettings(CausalLMSettings):
+    """Settings of distillation. max_length, overlong, packing and train_on may also stand under ``dataset``."""
+
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with longer examples, as the student reads them: truncate them at the end, drop them, or stop with an
+    error. They are counted in any case."""
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    """At which tokens student and teacher are compared. answers: the text of each assistant turn and its end-of-turn
+    token; last_answer: the same of the last assistant turn; all: every token."""
+    teacher: str | None = field(default=None, metadata=NOT_ENCODED)
+    """The teacher: a base model or the folder of an adapter, with the same vocabulary. Unset: the base model, without
+    the adapter that trains; nothing is loaded twice."""
+    context: str | None = None
+    """A system prompt that the teacher sees and the student does not. A row's own system prompt stands after it."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = field(default="forward_kl", metadata=NOT_ENCODED)
+    """How far the student's distribution p over the next token is from the teacher's q. forward_kl: KL(q || p), which
+    covers all that the teacher may say; reverse_kl: KL(p || q), which keeps to what it says most; jsd: the mean of the
+    KL of both to their mean."""
+    temperature: float = field(default=1.0, metadata=NOT_ENCODED | ABOVE_0)
+    """What divides the logits of both in the loss; above 1, unlikely tokens count more."""
+    on_policy: float = field(default=0.0, metadata=NOT_ENCODED | SHARE)
+    """Share of a step's rows whose last answer the student writes, of at most max_new_tokens tokens, and is compared
+    on. It is sampled by seed, step and row."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageTextToTextSettings(GeneratedSettings):
     """Settings of image_text_to_text. max_length, overlong and train_on may also stand under ``dataset``."""
 

@@ -52,6 +52,8 @@ class Flag(enum.IntFlag):
     """A column that is not read says that the answer is a bad one."""
     RAW = 16384
     """A text, or a prompt and its completion, has none of the tokens that the tokenizer's chat template writes."""
+    HAS_CONTEXT = 32768
+    """The row itself contains the context that a teacher alone should see."""
 
 
 NONE = Flag(0)
@@ -103,6 +105,14 @@ FINDINGS = by_name(
         "warning",
         "have no trained token and are left out",
         "Check dataset.train_on, dataset.format and max_length.",
+        error_above=_HALF,
+    ),
+    # Teacher and student read the same then, more or less.
+    Kind(
+        "context_in_row",
+        "warning",
+        "contain the context that the teacher alone should see",
+        "Take it out of the rows, or leave out task.context.",
         error_above=_HALF,
     ),
     # The model learns the beginning of an answer and never its end.
