@@ -35,6 +35,7 @@ RECIPES = {
     "garment_boxes": "eval_map",
     "docstring_dpo": "eval_reward_accuracy",
     "docstring_reward": "eval_reward_accuracy",
+    "docstring_context": "eval_kl",
     "code_search": "eval_mrr",
     "code_ranking": "eval_mrr",
     "translation": "eval_bleu",
@@ -45,7 +46,7 @@ RECIPES = {
     "docstring_choices": "eval_accuracy",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""
-LOWER_IS_BETTER = ("eval_wer", "eval_loss", "eval_perplexity")
+LOWER_IS_BETTER = ("eval_wer", "eval_loss", "eval_kl", "eval_perplexity")
 SEEDS = (0, 1, 2)
 RESAMPLES = 10_000
 LONGEST = 30
@@ -66,11 +67,12 @@ tools (`make setup`), and `pip install trl sentence-transformers`. `python docs/
 TRAINER = """
 *Within*: the two means are no further apart than the seeds of one side are. Otherwise ours is *better* or *worse*.
 
-`configs/tasks/train_with_trainer.py` is Trainer's side; for preferences, rewards and pictures in conversations it is
-TRL's, for embeddings and rerankers sentence-transformers', and to make pictures the loss of diffusers' scripts. Base
-model, rows, method, batches, learning rate, warm-up, schedule, clipping and number formats are the recipe's. Both
-sides make equally many steps and train equally many parameters, or else the script stops. What Trainer wrote is
-measured by `peftcli evaluate`. Each side has its own order of the rows and its own dropout. Known differences:
+`configs/tasks/train_with_trainer.py` is Trainer's side; for preferences, rewards, teachers and pictures in
+conversations it is TRL's, for embeddings and rerankers sentence-transformers', and to make pictures the loss of
+diffusers' scripts. Base model, rows, method, batches, learning rate, warm-up, schedule, clipping and number formats
+are the recipe's. Both sides make equally many steps and train equally many parameters, or else the script stops. What
+Trainer wrote is measured by `peftcli evaluate`. Each side has its own order of the rows and its own dropout. Known
+differences:
 
 - code_questions: the loss of transformers takes padding for a possible answer, that of peftcli does not.
 - code_search: peftcli does not count a text as wrong that is right for an equal anchor in the batch.

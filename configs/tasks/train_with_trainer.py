@@ -424,6 +424,62 @@ class Chats(Side):
         return dict(transformers.DataCollatorForSeq2Seq(self.tokenizer)(rows))
 
 
+class Taught(Chats):
+    """The same, with TRL's GKD: from the base model after a context."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.tokenizer.padding_side = "right"
+
+    def trainer(self, folder: Path) -> Any:
+        from datasets import Dataset
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        betas = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+        own, read = self.openings()
+        return GKDTrainer(
+            self.load(),
+            AfterContext(self.load(), own, read),
+            args=GKDConfig(
+                **self.common(folder),
+                gradient_checkpointing=False,
+                max_length=self.length,
+                beta=betas[self.task["loss"]],
+                temperature=self.task.get("temperature", 1.0),
+                lmbda=0.0,
+            ),
+            data_collator=self.collate,
+            train_dataset=Dataset.from_list(self.encode(self.rows())),
+            processing_class=self.tokenizer,
+            peft_config=self.lora(),
+        )
+
+    def openings(self) -> tuple[list[int], list[int]]:
+        """Return the tokens before the first question, without the context and with it."""
+        asked, context = [{"role": "user", "content": "?"}], [{"role": "system", "content": self.task["context"]}]
+        found = [self.tokenizer.apply_chat_template(each, return_dict=False) for each in (asked, context + asked)]
+        while found[0][-1] == found[1][-1] and self.tokenizer.bos_token_id != found[0][-1]:
+            found = [each[:-1] for each in found]
+        return found[0], found[1]
+
+
+class AfterContext(torch.nn.Module):
+    """A model that reads a context in the place of what its template writes before the first question."""
+
+    def __init__(self, model: Any, own: list[int], read: list[int]):
+        super().__init__()
+        self.model, self.config, self.own, self.read = model.requires_grad_(False), model.config, len(own), read
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        """Return logits for the positions of ``input_ids`` (B, T), of which those before the question mean nothing."""
+        context = torch.tensor([self.read], device=input_ids.device).expand(len(input_ids), -1)
+        ids = torch.cat([context, input_ids[:, self.own :]], dim=1)
+        mask = torch.cat([torch.ones_like(context), attention_mask[:, self.own :]], dim=1)
+        outputs = self.model(input_ids=ids, attention_mask=mask)
+        outputs.logits = outputs.logits[:, len(self.read) - self.own :]
+        return outputs
+
+
 class Descriptions(Side):
     """Conversations about pictures, with TRL's SFT: LoRA in the language model, and the connector."""
 
@@ -666,6 +722,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "object_detection": Boxes,
     "speech_recognition": Clips,
     "causal_lm": Chats,
+    "distillation": Taught,
     "image_text_to_text": Descriptions,
     "seq2seq_lm": Rewritten,
     "preference": Pairs,

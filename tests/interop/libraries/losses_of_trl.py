@@ -10,9 +10,11 @@ from classifierkit import open_task
 from preferencekit import LOSSES, adapted, examples_of
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from peftcli.core.inject import disabled
+from peftcli.tasks.text.divergence import divergences
 
 
 class Stub:
@@ -117,8 +119,21 @@ def check_reward() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def check_divergences() -> None:
+    """The losses of GKDTrainer, and their gradients."""
+    torch.manual_seed(0)
+    own, other, labels = torch.randn(2, 9, 40, requires_grad=True), torch.randn(2, 9, 40), torch.zeros(2, 9).long()
+    for kind, beta in (("forward_kl", 0), ("reverse_kl", 1), ("jsd", 0.5)):
+        theirs = GKDTrainer.generalized_jsd_loss(own, other, labels, beta=beta, temperature=1.5)
+        ours = divergences(own.flatten(0, 1), other.flatten(0, 1), kind, 1.5).mean()
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        one, two = (torch.autograd.grad(each, own)[0] for each in (ours, theirs))
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
 if __name__ == "__main__":
     check_reward()
+    check_divergences()
     for case in LOSSES:
         task, examples = examples_of(case)
         batch = task.collate(examples, training=False)
