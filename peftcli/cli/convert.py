@@ -13,7 +13,7 @@ from peftcli.data.rows import count_of
 from peftcli.guard.files import command_word
 
 Format = Literal[
-    "peft", "peft-0.18", "peft-0.19.0", "peft-0.19.1", "unsloth", "mlx", "adapters", "loralib", "diffusers"
+    "peft", "peft-0.18", "peft-0.19.0", "peft-0.19.1", "unsloth", "mlx", "gguf", "adapters", "loralib", "diffusers"
 ]
 
 

@@ -12,15 +12,18 @@ import pytest
 import torch
 from diffusionkit import pipeline_base
 from jsonschema import Draft202012Validator
-from models_tiny import batch, logits, tiny
+from models_tiny import batch, logits, randomise, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
-from trainkit import base_folder, scratch
+from trainkit import base_folder, build, scratch
 
 from peftcli.adapters.foreign import FORMATS
 from peftcli.adapters.load import apply_adapter, find_adapter
 from peftcli.cli.convert import Format
+from peftcli.core.files import save_adapter
+from peftcli.core.inject import inject
 from peftcli.core.layer import adapter_layers
+from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import LoadedModel, open_base
 from peftcli.output_schemas import output_schema
 from peftcli.schema import BaseModel
@@ -317,6 +320,90 @@ def test_names_that_diffusers_knows(converted: Callable, tmp_path: Path) -> None
         delta = layers[f"transformer.transformer_blocks.0.attn.{part}"].delta().detach()
         torch.testing.assert_close(delta, 0.5 * b[out * at : out * at + out] @ a, atol=1e-5, rtol=1e-5)
     assert "lora_state_dict" in str(said["steps"])
+
+
+# --- llama.cpp ------------------------------------------------------------------------------------------------------
+
+
+def gguf_file(path: Path, architecture: str, tensors: Mapping[str, torch.Tensor], **settings: Any) -> Path:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    given = {"general.type": "adapter", "adapter.type": "lora", **settings}
+    for key, value in given.items():
+        writer.add_string(key, value)
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_rotates_neighbours(converted: Callable, tmp_path: Path) -> None:
+    """Row 2 i of a head of llama.cpp is row i of transformers, row 2 i + 1 the row i of the second half."""
+    model, tensors, size = tiny("llama"), {}, 8
+    layer = model.model.layers[1]
+    for name, part, heads in (("attn_q", "q_proj", 4), ("attn_k", "k_proj", 2), ("attn_v", "v_proj", 0)):
+        module = getattr(layer.self_attn, part)
+        a, b = drawn(R, module.in_features), drawn(module.out_features, R)
+        module.weight.data += 8 / R * b @ a
+        theirs = b.clone()
+        for head in range(heads):
+            for at in range(size // 2):
+                theirs[head * size + 2 * at] = b[head * size + at]
+                theirs[head * size + 2 * at + 1] = b[head * size + size // 2 + at]
+        tensors |= {f"blk.1.{name}.weight.lora_a": a, f"blk.1.{name}.weight.lora_b": theirs}
+    a, b = drawn(96, R), drawn(32, R)
+    model.model.embed_tokens.weight.data += 8 / R * a @ b.T
+    tensors |= {"token_embd.weight.lora_a": a, "token_embd.weight.lora_b": b}
+    found, said = converted(gguf_file(tmp_path / "a.gguf", "llama", tensors), folder("llama"))
+    torch.testing.assert_close(logits(found, batch("llama")), logits(model, batch("llama")), atol=1e-4, rtol=1e-4)
+    assert (said["format"], said["modules"]) == ("gguf", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("damaged", "damaged, or no GGUF file"),
+        ("cut", "damaged, or no GGUF file"),
+        ("model", "holds no LoRA"),
+        ("other", "is for a model of the architecture 'qwen2'"),
+        ("unknown", "1 of its tensors are not of"),
+    ],
+)
+def test_gguf_files_that_are_refused(cli: Callable, tmp_path: Path, name: str, found: str) -> None:
+    pair = {f"blk.0.attn_v.weight.lora_{end}": drawn(16, 32) for end in "ab"}
+    more = {"general.type": "model"} if name == "model" else {}
+    tensors = {"blk.9.attn_v.weight.lora_a": drawn(2, 2)} if name == "unknown" else pair
+    path = gguf_file(tmp_path / "a.gguf", "qwen2" if name == "other" else "llama", tensors, **more)
+    if name in ("damaged", "cut"):
+        path.write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 64 if name == "damaged" else path.read_bytes()[:200])
+    ran = cli("convert", path, "--base", folder("llama"), "--output", tmp_path / "out")
+    assert (ran.code, found in ran.err, (tmp_path / "out").exists()) == (4, True, False), ran.err
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_an_exported_adapter_comes_back(
+    cli: Callable, converted: Callable, tmp_path: Path, form: str, kind: str
+) -> None:
+    """What ``peftcli export`` writes for these programs changes each weight as before, bit by bit in float32."""
+    base, model = base_folder(kind), build(kind)
+    modules = ["q_proj", "down_proj"] if kind == "llama" else ["c_attn"]
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM")
+    config.base_model_name_or_path = str(base)
+    inject(model, config)
+    randomise(model)
+    save_adapter(model, config, tmp_path / "ours")
+    ran = cli("export", tmp_path / "ours", "--form", form, "--output", tmp_path / "theirs")
+    assert ran.code == 0, ran.err
+    found, _ = converted(tmp_path / "theirs", base)
+    before, after = adapter_layers(model), adapter_layers(found)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(layer.delta(), after[name].delta()) for name, layer in before.items())
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ FORMATS = {
     "peft-0.19.1": Format("PEFT since 0.19.1", "peft", is_recognised=False),
     "unsloth": Format("Unsloth before September 2026", "peft", is_recognised=False),
     "mlx": Format("mlx-lm", "mlx"),
+    "gguf": Format("llama.cpp", "gguf"),
     "adapters": Format("the library adapters", "adapterhub"),
     "loralib": Format("loralib", "loralib"),
     "diffusers": Format("diffusers, or kohya's scripts", "diffusers"),

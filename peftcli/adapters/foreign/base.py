@@ -47,14 +47,19 @@ class EmptyBase:
     def names(self, paths: Iterable[str]) -> dict[str, str]:
         """Return this model's names of modules or parameters: the given path -> the name.
 
-        Older names of transformers are understood.
+        Older names of transformers are understood, and ``model.`` in the place of this model's own prefix.
 
         Raises:
             AdapterError: the model lacks one; the message gives near names.
         """
         rename = renaming_of_older(self.model)
-        found = {path: rename(_PREFIX + path).removeprefix(_PREFIX) for path in paths}
         known = {*base_modules(self.model), *dict(self.model.named_parameters())}
+        found = {path: rename(_PREFIX + path).removeprefix(_PREFIX) for path in paths}
+        own = getattr(self.model, "base_model_prefix", "model")
+        other = {name: f"{own}.{name.removeprefix('model.')}" for name in found.values()}
+        found = {
+            path: name if name in known or other[name] not in known else other[name] for path, name in found.items()
+        }
         if lost := [name for name in found.values() if name not in known]:
             try:
                 matching(self.model, [*base_modules(self.model)], lost[:1], "target_modules")
