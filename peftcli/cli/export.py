@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,10 @@ def export(
     dtype: Annotated[
         Literal["f32", "f16", "q8_0", "q4_0"], typer.Option(help="Number format of a merged model's .gguf file.")
     ] = "f16",
+    replay: Annotated[
+        bool,
+        typer.Option("--replay/--no-replay", help="Ask the program, where it is installed, whether it says the same."),
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,11 +47,36 @@ def export(
     from peftcli.adapters.export.write import export_adapter
 
     written = export_adapter(
-        adapter, output, program=program, form=form, base=base, r=r, max_error=max_error, numbers=dtype, tell=tell
+        adapter,
+        output,
+        program=program,
+        form=form,
+        base=base,
+        r=r,
+        max_error=max_error,
+        numbers=dtype,
+        ask=replay,
+        tell=tell,
     )
-    if as_json:
-        return console.print_json(written)
+    return console.print_json(written) if as_json else _print(written, output)
+
+
+def _print(written: dict[str, Any], output: Path) -> None:
     console.table(["part", "became", ""], [list(part.values()) for part in written["parts"]])
     for name, size in written["files"].items():
         console.out(f"{output / name}: {console.format_size(size)}")
-    return None
+    console.paragraph(_replayed(written))
+
+
+def _replayed(written: dict[str, Any]) -> str:
+    """Say what the program made of it, or that it was not asked."""
+    found, program = written["replayed"], written["program"]
+    if found is None:
+        return f"not replayed: {written['not_replayed']}"
+    prompts = f"the tokens of {found['same_prompts']} of {found['prompts']} prompts"
+    words = f"{prompts} and {found['same_answers']} of {found['answers']} greedy answers are the same"
+    words += (
+        f"; {found['normalised']} have letters of several signs that it reads as such" if found["normalised"] else ""
+    )
+    others = f"; {program} itself was not asked" if program not in (None, found["program"]) else ""
+    return f"replayed by {found['program']} {found['version']}: {words}{others}"

@@ -17,7 +17,7 @@ def verify(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="peft|transformers|transformers-pipeline|sentence-transformers|diffusers",
+            metavar="peft|transformers|transformers-pipeline|sentence-transformers|diffusers|llama.cpp|mlx|mistralrs",
             help="Load it with this library too, and compare. Repeatable.",
         ),
     ] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from peftcli.adapters.export.lora import plain_lora
 from peftcli.adapters.export.programs import PROGRAMS, readings, traits
-from peftcli.adapters.export.write import export_adapter
+from peftcli.adapters.export.replay import Replayed, missing, require_same
+from peftcli.adapters.export.write import export_adapter as export_and_ask
 from peftcli.adapters.load import find_adapter
 from peftcli.core.files import load_adapter, save_adapter
 from peftcli.core.inject import inject
@@ -25,6 +28,7 @@ from peftcli.methods import METHODS, config_from_dict
 from peftcli.models.gguf_families import as_stored, gguf_family
 from peftcli.models.open import open_base
 
+export_adapter = functools.partial(export_and_ask, ask=False)
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -206,6 +210,19 @@ def test_readers_follow_the_table(settings: dict[str, Any], wrong: set[str], no:
 def test_every_setting_of_lora_that_changes_the_model_is_a_trait() -> None:
     config = config_from_dict({"peft_type": "LORA", "target_modules": ["q_proj"], "bias": "all", "lora_bias": True})
     assert traits(config, ["base_model.model.lm_head.base_layer.weight"]) == ["lora_bias", "bias", "base weights"]
+
+
+def test_a_difference_is_one_where_it_is_no_tie(tmp_path: Path) -> None:
+    good = Replayed("llama.cpp", "1", prompts=25, same_prompts=24, answers=6, same_answers=6, first=0.001, normalised=1)
+    require_same(good, tmp_path)
+    for worse in ({"same_prompts": 23}, {"same_answers": 5}, {"first": 0.5}):
+        with pytest.raises(AdapterError, match=r"llama\.cpp 1: the tokens of 2\d of 25 prompts and \d of 6 answers"):
+            require_same(dataclasses.replace(good, **worse), tmp_path)
+    require_same(dataclasses.replace(good, same_answers=2, first=0.05), tmp_path, "q8_0")
+    with pytest.raises(AdapterError, match=r"first tokens are off by 0\.5"):
+        require_same(dataclasses.replace(good, first=0.5), tmp_path, "q8_0")
+    require_same(dataclasses.replace(good, same_answers=2), tmp_path, exact=False)
+    assert missing("vllm") == "peftcli does not run vllm"
 
 
 def test_a_program_or_a_form_is_needed(cli_error: Callable[..., str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from peftcli.adapters.export.gguf import Numbers, require_gguf, write_adapter_fi
 from peftcli.adapters.export.lora import PlainLora, plain_lora
 from peftcli.adapters.export.mlx import write_mlx
 from peftcli.adapters.export.programs import FORMS, PROGRAMS, Form, traits
+from peftcli.adapters.export.replay import ASKED, Replayed, missing, replay, require_same, say
 from peftcli.adapters.load import SHARED_FILES, AdapterSource, find_adapter
 from peftcli.adapters.merge import merge_adapter
 from peftcli.core.files import CONFIG_FILE, WEIGHTS_FILE
@@ -45,6 +46,7 @@ class _Job:
     numbers: Numbers
     r: int | None
     max_error: float
+    ask: bool
     tell: Callable[[str], None]
 
     @property
@@ -69,6 +71,7 @@ def export_adapter(
     r: int | None = None,
     max_error: float = 0.01,
     numbers: Numbers = "f16",
+    ask: bool = True,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write an adapter to ``output`` in a form that another program reads.
@@ -82,14 +85,14 @@ def export_adapter(
         r: that of a LoRA; None: the smallest usual one that holds the update.
         max_error: the largest share of the update that a LoRA may lose.
         numbers: number format of a merged model's .gguf file.
+        ask: whether to ask the program, where it is installed, and compare its answers.
         tell: told of progress.
 
     Returns:
-        What was written: output, program, form, base_model, ``parts`` (name, what became of it, more), r, modules,
-        error and worst_module of a LoRA, files with their bytes.
+        What was written, as export.schema.json has it.
 
     Raises:
-        AdapterError: the adapter cannot be read, or the form cannot hold it.
+        AdapterError: the adapter cannot be read, the form cannot hold it, or the program says something else.
         ModelError: the base model cannot be read, or the form has no place for its family.
         UsageError: settings that do not go together, a missing package, or the output folder holds something.
         StorageError: it cannot be written.
@@ -97,21 +100,19 @@ def export_adapter(
     output = expand_user(output)
     require_empty(output)
     chosen = _form(program, form)
-    if "gguf" in chosen or chosen == "modelfile":
-        require_gguf()
-    job = _Job(find_adapter(adapter, base), chosen, numbers, r, max_error, tell)
+    job = _Job(find_adapter(adapter, base), chosen, numbers, r, max_error, ask, tell)
     _refuse_task(adapter, job)
-    lora = None
+    lora, replayed = None, None
     if chosen == "merged":
         merge_adapter(adapter, output, base=base, tell=tell)
     elif chosen in _OF_LORA:
-        lora = _write_lora(job, output)
+        lora, replayed = _write_lora(job, output)
     else:
-        _write_merged(job, adapter, base, output)
-    return {"program": program, **_written(job, lora, output)}
+        replayed = _write_merged(job, adapter, base, output)
+    return {"program": program, **_written(job, lora, replayed, output)}
 
 
-def _written(job: _Job, lora: PlainLora | None, output: Path) -> dict[str, Any]:
+def _written(job: _Job, lora: PlainLora | None, replayed: Replayed | None, output: Path) -> dict[str, Any]:
     """Describe what was written."""
     files = sorted(path for path in output.rglob("*") if path.is_file())
     return {
@@ -124,6 +125,8 @@ def _written(job: _Job, lora: PlainLora | None, output: Path) -> dict[str, Any]:
         "error": lora and lora.error,
         "worst_module": lora and {"module": lora.worst[0], "error": lora.worst[1]},
         "files": {str(path.relative_to(output)): path.stat().st_size for path in files},
+        "replayed": replayed and replayed.as_dict(),
+        "not_replayed": None if replayed else _why_not(job),
     }
 
 
@@ -139,6 +142,8 @@ def _form(program: str | None, form: Form | None) -> Form:
 
 def _refuse_task(adapter: str, job: _Job) -> None:
     """Refuse an adapter that no program of language models reads, and one that corrects a quantised base."""
+    if "gguf" in job.form or job.form == "modelfile":
+        require_gguf()
     source = job.source
     if job.form != "merged" and source.config.task_type != "CAUSAL_LM":
         kind = source.task or source.config.task_type or "no task that is known"
@@ -157,7 +162,29 @@ def open_dense_base(source: AdapterSource) -> OpenBase:
     return open_base(replace(source.base, quantization=None), processors=source.folder)
 
 
-def _write_lora(job: _Job, output: Path) -> PlainLora:
+def _why_not(job: _Job) -> str | None:
+    """Return why no program is asked about what is written; None: one is."""
+    if job.form == "merged":
+        return "merging has compared the models"
+    if not job.ask:
+        return "--no-replay"
+    asked = ASKED[job.form]
+    return (why := missing(asked)) and f"{asked} is not installed: {why}"
+
+
+def _replay(job: _Job, folder: Path, file: str, opened: OpenBase, exact: bool = True) -> Replayed | None:
+    """Ask the program for the form, where it is installed, whether it says the same."""
+    if _why_not(job) is not None:
+        return None
+    job.tell("asking the adapter")
+    said = say(job.source)
+    job.tell(f"asking {ASKED[job.form]}")
+    replayed = replay(job.form, said, folder, file, opened)
+    require_same(replayed, folder, job.numbers, exact=exact)
+    return replayed
+
+
+def _write_lora(job: _Job, output: Path) -> tuple[PlainLora, Replayed | None]:
     with open_dense_base(job.source) as opened:
         job.tell("computing what it adds to each weight")
         lora = plain_lora(job.source, opened, job.r, job.max_error)
@@ -169,7 +196,8 @@ def _write_lora(job: _Job, output: Path) -> PlainLora:
             else:
                 lora.write(job.source, folder)
                 _copy_companions(job.source, folder)
-    return lora
+            replayed = _replay(job, folder, ADAPTER_GGUF, opened, exact=lora.error == 0)
+    return lora, replayed
 
 
 def _copy_companions(source: AdapterSource, folder: Path) -> None:
@@ -181,7 +209,7 @@ def _copy_companions(source: AdapterSource, folder: Path) -> None:
     write_card(folder)
 
 
-def _write_merged(job: _Job, adapter: str, base: str | None, output: Path) -> None:
+def _write_merged(job: _Job, adapter: str, base: str | None, output: Path) -> Replayed | None:
     """Write the merged model as a .gguf file, and a Modelfile beside it where that is the form."""
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-merged-"))
@@ -195,6 +223,7 @@ def _write_merged(job: _Job, adapter: str, base: str | None, output: Path) -> No
                 form = job.source.prompt_form(has_template=bool(reads.chat_template))
                 text = modelfile(reads, form, job.model_file, job.source.answer_limits)
                 write_file(folder / MODELFILE, text.encode())
+            return _replay(job, folder, job.model_file, opened)
     finally:
         with suppress(OSError):
             shutil.rmtree(scratch)

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from peftcli.adapters.export.ask import ASK
+from peftcli.adapters.export.write import export_adapter
 from peftcli.adapters.load import AdapterSource
 from peftcli.adapters.merge import merge_adapter
 from peftcli.adapters.proof.sketches import difference, hash_of, sketch
@@ -38,6 +40,9 @@ READERS = {
     "transformers-pipeline": ("transformers", "peft"),
     "sentence-transformers": ("sentence_transformers",),
     "diffusers": ("diffusers", "peft"),
+    "llama.cpp": ("xllamacpp", "gguf"),
+    "mlx": ("mlx_lm", "mlx"),
+    "mistralrs": ("mistralrs",),
 }
 """Readers of an adapter, or of the merged model -> the packages that each takes."""
 
@@ -85,6 +90,7 @@ def compare_reader(reader: str, source: AdapterSource, opened: OpenBase, task: T
         "sentence-transformers": _compare_exported,
         "diffusers": _compare_pictures,
         "transformers-pipeline": _compare_answers,
+        **dict.fromkeys(ASK, _compare_program),
     }.get(reader, _compare_pictures if opened.is_pipeline and reader == "peft" else _compare_outputs)
     try:
         with quiet(), warnings.catch_warnings():
@@ -194,6 +200,16 @@ def _compare_exported(reader: str, source: AdapterSource, opened: OpenBase, task
         ": pooling or norm, or the activation of scores, since merging itself has compared the models",
     )
     return difference(sketch(torch.as_tensor(now).float()), sketch(expected)), lambda: blamed
+
+
+def _compare_program(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:
+    """Compare what a program that is not in Python answers to prompts, in the form that it reads, with ``generate``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "export"
+        written = export_adapter(str(source.folder), folder, program=reader, base=source.base_name, numbers="f32")
+    replayed = written["replayed"]
+    blamed = str(source.folder / WEIGHTS_FILE), ": its answers are others"
+    return 1 - replayed["same_answers"] / replayed["answers"], lambda: blamed
 
 
 def _compare_pictures(reader: str, source: AdapterSource, opened: OpenBase, task: Task[Any], model: Any) -> _Compared:

@@ -226,20 +226,20 @@ class TextGenerator:
             **chosen,
             "max_new_tokens": settings.max_new_tokens,
             "num_beams": settings.num_beams,
-            "eos_token_id": self._stops or None,
+            "eos_token_id": self.stops or None,
             "pad_token_id": self.tokenizer.pad_token_id,
             **_answer_start(self.tokenizer),
             **({"stopping_criteria": [_text_stop(self.tokenizer, ends)]} if ends else {}),
         }
 
     @cached_property
-    def _stops(self) -> list[int]:
+    def stops(self) -> list[int]:
         """Return the ids that end an answer."""
         return all_stops(self.stop_tokens, self.model.generation_config.eos_token_id)
 
     def _answer(self, ids: list[int]) -> tuple[str, int, str]:
         ends = next(
-            (place for place, token in enumerate(ids, 1) if token in self._stops or self._says_end(ids[:place])), None
+            (place for place, token in enumerate(ids, 1) if token in self.stops or self._says_end(ids[:place])), None
         )
         kept = ids[:ends]
         text, _ = _before(self._text(kept), self.stop_tokens.texts)
