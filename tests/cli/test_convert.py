@@ -426,6 +426,7 @@ def test_formats_are_those_of_the_command() -> None:
         ("no_base", "does not name its base model"),
         ("other_base", "1 of the 1 adapted modules are not in"),
         ("full", "holds the weights of a whole model"),
+        ("quantised", "holds weights that are quantised for mlx"),
         ("no_scale", "lora_parameters.scale: expected a number"),
         ("half", "lacks one of lora_a and lora_b"),
         ("wrong_size", "shape"),
@@ -456,6 +457,12 @@ def test_what_cannot_be_read_is_refused(cli: Callable, tmp_path: Path, name: str
             mlx(path, {f"other.{key.rpartition('.')[2]}": value for key, value in pair.items()}, base)
         case "full":
             mlx(path, pair, base, "full")
+        case "quantised":
+            base = tmp_path / "base"
+            shutil.copytree(folder("llama"), base)
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 4}}))
+            mlx(path, pair, base)
         case "no_scale":
             write(path, pair, {"lora_parameters": {"rank": 4, "alpha": 8}, "model": str(base)})
         case "half":
@@ -528,3 +535,30 @@ def test_a_file_that_mlx_lm_wrote(converted: Callable, tmp_path: Path, kind: str
     found, _ = converted(path, None)
     assert mlx_lm.__version__
     torch.testing.assert_close(found(input_ids=torch.tensor(ids)).logits.detach(), theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_diffusers_computes_the_same_from_the_same_file(converted: Callable, tmp_path: Path, kind: str) -> None:
+    """A file of kohya's, which diffusers reads by its own code, and what it saves of it."""
+    import diffusers
+
+    base, tensors = pipeline_base(kind), dict[str, torch.Tensor]()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
+    for name, module in linears(pipeline.unet, "to_q", "to_v").items():
+        above = f"lora_unet_{name.replace('.', '_')}"
+        pair = drawn(2, module.in_features), drawn(module.out_features, 2, seed=len(name))
+        tensors |= {f"{above}.lora_down.weight": pair[0], f"{above}.lora_up.weight": pair[1]}
+        tensors[f"{above}.alpha"] = torch.tensor(3.0)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    pipeline.load_lora_weights(tmp_path / "theirs.safetensors")
+    width = pipeline.unet.config.cross_attention_dim
+    given: dict[str, Any] = {"encoder_hidden_states": drawn(1, 7, width)}
+    if kind == "sdxl":
+        inner = pipeline.unet.config.projection_class_embeddings_input_dim
+        times = pipeline.unet.config.addition_time_embed_dim
+        given["added_cond_kwargs"] = {"text_embeds": drawn(1, inner - 6 * times), "time_ids": torch.ones(1, 6)}
+    noisy = drawn(1, 4, 8, 8)
+    theirs = pipeline.unet(noisy, 5, **given).sample
+    model, _ = converted(tmp_path / "theirs.safetensors", base)
+    torch.testing.assert_close(model.unet(noisy, 5, **given).sample, theirs, atol=1e-4, rtol=1e-4)

@@ -36,6 +36,9 @@ def read(request: Request) -> Converted:
         listed = ", ".join(first_of(list(map(short_name, strange))))
         raise source.refuse(f"holds tensors that are no lora_a, lora_b or m: {listed}")
     base = request.open_base(source.config.get("model"))
+    if hasattr(base.opened.config, "quantization"):
+        hint = "give the model that it was made from with --base"
+        raise source.refuse(f"{base.name} holds weights that are quantised for mlx, and no other program reads", hint)
     found = dict[str, dict[str, torch.Tensor]]()
     for name, value in source.tensors.items():
         path, _, kind = name.rpartition(".")

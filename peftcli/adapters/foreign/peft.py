@@ -22,6 +22,7 @@ from peftcli.adapters.foreign.experts import fused
 from peftcli.adapters.foreign.pairs import Pair, lora
 from peftcli.adapters.foreign.source import Converted, Request, Source, Step, carried
 from peftcli.core.layer import adapter_layers, path_in_file
+from peftcli.data.rows import count_of
 from peftcli.guard.files import first_of, short_name, short_repr
 from peftcli.guard.typed_fields import mapping_at
 from peftcli.methods import config_from_dict
@@ -73,7 +74,8 @@ def read(request: Request) -> Converted:
         steps.append(Step("translated", f"the experts' layout of {_name(version)}", note))
     if columns == _GROUPED:
         steps.append(Step("translated", "Unsloth's order of B", "an expert's columns were together, and are apart"))
-    steps.append(Step("carried", f"{len(tensors) - 2 * len(layers)} other tensors", "as they are"))
+    if others := len(tensors) - 2 * len(layers):
+        steps.append(Step("carried", count_of(others, "other tensor"), "as before"))
     return Converted(base, config, tensors, steps)
 
 
