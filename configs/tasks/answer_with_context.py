@@ -22,7 +22,7 @@ from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import PromptForm, prompt_ids, prompt_text
 from peftcli.tasks.text.stop_tokens import stop_tokens
 
-_AT_ONCE, _TOKENS = 16, 64
+_AT_ONCE, _TOKENS = 16, 40
 """Rows in a batch, and the longest answer. A longer one is left out: it would teach the model to stop in a sentence."""
 
 
@@ -46,12 +46,12 @@ def main() -> None:
         asked = [prompt_ids(text, tokenizer, templated=True, decoder_only=True) for text in texts]
         order = sorted(range(len(rows)), key=lambda at: len(asked[at]))
         settings, found = GenerationSettings(max_new_tokens=_TOKENS, temperature=temperature), dict[int, str]()
-        for start in range(0, len(rows), _AT_ONCE):
+        for start in range(0, len(order), _AT_ONCE):
             some = order[start : start + _AT_ONCE]
             with torch.inference_mode():
                 answers = generator.write([asked[at] for at in some], settings, some)
             found |= {at: each.text for at, (each,) in zip(some, answers, strict=True) if each.ended and each.text}
-            print(f"{part}: {start + len(some)} of {len(rows)}", flush=True)
+            print(f"{part}: {start + len(some)} of {len(order)}", flush=True)
         lines = [
             json.dumps({"messages": [*row["prompt"], {"role": "assistant", "content": found[at]}]}) + "\n"
             for at, row in enumerate(rows)

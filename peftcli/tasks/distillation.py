@@ -22,7 +22,7 @@ from peftcli.core.layer import model_ends
 from peftcli.data.findings import Finding, Records
 from peftcli.data.rows import Row, Table
 from peftcli.data.store import Column, Example, Outcome, View
-from peftcli.errors import DataError, ModelError, UsageError
+from peftcli.errors import DataError, ModelError, PeftcliError, UsageError
 from peftcli.models.open import OpenBase
 from peftcli.tasks import settings
 from peftcli.tasks.base import Batch, Loss, OpenOther, model_inputs
@@ -103,8 +103,14 @@ class Distillation(CausalLM[settings.DistillationSettings]):
 
     def ask_others(self, open_other: OpenOther) -> None:
         super().ask_others(open_other)
-        if self._is_other:
-            _refuse_other_vocabulary(self._opened.processor, self.processor, self.settings.teacher, self.base.name)
+        if not self._is_other:
+            return
+        try:
+            tokenizer = self._opened.processor
+        except PeftcliError as error:
+            error.key = "task.teacher"
+            raise
+        _refuse_other_vocabulary(tokenizer, self.processor, self.settings.teacher, self.base.name)
 
     @property
     def _is_other(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, INSIDE_0_1, SHARE
+from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, INSIDE_0_1, SHARE
 
 if TYPE_CHECKING:
     from typing import Self
@@ -102,7 +102,7 @@ class DistillationSettings(CausalLMSettings):
     KL of both to their mean."""
     temperature: float = field(default=1.0, metadata=NOT_ENCODED | ABOVE_0)
     """What divides the logits of both in the loss; above 1, unlikely tokens count more."""
-    on_policy: float = field(default=0.0, metadata=NOT_ENCODED | SHARE)
+    on_policy: float = field(default=0.0, metadata=NOT_ENCODED | FRACTION)
     """Share of a step's rows whose last answer the student writes, of at most max_new_tokens tokens, and is compared
     on. It is sampled by seed, step and row."""
 

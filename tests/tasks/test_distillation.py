@@ -19,7 +19,7 @@ from trainkit import MESSAGES, base_folder, resumed_and_whole, run_recipe, write
 
 from peftcli.adapters.other_model import open_other
 from peftcli.core.inject import disabled, inject
-from peftcli.errors import DataError, UsageError
+from peftcli.errors import DataError, PeftcliError, UsageError
 from peftcli.methods.lora import LoraConfig
 from peftcli.models.open import open_base
 from peftcli.schema import BaseModel
@@ -192,6 +192,9 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has another vocabulary than") as caught:
         run_recipe(CASES["distillation"].write(tmp_path), f"task={task}")
     assert caught.value.key == "task.teacher"
+    with pytest.raises(PeftcliError, match="no model folder") as missing:
+        open_task(teacher=str(tmp_path / "missing/model"))
+    assert missing.value.key == "task.teacher"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +263,7 @@ def test_what_the_student_writes_depends_on_its_row_alone() -> None:
 
 def test_resume_and_any_split_of_a_batch_give_the_same_answers(tmp_path: Path) -> None:
     recipe = CASES["distillation"].write(tmp_path)
-    task = json.dumps(CASES["distillation"].task | {"on_policy": 0.5, "max_new_tokens": 5})
+    task = json.dumps(CASES["distillation"].task | {"on_policy": 1.0, "max_new_tokens": 5})
     settings = (f"task={task}", "training.save_strategy=steps", "training.save_steps=1")
     resumed, whole = resumed_and_whole(recipe, *settings)
     name = "adapter_model.safetensors"
