@@ -30,6 +30,7 @@ from peftcli.system import hub_requests
 from peftcli.system.outputs import expand_user
 from peftcli.tasks import DIFFUSERS_FILE, PIPELINE_PARTS, TASK_FILE, TASKS
 from peftcli.tasks.found import task_of_class
+from peftcli.tasks.settings import CODE
 from peftcli.tasks.text.prompts import PromptForm
 
 if TYPE_CHECKING:
@@ -306,8 +307,9 @@ def read_settings(task: str, given: Any, file: str, under: str) -> Any:
     known = hints_of(kind)
     if not isinstance(given, dict) or not all(name in known and fits(given[name], known[name]) for name in given):
         raise AdapterError(f"does not contain the settings of {task}", file=file)
-    if given.get("metric_code"):
-        raise AdapterError("names code to run, which an adapter may not", key=f"{under}.metric_code", file=file)
+    for name in CODE:
+        if given.get(name):
+            raise AdapterError("names code to run, which an adapter may not", key=f"{under}.{name}", file=file)
     # the names of an adapter that does not say it may be in an order of first sight
     found = kind(**({"labels_by_number": False} if "labels_by_number" in known else {}) | given)
     for name, problem in out_of_range(found):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import regex
@@ -18,6 +14,7 @@ from peftcli.tasks.base import Loss
 from peftcli.tasks.parts import Parts, join, means
 from peftcli.tasks.settings import GeneratedSettings
 from peftcli.tasks.text.answers import UNSPACED
+from peftcli.tasks.text.own_code import as_data_error, own_function
 
 _KEY = "task.metric_code"
 OwnMetric = Callable[[list[str], list[str]], dict[str, float]]
@@ -51,10 +48,7 @@ def own_metric_of(settings: GeneratedSettings) -> OwnMetric | None:
     """
     if settings.metric_code is None:
         return None
-    if not settings.trust_metric_code:
-        hint = "read that file, and set task.trust_metric_code: true"
-        raise DataError("runs code of yours, which has to be allowed", key=_KEY, hint=hint)
-    return own_metric(settings.metric_code)
+    return own_metric(settings.metric_code, allowed=settings.trust_metric_code)
 
 
 def generated_metrics(
@@ -73,40 +67,22 @@ def generated_metrics(
     return found | added
 
 
-def own_metric(name: str) -> OwnMetric:
+def own_metric(name: str, *, allowed: bool) -> OwnMetric:
     """Load a function of the user's own file, named as ``metrics.py:score``, which compares like those of ``METRICS``.
 
     Raises:
-        DataError: there is no such function. The result raises it too, where the function fails or returns no numbers.
+        DataError: its code is not ``allowed``, or there is no such function. The result raises it too, where the
+            function fails or returns no numbers.
     """
-    path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location("peftcli_metric_code", path) if path.endswith(".py") else None
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise DataError(f"expected a file and its function, as metrics.py:score, found {name[:200]!r}", key=_KEY)
-    module = importlib.util.module_from_spec(spec)
-    with _as_data_error():
-        sys.modules[spec.name] = module  # where dataclasses look up the names of types
-        spec.loader.exec_module(module)
-    own = getattr(module, function, None)
-    if not callable(own):
-        raise DataError(f"{path} has no function {function!r}", key=_KEY)
+    own, function = own_function(name, _KEY, allowed=allowed, switch="task.trust_metric_code"), name.rpartition(":")[2]
 
     def compare(wanted: list[str], found: list[str]) -> dict[str, float]:
-        with _as_data_error():
+        with as_data_error(_KEY):
             value = own(found, wanted)
             values = value if isinstance(value, Mapping) else {function: value}
             return {str(each): float(number) for each, number in values.items()}
 
     return compare
-
-
-@contextmanager
-def _as_data_error() -> Iterator[None]:
-    """Inside runs the user's code: whatever it raises is a DataError."""
-    try:
-        yield
-    except Exception as error:
-        raise DataError(f"{type(error).__name__}: {error}", key=_KEY) from error
 
 
 def _exact_matches(wanted: list[str], found: list[str]) -> np.ndarray:
