@@ -56,7 +56,8 @@ def check_task(recipe: Recipe, report: Report) -> None:
             report((f"task.{key}",), f"is not a setting of the task {name}; leave it out")
         elif isinstance(value, str) and allowed and value not in allowed:
             report((f"task.{key}",), f"the task {name} supports only {', '.join(allowed)}, not {value}")
-    for key, problem in out_of_range(TASKS[name].settings(**{key: given[key] for key in given.keys() & own.keys()})):
+    chosen = TASKS[name].settings(**{key: given[key] for key in given.keys() & own.keys()})
+    for key, problem in [*out_of_range(chosen), *chosen.problems()]:
         report((f"task.{key}",), problem)
 
 

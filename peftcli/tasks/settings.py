@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, INSIDE_0_1, SHARE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Self
 
 NOT_ENCODED: dict[str, Any] = {"encodes": False}
@@ -37,6 +38,10 @@ class TaskSettings:
     def files(self) -> list[str]:
         """Files, and folders of media, that a run reads besides its data, as the settings name them."""
         return []
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """What is wrong in a recipe with values of the right types: pairs of a setting and what is wrong with it."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
