@@ -100,6 +100,8 @@ class Task(ABC, Generic[Settings]):
     """Packages whose version decides what ``encode`` gives."""
     findings_of_flags: ClassVar[Mapping[str, int]] = {}
     """Names of findings, each about the used rows with a flag -> bit of ``Outcome.flags``."""
+    loss_falls: ClassVar[bool] = True
+    """Whether the loss of training falls as the model learns, so that one that rises is a doubt."""
     lower_is_better: ClassVar[Sequence[str]] = ("loss", "perplexity")
     """Names of metrics of which a smaller value is better, or patterns of them."""
     input_packages: ClassVar[Mapping[str, str]] = {}
@@ -280,6 +282,11 @@ class Task(ABC, Generic[Settings]):
     def reports(self) -> Sequence[str]:
         """Names of all that ``metrics`` may return, or patterns of those whose names the data gives."""
         return ("loss", "*")
+
+    @property
+    def measures(self) -> Sequence[str]:
+        """Names of ``Loss.sums`` whose means over the targets of a step training logs. No metrics of evaluation."""
+        return ()
 
     @property
     def main_metric(self) -> str:

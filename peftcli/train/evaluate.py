@@ -267,7 +267,7 @@ def find_doubts(
     ``before`` and ``after`` are metrics of the evaluation data, as far as they were measured, ``lines`` those of
     metrics.jsonl, and ``view`` the evaluation data, or the training data without one.
     """
-    losses = _losses(before, after, lines)
+    losses = _losses(before, after, lines if task.loss_falls else ())
     if not after and losses is not None:
         after = {"eval_loss": losses.last}
     constant = {f"eval_{name}": value for name, value in task.constant_metrics(view).items()}

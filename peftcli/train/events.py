@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -57,6 +57,8 @@ class StepResult:
     """Targets in the global batch."""
     num_tokens: int
     """Size of the global batch in the task's unit, its targets included, padding aside."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What the task measures of each step, as the mean over the targets of the global batch."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ class Gradients:
         mine = ((step, rows) for step, rows in work if rows)
         self.ahead = batches(self._make, mine, num_workers(self.plan.training, self.task))
         """The batches of the micro-batches to come."""
+        self.measured = self.no_measures()
+        """The sums of the task's ``measures`` over the step's rows in this process."""
 
     def _make(self, item: tuple[int, MicroBatch]) -> Batch:
         step, rows = item
@@ -126,7 +128,7 @@ class Gradients:
                     parts.append(loss * (1 / num_targets))
                     total += loss.detach()
                 elif self.in_step:
-                    parts.append(self.loss(next(self.ahead)) * 0)
+                    parts.append(self.loss(next(self.ahead), counts=False) * 0)
                 else:
                     self.task.gather_nothing(self.accelerator.device)
                 if is_last and (added := self.penalty()) is not None:
@@ -151,10 +153,25 @@ class Gradients:
         """Return what the losses of a step are added to."""
         return torch.zeros((), dtype=torch.float32, device=self.accelerator.device)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Return the summed loss of a batch."""
+    def no_measures(self) -> dict[str, torch.Tensor]:
+        """Return what the task's ``measures`` of a step are added to."""
+        return {name: self.zero() for name in self.task.measures}
+
+    def loss(self, batch: Batch, *, counts: bool = True) -> torch.Tensor:
+        """Return the summed loss of a batch, whose measures are added to the step's if it ``counts``."""
         with self.accelerator.autocast():
-            return self.task.loss(self.prepared.model, on_device(batch, self.accelerator.device)).total
+            loss = self.task.loss(self.prepared.model, on_device(batch, self.accelerator.device))
+        for name, total in self.measured.items():
+            total += loss.sums[name].detach() * counts
+        return loss.total
+
+    def measures(self, num_targets: int) -> dict[str, float]:
+        """Return the means of the step's measures over the targets of all processes, and begin the next step's."""
+        found, self.measured = self.measured, self.no_measures()
+        if not found:
+            return {}
+        means = torch.stack(list(self.accelerator.reduce(found, reduction="sum").values())) / num_targets
+        return dict(zip(found, means.tolist(), strict=True))
 
     def penalty(self) -> torch.Tensor | None:
         """Return what the method adds to the loss of a step."""
@@ -194,7 +211,8 @@ def fit(gradients: Gradients) -> Generator[StepResult]:
         after_step(gradients.model, prepared.config, step + 1, plan.total_steps)
         prepared.optimizer.zero_grad(set_to_none=True)
         num_tokens = int(plan.sizes[batch].sum()) + (0 if gradients.task.targets_in_size else num_targets)
-        yield StepResult(step + 1, loss_sum / num_targets, grad_norm, learning_rate, num_targets, num_tokens)
+        loss, measures = loss_sum / num_targets, gradients.measures(num_targets)
+        yield StepResult(step + 1, loss, grad_norm, learning_rate, num_targets, num_tokens, measures)
 
 
 def _sum_gradients(prepared: PreparedModel, accelerator: Accelerator) -> None:

@@ -137,7 +137,8 @@ class TrainingLoop:
         if not logged:
             return {}
         progress.window_loss_sum, progress.window_num_targets = 0.0, 0
-        return {**asdict(result), "loss": mean}
+        line = asdict(result) | {"loss": mean}
+        return line | line.pop("measures")
 
     def _log(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, unless it is empty."""
