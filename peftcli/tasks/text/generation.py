@@ -286,7 +286,8 @@ def _read_once(model: Any, inputs: dict[str, Any], count: int) -> dict[str, Any]
     """
     repeated = {name: value.repeat_interleave(count, dim=0) for name, value in inputs.items()}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    if count == 1 or ids.shape[1] == 1 or soft_prompt(model) is not None or not takes(model, "past_key_values"):
+    caches = takes(model, "past_key_values") and model.generation_config.use_cache is not False
+    if count == 1 or ids.shape[1] == 1 or soft_prompt(model) is not None or not caches:
         return repeated
     given = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
     if takes(model, "position_ids"):

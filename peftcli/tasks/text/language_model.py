@@ -320,10 +320,14 @@ class LanguageModel(Task[Settings]):
         return missing_stops(self.processor, configured_stops(model), chat=self.prompt_form.chat)
 
 
-def target_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
+def target_losses(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor, temperature: float = 1.0
+) -> Losses:
     """Return the losses that ``plain_losses`` describes, by the fast way where the model's head lets it."""
     head = output_head(inner_model(model), inputs)
-    return plain_losses(model, inputs, targets) if head is None else losses_under(head, model, inputs, targets)
+    if head is None:
+        return plain_losses(model, inputs, targets, temperature)
+    return losses_under(head.at(temperature), model, inputs, targets)
 
 
 def with_states(

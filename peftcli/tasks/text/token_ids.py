@@ -71,13 +71,15 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def plain_losses(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Losses:
+def plain_losses(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor, temperature: float = 1.0
+) -> Losses:
     """Run a language model; return the losses of the targets that count, row after row.
 
     ``model`` may be below a wrapper of accelerate's, and may have a soft prompt; ``targets`` (B, T) are those of its
-    last T positions.
+    last T positions. ``temperature`` divides the logits.
     """
-    return losses_of(target_logits(model, inputs, targets), targets[targets != IGNORED])
+    return losses_of(target_logits(model, inputs, targets) / temperature, targets[targets != IGNORED])
 
 
 def target_logits(model: nn.Module, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:

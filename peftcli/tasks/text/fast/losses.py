@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -61,6 +61,10 @@ class OutputHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, V) of hidden states (N, D), each row by itself."""
         return self.redo(self.forward(hidden[None])).squeeze(0)  # an index's gradient would be a copy
+
+    def at(self, temperature: float) -> OutputHead:
+        """Return the head whose logits are divided by a temperature."""
+        return self if temperature == 1 else replace(self, redo=lambda logits: self.redo(logits) / temperature)
 
     @contextmanager
     def replaced(self, forward: Redo) -> Iterator[None]:
