@@ -31,6 +31,15 @@ TRL = {
 }
 """The mean losses of TRL 1.16, as tests/interop/libraries/losses_of_trl.py prints them."""
 ROWS = 4
+GRPO: dict[str, Any] = {
+    "rewards": [{"contains": "a", "weight": 0.5}, {"length": {"max": 5}}, {"exact_match": "answer"}],
+    "group_size": 4,
+    "max_new_tokens": 12,
+}
+GRPO_ROWS = [
+    {"prompt": [{"role": "user", "content": text}], "answer": "tea"} for text in ("sun", "the old mill", "red fox")
+]
+"""Settings and rows of grpo over the tiny model."""
 
 
 def adapted(**method: Any) -> Any:

@@ -32,6 +32,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     **{  # the last layer of its boxes has 4 outputs
         (method, "object_detection"): {"target_modules": ["query", "value"]} for method in ("vblora", "c3a", "road")
     },
+    ("trainable_tokens", "grpo"): {"token_indices": [266, 268]},  # which each prompt has
     ("trainable_tokens", "image_text_to_text"): {"token_indices": [1, 2]},  # which each row has
 }
 """What besides ``promises.METHOD_SETTINGS``: (method, task) patterns -> settings, of which all that match count."""

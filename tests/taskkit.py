@@ -128,6 +128,14 @@ _QUESTIONS = [
 ]
 
 
+def _rewarded(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The rewards of answers as ``predict`` writes them."""
+    texts = [each["text"] for each in answers]
+    has_letter = np.array(["e" in text for text in texts])
+    same = np.array([text.strip() == row["answer"].strip() for text, row in zip(texts, rows, strict=True)])
+    return {"reward_contains": float(has_letter.mean()), "reward_exact_match": float(same.mean())}
+
+
 def of_classes(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The metrics of rows that have one label each."""
     from sklearn import metrics
@@ -462,6 +470,26 @@ CASES: dict[str, Case] = {
             {"loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected", "kl_chosen"}
         ),
         recompute=lambda rows, answers: {},  # generated answers do not tell
+        has_head=False,
+    ),
+    "grpo": Case(
+        base=base_folder,
+        task={
+            "type": "grpo",
+            "rewards": [{"contains": "e", "weight": 0.5}, {"exact_match": "answer"}, {"length": {"max": 6}}],
+            "group_size": 3,
+            "max_new_tokens": 8,
+            "beta": 0.1,
+        },
+        rows=lambda: [{"prompt": each["prompt"], "answer": each["completion"]} for each in PROMPTS],
+        found={},
+        metrics=frozenset(
+            {
+                *("loss", "reward", "reward_std", "kl", "answer_tokens", "answers_cut"),
+                *("reward_contains", "reward_exact_match", "reward_length"),
+            }
+        ),
+        recompute=_rewarded,
         has_head=False,
     ),
     "reward": Case(

@@ -21,7 +21,7 @@ _MAX_ROWS = 8
 """Modules, or kinds of them, that are shown without --updates."""
 USES = {
     "metrics": "sequence_classification, token_classification, image_classification, audio_classification; "
-    "bleu, chrf, rouge_l",
+    "bleu, chrf, rouge_l; grpo with json_schema",
     "vision": "image_classification, semantic_segmentation, object_detection, image_text_to_text",
     "audio": "speech_recognition, audio_classification",
     "diffusion": "text_to_image",

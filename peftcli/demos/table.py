@@ -225,6 +225,14 @@ DEMOS: dict[str, Demo] = {
         asks=({"prompt": _BOOKING},),
         seconds=120,
     ),
+    "grpo": Demo(
+        summary="read a booking out of a message as JSON, from rewards alone: it sees no right answer",
+        model="SmolLM2-135M-Instruct",
+        data=texts.booking_schemas,
+        asks=({"messages": json.dumps(texts.after_example(_BOOKING))},),
+        seconds=600,
+        packages={"jsonschema": "metrics"},
+    ),
     "reranker": Demo(
         summary="find the message that says exactly what a booking says",
         model="all-MiniLM-L6-v2",

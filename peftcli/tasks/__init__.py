@@ -398,6 +398,18 @@ TASKS: dict[str, TaskRow] = {
         usage=_GENERATE,
         rate_factor=0.1,
     ),
+    "grpo": TaskRow(
+        task_type="CAUSAL_LM",
+        auto_class="AutoModelForCausalLM",
+        settings=settings.GrpoSettings,
+        module="grpo",
+        processor="tokenizer",
+        reads=(),
+        pipeline_tag="text-generation",
+        summary="write answers that get rewards which a program checks: GRPO (Llama, Qwen)",
+        asking=_ASK,
+        usage=_GENERATE,
+    ),
     "reward": TaskRow(
         task_type="SEQ_CLS",
         auto_class="AutoModelForSequenceClassification",

@@ -242,6 +242,16 @@ SEEN = by_name(
 )
 """Those of image_text_to_text."""
 
+REWARDED = by_name(
+    Kind(
+        "constant_reward",
+        "warning",
+        "want the same answer of every row, so that a reward is constant over the data",
+        "A model that always gives this answer is always right. Check the column, or leave the reward out.",
+    ),
+)
+"""Those of grpo."""
+
 INFLUENCE = by_name(
     Kind(
         "looks_mislabelled",
@@ -279,5 +289,6 @@ FINDINGS = (
     | RANKED
     | MASKED
     | CHOICES
+    | REWARDED
     | INFLUENCE
 )

@@ -21,6 +21,7 @@ class Metric:
 _SCALES = {
     "share": "0 to 1; more is better",
     "error": "from 0; less is better",
+    "amount": "from 0; neither more nor less is better",
     "both": "-1 to 1; more is better",
     "percent": "0 to 100; more is better",
     "up": "any number; more is better",
@@ -66,8 +67,13 @@ reward_accuracy share The share of pairs whose chosen answer gets the higher rew
 reward_margin up By how much the chosen answer's reward exceeds the rejected one's, on average.
 reward_chosen up The mean reward of chosen answers: how much likelier training made them than the reference does.
 reward_rejected down The mean reward of rejected answers.
+reward up What an answer is given by the rewards of grpo, each with its weight, on average.
+reward_std amount The standard deviation of the rewards of the evaluation rows.
+answer_tokens amount The mean number of tokens of an answer, its end included.
+answers_cut error The share of answers that max_new_tokens has cut off.
+reward_* up What an answer is given by one of the rewards of grpo, without its weight, on average.
 nll error The loss of the chosen answers as texts, which orpo adds to that of the pairs.
-kl error How far the model's answers are from the reference's, as kto estimates it; in distillation the forward KL.
+kl error How far the model's answers are from the reference's, as kto and grpo estimate it; in distillation the forward KL.
 top1_agreement share The share of trained tokens at which student and teacher have the same likeliest token.
 kl_chosen near How far the model has moved from the reference on the chosen answers.
 """

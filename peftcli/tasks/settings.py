@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftcli.guard.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, INSIDE_0_1, SHARE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import Self
 
 NOT_ENCODED: dict[str, Any] = {"encodes": False}
@@ -24,7 +24,7 @@ CTC_BLANK = "<pad>"
 """In a complete ``vocabulary``: the output that stands for no letter."""
 UNDER_DATASET = ("max_length", "overlong", "packing", "train_on")
 """Settings that recipes may also give under ``dataset``."""
-CODE = ("metric_code", "trust_metric_code")
+CODE = ("metric_code", "trust_metric_code", "trust_reward_code")
 """Settings that are neither recorded nor read with an adapter, which names no code to run."""
 
 
@@ -380,6 +380,84 @@ class PreferenceSettings(TaskSettings):
     overlong: Literal["truncate", "drop", "error"] = field(default="truncate", metadata=MAY_DIFFER)
     """What to do with a row if an answer is longer: truncate it at the end, drop the row, or stop with an error. Such
     rows are counted in any case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerReward:
+    """What gives an answer a reward of grpo: one of exact_match, contains, regex, json_schema, length and python."""
+
+    exact_match: str | None = None
+    """Column of the wanted answers: 1 if the answer is the same text, white space around both aside; else 0."""
+    contains: str | None = None
+    """Text: 1 if it is in the answer, else 0."""
+    regex: str | None = None
+    """Regular expression in the syntax of Python: 1 if it matches somewhere in the answer, else 0."""
+    json_schema: dict[str, Any] | str | None = None
+    """JSON Schema, or a .json file that contains it, or the column of the rows' own schemas: 1 if the answer is JSON
+    that fits it, else 0."""
+    length: dict[Literal["min", "max"], int] | None = None
+    """Number of tokens of an answer, its end included, as in {min: 5, max: 40}: 1 within these bounds, else 0."""
+    python: str | None = None
+    """A function of your own, as ``rewards.py:score``: it is called with a list of answers, and each column of their
+    rows as a list under its name, and returns one number for each answer. It needs trust_reward_code."""
+    weight: float = 1.0
+    """Factor in the sum of all rewards."""
+    name: str | None = None
+    """Name in logs and metrics. Unset: the kind, or the name of the function; a second one of a name gets a number."""
+
+    @property
+    def kind(self) -> str:
+        """What it looks at; empty where that is not one thing."""
+        given = [name for name in REWARD_KINDS if getattr(self, name) is not None]
+        return given[0] if len(given) == 1 else ""
+
+
+REWARD_KINDS = ("exact_match", "contains", "regex", "json_schema", "length", "python")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSettings(TaskSettings):
+    """Settings of grpo."""
+
+    rewards: list[AnswerReward] = field(default_factory=list, metadata=NOT_ENCODED | MAY_DIFFER)
+    """What gives an answer its reward: the weighted sum of all of them."""
+    trust_reward_code: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
+    """Run the code of rewards of the kind python."""
+    group_size: int = field(default=8, metadata=NOT_ENCODED | MAY_DIFFER | {"least": 2})
+    """Number of answers that are sampled to each prompt and compared with each other."""
+    max_new_tokens: int = field(default=256, metadata=MAY_DIFFER | AT_LEAST_1)
+    """Longest answer, in tokens, in evaluation and ``predict`` too."""
+    temperature: float = field(default=1.0, metadata=NOT_ENCODED | MAY_DIFFER | ABOVE_0)
+    """Of sampling in training; the loss is that of the distribution that is sampled from. Evaluation is greedy."""
+    beta: float = field(default=0.0, metadata=NOT_ENCODED | MAY_DIFFER | AT_LEAST_0)
+    """Weight of the KL divergence from the base model, which is the model without its adapter."""
+    scale_rewards: bool = field(default=True, metadata=NOT_ENCODED | MAY_DIFFER)
+    """Divide a group's rewards, less their mean, by their standard deviation, and each answer's loss by its tokens.
+    false: do neither, and divide by max_new_tokens (Dr. GRPO)."""
+    mask_truncated_completions: bool = field(default=False, metadata=NOT_ENCODED | MAY_DIFFER)
+    """Learn nothing from answers that max_new_tokens cut off. Their rewards count in the group's mean in any case."""
+
+    def __post_init__(self) -> None:
+        rewards = [AnswerReward(**each) if isinstance(each, dict) else each for each in self.rewards]
+        object.__setattr__(self, "rewards", rewards)
+
+    def files(self) -> list[str]:
+        """The files of schemas and functions."""
+        schemas = [each.json_schema for each in self.rewards if str(each.json_schema).endswith(".json")]
+        return [*map(str, schemas), *(each.python.rpartition(":")[0] for each in self.rewards if each.python)]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.rewards:
+            yield "rewards", "is required: what gives an answer its reward, as [{exact_match: COLUMN}]"
+        for at, each in enumerate(self.rewards):
+            if not each.kind:
+                yield f"rewards[{at}]", f"expected one of {', '.join(REWARD_KINDS)}"
+            if each.length is not None and (
+                not each.length
+                or min(each.length.values()) < 0
+                or each.length.get("min", 0) > each.length.get("max", 1e9)
+            ):
+                yield f"rewards[{at}].length", "expected bounds such as {min: 5, max: 40}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from peftcli.errors import Interrupted
 from peftcli.models.open import open_base
 from peftcli.output_schemas import output_schema
 from peftcli.schema import BaseModel
+from peftcli.tasks import TASKS
 from peftcli.tasks.base import scores_of
 
 EVALUATES = ("training.eval_strategy=steps", "training.eval_steps=4")
@@ -86,7 +87,8 @@ def in_float16(base: Path, folder: Path) -> Path:
 
 def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
     _, run = runs(name)
-    assert run.losses[-1] < run.losses[0]
+    task = importlib.import_module(f"peftcli.tasks.{TASKS[name].module}").TASK
+    assert run.losses[-1] < run.losses[0] or not task.loss_falls
     assert {f"eval_{metric}" for metric in CASES[name].metrics} <= set(run.run["eval"]["last"])
     if CASES[name].found:
         assert CASES[name].found.items() <= json.loads((run.folder / "task.json").read_text())["settings"].items()

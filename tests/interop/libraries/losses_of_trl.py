@@ -2,18 +2,20 @@
 
 import inspect
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from classifierkit import open_task
-from preferencekit import LOSSES, adapted, examples_of
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from classifierkit import encoded, open_task
+from preferencekit import GRPO, GRPO_ROWS, LOSSES, adapted, examples_of
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from peftcli.core.inject import disabled
+from peftcli.tasks.grpo import advantages_of
 from peftcli.tasks.text.divergence import divergences
 
 
@@ -131,9 +133,68 @@ def check_divergences() -> None:
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
+def grpo_stub(task: Any, model: Any) -> Stub:
+    """GRPOTrainer with a task's settings, and without its fused head."""
+    own = task.settings
+
+    def log_probabilities(model: Any, ids: Any, mask: Any, keep: int, **_: Any) -> Any:
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, -keep - 1 : -1] / own.temperature
+        found = logits.log_softmax(-1).gather(2, ids[:, -keep:, None])[..., 0]
+        return found, torch.zeros_like(found), None
+
+    stub = Stub(
+        GRPOTrainer,
+        **{"model": model, "beta": own.beta, "max_completion_length": own.max_new_tokens, "epsilon_low": 0.2},
+        **{"loss_type": "grpo" if own.scale_rewards else "dr_grpo", "epsilon_high": 0.2, "top_entropy_quantile": 1.0},
+        **{"aux_loss_enabled": False, "off_policy_mask_threshold": None, "importance_sampling_level": "token"},
+        **{"use_vllm": False, "_entropy_bonus_enabled": False, "args": SimpleNamespace(delta=None)},
+        _get_per_token_logps_and_entropies=log_probabilities,
+        reduce=lambda value, reduction: value,
+    )
+    stub.args.use_bias_correction_kl = False
+    return stub
+
+
+def check_grpo(**settings: Any) -> None:
+    """The loss of GRPOTrainer and its gradients, on answers that our task has sampled."""
+    task, model = open_task("grpo", "chat", **{**GRPO, "max_new_tokens": 64}, **settings), adapted()
+    batch = task.collate([replace(each, draw=at) for at, each in enumerate(encoded(task, GRPO_ROWS))], training=True)
+    ours, (groups,) = task.loss(model, batch), batch["_groups"]
+    answers = [each for group in groups.answers for each in group]
+    assert {each.ended for each in answers} == {True, False}, "some answers are cut"
+    prompts = [row for row in batch["_prompts"] for _ in range(task.settings.group_size)]
+    left, right = max(map(len, prompts)), max(len(each.ids) for each in answers)
+    counts = [int(each.ended or not task.settings.mask_truncated_completions) for each in answers]
+    given = {
+        "prompt_ids": [[0] * (left - len(each)) + each for each in prompts],
+        "prompt_mask": [[0] * (left - len(each)) + [1] * len(each) for each in prompts],
+        "completion_ids": [each.ids + [0] * (right - len(each.ids)) for each in answers],
+        "completion_mask": [
+            [count] * len(each.ids) + [0] * (right - len(each.ids)) for count, each in zip(counts, answers, strict=True)
+        ],
+    }
+    inputs = {name: torch.tensor(value) for name, value in given.items()}
+    advantages = advantages_of(groups.rewards, scale=task.settings.scale_rewards)
+    inputs["advantages"] = torch.from_numpy(advantages.ravel()).float()
+    stub = grpo_stub(task, model)
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    with torch.no_grad(), disabled(model):
+        inputs["ref_per_token_logps"] = stub._get_per_token_logps_and_entropies(model, ids, mask, right)[0]
+    theirs = GRPOTrainer._compute_loss(stub, model, inputs)
+    own = ours.total / len(groups.answers)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in (own, theirs)]
+    torch.testing.assert_close(own, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
+    print(f"    grpo {settings}: {float(theirs.detach()):.8f} here {float(own.detach()):.8f}")
+
+
 if __name__ == "__main__":
     check_reward()
     check_divergences()
+    check_grpo(beta=0.2)
+    check_grpo(scale_rewards=False)
+    check_grpo(beta=0.1, mask_truncated_completions=True, temperature=0.7)
     for case in LOSSES:
         task, examples = examples_of(case)
         batch = task.collate(examples, training=False)
