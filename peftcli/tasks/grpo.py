@@ -125,8 +125,10 @@ class Grpo(Task[GrpoSettings]):
         found = table.reader("prompts", optional=beside, prompt=usual, **{name: (name,) for name in beside})
         for column, kind in columns_read(self.settings.rewards):
             table.refuse_missing(column, f"task.rewards.{kind}")
+        own = any(each.python for each in self.settings.rewards)
+        names = table.columns if own else [column for column, _ in columns_read(self.settings.rewards)]
         chat = isinstance(table.first.get(found.names["prompt"]), list)
-        return Reader("messages" if chat else "prompt_completion", found.names)
+        return Reader("messages" if chat else "prompt_completion", {name: name for name in names} | found.names)
 
     def encode_row(self, row: Row, reader: Reader) -> Outcome:
         names = {name: each for name, each in reader.names.items() if each not in ("messages", "conversations")}
