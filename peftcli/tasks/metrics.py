@@ -73,7 +73,7 @@ answer_tokens amount The mean number of tokens of an answer, its end included.
 answers_cut error The share of answers that max_new_tokens has cut off.
 reward_* up What an answer is given by one of the rewards of grpo, without its weight, on average.
 nll error The loss of the chosen answers as texts, which orpo adds to that of the pairs.
-kl error How far the model's answers are from the reference's, as kto and grpo estimate it; in distillation the forward KL.
+kl error How far the answers are from the reference's, as kto and grpo estimate it; in distillation the forward KL.
 top1_agreement share The share of trained tokens at which student and teacher have the same likeliest token.
 kl_chosen near How far the model has moved from the reference on the chosen answers.
 """
