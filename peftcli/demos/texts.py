@@ -32,8 +32,10 @@ _QUESTIONS = {
     "time": ("At what time do they come?", "When will the table be needed?"),
     "people": ("How many people come?", "For how many is the table?"),
 }
-_EXAMPLE = ("A table for nine, Monday at 1:00 pm. Ada", {"name": "Ada", "day": "Monday", "time": "1:00 pm"})
-"""A message and what it says, which stand before others."""
+_FORM_FIELDS = ("name", "day", "time")
+_ASKED = 'Say who comes and when, as JSON with the keys "name", "day" and "time".'
+_EXAMPLE = ("A table for nine on Monday, please. Ada", '{"name": "Ada", "day": "Monday"}')
+"""A message without a time, and what it says, which stand before others."""
 _CHATTY = (
     "Thank you so much for reaching out to us! We will be happy to look at your request as soon as possible.",
     "Dear guest, it is a pleasure to hear from you! Please let us know how we can make your evening special.",
@@ -88,7 +90,7 @@ def booking_schemas(folder: Path) -> None:
     """Messages that book a table, each with JSON Schemas of the right answer and of each of its parts."""
 
     def row(booking: Booking) -> dict[str, Any]:
-        fields = {field: {"const": booking.fields[field]} for field in _EXAMPLE[1]}
+        fields = {field: {"const": booking.fields[field]} for field in _FORM_FIELDS}
         parts = {field: _schema({field: each}) for field, each in fields.items()}
         whole = _schema(fields) | {"additionalProperties": False}
         return {"prompt": after_example(booking.text), "booking": whole, **parts}
@@ -98,11 +100,11 @@ def booking_schemas(folder: Path) -> None:
 
 def after_example(text: str) -> list[dict[str, str]]:
     """Ask for what a message says, after another one that is answered."""
-    asked, form = _EXAMPLE
+    message, answer = _EXAMPLE
     return [
-        {"role": "system", "content": "Say who comes and when."},
-        {"role": "user", "content": asked},
-        {"role": "assistant", "content": json.dumps(form)},
+        {"role": "system", "content": _ASKED},
+        {"role": "user", "content": message},
+        {"role": "assistant", "content": answer},
         {"role": "user", "content": text},
     ]
 

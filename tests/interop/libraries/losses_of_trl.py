@@ -157,7 +157,9 @@ def grpo_stub(task: Any, model: Any) -> Stub:
 
 def check_grpo(**settings: Any) -> None:
     """The loss of GRPOTrainer and its gradients, on answers that our task has sampled."""
-    task, model = open_task("grpo", "chat", **{**GRPO, "max_new_tokens": 64}, **settings), adapted()
+    rewards = [{"contains": "a"}, {"contains": "e", "weight": 0.5}, {"regex": "[xyz]"}]
+    own = {**GRPO, "rewards": rewards, "max_new_tokens": 64, **settings}
+    task, model = open_task("grpo", "chat", **own), adapted()
     batch = task.collate([replace(each, draw=at) for at, each in enumerate(encoded(task, GRPO_ROWS))], training=True)
     ours, (groups,) = task.loss(model, batch), batch["_groups"]
     answers = [each for group in groups.answers for each in group]
@@ -175,18 +177,19 @@ def check_grpo(**settings: Any) -> None:
     }
     inputs = {name: torch.tensor(value) for name, value in given.items()}
     advantages = advantages_of(groups.rewards, scale=task.settings.scale_rewards)
+    assert advantages.any(axis=1).sum() > 1, "groups teach something"
     inputs["advantages"] = torch.from_numpy(advantages.ravel()).float()
     stub = grpo_stub(task, model)
     ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
     with torch.no_grad(), disabled(model):
         inputs["ref_per_token_logps"] = stub._get_per_token_logps_and_entropies(model, ids, mask, right)[0]
     theirs = GRPOTrainer._compute_loss(stub, model, inputs)
-    own = ours.total / len(groups.answers)
+    mean = ours.total / len(groups.answers)
     weights = [each for each in model.parameters() if each.requires_grad]
-    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in (own, theirs)]
-    torch.testing.assert_close(own, theirs, atol=1e-6, rtol=0)
+    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in (mean, theirs)]
+    torch.testing.assert_close(mean, theirs, atol=1e-6, rtol=0)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-3)
-    print(f"    grpo {settings}: {float(theirs.detach()):.8f} here {float(own.detach()):.8f}")
+    print(f"    grpo {settings}: {float(theirs.detach()):.8f} here {float(mean.detach()):.8f}")
 
 
 if __name__ == "__main__":
