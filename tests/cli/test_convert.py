@@ -562,3 +562,21 @@ def test_diffusers_computes_the_same_from_the_same_file(converted: Callable, tmp
     theirs = pipeline.unet(noisy, 5, **given).sample
     model, _ = converted(tmp_path / "theirs.safetensors", base)
     torch.testing.assert_close(model.unet(noisy, 5, **given).sample, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_loralib_wrote(converted: Callable, tmp_path: Path) -> None:
+    loralib = pytest.importorskip("loralib")
+    model = tiny("gpt2")
+    for block in model.transformer.h:
+        for owner, name, parts in ((block.attn, "c_attn", 3), (block.mlp, "c_fc", 1)):
+            old = getattr(owner, name)
+            sides, given = old.weight.shape, {"r": R, "lora_alpha": 8, "merge_weights": False}
+            new = loralib.MergedLinear(*sides, enable_lora=[True] * parts, **given) if parts > 1 else None
+            new = new or loralib.Linear(*sides, **given)
+            new.weight.data, new.bias.data = old.weight.data.T.contiguous(), old.bias.data
+            new.lora_B.data = drawn(*new.lora_B.shape)
+            setattr(owner, name, new)
+    write(tmp_path / "theirs", loralib.lora_state_dict(model))
+    found, _ = converted(tmp_path / "theirs", folder("gpt2"), "--alpha", 8)
+    torch.testing.assert_close(logits(found, batch("gpt2")), logits(model, batch("gpt2")), atol=1e-4, rtol=1e-4)
