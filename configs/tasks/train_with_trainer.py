@@ -370,22 +370,50 @@ class Boxes(Pictures):
         return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
 
 
-class Clips(Side):
+class Sounds(Side):
+    """Classes of sounds, for the encoder of Whisper."""
+
+    auto = "AutoModelForAudioClassification"
+
+    def prepare(self) -> None:
+        self.extractor = transformers.AutoFeatureExtractor.from_pretrained(self.name)
+
+    def wave(self, row: dict[str, Any]) -> np.ndarray:
+        """The sound of a row as 16,000 samples a second."""
+        import soundfile
+        import soxr
+
+        sound, rate = soundfile.read(self.place / row["audio"], dtype="float32", always_2d=True)
+        resampled: np.ndarray = soxr.resample(sound.mean(axis=1), rate, 16000)
+        return resampled
+
+    def lora(self) -> LoraConfig:
+        config = super().lora()
+        config.modules_to_save = ["projector", "classifier"]
+        return config
+
+    def encode(self, rows: Rows) -> Rows:
+        self.labels = list(dict.fromkeys(row["label"] for row in rows))
+        heard = [self.extractor(self.wave(row), sampling_rate=16000).input_features[0] for row in rows]
+        return [
+            {"input_features": features, "labels": self.labels.index(row["label"])}
+            for features, row in zip(heard, rows, strict=True)
+        ]
+
+
+class Clips(Sounds):
     """Clips with transcripts, for Whisper."""
 
     auto, head = "AutoModelForSpeechSeq2Seq", None
+    lora = Side.lora
 
     def prepare(self) -> None:
         self.processor = transformers.AutoProcessor.from_pretrained(self.name)
 
     def encode(self, rows: Rows) -> Rows:
-        import soundfile
-        import soxr
-
         encoded = []
         for row in rows:
-            sound, rate = soundfile.read(self.place / row["audio"], dtype="float32", always_2d=True)
-            wave = soxr.resample(sound.mean(axis=1), rate, 16000)
+            wave = self.wave(row)
             if len(wave) > self.processor.feature_extractor.n_samples:
                 continue  # longer than the model hears at once
             features = self.processor.feature_extractor(wave, sampling_rate=16000).input_features[0]
@@ -720,6 +748,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "image_classification": Pictures,
     "semantic_segmentation": Masks,
     "object_detection": Boxes,
+    "audio_classification": Sounds,
     "speech_recognition": Clips,
     "causal_lm": Chats,
     "distillation": Taught,

@@ -27,6 +27,7 @@ FETCHED = {
     **{"questions": "question_answering", "docstrings": "reward", "pronunciations": "seq2seq_lm"},
     **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
     **{"garment-words": "image_text_to_text", "garment-boxes": "object_detection", "answers": "distillation"},
+    **{"spoken-languages": "audio_classification"},
 }
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
 PROFILES = sorted((ROOT / "configs/launch").glob("*.yaml"))
