@@ -112,6 +112,7 @@ def test_names_and_levels_are_a_promise() -> None:
         "positive_is_negative": ("warning", False),
         "documents_contradict": ("warning", False),
         "constant_reward": ("warning", False),
+        "context_in_row": ("warning", True),
         "repeated_texts": ("info", False),
         "anchors_in_eval": ("info", False),
         "boxes_are_corners": ("error", True),
