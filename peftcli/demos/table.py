@@ -230,7 +230,7 @@ DEMOS: dict[str, Demo] = {
         model="SmolLM2-135M-Instruct",
         data=texts.booking_schemas,
         asks=({"messages": json.dumps(texts.after_example(_BOOKING))},),
-        seconds=600,
+        seconds=660,
         packages={"jsonschema": "metrics"},
     ),
     "reranker": Demo(

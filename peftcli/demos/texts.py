@@ -33,9 +33,8 @@ _QUESTIONS = {
     "people": ("How many people come?", "For how many is the table?"),
 }
 _FORM_FIELDS = ("name", "day", "time")
-_ASKED = 'Say who comes and when, as JSON with the keys "name", "day" and "time".'
-_EXAMPLE = ("A table for nine on Monday, please. Ada", '{"name": "Ada", "day": "Monday"}')
-"""A message without a time, and what it says, which stand before others."""
+_EXAMPLE = ("A table for nine, Monday at 1:00 pm. Ada", '{"name": "Ada", "day": "Monday", "time": "1:00 pm"}')
+"""A message and what it says, which stand before others."""
 _CHATTY = (
     "Thank you so much for reaching out to us! We will be happy to look at your request as soon as possible.",
     "Dear guest, it is a pleasure to hear from you! Please let us know how we can make your evening special.",
@@ -102,7 +101,7 @@ def after_example(text: str) -> list[dict[str, str]]:
     """Ask for what a message says, after another one that is answered."""
     message, answer = _EXAMPLE
     return [
-        {"role": "system", "content": _ASKED},
+        {"role": "system", "content": "Say who comes and when."},
         {"role": "user", "content": message},
         {"role": "assistant", "content": answer},
         {"role": "user", "content": text},
