@@ -95,7 +95,8 @@ def make_adapter(folder: Path, family: str, **settings: Any) -> Path:
     described = json.loads((base / "config.json").read_text())
     described["rope_theta"] = (described.get("rope_parameters") or {}).get("rope_theta", 10000.0)
     (base / "config.json").write_text(json.dumps(described))  # as in models on the hub, for mlx-lm and mistral.rs
-    given = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    given: dict[str, Any] = {"peft_type": "LORA", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    given |= {"r": 8, "lora_alpha": 32} if "peft_type" not in settings else {}
     config = config_from_dict({**given, **settings, "base_model_name_or_path": str(base)})
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     inject(model, config)

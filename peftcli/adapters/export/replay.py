@@ -31,7 +31,7 @@ ASKED: dict[Form, str] = {
     "mlx": "mlx",
 }
 """Form -> the program that peftcli runs, to see that it says the same."""
-_FIRST = {"f32": 0.01, "f16": 0.02, "q8_0": 0.1, "q4_0": 1.0}
+_FIRST = {"f32": 0.01, "f16": 0.02, "q8_0": 0.3, "q4_0": 2.5}
 """Number format -> how far an answer's likeliest first tokens may be off: see ``Replayed.first``."""
 _TIE = 5e-3
 """Tokens whose logarithms of probabilities are nearer are as likely as one another."""
@@ -113,7 +113,7 @@ def compare(program: str, said: Said, model: Path, adapter: Path | None) -> Repl
     else:
         same = [one.strip() == other for one, other in zip(got["texts"], said.texts, strict=True)]
     first = [
-        sum(math.exp(value) * abs(theirs.get(str(token), -math.inf) - value) for token, value in ours.items())
+        sum(math.exp(one) * abs(theirs.get(str(token), min(theirs.values())) - one) for token, one in ours.items())
         for theirs, ours in zip(got.get("first", ()), said.first, strict=False)
         if theirs
     ]
