@@ -302,6 +302,18 @@ FOUND = {
         ("train.jsonl:1", "train.jsonl:2"),
         {"loss": "kto"},
     ),
+    "a reward that wants the same answer of every row": Odd(
+        "grpo",
+        lambda: (
+            [{"prompt": f"who is {name}?", "answer": "nobody"} for name in ("Ada", "Kurt")],
+            [{"prompt": "where?", "answer": "in Oslo"}],
+        ),
+        "constant_reward",
+        "warning",
+        "2 of 2 rows want the same answer of every row, so that a reward is constant over the data",
+        ("train.jsonl:1", "train.jsonl:2"),
+        {"rewards": [{"exact_match": "answer"}]},
+    ),
     "pairs whose prompt is in another column": Odd(
         "preference",
         lambda: (
