@@ -459,6 +459,10 @@ class Taught(Chats):
         super().prepare()
         self.tokenizer.padding_side = "right"
 
+    def rows(self) -> Rows:
+        column = self.recipe.dataset.columns["completion"]
+        return [{"messages": [*row["prompt"], *row[column]]} for row in super().rows()]
+
     def trainer(self, folder: Path) -> Any:
         from datasets import Dataset
         from trl.experimental.gkd import GKDConfig, GKDTrainer

@@ -26,7 +26,7 @@ FETCHED = {
     **{"garments": "semantic_segmentation", "kjv": "token_classification"},
     **{"questions": "question_answering", "docstrings": "reward", "pronunciations": "seq2seq_lm"},
     **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
-    **{"garment-words": "image_text_to_text", "garment-boxes": "object_detection", "answers": "distillation"},
+    **{"garment-words": "image_text_to_text", "garment-boxes": "object_detection"},
     **{"spoken-languages": "audio_classification"},
 }
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
