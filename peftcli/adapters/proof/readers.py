@@ -164,7 +164,9 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
         raise UsageError(f"{reader} loads no {auto}", file=str(source.folder), key=f"--with {reader}")
     if reader == "transformers":
         _refuse_other_adapters(opened.empty_model(auto, **source.recorded_options), source)
-        options: dict[str, Any] = {"dtype": torch.float32, **source.recorded_options}
+        # a base model's head for other classes is replaced by the adapter's
+        known: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        options = {**known, **source.recorded_options}
         if opened.spec.quantization:
             options["quantization_config"] = opened.quantization_config(auto, torch.float32, **source.recorded_options)
         model = getattr(transformers, auto).from_pretrained(source.folder, **options)
