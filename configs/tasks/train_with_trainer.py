@@ -460,7 +460,7 @@ class Taught(Chats):
         self.tokenizer.padding_side = "right"
 
     def rows(self) -> Rows:
-        column = self.recipe.dataset.columns["completion"]
+        column = str(self.recipe.dataset.columns["completion"])
         return [{"messages": [*row["prompt"], *row[column]]} for row in super().rows()]
 
     def trainer(self, folder: Path) -> Any:
