@@ -14,7 +14,7 @@ from oracle import ours
 from promises import experts
 
 from peftcli.core.files import load_adapter, read_config, save_adapter
-from peftcli.core.inject import inject, set_trainable, unload
+from peftcli.core.inject import disabled, inject, set_trainable, unload
 from peftcli.core.weights import adapter_state
 from peftcli.errors import AdapterError, PeftWarning
 from peftcli.methods import config_from_dict
@@ -22,6 +22,9 @@ from peftcli.methods.updates import UpdateUnknown, find_updates
 from peftcli.methods.xlora import XLoraConfig
 from peftcli.methods.xlora.layers import find_mixture
 from peftcli.peft_api import LoraConfig, PeftModel, get_peft_model
+from peftcli.tasks.text.fast.losses import output_head
+from peftcli.tasks.text.language_model import target_losses
+from peftcli.tasks.text.token_ids import next_tokens
 
 
 def _mixed(kind: str = "llama", **settings: Any) -> tuple[Any, XLoraConfig, Any]:
@@ -93,6 +96,17 @@ def test_trained_adapters_are_in_the_file(tmp_path: Path) -> None:
     frozen, _, _ = _mixed()
     assert {name.split(".")[1] for name in adapter_state(frozen)} == {"internal_xlora_classifier"}
     assert len(adapter_state(model)) > len(adapter_state(frozen))
+
+
+def test_losses_are_those_of_its_logits_though_the_head_was_looked_for_while_it_was_off() -> None:
+    model, _, _ = _mixed()
+    given = {"input_ids": ids(1, 12)}
+    targets = next_tokens(given["input_ids"])
+    with disabled(model):
+        assert output_head(model, given) is not None
+    found, _ = target_losses(model, given, targets)
+    expected = torch.nn.functional.cross_entropy(model(**given).logits[0, :-1], targets[0, :-1], reduction="none")
+    torch.testing.assert_close(found.flatten(), expected)
 
 
 def test_a_model_is_copied_after_a_step_of_training() -> None:

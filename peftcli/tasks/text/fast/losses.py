@@ -186,7 +186,7 @@ def states_under(
 
     with head.replaced(instead):
         model(**inputs, **no_cache(model, inputs))
-    return found[0]
+    return found[-1]  # an adapter may have the whole model read the tokens once before
 
 
 def chunked_losses(hidden: torch.Tensor, targets: torch.Tensor, head: Redo) -> Losses:
