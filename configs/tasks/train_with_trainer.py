@@ -371,7 +371,7 @@ class Boxes(Pictures):
 
 
 class Sounds(Side):
-    """Classes of sounds, for the encoder of Whisper."""
+    """Classes of sounds."""
 
     auto = "AutoModelForAudioClassification"
 
@@ -394,11 +394,22 @@ class Sounds(Side):
 
     def encode(self, rows: Rows) -> Rows:
         self.labels = list(dict.fromkeys(row["label"] for row in rows))
-        heard = [self.extractor(self.wave(row), sampling_rate=16000).input_features[0] for row in rows]
-        return [
-            {"input_features": features, "labels": self.labels.index(row["label"])}
-            for features, row in zip(heard, rows, strict=True)
-        ]
+        return [{**self.features(row), "labels": self.labels.index(row["label"])} for row in rows]
+
+    def features(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the model hears of a row."""
+        return {"input_features": self.extractor(self.wave(row), sampling_rate=16000).input_features[0]}
+
+    def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        heard = [{"input_features": row["input_features"]} for row in rows]
+        batch = self.extractor.pad(heard, return_tensors="pt")
+        batch["input_features"] = batch["input_features"].to(base_dtype(self.recipe))
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        pads = torch.nn.utils.rnn.pad_sequence([each.reshape(-1) for each in labels], True, -100)
+        return {**batch, "labels": pads if labels[0].ndim else pads[:, 0]}
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # PEFT would look for those of tokens
 
 
 class Clips(Sounds):
@@ -428,6 +439,29 @@ class Clips(Sounds):
             "input_features": torch.tensor(np.stack([row["input_features"] for row in rows])),
             "labels": torch.tensor([each + [-100] * (length - len(each)) for each in labels]),
         }
+
+
+class SpelledClips(Sounds):
+    """Clips with transcripts, for models that label each frame with a letter."""
+
+    auto = "AutoModelForCTC"
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
+
+    def load(self) -> Any:
+        model = super().load()
+        model.config.ctc_loss_reduction = "mean"  # as in the script of transformers
+        return model
+
+    def lora(self) -> LoraConfig:
+        config = super().lora()
+        config.modules_to_save, config.exclude_modules = None, ["lm_head"]
+        return config
+
+    def encode(self, rows: Rows) -> Rows:
+        return [{**self.features(row), "labels": self.tokenizer(row["text"]).input_ids} for row in rows]
 
 
 class Chats(Side):
@@ -743,6 +777,12 @@ class Bags(Side):
         return config
 
 
+def spoken(recipe: Recipe) -> Side:
+    """The side of clips with transcripts, by the base model's architecture."""
+    (architecture,) = transformers.AutoConfig.from_pretrained(recipe.base_model.name).architectures
+    return SpelledClips(recipe) if architecture.endswith("ForCTC") else Clips(recipe)
+
+
 SIDES: dict[str, Callable[[Recipe], Side]] = {
     "masked_lm": MaskedTexts,
     "multiple_choice": Choices,
@@ -753,7 +793,7 @@ SIDES: dict[str, Callable[[Recipe], Side]] = {
     "semantic_segmentation": Masks,
     "object_detection": Boxes,
     "audio_classification": Sounds,
-    "speech_recognition": Clips,
+    "speech_recognition": spoken,
     "causal_lm": Chats,
     "distillation": Taught,
     "image_text_to_text": Descriptions,

@@ -27,9 +27,11 @@ FETCHED = {
     **{"questions": "question_answering", "docstrings": "reward", "pronunciations": "seq2seq_lm"},
     **{"asterisk": "speech_recognition", "code-search": "feature_extraction", "translations": "causal_lm"},
     **{"garment-words": "image_text_to_text", "garment-boxes": "object_detection"},
-    **{"spoken-languages": "audio_classification"},
+    **{"spoken-languages": "audio_classification", "spelled-prompts": "speech_recognition"},
 }
 """Folder that configs/tasks/fetch.py makes -> a task whose tiny rows stand for it."""
+BASES = {"models/ctc-flite": "letters of sounds"}
+"""Base models of another kind than those by which their task's tiny one was made -> the case that has its kind."""
 PROFILES = sorted((ROOT / "configs/launch").glob("*.yaml"))
 """Parts of recipes, which a recipe extends."""
 RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PROFILES})
@@ -133,8 +135,9 @@ def _experts(folder: Path, names: list[str]) -> dict[str, str]:
 def _base(recipe: Recipe) -> Path:
     """A tiny base model for the recipe's task."""
     task = (recipe.task or {})["type"]
-    if task in CASES:
-        return CASES[task].base()
+    case = BASES.get(recipe.base_model.name, task)
+    if case in CASES:
+        return CASES[case].base()
     return trainkit.base_folder("t5", chat=False) if recipe.task == {"type": "seq2seq_lm"} else trainkit.base_folder()
 
 
