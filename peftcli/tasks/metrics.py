@@ -21,7 +21,7 @@ class Metric:
 _SCALES = {
     "share": "0 to 1; more is better",
     "error": "from 0; less is better",
-    "amount": "from 0; neither more nor less is better",
+    "amount": "from 0; neither way is better",
     "both": "-1 to 1; more is better",
     "percent": "0 to 100; more is better",
     "up": "any number; more is better",

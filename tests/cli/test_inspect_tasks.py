@@ -30,6 +30,7 @@ from peftcli.inspection.report import COLOURS, colour
 from peftcli.output_schemas import output_schema
 from peftcli.tasks import TASKS
 from peftcli.tasks.base import Task
+from peftcli.tasks.settings import TaskSettings
 from peftcli.tasks.shown import Description, Facts, Image, Label, Shown, Text
 
 NAMES = ("cat", "dog")
@@ -48,7 +49,7 @@ def png(width: int, height: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(TaskSettings):
     size: int = 4
     """Edge of a picture."""
 

@@ -75,7 +75,7 @@ def test_both_places_of_one_file_must_agree_and_a_later_layer_wins(
         ("task: {type: causel_lm}\n", "task.type", "unknown task: 'causel_lm'; known: ", "causal_lm"),
         ("task: text-classification\n", "task", "unknown task: ", "sequence_classification"),
         ("task: dpo\n", "task", "unknown task: 'dpo'; known: ", "{type: preference, loss: dpo}"),
-        ("task: {packing: true, loss: dpo}\n", "task.type", "no task has all of these settings", None),
+        ("task: {packing: true, box_format: xywh}\n", "task.type", "no task has all of these settings", None),
         ("task: [causal_lm]\n", "task", "expected a mapping of settings, found a list", None),
         ("task: {type: causal_lm, max_lenght: 5}\n", "task.max_lenght", "unknown key", "max_length"),
         ("task: {type: causal_lm, seed: 5}\n", "task.seed", "belongs in the section training", "training.seed"),

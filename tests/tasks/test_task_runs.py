@@ -87,7 +87,7 @@ def in_float16(base: Path, folder: Path) -> Path:
 
 def test_a_run_learns_and_measures(runs: Callable, name: str) -> None:
     _, run = runs(name)
-    task = importlib.import_module(f"peftcli.tasks.{TASKS[name].module}").TASK
+    task = importlib.import_module(f"peftcli.tasks.{TASKS[CASES[name].task['type']].module}").TASK
     assert run.losses[-1] < run.losses[0] or not task.loss_falls
     assert {f"eval_{metric}" for metric in CASES[name].metrics} <= set(run.run["eval"]["last"])
     if CASES[name].found:

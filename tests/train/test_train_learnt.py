@@ -79,7 +79,10 @@ def test_what_needs_no_learning_is_told_from_what_does(
     task: Any, before: Any, after: Any, losses: list[float], steps: int, said: list[str]
 ) -> None:
     stub: Any = SimpleNamespace(
-        main_metric=task["main_metric"], lower_is_better=("loss",), constant_metrics=lambda view: task["constant"]
+        main_metric=task["main_metric"],
+        lower_is_better=("loss",),
+        loss_falls=True,
+        constant_metrics=lambda view: task["constant"],
     )
     found = find_doubts(stub, SimpleNamespace(), before, after, [{"loss": each} for each in losses], steps)
     assert len(found) == len(said)
