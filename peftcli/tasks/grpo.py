@@ -81,7 +81,7 @@ class Grpo(Task[GrpoSettings]):
     origins = ("place",)
     versions = CHAT_PACKAGES
     loss_falls = False
-    lower_is_better = ("loss", "kl")
+    lower_is_better = ("loss", "kl", "answers_cut")
     main_metric = "reward"
 
     prompt_form: PromptForm
