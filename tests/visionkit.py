@@ -324,8 +324,8 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 PLAIN = ("paligemma", "llava_plain")
 """Families without a chat template."""
-CHATS = ("llava", *(name for name in FAMILIES if name not in (*PLAIN, "llama4")))
-"""Those that answer conversations. Llama 4 of transformers 5.24 answers none."""
+CHATS = ("llava", *(name for name in FAMILIES if name not in PLAIN))
+"""Those that answer conversations."""
 _TORCHVISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "mistral3", "pixtral", "llama4", "smolvlm")
 """Families whose processors need it, most of them for videos."""
 

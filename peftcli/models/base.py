@@ -167,7 +167,7 @@ class OpenBase:
         import transformers
 
         torch.backends.cuda.enable_cudnn_sdp(False)  # some GPUs prefer it, and it takes long at each new length of text
-        arguments: dict[str, Any] = {"dtype": dtype}
+        arguments: dict[str, Any] = {"dtype": dtype, "use_kernels": False}  # which transformers fetches from the hub
         # a .gguf file is slow to parse, and transformers would do it once more for the config
         arguments |= {"config": self._config_with(options)} if self._is_gguf else options
         if self.spec.attn_implementation:

@@ -188,6 +188,8 @@ class OpenPipeline(OpenBase):
         self._shards_of(name)
         key = "torch_dtype" if self.parts[name][0] == "diffusers" else "dtype"
         options = {key: dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        if key == "dtype":
+            options["use_kernels"] = False
         part, info = kind.from_pretrained(folder, **options)
         damage = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         if damage:

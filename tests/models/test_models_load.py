@@ -211,3 +211,9 @@ def test_a_gguf_file_is_parsed_once_for_the_config_and_once_for_the_weights(
     loaded = opened.model("AutoModelForSequenceClassification", torch.float32, num_labels=5)
     assert loaded.model.score.out_features == 5
     assert len(parsed) <= 2
+
+
+def test_compiled_kernels_of_the_hub_are_not_used() -> None:
+    base = open_base(BaseModel(name=str(trainkit.base_folder())))
+    model = base.model("AutoModelForCausalLM", torch.float32).model
+    assert not model.train().use_kernels  # True by default from transformers 5.25 on

@@ -165,7 +165,7 @@ def _load_with(reader: str, source: AdapterSource, opened: OpenBase, task: Task[
     if reader == "transformers":
         _refuse_other_adapters(opened.empty_model(auto, **source.recorded_options), source)
         # a base model's head for other classes is replaced by the adapter's
-        known: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        known: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "use_kernels": False}
         options = {**known, **source.recorded_options}
         if opened.spec.quantization:
             options["quantization_config"] = opened.quantization_config(auto, torch.float32, **source.recorded_options)
