@@ -22,10 +22,20 @@ from typing import Any
 from common import MODEL, WORK, Cell, Found, Part, answer
 
 STEPS, STEPS_OF_MANY_LENGTHS = 3, 8
-TASKS = {"smollm2": "causal_lm", "llama": "causal_lm", "gpt2": "causal_lm", "t5": "seq2seq_lm", "bert": "classes"}
+LONG = (1024, 4096, 16384, 65536)
+"""Tokens of long rows."""
+TASKS = {
+    "smollm2": "causal_lm",
+    "llama": "causal_lm",
+    "long": "causal_lm",
+    "gpt2": "causal_lm",
+    "t5": "seq2seq_lm",
+    "bert": "classes",
+}
 TITLES = {
     "smollm2": "SmolLM2-135M-Instruct",
     "llama": "Llama, 0.6 B",
+    "long": "Llama, 2 layers of width 512, MLP of 2,048",
     "gpt2": "GPT-2, 0.1 B",
     "t5": "T5, 0.1 B",
     "bert": "BERT, 0.1 B, classes of texts",
@@ -38,7 +48,7 @@ def measure(
     bf16: bool,
     batch: int,
     tokens: int,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     method: str = "lora",
     r: int = 16,
     saves: bool = False,
@@ -46,6 +56,7 @@ def measure(
     quantised: str = "",
     strategy: str = "",
     shortest: int = 0,
+    steps: int = STEPS,
 ) -> dict[str, float]:
     """Return the estimate and the peak of a run, in MiB.
 
@@ -54,7 +65,7 @@ def measure(
         bf16: Whether it computes in bfloat16.
         batch: Rows of a step.
         tokens: Of a row; of the longest if there is a shortest.
-        checkpointing: Whether activations are computed again.
+        checkpointing: Whether activations are computed again; offload: and MLPs in pieces.
         method: lora or prompt_tuning.
         r: LoRA's.
         saves: Whether it writes a checkpoint after each step, evaluates before, and keeps the best adapter.
@@ -62,6 +73,7 @@ def measure(
         quantised: A type of bitsandbytes's.
         strategy: launch.strategy of two processes; without it there is one.
         shortest: Tokens of the shortest row; 0: all have the same number.
+        steps: Of the run, where all rows have the same number of tokens.
     """
     own = {"type": method, "num_virtual_tokens": 20} if method == "prompt_tuning" else {"type": method, "r": r}
     if method == "lora":
@@ -82,7 +94,7 @@ def measure(
             "dataset": {"train": f"{folder}/train.jsonl", "max_length": tokens, "allow": ["answers_cut"]},
             "training": {
                 "output_dir": f"{folder}/run",
-                "max_steps": STEPS_OF_MANY_LENGTHS if shortest else STEPS,
+                "max_steps": STEPS_OF_MANY_LENGTHS if shortest else steps,
                 "per_device_train_batch_size": batch,
                 "gradient_checkpointing": checkpointing,
                 "bf16": bf16,
@@ -127,6 +139,14 @@ def made(kind: str) -> Path:
     sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 24}
     configs = {
         "llama": lambda: transformers.LlamaConfig(**ids, **sizes, num_key_value_heads=8),
+        "long": lambda: transformers.LlamaConfig(
+            **ids,
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            max_position_embeddings=LONG[-1],
+        ),
         "gpt2": lambda: transformers.GPT2Config(**ids, bos_token_id=tokenizer.bos_token_id),
         "bert": lambda: transformers.BertConfig(**ids),
         "t5": lambda: transformers.T5Config(
@@ -194,7 +214,43 @@ def section(found: Found) -> Iterator[str]:
     yield f"{len(ratios)} settings: {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}."
 
 
-PARTS = {"memory": Part("memory", cells, section, 25)}
+def long_cells(rounds: int) -> Iterator[Cell]:
+    """Each length once, with activations computed again, and with MLPs in pieces, too."""
+    for tokens in LONG:
+        for checkpointing in (True, "offload"):
+            yield {
+                "model": "long",
+                "bf16": True,
+                "batch": 1,
+                "tokens": tokens,
+                "checkpointing": checkpointing,
+                "steps": 1,
+            }
+
+
+def long_section(found: Found) -> Iterator[str]:
+    """A line for each length, and what 1,000 tokens more take."""
+    yield "## Memory of long rows"
+    yield ""
+    yield f"{TITLES['long']}, bfloat16, one row, one step. On a CPU `offload` moves nothing, so that what it saves here"
+    yield "is what MLPs in pieces of 2,048 tokens save. Growth is that of the peak from the length above."
+    yield ""
+    yield "| gradient_checkpointing | tokens | estimate, MiB | peak RSS, MiB | MiB for each 1,000 tokens more |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for checkpointing in (True, "offload"):
+        before: tuple[int, float] | None = None
+        for tokens in LONG:
+            for figures in found.of(tokens=tokens, checkpointing=checkpointing).values():
+                growth = f"{1000 * (figures['peak'] - before[1]) / (tokens - before[0]):.1f}" if before else ""
+                before = tokens, figures["peak"]
+                named = "true" if checkpointing is True else checkpointing
+                yield f"| {named} | {tokens:,} | {figures['estimate']:,.0f} | {figures['peak']:,.0f} | {growth} |"
+
+
+PARTS = {
+    "memory": Part("memory", cells, section, 25),
+    "long": Part("memory", long_cells, long_section, 40, threads=2),
+}
 
 if __name__ == "__main__":
     answer(measure)

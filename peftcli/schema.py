@@ -261,8 +261,9 @@ class Training:
     classes and numbers."""
     gradient_checkpointing: bool | Literal["auto", "offload"] = False
     """Recompute activations in the backward pass: about a third slower, much less memory for long examples. auto: only
-    if the memory is not enough otherwise. offload: keep the layers' inputs, which that needs, in the CPU's memory and
-    not on the GPU: for very long examples. transformers 6 calls it activation_checkpointing; both names are read."""
+    if the memory is not enough otherwise. offload, for very long examples: keep the layers' inputs, which that needs,
+    in the CPU's memory and not on the GPU, and compute MLPs 2,048 tokens at a time. transformers 6 calls it
+    activation_checkpointing; both names are read."""
     torch_compile: bool = False
     """Compile the model's layers. The first step takes longer; on a CPU later steps were not faster."""
     use_liger_kernel: bool = False

@@ -181,10 +181,7 @@ class _Examination:
             would["chosen"] = settings_of(begun)
         training = begun.training
         if training.gradient_checkpointing:
-            self._attempt(
-                "training",
-                partial(checkpoint_activations, model, offload=training.offloads and torch.cuda.is_available()),
-            )
+            self._attempt("training", partial(checkpoint_activations, model, begun))
         if training.neftune_noise_alpha is not None:
             self._attempt("training", partial(add_embedding_noise, model, training.neftune_noise_alpha))
         needs = estimate(model, config, begun, base, data, plan_of(begun, data, self.processes))

@@ -27,6 +27,7 @@ from peftcli.tasks.text.fast import segments
 from peftcli.tasks.text.fast.unpadded import example_lengths, unpad
 from peftcli.train.data import RunData
 from peftcli.train.devices.sharding import is_dividing
+from peftcli.train.pieces import compute_in_pieces
 
 _COMPILE, _LIGER = "training.torch_compile", "training.use_liger_kernel"
 _CHECKPOINTING = "training.gradient_checkpointing"
@@ -67,10 +68,10 @@ def use_liger_kernel(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def checkpoint_activations(model: Any, *, offload: bool = False) -> None:
+def checkpoint_activations(model: Any, recipe: Recipe) -> None:
     """Let a model compute its activations again in the backward pass, from the inputs of its layers.
 
-    With ``offload`` these wait in the CPU's memory.
+    With ``offload`` these wait in the CPU's memory, and MLPs compute long rows in pieces.
 
     Raises:
         ModelError: it cannot.
@@ -81,15 +82,20 @@ def checkpoint_activations(model: Any, *, offload: bool = False) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ModelError(str(error), key=_CHECKPOINTING) from None
-    if not offload:
+    if not recipe.training.offloads:
         return
     layers = [each for each in model.modules() if "_gradient_checkpointing_func" in vars(each)]
     if not layers:
         raise ModelError(
             "offload is not for this model, whose code computes activations again by itself", key=_CHECKPOINTING
         )
+    # zero3 gathers a module at each call, so that all processes must make as many
+    in_pieces = not recipe.training.torch_compile and recipe.launch.strategy != "zero3"
     for layer in layers:
-        layer._gradient_checkpointing_func = partial(_with_inputs_on_cpu, layer._gradient_checkpointing_func)
+        if in_pieces:
+            compute_in_pieces(layer)
+        if torch.cuda.is_available():
+            layer._gradient_checkpointing_func = partial(_with_inputs_on_cpu, layer._gradient_checkpointing_func)
 
 
 def _with_inputs_on_cpu(compute: Callable[..., Any], *given: Any, **more: Any) -> Any:

@@ -119,7 +119,7 @@ def adapted_model(
     widen_heads(model)
     warn_of_peft(model, config, named_tensors(model))
     if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model, offload=recipe.training.offloads)
+        checkpoint_activations(model, recipe)
     return model, injection, notes
 
 
@@ -280,8 +280,7 @@ def _checked_recipe(run: Run, data: RunData, config: AdapterConfig) -> Recipe:
         run.warn("each process reads the base model, to start the adapter from data")
         recipe = replace(recipe, launch=replace(recipe.launch, cpu_ram_efficient_loading=False))
     if recipe.training.offloads and run.accelerator.device.type == "cpu":
-        run.warn("training.gradient_checkpointing: offload is as true on a CPU, whose memory holds all activations")
-        recipe = replace(recipe, training=replace(recipe.training, gradient_checkpointing=True))
+        run.warn("training.gradient_checkpointing: offload moves nothing on a CPU; MLPs compute long rows in pieces")
     if run.is_main:
         check_disk(recipe, data.task.base, data.examples, data.plan)
     return recipe

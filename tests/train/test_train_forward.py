@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from peftcli.core.inject import inject
 from peftcli.errors import ModelError, UsageError
 from peftcli.methods import METHODS
 from peftcli.methods.lora import LoraConfig
+from peftcli.schema import BaseModel, Dataset, Recipe, Training
 from peftcli.tasks.text.fast.unpadded import unpad
+from peftcli.train import pieces
 from peftcli.train.forward import add_embedding_noise, checkpoint_activations, compile_layers
 
 COMPILED = "training.torch_compile=true"
@@ -44,32 +46,70 @@ def test_the_inputs_of_layers_wait_in_the_memory_of_the_cpu(monkeypatch: pytest.
             assert pin_memory
             super().__init__(lambda value: (moved.append(tuple(value.shape)), value.clone())[1], lambda value: value)
 
-    def gradients(**options: bool) -> dict[str, torch.Tensor]:
-        model = tiny("llama")
-        torch.manual_seed(0)
-        inject(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-        checkpoint_activations(model.train(), **options)
-        model(**labelled("llama")).loss.backward()
-        return {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
-
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Moved)
-    plain = gradients()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plain = _gradients("llama", CHECKPOINTED)
     assert not moved
-    torch.testing.assert_close(gradients(offload=True), plain, rtol=0, atol=0)
+    torch.testing.assert_close(_gradients("llama", OFFLOADED), plain, rtol=0, atol=0)
     config = tiny("llama").config
-    assert moved == [(*labelled("llama")["input_ids"].shape, config.hidden_size)] * config.num_hidden_layers
+    expected = [(*labelled("llama")["input_ids"].shape, config.hidden_size)] * config.num_hidden_layers
+    assert moved == expected
+    monkeypatch.setattr(pieces, "PIECE", 4)
+    _gradients("llama", OFFLOADED)
+    assert moved == 2 * expected
     own = torch.nn.Linear(2, 2)
     own.gradient_checkpointing_enable = lambda options: None
     with pytest.raises(ModelError, match="offload is not for this model"):
-        checkpoint_activations(own, offload=True)
+        checkpoint_activations(own, OFFLOADED)
 
 
-def test_on_a_cpu_nothing_is_moved_and_that_is_said(recipe: Path, tmp_path: Path) -> None:
-    wanted = "training.gradient_checkpointing"
-    plain = run_recipe(recipe, f"{wanted}=true", f"training.output_dir={tmp_path}/plain")
-    found = run_recipe(recipe, f"{wanted}=offload")
-    assert any("offload is as true on a CPU" in each for each in found.warnings)
-    assert found.weights == plain.weights
+def _recipe(how: Literal["offload"] | bool) -> Recipe:
+    training = Training(output_dir="out", gradient_checkpointing=how)
+    return Recipe(base_model=BaseModel(name="tiny"), method={}, dataset=Dataset(train="rows"), training=training)
+
+
+CHECKPOINTED, OFFLOADED = _recipe(True), _recipe("offload")
+
+
+def _gradients(kind: str, recipe: Recipe, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Of one batch, with LoRA on all linear layers."""
+    model = tiny(kind).to(dtype)
+    torch.manual_seed(0)
+    inject(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    checkpoint_activations(model.train(), recipe)
+    model(**labelled(kind)).loss.backward()
+    return {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("kind", "mlps"), [("llama", 2), ("gpt2", 2), ("t5", 4), ("opt", 0)])
+def test_mlps_in_pieces_have_the_gradients_of_whole_rows(
+    kind: str, mlps: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPT's linear layers stand in the layer itself, which attends, too."""
+    sizes = list[int]()
+    compute = pieces.checkpoint
+    monkeypatch.setattr(
+        pieces, "checkpoint", lambda forward, x, **how: (sizes.append(x.shape[1]), compute(forward, x, **how))[1]
+    )
+    whole = _gradients(kind, OFFLOADED, dtype)
+    assert not sizes
+    monkeypatch.setattr(pieces, "PIECE", 7)
+    found = _gradients(kind, OFFLOADED, dtype)
+    assert len([size for size in sizes if size < 7]) == 2 * mlps  # the last of each, forward and again
+    assert found.keys() == whole.keys()
+    for name, gradient in found.items():
+        assert (gradient - whole[name]).norm() <= tolerance * whole[name].norm(), name
+
+
+def test_long_rows_in_pieces_resume_to_the_same_bytes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 16)
+    wanted = "training.gradient_checkpointing=offload"
+    stopped_copy(recipe, (wanted,))
+    found = run_recipe(recipe, wanted)
+    assert any("offload moves nothing on a CPU" in each for each in found.warnings)
+    whole = run_recipe(recipe, wanted, f"training.output_dir={recipe.parent}/whole")
+    assert found.weights == whole.weights
 
 
 @pytest.mark.slow

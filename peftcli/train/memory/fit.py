@@ -230,7 +230,7 @@ def _estimate(recipe: Recipe, base: OpenBase, data: Data, num_processes: int) ->
     """Estimate the memory of a recipe whose data is loaded."""
     model, config = _adapted(recipe, base, data)
     if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model, offload=recipe.training.offloads and torch.cuda.is_available())
+        checkpoint_activations(model, recipe)
     return estimate(model, config, recipe, base, data, plan_of(recipe, data, num_processes))
 
 
