@@ -58,7 +58,7 @@ def _is_mlp(module: nn.Module) -> bool:
     if not whole or any(each.ndim > 2 for each in module.parameters()):
         return False
     weight = first_parameter(module)
-    if weight.is_meta:
+    if weight.is_meta or not weight.any():  # without values yet, which another process may send
         return True
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     with probing(module, weight.device):

@@ -31,6 +31,7 @@ from peftcli.recipe import FORGETTING, forgets_rows, method_config
 from peftcli.schema import SHARDED, Recipe
 from peftcli.tasks import row_of
 from peftcli.tasks.base import Begins, Task, model_inputs, on_device, refuse_other_classes, with_trained_head
+from peftcli.tasks.text.fast.norms import fuse_norms
 from peftcli.train.batches import BatchForm
 from peftcli.train.data import Data, RunData, prepare_config
 from peftcli.train.devices.accelerator import base_dtype, refuse_attention
@@ -118,6 +119,7 @@ def adapted_model(
             method.start_from_base(model, config, BaseWeights(task.base, getattr(model, "base_model_prefix", "")))
     widen_heads(model)
     warn_of_peft(model, config, named_tensors(model))
+    fuse_norms(model)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model, recipe)
     return model, injection, notes

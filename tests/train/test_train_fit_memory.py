@@ -128,7 +128,7 @@ def test_a_damaged_recipe_in_run_json_chooses_nothing(recipe: Path) -> None:
 
 
 def test_a_model_that_cannot_compute_again_says_so(fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: object, *, offload: bool) -> None:
+    def refuse(model: object, recipe: object) -> None:
         raise ModelError("cannot compute its activations again")
 
     monkeypatch.setattr(module, "checkpoint_activations", refuse)

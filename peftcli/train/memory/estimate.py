@@ -34,6 +34,7 @@ from peftcli.system.cores import bytes_of_kernels
 from peftcli.system.memory import resident_memory
 from peftcli.tasks.base import on_device
 from peftcli.tasks.text.fast.losses import take_head_as_it_is
+from peftcli.tasks.text.fast.norms import fuse_norms
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import BatchForm, collate
 from peftcli.train.data import Data
@@ -141,6 +142,7 @@ def _estimate(model: Any, config: AdapterConfig, recipe: Recipe, base: OpenBase,
         packages = resident_memory()
     if recipe.base_model.attn_implementation is not None:
         model.set_attn_implementation(recipe.base_model.attn_implementation)
+    fuse_norms(model)
     counter = MemoryCounter(device)
     counter.place(model, base_dtype(recipe))
     tensors = named_tensors(model)
