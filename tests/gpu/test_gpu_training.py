@@ -114,7 +114,7 @@ def gradients(device: torch.device, sharded: Launch | None) -> dict[str, torch.T
 
 
 def test_inputs_of_layers_leave_the_gpu_until_the_backward_pass() -> None:
-    """After the forward pass of eight layers less is there, by what seven of their inputs take at least; MLPs in pieces."""
+    """After the forward pass of eight layers, whose MLPs compute in pieces, less is there: seven of their inputs."""
     kept, found = dict[bool, int](), dict[bool, dict[str, torch.Tensor]]()
     for offload in (False, True):
         torch.manual_seed(0)
