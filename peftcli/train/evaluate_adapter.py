@@ -29,6 +29,7 @@ from peftcli.tasks import open_task, row_of, task_record
 from peftcli.tasks.base import Begins, Task, with_trained_head
 from peftcli.tasks.parts import RowScore
 from peftcli.tasks.shown_rows import Examples
+from peftcli.tasks.text.fast.norms import fuse_norms
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.train.batches import num_workers
 from peftcli.train.compare import Comparison, Scorer, compare, differences, examples_of, intervals
@@ -226,6 +227,7 @@ def _adapted_model(
             unload(loaded.model)
         apply_adapter(loaded, source)
     widen_heads(loaded.model)
+    fuse_norms(loaded.model)  # as in training, to the bit
     model: nn.Module = loaded.model.to(device)
     unpad(model, None if source is None else source.config, probe=task.padded_probe(model))
     return model

@@ -5,9 +5,9 @@ As in Arctic Long Sequence Training, which calls it tiled MLP (https://arxiv.org
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +31,19 @@ def compute_in_pieces(layer: nn.Module) -> None:
     """
     for child in layer.children():
         if _is_mlp(child):
-            child.forward = functools.partial(_in_pieces, child.forward)
+            child.forward = partial(_in_pieces, child.forward)
         elif not isinstance(child, AdapterLayer):
             compute_in_pieces(child)
 
 
 def _in_pieces(forward: Callable[[torch.Tensor], torch.Tensor], *given: Any, **named: Any) -> torch.Tensor:
     (x,) = (*given, *named.values())
-    if not torch.is_grad_enabled() or x.shape[:-1].numel() <= PIECE:
+    if x.shape[:-1].numel() <= PIECE:
         return forward(x)
-    pieces = x.reshape(1, -1, x.shape[-1]).split(PIECE, dim=1)
-    made: list[Any] = [checkpoint(forward, piece, use_reentrant=False) for piece in pieces]
+    compute: Callable[..., Any] = (
+        partial(checkpoint, forward, use_reentrant=False) if torch.is_grad_enabled() else forward
+    )
+    made = [compute(piece) for piece in x.reshape(1, -1, x.shape[-1]).split(PIECE, dim=1)]
     return torch.cat(made, dim=1).view(*x.shape[:-1], -1)
 
 

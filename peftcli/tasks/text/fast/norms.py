@@ -26,7 +26,7 @@ _EXACT, _ROUNDED = 1e-5, 0.02
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the frozen RMSNorms of a model's layers compute so in training; others stay as they are.
+    """Let the frozen RMSNorms of a model's layers compute so, in evaluation too; others stay as they are.
 
     A model without values yet is taken at the names of its modules.
     """
@@ -54,7 +54,7 @@ def _is_plain(norm: Any, epsilon: float) -> bool:
 
 
 def _forward(norm: Any, plain: Callable[..., Any], epsilon: float, x: torch.Tensor) -> Any:
-    if not torch.is_grad_enabled() or norm.weight.requires_grad or torch.compiler.is_compiling():
+    if norm.weight.requires_grad or torch.compiler.is_compiling():
         return plain(x)
     device, dtype = x.device.type, torch.promote_types(x.dtype, norm.weight.dtype)
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
