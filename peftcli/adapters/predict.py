@@ -23,6 +23,7 @@ from peftcli.models.open import OpenBase, open_base
 from peftcli.recipe.data_checks import exists
 from peftcli.system.outputs import expand_user, is_stream
 from peftcli.tasks.base import PredictOptions, Predicts
+from peftcli.tasks.text.fast.norms import fuse_norms
 from peftcli.tasks.text.fast.unpadded import unpad
 from peftcli.tasks.text.generation import GenerationSettings, TextGenerator
 from peftcli.tasks.text.prompts import Prompt, prompt_of
@@ -176,6 +177,7 @@ def _load(
         message = f"has no head for {source.task}: without the adapter, answers would be random"
         raise AdapterError(message, file=source.base.name, key="--no-adapter")
     model = ready(loaded)
+    fuse_norms(model)  # as in training
     unpad(model, source.config if with_adapter else None, probe=task.padded_probe(model))
     columns = source.trained_columns
 

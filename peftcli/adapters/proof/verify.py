@@ -46,6 +46,7 @@ from peftcli.tasks import TASK_FILE, TASKS
 from peftcli.tasks.base import Batch, Probes, Task, facts_of_processor
 from peftcli.tasks.scores import scores_on
 from peftcli.tasks.settings import CODE
+from peftcli.tasks.text.fast.norms import fuse_norms
 from peftcli.tasks.text.fast.unpadded import unpad
 
 RECORD_FILE = "verification.json"
@@ -57,9 +58,10 @@ _MAX_ROWS = 4_000_000
 """Bytes of the rows."""
 _MAX_RECORD = 64_000_000
 """Bytes. The record of an adapter of 10,000 tensors takes 2,000,000."""
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3, "float16": 0.03}
 """Largest difference of the model's outputs, as a share of their deviation, that rounding explains, which another
-version of peftcli or torch may do in another order."""
+version of peftcli or torch may do in another order. Seen in bfloat16, of a model of 30 layers whose norms round once
+instead of twice: 0.22; of half the adapter's strength, 0.57."""
 _ELSEWHERE = 0.002
 """The same for another kind of device."""
 _BYTES = "bytes in base64"
@@ -241,7 +243,8 @@ def verify_adapter(
             task = _open_task(pushed, opened, recorded)
             dtype = getattr(torch, recorded.get("dtype", "float32"))
             model = ready(load_for_task(pushed, opened, task, dtype))
-    unpad(model, source.config, probe=task.padded_probe(model))  # as in training, or bfloat16 rounds otherwise
+    fuse_norms(model)  # as in training, or bfloat16 rounds otherwise
+    unpad(model, source.config, probe=task.padded_probe(model))
     result: dict[str, Any] = {
         "adapter": name,
         "tensors": len(recorded.get("tensors", {})),
